@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up, then check the style and run the whole test suite on this machine.
+#
+# Usage: bash launch/test.sh [ARGUMENTS OF pytest ...]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m pytest "$@"

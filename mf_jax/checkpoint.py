@@ -1,0 +1,217 @@
+"""Checkpoints of a run: written in the background, chosen only if every bit of them is what was saved.
+
+A checkpoint holds the items `params`, `ema` and `rest` of the training state, so that sampling reads no more than it
+needs, and an index: the name, shape, type and fingerprint of every array. A fingerprint is a sum of the array's bits
+modulo 2^32, weighted by position; it does not depend on how the array is spread over devices. The format's own
+checks notice a file that is cut short, fingerprints notice the rest.
+
+Orbax writes into a temporary folder and renames it when all is there, so that a process may be killed at any moment.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import PyTree
+
+from mf_jax.state import TrainState
+from mf_jax.types import BadInput
+
+FOLDER = "checkpoints"
+_DAMAGED_FOLDER = "damaged_checkpoints"
+_NAMED_IN_ERROR = 4
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not what was saved."""
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
+    return {"params": state.params, "ema": state.ema, "rest": rest | {"first_bad_step": state.first_bad_step}}
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@jax.jit
+def _fingerprints(tree: PyTree) -> list[jax.Array]:
+    def fingerprint(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _index(item: PyTree) -> dict[str, list]:
+    """Return {name: [shape, type, fingerprint]} of an item's arrays."""
+    prints = jax.device_get(_fingerprints(item))
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), int(value)]
+        for (name, leaf), value in zip(_named_leaves(item).items(), prints, strict=True)
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: of the run, a local path or a bucket.
+      keep: newest checkpoints kept.
+      read_only: never change anything, for processes beside the one that trains.
+      report: called with one line about each damaged checkpoint.
+
+    Raises:
+      BadInput: if the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int = 1,
+        read_only: bool = False,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._folder = epath.Path(workdir).absolute() / FOLDER
+        self._read_only = read_only
+        self._report = report
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Save a state in the background; the state may be donated as soon as this returns."""
+        step, items = int(state.step), _items(state)
+        if step in self._manager.all_steps():
+            return
+        index = {name: _index(item) for name, item in items.items()}
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(index=ocp.args.JsonSave(index), **arguments))
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def restore_state(self, like: TrainState) -> TrainState | None:
+        """Return the newest undamaged state, or None where there is no checkpoint.
+
+        Args:
+          like: the shapes, types and shardings wanted.
+
+        Raises:
+          BadInput: if the newest checkpoint is of another model, or all checkpoints are damaged.
+        """
+        restored = self._restore(_items(like))
+        if restored is None:
+            return None
+        _, items = restored
+        return TrainState(params=items["params"], ema=items["ema"], **items["rest"])
+
+    def restore_params(self, like: PyTree, *, ema: str, names: tuple[str, ...]) -> tuple[int, PyTree]:
+        """Return the step and the parameters of the newest undamaged checkpoint.
+
+        Args:
+          like: the shapes, types and shardings of the parameters.
+          ema: a name of a moving average, or `none` for the raw parameters.
+          names: of all moving averages of the run.
+
+        Raises:
+          BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
+        """
+        item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
+        restored = self._restore(item)
+        if restored is None:
+            raise BadInput(
+                f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
+            )
+        step, items = restored
+        return step, items["params"] if ema == "none" else items["ema"][ema]
+
+    def _restore(self, like: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                items = self._restore_step(step, like)
+            except DamagedCheckpoint as problem:
+                damaged.append(step)
+                self._report(f"checkpoint {step} is damaged ({problem}); trying the one before it")
+                continue
+            self._set_aside(damaged)
+            return step, items
+        if damaged:
+            raise BadInput(
+                f"{self._folder}: every checkpoint is damaged; move the folder away to start again"
+            )
+        return None
+
+    def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+        with _damage():
+            index = self._manager.restore(step, args=ocp.args.Composite(index=ocp.args.JsonRestore()))[
+                "index"
+            ]
+            missing = set(like) - set(index)
+        if missing:
+            raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
+        for name, item in like.items():
+            _check_same_model(self._folder / str(step), index[name], item)
+        with _damage():
+            arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
+            items = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        for name in like:
+            if _index(items[name]) != index[name]:
+                raise DamagedCheckpoint(f"fingerprints of {name} differ")
+        return {name: items[name] for name in like}
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints away, so that their steps can be saved again and nothing is lost."""
+        if self._read_only or not steps:
+            return
+        aside = self._folder.parent / _DAMAGED_FOLDER
+        aside.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            number = sum(1 for path in aside.iterdir() if path.name.split(".")[0] == str(step))
+            target = aside / (f"{step}.{number}" if number else str(step))
+            (self._folder / str(step)).rename(target)
+            self._report(f"moved damaged checkpoint {step} to {target}")
+        self._manager.reload()
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    # what a reader of damaged files raises depends on where it stumbles: any error means damage
+    try:
+        yield
+    except Exception as error:
+        raise DamagedCheckpoint(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _check_same_model(path: epath.Path, index: dict[str, list], like: PyTree) -> None:
+    ours = {name: list(leaf.shape) for name, leaf in _named_leaves(like).items()}
+    theirs = {name: entry[0] for name, entry in index.items()}
+    wrong = [
+        f"{name} is {theirs.get(name, 'missing')}, not {ours.get(name, 'expected')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _NAMED_IN_ERROR} more" * (len(wrong) > _NAMED_IN_ERROR)
+        raise BadInput(
+            f"checkpoint {path} is of another model: {'; '.join(wrong[:_NAMED_IN_ERROR])}{more}; "
+            "use its own config, or another --workdir"
+        )

@@ -1,0 +1,160 @@
+"""Everything random in a training step, drawn once, from one key that is a pure function of (seed, step).
+
+Rows with r = t and rows with r < t are sub-batches of static size, because only the second kind needs the
+derivative du/dt. Which rows are which depends on the row's number alone: rows are dealt in groups, and the
+last rows of each group have r < t (a share of 3/4 makes groups of four, whose fourth row has r < t). A group
+never crosses from one device to the next, so splitting and joining are local reshapes on any number of devices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from mf_jax.times import LogitNormalTimes, UniformTimes
+from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, Rows
+
+LABEL_DROP_ROWS = ("instant_rows", "any_row")
+_LARGEST_GROUP = 64
+_SHARE_TOLERANCE = 1e-3
+
+
+def condition_of(rows: Rows) -> Condition:
+    """Return what the network is told while it trains on these rows: dropped labels become `NO_LABEL`."""
+    return Condition(labels=jnp.where(rows.dropped, NO_LABEL, rows.labels))
+
+
+def split_rows(
+    array: Shaped[Array, "b ..."], sizes: Sequence[int], *, groups: int
+) -> list[Shaped[Array, "_ ..."]]:
+    """Deal the rows of an array into parts, group by group.
+
+    Args:
+      array: `[groups * sum(sizes), ...]`.
+      sizes: rows that each part takes from every group.
+      groups: number of groups.
+
+    Returns:
+      One array `[groups * size, ...]` for each size.
+    """
+    grouped = array.reshape((groups, sum(sizes), *array.shape[1:]))
+    ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    return [part.reshape((-1, *array.shape[1:])) for part in jnp.split(grouped, ends, axis=1)]
+
+
+def join_rows(parts: Sequence[Shaped[Array, "_ ..."]], *, groups: int) -> Shaped[Array, "b ..."]:
+    """Undo `split_rows`: interleave the parts group by group.
+
+    Args:
+      parts: arrays `[groups * size_i, ...]`.
+      groups: number of groups.
+
+    Returns:
+      One array `[groups * sum(size_i), ...]`.
+    """
+    shape = parts[0].shape[1:]
+    grouped = [part.reshape((groups, part.shape[0] // groups, *shape)) for part in parts]
+    return jnp.concatenate(grouped, axis=1).reshape((-1, *shape))
+
+
+def num_groups(draws: Draws) -> int:
+    """Return the number of groups that the rows of a step were dealt in."""
+    return math.gcd(draws.instant.t.shape[0], draws.interval.t.shape[0])
+
+
+def group_sizes(instant_share: float) -> tuple[int, int]:
+    """Return how many rows of each group have r = t, and how many r < t.
+
+    Args:
+      instant_share: share of rows with r = t, in [0, 1]; a fraction whose denominator is at most 64.
+
+    Returns:
+      (rows with r = t, rows with r < t) of one group, without a common factor.
+
+    Raises:
+      BadInput: if the share lies outside [0, 1] or is not such a fraction to within 0.001.
+    """
+    if not 0 <= instant_share <= 1:
+        raise BadInput(f"draws.instant_share={instant_share}: must be within [0, 1]; MeanFlow uses 0.75")
+    share = Fraction(instant_share).limit_denominator(_LARGEST_GROUP)
+    if abs(share - Fraction(instant_share)) > _SHARE_TOLERANCE:
+        raise BadInput(
+            f"draws.instant_share={instant_share}: rows are split in groups of at most {_LARGEST_GROUP}; "
+            f"use {share} = {float(share):.6g} or another such fraction"
+        )
+    return share.numerator, share.denominator - share.numerator
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawScheme:
+    """How a step's random numbers are drawn.
+
+    Args:
+      times: the distribution of (r, t).
+      instant_share: share of rows with r = t, in [0, 1].
+      label_drop_share: share of all rows trained without their label, in [0, 1).
+      label_drop: which rows may lose it: `instant_rows` (only rows with r = t, as published) or `any_row`.
+
+    Raises:
+      BadInput: for shares out of range, an unknown `label_drop`, or more dropped rows than there are rows
+        that may lose their label.
+    """
+
+    times: UniformTimes | LogitNormalTimes
+    instant_share: float = 0.75
+    label_drop_share: float = 0.1
+    label_drop: str = "instant_rows"
+
+    def __post_init__(self) -> None:
+        group_sizes(self.instant_share)
+        if self.label_drop not in LABEL_DROP_ROWS:
+            raise BadInput(
+                f"draws.label_drop={self.label_drop!r}: must be one of {', '.join(LABEL_DROP_ROWS)}"
+            )
+        if not 0 <= self.label_drop_share < 1:
+            raise BadInput(f"draws.label_drop_share={self.label_drop_share}: must be within [0, 1)")
+        if self.label_drop == "instant_rows" and self.label_drop_share > self.instant_share:
+            raise BadInput(
+                f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} of rows with r = t "
+                "may lose their label; lower it or set draws.label_drop=any_row"
+            )
+
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "b ..."], labels: Int[Array, "b"]) -> Draws:
+        """Draw one step.
+
+        Args:
+          key: the step's key.
+          x: data rows `[B, ...]`; B divisible by the size of a group of `group_sizes`.
+          labels: `[B]`, classes or `NO_LABEL`.
+
+        Returns:
+          The step's `Draws`, a function of the key and the rows alone.
+        """
+        noise_key, times_key, drop_key = jax.random.split(key, 3)
+        sizes = group_sizes(self.instant_share)
+        groups = x.shape[0] // sum(sizes)
+        r, t = self.times.sample(times_key, x.shape[0])
+        everything = Rows(
+            x=x,
+            e=jax.random.normal(noise_key, x.shape, x.dtype),
+            t=t,
+            r=r,
+            labels=labels,
+            dropped=jax.random.uniform(drop_key, labels.shape) < self._drop_probability,
+        )
+        leaves, record = jax.tree.flatten(everything)
+        parts = zip(*(split_rows(leaf, sizes, groups=groups) for leaf in leaves), strict=True)
+        instant, interval = (jax.tree.unflatten(record, part) for part in parts)
+        if self.label_drop == "instant_rows":
+            interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
+        return Draws(instant=instant.replace(r=instant.t), interval=interval)
+
+    @property
+    def _drop_probability(self) -> float:
+        if self.label_drop_share == 0 or self.label_drop == "any_row":
+            return self.label_drop_share
+        return self.label_drop_share / self.instant_share

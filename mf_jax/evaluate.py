@@ -1,0 +1,197 @@
+"""--mode=eval: how far the samples are from the data, as a table with the real-data floor in its first row.
+
+Images are compared in the features of a small classifier trained on the training split, vectors directly. The table's
+reference is the training split for images (as is usual for the Fréchet distance), the held-out split for vectors. The
+floor row puts the other split of the real data in the place of the samples.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from mf_jax import diagnostics, metrics
+from mf_jax import workdir as run_folder
+from mf_jax.config import make_objective, make_scheme, validate
+from mf_jax.data import Batch, Source, make_source, read
+from mf_jax.models import as_field
+from mf_jax.report import replace_file
+from mf_jax.report_page import write_report
+from mf_jax.sample import Generator, load_for, to_pixels
+from mf_jax.types import Rows
+
+_DIAGNOSTIC_ROWS = 1024
+_FLOOR = "real data (held-out)"
+Scores = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageScores:
+    """Score images in the features of a classifier, against the training split.
+
+    Args:
+      classifier: gives features and logits.
+      reference: features of the training split, `[N, D]`.
+    """
+
+    classifier: metrics.Classifier
+    reference: Float[np.ndarray, "n d"]
+    columns = ("frechet_distance", "precision", "recall", "class_accuracy")
+
+    @classmethod
+    def against(cls, train: Batch, num_classes: int, cache_dir: Path) -> "ImageScores":
+        """Return the scores against a training split; its classifier is trained at the first use, then cached."""
+        images = _as_quantised(train.x)
+        classifier = metrics.cached_classifier(
+            images, train.labels, num_classes=num_classes, cache_dir=cache_dir
+        )
+        return cls(classifier, classifier.features_and_logits(images)[0])
+
+    @property
+    def protocol(self) -> str:
+        """What the features are and what they are compared with."""
+        kind = "rotation" if self.classifier.is_self_supervised else "class"
+        return (
+            f"reference: {len(self.reference)} training images; features: {self.reference.shape[1]} of the {kind} "
+            f"classifier {self.classifier.fingerprint}; precision and recall with k = 3"
+        )
+
+    def __call__(self, x: Shaped[np.ndarray, "n ..."], labels: Shaped[np.ndarray, "n"]) -> Scores:
+        """Return the scores of images in [-1, 1] with their labels."""
+        features, logits = self.classifier.features_and_logits(_as_quantised(x))
+        precision, recall = metrics.precision_recall(features, self.reference)
+        distance = metrics.frechet_distance(
+            *metrics.gaussian_statistics(features), *metrics.gaussian_statistics(self.reference)
+        )
+        scores = {"frechet_distance": distance, "precision": precision, "recall": recall}
+        if self.classifier.is_self_supervised:
+            return scores
+        return scores | {"class_accuracy": float(np.mean(logits.argmax(axis=1) == labels))}
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorScores:
+    """Score vectors directly, against the held-out split.
+
+    Args:
+      reference: held-out vectors `[N, D]`.
+    """
+
+    reference: Float[np.ndarray, "n d"]
+    columns = ("energy_distance", "sliced_wasserstein")
+
+    @property
+    def protocol(self) -> str:
+        """What the vectors are compared with."""
+        return f"reference: {len(self.reference)} held-out vectors"
+
+    def __call__(self, x: Shaped[np.ndarray, "n ..."], labels: Shaped[np.ndarray, "n"]) -> Scores:
+        """Return the scores of vectors; they have no labels to check."""
+        return {
+            "energy_distance": metrics.energy_distance(x, self.reference),
+            "sliced_wasserstein": metrics.sliced_wasserstein(x, self.reference),
+        }
+
+
+def _as_quantised(x: Shaped[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+    """Return images as they are after being stored in bytes, so that real and generated ones are treated alike."""
+    return to_pixels(x).astype(np.float32) / np.float32(127.5) - 1
+
+
+def diagnose(generator: Generator, source: Source, *, seed: int) -> Scores:
+    """Return the MeanFlow diagnostics on draws of real data with the run's own distribution of times.
+
+    Args:
+      generator: the model.
+      source: real data.
+      seed: of the choice of rows, the noise and the times.
+
+    Returns:
+      velocity_error, and for a network that knows u(z, r, t) identity_residual and additivity_gap.
+    """
+    rows_key, noise_key, times_key = jax.random.split(jax.random.key(seed), 3)
+    index = jax.random.randint(rows_key, (_DIAGNOSTIC_ROWS,), 0, len(source))
+    batch = source.gather(np.asarray(index))
+    x, labels = jnp.asarray(batch.x), jnp.asarray(batch.labels)
+    r, t = make_scheme(generator.config).times.sample(times_key, _DIAGNOSTIC_ROWS)
+    e = jax.random.normal(noise_key, x.shape)
+    rows = Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=jnp.zeros(labels.shape, bool))
+    chosen: list[Callable] = [diagnostics.velocity_error]
+    if make_objective(generator.config).learns_average:
+        chosen += [diagnostics.identity_residual, diagnostics.additivity_gap]
+    field = as_field(generator.network)
+    with jax.default_matmul_precision("highest"):
+        return {
+            measure.__name__: float(jax.jit(functools.partial(measure, field))(generator.params, rows))
+            for measure in chosen
+        }
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Write `eval.json` and print its table.
+
+    Args:
+      config: of the command; `eval` says what to compute.
+      workdir: of the run.
+    """
+    train = validate(config, num_devices=jax.device_count())
+    generator = load_for(workdir, config, key="eval")
+    held_out = make_source(config.data, split="held_out")
+    score, rows = _floor(config, workdir, train, held_out)
+    labels = generator.labels_for(None, config.eval.num_samples)
+    for steps in config.eval.steps:
+        x = generator.sample_raw(
+            labels, steps=steps, seed=config.eval.seed, batch_size=config.eval.batch_size
+        )
+        name = f"{steps} step{'s' * (steps > 1)}"
+        rows.append({"name": name, "steps": steps, "samples": len(x), **score(x, labels)})
+    ema = "raw parameters" if generator.ema == "none" else f"EMA {generator.ema}"
+    protocol = (
+        f"checkpoint of step {generator.step}, {ema}, {len(labels)} samples a row, seed {config.eval.seed}, "
+        f"{'all classes in turn' if generator.num_classes else 'no labels'}, {score.protocol}, float32 'highest'"
+    )
+    found = diagnose(generator, train, seed=config.eval.seed)
+    columns = ["steps", "samples", *(name for name in score.columns if name in rows[0])]
+    result = {"protocol": protocol, "columns": columns, "rows": rows, "diagnostics": found}
+    replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
+    write_report(workdir)
+    _show(result)
+    run_folder.tell(workdir, table="eval.json", report="report.html")
+
+
+def _floor(
+    config: ConfigDict, workdir: Path, train: Source, held_out: Source
+) -> tuple[ImageScores | VectorScores, list[dict]]:
+    """Return the scores, and the table's first row: what real data score."""
+    if len(train.shape) == 3:
+        cache_dir = Path(config.cache_dir) if config.cache_dir else workdir
+        score = ImageScores.against(read(train), train.num_classes, cache_dir)
+        real = read(held_out)
+    else:
+        score = VectorScores(read(held_out, config.eval.num_samples).x)
+        real = read(train, config.eval.num_samples)
+    return score, [{"name": _FLOOR, "samples": len(real.x), **score(real.x, real.labels)}]
+
+
+def _show(result: dict) -> None:
+    table = Table("", *(name.replace("_", " ") for name in result["columns"]), caption=result["protocol"])
+    for row in result["rows"]:
+        cells = (row.get(name) for name in result["columns"])
+        table.add_row(
+            row["name"],
+            *("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["diagnostics"].items())
+    )

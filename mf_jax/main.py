@@ -1,0 +1,90 @@
+"""The command line.
+
+python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample] [--workdir=runs/NAME] [--config.KEY=VALUE ...]
+
+Every key of configs/default.py can be set, for example --config.optim.lr=1e-3.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mf_jax.types import BadInput, nearest
+
+MODES = {"train": "mf_jax.train", "eval": "mf_jax.evaluate", "sample": "mf_jax.sample"}
+_OK, _FAILED, _BAD_INPUT = 0, 1, 2
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
+    """Return the config, the mode and the workdir that a command line asks for.
+
+    Args:
+      argv: of this process (overrides of config keys are read from `sys.argv` itself).
+
+    Raises:
+      BadInput: for an unknown file, flag, key or mode, or a value of the wrong type.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/.", flag_values=values, lock_config=True
+    )
+    flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME by default.", flag_values=values)
+    try:
+        rest = values(list(argv))
+        config = values.config
+    except Exception as error:  # a config file is a program: it may raise anything
+        raise BadInput(_explain(error, argv)) from error
+    if len(rest) > 1:
+        raise BadInput(f"{rest[1]!r}: not an option; options look like --mode=train or --config.seed=1")
+    if config is None:
+        raise BadInput("--config is missing; for example --config=configs/digits.py")
+    if values.mode not in MODES:
+        raise BadInput(
+            f"--mode={values.mode}: must be one of {', '.join(MODES)}{nearest(values.mode, MODES)}"
+        )
+    name = Path(values["config"].config_filename).stem
+    return config, values.mode, Path(values.workdir or f"runs/{name}")
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    """Return one line about an error of the flag parser."""
+    text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
+    if isinstance(error, OSError):
+        given = [path for path in re.findall(r"--config[= ](\S+)", " ".join(argv)) if not Path(path).exists()]
+        path = Path(given[0] if given else "")
+        return f"--config={path}: no such file{nearest(str(path), map(str, path.parent.glob('*.py')))}"
+    if isinstance(error, KeyError | AttributeError):
+        similar = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+        key = similar[2] if similar else text.strip("'\" ")
+        return f"--config has no key {key!r}" + (f" (did you mean {similar[1]}?)" if similar else "")
+    if isinstance(error, flags.Error):
+        return text
+    return f"the config file raises {type(error).__name__}: {text}"
+
+
+def main() -> int:
+    """Run the command line; return the exit code: 0 done, 1 failed, 2 bad input."""
+    logging.set_verbosity(logging.WARNING)
+    if {"-h", "--help", "--helpfull"} & set(sys.argv[1:]):
+        print(__doc__)
+        return _OK
+    try:
+        config, mode, workdir = parse(sys.argv)
+        importlib.import_module(MODES[mode]).run(config, workdir)
+    except BadInput as error:
+        print(f"mf_jax: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except FloatingPointError as error:
+        print(f"mf_jax: {error}", file=sys.stderr)
+        return _FAILED
+    return _OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

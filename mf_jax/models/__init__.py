@@ -1,0 +1,40 @@
+"""Pure networks, and how a network becomes the `Field` that objectives and samplers see."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from mf_jax.models.dit import DIT_SIZES, DiT
+from mf_jax.models.mlp import MLP
+from mf_jax.types import Condition, Field
+
+NETWORKS = {"dit": DiT, "mlp": MLP}
+
+__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "DiT", "as_field", "initial_params"]
+
+
+def as_field(network: nn.Module) -> Field:
+    """Return the pure function `field(params, z, *, r, t, condition)` of a network."""
+
+    def field(params, z, *, r, t, condition):
+        return network.apply({"params": params}, z, r=r, t=t, condition=condition)
+
+    return field
+
+
+def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray) -> PyTree:
+    """Return a network's fresh float32 parameters.
+
+    Args:
+      network: one of `NETWORKS`.
+      shape: of one element, (H, W, C) or (D,).
+      key: for the random weights.
+
+    Returns:
+      The parameter tree.
+    """
+    time = jnp.zeros((1,))
+    condition = Condition(labels=jnp.zeros((1,), jnp.int32))
+    variables = jax.jit(network.init)(key, jnp.zeros((1, *shape)), r=time, t=time, condition=condition)
+    return variables["params"]

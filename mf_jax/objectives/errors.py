@@ -1,0 +1,48 @@
+"""What training reports about its errors: unweighted, apart for r = t and r < t, and by bins of t.
+
+The weighted loss says little (an adaptive weight with p = 1 holds it near 1), so these are the numbers to watch.
+Each metric is a sum and a count, so that it can be averaged over steps and over bins that are sometimes empty.
+"""
+
+import jax.numpy as jnp
+from clu.metrics import Average
+from jaxtyping import Array, Bool, Float
+
+from mf_jax.types import Rows
+
+NUM_BINS = 4
+Metrics = dict[str, Average]
+
+
+def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> Average:
+    """Return the mean of values, where mask is set, as something that can be merged with more of its kind.
+
+    Args:
+      values: `[B]`; B may be 0.
+      mask: bool `[B]`; all rows where it is None.
+
+    Returns:
+      The sum and the count as float32 scalars.
+    """
+    mask = jnp.ones(values.shape, bool) if mask is None else mask
+    return Average(
+        total=jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32),
+        count=jnp.sum(mask, dtype=jnp.float32),
+    )
+
+
+def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
+    """Report a sub-batch's mean squared error per number, over all t and by quarter of t.
+
+    Args:
+      name: `u_error` or `v_error`.
+      error: squared error of each row, summed over its axes, `[B]`.
+      rows: the sub-batch.
+
+    Returns:
+      `{name, name_t0 (t in [0, 1/4)), ..., name_t3}`.
+    """
+    per_number = error / rows.x[0].size if rows.x.shape[0] else error
+    bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
+    metrics = {f"{name}_t{i}": average(per_number, bins == i) for i in range(NUM_BINS)}
+    return {name: average(per_number), **metrics}

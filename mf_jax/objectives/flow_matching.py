@@ -1,0 +1,55 @@
+"""Flow matching: u(z, t, t) = v, the boundary that every other objective shares.
+
+    loss = w |u(z_t, t, t) - v|^2,   v = e - x
+
+A network trained this way knows the velocity alone: it is sampled in many steps, and is the multi-step baseline.
+Cost of a step in forward-equivalents of the whole batch: 3 (forward and backward).
+
+Source: Lipman et al., arXiv 2210.02747; rectified flow, arXiv 2209.03003.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+from mf_jax.draws import condition_of, join_rows, num_groups
+from mf_jax.objectives.errors import Metrics, average, binned_errors
+from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
+from mf_jax.paths import interpolate, velocity
+from mf_jax.types import Draws, Field
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """Regress the velocity at r = t on every row, whichever sub-batch it was drawn for.
+
+    Args:
+      weight: the weight of rows.
+    """
+
+    weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
+    learns_average: ClassVar[bool] = False
+
+    def loss(
+        self, field: Field, params: PyTree, draws: Draws, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the loss of one step.
+
+        Args:
+          field, params: the network.
+          draws: everything random in the step.
+          step: not used; the objective does not change over training.
+
+        Returns:
+          The scalar loss, and metrics: loss and v_error (by bins of t).
+        """
+        del step
+        groups = num_groups(draws)
+        rows = jax.tree.map(lambda *parts: join_rows(parts, groups=groups), draws.instant, draws.interval)
+        z = interpolate(rows.x, rows.e, t=rows.t)
+        u = field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
+        error = squared_error(u, velocity(rows.x, rows.e))
+        loss = self.weight.mean(error)
+        return loss, {"loss": average(loss[None]), **binned_errors("v_error", error, rows)}

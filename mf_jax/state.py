@@ -1,0 +1,131 @@
+"""The training state and the one pure step that advances it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu.metrics import Average
+from jaxtyping import Array, Float, Int, PyTree
+
+from mf_jax.draws import DrawScheme
+from mf_jax.models import as_field, initial_params
+from mf_jax.objectives import Objective
+from mf_jax.objectives.errors import average
+from mf_jax.optim import start_averages, update_averages
+
+NEVER = -1
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; all of it is in a checkpoint.
+
+    step: steps done. params: float32. ema: parameters by decay. opt_state: of the optimiser.
+    metrics: sums and counts since the last row of metrics.jsonl. first_bad_step: the first step (counted from 1)
+    with a metric that is not finite, or `NEVER`; from then on the metrics stand still, so that they name it.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: dict[str, PyTree]
+    opt_state: PyTree
+    metrics: dict[str, Average]
+    first_bad_step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """What a training step is made of, fixed for a run.
+
+    network, shape: the network, and the shape of one data element. objective, scheme: the loss, and how its random
+    numbers are drawn. optimizer, ema_names: how parameters and their averages move. seed: of all random numbers.
+    log_every_steps: steps over which metrics are averaged. batch_size: rows of a step.
+    """
+
+    network: nn.Module
+    shape: tuple[int, ...]
+    objective: Objective
+    scheme: DrawScheme
+    optimizer: optax.GradientTransformation
+    ema_names: tuple[str, ...]
+    seed: int
+    log_every_steps: int
+    batch_size: int
+
+
+def _keys(seed: int) -> tuple[Array, Array]:
+    """Return the key of the initial parameters and the key of the steps."""
+    return tuple(jax.random.split(jax.random.key(seed)))
+
+
+def initial_state(parts: StepParts) -> TrainState:
+    """Return the state before the first step, a pure function of the parts."""
+    params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
+    x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
+    _, metrics = jax.eval_shape(lambda p, x, y: _gradient(parts, p, jnp.int32(0), x, y), params, x, labels)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        ema=start_averages(params, parts.ema_names),
+        opt_state=parts.optimizer.init(params),
+        metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
+        first_bad_step=jnp.int32(NEVER),
+    )
+
+
+def _gradient(
+    parts: StepParts, params: PyTree, step: Int[Array, ""], x: Float[Array, "b ..."], labels: Int[Array, "b"]
+) -> tuple[PyTree, dict[str, Average]]:
+    """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
+    draws = parts.scheme.draw(jax.random.fold_in(_keys(parts.seed)[1], step), x, labels)
+    field = as_field(parts.network)
+    gradient, metrics = jax.grad(lambda p: parts.objective.loss(field, p, draws, step), has_aux=True)(params)
+    return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
+
+
+def make_train_step(parts: StepParts) -> Callable[[TrainState, Array, Array], TrainState]:
+    """Return the pure function (state, x, labels) -> state of one optimisation step.
+
+    x: data rows `[B, ...]`. labels: `[B]`. The caller compiles it and donates the state.
+    """
+
+    def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
+        gradient, metrics = _gradient(parts, state.params, state.step, x, labels)
+        updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        collected, first_bad_step = _collect(parts, state, metrics)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=update_averages(state.ema, params),
+            opt_state=opt_state,
+            metrics=collected,
+            first_bad_step=first_bad_step,
+        )
+
+    return train_step
+
+
+def _collect(
+    parts: StepParts, state: TrainState, metrics: dict[str, Average]
+) -> tuple[dict[str, Average], Int[Array, ""]]:
+    """Add a step's metrics to those since the last log, and note the first step that is not finite."""
+    starts_anew = state.step % parts.log_every_steps == 0
+    stands_still = state.first_bad_step != NEVER
+    collected = {
+        name: jax.tree.map(
+            lambda old, both, new: jnp.where(stands_still, old, jnp.where(starts_anew, new, both)),
+            state.metrics[name],
+            state.metrics[name].merge(metric),
+            metric,
+        )
+        for name, metric in metrics.items()
+    }
+    is_bad = jnp.any(jnp.stack([~jnp.isfinite(metric.total) for metric in metrics.values()]))
+    first_bad_step = jnp.where(~stands_still & is_bad, state.step + 1, state.first_bad_step)
+    return collected, first_bad_step

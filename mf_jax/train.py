@@ -1,0 +1,242 @@
+"""--mode=train: from a config to a trained model in a workdir.
+
+1. Everything that can be wrong with the config is said before anything is written.
+2. The newest undamaged checkpoint is restored; without one, the state starts from the seed.
+3. Each step's batch and random numbers are pure functions of (seed, step), so a continued run repeats the one that was
+   never stopped bit for bit, its metrics included.
+4. One compiled step, with the state donated, until the last step or SIGTERM; the host waits for the device only to log,
+   to draw sample grids and to save.
+5. A metric that is not finite stops the run before anything is saved.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mf_jax import workdir as run_folder
+from mf_jax.checkpoint import Checkpoints
+from mf_jax.config import ema_names, make_network, make_objective, make_scheme, validate
+from mf_jax.data import Source, make_batches, read
+from mf_jax.optim import learning_rate, make_optimizer
+from mf_jax.plots import save_scatter
+from mf_jax.report import RunLog
+from mf_jax.report_page import write_report
+from mf_jax.sample import Generator, few_classes, write_grid
+from mf_jax.sharding import make_mesh, put_batch, state_sharding
+from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
+
+_GRID_SAMPLES = 100
+_SCATTER_SAMPLES = 5000
+
+
+class TrainingDiverged(FloatingPointError):
+    """A metric is not finite any more."""
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Train, or continue, the run of a workdir.
+
+    Args:
+      config: of the run.
+      workdir: its folder, made if missing.
+
+    Raises:
+      BadInput: for anything wrong with the config, the data or the workdir; nothing has been written then.
+      TrainingDiverged: if a metric stops being finite.
+    """
+    source = validate(config, num_devices=jax.device_count())
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    parts = step_parts(config, source)
+    with run_folder.own(workdir, config, source), _stop_signal() as stop:
+        with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
+            state = _first_state(parts, mesh, checkpoints)
+            _describe(workdir, source, state)
+            done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop)
+        write_report(workdir)
+    complete = done == config.train.num_steps
+    print(
+        f"trained {done} steps"
+        if complete
+        else f"stopped at step {done} by SIGTERM; the same command continues"
+    )
+    run_folder.tell(
+        workdir,
+        metrics="metrics.jsonl",
+        tensorboard="tensorboard",
+        checkpoints="checkpoints",
+        pictures="samples",
+        report="report.html",
+    )
+
+
+def step_parts(config: ConfigDict, source: Source) -> StepParts:
+    """Return what the training step of a config on a data source is made of."""
+    optim = config.optim
+    return StepParts(
+        network=make_network(config, shape=source.shape, num_classes=source.num_classes),
+        shape=source.shape,
+        objective=make_objective(config),
+        scheme=make_scheme(config),
+        optimizer=make_optimizer(
+            _schedule(config),
+            b1=optim.b1,
+            b2=optim.b2,
+            weight_decay=optim.weight_decay,
+            clip_norm=optim.clip_norm,
+        ),
+        ema_names=ema_names(config),
+        seed=config.seed,
+        log_every_steps=config.log.every_steps,
+        batch_size=config.train.batch_size,
+    )
+
+
+def _schedule(config: ConfigDict):
+    return learning_rate(
+        lr=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        schedule=config.optim.schedule,
+        num_steps=config.train.num_steps,
+    )
+
+
+def _first_state(parts: StepParts, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+    """Return the newest undamaged state, or the one that the seed gives."""
+    shapes = jax.eval_shape(lambda: initial_state(parts))
+    shardings = state_sharding(mesh, shapes)
+    like = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
+    )
+    restored = checkpoints.restore_state(like)
+    return jax.jit(lambda: initial_state(parts), out_shardings=shardings)() if restored is None else restored
+
+
+def _describe(workdir: Path, source: Source, state: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    (workdir / "parameters.txt").write_text(overview + "\n")
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    device = jax.devices()[0]
+    print(
+        f"{count:,} parameters, {len(source):,} training examples of shape {source.shape}, "
+        f"{jax.device_count()} {device.platform} device{'s' * (jax.device_count() > 1)}"
+        + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
+    )
+
+
+def _loop(
+    config: ConfigDict,
+    workdir: Path,
+    source: Source,
+    parts: StepParts,
+    mesh: Mesh,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    stop: threading.Event,
+) -> int:
+    """Train to the last step or until told to stop; return the number of steps done."""
+    num_steps = config.train.num_steps
+    start = done = int(state.step)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=shardings)
+    schedule = _schedule(config)
+    batches = make_batches(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start,
+        flip=config.data.flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with RunLog(
+        workdir,
+        num_steps=num_steps,
+        start_step=start,
+        batch_size=config.train.batch_size,
+        show_progress=config.log.progress,
+    ) as log:
+        for done in range(start + 1, num_steps + 1):
+            batch = next(batches)
+            state = train_step(state, *put_batch(mesh, (batch.x, batch.labels)))
+            log.advance(done)
+            is_last = done == num_steps
+            if done % config.log.every_steps == 0 or is_last:
+                metrics = _read_metrics(state, checkpoints) | {"learning_rate": float(schedule(done - 1))}
+                log.write(done, metrics)
+                log.advance(done, metrics=metrics)
+            every = config.log.sample_every_steps
+            if is_last or (every and done % every == 0):
+                picture = _draw(config, workdir, source, parts, state, done)
+                log.picture("samples", done, picture)
+            if is_last or stop.is_set() or done % config.checkpoint.every_steps == 0:
+                _check_finite(state, checkpoints)
+                checkpoints.save(state)
+            if stop.is_set():
+                break
+    return done
+
+
+def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
+    step = int(state.first_bad_step)
+    if step == NEVER:
+        return
+    metrics = jax.device_get(state.metrics)
+    names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))
+    saved = (
+        f"the checkpoint of step {checkpoints.steps[-1]} is intact"
+        if checkpoints.steps
+        else "no checkpoint yet"
+    )
+    raise TrainingDiverged(
+        f"step {step}: {names} not finite; {saved}; try a lower optim.lr, a longer optim.warmup_steps or "
+        "optim.clip_norm=1 in another workdir"
+    )
+
+
+def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:
+    """Return the metrics since the last log; bins that no row fell into are left out."""
+    _check_finite(state, checkpoints)
+    metrics = jax.device_get(state.metrics)
+    return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
+
+
+def _draw(
+    config: ConfigDict, workdir: Path, source: Source, parts: StepParts, state: TrainState, done: int
+) -> Path:
+    """Write the picture of this step's samples, drawn with the first moving average (or else the raw parameters)."""
+    ema = parts.ema_names[0] if parts.ema_names else "none"
+    params = state.ema[ema] if parts.ema_names else state.params
+    about = (source.shape, source.num_classes, source.class_names)
+    generator = Generator(config, parts.network, params, *about, step=done, ema=ema)
+    path = workdir / "samples" / f"step_{done:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    how = {"steps": config.sample.steps, "times": config.sample.times, "seed": config.sample.seed}
+    if len(source.shape) == 3:
+        labels = few_classes(_GRID_SAMPLES, source.num_classes)
+        write_grid(path, generator.sample(labels, **how), labels, generator)
+    else:
+        points = generator.sample(num=_SCATTER_SAMPLES, **how)
+        save_scatter(path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}")
+    return path
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Turn SIGTERM into an event, so that the loop ends after the step at hand and saves."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

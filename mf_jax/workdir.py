@@ -1,0 +1,100 @@
+"""The folder of a run: whose it is, and where in it everything lies."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mf_jax.config import check_same_run
+from mf_jax.data import Source
+from mf_jax.report import replace_file
+from mf_jax.types import BadInput
+
+_CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
+
+
+@contextlib.contextmanager
+def own(workdir: Path, config: ConfigDict, source: Source) -> Iterator[None]:
+    """Hold a workdir for a training run: make it, keep other runs out, check and store the config.
+
+    Args:
+      workdir: the folder; made if missing.
+      config: of the run; one stored there must describe the same run.
+      source: the run's data, whose shape and classes are stored for sampling.
+
+    Raises:
+      BadInput: if the folder cannot be written, another process trains in it, or it holds another run.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / _LOCK).open("w")
+    except OSError as error:
+        raise BadInput(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(
+                f"--workdir={workdir}: another process is training in it; choose another"
+            ) from error
+        if (workdir / _CONFIG).exists():
+            check(workdir, config)
+        about = {"shape": source.shape, "num_classes": source.num_classes, "class_names": source.class_names}
+        replace_file(workdir / _DATA, json.dumps(about).encode())
+        replace_file(workdir / _CONFIG, json.dumps(config.to_dict(), indent=1).encode())
+        yield
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Check that a workdir holds a run, and that a config describes this run.
+
+    Raises:
+      BadInput: if there is no run, or it is another one.
+    """
+    check_same_run(config, _read(workdir, _CONFIG), str(workdir))
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+    """Return the config of the run in a workdir.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    return ConfigDict(_read(workdir, _CONFIG), convert_dict=True)
+
+
+def stored_data(workdir: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
+    """Return the shape of one data element, the number of classes and their names.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    about = _read(workdir, _DATA)
+    return tuple(about["shape"]), about["num_classes"], tuple(about["class_names"])
+
+
+def _read(workdir: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((workdir / name).read_text())
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"--workdir={workdir}: holds no run ({name} is missing); train first: --mode=train with this --workdir"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"--workdir={workdir}: its {name} cannot be read ({error}); restore it or train anew"
+        ) from error
+
+
+def tell(workdir: Path, **places: str) -> None:
+    """Print where the results of a run are, those that exist, one line each."""
+    for what, name in places.items():
+        if (workdir / name).exists():
+            print(f"  {what:<12}{os.path.relpath(workdir / name)}")

@@ -1,0 +1,59 @@
+"""The elementary average velocity of Gaussian data, and draws that go with it.
+
+For x ~ N(m, s^2) and z_t = (1 - t) x + t e: mean_t = (1 - t) m and sigma_t^2 = (1 - t)^2 s^2 + t^2; a point keeps its
+place in units of sigma, z_r = mean_r + (sigma_r / sigma_t) (z_t - mean_t), and u = (z_t - z_r) / (t - r).
+"""
+
+import jax.numpy as jnp
+
+from mf_jax.paths import per_row
+from mf_jax.types import Prediction, Rows
+
+STD = 0.6
+
+
+def moments(mean, t):
+    """Return mean_t and sigma_t."""
+    return (1 - t) * mean, jnp.sqrt((1 - t) ** 2 * STD**2 + t**2)
+
+
+def gaussian_velocity(z, t, mean):
+    """Return v(z, t) = d mean_t / dt + (sigma_t' / sigma_t) (z - mean_t)."""
+    center, sigma = moments(mean, t)
+    return -mean + (t - (1 - t) * STD**2) / sigma**2 * (z - center)
+
+
+def gaussian_average(z, r, t, mean):
+    """Return u(z, r, t), v where r = t."""
+    (center_t, sigma_t), (center_r, sigma_r) = moments(mean, t), moments(mean, r)
+    z_r = center_r + sigma_r / sigma_t * (z - center_t)
+    gap = jnp.where(t == r, 1.0, t - r)
+    return jnp.where(t == r, gaussian_velocity(z, t, mean), (z - z_r) / gap)
+
+
+def gaussian_field(mean_of_label):
+    """Return a field that is exact at zero parameters, and bends with each of its four parameters.
+
+    Args:
+      mean_of_label: function from labels `[B]` (-1 = none) to the mean of the data that the field describes.
+    """
+
+    def field(params, z, *, r, t, condition):
+        mean = per_row(mean_of_label(condition.labels), z)
+        r, t = per_row(r, z), per_row(t, z)
+        bend = jnp.stack([jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * jnp.ones_like(z)])
+        return Prediction(u=gaussian_average(z, r, t, mean) + jnp.tensordot(params, bend, 1))
+
+    return field
+
+
+def exact_rows(z, r, t, labels, dropped, mean_of_data):
+    """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian.
+
+    Args:
+      mean_of_data: mean of the data that each row comes from, `[B]`.
+    """
+    v = gaussian_velocity(z, per_row(t, z), per_row(mean_of_data, z))
+    return Rows(
+        x=z - per_row(t, z) * v, e=z + per_row(1 - t, z) * v, t=t, r=r, labels=labels, dropped=dropped
+    )

@@ -1,0 +1,120 @@
+"""The recorded loss evaluations of the published implementation, reproduced in outputs, loss and gradients.
+
+The folder is `MF_REFERENCE_DIR` where it is set, else tests/reference. Every size and setting comes from the
+case's own `meta`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from mf_jax.guidance import Guidance
+from mf_jax.models import DIT_SIZES, DiT, as_field, initial_params
+from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.paths import interpolate
+from mf_jax.reference.names import dit_params
+from mf_jax.types import Condition, Draws, Rows
+
+FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
+CASES = sorted(FOLDER.glob("meanflow_*.npz"))
+TOLERANCE = 1e-5  # relative to the norm
+
+
+def _assert_close(ours, theirs, name):
+    error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+    assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+
+
+def _load(path):
+    case = dict(np.load(path))
+    meta = json.loads(str(case.pop("meta")))
+
+    def tree(prefix):
+        return dit_params({k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)})
+
+    return meta, case, tree("params/net/"), tree("grads/net/")
+
+
+def _network(meta):
+    model = meta["model"]
+    return DiT(
+        patch_size=model["patch_size"],
+        depth=model["depth"],
+        width=model["hidden_size"],
+        num_heads=model["num_heads"],
+        num_classes=model["num_classes"],
+    )
+
+
+def _draws(meta, case):
+    names = {"x": "x", "e": "e", "t": "t", "r": "r", "labels": "y", "dropped": "dropped"}
+    n = meta["batch"]["num_instant"]
+    rows = Rows(**{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()})
+    return Draws(instant=jax.tree.map(lambda a: a[:n], rows), interval=jax.tree.map(lambda a: a[n:], rows))
+
+
+def _objective(meta):
+    settings = meta["objective"]
+    guidance = Guidance(
+        omega=settings["omega"],
+        kappa=settings["kappa"],
+        t_start=settings["guidance_t_start"],
+        t_end=settings["guidance_t_end"],
+    )
+    off = settings["guidance"] == "none"
+    return MeanFlow(
+        guidance=Guidance() if off else guidance,
+        weight=AdaptiveWeight(p=settings["norm_p"], c=settings["norm_eps"]),
+    )
+
+
+def test_recorded_cases_are_there():
+    assert CASES, f"no meanflow_*.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def test_recorded_case(path):
+    meta, case, params, grads = _load(path)
+    field, draws, objective = as_field(_network(meta)), _draws(meta, case), _objective(meta)
+    r, t = (jnp.asarray(case[f"in/{name}"]) for name in "rt")
+    with jax.default_matmul_precision(meta["matmul_precision"]):
+        z = interpolate(jnp.asarray(case["in/x"]), jnp.asarray(case["in/e"]), t=t)
+        u = field(params, z, r=r, t=t, condition=Condition(jnp.asarray(case["in/y"]))).u
+        (loss, metrics), ours = jax.jit(
+            jax.value_and_grad(lambda p: objective.loss(field, p, draws, jnp.int32(0)), has_aux=True)
+        )(params)
+    _assert_close(u, case["out/u"], "u")
+    _assert_close(loss, case["out/loss"], "loss")
+    _assert_close(metrics["loss"].compute(), case["out/metric/loss"], "metric loss")
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        _assert_close(ours[name], theirs[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (name, count)
+        for name, count in json.loads((FOLDER / "parameter_counts.json").read_text()).items()
+        if name.startswith("DiT_")
+    ],
+)
+def test_parameter_count(name, count):
+    _, size, patch = name.split("_")
+    depth, width, heads = DIT_SIZES[size]
+    network = DiT(patch_size=int(patch), depth=depth, width=width, num_heads=heads, num_classes=1000)
+    params = jax.eval_shape(lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_every_published_dit_size_is_counted():
+    counted = {name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())}
+    assert set(DIT_SIZES) - {"digits"} <= counted

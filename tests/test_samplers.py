@@ -1,0 +1,67 @@
+"""Samplers on fields whose answer is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import STD, gaussian_field
+
+from mf_jax.samplers import sample, time_grid
+from mf_jax.types import BadInput, Condition, Prediction
+
+MEAN = 0.3
+
+
+def _run(times, learns_average=True):
+    e = jnp.linspace(-2, 2, 9)[:, None]
+    field = gaussian_field(lambda labels: jnp.full(labels.shape, MEAN))
+    condition = Condition(jnp.zeros(9, jnp.int32))
+    return e, sample(field, jnp.zeros(4), e, condition, times=times, learns_average=learns_average)
+
+
+@pytest.mark.parametrize(
+    "times", [time_grid(1), time_grid(2), time_grid(8), time_grid(0, (1.0, 0.9, 0.2, 0.0))]
+)
+def test_average_velocity_lands_on_the_data_in_any_number_of_steps(times):
+    e, x = _run(times)
+    np.testing.assert_allclose(x, MEAN + STD * e, rtol=1e-5, atol=1e-5)
+
+
+def test_euler_needs_many_steps():
+    e, coarse = _run(time_grid(2), learns_average=False)
+    _, fine = _run(time_grid(2000), learns_average=False)
+    assert np.abs(coarse - (MEAN + STD * e)).max() > 0.05
+    np.testing.assert_allclose(fine, MEAN + STD * e, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_as_many_evaluations_as_steps_each_over_its_own_interval(steps):
+    seen = []
+
+    def field(params, z, *, r, t, condition):
+        jax.debug.callback(lambda r, t: seen.append((float(r), float(t))), r[0], t[0], ordered=True)
+        return Prediction(u=jnp.ones_like(z))
+
+    e = jnp.zeros((2, 1))
+    x = sample(field, {}, e, Condition(jnp.zeros(2, jnp.int32)), times=time_grid(steps), learns_average=True)
+    jax.effects_barrier()
+    edges = [1 - i / steps for i in range(steps + 1)]
+    np.testing.assert_allclose(seen, list(zip(edges[1:], edges[:-1], strict=True)), atol=1e-6)
+    np.testing.assert_allclose(x, -1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [
+        (0, ()),
+        (-2, ()),
+        (1, (1.0,)),
+        (1, (0.9, 0.0)),
+        (1, (1.0, 0.1)),
+        (1, (1.0, 0.2, 0.5, 0.0)),
+        (1, (1.0, 1.0, 0.0)),
+    ],
+)
+def test_bad_grids_are_refused(steps, times):
+    with pytest.raises(BadInput, match=r"sample\.(steps|times)"):
+        time_grid(steps, times)
