@@ -38,6 +38,8 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     try:
         rest = values(list(argv))
         config = values.config
+        if config is not None:
+            config.lock()  # a file that could not be loaded says so at the first use
     except Exception as error:  # a config file is a program: it may raise anything
         raise BadInput(_explain(error, argv)) from error
     if len(rest) > 1:

@@ -162,7 +162,7 @@ def _sample(
     learns_average: bool,
     shape: tuple[int, ...],
     params: PyTree,
-    seed: int,
+    seed: Array,
     times: Array,
     index: Array,
     labels: Array,

@@ -24,17 +24,18 @@ NEVER = -1
 class TrainState:
     """Everything that changes from step to step; all of it is in a checkpoint.
 
-    step: steps done. params: float32. ema: parameters by decay. opt_state: of the optimiser.
+    step: steps done, int32. params: float32. ema: parameters by decay. opt_state: of the optimiser.
     metrics: sums and counts since the last row of metrics.jsonl. first_bad_step: the first step (counted from 1)
-    with a metric that is not finite, or `NEVER`; from then on the metrics stand still, so that they name it.
+    with a metric that is not finite, or `NEVER`, int32; from then on the metrics stand still, so that they name it.
+    Fields may hold shapes or shardings in the place of arrays.
     """
 
-    step: Int[Array, ""]
+    step: PyTree
     params: PyTree
     ema: dict[str, PyTree]
     opt_state: PyTree
     metrics: dict[str, Average]
-    first_bad_step: Int[Array, ""]
+    first_bad_step: PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""What several test files share: a small run, trained once, and the command line as a function."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--config.model.depth=1",
+    "--config.model.width=16",
+    "--config.train.num_steps=12",
+    "--config.train.batch_size=16",
+    "--config.optim.warmup_steps=0",
+    "--config.log.every_steps=3",
+    "--config.log.sample_every_steps=5",
+    "--config.checkpoint.every_steps=4",
+    "--config.eval.num_samples=80",
+    "--config.eval.steps=1,2",
+)
+"""Makes any config of digits or toy2d a matter of seconds."""
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Return a function that runs a command line in this process and returns (exit code, stdout, stderr)."""
+    from mf_jax.main import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mf_jax", *map(str, arguments)])
+        capsys.readouterr()
+        code = main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Return the environment for child processes; they share what they compile."""
+    cache = tmp_path_factory.mktemp("compiled")
+    more = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return os.environ | more
+
+
+@pytest.fixture(scope="session")
+def spawn(environment):
+    """Return a function that starts a command line as a process of its own."""
+
+    def start(*arguments, **more):
+        return subprocess.Popen(
+            [sys.executable, "-m", "mf_jax.main", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, spawn):
+    """Return the workdir of a tiny finished run of configs/digits.py; do not change it."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    process = spawn("--config=configs/digits.py", f"--workdir={workdir}", *TINY)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return workdir
+
+
+@pytest.fixture
+def copy_of_trained(trained, tmp_path):
+    """Return a copy of the finished run that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
