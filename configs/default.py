@@ -47,19 +47,19 @@ def get_config() -> ConfigDict:
             omega=1.0,  # factor of the sample's own velocity
             kappa=0.0,  # factor of the network's conditional velocity, in [0, 1); scale = omega / (1 - kappa)
             t_start=0.0,  # guide only for t in [t_start, t_end]
-            t_end=1.0,
+            t_end=1.0,  # the window's end, at least t_start
         )
     )
     config.weight = section(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike
-        c=0.01,
+        c=0.01,  # above 0; keeps the weight of a small error finite
     )
     config.times = section(
         name="logit_normal",  # uniform | logit_normal
-        t_mean=-0.4,  # mean and standard deviation of logit t ...
-        t_std=1.0,
-        r_mean=-0.4,  # ... and of logit r; the larger of the two draws is t
-        r_std=1.0,
+        t_mean=-0.4,  # logit_normal: mean of logit t
+        t_std=1.0,  # logit_normal: its standard deviation
+        r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
+        r_std=1.0,  # logit_normal: its standard deviation
     )
     config.draws = section(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
@@ -74,9 +74,9 @@ def get_config() -> ConfigDict:
         lr=1e-3,  # peak learning rate of adamw
         warmup_steps=0,  # steps of linear warm-up from 0
         schedule="constant",  # after warm-up: constant | cosine (to 0 at train.num_steps)
-        b1=0.9,
-        b2=0.95,
-        weight_decay=0.0,
+        b1=0.9,  # decay of the first moment
+        b2=0.95,  # decay of the second moment
+        weight_decay=0.0,  # decoupled
         clip_norm=0.0,  # clip gradients to this global norm; 0 = off
     )
     config.ema = section(

@@ -1,25 +1,18 @@
-"""From a config to the records it describes; every problem of a config in one error, before any device work."""
+"""Checks of a config: every problem in one error, before any device work; and that it is the run that it continues."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 from ml_collections import ConfigDict
 
+from mf_jax.build import check_labels, choose_ema, make_network, make_objective, make_scheme
 from mf_jax.data import Source, make_source
-from mf_jax.draws import DrawScheme, group_sizes
-from mf_jax.guidance import Guidance
-from mf_jax.models import DIT_SIZES, NETWORKS
-from mf_jax.models.layers import TIME_CONDITIONINGS
-from mf_jax.objectives import OBJECTIVES, Objective
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.draws import group_sizes
 from mf_jax.optim import SCHEDULES
 from mf_jax.samplers import time_grid
-from mf_jax.times import TIMES
-from mf_jax.types import NO_LABEL, BadInput, nearest
+from mf_jax.types import BadInput, nearest
 
 SECTIONS_OF_A_RUN = (
     "seed",
@@ -35,112 +28,6 @@ SECTIONS_OF_A_RUN = (
     "ema",
 )
 """What decides a run's numbers; the other sections may change when a run is continued."""
-
-
-def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
-    """Return a table's entry.
-
-    Args:
-      key: the config key that names it, for the error.
-      name: the entry's name.
-      table: the known entries.
-
-    Raises:
-      BadInput: if the name is unknown; lists the known ones.
-    """
-    if name not in table:
-        raise BadInput(f"{key}={name!r}: must be one of {', '.join(table)}{nearest(name, table)}")
-    return table[name]
-
-
-def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
-    """Construct a record from the keys of a section that are its fields.
-
-    Args:
-      record: a dataclass.
-      section: its values, and perhaps those of other records.
-      more: fields that the config does not hold.
-    """
-    fields = {field.name for field in dataclasses.fields(record)}
-    return record(**{key: value for key, value in section.items() if key in fields}, **more)
-
-
-def make_objective(config: ConfigDict) -> Objective:
-    """Return the objective that a config names, with its guidance and weight."""
-    objective = look_up("objective.name", config.objective.name, OBJECTIVES)
-    parts = {"guidance": (Guidance, config.guidance), "weight": (AdaptiveWeight, config.weight)}
-    fields = {field.name for field in dataclasses.fields(objective)}
-    more = {name: from_section(*part) for name, part in parts.items() if name in fields}
-    return from_section(objective, config.objective, **more)
-
-
-def make_scheme(config: ConfigDict) -> DrawScheme:
-    """Return how a config draws its random numbers."""
-    times = look_up("times.name", config.times.name, TIMES)
-    return from_section(DrawScheme, config.draws, times=from_section(times, config.times))
-
-
-def make_network(config: ConfigDict, *, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Return the network that a config names.
-
-    Args:
-      config: the run's config.
-      shape: of one data element, (H, W, C) or (D,).
-      num_classes: of the data; 0 makes an unconditional network.
-
-    Raises:
-      BadInput: for unknown names, or sizes that do not fit one another or the data.
-    """
-    model = config.model
-    network = look_up("model.name", model.name, NETWORKS)
-    look_up("model.time_conditioning", model.time_conditioning, TIME_CONDITIONINGS)
-    look_up("model.dtype", model.dtype, {"float32": 0, "bfloat16": 0})
-    if (model.name == "dit") != (len(shape) == 3):
-        kind, fit = ("images", "dit") if len(shape) == 3 else ("vectors", "mlp")
-        raise BadInput(
-            f"model.name={model.name!r}: the data are {kind} of shape {shape}; use model.name={fit}"
-        )
-    sizes = {name: model[name] for name in ("depth", "width", "num_heads")}
-    if model.name == "dit":
-        row = look_up("model.size", model.size, DIT_SIZES)
-        sizes = {name: given or default for (name, given), default in zip(sizes.items(), row, strict=True)}
-        _check_dit(sizes, model.patch_size, shape)
-    elif not (sizes["depth"] > 0 and sizes["width"] > 0):
-        raise BadInput(
-            f"model.depth={model.depth}, model.width={model.width}: an mlp needs both above 0; try 4 and 256"
-        )
-    return from_section(network, ConfigDict({**model, **sizes}), num_classes=num_classes)
-
-
-def _check_dit(sizes: Mapping[str, int], patch_size: int, shape: tuple[int, ...]) -> None:
-    for name, value in sizes.items():
-        if value <= 0:
-            raise BadInput(f"model.{name}={value}: must be above 0, or 0 for what model.size says")
-    if patch_size <= 0 or shape[0] % patch_size or shape[1] % patch_size:
-        raise BadInput(f"model.patch_size={patch_size}: must divide the image size {shape[0]}x{shape[1]}")
-    if sizes["width"] % 4 or sizes["width"] % sizes["num_heads"]:
-        raise BadInput(
-            f"model.width={sizes['width']}: must be divisible by 4 and by model.num_heads={sizes['num_heads']}"
-        )
-
-
-def ema_names(config: ConfigDict) -> tuple[str, ...]:
-    """Return the names of a run's moving averages: their decays as written, e.g. ("0.999", "0.9999")."""
-    return tuple(repr(float(decay)) for decay in config.ema.decays)
-
-
-def choose_ema(config: ConfigDict, key: str, name: str) -> str:
-    """Return which parameters `sample.ema` or `eval.ema` selects: a name of `ema_names`, or `none`.
-
-    Raises:
-      BadInput: if the run has no such moving average.
-    """
-    names = (*ema_names(config), "none")
-    if name == "":
-        return names[0]
-    if name not in names:
-        raise BadInput(f"{key}={name!r}: this run has {', '.join(names)}")
-    return name
 
 
 def validate(config: ConfigDict, *, num_devices: int) -> Source:
@@ -172,7 +59,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
     problems += [message for message, is_wrong in _wrong_numbers(config).items() if is_wrong]
     if source is not None:
         check(lambda: make_network(config, shape=source.shape, num_classes=source.num_classes))
-        check(lambda: check_labels(config.sample.labels, source.num_classes))
+        check(lambda: check_labels(config.sample.labels, source.num_classes, config))
         check(lambda: _check_conditioning(config, source))
     for build in _sampling_checks(config):
         check(build)
@@ -196,6 +83,11 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
     if source.num_classes == 0 and (omega, kappa) != (1, 0):
         raise BadInput(
             f"guidance.omega={omega}, guidance.kappa={kappa}: the data have no labels to guide by; use omega=1, kappa=0"
+        )
+    if (omega, kappa) != (1, 0) and config.draws.label_drop_share == 0:
+        raise BadInput(
+            f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
+            "use draws.label_drop_share=0.1"
         )
     if config.data.flip and len(source.shape) != 3:
         raise BadInput("data.flip=True: only images can be mirrored; use data.flip=False")
@@ -248,17 +140,6 @@ def _sampling_checks(config: ConfigDict) -> list[Callable[[], Any]]:
         lambda: choose_ema(config, "sample.ema", config.sample.ema),
         lambda: choose_ema(config, "eval.ema", config.eval.ema),
     ]
-
-
-def check_labels(labels: Iterable[int], num_classes: int) -> None:
-    """Raise BadInput unless every label is a class of the model or `NO_LABEL`."""
-    wrong = [label for label in labels if not NO_LABEL <= label < num_classes]
-    if wrong and num_classes == 0:
-        raise BadInput(f"sample.labels={tuple(labels)}: this model has no classes; leave labels out")
-    if wrong:
-        raise BadInput(
-            f"sample.labels: {wrong[0]} is not a class; they go from 0 to {num_classes - 1}, -1 for none"
-        )
 
 
 def as_json(config: ConfigDict) -> str:

@@ -21,12 +21,13 @@ from rich.table import Table
 
 from mf_jax import diagnostics, metrics
 from mf_jax import workdir as run_folder
-from mf_jax.config import make_objective, make_scheme, validate
+from mf_jax.build import make_objective, make_scheme
+from mf_jax.config import validate
 from mf_jax.data import Batch, Source, make_source, read
+from mf_jax.generator import Generator, load_for, to_pixels
 from mf_jax.models import as_field
 from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
-from mf_jax.sample import Generator, load_for, to_pixels
 from mf_jax.types import Rows
 
 _DIAGNOSTIC_ROWS = 1024

@@ -34,17 +34,17 @@ def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int
 
 
 def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
+    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
     """Return adamw with optional clipping.
 
     Args:
-      schedule: the learning rate.
+      rate: the learning rate as a function of the step.
       b1, b2: decay of adam's first and second moment, in [0, 1).
       weight_decay: decoupled weight decay, at least 0.
       clip_norm: clip gradients to this global norm first; 0 = off.
     """
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 

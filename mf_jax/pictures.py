@@ -11,6 +11,7 @@ from mf_jax.types import NO_LABEL, BadInput
 
 _INK, _MUTED = "#1f2933", "#66727f"
 _TILE, _GAP, _FONT = 56, 4, 13
+_MOST_TILES, _MOST_CLASSES = 100, 10
 
 
 def save_grid(
@@ -64,6 +65,39 @@ def save_grid(
             name = _shorten(names[i], font, width * scale)
             draw.text((x + width * scale // 2, y + height * scale + 2), name, _MUTED, font, anchor="ma")
     sheet.save(path, format="PNG")
+
+
+def save_sample_grid(
+    path: str | os.PathLike[str],
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, "n"],
+    class_names: Sequence[str],
+) -> None:
+    """Save at most 100 samples, a row for each class or, where classes are too many for that, a label under each.
+
+    Args:
+      path: PNG file to write.
+      images: uint8 `[N, H, W, C]`, N >= 1.
+      labels: int `[N]`, `NO_LABEL` for none.
+      class_names: names of the classes, empty for an unconditional model.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    columns = min(_MOST_TILES // len(classes), int(counts.min()))
+    if not class_names:
+        save_grid(path, images[:_MOST_TILES])
+    elif columns < 2:
+        save_grid(path, images[:_MOST_TILES], labels=labels[:_MOST_TILES], class_names=class_names)
+    else:
+        rows = np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes])
+        save_grid(path, images[rows], labels=labels[rows], class_names=class_names, columns=columns)
+
+
+def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
+    """Return labels for a picture: at most ten classes, evenly spaced among all, each equally often."""
+    if not num_classes:
+        return np.full(num, NO_LABEL, np.int32)
+    chosen = np.linspace(0, num_classes - 1, min(num_classes, _MOST_CLASSES)).round().astype(np.int32)
+    return np.resize(chosen, num)
 
 
 def _grid_columns(count: int, labels: np.ndarray | None) -> int:

@@ -1,247 +1,25 @@
-"""--mode=sample, and the generator that evaluation, notebooks and sample grids share."""
+"""--mode=sample: samples.npz in the convention of the field's evaluators, and pictures."""
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+import io
 from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from mf_jax import samplers
 from mf_jax import workdir as run_folder
-from mf_jax.checkpoint import Checkpoints
-from mf_jax.config import check_labels, choose_ema, ema_names, make_network, make_objective
+from mf_jax.build import make_objective
 from mf_jax.data import make_source, read
-from mf_jax.models import as_field, initial_params
-from mf_jax.pictures import save_grid
+from mf_jax.generator import Generator, load_for
+from mf_jax.pictures import save_sample_grid
 from mf_jax.plots import save_field, save_scatter, save_transport
+from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
 from mf_jax.samplers import time_grid
-from mf_jax.sharding import batch_sharding, make_mesh, state_sharding
-from mf_jax.types import NO_LABEL, BadInput, Condition
 
-GRID_SIZE = 100
-_GRID_CLASSES = 10
 _SCATTER_POINTS = 5000
-
-
-def to_pixels(x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Return images in [-1, 1] as bytes: round((x + 1) * 127.5), clipped to [0, 255]."""
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def all_classes_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
-    """Return labels 0, 1, ..., 0, 1, ... `[num]`, as balanced as can be; `NO_LABEL` without classes."""
-    return (np.arange(num) % num_classes if num_classes else np.full(num, NO_LABEL)).astype(np.int32)
-
-
-def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
-    """Return labels for a picture: at most ten classes, evenly spaced among all, each equally often."""
-    if not num_classes:
-        return all_classes_in_turn(num, 0)
-    chosen = np.linspace(0, num_classes - 1, min(num_classes, _GRID_CLASSES)).round().astype(np.int32)
-    return np.resize(chosen, num)
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A trained model, ready to sample.
-
-    Args:
-      config: of its run.
-      network: the network.
-      params: its parameters.
-      shape: of one sample, (H, W, C) or (D,).
-      num_classes: 0 for an unconditional model.
-      class_names: of the classes.
-      step: training steps behind the parameters.
-      ema: which moving average they are, or `none`.
-    """
-
-    config: ConfigDict
-    network: nn.Module
-    params: PyTree
-    shape: tuple[int, ...]
-    num_classes: int
-    class_names: tuple[str, ...]
-    step: int
-    ema: str
-
-    def sample(
-        self,
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
-        *,
-        num: int | None = None,
-        steps: int = 1,
-        times: Sequence[float] = (),
-        seed: int = 0,
-        batch_size: int = 256,
-    ) -> Shaped[np.ndarray, "n ..."]:
-        """Return samples; sample i depends on (seed, i, its label) and the time grid alone.
-
-        Args:
-          labels: classes, one for each sample, -1 for none; by default all classes in turn.
-          num: number of samples; by default one for each label. Labels are repeated to reach it.
-          steps: network evaluations of one sample, at least 1.
-          times: the time grid instead, falling from 1.0 to 0.0.
-          seed: of the noise.
-          batch_size: samples computed at once.
-
-        Returns:
-          Images uint8 `[N, H, W, C]` in [0, 255], or vectors float32 `[N, D]`.
-
-        Raises:
-          BadInput: for labels that are no classes, or a number of samples or steps below 1.
-        """
-        x = self.sample_raw(labels, num=num, steps=steps, times=times, seed=seed, batch_size=batch_size)
-        return to_pixels(x) if len(self.shape) == 3 else x
-
-    def sample_raw(
-        self,
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
-        *,
-        num: int | None = None,
-        steps: int = 1,
-        times: Sequence[float] = (),
-        seed: int = 0,
-        batch_size: int = 256,
-    ) -> Float[np.ndarray, "n ..."]:
-        """Return samples as `sample` does, but float32 in the range of the training data, not rounded or clipped."""
-        grid = time_grid(steps, times)
-        labels = self.labels_for(labels, num)
-        if batch_size < 1:
-            raise BadInput(f"batch_size={batch_size}: must be at least 1")
-        mesh = make_mesh(data=0, fsdp=1)
-        size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
-        sharding = batch_sharding(mesh)
-        parts = []
-        for first in range(0, len(labels), size):
-            index = np.arange(first, first + size, dtype=np.int32)
-            chosen = labels[np.minimum(index, len(labels) - 1)]  # the last batch is padded, then cut
-            x = _sample(
-                self.network,
-                make_objective(self.config).learns_average,
-                self.shape,
-                self.params,
-                seed,
-                jnp.asarray(grid, jnp.float32),
-                jax.device_put(index, sharding),
-                jax.device_put(chosen, sharding),
-            )
-            parts.append(np.asarray(x))
-        return np.concatenate(parts)[: len(labels)]
-
-    def labels_for(
-        self, labels: Sequence[int] | Int[np.ndarray, "n"] | None, num: int | None = None
-    ) -> Int[np.ndarray, "n"]:
-        """Return the label of each of num samples, int32 `[num]`; see `sample`."""
-        given = np.asarray([] if labels is None else labels, np.int32).ravel()
-        num = len(given) if num is None and len(given) else num
-        if num is None or num < 1:
-            raise BadInput(f"num={num}: must be at least 1; give num or labels")
-        check_labels(given.tolist(), self.num_classes)
-        return np.resize(given, num) if len(given) else all_classes_in_turn(num, self.num_classes)
-
-    def average_velocity(
-        self, z: Float[np.ndarray, "n ..."], *, r: float, t: float, labels: Int[np.ndarray, "n"] | None = None
-    ) -> Float[np.ndarray, "n ..."]:
-        """Return u(z, r, t) for points z `[N, ...]`, without labels by default."""
-        labels = np.full(len(z), NO_LABEL, np.int32) if labels is None else labels
-        r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
-        return np.asarray(_evaluate(self.network, self.params, jnp.asarray(z, jnp.float32), r, t, labels))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(
-    network: nn.Module,
-    learns_average: bool,
-    shape: tuple[int, ...],
-    params: PyTree,
-    seed: Array,
-    times: Array,
-    index: Array,
-    labels: Array,
-) -> Array:
-    key = jax.random.key(seed)
-    e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
-    # evaluation must not depend on what precision a platform calls its default
-    with jax.default_matmul_precision("highest"):
-        return samplers.sample(
-            as_field(network), params, e, Condition(labels), times=times, learns_average=learns_average
-        )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array, labels: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return as_field(network)(params, z, r=r, t=t, condition=Condition(labels)).u
-
-
-def load(workdir: str | Path, *, ema: str = "") -> Generator:
-    """Load the newest checkpoint of a run.
-
-    Args:
-      workdir: the run's folder.
-      ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
-
-    Returns:
-      The generator.
-
-    Raises:
-      BadInput: if there is no run or no checkpoint, or the run has no such moving average.
-    """
-    folder = Path(workdir)
-    config = run_folder.stored_config(folder)
-    return load_as(folder, config, ema=choose_ema(config, "ema", ema))
-
-
-def load_as(folder: Path, config: ConfigDict, *, ema: str) -> Generator:
-    """Load the newest checkpoint of a workdir as the model that a config describes; see `load`."""
-    shape, num_classes, class_names = run_folder.stored_data(folder)
-    network = make_network(config, shape=shape, num_classes=num_classes)
-    like = jax.eval_shape(lambda key: initial_params(network, shape, key), jax.random.key(0))
-    shardings = state_sharding(make_mesh(data=0, fsdp=1), like)
-    like = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, shardings
-    )
-    step, params = Checkpoints(folder, read_only=True).restore_params(like, ema=ema, names=ema_names(config))
-    return Generator(config, network, params, shape, num_classes, class_names, step, ema)
-
-
-def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
-    """Load the run of a workdir for a command's config, which must describe the same run.
-
-    Args:
-      workdir: the run's folder.
-      config: of the command.
-      key: the section that says which moving average, `sample` or `eval`.
-
-    Raises:
-      BadInput: as `load`, or if the config describes another run.
-    """
-    run_folder.check(workdir, config)
-    return load_as(workdir, config, ema=choose_ema(config, f"{key}.ema", config[key].ema))
-
-
-def write_grid(
-    path: Path, images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"], generator: Generator
-) -> None:
-    """Write at most `GRID_SIZE` images as a PNG, a row for each class where there are classes."""
-    if generator.num_classes == 0:
-        save_grid(path, images[:GRID_SIZE], columns=int(min(len(images), GRID_SIZE) ** 0.5))
-        return
-    classes, counts = np.unique(labels, return_counts=True)
-    columns = min(GRID_SIZE // len(classes), int(counts.min()))
-    if columns < 2:  # too many classes for a row each: a label at every picture
-        rows, columns = np.arange(min(len(images), GRID_SIZE)), 0
-    else:
-        rows = np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes])
-    save_grid(path, images[rows], labels=labels[rows], class_names=generator.class_names, columns=columns)
+_INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
+"""Where (r, t) the velocity of a network that never saw r < t is plotted."""
 
 
 def _plot_vectors(
@@ -253,9 +31,12 @@ def _plot_vectors(
     title = f"{steps}-step samples after {generator.step:,} training steps"
     save_scatter(workdir / "scatter.png", samples[:_SCATTER_POINTS], data, title=title)
     reach = 1.25 * float(np.abs(data).max())
-    save_field(workdir / "field.png", generator.average_velocity, limits=(-reach, reach))
+    limits = (-reach, reach)
     if make_objective(config).learns_average:
-        save_transport(workdir / "transport.png", generator.average_velocity, data, limits=(-reach, reach))
+        save_field(workdir / "field.png", generator.average_velocity, limits=limits)
+        save_transport(workdir / "transport.png", generator.average_velocity, data, limits=limits)
+    else:
+        save_field(workdir / "field.png", generator.average_velocity, limits=limits, times=_INSTANTS)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -275,13 +56,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
         labels, steps=wanted.steps, times=wanted.times, seed=wanted.seed, batch_size=wanted.batch_size
     )
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.num_classes else {})
-    np.savez(workdir / "samples.npz", **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    replace_file(workdir / "samples.npz", content.getvalue())
     if samples.ndim == 4:
-        write_grid(workdir / "samples.png", samples, labels, generator)
+        save_sample_grid(workdir / "samples.png", samples, labels, generator.class_names)
     else:
         _plot_vectors(config, workdir, generator, samples)
     write_report(workdir)
     print(f"{len(samples)} samples from step {generator.step}, ema {generator.ema}, seed {wanted.seed}:")
     run_folder.tell(
-        workdir, samples="samples.npz", picture="samples.png", plot="scatter.png", report="report.html"
+        workdir,
+        samples="samples.npz",
+        picture="samples.png",
+        scatter="scatter.png",
+        field="field.png",
+        transport="transport.png",
+        report="report.html",
     )

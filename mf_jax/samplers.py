@@ -47,7 +47,7 @@ def sample(
     e: Float[Array, "b ..."],
     condition: Condition,
     *,
-    times: Sequence[float],
+    times: Sequence[float] | Float[Array, "n"],
     learns_average: bool,
 ) -> Float[Array, "b ..."]:
     """Carry noise to data in len(times) - 1 network evaluations.

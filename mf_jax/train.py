@@ -22,14 +22,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
+from mf_jax.build import ema_names, from_section, make_network, make_objective, make_schedule, make_scheme
 from mf_jax.checkpoint import Checkpoints
-from mf_jax.config import ema_names, make_network, make_objective, make_scheme, validate
+from mf_jax.config import validate
 from mf_jax.data import Source, make_batches, read
-from mf_jax.optim import learning_rate, make_optimizer
+from mf_jax.generator import Generator
+from mf_jax.optim import make_optimizer
+from mf_jax.pictures import few_classes, save_sample_grid
 from mf_jax.plots import save_scatter
 from mf_jax.report import RunLog
 from mf_jax.report_page import write_report
-from mf_jax.sample import Generator, few_classes, write_grid
 from mf_jax.sharding import make_mesh, put_batch, state_sharding
 from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
 
@@ -79,32 +81,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
     """Return what the training step of a config on a data source is made of."""
-    optim = config.optim
     return StepParts(
         network=make_network(config, shape=source.shape, num_classes=source.num_classes),
         shape=source.shape,
         objective=make_objective(config),
         scheme=make_scheme(config),
-        optimizer=make_optimizer(
-            _schedule(config),
-            b1=optim.b1,
-            b2=optim.b2,
-            weight_decay=optim.weight_decay,
-            clip_norm=optim.clip_norm,
-        ),
+        optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
         ema_names=ema_names(config),
         seed=config.seed,
         log_every_steps=config.log.every_steps,
         batch_size=config.train.batch_size,
-    )
-
-
-def _schedule(config: ConfigDict):
-    return learning_rate(
-        lr=config.optim.lr,
-        warmup_steps=config.optim.warmup_steps,
-        schedule=config.optim.schedule,
-        num_steps=config.train.num_steps,
     )
 
 
@@ -146,7 +132,7 @@ def _loop(
     start = done = int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=shardings)
-    schedule = _schedule(config)
+    schedule = make_schedule(config)
     batches = make_batches(
         source,
         batch_size=config.train.batch_size,
@@ -221,7 +207,7 @@ def _draw(
     how = {"steps": config.sample.steps, "times": config.sample.times, "seed": config.sample.seed}
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
-        write_grid(path, generator.sample(labels, **how), labels, generator)
+        save_sample_grid(path, generator.sample(labels, **how), labels, source.class_names)
     else:
         points = generator.sample(num=_SCATTER_SAMPLES, **how)
         save_scatter(path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}")

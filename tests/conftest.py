@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ TINY = (
     "--config.eval.steps=1,2",
 )
 """Makes any config of digits or toy2d a matter of seconds."""
+
+
+def pytest_configure(config):
+    """Let this process and its children share what they compile: most tests train the same few tiny networks."""
+    config.compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+
+
+def pytest_unconfigure(config):
+    config.compiled.cleanup()
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +57,14 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Return the environment for child processes; they share what they compile."""
-    cache = tmp_path_factory.mktemp("compiled")
-    more = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-    }
-    return os.environ | more
-
-
-@pytest.fixture(scope="session")
-def spawn(environment):
+def spawn():
     """Return a function that starts a command line as a process of its own."""
 
     def start(*arguments, **more):
         return subprocess.Popen(
             [sys.executable, "-m", "mf_jax.main", *map(str, arguments)],
             cwd=ROOT,
-            env=environment | more,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -56,8 +56,8 @@ BAD_KEYS = [
     ("draws.instant_share=-0.5", "instant_share=-0.5"),
     ("draws.label_drop_share=2.0", "label_drop_share"),
     ("draws.label_drop=none", "label_drop", "any_row"),
-    ("train.batch_size=6", "batch_size=6", "multiple of 4"),
-    ("train.batch_size=2", "batch_size=2", "multiple of 4"),
+    ("train.batch_size=7", "batch_size=7", "multiple of 2"),
+    ("train.batch_size=1", "batch_size=1", "multiple of 2"),
     ("train.batch_size=0", "batch_size=0"),
     ("train.num_steps=0", "num_steps=0"),
     ("guidance.omega=-1.0", "omega"),
@@ -132,6 +132,16 @@ def test_guidance_without_labels(command, tmp_path):
     _assert_refused(
         command(TOY, f"--workdir={tmp_path}/run", "--config.guidance.kappa=0.5"), "no labels to guide by"
     )
+
+
+def test_guidance_without_rows_that_lose_their_label(command, tmp_path):
+    bad = ("--config.guidance.kappa=0.5", "--config.draws.label_drop_share=0.0")
+    _assert_refused(command(DIGITS, f"--workdir={tmp_path}/run", *bad), "label_drop_share=0.1")
+
+
+def test_no_label_for_a_model_that_never_trained_without(command, tmp_path):
+    bad = ("--config.sample.labels=(-1,)", "--config.draws.label_drop_share=0.0")
+    _assert_refused(command(DIGITS, f"--workdir={tmp_path}/run", *bad), "-1 means nothing")
 
 
 def test_labels_for_an_unconditional_model(command, tmp_path):
@@ -215,7 +225,7 @@ def test_broken_picture_is_skipped_named_and_counted(spawn, tmp_path):
     (folder / "dog" / "03.png").write_bytes(b"not a picture")
     config = [a for a in _picture_config(folder) if "num_steps" not in a]
     process = spawn(*config, "--config.train.num_steps=2", f"--workdir={tmp_path}/run")
-    out, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "03.png" in errors
     assert " 1 " in errors

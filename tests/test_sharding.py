@@ -1,0 +1,70 @@
+"""Several devices compute what one computes, and parameters are really split over fsdp."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from mf_jax import sharding
+
+ARGUMENTS = (
+    "--config=configs/digits.py",
+    "--config.model.depth=1",
+    "--config.model.width=64",
+    "--config.train.num_steps=6",
+    "--config.train.batch_size=32",
+    "--config.log.every_steps=1",
+    "--config.log.sample_every_steps=0",
+    "--config.optim.warmup_steps=0",
+)
+
+
+def _losses(spawn, workdir, devices, *more):
+    process = spawn(
+        *ARGUMENTS,
+        f"--workdir={workdir}",
+        *more,
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    )
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"{devices} cpu device" in out
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[row["u_error"], row["v_error"], row["grad_norm"], row["du_dt"]] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "mesh", [("--config.mesh.fsdp=1",), ("--config.mesh.data=4", "--config.mesh.fsdp=2")]
+)
+def test_eight_devices_compute_what_one_computes(spawn, tmp_path, mesh):
+    one = _losses(spawn, tmp_path / "one", 1)
+    eight = _losses(spawn, tmp_path / "eight", 8, *mesh)
+    np.testing.assert_allclose(eight, one, rtol=2e-4)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(spawn, tmp_path):
+    process = spawn(
+        *ARGUMENTS,
+        f"--workdir={tmp_path}/run",
+        "--config.train.batch_size=12",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "train.batch_size=12" in errors
+    assert "8 devices" in errors
+
+
+def test_large_arrays_are_split_along_their_largest_axis_small_ones_are_not(monkeypatch):
+    monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"))
+    shapes = {"kernel": (256, 1024), "odd": (1001, 400), "bias": (1024,), "prime": (211, 113)}
+    state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    assert sharding.state_sharding(mesh, state) == {
+        "kernel": PartitionSpec(None, "fsdp"),
+        "odd": PartitionSpec(None, "fsdp"),
+        "bias": PartitionSpec(),
+        "prime": PartitionSpec(),
+    }
