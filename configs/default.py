@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.train = section(
         num_steps=10_000,  # optimisation steps of the whole run
         batch_size=128,  # rows of a step, over all devices
+        log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
     )
     config.optim = section(
         lr=1e-3,  # peak learning rate of adamw
@@ -83,7 +84,6 @@ def get_config() -> ConfigDict:
         decays=(0.9999,),  # one moving average of the parameters for each, all kept at once; each in [0, 1)
     )
     config.log = section(
-        every_steps=100,  # steps between rows of metrics.jsonl
         sample_every_steps=1000,  # steps between sample grids; 0 = only at the end
         progress=True,  # show progress on the terminal
     )

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.weight.p = 0.5
     config.draws.instant_share = 0.5
+    config.draws.label_drop_share = 0.0
     config.train.num_steps = 8000
     config.train.batch_size = 512
     config.optim.lr = 2e-3

@@ -17,6 +17,18 @@ for argument in "$@"; do
     --mode=* | --mode) modes=("") ;;
   esac
 done
+# a stop goes to the run, which saves; the modes after it are left out
+child=0 stopped=0
+trap 'stopped=1; [ "$child" = 0 ] || kill -TERM "$child"' TERM INT
+
 for mode in "${modes[@]}"; do
-  "$python" -m mf_jax.main "${config[@]}" "$@" ${mode:+--mode="$mode"}
+  "$python" -m mf_jax.main "${config[@]}" "$@" ${mode:+--mode="$mode"} &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  if [ "$stopped" = 1 ]; then
+    wait "$child" || true # the first wait ended with the signal, not with the run
+    exit 0
+  fi
+  [ "$code" = 0 ] || exit "$code"
 done

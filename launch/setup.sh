@@ -11,15 +11,16 @@ stamp="$venv/.installed"
 mf_install() {
   local base="${PYTHON:-python3}"
   if command -v uv >/dev/null 2>&1; then
-    [ -x "$python" ] || uv venv --quiet --python "${PYTHON:->=3.11}" "$venv"
-    uv pip install --quiet --python "$python" -r "$root/requirements.txt"
-    return
+    [ -x "$python" ] || uv venv --quiet --python "${PYTHON:->=3.11}" "$venv" || return
+    uv pip install --quiet --python "$python" -r "$root/requirements.txt" || return
+    return 0
   fi
   if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "$base is not Python 3.11 or newer; install one, or name it: PYTHON=python3.12 bash launch/local.sh" >&2
     return 2
   fi
-  [ -x "$python" ] || "$base" -m venv "$venv"
+  # an environment without pip is one whose making failed half-way
+  "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$venv" || return
   "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
 }
 

@@ -16,7 +16,7 @@ from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.objectives.weighting import AdaptiveWeight
 from mf_jax.optim import learning_rate
 from mf_jax.times import TIMES
-from mf_jax.types import NO_LABEL, BadInput, nearest
+from mf_jax.types import NO_LABEL, BadInput, check_known
 
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -30,8 +30,7 @@ def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
     Raises:
       BadInput: if the name is unknown; lists the known ones.
     """
-    if name not in table:
-        raise BadInput(f"{key}={name!r}: must be one of {', '.join(table)}{nearest(name, table)}")
+    check_known(key, name, table)
     return table[name]
 
 

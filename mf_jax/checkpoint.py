@@ -32,7 +32,12 @@ class DamagedCheckpoint(Exception):
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     rest = {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
-    return {"params": state.params, "ema": state.ema, "rest": rest | {"first_bad_step": state.first_bad_step}}
+    items = {
+        "params": state.params,
+        "ema": state.ema,
+        "rest": rest | {"first_bad_step": state.first_bad_step},
+    }
+    return {name: item for name, item in items.items() if item}  # a run without averages has no item for them
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -87,7 +92,10 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise BadInput(f"{self._folder}: cannot be used for checkpoints ({error.strerror})") from error
 
     @property
     def steps(self) -> list[int]:
@@ -121,7 +129,7 @@ class Checkpoints:
         if restored is None:
             return None
         _, items = restored
-        return TrainState(params=items["params"], ema=items["ema"], **items["rest"])
+        return TrainState(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
     def restore_params(self, like: PyTree, *, ema: str, names: tuple[str, ...]) -> tuple[int, PyTree]:
         """Return the step and the parameters of the newest undamaged checkpoint.
@@ -194,9 +202,12 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    # what a reader of damaged files raises depends on where it stumbles: any error means damage
+    # what a reader of damaged files raises depends on where it stumbles: any error means damage, unless it says that
+    # this machine, not the file, is at fault
     try:
         yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as error:
         raise DamagedCheckpoint(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
 

@@ -30,6 +30,25 @@ SECTIONS_OF_A_RUN = (
 """What decides a run's numbers; the other sections may change when a run is continued."""
 
 
+_TUPLES = (
+    ("ema", "decays", float),
+    ("sample", "times", float),
+    ("sample", "labels", int),
+    ("eval", "steps", int),
+)
+
+
+def check_tuples(config: ConfigDict) -> None:
+    """Raise BadInput unless tuples hold numbers of their kind: the command line checks only that they are tuples."""
+    for section, key, kind in _TUPLES:
+        for value in config[section][key]:
+            if isinstance(value, bool) or not isinstance(value, int | kind):
+                what = "a whole number" if kind is int else "a number"
+                raise BadInput(
+                    f"{section}.{key}: {value!r} is not {what}; write for example {section}.{key}=(1,)"
+                )
+
+
 def validate(config: ConfigDict, *, num_devices: int) -> Source:
     """Check a whole config, data included.
 
@@ -52,7 +71,8 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
             problems.append(str(problem))
             return None
 
-    source = check(lambda: make_source(config.data, split="train"))
+    check_tuples(config)  # nothing below could read them
+    source = check(lambda: _training_split(config))
     check(lambda: make_objective(config))
     check(lambda: make_scheme(config))
     check(lambda: _check_batch(config, num_devices))
@@ -66,6 +86,13 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
     if problems:
         raise BadInput("; ".join(problems))
     return source
+
+
+def _training_split(config: ConfigDict) -> Source:
+    try:
+        return make_source(config.data, split="train")
+    except BadInput as problem:  # a source names its argument, which is a key of this section
+        raise BadInput(f"data.{problem}") from problem
 
 
 def _check_batch(config: ConfigDict, num_devices: int) -> None:
@@ -89,6 +116,11 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
             f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
             "use draws.label_drop_share=0.1"
         )
+    if (omega, kappa) != (1, 0) and config.objective.name == "flow_matching":
+        raise BadInput(
+            f"guidance.omega={omega}, guidance.kappa={kappa}: flow_matching has no guidance in its target; "
+            "use omega=1, kappa=0, or objective.name=meanflow"
+        )
     if config.data.flip and len(source.shape) != 3:
         raise BadInput("data.flip=True: only images can be mirrored; use data.flip=False")
 
@@ -98,7 +130,7 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
     train, optim, decays = config.train, config.optim, config.ema.decays
     at_least_one = {
         "train.num_steps": train.num_steps,
-        "log.every_steps": config.log.every_steps,
+        "train.log_every_steps": config.train.log_every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "sample.num": config.sample.num,

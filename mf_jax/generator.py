@@ -1,14 +1,17 @@
 """A trained model that can be sampled: what sampling, evaluation, sample grids and notebooks share."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
@@ -18,7 +21,7 @@ from mf_jax.build import check_labels, choose_ema, ema_names, make_network, make
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.models import as_field, initial_params
 from mf_jax.samplers import time_grid
-from mf_jax.sharding import batch_sharding, make_mesh, state_sharding
+from mf_jax.sharding import batch_sharding, make_mesh
 from mf_jax.types import NO_LABEL, BadInput, Condition
 
 
@@ -82,8 +85,10 @@ class Generator:
         Raises:
           BadInput: for labels that are no classes, or a number of samples or steps below 1.
         """
-        x = self.sample_raw(labels, num=num, steps=steps, times=times, seed=seed, batch_size=batch_size)
-        return to_pixels(x) if len(self.shape) == 3 else x
+        convert = to_pixels if len(self.shape) == 3 else np.asarray
+        return self._sample(
+            convert, labels, num=num, steps=steps, times=times, seed=seed, batch_size=batch_size
+        )
 
     def sample_raw(
         self,
@@ -96,11 +101,27 @@ class Generator:
         batch_size: int = 256,
     ) -> Float[np.ndarray, "n ..."]:
         """Return samples as `sample` does, but float32 in the range of the training data, not rounded or clipped."""
+        how = {"steps": steps, "times": times, "seed": seed, "batch_size": batch_size}
+        return self._sample(np.asarray, labels, num=num, **how)
+
+    def _sample(
+        self,
+        convert: Callable[[Any], np.ndarray],
+        labels: Sequence[int] | Int[np.ndarray, "n"] | None,
+        *,
+        num: int | None,
+        steps: int,
+        times: Sequence[float],
+        seed: int,
+        batch_size: int,
+    ) -> Shaped[np.ndarray, "n ..."]:
         grid = time_grid(steps, times)
         labels = self.labels_for(labels, num)
         if batch_size < 1:
             raise BadInput(f"batch_size={batch_size}: must be at least 1")
-        mesh = make_mesh(data=0, fsdp=1)
+        if not 0 <= seed < 2**31:
+            raise BadInput(f"seed={seed}: must be within [0, 2^31)")
+        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
         size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
         sharding = batch_sharding(mesh)
         parts = []
@@ -117,7 +138,7 @@ class Generator:
                 jax.device_put(index, sharding),
                 jax.device_put(chosen, sharding),
             )
-            parts.append(np.asarray(x))
+            parts.append(convert(np.asarray(x)))
         return np.concatenate(parts)[: len(labels)]
 
     def labels_for(
@@ -189,11 +210,10 @@ def load_as(folder: Path, config: ConfigDict, *, ema: str) -> Generator:
     shape, num_classes, class_names = run_folder.stored_data(folder)
     network = make_network(config, shape=shape, num_classes=num_classes)
     like = jax.eval_shape(lambda key: initial_params(network, shape, key), jax.random.key(0))
-    shardings = state_sharding(make_mesh(data=0, fsdp=1), like)
-    like = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, shardings
-    )
-    step, params = Checkpoints(folder, read_only=True).restore_params(like, ema=ema, names=ema_names(config))
+    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        step, params = checkpoints.restore_params(like, ema=ema, names=ema_names(config))
     return Generator(config, network, params, shape, num_classes, class_names, step, ema)
 
 
@@ -209,4 +229,5 @@ def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
       BadInput: as `load`, or if the config describes another run.
     """
     run_folder.check(workdir, config)
+    run_folder.check_writable(workdir)
     return load_as(workdir, config, ema=choose_ema(config, f"{key}.ema", config[key].ema))

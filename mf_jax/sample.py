@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
 from mf_jax.build import make_objective
+from mf_jax.config import check_tuples
 from mf_jax.data import make_source, read
 from mf_jax.generator import Generator, load_for
 from mf_jax.pictures import save_sample_grid
@@ -49,6 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       config: of the command; `sample` says what to draw.
       workdir: of the run.
     """
+    check_tuples(config)
     wanted = config.sample
     generator = load_for(workdir, config, key="sample")
     labels = generator.labels_for(wanted.labels or None, wanted.num)

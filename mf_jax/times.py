@@ -7,6 +7,7 @@ Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,10 @@ class LogitNormalTimes:
     r_std: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("t_std", "r_std"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"times.{name}={getattr(self, name)}: must be above 0; try 1.0")
+        for name in ("t_mean", "t_std", "r_mean", "r_std"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or (name.endswith("std") and value <= 0):
+                raise BadInput(f"times.{name}={value}: must be finite, a standard deviation above 0; try 1.0")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """Return r and t, each `[num_rows]`, r <= t."""

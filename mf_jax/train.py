@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import jax
 import numpy as np
@@ -64,11 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop)
         write_report(workdir)
     complete = done == config.train.num_steps
-    print(
-        f"trained {done} steps"
-        if complete
-        else f"stopped at step {done} by SIGTERM; the same command continues"
-    )
+    print(f"trained {done} steps" if complete else f"stopped at step {done}; the same command continues")
     run_folder.tell(
         workdir,
         metrics="metrics.jsonl",
@@ -89,7 +86,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
         ema_names=ema_names(config),
         seed=config.seed,
-        log_every_steps=config.log.every_steps,
+        log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
     )
 
@@ -154,7 +151,7 @@ def _loop(
             state = train_step(state, *put_batch(mesh, (batch.x, batch.labels)))
             log.advance(done)
             is_last = done == num_steps
-            if done % config.log.every_steps == 0 or is_last:
+            if done % config.train.log_every_steps == 0 or is_last:
                 metrics = _read_metrics(state, checkpoints) | {"learning_rate": float(schedule(done - 1))}
                 log.write(done, metrics)
                 log.advance(done, metrics=metrics)
@@ -166,6 +163,7 @@ def _loop(
                 _check_finite(state, checkpoints)
                 checkpoints.save(state)
             if stop.is_set():
+                log.message(f"told to stop: saving step {done}")
                 break
     return done
 
@@ -204,7 +202,7 @@ def _draw(
     generator = Generator(config, parts.network, params, *about, step=done, ema=ema)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    how = {"steps": config.sample.steps, "times": config.sample.times, "seed": config.sample.seed}
+    how = {name: config.sample[name] for name in ("steps", "times", "seed", "batch_size")}
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
         save_sample_grid(path, generator.sample(labels, **how), labels, source.class_names)
@@ -216,13 +214,19 @@ def _draw(
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """Turn SIGTERM into an event, so that the loop ends after the step at hand and saves."""
+    """Turn SIGTERM, and the first Ctrl-C, into an event, so that the loop ends after the step at hand and saves."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[number])  # a second one acts as it always does
+        stop.set()
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -24,6 +24,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def check_known(key: str, name: str, known: Iterable[str]) -> None:
+    """Raise BadInput unless a name is one of the known ones; the error lists them and the nearest.
+
+    Args:
+      key: what the user sets to the name, for the error.
+      name: the name given.
+      known: the names there are.
+    """
+    if name not in known:
+        raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
+
+
 @flax.struct.dataclass
 class Condition:
     """What a network is told besides z, r and t.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.config import check_same_run
+from mf_jax.config import as_json, check_same_run
 from mf_jax.data import Source
 from mf_jax.report import replace_file
 from mf_jax.types import BadInput
@@ -46,10 +46,31 @@ def own(workdir: Path, config: ConfigDict, source: Source) -> Iterator[None]:
             ) from error
         if (workdir / _CONFIG).exists():
             check(workdir, config)
-        about = {"shape": source.shape, "num_classes": source.num_classes, "class_names": source.class_names}
-        replace_file(workdir / _DATA, json.dumps(about).encode())
-        replace_file(workdir / _CONFIG, json.dumps(config.to_dict(), indent=1).encode())
+            _check_same_data(workdir, source)
+        replace_file(workdir / _DATA, json.dumps(_about(source)).encode())
+        replace_file(workdir / _CONFIG, as_json(config).encode())
         yield
+
+
+def _about(source: Source) -> dict[str, Any]:
+    """Return what a run stores about its data, as JSON keeps it."""
+    return {
+        "shape": list(source.shape),
+        "num_classes": source.num_classes,
+        "class_names": list(source.class_names),
+        "size": len(source),
+    }
+
+
+def _check_same_data(workdir: Path, source: Source) -> None:
+    # batches are a function of the number of examples and their order, labels one of the class names
+    stored, ours = _read(workdir, _DATA), _about(source)
+    for name, value in ours.items():
+        if stored.get(name) != value:
+            raise BadInput(
+                f"--workdir={workdir}: its run was trained on other data ({name} {stored.get(name)} -> {value}); "
+                "restore the data, or choose another --workdir"
+            )
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -59,6 +80,12 @@ def check(workdir: Path, config: ConfigDict) -> None:
       BadInput: if there is no run, or it is another one.
     """
     check_same_run(config, _read(workdir, _CONFIG), str(workdir))
+
+
+def check_writable(workdir: Path) -> None:
+    """Raise BadInput if results cannot be written to a workdir, before they are computed."""
+    if not os.access(workdir, os.W_OK):
+        raise BadInput(f"--workdir={workdir}: cannot be written; change its permissions")
 
 
 def stored_config(workdir: Path) -> ConfigDict:

@@ -67,7 +67,7 @@ BAD_KEYS = [
     ("weight.p=-1.0", "weight.p"),
     ("ema.decays=(1.0,)", "ema.decays"),
     ("ema.decays=(0.9,0.9)", "ema.decays", "different"),
-    ("log.every_steps=0", "log.every_steps=0"),
+    ("train.log_every_steps=0", "train.log_every_steps=0"),
     ("checkpoint.every_steps=0", "checkpoint.every_steps"),
     ("checkpoint.keep=0", "checkpoint.keep"),
     ("mesh.data=3", "mesh.data=3"),
@@ -77,6 +77,15 @@ BAD_KEYS = [
     ("sample.times=(1.0,0.2,0.5,0.0)", "sample.times"),
     ("sample.labels=(3,10)", "sample.labels", "10 is not a class"),
     ("sample.num=0", "sample.num=0"),
+    ("sample.labels=cat", "sample.labels", "cat"),
+    ("sample.labels=(1.5,)", "sample.labels", "1.5", "whole number"),
+    ("sample.times=(1.0,'a',0.0)", "sample.times", "'a'"),
+    ("eval.steps=(1.5,)", "eval.steps", "1.5"),
+    ("ema.decays=(0.9,'x')", "ema.decays", "'x'"),
+    ("ema.decays=", "ema.decays"),
+    ("times.t_mean=nan", "times.t_mean=nan"),
+    ("times.t_std=inf", "times.t_std=inf"),
+    ("objective.name=flow_matching --config.guidance.omega=2.0", "flow_matching has no guidance"),
     ("sample.ema=0.5", "sample.ema", "this run has"),
     ("eval.steps=(1,0)", "eval.steps=0"),
     ("eval.num_samples=0", "eval.num_samples"),
@@ -179,6 +188,31 @@ def test_run_without_checkpoint(mode, command, copy_of_trained):
     for checkpoint in (copy_of_trained / "checkpoints").iterdir():
         checkpoint.rename(copy_of_trained / f"elsewhere_{checkpoint.name}")
     _assert_refused(command(DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY), "no checkpoint")
+
+
+def test_other_data_than_the_run_was_trained_on(command, copy_of_trained):
+    stored = json.loads((copy_of_trained / "data.json").read_text())
+    (copy_of_trained / "data.json").write_text(json.dumps(stored | {"size": 1436}))
+    _assert_refused(command(DIGITS, f"--workdir={copy_of_trained}", *TINY), "other data", "1436", "1437")
+    assert json.loads((copy_of_trained / "data.json").read_text())["size"] == 1436
+
+
+@pytest.mark.parametrize("seed", ["5000000000", "-1"])
+def test_seed_out_of_range_when_sampling(command, copy_of_trained, seed):
+    arguments = (
+        DIGITS,
+        "--mode=sample",
+        f"--workdir={copy_of_trained}",
+        *TINY,
+        f"--config.sample.seed={seed}",
+    )
+    _assert_refused(command(*arguments), "seed")
+
+
+def test_checkpoints_folder_that_is_a_file(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    _assert_refused(command(DIGITS, f"--workdir={tmp_path}/run", *TINY), "checkpoints")
 
 
 def test_unreadable_config_json(command, copy_of_trained):

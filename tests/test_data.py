@@ -187,7 +187,9 @@ def test_read_returns_the_first_elements_in_order():
 
 
 def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
-    with pytest.raises(BadInput, match=r"name='digit'.*digits, toy2d, image_folder, tfds.*mean 'digits'"):
+    with pytest.raises(
+        BadInput, match=r"name='digit'.*digits, toy2d, image_folder, tfds.*did you mean digits"
+    ):
         data.make_source(section(name="digit"), split="train")
 
 
@@ -276,7 +278,7 @@ def test_the_eight_gaussians_are_eight_and_equal():
 
 
 def test_an_unknown_toy_is_refused():
-    with pytest.raises(BadInput, match=r"toy='two_moon'.*'two_moons'"):
+    with pytest.raises(BadInput, match=r"toy='two_moon'.*mean two_moons"):
         data.make_source(section(name="toy2d", toy="two_moon"), split="train")
 
 

@@ -15,7 +15,7 @@ ARGUMENTS = (
     "--config.model.width=64",
     "--config.train.num_steps=6",
     "--config.train.batch_size=32",
-    "--config.log.every_steps=1",
+    "--config.train.log_every_steps=1",
     "--config.log.sample_every_steps=0",
     "--config.optim.warmup_steps=0",
 )

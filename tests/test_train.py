@@ -18,7 +18,7 @@ from mf_jax.main import parse
 EVERY_STEP = (
     *TINY,
     "--config.train.num_steps=30",
-    "--config.log.every_steps=2",
+    "--config.train.log_every_steps=2",
     "--config.log.sample_every_steps=7",
     "--config.checkpoint.every_steps=1",
 )
@@ -106,6 +106,12 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(undisturbed, tmp_path, spawn
     assert process.returncode == 0, errors
     assert f"continuing at step {step}" in out
     _assert_same_run(undisturbed, workdir, 30)
+
+
+def test_a_run_without_moving_averages(tmp_path, command):
+    assert command(*_args(tmp_path / "run", *TINY, "--config.ema.decays=()"))[0] == 0
+    code, out, _ = command(*_args(tmp_path / "run", *TINY, "--config.ema.decays=()", "--mode=sample"))
+    assert (code, "ema none" in out) == (0, True)
 
 
 def test_a_finished_run_is_left_as_it_is(copy_of_trained, command):

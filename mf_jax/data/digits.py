@@ -5,8 +5,8 @@ from jaxtyping import Int
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from mf_jax.data.pipeline import SPLITS, Batch, check_known
-from mf_jax.types import BadInput
+from mf_jax.data.pipeline import SPLITS, Batch
+from mf_jax.types import BadInput, check_known
 
 IMAGE_SIZE = 8
 HELD_OUT_SHARE = 0.2

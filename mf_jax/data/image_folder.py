@@ -14,8 +14,8 @@ from absl import logging
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
-from mf_jax.data.pipeline import SPLITS, Batch, check_at_least, check_known
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
+from mf_jax.types import NO_LABEL, BadInput, check_known
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CACHE_BYTES = 2**30

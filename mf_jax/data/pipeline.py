@@ -10,8 +10,7 @@ not the number of processes or threads, and not whether the run was stopped and 
 """
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
@@ -54,18 +53,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch: ...
-
-
-def check_known(argument: str, value: str, known: Collection[str]) -> None:
-    """Raise unless `value` is one of the known names.
-
-    Raises:
-      BadInput: lists the known names and suggests the nearest.
-    """
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        suggestion = f"; did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"{argument}={value!r} is not known: choose one of {', '.join(known)}{suggestion}")
 
 
 def check_at_least(argument: str, value: int, least: int) -> None:

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from PIL import Image
 
 from mf_jax.data.image_folder import Pictures, as_rgb, square
-from mf_jax.data.pipeline import SPLITS, Batch, check_at_least, check_known
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
+from mf_jax.types import NO_LABEL, BadInput, check_known
 
 
 class Tfds:

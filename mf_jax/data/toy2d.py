@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.datasets import make_blobs, make_moons
 
-from mf_jax.data.pipeline import SPLITS, Batch, check_known
-from mf_jax.types import NO_LABEL
+from mf_jax.data.pipeline import SPLITS, Batch
+from mf_jax.types import NO_LABEL, check_known
 
 COUNT = 2**16
 """Points in each split."""
