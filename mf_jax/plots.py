@@ -199,7 +199,9 @@ def _draw_curve(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, *, 
 
 
 def _finish_curves(ax: Axes, names: Sequence[str], values: np.ndarray) -> None:
-    if values.min() > 0 and values.max() > 4 * values.min():
+    if (
+        0 < 4 * values.min() < values.max() < 1000 * values.min()
+    ):  # beyond, the few smallest values would take it all
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())

@@ -160,7 +160,12 @@ def cached_classifier(
         except (SafetensorError, OSError, ValueError) as error:
             logging.warning("The cached classifier %s is damaged (%s); training it again.", path, error)
     classifier = train_classifier(images, labels, num_classes, recipe)
-    _store(path, classifier)
+    try:
+        _store(path, classifier)
+    except OSError as error:
+        logging.warning(
+            "The classifier cannot be kept in %s (%s); it will be trained again.", cache_dir, error
+        )
     return classifier
 
 
