@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
     config.draws.instant_share = 0.5
     config.draws.label_drop_share = 0.0
     config.weight.p = 0.5
-    config.train.num_steps = 4000
+    config.train.num_steps = 3600
     config.optim.lr = 2e-3
     config.optim.warmup_steps = 100
     config.optim.schedule = "cosine"
-    config.ema.decays = (0.995, 0.999)
+    config.ema.decays = (0.995,)
     config.log.sample_every_steps = 500
     return config
