@@ -8,6 +8,13 @@ from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_de
 from mf_jax.types import Condition, Prediction
 
 
+_FREQUENCIES = (1.0, 2.0, 4.0)
+"""Of the sines and cosines of z that enter beside z: a perceptron of z alone is slow to learn sharp edges.
+
+Source: Tancik et al., arXiv 2006.10739.
+"""
+
+
 class MLP(nn.Module):
     """Predict u(z, r, t) of vectors.
 
@@ -34,7 +41,8 @@ class MLP(nn.Module):
             r=r, t=t, labels=condition.labels
         )
         c = nn.silu(c).astype(self.dtype)
-        x = xavier_dense(self.width, dtype=self.dtype, name="embedding")(z)
+        waves = [wave(k * z) for k in _FREQUENCIES for wave in (jnp.sin, jnp.cos)]
+        x = xavier_dense(self.width, dtype=self.dtype, name="embedding")(jnp.concatenate([z, *waves], axis=-1))
         for i in range(self.depth):
             scale, shift = jnp.split(
                 xavier_dense(2 * self.width, dtype=self.dtype, name=f"modulation_{i}")(c), 2, axis=-1
