@@ -21,12 +21,12 @@ def get_config() -> ConfigDict:
     config.times.name = "uniform"
     config.draws.instant_share = 0.5
     config.draws.label_drop_share = 0.0
-    config.train.num_steps = 3000
+    config.train.num_steps = 2500
     config.train.batch_size = 512
     config.optim.lr = 3e-3
     config.optim.schedule = "cosine"
     config.ema.decays = (0.995,)
-    config.log.sample_every_steps = 1000
+    config.log.sample_every_steps = 500
     config.checkpoint.every_steps = 1000
     config.sample.num = 5000
     config.eval.num_samples = 5000

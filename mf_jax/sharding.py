@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
 from mf_jax.types import BadInput
@@ -34,7 +34,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
+def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
     """Return shardings for parameters and whatever is shaped like them: the largest axis that divides over `fsdp`.
 
     Args:

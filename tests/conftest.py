@@ -27,6 +27,8 @@ TINY = (
 
 def pytest_configure(config):
     """Let this process and its children share what they compile: most tests train the same few tiny networks."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -34,7 +36,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    config.compiled.cleanup()
+    if hasattr(config, "compiled"):
+        config.compiled.cleanup()
 
 
 @pytest.fixture(autouse=True)

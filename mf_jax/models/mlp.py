@@ -7,7 +7,6 @@ from jaxtyping import Array, Float
 from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
 from mf_jax.types import Condition, Prediction
 
-
 _FREQUENCIES = (1.0, 2.0, 4.0)
 """Of the sines and cosines of z that enter beside z: a perceptron of z alone is slow to learn sharp edges.
 
@@ -42,7 +41,9 @@ class MLP(nn.Module):
         )
         c = nn.silu(c).astype(self.dtype)
         waves = [wave(k * z) for k in _FREQUENCIES for wave in (jnp.sin, jnp.cos)]
-        x = xavier_dense(self.width, dtype=self.dtype, name="embedding")(jnp.concatenate([z, *waves], axis=-1))
+        x = xavier_dense(self.width, dtype=self.dtype, name="embedding")(
+            jnp.concatenate([z, *waves], axis=-1)
+        )
         for i in range(self.depth):
             scale, shift = jnp.split(
                 xavier_dense(2 * self.width, dtype=self.dtype, name=f"modulation_{i}")(c), 2, axis=-1
