@@ -92,10 +92,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
         )
-        try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-        except OSError as error:
-            raise BadInput(f"{self._folder}: cannot be used for checkpoints ({error.strerror})") from error
+        if self._folder.exists() and not self._folder.is_dir():
+            raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def steps(self) -> list[int]:

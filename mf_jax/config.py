@@ -111,15 +111,15 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
         raise BadInput(
             f"guidance.omega={omega}, guidance.kappa={kappa}: the data have no labels to guide by; use omega=1, kappa=0"
         )
-    if (omega, kappa) != (1, 0) and config.draws.label_drop_share == 0:
-        raise BadInput(
-            f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
-            "use draws.label_drop_share=0.1"
-        )
     if (omega, kappa) != (1, 0) and config.objective.name == "flow_matching":
         raise BadInput(
             f"guidance.omega={omega}, guidance.kappa={kappa}: flow_matching has no guidance in its target; "
             "use omega=1, kappa=0, or objective.name=meanflow"
+        )
+    if (omega, kappa) != (1, 0) and config.draws.label_drop_share == 0:
+        raise BadInput(
+            f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
+            "use draws.label_drop_share=0.1"
         )
     if config.data.flip and len(source.shape) != 3:
         raise BadInput("data.flip=True: only images can be mirrored; use data.flip=False")

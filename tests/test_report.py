@@ -319,8 +319,8 @@ def test_curves_skip_what_is_missing_and_put_bins_of_t_together(tmp_path):
 
 
 def test_curves_smooth_a_constant_into_itself():
-    ax = pictures.Figure().subplots()
-    pictures._draw_curve(ax, np.arange(200), np.full(200, 3.0), "black", smooth=True)
+    ax = plots.Figure().subplots()
+    plots._draw_curve(ax, np.arange(200), np.full(200, 3.0), "black", smooth=True)
     raw, smoothed = ax.lines
     assert len(raw.get_ydata()) == len(smoothed.get_ydata()) == 200
     np.testing.assert_allclose(smoothed.get_ydata(), 3.0)
