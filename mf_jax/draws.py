@@ -25,7 +25,8 @@ _SHARE_TOLERANCE = 1e-3
 
 def condition_of(rows: Rows) -> Condition:
     """Return what the network is told while it trains on these rows: dropped labels become `NO_LABEL`."""
-    return Condition(labels=jnp.where(rows.dropped, NO_LABEL, rows.labels))
+    labels = jnp.where(rows.dropped, NO_LABEL, rows.labels)
+    return Condition(labels=labels, guidance=rows.guidance, dropout=rows.dropout)
 
 
 def split_rows(

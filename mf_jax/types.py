@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 NO_LABEL = -1
 """The label of a row without a class; a network maps it to its null embedding."""
@@ -37,13 +37,32 @@ def check_known(key: str, name: str, known: Iterable[str]) -> None:
 
 
 @flax.struct.dataclass
+class GuidanceScale:
+    """The guidance that a network is told, for networks whose guidance is chosen at sampling time.
+
+    omega: scale `[B]`, at least 1; 1 is no guidance. t_min, t_max: guidance holds for t in [t_min, t_max], `[B]`,
+    0 <= t_min <= t_max <= 1.
+
+    Source: improved MeanFlow, arXiv 2512.02012, section 4.2.
+    """
+
+    omega: Float[Array, "b"]
+    t_min: Float[Array, "b"]
+    t_max: Float[Array, "b"]
+
+
+@flax.struct.dataclass
 class Condition:
     """What a network is told besides z, r and t.
 
     labels: int `[B]`, a class in [0, num_classes) or `NO_LABEL`.
+    guidance: the guidance to apply; None is no guidance. Only networks that learn a range of scales look at it.
+    dropout: `[B]`, a seed for each row's dropout masks; None is no dropout. Only networks with dropout look at it.
     """
 
     labels: Int[Array, "b"]
+    guidance: GuidanceScale | None = None
+    dropout: UInt32[Array, "b"] | None = None
 
 
 class Prediction(NamedTuple):
@@ -77,6 +96,10 @@ class Rows:
 
     x: data `[B, ...]`. e: noise like x. t, r: times `[B]`, 0 <= r <= t <= 1.
     labels: int `[B]`, the true class or `NO_LABEL`. dropped: bool `[B]`, rows trained without their label.
+    guidance: the guidance that the network is told; None where it is told none.
+    fraction: `[B]` in [0, 1), chooses a time between r and t for objectives that need one.
+    dropout: `[B]`, a seed for each row's dropout masks. direction: standard normal like x, for random-direction
+    derivatives. The last three may be None where nothing needs them.
     """
 
     x: Float[Array, "b ..."]
@@ -85,6 +108,10 @@ class Rows:
     r: Float[Array, "b"]
     labels: Int[Array, "b"]
     dropped: Bool[Array, "b"]
+    guidance: GuidanceScale | None = None
+    fraction: Float[Array, "b"] | None = None
+    dropout: UInt32[Array, "b"] | None = None
+    direction: Float[Array, "b ..."] | None = None
 
 
 @flax.struct.dataclass
