@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from mf_jax.times import LogitNormalTimes, UniformTimes
-from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, Rows
+from mf_jax.times import Times
+from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, GuidanceScale, Rows
 
 LABEL_DROP_ROWS = ("instant_rows", "any_row")
 _LARGEST_GROUP = 64
@@ -62,6 +62,12 @@ def join_rows(parts: Sequence[Shaped[Array, "_ ..."]], *, groups: int) -> Shaped
     return jnp.concatenate(grouped, axis=1).reshape((-1, *shape))
 
 
+def join_all(draws: Draws) -> Rows:
+    """Return all rows of a step in their original order."""
+    groups = num_groups(draws)
+    return jax.tree.map(lambda *parts: join_rows(parts, groups=groups), draws.instant, draws.interval)
+
+
 def num_groups(draws: Draws) -> int:
     """Return the number of groups that the rows of a step were dealt in."""
     return math.gcd(draws.instant.t.shape[0], draws.interval.t.shape[0])
@@ -99,16 +105,23 @@ class DrawScheme:
       instant_share: share of rows with r = t, in [0, 1].
       label_drop_share: share of all rows trained without their label, in [0, 1).
       label_drop: which rows may lose it: `instant_rows` (only rows with r = t, as published) or `any_row`.
+      omega_max: the network is told a guidance scale in [1, omega_max], drawn with density omega^-omega_power, and an
+        interval [t_min, t_max], t_min uniform in [0, 1/2], t_max in [1/2, 1]; 1 = it is told none.
+      omega_power: of that density; at least 0.
 
     Raises:
-      BadInput: for shares out of range, an unknown `label_drop`, or more dropped rows than there are rows
-        that may lose their label.
+      BadInput: for shares out of range, an unknown `label_drop`, more dropped rows than there are rows
+        that may lose their label, or a guidance scale below 1.
+
+    Source: of the drawn guidance, improved MeanFlow, arXiv 2512.02012, section 4.2.
     """
 
-    times: UniformTimes | LogitNormalTimes
+    times: Times
     instant_share: float = 0.75
     label_drop_share: float = 0.1
     label_drop: str = "instant_rows"
+    omega_max: float = 1.0
+    omega_power: float = 1.0
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
@@ -123,6 +136,14 @@ class DrawScheme:
                 f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} of rows with r = t "
                 "may lose their label; lower it or set draws.label_drop=any_row"
             )
+        if not 1 <= self.omega_max < math.inf:
+            raise BadInput(
+                f"draws.omega_max={self.omega_max}: must be at least 1, which tells the network none"
+            )
+        if not 0 <= self.omega_power < math.inf:
+            raise BadInput(
+                f"draws.omega_power={self.omega_power}: must be at least 0; improved MeanFlow uses 1.0"
+            )
 
     def draw(self, key: PRNGKeyArray, x: Float[Array, "b ..."], labels: Int[Array, "b"]) -> Draws:
         """Draw one step.
@@ -135,7 +156,7 @@ class DrawScheme:
         Returns:
           The step's `Draws`, a function of the key and the rows alone.
         """
-        noise_key, times_key, drop_key = jax.random.split(key, 3)
+        noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
         sizes = group_sizes(self.instant_share)
         groups = x.shape[0] // sum(sizes)
         r, t = self.times.sample(times_key, x.shape[0])
@@ -146,6 +167,10 @@ class DrawScheme:
             r=r,
             labels=labels,
             dropped=jax.random.uniform(drop_key, labels.shape) < self._drop_probability,
+            guidance=self._guidance(guidance_key, x.shape[0]),
+            fraction=jax.random.uniform(more_keys[0], labels.shape),
+            dropout=jax.random.bits(more_keys[1], labels.shape),
+            direction=jax.random.normal(more_keys[2], x.shape, x.dtype),
         )
         leaves, record = jax.tree.flatten(everything)
         parts = zip(*(split_rows(leaf, sizes, groups=groups) for leaf in leaves), strict=True)
@@ -153,6 +178,18 @@ class DrawScheme:
         if self.label_drop == "instant_rows":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
         return Draws(instant=instant.replace(r=instant.t), interval=interval)
+
+    def _guidance(self, key: PRNGKeyArray, num_rows: int) -> GuidanceScale | None:
+        if self.omega_max == 1:
+            return None
+        omega, low, high = jax.random.uniform(key, (3, num_rows))
+        # inverse of the distribution function of the density omega^-power on [1, omega_max]
+        if self.omega_power == 1:
+            omega = self.omega_max**omega
+        else:
+            power = 1 - self.omega_power
+            omega = (1 + omega * (self.omega_max**power - 1)) ** (1 / power)
+        return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
 
     @property
     def _drop_probability(self) -> float:

@@ -2,26 +2,34 @@
 
 The guided velocity of a row is
 
-    v_g = omega v + kappa u(z, t, t | class) + (1 - omega - kappa) u(z, t, t | no class)
+    v_g = omega v + kappa v_hat(class) + (1 - omega - kappa) v_hat(no class)
 
-for t in [t_start, t_end], and v elsewhere and for rows that train without their label. The effective scale is
-omega / (1 - kappa).
+for t in [t_start, t_end], and v elsewhere and for rows that train without their label, where v_hat is the network's own
+velocity: u(z, t, t), or its second head. The effective scale is omega / (1 - kappa).
+
+Where a scale w and an interval [t_min, t_max] were drawn for each row and are told to the network, improved MeanFlow's
+v_g = v + (1 - 1/w) (v_hat(class, w) - v_hat(no class, 1)) is the same equation with omega = 1, kappa = 1 - 1/w inside
+the interval of the row; rows with r = t use the whole of [0, 1].
 
 What it costs: rows with r = t are their own conditional teacher, so a step needs at most one unconditional
 forward for every row and one conditional forward for the rows with r < t, made as one batched call; a term
 whose factor is zero costs nothing.
 
-Source: MeanFlow, arXiv 2505.13447, section 4.2 and appendix (improved CFG, equation 21).
+Source: MeanFlow, arXiv 2505.13447, section 4.2 and appendix (improved CFG, equation 21); improved MeanFlow,
+arXiv 2512.02012, section 4.2.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.draws import join_rows, num_groups, split_rows
+from mf_jax.draws import condition_of, join_rows, num_groups, split_rows
 from mf_jax.paths import interpolate, per_row, velocity
-from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, Field, Rows
+from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, Field, GuidanceScale, Prediction, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,69 +74,124 @@ class Guidance:
         return 0.0 if abs(factor) < 1e-9 else factor
 
 
+class Velocities(NamedTuple):
+    """Velocities of a step's rows, for targets, where gradients stop.
+
+    instant, interval: the guided velocity v_g of `draws.instant` and `draws.interval`.
+    own: the network's own velocity v_hat of the rows with r < t, or None where it was not asked for.
+    """
+
+    instant: Float[Array, "b1 ..."]
+    interval: Float[Array, "b2 ..."]
+    own: Float[Array, "b2 ..."] | None = None
+
+
+def sample_velocity(rows: Rows) -> Float[Array, "b ..."]:
+    """Return v = e - x of each row."""
+    return velocity(rows.x, rows.e)
+
+
+def boundary_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
+    """Return the velocity that a prediction at r = t holds: u(z, t, t)."""
+    return prediction.u
+
+
+def over_whole_interval(rows: Rows) -> Rows:
+    """Return rows whose drawn guidance, where there is any, holds for all t in [0, 1]."""
+    if rows.guidance is None:
+        return rows
+    t_min, t_max = jnp.zeros_like(rows.t), jnp.ones_like(rows.t)
+    return rows.replace(guidance=rows.guidance.replace(t_min=t_min, t_max=t_max))
+
+
 def guided_velocities(
     guidance: Guidance,
     field: Field,
     params: PyTree,
     draws: Draws,
     *,
-    u_instant: Float[Array, "b1 ..."],
-) -> tuple[Float[Array, "b1 ..."], Float[Array, "b2 ..."]]:
-    """Return the guided velocity of the rows with r = t and of the rows with r < t.
+    own_instant: Float[Array, "b1 ..."],
+    with_own: bool = False,
+    read: Callable[[Prediction], Array] = boundary_velocity,
+    given: Callable[[Rows], Array] = sample_velocity,
+) -> Velocities:
+    """Return the guided velocities of a step, and the network's own where they are asked for.
 
     Args:
-      guidance: the guidance.
+      guidance: the guidance of rows that no guidance was drawn for.
       field, params: the network.
-      draws: the step's draws.
-      u_instant: the network's own u(z, t, t) of the rows with r = t, their conditional teacher.
+      draws: the step's draws, the rows with r = t `over_whole_interval`.
+      own_instant: the network's own velocity of the rows with r = t, their conditional teacher.
+      with_own: whether to return the network's own velocity of the rows with r < t.
+      read: takes the velocity from a prediction at r = t.
+      given: the velocity of a row's own data and noise.
 
     Returns:
-      v_g of `draws.instant` and of `draws.interval`. They are for targets, where gradients stop.
+      The velocities.
     """
-    v_instant, v_interval = (velocity(rows.x, rows.e) for rows in (draws.instant, draws.interval))
-    if guidance.is_off:
-        return v_instant, v_interval
-    null_instant, null_interval, class_interval = _teacher(guidance, field, params, draws)
-    return (
-        _guide(guidance, draws.instant, v_instant, u_instant, null_instant),
-        _guide(guidance, draws.interval, v_interval, class_interval, null_interval),
+    instant, interval = draws.instant, draws.interval
+    is_drawn = interval.guidance is not None
+    needs_null = is_drawn or guidance.null_factor != 0
+    needs_class = is_drawn or guidance.kappa != 0
+    wanted = [(rows, _teacher_condition(rows, labelled=False)) for rows in (instant, interval) if needs_null]
+    if needs_class or with_own:
+        wanted.append((interval, _teacher_condition(interval, labelled=True)))
+    taught = _teach(field, params, wanted, num_groups(draws), read)
+    null = taught[:2] if needs_null else [0.0, 0.0]
+    own = taught[-1] if needs_class or with_own else 0.0
+    return Velocities(
+        instant=_guide(guidance, instant, given(instant), own_instant, null[0]),
+        interval=_guide(guidance, interval, given(interval), own, null[1]),
+        own=own if with_own else None,
     )
+
+
+def _inside(guidance: Guidance, rows: Rows) -> Bool[Array, "b"]:
+    told = rows.guidance
+    low, high = (guidance.t_start, guidance.t_end) if told is None else (told.t_min, told.t_max)
+    return (rows.t >= low) & (rows.t <= high)
 
 
 def _guide(
     guidance: Guidance,
     rows: Rows,
     v: Float[Array, "b ..."],
-    u_class: Float[Array, "b ..."] | float,
-    u_null: Float[Array, "b ..."] | float,
+    v_class: Float[Array, "b ..."] | float,
+    v_null: Float[Array, "b ..."] | float,
 ) -> Float[Array, "b ..."]:
-    guided = guidance.omega * v + guidance.kappa * u_class + guidance.null_factor * u_null
-    inside = (rows.t >= guidance.t_start) & (rows.t <= guidance.t_end) & ~rows.dropped
-    return jnp.where(per_row(inside, v), guided, v)
+    if rows.guidance is not None:
+        guided = v + per_row(1 - 1 / rows.guidance.omega, v) * (v_class - v_null)
+    elif guidance.is_off:
+        return v
+    else:
+        guided = guidance.omega * v + guidance.kappa * v_class + guidance.null_factor * v_null
+    return jnp.where(per_row(_inside(guidance, rows) & ~rows.dropped, v), guided, v)
 
 
-def _teacher(
-    guidance: Guidance, field: Field, params: PyTree, draws: Draws
-) -> tuple[Float[Array, "b1 ..."] | float, Float[Array, "b2 ..."] | float, Float[Array, "b2 ..."] | float]:
-    """Evaluate u(z, t, t) without class for all rows and with class for the rows with r < t, in one call.
+def _teacher_condition(rows: Rows, *, labelled: bool) -> Condition:
+    """Return what the network is told as a teacher: at r = t the interval is whole, and without class the scale 1."""
+    own = condition_of(rows)
+    if not labelled:
+        own = own.replace(labels=jnp.full_like(rows.labels, NO_LABEL))
+    if rows.guidance is None:
+        return own
+    told, one = rows.guidance, jnp.ones_like(rows.t)
+    inside = (rows.t >= told.t_min) & (rows.t <= told.t_max)
+    omega = jnp.where(inside, told.omega, 1) if labelled else one
+    return own.replace(guidance=GuidanceScale(omega=omega, t_min=0 * one, t_max=one))
 
-    A term whose factor is 0 is returned as 0.0 and not computed.
-    """
-    groups = num_groups(draws)
-    wanted = []
-    if guidance.null_factor != 0:
-        wanted += [(rows, jnp.full_like(rows.labels, NO_LABEL)) for rows in (draws.instant, draws.interval)]
-    if guidance.kappa != 0:
-        wanted += [(draws.interval, draws.interval.labels)]
+
+def _teach(
+    field: Field,
+    params: PyTree,
+    wanted: list[tuple[Rows, Condition]],
+    groups: int,
+    read: Callable[[Prediction], Array],
+) -> list[Float[Array, "_ ..."]]:
+    """Return the network's own velocity of each of the sub-batches, from one call for all of them."""
     if not wanted:
-        return 0.0, 0.0, 0.0
-    z, t, labels = (
-        join_rows(parts, groups=groups)
-        for parts in zip(
-            *((interpolate(rows.x, rows.e, t=rows.t), rows.t, y) for rows, y in wanted), strict=True
-        )
-    )
-    u = field(params, z, r=t, t=t, condition=Condition(labels=labels)).u
-    parts = split_rows(u, [rows.t.shape[0] // groups for rows, _ in wanted], groups=groups)
-    null = parts[:2] if guidance.null_factor != 0 else (0.0, 0.0)
-    return null[0], null[1], parts[-1] if guidance.kappa != 0 else 0.0
+        return []
+    inputs = [(interpolate(rows.x, rows.e, t=rows.t), rows.t, condition) for rows, condition in wanted]
+    z, t, condition = jax.tree.map(lambda *parts: join_rows(parts, groups=groups), *inputs)
+    v = read(field(params, z, r=t, t=t, condition=condition))
+    return split_rows(v, [rows.t.shape[0] // groups for rows, _ in wanted], groups=groups)

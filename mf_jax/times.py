@@ -60,4 +60,58 @@ class LogitNormalTimes:
         return _ordered(r, t)
 
 
-TIMES = {"uniform": UniformTimes, "logit_normal": LogitNormalTimes}
+@dataclasses.dataclass(frozen=True)
+class ConsistencyTimes:
+    """Draw t as sigmoid(t_mean + t_std * n), n standard normal, and let every interval end at r = 0.
+
+    An objective on the identity in t is then consistency training: u(z, 0, t) moves any point of a path to its data.
+
+    Args:
+      t_mean, t_std: of logit t; t_std > 0.
+
+    Source: consistency models, arXiv 2303.01469; the case r = 0 of MeanFlow, arXiv 2505.13447, section 4.1.
+    """
+
+    t_mean: float = -0.4
+    t_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        LogitNormalTimes(t_mean=self.t_mean, t_std=self.t_std)
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r = 0 and t, each `[num_rows]`."""
+        t = jax.nn.sigmoid(self.t_mean + self.t_std * jax.random.normal(key, (num_rows,)))
+        return jnp.zeros_like(t), t
+
+
+@dataclasses.dataclass(frozen=True)
+class DyadicTimes:
+    """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform: every step of a halving ladder.
+
+    Args:
+      levels: the shortest interval is 2^-levels, in [0, 20].
+
+    Source: Shortcut models, arXiv 2410.12557, section 3 (levels 7: 128 steps).
+    """
+
+    levels: int = 7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.levels <= 20:
+            raise BadInput(f"times.levels={self.levels}: must be within [0, 20]; Shortcut models use 7")
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r and t, each `[num_rows]`, r < t."""
+        level_key, place_key = jax.random.split(key)
+        steps = 2.0 ** jax.random.randint(level_key, (num_rows,), 0, self.levels + 1)
+        place = jnp.floor(steps * jax.random.uniform(place_key, (num_rows,)))
+        return place / steps, (place + 1) / steps
+
+
+Times = UniformTimes | LogitNormalTimes | ConsistencyTimes | DyadicTimes
+TIMES = {
+    "uniform": UniformTimes,
+    "logit_normal": LogitNormalTimes,
+    "consistency": ConsistencyTimes,
+    "dyadic": DyadicTimes,
+}

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mf_jax.models import MLP, DiT, as_field, initial_params
+from mf_jax.models.dit import DECOUPLED, num_r_blocks
 from mf_jax.models.layers import TIME_CONDITIONINGS, sinusoidal_features
-from mf_jax.types import NO_LABEL, Condition
+from mf_jax.types import NO_LABEL, BadInput, Condition
 
 SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
 SMALL_MLP = {"depth": 2, "width": 16}
@@ -15,7 +17,7 @@ SMALL_MLP = {"depth": 2, "width": 16}
 
 def _network(kind, **more):
     shape = (4, 6, 3) if kind is DiT else (2,)
-    network = kind(**(SMALL_DIT if kind is DiT else SMALL_MLP), **{"num_classes": 3, **more})
+    network = kind(**{**(SMALL_DIT if kind is DiT else SMALL_MLP), "num_classes": 3, **more})
     params = initial_params(network, shape, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 200))
     drawn = jax.tree.map(lambda p: 0.3 * jax.random.normal(next(keys), p.shape), params)
@@ -76,6 +78,50 @@ def test_time_conditioning_tells_what_its_name_says(kind, conditioning):
     assert shifted == (conditioning == "t-r"), (
         "only the network that sees t - r alone is blind to a shift of both"
     )
+    blind = np.array_equal(_u(field, drawn, z, 0.2, 0.7), _u(field, drawn, z, 0.3, 0.7))
+    assert blind == (conditioning == "t"), "only the network that sees t alone is blind to r"
+    assert not np.allclose(_u(field, drawn, z, 0.2, 0.7), _u(field, drawn, z, 0.2, 0.8), atol=1e-5)
+
+
+def test_decoupled_dit_is_a_flow_matching_dit_where_r_is_t():
+    field, params, drawn, z = _network(DiT, depth=2, time_conditioning=DECOUPLED)
+    flow, flow_params, _, _ = _network(DiT, depth=2, time_conditioning="t")
+    jax.tree.map(np.testing.assert_array_equal, params, flow_params)
+    np.testing.assert_array_equal(_u(field, drawn, z, 0.7, 0.7), _u(flow, drawn, z, 0.7, 0.7))
+    assert not np.allclose(_u(field, drawn, z, 0.2, 0.7), _u(flow, drawn, z, 0.2, 0.7), atol=1e-3)
+
+
+@pytest.mark.parametrize(("r_blocks", "last"), [(0, 2), (1, 1), (4, 4)])
+def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r(r_blocks, last):
+    """A block whose modulation is made constant is deaf to the times."""
+    field, _, drawn, z = _network(DiT, depth=5, time_conditioning=DECOUPLED, r_blocks=r_blocks)
+    modulations = [*((f"block_{i}", "modulation") for i in range(5)), ("final_modulation",)]
+
+    def heard(names):
+        """Return whether u depends on t, and on r, where only these modulations hear anything."""
+        params = flatten_dict(drawn)
+        for name in set(modulations) - set(names):
+            params[*name, "kernel"] = jnp.zeros_like(params[*name, "kernel"])
+        params = unflatten_dict(params)
+        u = _u(field, params, z)
+        changed = (_u(field, params, z, t=0.8), _u(field, params, z, r=0.1))
+        return tuple(not np.array_equal(u, other) for other in changed)
+
+    assert [heard([name]) for name in modulations] == [(True, False)] * (5 - last) + [(False, True)] * (
+        last + 1
+    )
+
+
+def test_decoupled_dit_leaves_a_block_for_each_time():
+    assert [num_r_blocks(depth, 0) for depth in (2, 4, 5, 12, 28)] == [1, 1, 2, 3, 7]
+    for depth, r_blocks in [(1, 0), (4, 4), (4, 5), (4, -1)]:
+        with pytest.raises(BadInput, match=f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use"):
+            num_r_blocks(depth, r_blocks)
+
+
+def test_only_a_dit_can_be_decoupled():
+    with pytest.raises(BadInput, match=r"time_conditioning='t\|r': must be one of t,r"):
+        _network(MLP, time_conditioning=DECOUPLED)
 
 
 def test_dit_sees_every_pixel_in_its_place():

@@ -15,15 +15,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mf_jax.guidance import Guidance
-from mf_jax.models import DIT_SIZES, DiT, as_field, initial_params
+from mf_jax.models import DIT_SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
+from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.weighting import AdaptiveWeight
 from mf_jax.paths import interpolate
-from mf_jax.reference.names import dit_params
-from mf_jax.types import Condition, Draws, Rows
+from mf_jax.reference.names import from_published
+from mf_jax.types import Condition, Draws, GuidanceScale, Rows
 
 FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
-CASES = sorted(FOLDER.glob("meanflow_*.npz"))
+CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
 TOLERANCE = 1e-5  # relative to the norm
 
 
@@ -37,31 +39,46 @@ def _load(path):
     meta = json.loads(str(case.pop("meta")))
 
     def tree(prefix):
-        return dit_params({k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)})
+        flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+        return from_published(meta["kind"], flat)
 
     return meta, case, tree("params/net/"), tree("grads/net/")
 
 
-def _network(meta):
+def _network(meta, params):
+    """Return the network of a case; a bottleneck's width is that of its weights."""
     model = meta["model"]
-    return DiT(
-        patch_size=model["patch_size"],
-        depth=model["depth"],
-        width=model["hidden_size"],
-        num_heads=model["num_heads"],
-        num_classes=model["num_classes"],
-    )
+    sizes = {
+        "patch_size": model["patch_size"],
+        "depth": model["depth"],
+        "width": model["hidden_size"],
+        "num_heads": model["num_heads"],
+        "num_classes": model["num_classes"],
+    }
+    if meta["kind"] == "meanflow":
+        return DiT(**sizes)
+    sizes["head_depth"] = model["aux_head_depth"]
+    if meta["kind"] == "imf":
+        return InContextDiT(**sizes)
+    bottleneck = params["bottleneck"]["kernel"].shape[-1]
+    return DataPrediction(InContextDiT(**sizes, bottleneck=bottleneck, positions="grid"))
 
 
 def _draws(meta, case):
     names = {"x": "x", "e": "e", "t": "t", "r": "r", "labels": "y", "dropped": "dropped"}
     n = meta["batch"]["num_instant"]
-    rows = Rows(**{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()})
+    told = None
+    if "in/omega" in case:
+        told = GuidanceScale(*(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max")))
+    rows = Rows(**{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()}, guidance=told)
     return Draws(instant=jax.tree.map(lambda a: a[:n], rows), interval=jax.tree.map(lambda a: a[n:], rows))
 
 
 def _objective(meta):
     settings = meta["objective"]
+    weight = AdaptiveWeight(p=settings["norm_p"], c=settings["norm_eps"])
+    if meta["kind"] != "meanflow":
+        return {"imf": ImprovedMeanFlow, "pmf": PixelMeanFlow}[meta["kind"]](weight=weight)
     guidance = Guidance(
         omega=settings["omega"],
         kappa=settings["kappa"],
@@ -69,28 +86,27 @@ def _objective(meta):
         t_end=settings["guidance_t_end"],
     )
     off = settings["guidance"] == "none"
-    return MeanFlow(
-        guidance=Guidance() if off else guidance,
-        weight=AdaptiveWeight(p=settings["norm_p"], c=settings["norm_eps"]),
-    )
+    return MeanFlow(guidance=Guidance() if off else guidance, weight=weight)
 
 
 def test_recorded_cases_are_there():
-    assert CASES, f"no meanflow_*.npz in {FOLDER}"
+    assert {path.stem.split("_")[0] for path in CASES} == {"meanflow", "imf", "pmf"}, FOLDER
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_recorded_case(path):
     meta, case, params, grads = _load(path)
-    field, draws, objective = as_field(_network(meta)), _draws(meta, case), _objective(meta)
-    r, t = (jnp.asarray(case[f"in/{name}"]) for name in "rt")
+    field, draws, objective = as_field(_network(meta, params)), _draws(meta, case), _objective(meta)
+    rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     with jax.default_matmul_precision(meta["matmul_precision"]):
-        z = interpolate(jnp.asarray(case["in/x"]), jnp.asarray(case["in/e"]), t=t)
-        u = field(params, z, r=r, t=t, condition=Condition(jnp.asarray(case["in/y"]))).u
+        z = interpolate(rows.x, rows.e, t=rows.t)
+        outputs = field(params, z, r=rows.r, t=rows.t, condition=Condition(rows.labels, rows.guidance))
         (loss, metrics), ours = jax.jit(
             jax.value_and_grad(lambda p: objective.loss(field, p, draws, jnp.int32(0)), has_aux=True)
         )(params)
-    _assert_close(u, case["out/u"], "u")
+    for name, output in outputs._asdict().items():
+        if f"out/{name}" in case:
+            _assert_close(output, case[f"out/{name}"], name)
     _assert_close(loss, case["out/loss"], "loss")
     _assert_close(metrics["loss"].compute(), case["out/metric/loss"], "metric loss")
     ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")

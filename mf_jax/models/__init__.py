@@ -5,13 +5,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from mf_jax.models.affine import Affine, LowRank
+from mf_jax.models.data_prediction import DataPrediction
 from mf_jax.models.dit import DIT_SIZES, DiT
+from mf_jax.models.in_context_dit import IN_CONTEXT_SIZES, InContextDiT
 from mf_jax.models.mlp import MLP
+from mf_jax.models.unet import UNet
 from mf_jax.types import Condition, Field
 
-NETWORKS = {"dit": DiT, "mlp": MLP}
+NETWORKS = {
+    "dit": DiT,
+    "in_context_dit": InContextDiT,
+    "unet": UNet,
+    "mlp": MLP,
+    "affine": Affine,
+    "low_rank": LowRank,
+}
 
-__all__ = ["DIT_SIZES", "MLP", "NETWORKS", "DiT", "as_field", "initial_params"]
+__all__ = [
+    "DIT_SIZES",
+    "IN_CONTEXT_SIZES",
+    "MLP",
+    "NETWORKS",
+    "Affine",
+    "DataPrediction",
+    "DiT",
+    "InContextDiT",
+    "LowRank",
+    "UNet",
+    "as_field",
+    "initial_params",
+]
 
 
 def as_field(network: nn.Module) -> Field:

@@ -1,6 +1,7 @@
 """DiT: a transformer over image patches whose blocks are modulated by time and class (adaLN-zero).
 
-Source: DiT, arXiv 2212.09748; with the two-time conditioning of MeanFlow, arXiv 2505.13447, appendix A.
+Source: DiT, arXiv 2212.09748; with the two-time conditioning of MeanFlow, arXiv 2505.13447, appendix A, and the
+decoupled one of arXiv 2510.24474.
 """
 
 import flax.linen as nn
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mf_jax.models.layers import (
+    TIME_CONDITIONINGS,
+    Attention,
     ConditionEmbedding,
     at_least_float32,
     sine_cosine_positions,
     xavier_dense,
     zero_dense,
 )
-from mf_jax.types import Condition, Prediction
+from mf_jax.types import BadInput, Condition, Prediction
 
 DIT_SIZES = {  # depth, width, heads
     "digits": (4, 128, 2),
@@ -25,6 +28,32 @@ DIT_SIZES = {  # depth, width, heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+
+DECOUPLED = "t|r"
+"""The first blocks are told t and the last ones r, through one embedding: a flow-matching network, told t alone,
+is a flow map as it stands, u(z, t, t) = v. Source: Decoupled MeanFlow, arXiv 2510.24474, section 3."""
+
+DIT_TIME_CONDITIONINGS = (*TIME_CONDITIONINGS, DECOUPLED)
+
+
+def num_r_blocks(depth: int, r_blocks: int) -> int:
+    """Return how many of the last blocks of a decoupled network are told r.
+
+    Args:
+      depth: number of blocks.
+      r_blocks: wanted; 0 for a quarter of the blocks, rounded up.
+
+    Raises:
+      BadInput: if there are not that many, or none is left to be told t.
+    """
+    last = r_blocks or -(-depth // 4)
+    if not 0 < last < depth:
+        fix = f"use 1 to {depth - 1}, or 0 for a quarter" if depth > 1 else "use a model.depth of 2 or more"
+        raise BadInput(
+            f"model.r_blocks={r_blocks}: with model.time_conditioning={DECOUPLED} the last {last} of {depth} blocks"
+            f" are told r, and one or more must be left for t; {fix}"
+        )
+    return last
 
 
 def _normalise(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -38,24 +67,6 @@ def _modulate(
     x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
 ) -> Float[Array, "b n d"]:
     return _normalise(x) * (1 + scale[:, None]) + shift[:, None]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; softmax in float32."""
-
-    num_heads: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Return the attended values, like x."""
-        width = x.shape[-1]
-        qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
-        weights = jax.nn.softmax(at_least_float32(scores)).astype(self.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        return xavier_dense(width, dtype=self.dtype, name="out")(out)
 
 
 class Block(nn.Module):
@@ -85,7 +96,8 @@ class DiT(nn.Module):
       width: width of a token, divisible by 4 and by num_heads.
       num_heads: attention heads.
       num_classes: classes; 0 for an unconditional network.
-      time_conditioning: a key of `layers.TIME_CONDITIONINGS`.
+      time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
+      r_blocks: blocks told r where time_conditioning is `DECOUPLED`; 0 for a quarter of them, rounded up.
       dtype: of the computation, float32 or bfloat16; parameters, normalisation, softmax and time embeddings
         are float32 in any case.
     """
@@ -96,6 +108,7 @@ class DiT(nn.Module):
     num_heads: int
     num_classes: int
     time_conditioning: str = "t,t-r"
+    r_blocks: int = 0
     dtype: str = "float32"
 
     @nn.compact
@@ -110,10 +123,15 @@ class DiT(nn.Module):
             patches.reshape(batch, rows * columns, p * p * channels)
         )
         x = x + jnp.asarray(sine_cosine_positions(rows, columns, self.width), self.dtype)
-        c = ConditionEmbedding(self.width, self.time_conditioning, self.num_classes, name="condition")(
-            r=r, t=t, labels=condition.labels
+        decoupled = self.time_conditioning == DECOUPLED
+        embed = ConditionEmbedding(
+            self.width, "t" if decoupled else self.time_conditioning, self.num_classes, name="condition"
         )
+        c = embed(r=r, t=t, labels=condition.labels)
+        first = self.depth - num_r_blocks(self.depth, self.r_blocks) if decoupled else self.depth
         for i in range(self.depth):
+            if i == first:
+                c = embed(r=r, t=r, labels=condition.labels)
             x = Block(self.num_heads, self.dtype, name=f"block_{i}")(x, c)
         shift, scale = jnp.split(
             zero_dense(2 * self.width, dtype=self.dtype, name="final_modulation")(nn.silu(c)), 2, axis=-1

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mf_jax.types import check_known
+
 TIME_CONDITIONINGS = {
     "t,r": ("t", "r"),
     "t,t-r": ("t", "t-r"),
     "t,r,t-r": ("t", "r", "t-r"),
     "t-r": ("t-r",),
+    "t": ("t",),
 }
-"""Which of t, r and t - r a network is told. Source: MeanFlow, arXiv 2505.13447, table 1c."""
+"""Which of t, r and t - r a network is told; t alone is flow matching. Source: MeanFlow, arXiv 2505.13447, table 1c."""
 
 _LONGEST_PERIOD = 10_000
 
@@ -69,21 +72,24 @@ class ConditionEmbedding(nn.Module):
       width: size of the embedding.
       time_conditioning: a key of `TIME_CONDITIONINGS`.
       num_classes: number of classes; 0 for an unconditional network, which has no class embedding.
+      num_features: size of the sinusoidal features of a time.
     """
 
     width: int
     time_conditioning: str
     num_classes: int
+    num_features: int = 256
 
     @nn.compact
     def __call__(
         self, *, r: Float[Array, "b"], t: Float[Array, "b"], labels: Int[Array, "b"]
     ) -> Float[Array, "b d"]:
         """Return the embedding `[B, width]`; a negative label selects the null class."""
+        check_known("time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": t, "r": r, "t-r": t - r}
         names = {"t": "t_embedding", "r": "r_embedding", "t-r": "h_embedding"}
         embedding = sum(
-            ScalarEmbedding(self.width, name=names[which])(times[which])
+            ScalarEmbedding(self.width, self.num_features, name=names[which])(times[which])
             for which in TIME_CONDITIONINGS[self.time_conditioning]
         )
         if self.num_classes:
@@ -128,3 +134,28 @@ def xavier_dense(features: int, *, dtype: str, name: str) -> Callable[[Array], A
 def zero_dense(features: int, *, dtype: str, name: str) -> Callable[[Array], Array]:
     """Return a linear layer that starts at zero, float32 parameters, computing in dtype."""
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32.
+
+    Args:
+      num_heads: divides the width.
+      dtype: of the computation.
+      out: makes the last linear layer.
+    """
+
+    num_heads: int
+    dtype: str
+    out: Callable = xavier_dense
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Return the attended values, like x."""
+        width = x.shape[-1]
+        qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+        weights = nn.softmax(at_least_float32(scores)).astype(self.dtype)
+        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        return self.out(width, dtype=self.dtype, name="out")(attended)

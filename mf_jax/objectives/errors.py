@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from clu.metrics import Average
 from jaxtyping import Array, Bool, Float
 
-from mf_jax.types import Rows
+from mf_jax.types import Draws, Rows
 
 NUM_BINS = 4
 Metrics = dict[str, Average]
@@ -46,3 +46,30 @@ def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
     bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     metrics = {f"{name}_t{i}": average(per_number, bins == i) for i in range(NUM_BINS)}
     return {name: average(per_number), **metrics}
+
+
+def step_metrics(
+    loss: Float[Array, ""],
+    draws: Draws,
+    *,
+    v_error: Float[Array, "b1"],
+    u_error: Float[Array, "b2"],
+    du_dt: Float[Array, "b2 ..."],
+) -> Metrics:
+    """Return what every objective with rows r < t reports.
+
+    Args:
+      loss: the step's loss.
+      draws: the step's draws.
+      v_error, u_error: squared errors of the rows with r = t and of the rows with r < t, not weighted.
+      du_dt: the total derivative of the rows with r < t, or a difference quotient in its place.
+
+    Returns:
+      loss; u_error and v_error, both by bins of t; du_dt, the root mean square of the derivative.
+    """
+    return {
+        "loss": average(loss[None]),
+        **binned_errors("u_error", u_error, draws.interval),
+        **binned_errors("v_error", v_error, draws.instant),
+        "du_dt": average(jnp.sqrt(jnp.mean(du_dt**2, axis=tuple(range(1, du_dt.ndim))))),
+    }

@@ -11,13 +11,13 @@ Source: Lipman et al., arXiv 2210.02747; rectified flow, arXiv 2209.03003.
 import dataclasses
 from typing import ClassVar
 
-import jax
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of, join_rows, num_groups
+from mf_jax.draws import join_all
 from mf_jax.objectives.errors import Metrics, average, binned_errors
+from mf_jax.objectives.evaluations import at_instant
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
-from mf_jax.paths import interpolate, velocity
+from mf_jax.paths import velocity
 from mf_jax.types import Draws, Field
 
 
@@ -31,25 +31,28 @@ class FlowMatching:
 
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     learns_average: ClassVar[bool] = False
+    target_ema: ClassVar[float] = 0.0
 
     def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Int[Array, ""]
+        self,
+        field: Field,
+        params: PyTree,
+        draws: Draws,
+        step: Int[Array, ""],
+        target_params: PyTree | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the loss of one step.
 
         Args:
           field, params: the network.
           draws: everything random in the step.
-          step: not used; the objective does not change over training.
+          step, target_params: not used; the target is the data's, and does not change over training.
 
         Returns:
           The scalar loss, and metrics: loss and v_error (by bins of t).
         """
-        del step
-        groups = num_groups(draws)
-        rows = jax.tree.map(lambda *parts: join_rows(parts, groups=groups), draws.instant, draws.interval)
-        z = interpolate(rows.x, rows.e, t=rows.t)
-        u = field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
-        error = squared_error(u, velocity(rows.x, rows.e))
+        del step, target_params
+        rows = join_all(draws)
+        error = squared_error(at_instant(field, params, rows).u, velocity(rows.x, rows.e))
         loss = self.weight.mean(error)
         return loss, {"loss": average(loss[None]), **binned_errors("v_error", error, rows)}

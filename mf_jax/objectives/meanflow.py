@@ -21,16 +21,14 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 import dataclasses
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of
-from mf_jax.guidance import Guidance, guided_velocities
-from mf_jax.objectives.errors import Metrics, average, binned_errors
+from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.objectives.errors import Metrics, step_metrics
+from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
-from mf_jax.paths import interpolate, per_row
-from mf_jax.types import BadInput, Draws, Field, Rows
+from mf_jax.paths import per_row
+from mf_jax.types import BadInput, Draws, Field
 
 TANGENTS = {"v01": (1.0, 0.0, 1.0), "v00": (1.0, 0.0, 0.0), "v10": (1.0, 1.0, 0.0), "v11": (1.0, 1.0, 1.0)}
 """Tangents (dz, dr, dt) in units of (v, 1, 1). All but `v01` are wrong, for table 1b of the paper."""
@@ -53,61 +51,38 @@ class MeanFlow:
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     tangent: str = "v01"
     learns_average: ClassVar[bool] = True
+    target_ema: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.tangent not in TANGENTS:
             raise BadInput(f"objective.tangent={self.tangent!r}: must be one of {', '.join(TANGENTS)}")
 
     def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Int[Array, ""]
+        self,
+        field: Field,
+        params: PyTree,
+        draws: Draws,
+        step: Int[Array, ""],
+        target_params: PyTree | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the loss of one step.
 
         Args:
           field, params: the network.
           draws: everything random in the step.
-          step: not used; the objective does not change over training.
+          step, target_params: not used; the target is the network's own, and does not change over training.
 
         Returns:
-          The scalar loss, and metrics: loss, u_error (rows with r < t) and v_error (rows with r = t), both by
-          bins of t, and du_dt, the root mean square of the derivative.
+          The scalar loss, and the metrics of `step_metrics`.
         """
-        del step
-        instant, interval = draws.instant, draws.interval
-        u_instant = _velocity_of(field, params, instant)
-        v_instant, v_interval = guided_velocities(self.guidance, field, params, draws, u_instant=u_instant)
-        u_interval, du_dt = self._derivative(field, params, interval, v_interval)
-        target = v_interval - per_row(interval.t - interval.r, du_dt) * du_dt
-        v_error = squared_error(u_instant, v_instant)
-        u_error = squared_error(u_interval, target)
+        del step, target_params
+        draws = draws.replace(instant=over_whole_interval(draws.instant))
+        u_instant = at_instant(field, params, draws.instant).u
+        v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
+        tangent = TANGENTS[self.tangent]
+        (u, _), du_dt = with_derivative(field, params, draws.interval, v.interval, tangent=tangent)
+        target = v.interval - per_row(draws.interval.t - draws.interval.r, u) * du_dt
+        v_error = squared_error(u_instant, v.instant)
+        u_error = squared_error(u, target)
         loss = self.weight.mean(v_error, u_error)
-        return loss, {
-            "loss": average(loss[None]),
-            **binned_errors("u_error", u_error, interval),
-            **binned_errors("v_error", v_error, instant),
-            "du_dt": average(jnp.sqrt(jnp.mean(du_dt**2, axis=tuple(range(1, du_dt.ndim))))),
-        }
-
-    def _derivative(
-        self, field: Field, params: PyTree, rows: Rows, v: Float[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-        """Return u(z_t, r, t), and du/dt along the tangent."""
-        if rows.t.shape[0] == 0:
-            return rows.x, rows.x
-        condition = condition_of(rows)
-
-        def u(z, r, t):
-            return field(params, z, r=r, t=t, condition=condition).u
-
-        dz, dr, dt = TANGENTS[self.tangent]
-        point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
-        direction = dz * v, dr * jnp.ones_like(rows.r), dt * jnp.ones_like(rows.t)
-        return jax.jvp(u, point, direction)
-
-
-def _velocity_of(field: Field, params: PyTree, rows: Rows) -> Float[Array, "b ..."]:
-    """Return u(z_t, t, t), the velocity that the network predicts for rows with r = t."""
-    if rows.t.shape[0] == 0:
-        return rows.x
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    return field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
+        return loss, step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)

@@ -1,4 +1,4 @@
-"""Squared errors of rows, and their adaptive weight."""
+"""Squared errors of rows against targets without gradient, and their adaptive weight."""
 
 import dataclasses
 
@@ -45,6 +45,10 @@ class AdaptiveWeight:
         if not 0 < self.c < float("inf"):
             raise BadInput(f"weight.c={self.c}: must be above 0; MeanFlow uses 0.01")
 
+    def __call__(self, error: Float[Array, "_"]) -> Float[Array, "_"]:
+        """Return the weighted squared error of each row, `[rows]`."""
+        return error * jax.lax.stop_gradient((error + self.c) ** -self.p)
+
     def mean(self, *errors: Float[Array, "_"]) -> Float[Array, ""]:
         """Return the mean of the weighted errors over the rows of all sub-batches together.
 
@@ -54,5 +58,15 @@ class AdaptiveWeight:
         Returns:
           The scalar loss.
         """
-        total = sum(jnp.sum(error * jax.lax.stop_gradient((error + self.c) ** -self.p)) for error in errors)
-        return total / sum(error.shape[0] for error in errors)
+        return row_mean(*(self(error) for error in errors))
+
+
+def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
+    """Return the mean of values over the rows of all sub-batches together; some may have no rows, not all."""
+    return sum(jnp.sum(value) for value in values) / sum(value.shape[0] for value in values)
+
+
+def check_target_ema(decay: float) -> None:
+    """Raise BadInput unless a decay of the target's moving average is within [0, 1)."""
+    if not 0 <= decay < 1:
+        raise BadInput(f"objective.target_ema={decay}: must be within [0, 1); 0 = the parameters themselves")

@@ -1,0 +1,35 @@
+"""A network that predicts the data instead of the velocity."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mf_jax.types import Condition, Prediction
+
+
+class DataPrediction(nn.Module):
+    """Read a network's predictions x_hat as velocities: u = (z - x_hat) / max(t, t_clip), v likewise.
+
+    Its parameters are the network's own, under the same names.
+
+    Args:
+      network: predicts x_hat in place of u, and of v where it has a second head.
+      t_clip: above 0, smallest time divided by; bounds the velocity near the data.
+
+    Source: pixel MeanFlow, arXiv 2601.22158, section 3.
+    """
+
+    network: nn.Module
+    t_clip: float = 0.05
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.network)
+
+    def __call__(
+        self, z: Float[Array, "b ..."], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+    ) -> Prediction:
+        """Return the velocities like z `[B, ...]`."""
+        clipped = jnp.maximum(t, self.t_clip).reshape(-1, *[1] * (z.ndim - 1))
+        x, x_second = self.network(z, r=r, t=t, condition=condition)
+        v = None if x_second is None else (z - x_second) / clipped
+        return Prediction(u=(z - x) / clipped, v=v)

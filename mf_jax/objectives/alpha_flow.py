@@ -1,0 +1,166 @@
+"""alpha-Flow: a curriculum from flow matching to MeanFlow, by a finite step along the path.
+
+1. The average velocity is additive: for s = t - a (t - r), with a in (0, 1],
+   u(z_t, r, t) = a u(z_t, s, t) + (1 - a) u(z_s, r, s).
+2. Over the short first part u is nearly the velocity v, and z_s = z_t - (t - s) v. Hence the target
+
+    loss = a^-1 w |u(z_t, r, t) - sg[a v_g + (1 - a) u(z_s, r, s)]|^2,   z_s = z_t - (t - s) v_g
+
+3. With a = 1 this is flow matching on every pair (r, t). With a -> 0 the difference quotient in it becomes du/dt, and
+   u - target becomes a times MeanFlow's; below a = `derivative_below` MeanFlow's form takes over.
+
+The weight w is that of the error in units of the velocity, |u - target|^2 / a^2, so that the gradient becomes
+MeanFlow's too. SoFlow is the preset of an exponential schedule from 0.1 to 0.002 without derivative.
+
+Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q, in either form;
+guidance adds what it adds to MeanFlow.
+
+Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 2512.15657.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from mf_jax.draws import condition_of
+from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.objectives.errors import Metrics, average, step_metrics
+from mf_jax.objectives.evaluations import at_instant, with_derivative
+from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, row_mean, squared_error
+from mf_jax.paths import advance, interpolate, per_row
+from mf_jax.types import BadInput, Draws, Field, Rows
+
+
+def _sigmoid(start: float, end: float, sharpness: float, progress: Float[Array, ""]) -> Float[Array, ""]:
+    return start + (end - start) * jax.nn.sigmoid(sharpness * (progress - 0.5))
+
+
+def _exponential(start: float, end: float, sharpness: float, progress: Float[Array, ""]) -> Float[Array, ""]:
+    return start * (end / start) ** jnp.clip(progress, 0, 1)
+
+
+ANNEALINGS = {"sigmoid": _sigmoid, "exponential": _exponential}
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaFlow:
+    """Regress the average velocity on a finite step along the path, whose length is annealed.
+
+    Args:
+      guidance: guidance inside the target.
+      weight: the weight of rows.
+      annealing: how a goes from alpha_start to alpha_end, a key of `ANNEALINGS`.
+      alpha_start, alpha_end: its ends, each in [0, 1]; above 0 for `exponential`.
+      anneal_from, anneal_to: steps between which a changes, 0 <= anneal_from < anneal_to.
+      sharpness: of `sigmoid`, above 0.
+      derivative_below: use the derivative where a is below it, in [0, 1]; 0 = never.
+      target_clip: entries of the target of rows with r < t are clipped to +- it, above 0.
+      target_ema: decay of the moving average that the target uses, in [0, 1); 0 = the parameters themselves.
+
+    Raises:
+      BadInput: for values out of range.
+    """
+
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
+    annealing: str = "sigmoid"
+    alpha_start: float = 1.0
+    alpha_end: float = 0.0
+    anneal_from: int = 0
+    anneal_to: int = 10_000
+    sharpness: float = 25.0
+    derivative_below: float = 5e-3
+    target_clip: float = 4.0
+    target_ema: float = 0.0
+    learns_average: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.annealing not in ANNEALINGS:
+            raise BadInput(f"objective.annealing={self.annealing!r}: must be one of {', '.join(ANNEALINGS)}")
+        for name in ("alpha_start", "alpha_end", "derivative_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"objective.{name}={getattr(self, name)}: must be within [0, 1]")
+        smallest = min(self.alpha_start, self.alpha_end)
+        if smallest == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
+            raise BadInput(
+                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be above 0 with "
+                "annealing=exponential or derivative_below=0; SoFlow uses 0.1 and 0.002"
+            )
+        if not 0 <= self.anneal_from < self.anneal_to:
+            raise BadInput(
+                f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must satisfy "
+                "0 <= anneal_from < anneal_to"
+            )
+        if not 0 < self.sharpness < math.inf:
+            raise BadInput(f"objective.sharpness={self.sharpness}: must be above 0; alpha-Flow uses 25")
+        if not self.target_clip > 0:
+            raise BadInput(f"objective.target_clip={self.target_clip}: must be above 0; alpha-Flow uses 4")
+        check_target_ema(self.target_ema)
+
+    def alpha(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Return a at a training step."""
+        progress = (step - self.anneal_from) / (self.anneal_to - self.anneal_from)
+        return ANNEALINGS[self.annealing](self.alpha_start, self.alpha_end, self.sharpness, progress)
+
+    def loss(
+        self,
+        field: Field,
+        params: PyTree,
+        draws: Draws,
+        step: Int[Array, ""],
+        target_params: PyTree | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the loss of one step.
+
+        Args:
+          field, params: the network.
+          draws: everything random in the step.
+          step: decides a.
+          target_params: the parameters of u(z_s, r, s); None = params.
+
+        Returns:
+          The scalar loss, and the metrics of `step_metrics` and alpha; u_error is in units of the velocity.
+        """
+        draws = draws.replace(instant=over_whole_interval(draws.instant))
+        interval = draws.interval
+        u_instant = at_instant(field, params, draws.instant).u
+        v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
+        a = self.alpha(step)
+
+        def by_step(_: None) -> tuple[Array, Array, Array]:
+            teacher = params if target_params is None else target_params
+            return _finite_step(field, params, teacher, interval, v.interval, a)
+
+        def by_derivative(_: None) -> tuple[Array, Array, Array]:
+            (u, _), du_dt = with_derivative(field, params, interval, v.interval)
+            return u, v.interval - per_row(interval.t - interval.r, u) * du_dt, du_dt
+
+        if self.derivative_below == 0:
+            u, target, du_dt = by_step(None)
+        else:
+            is_short = a < self.derivative_below
+            u, target, du_dt = jax.lax.cond(is_short, by_derivative, by_step, None)
+            a = jnp.where(is_short, 1.0, a)
+        v_error = squared_error(u_instant, v.instant)
+        u_error = squared_error(u, jnp.clip(target, -self.target_clip, self.target_clip)) / a**2
+        loss = row_mean(self.weight(v_error), a * self.weight(u_error))
+        metrics = step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return loss, metrics | {"alpha": average(self.alpha(step)[None])}
+
+
+def _finite_step(
+    field: Field, params: PyTree, teacher: PyTree, rows: Rows, v: Float[Array, "b ..."], a: Float[Array, ""]
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Return u(z_t, r, t), its target over a share a of the interval, and the difference quotient of u."""
+    if rows.t.shape[0] == 0:
+        return rows.x, rows.x, rows.x
+    condition = condition_of(rows)
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    s = rows.t - a * (rows.t - rows.r)
+    u = field(params, z, r=rows.r, t=rows.t, condition=condition).u
+    u_s = field(teacher, advance(z, v, r=s, t=rows.t), r=rows.r, t=s, condition=condition).u
+    return u, a * v + (1 - a) * u_s, (u - u_s) / per_row(rows.t - s, u)
