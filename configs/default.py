@@ -29,18 +29,46 @@ def get_config() -> ConfigDict:
         toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
     )
     config.model = section(
-        name="dit",  # dit (images) | mlp (vectors)
-        size="digits",  # dit: digits | S | B | M | L | XL, a row of mf_jax.models.DIT_SIZES
-        patch_size=4,  # dit: pixels, divides data.image_size
+        name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank (either)
+        size="digits",  # dit: digits | S | B | M | L | XL; in_context_dit also pixel_B | pixel_L | pixel_H, but not S
+        patch_size=4,  # dit, in_context_dit: pixels, divides data.image_size
         depth=0,  # blocks; 0 = as the size says
         width=0,  # width of a token or layer; 0 = as the size says
-        num_heads=0,  # dit: attention heads; 0 = as the size says
-        time_conditioning="t,t-r",  # what the network is told: t,r | t,t-r | t,r,t-r | t-r
+        num_heads=0,  # dit, in_context_dit: attention heads; 0 = as the size says
+        time_conditioning="t,t-r",  # t,r | t,t-r | t,r,t-r | t-r | t; dit also t|r; in_context_dit: t-r in any case
+        r_blocks=0,  # dit with t|r: the last blocks, told r instead of t; 0 = a quarter of them
+        second_head=True,  # in_context_dit: a second head for the velocity, in training only
+        head_depth=0,  # in_context_dit: blocks of each head; 0 = as the size says
+        bottleneck=0,  # in_context_dit: width of a patch embedding in two steps; 0 = as the size says
+        positions="",  # in_context_dit: sequence | grid; "" = as the size says
+        prediction="velocity",  # what the network puts out: velocity | data (read as u = (z - x) / max(t, t_clip))
+        t_clip=0.05,  # prediction=data: smallest time divided by, in (0, 1)
+        channels=128,  # unet: channels of the first convolution
+        channel_multipliers=(
+            2,
+            2,
+            2,
+        ),  # unet: one for each level; every level after the first halves the image
+        num_blocks=4,  # unet: residual blocks of a level
+        attention_resolutions=(16,),  # unet: heights, in pixels, of the levels with attention
+        dropout=0.0,  # unet: rate, in [0, 1)
+        rank=8,  # low_rank: rank of the matrix
         dtype="float32",  # of the computation: float32 | bfloat16; parameters are float32
     )
     config.objective = section(
-        name="meanflow",  # flow_matching | meanflow
+        name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
         tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong on purpose
+        velocity="head",  # improved_meanflow, pixel_meanflow: the network's own velocity: head | boundary
+        annealing="sigmoid",  # alpha_flow: how alpha moves: sigmoid | exponential
+        alpha_start=1.0,  # alpha_flow: first alpha, in [0, 1]; 1 is flow matching
+        alpha_end=0.0,  # alpha_flow: last alpha, in [0, 1]; 0 is meanflow
+        anneal_from=0,  # alpha_flow: step at which alpha starts to move
+        anneal_to=10_000,  # alpha_flow: step at which it has arrived
+        sharpness=25.0,  # alpha_flow: of the sigmoid
+        derivative_below=5e-3,  # alpha_flow: meanflow's form for a smaller alpha; 0 = never
+        target_clip=4.0,  # alpha_flow: bound of the target's entries
+        split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
+        target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: decay of the average in the target; 0 = none
     )
     config.guidance = (
         section(  # v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class), in the target
@@ -54,17 +82,32 @@ def get_config() -> ConfigDict:
         p=1.0,  # 0 = all rows alike
         c=0.01,  # above 0; keeps the weight of a small error finite
     )
+    config.controls = section(  # optional terms on any objective, along a random direction of z
+        lipschitz=0.0,  # factor of relu(|du/dz n| - lipschitz_bound)^2; 0 = off
+        lipschitz_bound=1.0,  # change of the field per unit of z that costs nothing
+        monotone=0.0,  # factor of the term that keeps z - (t - r) u monotone in z; 0 = off
+    )
     config.times = section(
-        name="logit_normal",  # uniform | logit_normal
-        t_mean=-0.4,  # logit_normal: mean of logit t
-        t_std=1.0,  # logit_normal: its standard deviation
+        name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (steps of a halving ladder)
+        t_mean=-0.4,  # logit_normal, consistency: mean of logit t
+        t_std=1.0,  # logit_normal, consistency: its standard deviation
         r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
         r_std=1.0,  # logit_normal: its standard deviation
+        levels=7,  # dyadic: the shortest interval is 2^-levels
     )
     config.draws = section(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
         label_drop="instant_rows",  # which rows may lose it: instant_rows (r = t) | any_row
+        omega_max=1.0,  # in_context_dit: guidance scales up to it are drawn and told to the network; 1 = none
+        omega_power=1.0,  # their density is omega^-omega_power, at least 0
+    )
+    config.init = section(
+        **{
+            "from": ""
+        },  # start from these weights: a run's workdir, or a published checkpoint; "" = from the seed
+        kind="run",  # what init.from is: run | meanflow | imf | pmf
+        which="",  # run: a decay of its ema.decays or none; published: params or ema_params; "" = the average
     )
     config.train = section(
         num_steps=10_000,  # optimisation steps of the whole run
@@ -100,6 +143,11 @@ def get_config() -> ConfigDict:
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...
         times=(),  # or the time grid itself, e.g. (1.0, 0.5, 0.0); () = equal steps
         labels=(),  # classes, repeated over the samples, -1 = none; () = all classes in turn
+        guidance=(
+            1.0,
+            0.0,
+            1.0,
+        ),  # (omega, t_min, t_max) for a network that is told guidance (draws.omega_max)
         seed=0,  # of the noise
         ema="",  # which moving average: a decay of ema.decays, none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
@@ -107,6 +155,7 @@ def get_config() -> ConfigDict:
     config.eval = section(
         num_samples=2000,  # samples of each row of the table, exactly
         steps=(1, 2, 4, 8),  # one row of the table for each number of steps
+        guidance=(1.0, 0.0, 1.0),  # as sample.guidance
         seed=1,  # of the noise
         ema="",  # as sample.ema
         batch_size=500,  # samples computed at once; does not change them

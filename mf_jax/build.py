@@ -1,7 +1,7 @@
 """From a config to the records it describes: objective, draws, network, optimiser."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from mf_jax.draws import DrawScheme
 from mf_jax.guidance import Guidance
-from mf_jax.models import DIT_SIZES, NETWORKS
-from mf_jax.models.layers import TIME_CONDITIONINGS
-from mf_jax.objectives import OBJECTIVES, Objective
+from mf_jax.models import DIT_SIZES, IN_CONTEXT_SIZES, NETWORKS, DataPrediction
+from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
+from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.optim import learning_rate
+from mf_jax.optim import average_name, learning_rate
 from mf_jax.times import TIMES
 from mf_jax.types import NO_LABEL, BadInput, check_known
 
@@ -47,12 +47,16 @@ def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
 
 
 def make_objective(config: ConfigDict) -> Objective:
-    """Return the objective that a config names, with its guidance and weight."""
+    """Return the objective that a config names, with its guidance, its weight and its control terms."""
     objective = look_up("objective.name", config.objective.name, OBJECTIVES)
     parts = {"guidance": (Guidance, config.guidance), "weight": (AdaptiveWeight, config.weight)}
     fields = inspect.signature(objective).parameters
     more = {name: from_section(*part) for name, part in parts.items() if name in fields}
-    return from_section(objective, config.objective, **more)
+    if "t_clip" in fields:  # the objective's is the network's
+        more["t_clip"] = config.model.t_clip
+    made = from_section(objective, config.objective, **more)
+    controls = from_section(Controls, config.controls)
+    return made if controls.are_off else Controlled(made, controls)
 
 
 def make_scheme(config: ConfigDict) -> DrawScheme:
@@ -61,53 +65,98 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     return from_section(DrawScheme, config.draws, times=from_section(times, config.times))
 
 
-def make_network(config: ConfigDict, *, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def make_network(
+    config: ConfigDict, *, shape: tuple[int, ...], num_classes: int, for_sampling: bool = False
+) -> nn.Module:
     """Return the network that a config names.
 
     Args:
       config: the run's config.
       shape: of one data element, (H, W, C) or (D,).
       num_classes: of the data; 0 makes an unconditional network.
+      for_sampling: leave out what only training needs, the second head.
 
     Raises:
       BadInput: for unknown names, or sizes that do not fit one another or the data.
     """
     model = config.model
     network = look_up("model.name", model.name, NETWORKS)
-    look_up("model.time_conditioning", model.time_conditioning, TIME_CONDITIONINGS)
+    look_up("model.time_conditioning", model.time_conditioning, dict.fromkeys(DIT_TIME_CONDITIONINGS))
     look_up("model.dtype", model.dtype, {"float32": 0, "bfloat16": 0})
-    if (model.name == "dit") != (len(shape) == 3):
-        kind, fit = ("images", "dit") if len(shape) == 3 else ("vectors", "mlp")
+    look_up("model.prediction", model.prediction, dict.fromkeys(PREDICTIONS))
+    kinds = ("images", "vectors")
+    kind = kinds[len(shape) != 3]
+    if kind not in DATA_OF_NETWORK.get(model.name, kinds):
+        fit = ", ".join(name for name in NETWORKS if kind in DATA_OF_NETWORK.get(name, kinds))
+        raise BadInput(f"model.name={model.name!r}: the data are {kind} of shape {shape}; use one of {fit}")
+    sizes = _sizes(config) | ({"second_head": False} if for_sampling else {})
+    made = from_section(network, ConfigDict({**model, **sizes}), num_classes=num_classes)
+    if model.prediction == "data":
+        made = DataPrediction(made, t_clip=model.t_clip)
+    _check_network(config, sizes, shape)
+    return made
+
+
+PREDICTIONS = ("velocity", "data")
+DATA_OF_NETWORK = {
+    "dit": ("images",),
+    "in_context_dit": ("images",),
+    "unet": ("images",),
+    "mlp": ("vectors",),
+}
+"""What kind of data a network takes; those not named take either."""
+_SIZE_TABLES = {
+    "dit": (DIT_SIZES, ("depth", "width", "num_heads")),
+    "in_context_dit": (
+        IN_CONTEXT_SIZES,
+        ("depth", "width", "num_heads", "head_depth", "bottleneck", "positions"),
+    ),
+}
+
+
+def _sizes(config: ConfigDict) -> dict[str, Any]:
+    """Return the sizes of a network: those of the config that are not 0 or "", and else what `model.size` says."""
+    model = config.model
+    if model.name not in _SIZE_TABLES:
+        return {}
+    table, names = _SIZE_TABLES[model.name]
+    row = look_up("model.size", model.size, table)
+    return {name: model[name] or default for name, default in zip(names, row, strict=True)}
+
+
+def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    model = config.model
+    if model.time_conditioning == DECOUPLED and model.name != "dit":
+        raise BadInput(f"model.time_conditioning={DECOUPLED!r}: only a dit has it; use t,t-r")
+    needed = {"mlp": ("depth", "width"), "affine": ("width",), "low_rank": ("width", "rank")}
+    for name in needed.get(model.name, ()):
+        if model[name] <= 0:
+            raise BadInput(
+                f"model.{name}={model[name]}: {model.name} needs it above 0; try 4 blocks, 256 wide, rank 8"
+            )
+    for name in ("depth", "width", "num_heads"):
+        if sizes.get(name, 1) <= 0:
+            raise BadInput(f"model.{name}={sizes[name]}: must be above 0, or 0 for what model.size says")
+    if model.name == "unet" and not (model.channels > 0 and model.num_blocks > 0 and 0 <= model.dropout < 1):
         raise BadInput(
-            f"model.name={model.name!r}: the data are {kind} of shape {shape}; use model.name={fit}"
+            f"model.channels={model.channels}, num_blocks={model.num_blocks}, dropout={model.dropout}: the first two "
+            "must be above 0, dropout within [0, 1)"
         )
-    sizes = {name: model[name] for name in ("depth", "width", "num_heads")}
     if model.name == "dit":
-        row = look_up("model.size", model.size, DIT_SIZES)
-        sizes = {name: given or default for (name, given), default in zip(sizes.items(), row, strict=True)}
-        _check_dit(sizes, model.patch_size, shape)
-    elif not (sizes["depth"] > 0 and sizes["width"] > 0):
-        raise BadInput(
-            f"model.depth={model.depth}, model.width={model.width}: an mlp needs both above 0; try 4 and 256"
-        )
-    return from_section(network, ConfigDict({**model, **sizes}), num_classes=num_classes)
-
-
-def _check_dit(sizes: Mapping[str, int], patch_size: int, shape: tuple[int, ...]) -> None:
-    for name, value in sizes.items():
-        if value <= 0:
-            raise BadInput(f"model.{name}={value}: must be above 0, or 0 for what model.size says")
-    if patch_size <= 0 or shape[0] % patch_size or shape[1] % patch_size:
-        raise BadInput(f"model.patch_size={patch_size}: must divide the image size {shape[0]}x{shape[1]}")
-    if sizes["width"] % 4 or sizes["width"] % sizes["num_heads"]:
-        raise BadInput(
-            f"model.width={sizes['width']}: must be divisible by 4 and by model.num_heads={sizes['num_heads']}"
-        )
+        p = model.patch_size
+        if p <= 0 or shape[0] % p or shape[1] % p:
+            raise BadInput(f"model.patch_size={p}: must divide the image size {shape[0]}x{shape[1]}")
+        if sizes["width"] % 4 or sizes["width"] % sizes["num_heads"]:
+            raise BadInput(
+                f"model.width={sizes['width']}: must be divisible by 4 and by model.num_heads={sizes['num_heads']}"
+            )
 
 
 def ema_names(config: ConfigDict) -> tuple[str, ...]:
-    """Return the names of a run's moving averages: their decays as written, e.g. ("0.999", "0.9999")."""
-    return tuple(repr(float(decay)) for decay in config.ema.decays)
+    """Return the names of a run's moving averages, e.g. ("0.999", "0.9999"); that of the targets comes last."""
+    target_ema = make_objective(config).target_ema
+    names = [average_name(decay) for decay in (*config.ema.decays, *([target_ema] if target_ema else []))]
+    return tuple(dict.fromkeys(names))
 
 
 def choose_ema(config: ConfigDict, key: str, name: str) -> str:
@@ -147,6 +196,27 @@ def check_labels(labels: Iterable[int], num_classes: int, config: ConfigDict) ->
         )
         raise BadInput(
             f"sample.labels: {wrong[0]} is not a class; they go from 0 to {num_classes - 1}, {null}"
+        )
+
+
+def check_guidance(guidance: Sequence[float], config: ConfigDict, *, key: str) -> None:
+    """Check that a model can be sampled with this guidance.
+
+    Args:
+      guidance: (omega, t_min, t_max).
+      config: of the run; only a network that was told guidance knows it.
+      key: the setting that the error names.
+
+    Raises:
+      BadInput: if it is no scale and interval, or the model does not know it.
+    """
+    if len(guidance) != 3 or not (1 <= guidance[0] < float("inf") and 0 <= guidance[1] <= guidance[2] <= 1):
+        raise BadInput(
+            f"{key}={tuple(guidance)}: must be (omega, t_min, t_max) with omega at least 1, 0 <= t_min <= t_max <= 1"
+        )
+    if guidance[0] != 1 and config.draws.omega_max == 1:
+        raise BadInput(
+            f"{key}={tuple(guidance)}: this run's network was told no guidance (draws.omega_max=1); use (1.0, 0.0, 1.0)"
         )
 
 

@@ -7,9 +7,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.build import check_labels, choose_ema, make_network, make_objective, make_scheme
+from mf_jax.build import (
+    check_guidance,
+    check_labels,
+    choose_ema,
+    make_network,
+    make_objective,
+    make_scheme,
+)
 from mf_jax.data import Source, make_source
 from mf_jax.draws import group_sizes
+from mf_jax.models import parameter_shapes
 from mf_jax.optim import SCHEDULES
 from mf_jax.samplers import time_grid
 from mf_jax.types import BadInput, nearest
@@ -21,8 +29,10 @@ SECTIONS_OF_A_RUN = (
     "objective",
     "guidance",
     "weight",
+    "controls",
     "times",
     "draws",
+    "init",
     "train",
     "optim",
     "ema",
@@ -34,6 +44,10 @@ _TUPLES = (
     ("ema", "decays", float),
     ("sample", "times", float),
     ("sample", "labels", int),
+    ("sample", "guidance", float),
+    ("eval", "guidance", float),
+    ("model", "channel_multipliers", int),
+    ("model", "attention_resolutions", int),
     ("eval", "steps", int),
 )
 
@@ -78,7 +92,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
     check(lambda: _check_batch(config, num_devices))
     problems += [message for message, is_wrong in _wrong_numbers(config).items() if is_wrong]
     if source is not None:
-        check(lambda: make_network(config, shape=source.shape, num_classes=source.num_classes))
+        check(lambda: _check_network(config, source))
         check(lambda: check_labels(config.sample.labels, source.num_classes, config))
         check(lambda: _check_conditioning(config, source))
     for build in _sampling_checks(config):
@@ -116,13 +130,51 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
             f"guidance.omega={omega}, guidance.kappa={kappa}: flow_matching has no guidance in its target; "
             "use omega=1, kappa=0, or objective.name=meanflow"
         )
-    if (omega, kappa) != (1, 0) and config.draws.label_drop_share == 0:
+    if config.draws.omega_max > 1 and ((omega, kappa) != (1, 0) or source.num_classes == 0):
+        raise BadInput(
+            f"draws.omega_max={config.draws.omega_max}: guidance is drawn in the place of guidance.omega={omega}, "
+            f"guidance.kappa={kappa}, and needs labels ({source.num_classes} classes); use omega=1, kappa=0, "
+            "or omega_max=1"
+        )
+    if config.draws.omega_max > 1 and config.model.name != "in_context_dit":
+        raise BadInput(
+            f"draws.omega_max={config.draws.omega_max}: only model.name=in_context_dit can be told a guidance scale; "
+            "use omega_max=1"
+        )
+    if config.draws.omega_max > 1 and config.objective.name == "flow_matching":
+        raise BadInput("draws.omega_max: flow_matching has no guidance in its target; use omega_max=1")
+    if ((omega, kappa) != (1, 0) or config.draws.omega_max > 1) and config.draws.label_drop_share == 0:
         raise BadInput(
             f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
             "use draws.label_drop_share=0.1"
         )
     if config.data.flip and len(source.shape) != 3:
         raise BadInput("data.flip=True: only images can be mirrored; use data.flip=False")
+
+
+def _check_network(config: ConfigDict, source: Source) -> None:
+    network = make_network(config, shape=source.shape, num_classes=source.num_classes)
+    parameter_shapes(network, source.shape)  # finds what does not fit
+    objective, model = config.objective, config.model
+    needs_head = objective.name in ("improved_meanflow", "pixel_meanflow") and objective.velocity == "head"
+    if needs_head and not (model.name == "in_context_dit" and model.second_head):
+        raise BadInput(
+            "objective.velocity='head': the network has no second head; use model.name=in_context_dit with "
+            "model.second_head=True, or objective.velocity=boundary"
+        )
+    if objective.name == "pixel_meanflow" and model.prediction != "data":
+        raise BadInput(
+            f"model.prediction={model.prediction!r}: pixel_meanflow needs a network that predicts data"
+        )
+    if (
+        make_objective(config).learns_average
+        and model.name != "in_context_dit"
+        and model.time_conditioning == "t"
+    ):
+        raise BadInput(
+            f"model.time_conditioning='t': a network that is not told r can only learn flow_matching, not "
+            f"{objective.name}; use t,t-r, or t|r with model.name=dit"
+        )
 
 
 def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
@@ -171,6 +223,8 @@ def _sampling_checks(config: ConfigDict) -> list[Callable[[], Any]]:
         lambda: [time_grid(steps, key="eval") for steps in config.eval.steps],
         lambda: choose_ema(config, "sample.ema", config.sample.ema),
         lambda: choose_ema(config, "eval.ema", config.eval.ema),
+        lambda: check_guidance(config.sample.guidance, config, key="sample.guidance"),
+        lambda: check_guidance(config.eval.guidance, config, key="eval.guidance"),
     ]
 
 

@@ -154,7 +154,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     labels = generator.labels_for(None, config.eval.num_samples)
     for steps in config.eval.steps:
         x = generator.sample_raw(
-            labels, steps=steps, seed=config.eval.seed, batch_size=config.eval.batch_size
+            labels,
+            steps=steps,
+            guidance=config.eval.guidance,
+            seed=config.eval.seed,
+            batch_size=config.eval.batch_size,
         )
         name = f"{steps} step{'s' * (steps > 1)}"
         rows.append({"name": name, "steps": steps, "samples": len(x), **score(x, labels)})

@@ -1,6 +1,5 @@
 """A trained model that can be sampled: what sampling, evaluation, sample grids and notebooks share."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -17,12 +16,15 @@ from ml_collections import ConfigDict
 
 from mf_jax import samplers
 from mf_jax import workdir as run_folder
-from mf_jax.build import check_labels, choose_ema, ema_names, make_network, make_objective
-from mf_jax.checkpoint import Checkpoints
-from mf_jax.models import as_field, initial_params
+from mf_jax.build import check_guidance, check_labels, choose_ema, make_network, make_objective
+from mf_jax.data import Source, make_source
+from mf_jax.models import as_field, parameter_shapes
 from mf_jax.samplers import time_grid
 from mf_jax.sharding import batch_sharding, make_mesh
-from mf_jax.types import NO_LABEL, BadInput, Condition
+from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
+from mf_jax.warm_start import fit, load_weights, restore_run
+
+NO_GUIDANCE = (1.0, 0.0, 1.0)
 
 
 def to_pixels(x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
@@ -66,6 +68,7 @@ class Generator:
         num: int | None = None,
         steps: int = 1,
         times: Sequence[float] = (),
+        guidance: Sequence[float] = NO_GUIDANCE,
         seed: int = 0,
         batch_size: int = 256,
     ) -> Shaped[np.ndarray, "n ..."]:
@@ -76,6 +79,7 @@ class Generator:
           num: number of samples; by default one for each label. Labels are repeated to reach it.
           steps: network evaluations of one sample, at least 1.
           times: the time grid instead, falling from 1.0 to 0.0.
+          guidance: (omega, t_min, t_max) for a network that is told guidance.
           seed: of the noise.
           batch_size: samples computed at once.
 
@@ -87,7 +91,14 @@ class Generator:
         """
         convert = to_pixels if len(self.shape) == 3 else np.asarray
         return self._sample(
-            convert, labels, num=num, steps=steps, times=times, seed=seed, batch_size=batch_size
+            convert,
+            labels,
+            num=num,
+            steps=steps,
+            times=times,
+            guidance=guidance,
+            seed=seed,
+            batch_size=batch_size,
         )
 
     def sample_raw(
@@ -97,11 +108,18 @@ class Generator:
         num: int | None = None,
         steps: int = 1,
         times: Sequence[float] = (),
+        guidance: Sequence[float] = NO_GUIDANCE,
         seed: int = 0,
         batch_size: int = 256,
     ) -> Float[np.ndarray, "n ..."]:
         """Return samples as `sample` does, but float32 in the range of the training data, not rounded or clipped."""
-        how = {"steps": steps, "times": times, "seed": seed, "batch_size": batch_size}
+        how = {
+            "steps": steps,
+            "times": times,
+            "guidance": guidance,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         return self._sample(np.asarray, labels, num=num, **how)
 
     def _sample(
@@ -112,11 +130,13 @@ class Generator:
         num: int | None,
         steps: int,
         times: Sequence[float],
+        guidance: Sequence[float],
         seed: int,
         batch_size: int,
     ) -> Shaped[np.ndarray, "n ..."]:
         grid = time_grid(steps, times)
         labels = self.labels_for(labels, num)
+        check_guidance(guidance, self.config, key="guidance")
         if batch_size < 1:
             raise BadInput(f"batch_size={batch_size}: must be at least 1")
         if not 0 <= seed < 2**31:
@@ -135,6 +155,7 @@ class Generator:
                 self.params,
                 seed,
                 jnp.asarray(grid, jnp.float32),
+                jnp.asarray(guidance, jnp.float32),
                 jax.device_put(index, sharding),
                 jax.device_put(chosen, sharding),
             )
@@ -169,15 +190,22 @@ def _sample(
     params: PyTree,
     seed: Array,
     times: Array,
+    guidance: Array,
     index: Array,
     labels: Array,
 ) -> Array:
     key = jax.random.key(seed)
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
+    told = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
         return samplers.sample(
-            as_field(network), params, e, Condition(labels), times=times, learns_average=learns_average
+            as_field(network),
+            params,
+            e,
+            Condition(labels, guidance=told),
+            times=times,
+            learns_average=learns_average,
         )
 
 
@@ -208,17 +236,33 @@ def load(workdir: str | Path, *, ema: str = "") -> Generator:
 def load_as(folder: Path, config: ConfigDict, *, ema: str) -> Generator:
     """Load the newest checkpoint of a workdir as the model that a config describes; see `load`."""
     shape, num_classes, class_names = run_folder.stored_data(folder)
-    network = make_network(config, shape=shape, num_classes=num_classes)
-    like = jax.eval_shape(lambda key: initial_params(network, shape, key), jax.random.key(0))
-    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        step, params = checkpoints.restore_params(like, ema=ema, names=ema_names(config))
+    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
+    step, params = restore_run(folder, config, ema)
+    params = fit(params, parameter_shapes(network, shape), where=str(folder))
     return Generator(config, network, params, shape, num_classes, class_names, step, ema)
+
+
+def load_initial(config: ConfigDict, source: Source) -> Generator:
+    """Return the weights that `init` names as a model that no run of ours has trained, at step 0.
+
+    Args:
+      config: describes the network, and the data that it was trained on.
+      source: those data, for their shape and classes.
+
+    Raises:
+      BadInput: if the weights cannot be read, or do not fit the network.
+    """
+    about = (source.shape, source.num_classes)
+    network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
+    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    params = jax.device_put(load_weights(config, parameter_shapes(network, source.shape)), everywhere)
+    return Generator(config, network, params, *about, source.class_names, 0, config.init["from"])
 
 
 def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
     """Load the run of a workdir for a command's config, which must describe the same run.
+
+    Where the workdir holds no run and `init.from` is set, the model is those weights as they are.
 
     Args:
       workdir: the run's folder.
@@ -228,6 +272,10 @@ def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
     Raises:
       BadInput: as `load`, or if the config describes another run.
     """
+    if config.init["from"] and not run_folder.exists(workdir):
+        generator = load_initial(config, make_source(config.data, split="train"))
+        workdir.mkdir(parents=True, exist_ok=True)
+        return generator
     run_folder.check(workdir, config)
     run_folder.check_writable(workdir)
     return load_as(workdir, config, ema=choose_ema(config, f"{key}.ema", config[key].ema))

@@ -48,6 +48,11 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
+def average_name(decay: float) -> str:
+    """Return the name of the moving average with this decay: the decay as written, e.g. "0.9999"."""
+    return repr(float(decay))
+
+
 def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
     """Return one copy of the parameters for each moving average."""
     return {name: jax.tree.map(lambda p: p.copy(), params) for name in names}

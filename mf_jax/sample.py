@@ -55,7 +55,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     generator = load_for(workdir, config, key="sample")
     labels = generator.labels_for(wanted.labels or None, wanted.num)
     samples = generator.sample(
-        labels, steps=wanted.steps, times=wanted.times, seed=wanted.seed, batch_size=wanted.batch_size
+        labels,
+        steps=wanted.steps,
+        times=wanted.times,
+        guidance=wanted.guidance,
+        seed=wanted.seed,
+        batch_size=wanted.batch_size,
     )
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.num_classes else {})
     content = io.BytesIO()

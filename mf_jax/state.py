@@ -15,7 +15,7 @@ from mf_jax.draws import DrawScheme
 from mf_jax.models import as_field, initial_params
 from mf_jax.objectives import Objective
 from mf_jax.objectives.errors import average
-from mf_jax.optim import start_averages, update_averages
+from mf_jax.optim import average_name, start_averages, update_averages
 
 NEVER = -1
 
@@ -63,16 +63,25 @@ def _keys(seed: int) -> tuple[Array, Array]:
     return tuple(jax.random.split(jax.random.key(seed)))
 
 
-def initial_state(parts: StepParts) -> TrainState:
-    """Return the state before the first step, a pure function of the parts."""
-    params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
+def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
+    """Return the state before the first step, a pure function of the parts and the parameters to start from.
+
+    Args:
+      parts: of the step.
+      params: to start from; None = what the seed gives.
+    """
+    if params is None:
+        params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
     x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
-    _, metrics = jax.eval_shape(lambda p, x, y: _gradient(parts, p, jnp.int32(0), x, y), params, x, labels)
+    ema = start_averages(params, parts.ema_names)
+    _, metrics = jax.eval_shape(
+        lambda *inputs: _gradient(parts, *inputs), params, ema, jnp.int32(0), x, labels
+    )
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        ema=start_averages(params, parts.ema_names),
+        ema=ema,
         opt_state=parts.optimizer.init(params),
         metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
         first_bad_step=jnp.int32(NEVER),
@@ -80,12 +89,23 @@ def initial_state(parts: StepParts) -> TrainState:
 
 
 def _gradient(
-    parts: StepParts, params: PyTree, step: Int[Array, ""], x: Float[Array, "b ..."], labels: Int[Array, "b"]
+    parts: StepParts,
+    params: PyTree,
+    ema: dict[str, PyTree],
+    step: Int[Array, ""],
+    x: Float[Array, "b ..."],
+    labels: Int[Array, "b"],
 ) -> tuple[PyTree, dict[str, Average]]:
     """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
+    target_ema = parts.objective.target_ema
+    target_params = ema[average_name(target_ema)] if target_ema else None
     draws = parts.scheme.draw(jax.random.fold_in(_keys(parts.seed)[1], step), x, labels)
     field = as_field(parts.network)
-    gradient, metrics = jax.grad(lambda p: parts.objective.loss(field, p, draws, step), has_aux=True)(params)
+
+    def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
+        return parts.objective.loss(field, params, draws, step, target_params)
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(params)
     return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
 
 
@@ -96,7 +116,7 @@ def make_train_step(parts: StepParts) -> Callable[[TrainState, Array, Array], Tr
     """
 
     def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
-        gradient, metrics = _gradient(parts, state.params, state.step, x, labels)
+        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels)
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         collected, first_bad_step = _collect(parts, state, metrics)

@@ -35,6 +35,7 @@ from mf_jax.report import RunLog
 from mf_jax.report_page import write_report
 from mf_jax.sharding import make_mesh, put_batch, state_sharding
 from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
+from mf_jax.warm_start import load_weights
 
 _GRID_SAMPLES = 100
 _SCATTER_SAMPLES = 5000
@@ -60,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     parts = step_parts(config, source)
     with run_folder.own(workdir, config, source), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
-            state = _first_state(parts, mesh, checkpoints)
+            state = _first_state(config, parts, mesh, checkpoints)
             _describe(workdir, source, state)
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop)
         write_report(workdir)
@@ -91,15 +92,20 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
     )
 
 
-def _first_state(parts: StepParts, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-    """Return the newest undamaged state, or the one that the seed gives."""
+def _first_state(config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+    """Return the newest undamaged state, or the one that the seed or the weights of `init` give."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
     like = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
     )
     restored = checkpoints.restore_state(like)
-    return jax.jit(lambda: initial_state(parts), out_shardings=shardings)() if restored is None else restored
+    if restored is not None:
+        return restored
+    if config.init["from"]:
+        params = jax.device_put(load_weights(config, shapes.params), shardings.params)
+        return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
+    return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
 
 
 def _describe(workdir: Path, source: Source, state: TrainState) -> None:
@@ -202,7 +208,7 @@ def _draw(
     generator = Generator(config, parts.network, params, *about, step=done, ema=ema)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    how = {name: config.sample[name] for name in ("steps", "times", "seed", "batch_size")}
+    how = {name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")}
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
         save_sample_grid(path, generator.sample(labels, **how), labels, source.class_names)

@@ -82,6 +82,11 @@ def check(workdir: Path, config: ConfigDict) -> None:
     check_same_run(config, _read(workdir, _CONFIG), str(workdir))
 
 
+def exists(workdir: Path) -> bool:
+    """Return whether a workdir holds a run."""
+    return (workdir / _CONFIG).exists()
+
+
 def check_writable(workdir: Path) -> None:
     """Raise BadInput if results cannot be written to a workdir, before they are computed."""
     if not os.access(workdir, os.W_OK):

@@ -11,6 +11,7 @@ LAYERS = [
     ["main"],
     ["train", "evaluate", "sample"],
     ["generator"],
+    ["warm_start"],
     ["workdir", "report_page"],
     ["config", "checkpoint"],
     ["build", "state"],

@@ -35,6 +35,7 @@ __all__ = [
     "UNet",
     "as_field",
     "initial_params",
+    "parameter_shapes",
 ]
 
 
@@ -62,3 +63,8 @@ def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
     variables = jax.jit(network.init)(key, jnp.zeros((1, *shape)), r=time, t=time, condition=condition)
     return variables["params"]
+
+
+def parameter_shapes(network: nn.Module, shape: tuple[int, ...]) -> PyTree:
+    """Return the shapes and types of a network's parameters, computing nothing; arguments as `initial_params`."""
+    return jax.eval_shape(lambda key: initial_params(network, shape, key), jax.random.key(0))

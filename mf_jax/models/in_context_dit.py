@@ -148,7 +148,8 @@ class ScalarTokens(nn.Module):
         """Return the tokens `[B, num_tokens, width]` for values `[B]`."""
         init = nn.initializers.normal(self.width**-0.5)
         tokens = self.param("tokens", init, (self.num_tokens, self.width))
-        return tokens + ScalarEmbedding(self.width, name="embedding")(value)[:, None]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        return tokens + ScalarEmbedding(self.width, kernel_init=init, name="embedding")(value)[:, None]
 
 
 class ClassTokens(nn.Module):

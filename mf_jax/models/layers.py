@@ -50,15 +50,17 @@ class ScalarEmbedding(nn.Module):
     Args:
       width: size of the embedding.
       num_features: size of the sinusoidal features.
+      kernel_init: of both layers.
     """
 
     width: int
     num_features: int = 256
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
         """Return the embedding `[B, width]` of t `[B]`."""
-        init = nn.initializers.normal(0.02)
+        init = self.kernel_init
         hidden = nn.Dense(self.width, kernel_init=init, name="hidden")(
             sinusoidal_features(t, self.num_features)
         )

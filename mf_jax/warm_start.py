@@ -1,0 +1,107 @@
+"""Start from weights that exist: a published checkpoint, or another run of ours.
+
+`init.from` names the place and `init.kind` says what lies there: `run` for a workdir (a flow-matching run among them),
+or the kind of a published checkpoint (mf_jax/reference). Parameters must fit the network by name and shape.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from mf_jax import workdir as run_folder
+from mf_jax.build import choose_ema, ema_names, make_network
+from mf_jax.checkpoint import Checkpoints
+from mf_jax.models import parameter_shapes
+from mf_jax.reference.names import KINDS
+from mf_jax.reference.weights import load_published
+from mf_jax.sharding import make_mesh
+from mf_jax.types import BadInput, check_known
+
+INIT_KINDS = ("run", *KINDS)
+
+
+def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
+    """Return the parameters that `init` names.
+
+    Args:
+      config: `init.from` is not empty.
+      like: shapes of the parameters wanted; a second head that is not wanted is left out.
+
+    Returns:
+      The parameter tree, float32.
+
+    Raises:
+      BadInput: if there are none, they cannot be read, or they do not fit; lists every parameter that does not.
+    """
+    path, kind, which = config.init["from"], config.init.kind, config.init.which
+    check_known("init.kind", kind, INIT_KINDS)
+    if kind != "run":
+        return load_published(path, kind, like, section=which or "ema_params")
+    _, params = restore_run(Path(path), run_folder.stored_config(Path(path)), which)
+    return fit(params, like, where=str(path))
+
+
+def restore_run(folder: Path, config: ConfigDict, ema: str) -> tuple[int, PyTree]:
+    """Return the step and the parameters of a run's newest checkpoint, on every device.
+
+    Args:
+      folder: the run's workdir.
+      config: of the run.
+      ema: a moving average of the run, `none` for the raw parameters, "" for the first average.
+
+    Raises:
+      BadInput: if there is no checkpoint, or no such average.
+    """
+    shape, num_classes, _ = run_folder.stored_data(folder)
+    network = make_network(config, shape=shape, num_classes=num_classes)
+    like = parameter_shapes(network, shape)
+    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        name = choose_ema(config, "ema", ema)
+        return checkpoints.restore_params(like, ema=name, names=ema_names(config))
+
+
+def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
+    """Return those parameters that a network has; a second head may be left over.
+
+    Args:
+      params: found.
+      like: shapes of those wanted.
+      where: they were found, for the error.
+
+    Raises:
+      BadInput: lists missing, extra and misshapen parameters by name.
+    """
+    found, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "extra": [name for name in found if name not in wanted and not name.startswith("v_head/")],
+        "misshapen": [
+            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in found and np.shape(found[name]) != wanted[name].shape
+        ],
+    }
+    listed = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    if listed:
+        raise BadInput(f"init.from={where}: its parameters do not fit the network; {'; '.join(listed)}")
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _leaf_names(like)])
+
+
+def _leaf_names(tree: PyTree) -> list[str]:
+    return [
+        "/".join(str(part.key) for part in path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
