@@ -103,10 +103,8 @@ def get_config() -> ConfigDict:
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     )
     config.init = section(
-        **{
-            "from": ""
-        },  # start from these weights: a run's workdir, or a published checkpoint; "" = from the seed
-        kind="run",  # what init.from is: run | meanflow | imf | pmf
+        path="",  # --config.init.from: a run's workdir, or a published checkpoint; "" = start from the seed
+        kind="run",  # what lies there: run | meanflow | imf | pmf
         which="",  # run: a decay of its ema.decays or none; published: params or ema_params; "" = the average
     )
     config.train = section(

@@ -256,7 +256,7 @@ def load_initial(config: ConfigDict, source: Source) -> Generator:
     network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = jax.device_put(load_weights(config, parameter_shapes(network, source.shape)), everywhere)
-    return Generator(config, network, params, *about, source.class_names, 0, config.init["from"])
+    return Generator(config, network, params, *about, source.class_names, 0, config.init.path)
 
 
 def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
@@ -272,7 +272,7 @@ def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
     Raises:
       BadInput: as `load`, or if the config describes another run.
     """
-    if config.init["from"] and not run_folder.exists(workdir):
+    if config.init.path and not run_folder.exists(workdir):
         generator = load_initial(config, make_source(config.data, split="train"))
         workdir.mkdir(parents=True, exist_ok=True)
         return generator

@@ -70,6 +70,11 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     return f"the config file raises {type(error).__name__}: {text}"
 
 
+def _without_keyword(argument: str) -> str:
+    """Return `--config.init.from` as `--config.init.path`: ml_collections cannot parse a key that is a word of Python."""
+    return re.sub(r"^(--?config\.init)\.from\b", r"\1.path", argument)
+
+
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 bad input."""
     logging.set_verbosity(logging.WARNING)
@@ -77,6 +82,7 @@ def main() -> int:
         print(__doc__)
         return _OK
     try:
+        sys.argv[:] = map(_without_keyword, sys.argv)
         config, mode, workdir = parse(sys.argv)
         importlib.import_module(MODES[mode]).run(config, workdir)
     except BadInput as error:

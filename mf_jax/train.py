@@ -102,7 +102,7 @@ def _first_state(config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: 
     restored = checkpoints.restore_state(like)
     if restored is not None:
         return restored
-    if config.init["from"]:
+    if config.init.path:
         params = jax.device_put(load_weights(config, shapes.params), shardings.params)
         return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
     return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()

@@ -40,7 +40,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     Raises:
       BadInput: if there are none, they cannot be read, or they do not fit; lists every parameter that does not.
     """
-    path, kind, which = config.init["from"], config.init.kind, config.init.which
+    path, kind, which = config.init.path, config.init.kind, config.init.which
     check_known("init.kind", kind, INIT_KINDS)
     if kind != "run":
         return load_published(path, kind, like, section=which or "ema_params")
