@@ -169,7 +169,7 @@ class DrawScheme:
             dropped=jax.random.uniform(drop_key, labels.shape) < self._drop_probability,
             guidance=self._guidance(guidance_key, x.shape[0]),
             fraction=jax.random.uniform(more_keys[0], labels.shape),
-            dropout=jax.random.bits(more_keys[1], labels.shape),
+            dropout=jax.random.bits(more_keys[1], labels.shape, jnp.uint32),
             direction=jax.random.normal(more_keys[2], x.shape, x.dtype),
         )
         leaves, record = jax.tree.flatten(everything)

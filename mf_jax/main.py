@@ -71,7 +71,7 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _without_keyword(argument: str) -> str:
-    """Return `--config.init.from` as `--config.init.path`: ml_collections cannot parse a key that is a word of Python."""
+    """Return `--config.init.from` as `--config.init.path`: a word of Python cannot be parsed as a key."""
     return re.sub(r"^(--?config\.init)\.from\b", r"\1.path", argument)
 
 

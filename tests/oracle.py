@@ -31,29 +31,31 @@ def gaussian_average(z, r, t, mean):
     return jnp.where(t == r, gaussian_velocity(z, t, mean), (z - z_r) / gap)
 
 
-def gaussian_field(mean_of_label):
-    """Return a field that is exact at zero parameters, and bends with each of its four parameters.
+def gaussian_field(mean_of):
+    """Return a field, with a second head, that is exact at zero parameters and bends with each of its four parameters.
 
     Args:
-      mean_of_label: function from labels `[B]` (-1 = none) to the mean of the data that the field describes.
+      mean_of: function from a Condition to the mean `[B]` of the data that the field describes.
     """
 
     def field(params, z, *, r, t, condition):
-        mean = per_row(mean_of_label(condition.labels), z)
+        mean = per_row(mean_of(condition), z)
         r, t = per_row(r, z), per_row(t, z)
         bend = jnp.stack([jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * jnp.ones_like(z)])
-        return Prediction(u=gaussian_average(z, r, t, mean) + jnp.tensordot(params, bend, 1))
+        return Prediction(
+            u=gaussian_average(z, r, t, mean) + jnp.tensordot(params, bend, 1),
+            v=gaussian_velocity(z, t, mean) + jnp.tensordot(params, bend[::-1], 1),
+        )
 
     return field
 
 
-def exact_rows(z, r, t, labels, dropped, mean_of_data):
+def exact_rows(z, r, t, labels, dropped, mean_of_data, **more):
     """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian.
 
     Args:
       mean_of_data: mean of the data that each row comes from, `[B]`.
     """
     v = gaussian_velocity(z, per_row(t, z), per_row(mean_of_data, z))
-    return Rows(
-        x=z - per_row(t, z) * v, e=z + per_row(1 - t, z) * v, t=t, r=r, labels=labels, dropped=dropped
-    )
+    x, e = z - per_row(t, z) * v, z + per_row(1 - t, z) * v
+    return Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=dropped, **more)

@@ -1,0 +1,125 @@
+"""What a step costs: each objective's docstring against XLA's own count of floating-point operations."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mf_jax.draws import DrawScheme
+from mf_jax.guidance import Guidance
+from mf_jax.models import DiT, InContextDiT, as_field, initial_params
+from mf_jax.objectives import OBJECTIVES, Controlled, Controls
+from mf_jax.objectives.alpha_flow import AlphaFlow
+from mf_jax.objectives.flow_matching import FlowMatching
+from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
+from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.split_meanflow import SplitMeanFlow
+from mf_jax.objectives.terminal_velocity import TerminalVelocity
+from mf_jax.times import UniformTimes
+from mf_jax.types import Condition
+
+SHAPE, BATCH = (16, 16, 4), 8
+SIZES = {"patch_size": 2, "depth": 4, "width": 96, "num_heads": 2, "num_classes": 10}
+FAST = {"xla_backend_optimization_level": 0}  # compiles faster and counts the same
+
+
+def _flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile(FAST).cost_analysis()["flops"]
+
+
+def _network(network):
+    params = jax.eval_shape(lambda key: initial_params(network, SHAPE, key), jax.random.key(0))
+    return as_field(network), params
+
+
+def _forward(field, params, head="u"):
+    """Return the operations of one forward pass of a batch that ends in one head, or in both."""
+    z, t = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.float32)
+
+    def forward(params, z, r, t):
+        prediction = field(params, z, r=r, t=t, condition=Condition(jnp.zeros(BATCH, jnp.int32)))
+        return prediction if head == "both" else prediction.u
+
+    return _flops(forward, params, z, t, t)
+
+
+def _step(objective, field, params, *, instant_share=0.75, **more):
+    """Return the operations of loss and gradient, the draws made beforehand."""
+    scheme = DrawScheme(UniformTimes(), instant_share=instant_share, **more)
+    x = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32)
+
+    def loss(params, x):
+        draws = scheme.draw(jax.random.key(0), x, jnp.zeros(BATCH, jnp.int32))
+        return objective.loss(field, params, draws, jnp.int32(0), params)[0]
+
+    return _flops(jax.grad(loss), params, x)
+
+
+def _stated(name, q):
+    """Return the number that an objective's docstring gives for a share q of rows with r < t."""
+    text = " ".join(importlib.import_module(f"mf_jax.objectives.{name}").__doc__.split())
+    (cost,) = re.findall(
+        r"forward-equivalents of the whole batch[^:]*: ([\d q+]+?)[ ,;(.]*(?:\(|;|,|\.|without|in either|more)",
+        text,
+    )
+    return eval(re.sub(r"(\d) q", r"\1 * q", cost), {"q": q})
+
+
+@pytest.fixture(scope="module")
+def dit():
+    field, params = _network(DiT(**SIZES))
+    return field, params, _forward(field, params)
+
+
+CASES = [
+    ("flow_matching", FlowMatching(), 0.0),
+    ("meanflow", MeanFlow(), 0.0),
+    ("meanflow", MeanFlow(Guidance(omega=2.0)), 1.0),
+    ("meanflow", MeanFlow(Guidance(omega=1.0, kappa=0.5)), 1.25),
+    ("improved_meanflow", ImprovedMeanFlow(velocity="boundary"), 0.0),
+    ("improved_meanflow", ImprovedMeanFlow(Guidance(omega=2.0), velocity="boundary"), 1.0),
+    ("alpha_flow", AlphaFlow(alpha_start=0.1, alpha_end=0.1, derivative_below=0.0), 0.0),
+    ("split_meanflow", SplitMeanFlow(), 0.0),
+    ("split_meanflow", SplitMeanFlow(Guidance(omega=2.0)), 0.75),
+    ("terminal_velocity", TerminalVelocity(), 0.0),
+    ("controls", Controlled(FlowMatching(), Controls(monotone=1.0)), 3.0),
+]
+
+
+@pytest.mark.parametrize(("name", "objective", "more"), CASES, ids=lambda v: str(v)[:60])
+def test_cost_is_the_stated_one(dit, name, objective, more):
+    field, params, forward = dit
+    measured = _step(objective, field, params) / forward
+    stated = _stated(name, 0.25) + more
+    assert abs(measured / stated - 1) < 0.05
+
+
+def test_every_objective_states_its_cost():
+    assert set(OBJECTIVES) - {"pixel_meanflow"} <= {name for name, *_ in CASES}
+
+
+def test_meanflow_costs_hardly_more_than_flow_matching():
+    """At a width where matrix products are nearly all of the work: 3.25 / 3 and 4.5 / 3, to two decimals."""
+    field, params = _network(DiT(**SIZES | {"depth": 3, "width": 384, "num_heads": 6}))
+    flow_matching, plain, guided = (
+        _step(objective, field, params)
+        for objective in (FlowMatching(), MeanFlow(), MeanFlow(Guidance(omega=1.0, kappa=0.5)))
+    )
+    assert plain <= 1.10 * flow_matching
+    assert round(guided / flow_matching, 2) <= 1.50
+
+
+def test_improved_meanflow_with_second_head_costs_little_more_than_its_network():
+    """Its own forward and backward, 12 blocks of which 8 exist twice, is 3 forward passes through both heads."""
+    field, params = _network(InContextDiT(**SIZES | {"depth": 6}, head_depth=4))
+
+    def both(params, z, t):
+        prediction = field(params, z, r=t, t=t, condition=Condition(jnp.zeros(BATCH, jnp.int32)))
+        return jnp.sum(prediction.u**2) + jnp.sum(prediction.v**2)
+
+    z, t = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.float32)
+    own = _flops(jax.grad(both), params, z, t)
+    step = _step(ImprovedMeanFlow(), field, params, instant_share=0.5, omega_max=8.0)
+    assert step <= 1.45 * own
