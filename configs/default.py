@@ -44,11 +44,7 @@ def get_config() -> ConfigDict:
         prediction="velocity",  # what the network puts out: velocity | data (read as u = (z - x) / max(t, t_clip))
         t_clip=0.05,  # prediction=data: smallest time divided by, in (0, 1)
         channels=128,  # unet: channels of the first convolution
-        channel_multipliers=(
-            2,
-            2,
-            2,
-        ),  # unet: one for each level; every level after the first halves the image
+        channel_multipliers=(2, 2, 2),  # unet: one for each level; each after the first halves the image
         num_blocks=4,  # unet: residual blocks of a level
         attention_resolutions=(16,),  # unet: heights, in pixels, of the levels with attention
         dropout=0.0,  # unet: rate, in [0, 1)
@@ -141,11 +137,7 @@ def get_config() -> ConfigDict:
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...
         times=(),  # or the time grid itself, e.g. (1.0, 0.5, 0.0); () = equal steps
         labels=(),  # classes, repeated over the samples, -1 = none; () = all classes in turn
-        guidance=(
-            1.0,
-            0.0,
-            1.0,
-        ),  # (omega, t_min, t_max) for a network that is told guidance (draws.omega_max)
+        guidance=(1.0, 0.0, 1.0),  # (omega, t_min, t_max), for a network that was told them
         seed=0,  # of the noise
         ema="",  # which moving average: a decay of ema.decays, none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them

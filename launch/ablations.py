@@ -1,7 +1,7 @@
 """The paper's ablations in miniature on the digits, and all objectives at equal training FLOPs.
 
-1. `GROUPS` is the table of what is run: a setting is a label, the published figure and what it changes in `base()`.
-   Settings that name the same run share it.
+1. `GROUPS` is the table of what is run: a setting is a label, the published figure and what it changes in the
+   paper's settings. Settings that name the same run share it.
 2. Every run is trained and evaluated in this process, one after another, in runs/ablations/NAME; `result.json` there
    marks it as finished. A run that diverges is recorded as such.
 3. The document is made from the `result.json` files alone, its sentences too, so that it is true of any rerun.
@@ -92,8 +92,9 @@ class Setting:
 class Group:
     """One table.
 
-    name: of `--only` and of the picture. title: of its section. settings: its rows. equal_flops: whether the number
-    of steps of a run is what the first setting named `meanflow` can afford; its base is then configs/digits.py alone.
+    name: of `--only` and of the picture. title: of its section. settings: its rows. equal_flops: whether each run has
+    as many steps as the FLOPs of its first setting's `NUM_STEPS` pay for; the base is then configs/digits.py, and not
+    the paper's settings.
     """
 
     name: str
@@ -286,7 +287,7 @@ def all_runs(only: str = "") -> list[Run]:
     for group in GROUPS:
         if only in ("", group.name):
             for setting in group.settings:
-                base = EQUAL_FLOPS if group.equal_flops else PAPER
+                base: Overrides = EQUAL_FLOPS if group.equal_flops else PAPER
                 overrides = {**base, **setting.overrides}
                 run = Run(setting.run, overrides, group.equal_flops)
                 runs.setdefault(setting.run, run)
