@@ -121,7 +121,10 @@ def _sizes(config: ConfigDict) -> dict[str, Any]:
         return {}
     table, names = _SIZE_TABLES[model.name]
     row = look_up("model.size", model.size, table)
-    return {name: model[name] or default for name, default in zip(names, row, strict=True)}
+    sizes = {name: model[name] or default for name, default in zip(names, row, strict=True)}
+    if "head_depth" in sizes and not model.head_depth:
+        sizes["head_depth"] = min(sizes["head_depth"], sizes["depth"])
+    return sizes
 
 
 def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[int, ...]) -> None:

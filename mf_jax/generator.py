@@ -19,6 +19,7 @@ from mf_jax import workdir as run_folder
 from mf_jax.build import check_guidance, check_labels, choose_ema, make_network, make_objective
 from mf_jax.data import Source, make_source
 from mf_jax.models import as_field, parameter_shapes
+from mf_jax.reference.weights import write_published
 from mf_jax.samplers import time_grid
 from mf_jax.sharding import batch_sharding, make_mesh
 from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
@@ -180,6 +181,18 @@ class Generator:
         labels = np.full(len(z), NO_LABEL, np.int32) if labels is None else labels
         r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
         return np.asarray(_evaluate(self.network, self.params, jnp.asarray(z, jnp.float32), r, t, labels))
+
+    def export(self, path: str | Path, *, kind: str) -> None:
+        """Write the parameters under the names of a published checkpoint, for programs that read those.
+
+        Args:
+          path: a `.npz` or `.safetensors` file.
+          kind: `meanflow` (a dit), `imf` or `pmf` (an in_context_dit), as the network is.
+
+        Raises:
+          BadInput: if the network is of another kind, or the path is no such file.
+        """
+        write_published(path, kind, jax.device_get(self.params), patch_size=self.config.model.patch_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
