@@ -114,6 +114,10 @@ def _guidance(omega: float, kappa: float) -> Overrides:
 
 
 _IN_CONTEXT: Overrides = {"model.name": "in_context_dit", "model.head_depth": 1}
+_SPLIT: Overrides = {"objective.name": "split_meanflow"}
+_SHORTCUT: Overrides = {**_SPLIT, "objective.split": "midpoint", "times.name": "dyadic"}
+_TERMINAL: Overrides = {"objective.name": "terminal_velocity", "objective.target_ema": 0.99}
+_PLAIN: Overrides = {"weight.p": 0.0}
 BASELINE = "baseline"
 SEEDS = (BASELINE, "baseline_seed_1", "baseline_seed_2")
 """Runs that differ in nothing but the seed."""
@@ -171,23 +175,12 @@ GROUPS: tuple[Group, ...] = (
                     "objective.derivative_below": 0.0,
                 },
             ),
-            Setting("SplitMeanFlow", None, "objective_split", {"objective.name": "split_meanflow"}),
-            Setting(
-                "Shortcut",
-                10.60,
-                "objective_shortcut",
-                {
-                    "objective.name": "split_meanflow",
-                    "objective.split": "midpoint",
-                    "times.name": "dyadic",
-                },
-            ),
-            Setting(
-                "terminal velocity",
-                3.29,
-                "objective_terminal",
-                {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
-            ),
+            Setting("SplitMeanFlow, p = 0", None, "objective_split_plain", {**_SPLIT, **_PLAIN}),
+            Setting("SplitMeanFlow", None, "objective_split", _SPLIT),
+            Setting("Shortcut, p = 0", 10.60, "objective_shortcut_plain", {**_SHORTCUT, **_PLAIN}),
+            Setting("Shortcut", None, "objective_shortcut", _SHORTCUT),
+            Setting("terminal velocity, p = 0", 3.29, "objective_terminal_plain", {**_TERMINAL, **_PLAIN}),
+            Setting("terminal velocity", None, "objective_terminal", _TERMINAL),
             Setting("consistency", None, "objective_consistency", {"times.name": "consistency"}),
             Setting(
                 "improved MeanFlow, own network",
@@ -811,7 +804,9 @@ def _note(group: Group) -> list[str]:
         f"N({times.t_mean:g}, {times.t_std:g}), logit r ~ N({times.r_mean:g}, {times.r_std:g}), "
         f"{draws.instant_share:.0%} of the rows with r = t, p = {config.weight.p:g}, no labels dropped. Flow matching "
         "has r = t in all rows, Shortcut takes dyadic times, consistency r = 0. alpha-Flow's and SoFlow's curricula "
-        "last the whole run. The last two rows are on the in-context transformer of improved MeanFlow, of the same "
+        "last the whole run. SplitMeanFlow, Shortcut and terminal velocity are also run with p = 0: their rows with "
+        "r < t have a target that the network makes from itself alone, whose error can be small while the network is "
+        "wrong, and the adaptive weight raises the weight of a small error. The last two rows are on the in-context transformer of improved MeanFlow, of the same "
         "depth and width (a head of 1 block for each output), whose class and time tokens make the sequence several "
         "times as long as the 4 patches; all others share the DiT.",
         "",

@@ -253,7 +253,9 @@ class InContextDiT(nn.Module):
     def _check(self, shape: tuple[int, ...]) -> None:
         check_known("positions", self.positions, POSITIONS)
         if self.patch_size <= 0 or shape[1] % self.patch_size or shape[2] % self.patch_size:
-            raise BadInput(f"model.patch_size={self.patch_size}: must divide the image size {shape[1]}x{shape[2]}")
+            raise BadInput(
+                f"model.patch_size={self.patch_size}: must divide the image size {shape[1]}x{shape[2]}"
+            )
         if not 0 <= self.head_depth <= self.depth:
             raise BadInput(f"model.head_depth={self.head_depth}: must be from 0 to depth={self.depth}")
         multiple = self.num_heads * (4 if self.positions == "grid" else 2)

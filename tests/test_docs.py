@@ -1,0 +1,64 @@
+"""The page on adding an objective does what it says."""
+
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from oracle import gaussian_field
+from test_family import _draws, _mean
+
+from mf_jax import objectives
+from mf_jax.config import validate
+from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.state import initial_state, make_train_step
+from mf_jax.train import step_parts
+
+PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """Add the page's objective as the page does, and return (its class, its config's function)."""
+    text = (ROOT / "docs" / "adding_an_objective.md").read_text()
+    file, line, config = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module = types.ModuleType("mf_jax.objectives.modular_meanflow")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file, module.__name__, "exec"), module.__dict__)
+    monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES)
+    monkeypatch.setitem(objectives.OBJECTIVES, "modular_meanflow", None)  # taken out again afterwards
+    exec(line, {"OBJECTIVES": objectives.OBJECTIVES, "ModularMeanFlow": module.ModularMeanFlow})
+    scope = {}
+    exec(config, scope)
+    return module.ModularMeanFlow, scope["get_config"]
+
+
+def _gradient(objective):
+    field, draws, step = gaussian_field(_mean), _draws(), jnp.int32(0)
+    return jax.grad(lambda p: objective.loss(field, p, draws, step)[0])(jnp.asarray(PARAMS))
+
+
+def test_the_added_objective_is_meanflow_at_share_0_and_another_above(added):
+    record, _ = added
+    with jax.enable_x64(True):
+        weight = AdaptiveWeight(p=0.5)
+        theirs = _gradient(MeanFlow(weight=weight))
+        np.testing.assert_allclose(_gradient(record(weight=weight)), theirs, rtol=1e-9)
+        assert not np.allclose(_gradient(record(weight=weight, gradient_share=1.0)), theirs, rtol=1e-2)
+
+
+def test_the_added_config_trains(added):
+    config = added[1]()
+    config.model.depth, config.model.width, config.train.batch_size = 1, 16, 16
+    parts = step_parts(config, validate(config, num_devices=1))
+    assert parts.objective.gradient_share == 0.5
+    state = initial_state(parts)
+    x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
+    after = jax.jit(make_train_step(parts))(state, x, jnp.zeros(16, jnp.int32))
+    assert int(after.first_bad_step) == -1
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)))
