@@ -777,7 +777,8 @@ def _introduction(results: Results, noise: Noise) -> list[str]:
         "but that of the objectives changes one of them.",
         "- Score: the Fréchet distance of 2,000 samples to the training images, in the features of a small classifier "
         f"(the smaller the better; held-out real images score {_number(real_data(results))}), and the share of "
-        "samples in their class. Best in bold.",
+        "samples in their class, which the average picture of a class passes too, so that it counts only beside a small "
+        "distance. Best in bold.",
         "- Published: MeanFlow (arXiv 2505.13447), table 1: FID of one step, ImageNet 256x256, DiT-B/4, 80 epochs. "
         "The numbers themselves cannot be compared with ours; the order of settings can.",
         f"- Noise: every setting is one run with one seed. {spread}",
@@ -804,11 +805,11 @@ def _note(group: Group) -> list[str]:
         f"N({times.t_mean:g}, {times.t_std:g}), logit r ~ N({times.r_mean:g}, {times.r_std:g}), "
         f"{draws.instant_share:.0%} of the rows with r = t, p = {config.weight.p:g}, no labels dropped. Flow matching "
         "has r = t in all rows, Shortcut takes dyadic times, consistency r = 0. alpha-Flow's and SoFlow's curricula "
-        "last the whole run. SplitMeanFlow, Shortcut and terminal velocity are also run with p = 0: their rows with "
-        "r < t have a target that the network makes from itself alone, whose error can be small while the network is "
-        "wrong, and the adaptive weight raises the weight of a small error. The last two rows are on the in-context transformer of improved MeanFlow, of the same "
-        "depth and width (a head of 1 block for each output), whose class and time tokens make the sequence several "
-        "times as long as the 4 patches; all others share the DiT.",
+        "last the whole run. SplitMeanFlow, Shortcut and terminal velocity are also run with p = 0: the target of "
+        "their rows with r < t comes from the network alone, so that their error can be small while the network is "
+        "wrong, and the adaptive weight raises the weight of a small error. The last two rows are on the in-context "
+        "transformer of improved MeanFlow, of the same depth and width (a head of 1 block for each output), whose "
+        "class and time tokens make the sequence several times as long as the 4 patches; all others share the DiT.",
         "",
         f"FLOPs: the same for all rows, those of {NUM_STEPS:,} steps of MeanFlow, as XLA counts them in each compiled "
         "training step; the schedule of the learning rate shrinks with the number of steps. alpha-Flow's step holds "

@@ -39,7 +39,7 @@ BAD_KEYS = [
     ("data.name=digit", "digit", "digits, toy2d, image_folder, tfds"),
     ("data.image_size=16", "image_size", "8"),
     ("data.name=image_folder", "path"),
-    ("model.name=resnet", "model.name", "dit, mlp"),
+    ("model.name=resnet", "model.name", "dit, in_context_dit, unet, mlp"),
     ("model.name=mlp", "model.name", "dit"),
     ("model.size=XXL", "model.size", "XL"),
     ("model.patch_size=3", "patch_size=3", "8x8"),

@@ -13,7 +13,7 @@ def _case():
     labels, none = jnp.zeros(64, jnp.int32), jnp.zeros(64, bool)
     z = jnp.asarray(rng.normal(size=(64, 2)), jnp.float32)
     rows = exact_rows(z, jnp.asarray(times[0]), jnp.asarray(times[1]), labels, none, jnp.full(64, 0.3))
-    return gaussian_field(lambda labels: jnp.full(labels.shape, 0.3)), rows
+    return gaussian_field(lambda condition: jnp.full(condition.labels.shape, 0.3)), rows
 
 
 def test_zero_on_the_closed_form():

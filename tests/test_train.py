@@ -126,7 +126,9 @@ def _array_files(folder):
 
 
 def _cut_short(checkpoint):
-    path = _array_files(checkpoint)[-1]
+    path = max(
+        _array_files(checkpoint), key=lambda path: path.stat().st_size
+    )  # others may be left from writing
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
