@@ -777,7 +777,7 @@ def _introduction(results: Results, noise: Noise) -> list[str]:
         "but that of the objectives changes one of them.",
         "- Score: the Fréchet distance of 2,000 samples to the training images, in the features of a small classifier "
         f"(the smaller the better; held-out real images score {_number(real_data(results))}), and the share of "
-        "samples in their class, which the average picture of a class passes too, so that it counts only beside a small "
+        "samples in their class, which the average picture of a class passes too, so that it counts only with a small "
         "distance. Best in bold.",
         "- Published: MeanFlow (arXiv 2505.13447), table 1: FID of one step, ImageNet 256x256, DiT-B/4, 80 epochs. "
         "The numbers themselves cannot be compared with ours; the order of settings can.",

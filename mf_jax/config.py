@@ -98,7 +98,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
     for build in _sampling_checks(config):
         check(build)
     if problems:
-        raise BadInput("; ".join(problems))
+        raise BadInput("; ".join(dict.fromkeys(problems)))  # several checks build the same part
     return source
 
 

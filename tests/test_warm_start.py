@@ -142,6 +142,8 @@ def test_bad_config_is_one_error(more, named):
     with pytest.raises(BadInput) as error:
         validate(_config(**more), num_devices=1)
     assert named in str(error.value)
+    problems = str(error.value).split("; ")
+    assert len(problems) == len(set(problems))
 
 
 GOOD_CONFIGS = [
