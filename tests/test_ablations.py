@@ -236,7 +236,7 @@ def test_document_tells_tables_sentences_and_pictures(results, tmp_path):
     assert "| p = 2 | 69.19 | diverged | diverged | – |" in text
     assert "| uniform (not run) | 65.9 | – | – | – |" in text
     assert "| MeanFlow | 3.43 | 2,000 | 1,000 | 0.86 |" in text
-    assert "Order here, at one step: improved MeanFlow, own network (0.43)" in text
+    assert "Order here, at one step: alpha-Flow (0.74), SoFlow (0.74), improved MeanFlow (0.75)" in text
     assert text.rstrip().splitlines()[-1].startswith("No pair of settings is in the opposite order")
     for group in ablations.GROUPS:
         picture = tmp_path / "ablations" / f"{group.name}.png"

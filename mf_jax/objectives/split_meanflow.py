@@ -7,7 +7,8 @@ For any s in (r, t) the displacement over [r, t] is that over [s, t] and then ov
     loss = w |u(z_t, r, t) - sg[(right-hand side) / (t - r)]|^2
 
 With s the middle and dyadic times (`times.name=dyadic`) these are Shortcut models. Rows with r = t carry the data (and
-guidance); rows with r < t learn from the network alone.
+guidance); rows with r < t learn from the network alone, and their error is so much smaller that an adaptive weight
+(p > 0) makes them agree with one another before they agree with the data: use p = 0.
 
 Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 2 q; guidance adds
 1 - q where its unconditional factor is not 0.

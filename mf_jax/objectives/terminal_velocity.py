@@ -10,7 +10,8 @@
 
     loss = w |u - (t - r) du/dr - sg[u_ema(X, r, r)]|^2 + w |u(z_r, r, r) - v_g|^2
 
-Rows with r = t are rows of the flow-matching term.
+Rows with r = t are rows of the flow-matching term. The first term looks at no data and its error is much smaller than
+that of the second, so that an adaptive weight (p > 0) favours it: use p = 0.
 
 Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 7 q (the term with the
 derivative 6, its target 1); guidance adds 1 where its unconditional factor is not 0.
