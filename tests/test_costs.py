@@ -22,11 +22,10 @@ from mf_jax.types import Condition
 
 SHAPE, BATCH = (16, 16, 4), 8
 SIZES = {"patch_size": 2, "depth": 4, "width": 96, "num_heads": 2, "num_classes": 10}
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster and counts the same
 
 
 def _flops(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(FAST).cost_analysis()["flops"]
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
 def _network(network):

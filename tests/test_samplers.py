@@ -14,7 +14,7 @@ MEAN = 0.3
 
 def _run(times, learns_average=True):
     e = jnp.linspace(-2, 2, 9)[:, None]
-    field = gaussian_field(lambda labels: jnp.full(labels.shape, MEAN))
+    field = gaussian_field(lambda condition: jnp.full(condition.labels.shape, MEAN))
     condition = Condition(jnp.zeros(9, jnp.int32))
     return e, sample(field, jnp.zeros(4), e, condition, times=times, learns_average=learns_average)
 
