@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
@@ -28,6 +29,7 @@ from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import validate
 from mf_jax.data import Source, make_batches, read
 from mf_jax.generator import Generator
+from mf_jax.models import parameter_shapes
 from mf_jax.optim import make_optimizer
 from mf_jax.pictures import few_classes, save_sample_grid
 from mf_jax.plots import save_scatter
@@ -59,9 +61,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     source = validate(config, num_devices=jax.device_count())
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     parts = step_parts(config, source)
+    weights = None
+    if config.init.path and not run_folder.exists(workdir):  # before anything is written
+        weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
     with run_folder.own(workdir, config, source), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
-            state = _first_state(config, parts, mesh, checkpoints)
+            state = _first_state(config, parts, mesh, checkpoints, weights)
             _describe(workdir, source, state)
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop)
         write_report(workdir)
@@ -92,8 +97,10 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
     )
 
 
-def _first_state(config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-    """Return the newest undamaged state, or the one that the seed or the weights of `init` give."""
+def _first_state(
+    config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints, weights: PyTree | None = None
+) -> TrainState:
+    """Return the newest undamaged state, or that of the weights of `init` (read already, or not), or of the seed."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
     like = jax.tree.map(
@@ -103,7 +110,8 @@ def _first_state(config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: 
     if restored is not None:
         return restored
     if config.init.path:
-        params = jax.device_put(load_weights(config, shapes.params), shardings.params)
+        weights = load_weights(config, shapes.params) if weights is None else weights
+        params = jax.device_put(weights, shardings.params)
         return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
     return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
 

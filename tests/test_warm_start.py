@@ -86,6 +86,23 @@ def test_command_line_samples_and_scores_weights_without_a_run(trained, tmp_path
     assert np.load(tmp_path / "run" / "samples.npz")["arr_0"].shape == (100, 8, 8, 1)
 
 
+def test_training_from_published_names_and_from_a_wrong_place(trained, tmp_path, command):
+    """A wrong place leaves no workdir behind, so that the corrected command can be given."""
+    mf_jax.load(trained).export(tmp_path / "weights.npz", kind="meanflow")
+    arguments = (
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path / 'run'}",
+        *TINY,
+        "--config.init.kind=meanflow",
+    )
+    code, _, errors = command(*arguments, f"--config.init.from={tmp_path / 'weight.npz'}")
+    assert code == 2
+    assert "weight.npz" in errors
+    assert not (tmp_path / "run").exists()
+    code, _, errors = command(*arguments, f"--config.init.from={tmp_path / 'weights.npz'}")
+    assert code == 0, errors
+
+
 def test_parameters_that_do_not_fit_are_listed(trained):
     config = _config(**{"init.path": str(trained), "model.depth": 2, "model.time_conditioning": "t"})
     config.model.num_heads, config.model.patch_size = 2, 2
