@@ -5,12 +5,11 @@ or the kind of a published checkpoint (mf_jax/reference). Parameters must fit th
 """
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from mf_jax.build import choose_ema, ema_names, make_network
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.models import parameter_shapes
 from mf_jax.reference.names import KINDS
-from mf_jax.reference.weights import load_published
+from mf_jax.reference.weights import listed, load_published
 from mf_jax.sharding import make_mesh
 from mf_jax.types import BadInput, check_known
 
@@ -90,18 +89,7 @@ def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
             if name in found and np.shape(found[name]) != wanted[name].shape
         ],
     }
-    listed = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
-    if listed:
-        raise BadInput(f"init.from={where}: its parameters do not fit the network; {'; '.join(listed)}")
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _leaf_names(like)])
-
-
-def _leaf_names(tree: PyTree) -> list[str]:
-    return [
-        "/".join(str(part.key) for part in path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if parts:
+        raise BadInput(f"init.from={where}: its parameters do not fit the network; {'; '.join(parts)}")
+    return unflatten_dict({name: found[name] for name in wanted}, sep="/")

@@ -125,6 +125,8 @@ def test_sigmoid_falls_from_1_to_0_around_the_middle():
     np.testing.assert_allclose(values, [1, 1, 0.5, 0, 0], atol=1e-5)
     np.testing.assert_allclose(objective.alpha(jnp.int32(208)), 1 / (1 + np.e), rtol=1e-6)  # 25 * 8 / 200 = 1
 
+
+def test_targets_of_alpha_flow_are_clipped():
     draws = _draws()
     far = draws.replace(interval=draws.interval.replace(e=draws.interval.e + 100))
     _, metrics = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0).loss(FIELD, PARAMS, far, STEP)
@@ -175,6 +177,7 @@ class _Bent(nn.Module):
 def test_pixel_is_improved_under_the_change_of_variables():
     """With u = (z - x_hat) / t, for t above the clip."""
     field, draws = as_field(_Bent()), _draws()
+    assert min(draws.instant.t.min(), draws.interval.t.min()) > 0.05
 
     def in_velocity(params, z, *, r, t, condition):
         prediction = field(params, z, r=r, t=t, condition=condition)

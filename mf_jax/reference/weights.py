@@ -129,7 +129,7 @@ def fit_published(
             misshapen.append(f"{published} ({name}) {shapes}")
     missing = [_both_names(kind, name) for name in wanted if name not in fitting]
     kinds_of_problem = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
-    problems = [f"{what}: {_listed(names)}" for what, names in kinds_of_problem.items() if names]
+    problems = [f"{what}: {listed(names)}" for what, names in kinds_of_problem.items() if names]
     if problems:
         raise BadInput(
             f"published {kind} parameters do not fit the network; {'; '.join(problems)}; "
@@ -285,6 +285,7 @@ def _both_names(kind: str, ours: str) -> str:
         return f"{ours} (which no published {kind} network has)"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names separated by commas, of many only the first and how many more there are."""
     more = f" and {len(names) - _NAMED_IN_ERROR} more" * (len(names) > _NAMED_IN_ERROR)
     return ", ".join(names[:_NAMED_IN_ERROR]) + more
