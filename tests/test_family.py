@@ -128,13 +128,14 @@ def test_sigmoid_falls_from_1_to_0_around_the_middle():
 
 def test_targets_of_alpha_flow_are_clipped():
     draws = _draws()
-    far = draws.replace(interval=draws.interval.replace(e=draws.interval.e + 100))
+    side = jnp.asarray([1.0, 1.0, -1.0, -1.0])[:, None]
+    far = draws.replace(interval=draws.interval.replace(e=draws.interval.e + 100 * side))
     _, metrics = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0).loss(FIELD, PARAMS, far, STEP)
     rows = far.interval
     u = FIELD(
         PARAMS, interpolate(rows.x, rows.e, t=rows.t), r=rows.r, t=rows.t, condition=condition_of(rows)
     ).u
-    np.testing.assert_allclose(metrics["u_error"].compute(), np.mean((u - 4.0) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["u_error"].compute(), np.mean((u - 4.0 * side) ** 2), rtol=1e-6)
 
 
 def test_split_becomes_the_identity_in_t_as_its_first_part_vanishes():
