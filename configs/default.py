@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
         dropout=0.0,  # unet: rate, in [0, 1)
         rank=8,  # low_rank: rank of the matrix
         dtype="float32",  # of the computation: float32 | bfloat16; parameters are float32
+        attention="xla",  # dit, in_context_dit: xla | fused (kernels of GPU and TPU)
+        remat="none",  # dit, in_context_dit: computed again for the gradient: none | block | dots (all but products)
+        scan=False,  # dit, in_context_dit: one loop over the blocks, whose parameters are stacked; compiles fast
     )
     config.objective = section(
         name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
@@ -94,7 +97,7 @@ def get_config() -> ConfigDict:
     config.draws = section(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
-        label_drop="instant_rows",  # which rows may lose it: instant_rows (r = t) | any_row
+        label_drop="instant_rows",  # which rows lose it: instant_rows (r = t) | any_row | fixed_rows (cheaper guidance)
         omega_max=1.0,  # in_context_dit: guidance scales up to it are drawn and told to the network; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     )
@@ -149,6 +152,14 @@ def get_config() -> ConfigDict:
         seed=1,  # of the noise
         ema="",  # as sample.ema
         batch_size=500,  # samples computed at once; does not change them
+    )
+    config.bench = section(
+        what="step",  # step | sample | input | attention
+        repeats=20,  # timed runs of each thing measured; step: 0 = only compile, which needs no memory for a state
+        dropped=3,  # runs before them, not counted
+        shape=(),  # step, sample: of one data element, e.g. (32, 32, 4), without reading data; () = as the data
+        num_classes=1000,  # step, sample: classes, where bench.shape is given
+        tokens=(256, 1024),  # attention: lengths of the sequence
     )
     config.cache_dir = ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir
     return config

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from mf_jax.draws import DrawScheme
 from mf_jax.guidance import Guidance
 from mf_jax.models import DIT_SIZES, IN_CONTEXT_SIZES, NETWORKS, DataPrediction
+from mf_jax.models.attention import ATTENTIONS
+from mf_jax.models.blocks import REMATS
 from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
 from mf_jax.objectives.weighting import AdaptiveWeight
@@ -84,6 +86,8 @@ def make_network(
     look_up("model.time_conditioning", model.time_conditioning, dict.fromkeys(DIT_TIME_CONDITIONINGS))
     look_up("model.dtype", model.dtype, {"float32": 0, "bfloat16": 0})
     look_up("model.prediction", model.prediction, dict.fromkeys(PREDICTIONS))
+    look_up("model.attention", model.attention, dict.fromkeys(ATTENTIONS))
+    look_up("model.remat", model.remat, REMATS)
     kinds = ("images", "vectors")
     kind = kinds[len(shape) != 3]
     if kind not in DATA_OF_NETWORK.get(model.name, kinds):

@@ -16,8 +16,8 @@ from mf_jax.build import (
     make_scheme,
 )
 from mf_jax.data import Source, make_source
-from mf_jax.draws import group_sizes
 from mf_jax.models import parameter_shapes
+from mf_jax.objectives import Controlled
 from mf_jax.optim import SCHEDULES
 from mf_jax.samplers import time_grid
 from mf_jax.types import BadInput, nearest
@@ -63,12 +63,13 @@ def check_tuples(config: ConfigDict) -> None:
                 )
 
 
-def validate(config: ConfigDict, *, num_devices: int) -> Source:
+def validate(config: ConfigDict, *, num_devices: int, source: Source | None = None) -> Source:
     """Check a whole config, data included.
 
     Args:
       config: the run's config.
       num_devices: over which the batch is split.
+      source: takes the place of the data that the config names, which are not opened then.
 
     Returns:
       The training split of the data.
@@ -86,7 +87,7 @@ def validate(config: ConfigDict, *, num_devices: int) -> Source:
             return None
 
     check_tuples(config)  # nothing below could read them
-    source = check(lambda: _training_split(config))
+    source = check(lambda: _training_split(config)) if source is None else source
     check(lambda: make_objective(config))
     check(lambda: make_scheme(config))
     check(lambda: _check_batch(config, num_devices))
@@ -110,11 +111,13 @@ def _training_split(config: ConfigDict) -> Source:
 
 
 def _check_batch(config: ConfigDict, num_devices: int) -> None:
-    size, group = config.train.batch_size, sum(group_sizes(config.draws.instant_share))
+    size, group = config.train.batch_size, make_scheme(config).group
     if size <= 0 or size % (group * num_devices):
+        fixed = config.draws.label_drop == "fixed_rows"
+        also = f", label_drop_share={config.draws.label_drop_share}" * fixed
         raise BadInput(
             f"train.batch_size={size}: must be a multiple of {group * num_devices}, since rows with r = t and r < t "
-            f"are dealt in groups of {group} (draws.instant_share={config.draws.instant_share}) on each of "
+            f"are dealt in groups of {group} (draws.instant_share={config.draws.instant_share}{also}) on each of "
             f"{num_devices} device{'s' * (num_devices > 1)}"
         )
 
@@ -156,6 +159,13 @@ def _check_network(config: ConfigDict, source: Source) -> None:
     network = make_network(config, shape=source.shape, num_classes=source.num_classes)
     parameter_shapes(network, source.shape)  # finds what does not fit
     objective, model = config.objective, config.model
+    if model.attention == "fused" and (
+        objective.name == "terminal_velocity" or isinstance(make_objective(config), Controlled)
+    ):
+        raise BadInput(
+            "model.attention='fused': terminal_velocity and controls take the gradient of a derivative, which only "
+            "model.attention=xla has"
+        )
     needs_head = objective.name in ("improved_meanflow", "pixel_meanflow") and objective.velocity == "head"
     if needs_head and not (model.name == "in_context_dit" and model.second_head):
         raise BadInput(

@@ -41,7 +41,7 @@ def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, 
 
     Source: MeanFlow, arXiv 2505.13447, equation 6.
     """
-    condition = condition_of(rows)
+    condition = condition_of(rows).replace(forward_mode=True)
 
     def u(z: Array, r: Array, t: Array) -> Array:
         return field(params, z, r=r, t=t, condition=condition).u

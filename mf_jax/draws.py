@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from mf_jax.times import Times
 from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, GuidanceScale, Rows
 
-LABEL_DROP_ROWS = ("instant_rows", "any_row")
+LABEL_DROP_ROWS = ("instant_rows", "any_row", "fixed_rows")
 _LARGEST_GROUP = 64
 _SHARE_TOLERANCE = 1e-3
 
@@ -73,6 +73,29 @@ def num_groups(draws: Draws) -> int:
     return math.gcd(draws.instant.t.shape[0], draws.interval.t.shape[0])
 
 
+def guidable_rows(draws: Draws) -> Rows:
+    """Return the rows with r = t that may have a label: all but those of `drop_sizes` that never do."""
+    if not draws.drop_sizes[1]:
+        return draws.instant
+    groups = draws.instant.t.shape[0] // sum(draws.drop_sizes)
+    return jax.tree.map(lambda leaf: split_rows(leaf, draws.drop_sizes, groups=groups)[0], draws.instant)
+
+
+def with_other_rows(values: Float[Array, "_ ..."], draws: Draws) -> Float[Array, "b1 ..."]:
+    """Return values of `guidable_rows` as values of all rows with r = t, 0 for the others.
+
+    Args:
+      values: `[guidable rows, ...]`.
+      draws: the step's draws.
+    """
+    unlabelled = draws.drop_sizes[1]
+    if not unlabelled:
+        return values
+    groups = draws.instant.t.shape[0] // sum(draws.drop_sizes)
+    zeros = jnp.zeros((groups * unlabelled, *values.shape[1:]), values.dtype)
+    return join_rows([values, zeros], groups=groups)
+
+
 def group_sizes(instant_share: float) -> tuple[int, int]:
     """Return how many rows of each group have r = t, and how many r < t.
 
@@ -87,13 +110,40 @@ def group_sizes(instant_share: float) -> tuple[int, int]:
     """
     if not 0 <= instant_share <= 1:
         raise BadInput(f"draws.instant_share={instant_share}: must be within [0, 1]; MeanFlow uses 0.75")
-    share = Fraction(instant_share).limit_denominator(_LARGEST_GROUP)
-    if abs(share - Fraction(instant_share)) > _SHARE_TOLERANCE:
-        raise BadInput(
-            f"draws.instant_share={instant_share}: rows are split in groups of at most {_LARGEST_GROUP}; "
-            f"use {share} = {float(share):.6g} or another such fraction"
-        )
+    share = _fraction(instant_share, instant_share, f"draws.instant_share={instant_share}")
     return share.numerator, share.denominator - share.numerator
+
+
+def drop_sizes(instant_share: float, label_drop_share: float) -> tuple[int, int]:
+    """Return how many of each group of rows with r = t may keep their label, and how many lose it for certain.
+
+    Args:
+      instant_share: share of rows with r = t, in (0, 1].
+      label_drop_share: share of all rows that lose their label, at most instant_share; the quotient of both is a
+        fraction whose denominator is at most 64.
+
+    Returns:
+      (labelled, unlabelled) rows of one group, without a common factor.
+
+    Raises:
+      BadInput: if the quotient is not such a fraction to within 0.001.
+    """
+    if not label_drop_share:
+        return 1, 0
+    named = f"draws.label_drop_share={label_drop_share} of draws.instant_share={instant_share}"
+    share = _fraction(label_drop_share / instant_share, instant_share, named)
+    return share.denominator - share.numerator, share.numerator
+
+
+def _fraction(value: float, unit: float, named: str) -> Fraction:
+    share = Fraction(value).limit_denominator(_LARGEST_GROUP)
+    if abs(share - Fraction(value)) > _SHARE_TOLERANCE:
+        fix = share if value == unit else share * Fraction(unit).limit_denominator(_LARGEST_GROUP)
+        raise BadInput(
+            f"{named}: rows are split in groups of at most {_LARGEST_GROUP}; "
+            f"use {fix} = {float(fix):.6g} or another such fraction"
+        )
+    return share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +154,8 @@ class DrawScheme:
       times: the distribution of (r, t).
       instant_share: share of rows with r = t, in [0, 1].
       label_drop_share: share of all rows trained without their label, in [0, 1).
-      label_drop: which rows may lose it: `instant_rows` (only rows with r = t, as published) or `any_row`.
+      label_drop: which rows lose it: `instant_rows` (any with r = t, as published), `any_row`, or `fixed_rows`: of the
+        rows with r = t every so many-th, for which guidance then costs nothing.
       omega_max: the network is told a guidance scale in [1, omega_max], drawn with density omega^-omega_power, and an
         interval [t_min, t_max], t_min uniform in [0, 1/2], t_max in [1/2, 1]; 1 = it is told none.
       omega_power: of that density; at least 0.
@@ -131,11 +182,12 @@ class DrawScheme:
             )
         if not 0 <= self.label_drop_share < 1:
             raise BadInput(f"draws.label_drop_share={self.label_drop_share}: must be within [0, 1)")
-        if self.label_drop == "instant_rows" and self.label_drop_share > self.instant_share:
+        if self.label_drop != "any_row" and self.label_drop_share > self.instant_share:
             raise BadInput(
                 f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} of rows with r = t "
                 "may lose their label; lower it or set draws.label_drop=any_row"
             )
+        self._drop_sizes()
         if not 1 <= self.omega_max < math.inf:
             raise BadInput(
                 f"draws.omega_max={self.omega_max}: must be at least 1, which tells the network none"
@@ -175,9 +227,25 @@ class DrawScheme:
         leaves, record = jax.tree.flatten(everything)
         parts = zip(*(split_rows(leaf, sizes, groups=groups) for leaf in leaves), strict=True)
         instant, interval = (jax.tree.unflatten(record, part) for part in parts)
-        if self.label_drop == "instant_rows":
+        if self.label_drop != "any_row":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
-        return Draws(instant=instant.replace(r=instant.t), interval=interval)
+        if self.label_drop == "fixed_rows":
+            labelled, unlabelled = self._drop_sizes()
+            group = [False] * labelled + [True] * unlabelled
+            dropped = jnp.tile(jnp.asarray(group), instant.t.shape[0] // len(group))
+            instant = instant.replace(dropped=dropped)
+        return Draws(instant.replace(r=instant.t), interval, self._drop_sizes())
+
+    def _drop_sizes(self) -> tuple[int, int]:
+        fixed = self.label_drop == "fixed_rows"
+        return drop_sizes(self.instant_share, self.label_drop_share) if fixed else (1, 0)
+
+    @property
+    def group(self) -> int:
+        """Rows of a device's share must be a multiple of this many."""
+        instant, interval = group_sizes(self.instant_share)
+        dealt = sum(self._drop_sizes())
+        return (instant + interval) * (dealt // math.gcd(dealt, instant))
 
     def _guidance(self, key: PRNGKeyArray, num_rows: int) -> GuidanceScale | None:
         if self.omega_max == 1:

@@ -19,6 +19,7 @@ from mf_jax import workdir as run_folder
 from mf_jax.build import check_guidance, check_labels, choose_ema, make_network, make_objective
 from mf_jax.data import Source, make_source
 from mf_jax.models import as_field, parameter_shapes
+from mf_jax.models.blocks import unstack_blocks
 from mf_jax.reference.weights import write_published
 from mf_jax.samplers import time_grid
 from mf_jax.sharding import batch_sharding, make_mesh
@@ -192,7 +193,8 @@ class Generator:
         Raises:
           BadInput: if the network is of another kind, or the path is no such file.
         """
-        write_published(path, kind, jax.device_get(self.params), patch_size=self.config.model.patch_size)
+        params = unstack_blocks(jax.device_get(self.params))
+        write_published(path, kind, params, patch_size=self.config.model.patch_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -13,13 +13,14 @@ the interval of the row; rows with r = t use the whole of [0, 1].
 
 What it costs: rows with r = t are their own conditional teacher, so a step needs at most one unconditional
 forward for every row and one conditional forward for the rows with r < t, made as one batched call; a term
-whose factor is zero costs nothing.
+whose factor is zero costs nothing, nor does a row of which it is known beforehand that it has no label.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.2 and appendix (improved CFG, equation 21); improved MeanFlow,
 arXiv 2512.02012, section 4.2.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.draws import condition_of, join_rows, num_groups, split_rows
+from mf_jax.draws import condition_of, guidable_rows, join_rows, split_rows, with_other_rows
 from mf_jax.paths import interpolate, per_row, velocity
 from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, Field, GuidanceScale, Prediction, Rows
 
@@ -133,11 +134,12 @@ def guided_velocities(
     is_drawn = interval.guidance is not None
     needs_null = is_drawn or guidance.null_factor != 0
     needs_class = is_drawn or guidance.kappa != 0
-    wanted = [(rows, _teacher_condition(rows, labelled=False)) for rows in (instant, interval) if needs_null]
+    guidable = (guidable_rows(draws), interval)
+    wanted = [(rows, _teacher_condition(rows, labelled=False)) for rows in guidable if needs_null]
     if needs_class or with_own:
         wanted.append((interval, _teacher_condition(interval, labelled=True)))
-    taught = _teach(field, params, wanted, num_groups(draws), read)
-    null = taught[:2] if needs_null else [0.0, 0.0]
+    taught = _teach(field, params, wanted, read)
+    null = (with_other_rows(taught[0], draws), taught[1]) if needs_null else (0.0, 0.0)
     own = taught[-1] if needs_class or with_own else 0.0
     return Velocities(
         instant=_guide(guidance, instant, given(instant), own_instant, null[0]),
@@ -185,12 +187,12 @@ def _teach(
     field: Field,
     params: PyTree,
     wanted: list[tuple[Rows, Condition]],
-    groups: int,
     read: Callable[[Prediction], Array],
 ) -> list[Float[Array, "_ ..."]]:
     """Return the network's own velocity of each of the sub-batches, from one call for all of them."""
     if not wanted:
         return []
+    groups = math.gcd(*(rows.t.shape[0] for rows, _ in wanted))
     inputs = [(interpolate(rows.x, rows.e, t=rows.t), rows.t, condition) for rows, condition in wanted]
     z, t, condition = jax.tree.map(lambda *parts: join_rows(parts, groups=groups), *inputs)
     v = read(field(params, z, r=t, t=t, condition=condition))

@@ -1,6 +1,7 @@
 """The command line.
 
-python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample] [--workdir=runs/NAME] [--config.KEY=VALUE ...]
+python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample|bench] [--workdir=runs/NAME]
+  [--config.KEY=VALUE ...]
 
 Every key of configs/default.py can be set, for example --config.optim.lr=1e-3.
 """
@@ -16,7 +17,12 @@ from ml_collections import ConfigDict, config_flags
 
 from mf_jax.types import BadInput, nearest
 
-MODES = {"train": "mf_jax.train", "eval": "mf_jax.evaluate", "sample": "mf_jax.sample"}
+MODES = {
+    "train": "mf_jax.train",
+    "eval": "mf_jax.evaluate",
+    "sample": "mf_jax.sample",
+    "bench": "mf_jax.bench",
+}
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 
 

@@ -1,9 +1,16 @@
-"""Where arrays live: one mesh with the axes `data` and `fsdp`, the batch split over both, parameters over `fsdp`."""
+"""Where arrays live: one mesh with the axes `data` and `fsdp`, the batch split over both, parameters over `fsdp`.
+
+A step computes its gradient from each device's own rows, on parameters gathered once before and with one reduction
+after: `per_device`. Nothing else crosses from device to device, whatever the network and the objective do with rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from mf_jax.types import BadInput
 
@@ -46,7 +53,7 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
     """
     size = mesh.shape["fsdp"]
 
-    def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def rule(leaf: Any) -> NamedSharding:
         axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
         if size == 1 or not axes or np.prod(leaf.shape) < _REPLICATE_BELOW:
             return NamedSharding(mesh, PartitionSpec())
@@ -56,6 +63,50 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
         )
 
     return jax.tree.map(rule, state)
+
+
+def per_device(
+    gradient: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, params: PyTree, rows: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Return the gradient of a mean over all rows, and sums over all rows, from each device's own rows.
+
+    Args:
+      gradient: from whole parameters and some rows to (gradient of the mean over these rows with respect to the first
+        entry of the parameters, sums over these rows).
+      mesh: the mesh.
+      params: a tuple of trees of parameters, placed by `state_sharding`.
+      rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
+
+    Returns:
+      (gradient placed like the parameters, sums on every device).
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
+
+    def local(params: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+        own, sums = gradient(jax.tree.map(_gather, params, specs), rows)
+        own = jax.tree.map(lambda g, spec: _reduce(g, spec, mesh) / mesh.size, own, specs[0])
+        return own, jax.lax.psum(sums, ("data", "fsdp"))
+
+    rows_spec = batch_sharding(mesh).spec
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, rows_spec),
+        out_specs=(specs[0], PartitionSpec()),
+        check_vma=False,  # `_reduce` makes the gradients alike, which differ from device to device before
+    )
+    return split(params, rows)
+
+
+def _gather(param: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "..."]:
+    return jax.lax.all_gather(param, "fsdp", axis=len(spec) - 1, tiled=True) if spec else param
+
+
+def _reduce(gradient: Shaped[Array, "..."], spec: PartitionSpec, mesh: Mesh) -> Shaped[Array, "..."]:
+    if not spec:
+        return jax.lax.psum(gradient, ("data", "fsdp"))
+    own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=len(spec) - 1, tiled=True)
+    return jax.lax.psum(own, "data") if mesh.shape["data"] > 1 else own
 
 
 def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:

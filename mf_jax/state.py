@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu.metrics import Average
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.draws import DrawScheme
@@ -16,6 +18,8 @@ from mf_jax.models import as_field, initial_params
 from mf_jax.objectives import Objective
 from mf_jax.objectives.errors import average
 from mf_jax.optim import average_name, start_averages, update_averages
+from mf_jax.sharding import per_device
+from mf_jax.types import Draws
 
 NEVER = -1
 
@@ -95,6 +99,7 @@ def _gradient(
     step: Int[Array, ""],
     x: Float[Array, "b ..."],
     labels: Int[Array, "b"],
+    mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Average]]:
     """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
     target_ema = parts.objective.target_ema
@@ -102,21 +107,35 @@ def _gradient(
     draws = parts.scheme.draw(jax.random.fold_in(_keys(parts.seed)[1], step), x, labels)
     field = as_field(parts.network)
 
-    def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
-        return parts.objective.loss(field, params, draws, step, target_params)
+    def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
+        params, target_params = both
 
-    gradient, metrics = jax.grad(loss, has_aux=True)(params)
+        def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
+            return parts.objective.loss(field, params, draws, step, target_params)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    both = (params, target_params)
+    gradient, metrics = (
+        per_device(of_rows, mesh, both, draws) if mesh and mesh.size > 1 else of_rows(both, draws)
+    )
     return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
 
 
-def make_train_step(parts: StepParts) -> Callable[[TrainState, Array, Array], TrainState]:
+def make_train_step(
+    parts: StepParts, mesh: Mesh | None = None
+) -> Callable[[TrainState, Array, Array], TrainState]:
     """Return the pure function (state, x, labels) -> state of one optimisation step.
 
     x: data rows `[B, ...]`. labels: `[B]`. The caller compiles it and donates the state.
+
+    Args:
+      parts: what the step is made of.
+      mesh: that state and batch are placed on; None for a single device.
     """
 
     def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
-        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels)
+        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels, mesh)
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         collected, first_bad_step = _collect(parts, state, metrics)
@@ -138,15 +157,10 @@ def _collect(
     """Add a step's metrics to those since the last log, and note the first step that is not finite."""
     starts_anew = state.step % parts.log_every_steps == 0
     stands_still = state.first_bad_step != NEVER
-    collected = {
-        name: jax.tree.map(
-            lambda old, both, new: jnp.where(stands_still, old, jnp.where(starts_anew, new, both)),
-            state.metrics[name],
-            state.metrics[name].merge(metric),
-            metric,
-        )
-        for name, metric in metrics.items()
-    }
+    # one array of all sums and counts, where an operation on each would be a small program of its own
+    before, unravel = ravel_pytree(state.metrics)
+    more, _ = ravel_pytree(metrics)
+    collected = unravel(jnp.where(stands_still, before, more + jnp.where(starts_anew, 0, before)))
     is_bad = jnp.any(jnp.stack([~jnp.isfinite(metric.total) for metric in metrics.values()]))
     first_bad_step = jnp.where(~stands_still & is_bad, state.step + 1, state.first_bad_step)
     return collected, first_bad_step

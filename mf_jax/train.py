@@ -142,7 +142,7 @@ def _loop(
     num_steps = config.train.num_steps
     start = done = int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=shardings)
+    train_step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
     schedule = make_schedule(config)
     batches = make_batches(
         source,

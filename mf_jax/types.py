@@ -58,11 +58,14 @@ class Condition:
     labels: int `[B]`, a class in [0, num_classes) or `NO_LABEL`.
     guidance: the guidance to apply; None is no guidance. Only networks that learn a range of scales look at it.
     dropout: `[B]`, a seed for each row's dropout masks; None is no dropout. Only networks with dropout look at it.
+    forward_mode: that the prediction will be differentiated forward (`jax.jvp`), and no gradient taken of that
+    derivative. Not told to the network, but to its attention: a fused one cannot be differentiated forward otherwise.
     """
 
     labels: Int[Array, "b"]
     guidance: GuidanceScale | None = None
     dropout: UInt32[Array, "b"] | None = None
+    forward_mode: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Prediction(NamedTuple):
@@ -120,7 +123,10 @@ class Draws:
 
     instant: the rows with r = t. interval: the rows with r < t, the only ones that need du/dt.
     Either may have zero rows, not both.
+    drop_sizes: of each group of rows with r = t, how many come first that may keep their label, and how many then that
+    never do: a static number, known before any draw.
     """
 
     instant: Rows
     interval: Rows
+    drop_sizes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 0))

@@ -18,6 +18,7 @@ from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, ema_names, make_network
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.models import parameter_shapes
+from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.reference.names import KINDS
 from mf_jax.reference.weights import listed, load_published
 from mf_jax.sharding import make_mesh
@@ -42,7 +43,8 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     path, kind, which = config.init.path, config.init.kind, config.init.which
     check_known("init.kind", kind, INIT_KINDS)
     if kind != "run":
-        return load_published(path, kind, like, section=which or "ema_params")
+        plain = jax.eval_shape(unstack_blocks, like)
+        return laid_out_like(load_published(path, kind, plain, section=which or "ema_params"), like)
     _, params = restore_run(Path(path), run_folder.stored_config(Path(path)), which)
     return fit(params, like, where=str(path))
 
@@ -69,7 +71,7 @@ def restore_run(folder: Path, config: ConfigDict, ema: str) -> tuple[int, PyTree
 
 
 def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
-    """Return those parameters that a network has; a second head may be left over.
+    """Return those parameters that a network has, its blocks laid out as it has them; a second head may be left over.
 
     Args:
       params: found.
@@ -79,6 +81,7 @@ def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
     Raises:
       BadInput: lists missing, extra and misshapen parameters by name.
     """
+    params = laid_out_like(params, like)
     found, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
     problems = {
         "missing": [name for name in wanted if name not in found],

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["main"],
+    ["bench"],
     ["train", "evaluate", "sample"],
     ["generator"],
     ["warm_start"],

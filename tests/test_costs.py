@@ -5,11 +5,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from mf_jax.draws import DrawScheme
 from mf_jax.guidance import Guidance
-from mf_jax.models import DiT, InContextDiT, as_field, initial_params
+from mf_jax.models import DIT_SIZES, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
@@ -17,7 +18,8 @@ from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.times import UniformTimes
+from mf_jax.state import StepParts, initial_state, make_train_step
+from mf_jax.times import LogitNormalTimes, UniformTimes
 from mf_jax.types import Condition
 
 SHAPE, BATCH = (16, 16, 4), 8
@@ -110,6 +112,17 @@ def test_meanflow_costs_hardly_more_than_flow_matching():
     assert round(guided / flow_matching, 2) <= 1.50
 
 
+def test_rows_without_label_cost_no_teacher():
+    """A quarter of the rows without label: a quarter of a forward less."""
+    field, params = _network(DiT(**SIZES))
+    forward, objective = _forward(field, params), MeanFlow(Guidance(omega=2.0))
+    drawn, fixed = (
+        _step(objective, field, params, instant_share=0.5, label_drop_share=0.25, label_drop=rows)
+        for rows in ("instant_rows", "fixed_rows")
+    )
+    assert abs((drawn - fixed) / forward - 0.25) < 0.02
+
+
 def test_improved_meanflow_with_second_head_costs_little_more_than_its_network():
     """Its own forward and backward, 12 blocks of which 8 exist twice, is 3 forward passes through both heads."""
     field, params = _network(InContextDiT(**SIZES | {"depth": 6}, head_depth=4))
@@ -122,3 +135,58 @@ def test_improved_meanflow_with_second_head_costs_little_more_than_its_network()
     own = _flops(jax.grad(both), params, z, t)
     step = _step(ImprovedMeanFlow(), field, params, instant_share=0.5, omega_max=8.0)
     assert step <= 1.45 * own
+
+
+LATENTS = (32, 32, 4)
+
+
+def _program(network, objective, batch, **more):
+    """Return the whole step of training on latents of 256-pixel images, lowered."""
+    parts = StepParts(
+        network=network,
+        shape=LATENTS,
+        objective=objective,
+        scheme=DrawScheme(LogitNormalTimes(), **more),
+        optimizer=optax.adamw(1e-4),
+        ema_names=("0.9999",),
+        seed=0,
+        log_every_steps=100,
+        batch_size=batch,
+    )
+    state = jax.eval_shape(lambda: initial_state(parts))
+    x = jax.ShapeDtypeStruct((batch, *LATENTS), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.jit(make_train_step(parts), donate_argnums=0).lower(state, x, labels)
+
+
+def _dit(size, **more):
+    names = ("depth", "width", "num_heads")
+    return DiT(**dict(zip(names, DIT_SIZES[size], strict=True)), num_classes=1000, **more)
+
+
+GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
+
+
+def test_guided_step_of_small_dit():
+    """GFLOP of a step of 16 rows; the published code needs 274, all rows of it with a derivative."""
+    network = _dit("S", patch_size=4)
+    guided, flow_matching = (
+        _program(network, objective, 16).cost_analysis()["flops"] / 1e9
+        for objective in (GUIDED, FlowMatching())
+    )
+    assert guided < 206
+    assert guided / flow_matching < 1.51
+
+
+def test_improved_step_with_heads_of_8_blocks():
+    """GFLOP of a step of 16 rows; the published code needs 539."""
+    sizes = {"patch_size": 4, "depth": 12, "width": 384, "num_heads": 6, "head_depth": 8}
+    network = InContextDiT(**sizes, num_classes=1000)
+    program = _program(network, ImprovedMeanFlow(), 16, instant_share=0.5, omega_max=8.0)
+    assert program.cost_analysis()["flops"] / 1e9 < 426
+
+
+def test_memory_of_a_guided_step_that_computes_blocks_again():
+    """Temporary bytes of B/2 with 32 rows; the published code needs 14.8 GB."""
+    program = _program(_dit("B", patch_size=2, remat="block", scan=True), GUIDED, 32)
+    assert program.compile().memory_analysis().temp_size_in_bytes < 4e9

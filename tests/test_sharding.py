@@ -1,9 +1,14 @@
 """Several devices compute what one computes, and parameters are really split over fsdp."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import pytest
+from conftest import ROOT
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from mf_jax import sharding
@@ -63,3 +68,42 @@ def test_large_arrays_are_split_along_their_largest_axis_small_ones_are_not():
         "bias": PartitionSpec(),
         "prime": PartitionSpec(),
     }
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Return the collectives of steps compiled for 8 devices; see collectives.py."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    process = subprocess.run(
+        [sys.executable, ROOT / "tests" / "collectives.py"],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(process.stdout)
+
+
+SCALARS = 200
+"""Metrics add about 25 numbers; of two biases of 128 with the same gradient, t's and t - r's, XLA reduces one."""
+
+
+@pytest.mark.parametrize("case", ["guided", "loop", "improved", "terminal"])
+def test_devices_that_split_rows_exchange_the_gradient_once_and_nothing_else(compiled, case):
+    found = compiled[f"data/{case}"]
+    assert set(found["collectives"]) == {"all-reduce"}
+    assert abs(found["collectives"]["all-reduce"] - found["whole"]) < SCALARS
+
+
+@pytest.mark.parametrize("case", ["guided", "loop", "improved", "terminal"])
+@pytest.mark.parametrize(("mesh", "shards"), [("both", 2), ("fsdp", 8)])
+def test_devices_that_split_parameters_also_gather_each_once(compiled, case, mesh, shards):
+    """Terminal velocity gathers twice: its targets come from the moving average."""
+    found = compiled[f"{mesh}/{case}"]
+    assert found["split"] > 0
+    own, copies = found["split"] // shards, 2 if case == "terminal" else 1
+    reduced = found["whole"] + (own if mesh == "both" else 0)
+    assert set(found["collectives"]) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert found["collectives"]["all-gather"] == copies * found["split"]
+    assert found["collectives"]["reduce-scatter"] == own
+    assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS

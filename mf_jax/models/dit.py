@@ -4,11 +4,16 @@ Source: DiT, arXiv 2212.09748; with the two-time conditioning of MeanFlow, arXiv
 decoupled one of arXiv 2510.24474.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mf_jax.models.attention import attend
+from mf_jax.models.blocks import run_blocks
 from mf_jax.models.layers import (
     TIME_CONDITIONINGS,
     Attention,
@@ -74,6 +79,7 @@ class Block(nn.Module):
 
     num_heads: int
     dtype: str
+    attend: Callable
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
@@ -81,7 +87,8 @@ class Block(nn.Module):
         width = x.shape[-1]
         modulation = zero_dense(6 * width, dtype=self.dtype, name="modulation")(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        attended = Attention(self.num_heads, self.dtype, name="attention")(_modulate(x, shift1, scale1))
+        attention = Attention(self.num_heads, self.dtype, self.attend, name="attention")
+        attended = attention(_modulate(x, shift1, scale1))
         x = x + gate1[:, None] * attended
         hidden = xavier_dense(4 * width, dtype=self.dtype, name="expand")(_modulate(x, shift2, scale2))
         return x + gate2[:, None] * xavier_dense(width, dtype=self.dtype, name="contract")(nn.gelu(hidden))
@@ -100,6 +107,8 @@ class DiT(nn.Module):
       r_blocks: blocks told r where time_conditioning is `DECOUPLED`; 0 for a quarter of them, rounded up.
       dtype: of the computation, float32 or bfloat16; parameters, normalisation, softmax and time embeddings
         are float32 in any case.
+      attention: a key of `ATTENTIONS`.
+      remat, scan: as `run_blocks` takes them.
     """
 
     patch_size: int
@@ -110,6 +119,9 @@ class DiT(nn.Module):
     time_conditioning: str = "t,t-r"
     r_blocks: int = 0
     dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -128,11 +140,17 @@ class DiT(nn.Module):
             self.width, "t" if decoupled else self.time_conditioning, self.num_classes, name="condition"
         )
         c = embed(r=r, t=t, labels=condition.labels)
-        first = self.depth - num_r_blocks(self.depth, self.r_blocks) if decoupled else self.depth
-        for i in range(self.depth):
-            if i == first:
-                c = embed(r=r, t=r, labels=condition.labels)
-            x = Block(self.num_heads, self.dtype, name=f"block_{i}")(x, c)
+        conditions = [c] * self.depth
+        if decoupled:
+            c = embed(r=r, t=r, labels=condition.labels)
+            last = num_r_blocks(self.depth, self.r_blocks)
+            conditions[-last:] = [c] * last
+        fields = {
+            "num_heads": self.num_heads,
+            "dtype": self.dtype,
+            "attend": functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
+        }
+        x = run_blocks(Block, x, conditions, remat=self.remat, scan=self.scan, **fields)
         shift, scale = jnp.split(
             zero_dense(2 * self.width, dtype=self.dtype, name="final_modulation")(nn.silu(c)), 2, axis=-1
         )

@@ -6,12 +6,16 @@ vector gates that start at zero. Its last blocks may exist twice, once for u and
 Source: improved MeanFlow, arXiv 2512.02012, section 4.3; the options for pixels from pixel MeanFlow, arXiv 2601.22158.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mf_jax.models.attention import attend
+from mf_jax.models.blocks import run_blocks
 from mf_jax.models.layers import ScalarEmbedding, at_least_float32, xavier_dense, zero_dense
 from mf_jax.types import BadInput, Condition, GuidanceScale, Prediction, check_known
 
@@ -62,9 +66,9 @@ def rotary_angles(
     return np.pad(angles, ((num_prefix, 0), (0, 0)))
 
 
-def _rotate(x: Float[Array, "b n heads d"], angles: Float[np.ndarray, "n f"]) -> Float[Array, "b n heads d"]:
-    """Turn each pair of neighbouring features, in float32."""
-    cos, sin = (jnp.asarray(wave(angles), x.dtype)[:, None] for wave in (np.cos, np.sin))
+def _rotate(x: Float[Array, "b n heads d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n heads d"]:
+    """Turn each pair of neighbouring features by angles of this cosine and sine, in float32."""
+    cos, sin = turns.astype(x.dtype)[:, :, None]
     a, b = x[..., 0::2], x[..., 1::2]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
 
@@ -78,19 +82,18 @@ class RotaryAttention(nn.Module):
 
     num_heads: int
     dtype: str
+    attend: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], angles: Float[np.ndarray, "n f"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n d"]:
         """Return the attended values, like x, in dtype."""
         q, k, v = (
             _linear(x.shape[-1], dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], self.num_heads, -1)
             for name in ("query", "key", "value")
         )
-        q = _rotate(nn.RMSNorm(name="query_norm")(q), angles) * q.shape[-1] ** -0.5
-        k = _rotate(nn.RMSNorm(name="key_norm")(k), angles)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(self.dtype), k.astype(self.dtype))
-        weights = jax.nn.softmax(at_least_float32(scores)).astype(self.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        q = _rotate(nn.RMSNorm(name="query_norm")(q), turns) * q.shape[-1] ** -0.5
+        k = _rotate(nn.RMSNorm(name="key_norm")(k), turns)
+        out = self.attend(q.astype(self.dtype), k.astype(self.dtype), v).reshape(x.shape)
         return _linear(x.shape[-1], dtype=self.dtype, name="out")(out)
 
 
@@ -99,17 +102,18 @@ class GatedBlock(nn.Module):
 
     num_heads: int
     dtype: str
+    attend: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], angles: Float[np.ndarray, "n f"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n d"]:
         """Return x `[B, tokens, width]` after the block."""
         width = x.shape[-1]
         gates = [
             self.param(name, nn.initializers.zeros, (width,)).astype(self.dtype)
             for name in ("attention_gate", "perceptron_gate")
         ]
-        attention = RotaryAttention(self.num_heads, self.dtype, name="attention")
-        x = x + gates[0] * attention(nn.RMSNorm(name="attention_norm")(x), angles)
+        attention = RotaryAttention(self.num_heads, self.dtype, self.attend, name="attention")
+        x = x + gates[0] * attention(nn.RMSNorm(name="attention_norm")(x), turns)
         normal = nn.RMSNorm(name="perceptron_norm")(x)
         switch, value = (
             _linear(int(width * 8 / 3), dtype=self.dtype, name=name)(normal) for name in ("switch", "expand")
@@ -121,17 +125,16 @@ class Head(nn.Module):
     """The blocks and the output layer of one prediction; the output layer starts at zero."""
 
     depth: int
-    num_heads: int
     num_out: int
     dtype: str
+    run: Callable
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], angles: Float[np.ndarray, "n f"], *, num_prefix: int
+        self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"], *, num_prefix: int
     ) -> Float[Array, "b patches out"]:
         """Return the prediction of each patch, `[B, tokens - num_prefix, num_out]`."""
-        for i in range(self.depth):
-            x = GatedBlock(self.num_heads, self.dtype, name=f"block_{i}")(x, angles)
+        x = self.run(GatedBlock, x, [turns] * self.depth)
         return zero_dense(self.num_out, dtype=self.dtype, name="final")(
             nn.RMSNorm(name="norm")(x[:, num_prefix:])
         )
@@ -182,6 +185,8 @@ class InContextDiT(nn.Module):
       positions: one of `POSITIONS`.
       dtype: of the computation, float32 or bfloat16; parameters, normalisation, rotation, softmax and the embeddings
         of what the network is told are float32 in any case.
+      attention: a key of `ATTENTIONS`.
+      remat, scan: as `run_blocks` takes them.
     """
 
     patch_size: int
@@ -194,6 +199,9 @@ class InContextDiT(nn.Module):
     bottleneck: int = 0
     positions: str = "sequence"
     dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -216,13 +224,20 @@ class InContextDiT(nn.Module):
         x = jnp.concatenate([prefix, x], axis=1)
         if self.positions == "grid":
             x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        x, angles = x.astype(self.dtype), self._angles(prefix.shape[1], rows, columns)
-        for i in range(self.depth - self.head_depth):
-            x = GatedBlock(self.num_heads, self.dtype, name=f"block_{i}")(x, angles)
+        turns = self._turns(prefix.shape[1], rows, columns)
+        run = functools.partial(
+            run_blocks,
+            remat=self.remat,
+            scan=self.scan,
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            attend=functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
+        )
+        x = run(GatedBlock, x.astype(self.dtype), [turns] * (self.depth - self.head_depth))
 
         def predict(name: str) -> Float[Array, "b h w c"]:
-            head = Head(self.head_depth, self.num_heads, p * p * channels, self.dtype, name=name)
-            out = head(x, angles, num_prefix=prefix.shape[1])
+            head = Head(self.head_depth, p * p * channels, self.dtype, run, name=name)
+            out = head(x, turns, num_prefix=prefix.shape[1])
             out = out.reshape(batch, rows, columns, p, p, channels).swapaxes(2, 3).reshape(z.shape)
             return at_least_float32(out)
 
@@ -244,11 +259,11 @@ class InContextDiT(nn.Module):
             ]
         return jnp.concatenate(tokens, axis=1)
 
-    def _angles(self, num_prefix: int, rows: int, columns: int) -> Float[np.ndarray, "n f"]:
-        head_width = self.width // self.num_heads
-        return rotary_angles(
-            self.positions, num_prefix=num_prefix, rows=rows, columns=columns, head_width=head_width
-        )
+    def _turns(self, num_prefix: int, rows: int, columns: int) -> Float[Array, "2 n f"]:
+        """Return cosine and sine of the rotary angles."""
+        grid = {"num_prefix": num_prefix, "rows": rows, "columns": columns}
+        angles = rotary_angles(self.positions, **grid, head_width=self.width // self.num_heads)
+        return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         check_known("positions", self.positions, POSITIONS)

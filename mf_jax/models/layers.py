@@ -139,16 +139,18 @@ def zero_dense(features: int, *, dtype: str, name: str) -> Callable[[Array], Arr
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in float32.
+    """Multi-head self-attention.
 
     Args:
       num_heads: divides the width.
       dtype: of the computation.
+      attend: the attended values of queries, scaled already, keys and values, each `[B, tokens, heads, features]`.
       out: makes the last linear layer.
     """
 
     num_heads: int
     dtype: str
+    attend: Callable
     out: Callable = xavier_dense
 
     @nn.compact
@@ -157,7 +159,5 @@ class Attention(nn.Module):
         width = x.shape[-1]
         qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
-        weights = nn.softmax(at_least_float32(scores)).astype(self.dtype)
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        attended = self.attend(q * q.shape[-1] ** -0.5, k, v).reshape(x.shape)
         return self.out(width, dtype=self.dtype, name="out")(attended)

@@ -4,6 +4,7 @@ Source: score SDE, arXiv 2011.13456, appendix H (DDPM++), in the form of EDM, ar
 MeanFlow, arXiv 2505.13447, appendix A.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
+from mf_jax.models.attention import attend
 from mf_jax.models.layers import Attention, ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
 from mf_jax.types import BadInput, Condition, Prediction
 
@@ -129,7 +131,8 @@ class Block(nn.Module):
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
             pixels = _norm(x, "norm_3").reshape(x.shape[0], -1, self.features)
-            attended = Attention(1, self.dtype, out=zero_dense, name="attention")(pixels)
+            plain = functools.partial(attend, kind="xla")
+            attended = Attention(1, self.dtype, plain, out=zero_dense, name="attention")(pixels)
             x = _RESIDUAL_SCALE * (x + attended.reshape(x.shape))
         return x
 

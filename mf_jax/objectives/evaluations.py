@@ -29,6 +29,7 @@ def with_derivative(
     velocity: Float[Array, "b ..."],
     *,
     tangent: tuple[float, float, float] = (1.0, 0.0, 1.0),
+    with_gradient: bool = False,
 ) -> tuple[Prediction, Float[Array, "b ..."]]:
     """Return the prediction at (z_t, r, t), and du/dt along a path of the given velocity.
 
@@ -37,13 +38,14 @@ def with_derivative(
       rows: a sub-batch.
       velocity: dz_t/dt, like z.
       tangent: of (z, r, t), in units of (velocity, 1, 1); the total derivative in t is (1, 0, 1).
+      with_gradient: whether a gradient of the derivative will be taken, which a network with fused attention refuses.
 
     Returns:
       The prediction, and the derivative like z. Only u is differentiated, not a second head.
     """
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x), rows.x
-    condition = condition_of(rows)
+    condition = condition_of(rows).replace(forward_mode=not with_gradient)
 
     def u(z: Array, r: Array, t: Array) -> tuple[Array, Prediction]:
         prediction = field(params, z, r=r, t=t, condition=condition)

@@ -85,7 +85,12 @@ class TerminalVelocity:
         v = guided_velocities(self.guidance, field, params, Draws(rows, no_rows), own_instant=u_r)
         v_error = squared_error(u_r, v.instant)
         (u, _), du_dr = with_derivative(
-            field, params, interval, jnp.zeros_like(interval.x), tangent=(0.0, 1.0, 0.0)
+            field,
+            params,
+            interval,
+            jnp.zeros_like(interval.x),
+            tangent=(0.0, 1.0, 0.0),
+            with_gradient=True,
         )
         gap = per_row(interval.t - interval.r, u)
         target = self._velocity_at_end(field, params if target_params is None else target_params, interval, u)
