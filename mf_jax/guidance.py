@@ -190,8 +190,8 @@ def _teach(
     read: Callable[[Prediction], Array],
 ) -> list[Float[Array, "_ ..."]]:
     """Return the network's own velocity of each of the sub-batches, from one call for all of them."""
-    if not wanted:
-        return []
+    if not any(rows.t.shape[0] for rows, _ in wanted):
+        return [rows.x for rows, _ in wanted]
     groups = math.gcd(*(rows.t.shape[0] for rows, _ in wanted))
     inputs = [(interpolate(rows.x, rows.e, t=rows.t), rows.t, condition) for rows, condition in wanted]
     z, t, condition = jax.tree.map(lambda *parts: join_rows(parts, groups=groups), *inputs)

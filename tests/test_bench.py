@@ -237,15 +237,14 @@ def test_every_config_has_a_flow_matching_of_the_same_network(name):
 
 
 @dataclasses.dataclass
-class NotCompiled:
+class NotCompiled(measure.Program):
     """A program of which XLA sees next to nothing."""
 
     flops = 1e9
     memory: ClassVar = {"temp_bytes": 1, "argument_bytes": 1}
-    trace_seconds = compile_seconds = 1.0
 
-    def executable(self, state, *batch):
-        return state
+    def __init__(self):
+        super().__init__(lambda state, *batch: state, trace_seconds=1.0, compile_seconds=1.0)
 
 
 def test_what_a_compiled_step_hides_is_counted_before(bench, monkeypatch):

@@ -137,6 +137,18 @@ def test_config_file_that_raises(command, tmp_path):
     _assert_refused(command(f"--config={path}"), "division by zero")
 
 
+@pytest.mark.parametrize(
+    "more", [("--config.objective.name=terminal_velocity",), ("--config.controls.monotone=1.0",)]
+)
+def test_fused_attention_has_no_gradient_of_a_derivative(command, tmp_path, more):
+    code, _, errors = command(
+        "--config=configs/digits.py", f"--workdir={tmp_path}/run", "--config.model.attention=fused", *more
+    )
+    assert code == 2
+    assert "model.attention='fused'" in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_guidance_without_labels(command, tmp_path):
     _assert_refused(
         command(TOY, f"--workdir={tmp_path}/run", "--config.guidance.kappa=0.5"), "no labels to guide by"

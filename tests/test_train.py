@@ -204,8 +204,8 @@ def test_one_compilation_per_run(tmp_path, monkeypatch):
     traced = []
     make = train.make_train_step
 
-    def counting(parts):
-        step = make(parts)
+    def counting(parts, mesh):
+        step = make(parts, mesh)
 
         def train_step(*arguments):
             traced.append(1)
@@ -221,8 +221,8 @@ def test_one_compilation_per_run(tmp_path, monkeypatch):
 def test_divergence_names_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_path, command, monkeypatch):
     make = train.make_train_step
 
-    def poisoned(parts):
-        step = make(parts)
+    def poisoned(parts, mesh):
+        step = make(parts, mesh)
 
         def train_step(state, x, labels):
             return step(state, jax.numpy.where(state.step == 5, jax.numpy.nan, x), labels)

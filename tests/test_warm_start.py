@@ -66,6 +66,33 @@ def test_exported_weights_sample_the_same(trained, tmp_path, suffix):
     np.testing.assert_array_equal(again.sample(LABELS, seed=2), generator.sample(LABELS, seed=2))
 
 
+@pytest.mark.parametrize("kind", ["run", "meanflow"])
+def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, tmp_path, kind):
+    """Weights of blocks one after another, ours or published, start a network that loops over them, and back."""
+    generator = mf_jax.load(trained)
+    place = trained if kind == "run" else tmp_path / "weights.npz"
+    if kind != "run":
+        generator.export(place, kind=kind)
+    config = _config(**{"init.path": str(place), "init.kind": kind, "model.scan": True})
+    loop = load_initial(config, validate(config, num_devices=1))
+    assert "blocks" in loop.params
+    expected = generator.sample_raw(LABELS, seed=2)
+    np.testing.assert_allclose(loop.sample_raw(LABELS, seed=2), expected, atol=1e-5)
+    loop.export(tmp_path / "back.npz", kind="meanflow")
+    config = _config(**{"init.path": str(tmp_path / "back.npz"), "init.kind": "meanflow"})
+    back = load_initial(config, validate(config, num_devices=1))
+    jax.tree.map(np.testing.assert_array_equal, back.params, generator.params)
+
+
+def test_a_run_that_loops_over_its_blocks(command, tmp_path):
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}/run", *TINY, "--config.model.scan=True")
+    flags += ("--config.model.depth=2", "--config.model.remat=block", "--config.train.num_steps=4")
+    for mode in ("train", "sample"):
+        code, _, errors = command(*flags, f"--mode={mode}")
+        assert code == 0, errors
+    assert mf_jax.load(tmp_path / "run").params["blocks"]["expand"]["kernel"].shape == (2, 16, 64)
+
+
 def test_a_flow_matching_network_is_a_flow_map_when_its_last_blocks_see_r(tmp_path):
     """Their parameters have the same names, so one is the other's warm start."""
     told = {name: _config(**{"model.depth": 2, "model.time_conditioning": name}) for name in ("t", "t|r")}
