@@ -33,11 +33,7 @@ CASES = {
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
-CHOSEN = [
-    *(("data", name) for name in CASES),
-    *(("both", name) for name in ("loop", "terminal")),
-    ("fsdp", "guided"),
-]
+CHOSEN = [("data", "guided"), ("data", "improved"), ("both", "loop"), ("fsdp", "terminal")]
 NAMES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 
 

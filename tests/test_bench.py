@@ -1,7 +1,6 @@
 """--mode=bench: what it prints is what it writes, what it counts is what XLA counts; nothing here looks at a time."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -236,7 +235,6 @@ def test_every_config_has_a_flow_matching_of_the_same_network(name):
     assert config.to_dict() == before
 
 
-@dataclasses.dataclass
 class NotCompiled(measure.Program):
     """A program of which XLA sees next to nothing."""
 
@@ -244,7 +242,9 @@ class NotCompiled(measure.Program):
     memory: ClassVar = {"temp_bytes": 1, "argument_bytes": 1}
 
     def __init__(self):
-        super().__init__(lambda state, *batch: state, trace_seconds=1.0, compile_seconds=1.0)
+        fields = {"executable": lambda state, *batch: state, "trace_seconds": 1.0, "compile_seconds": 1.0}
+        for name, value in fields.items():  # past the check of types
+            object.__setattr__(self, name, value)
 
 
 def test_what_a_compiled_step_hides_is_counted_before(bench, monkeypatch):
