@@ -30,5 +30,9 @@ class Objective(Protocol):
         step: Int[Array, ""],
         target_params: PyTree | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the scalar loss and the metrics of one step."""
+        """Return the scalar loss and the metrics of one step.
+
+        The loss must be a mean over rows, and a metric a sum and a count over rows: each device computes those of its
+        own rows, as many as every other, and the gradients are averaged, the sums added.
+        """
         ...
