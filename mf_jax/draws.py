@@ -110,7 +110,7 @@ def group_sizes(instant_share: float) -> tuple[int, int]:
     """
     if not 0 <= instant_share <= 1:
         raise BadInput(f"draws.instant_share={instant_share}: must be within [0, 1]; MeanFlow uses 0.75")
-    share = _fraction(instant_share, instant_share, f"draws.instant_share={instant_share}")
+    share = _fraction(instant_share, f"draws.instant_share={instant_share}")
     return share.numerator, share.denominator - share.numerator
 
 
@@ -131,14 +131,15 @@ def drop_sizes(instant_share: float, label_drop_share: float) -> tuple[int, int]
     if not label_drop_share:
         return 1, 0
     named = f"draws.label_drop_share={label_drop_share} of draws.instant_share={instant_share}"
-    share = _fraction(label_drop_share / instant_share, instant_share, named)
+    share = _fraction(label_drop_share / instant_share, named, unit=instant_share)
     return share.denominator - share.numerator, share.numerator
 
 
-def _fraction(value: float, unit: float, named: str) -> Fraction:
+def _fraction(value: float, named: str, *, unit: float = 1.0) -> Fraction:
+    """Return a share as a fraction; the error suggests another, in units of which the user gave it."""
     share = Fraction(value).limit_denominator(_LARGEST_GROUP)
     if abs(share - Fraction(value)) > _SHARE_TOLERANCE:
-        fix = share if value == unit else share * Fraction(unit).limit_denominator(_LARGEST_GROUP)
+        fix = share * Fraction(unit).limit_denominator(_LARGEST_GROUP)
         raise BadInput(
             f"{named}: rows are split in groups of at most {_LARGEST_GROUP}; "
             f"use {fix} = {float(fix):.6g} or another such fraction"

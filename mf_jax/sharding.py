@@ -65,6 +65,13 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
     return jax.tree.map(rule, state)
 
 
+def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Return the shapes of arrays that will lie where shardings say, for compiling and restoring."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
+
+
 def per_device(
     gradient: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, params: PyTree, rows: PyTree
 ) -> tuple[PyTree, PyTree]:

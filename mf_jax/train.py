@@ -35,7 +35,7 @@ from mf_jax.pictures import few_classes, save_sample_grid
 from mf_jax.plots import save_scatter
 from mf_jax.report import RunLog
 from mf_jax.report_page import write_report
-from mf_jax.sharding import make_mesh, put_batch, state_sharding
+from mf_jax.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
 from mf_jax.warm_start import load_weights
 
@@ -103,10 +103,7 @@ def _first_state(
     """Return the newest undamaged state, or that of the weights of `init` (read already, or not), or of the seed."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
-    like = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
-    )
-    restored = checkpoints.restore_state(like)
+    restored = checkpoints.restore_state(placed(shapes, shardings))
     if restored is not None:
         return restored
     if config.init.path:

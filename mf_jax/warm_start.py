@@ -21,7 +21,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.reference.names import KINDS
 from mf_jax.reference.weights import listed, load_published
-from mf_jax.sharding import make_mesh
+from mf_jax.sharding import make_mesh, placed
 from mf_jax.types import BadInput, check_known
 
 INIT_KINDS = ("run", *KINDS)
@@ -64,7 +64,7 @@ def restore_run(folder: Path, config: ConfigDict, ema: str) -> tuple[int, PyTree
     network = make_network(config, shape=shape, num_classes=num_classes)
     like = parameter_shapes(network, shape)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
+    like = placed(like, jax.tree.map(lambda _: everywhere, like))
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         name = choose_ema(config, "ema", ema)
         return checkpoints.restore_params(like, ema=name, names=ema_names(config))

@@ -5,18 +5,14 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
-import optax
+from steps import lowered_step, parts_of
 
-from mf_jax.draws import DrawScheme
 from mf_jax.guidance import Guidance
-from mf_jax.models import DiT, InContextDiT
+from mf_jax.models import DiT, InContextDiT, parameter_shapes
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.sharding import batch_sharding, make_mesh, state_sharding
-from mf_jax.state import StepParts, initial_state, make_train_step
-from mf_jax.times import LogitNormalTimes
+from mf_jax.sharding import make_mesh, state_sharding
 
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=2, width=128, num_heads=2, num_classes=10)
@@ -55,28 +51,11 @@ def main():
     for mesh_name, name in CHOSEN:
         data, fsdp = MESHES[mesh_name]
         mesh, (network, objective, more) = make_mesh(data=data, fsdp=fsdp), CASES[name]
-        parts = StepParts(
-            network=network,
-            shape=SHAPE,
-            objective=objective,
-            scheme=DrawScheme(LogitNormalTimes(), **more),
-            optimizer=optax.adamw(1e-3),
-            ema_names=("0.9",),
-            seed=0,
-            log_every_steps=1,
-            batch_size=BATCH,
-        )
-        shapes = jax.eval_shape(lambda parts=parts: initial_state(parts))
+        parts = parts_of(network, objective, shape=SHAPE, batch=BATCH, **more)
+        shapes = parameter_shapes(network, SHAPE)
         shardings = state_sharding(mesh, shapes)
-        state = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-        )
-        rows = batch_sharding(mesh)
-        x = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32, sharding=rows)
-        labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=rows)
-        step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
-        text = step.lower(state, x, labels).compile().as_text()
-        pairs = list(zip(jax.tree.leaves(shapes.params), jax.tree.leaves(shardings.params), strict=True))
+        text = lowered_step(parts, mesh).compile().as_text()
+        pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
         out[f"{mesh_name}/{name}"] = {
             "collectives": collectives(text),
             "split": sum(a.size for a, s in pairs if s.spec),

@@ -5,8 +5,8 @@ import re
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
+from steps import lowered_step, parts_of
 
 from mf_jax.draws import DrawScheme
 from mf_jax.guidance import Guidance
@@ -18,8 +18,7 @@ from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.state import StepParts, initial_state, make_train_step
-from mf_jax.times import LogitNormalTimes, UniformTimes
+from mf_jax.times import UniformTimes
 from mf_jax.types import Condition
 
 SHAPE, BATCH = (16, 16, 4), 8
@@ -140,23 +139,9 @@ def test_improved_meanflow_with_second_head_costs_little_more_than_its_network()
 LATENTS = (32, 32, 4)
 
 
-def _program(network, objective, batch, **more):
+def _program(network, objective, batch, **draws):
     """Return the whole step of training on latents of 256-pixel images, lowered."""
-    parts = StepParts(
-        network=network,
-        shape=LATENTS,
-        objective=objective,
-        scheme=DrawScheme(LogitNormalTimes(), **more),
-        optimizer=optax.adamw(1e-4),
-        ema_names=("0.9999",),
-        seed=0,
-        log_every_steps=100,
-        batch_size=batch,
-    )
-    state = jax.eval_shape(lambda: initial_state(parts))
-    x = jax.ShapeDtypeStruct((batch, *LATENTS), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return jax.jit(make_train_step(parts), donate_argnums=0).lower(state, x, labels)
+    return lowered_step(parts_of(network, objective, shape=LATENTS, batch=batch, **draws))
 
 
 def _dit(size, **more):

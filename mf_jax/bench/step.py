@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import (
@@ -26,7 +26,7 @@ from mf_jax.bench.measure import (
     take_turns,
 )
 from mf_jax.data import Batch, Source
-from mf_jax.sharding import batch_sharding, make_mesh, put_batch, state_sharding
+from mf_jax.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
 from mf_jax.state import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.types import NO_LABEL
@@ -152,7 +152,7 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
     shardings = state_sharding(mesh, state)
     step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
     batch, rows = _batch_shapes(parts), batch_sharding(mesh)
-    program = compile_program(step, _placed(state, shardings), *_placed(batch, (rows, rows)))
+    program = compile_program(step, placed(state, shardings), *placed(batch, (rows, rows)))
     compiled = program.flops * jax.device_count() / 1e9
     row = {
         "objective": config.objective.name,
@@ -164,12 +164,6 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
         "compile_seconds": program.compile_seconds,
     }
     return row, program
-
-
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
-    )
 
 
 def _batch_shapes(parts: StepParts) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

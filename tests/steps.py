@@ -1,0 +1,39 @@
+"""A whole training step as a program, for tests of what it costs and exchanges."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mf_jax.draws import DrawScheme
+from mf_jax.sharding import batch_sharding, placed, state_sharding
+from mf_jax.state import StepParts, initial_state, make_train_step
+from mf_jax.times import LogitNormalTimes
+
+
+def parts_of(network, objective, *, shape, batch, **draws):
+    """Return the parts of a step with adamw and one moving average."""
+    return StepParts(
+        network=network,
+        shape=shape,
+        objective=objective,
+        scheme=DrawScheme(LogitNormalTimes(), **draws),
+        optimizer=optax.adamw(1e-4),
+        ema_names=("0.9",),
+        seed=0,
+        log_every_steps=100,
+        batch_size=batch,
+    )
+
+
+def lowered_step(parts, mesh: Mesh | None = None):
+    """Return the step lowered, for a mesh or for one device."""
+    state = jax.eval_shape(lambda: initial_state(parts))
+    x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
+    step = make_train_step(parts, mesh)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0).lower(state, x, labels)
+    shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    return compiled.lower(placed(state, shardings), *placed((x, labels), (rows, rows)))
