@@ -19,7 +19,8 @@ LAYERS = [
     ["diagnostics", "objectives"],
     ["guidance", "samplers"],
     ["draws"],
-    ["models", "metrics", "reference"],
+    ["models", "metrics"],
+    ["reference"],
     ["paths", "times"],
     ["types"],
 ]
