@@ -20,7 +20,8 @@ LAYERS = [
     ["diagnostics", "objectives"],
     ["guidance", "samplers"],
     ["draws"],
-    ["models", "metrics", "reference"],
+    ["models", "metrics"],
+    ["reference"],
     ["paths", "times"],
     ["types"],
 ]

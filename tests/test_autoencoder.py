@@ -1,0 +1,249 @@
+"""The autoencoder of latents: recorded numbers, published names and sizes, and what can be wrong with its files.
+
+The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from mf_jax.models.autoencoder import AutoencoderKL, _norm, load_autoencoder
+from mf_jax.models.unet import double
+from mf_jax.types import BadInput
+
+FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
+FILE = "diffusion_pytorch_model.safetensors"
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+TOLERANCE = 1e-5  # relative to the norm
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return dict(np.load(FOLDER / "io.npz"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return load_autoencoder(FOLDER)
+
+
+@pytest.fixture
+def rewrite(tmp_path):
+    """Return a function that writes the recorded file again after changing its arrays or its config."""
+
+    def write(change=lambda arrays: arrays, **config):
+        shutil.copy(FOLDER / "config.json", tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text()) | config
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        save_file(change(load_file(FOLDER / FILE)), tmp_path / FILE)
+        return tmp_path
+
+    return write
+
+
+def _assert_close(ours, theirs):
+    assert ours.dtype == np.float32
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert np.linalg.norm(ours - theirs) < TOLERANCE * np.linalg.norm(theirs)
+
+
+def _assert_same_params(ours, theirs):
+    ours, theirs = (flatten_dict(tree, sep="/") for tree in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def _with(params, **changed):
+    """Return parameters of which some are replaced, "__" in the place of "/"."""
+    flat = flatten_dict(params, sep="/")
+    assert {name.replace("__", "/") for name in changed} <= flat.keys()
+    flat |= {name.replace("__", "/"): jnp.asarray(array) for name, array in changed.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+# ---- the network
+
+
+def test_recorded_latents(autoencoder, recorded):
+    mean, std = autoencoder.encode(recorded["in/image"])
+    _assert_close(mean, recorded["out/mean"])
+    _assert_close(std, recorded["out/std"])
+
+
+def test_recorded_images(autoencoder, recorded):
+    _assert_close(autoencoder.decode(recorded["in/latent"]), recorded["out/decoded"])
+
+
+def test_what_is_known_of_the_file(autoencoder):
+    assert autoencoder.scaling_factor == json.loads((FOLDER / "config.json").read_text())["scaling_factor"]
+    assert autoencoder.sha256 == hashlib.sha256((FOLDER / FILE).read_bytes()).hexdigest()
+
+
+def test_deviation_is_clipped(autoencoder, recorded):
+    channels = autoencoder.network.latent_channels
+    bias = np.concatenate([np.zeros(channels), np.resize([-1e3, 1e3], channels)]).astype(np.float32)
+    clipped = autoencoder.replace(params=_with(autoencoder.params, quant_conv__bias=bias))
+    _, std = clipped.encode(recorded["in/image"])
+    np.testing.assert_allclose(std[0, 0, 0, :2], np.exp([-15.0, 10.0]), rtol=1e-5)
+
+
+def test_groups_of_tiny_variance_are_normed_with_the_published_epsilon():
+    """Only where the variance is as small as the epsilon does it matter, which no recorded activation is."""
+    x = 1e-3 * np.random.default_rng(0).standard_normal((1, 4, 4, 6), np.float32)
+    norm = _norm(2, "norm")
+    grouped = x.astype(np.float64).reshape(16, 2, 3)
+    theirs = (grouped - grouped.mean((0, 2), keepdims=True)) / np.sqrt(
+        grouped.var((0, 2), keepdims=True) + 1e-6
+    )
+    np.testing.assert_allclose(
+        norm.apply(norm.init(jax.random.key(0), x), x), theirs.reshape(x.shape), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_pixels_are_repeated():
+    np.testing.assert_array_equal(double(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0], [[0, 0, 1, 1]] * 2)
+
+
+def test_every_product_is_of_the_highest_precision(autoencoder, recorded):
+    for function, x in ((autoencoder.encode, "in/image"), (autoencoder.decode, "in/latent")):
+        program = str(jax.make_jaxpr(function)(recorded[x]))
+        products = program.count("conv_general_dilated[") + program.count("dot_general[")
+        assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products > 10
+
+
+def test_the_published_network():
+    network = AutoencoderKL()
+    params = network.parameter_shapes()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
+    image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
+    mean, std = jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method="encode"), params, image)
+    assert mean.shape == std.shape == (2, 32, 32, 4)
+    decoded = jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method="decode"), params, mean)
+    assert decoded.shape == image.shape
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("axes", [2, 4])
+def test_old_names_of_attention(autoencoder, rewrite, axes):
+    def age(arrays):
+        aged = {}
+        for name, array in arrays.items():
+            for new, old in OLD_NAMES.items():
+                if f".{new}." in name:
+                    name = name.replace(f".{new}.", f".{old}.")
+                    array = array[..., None, None] if array.ndim == axes - 2 else array
+            aged[name] = np.ascontiguousarray(array)
+        assert sum(".query." in name for name in aged) == 4
+        return aged
+
+    old = load_autoencoder(rewrite(age))
+    assert old.network == autoencoder.network
+    _assert_same_params(old.params, autoencoder.params)
+    assert old.sha256 != autoencoder.sha256
+
+
+def test_half_precision_files_become_float32(autoencoder, rewrite):
+    half = load_autoencoder(rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}))
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), autoencoder.params)
+    _assert_same_params(half.params, rounded)
+
+
+def test_the_file_itself_may_be_named(autoencoder):
+    _assert_same_params(load_autoencoder(FOLDER / FILE).params, autoencoder.params)
+
+
+def test_sizes_of_weights_without_a_config(tmp_path):
+    network = AutoencoderKL((32, 64), 1, 32, 4)
+    flat = flatten_dict(network.parameter_shapes())
+    arrays = {}
+    for (*layer, leaf), shape in flat.items():
+        axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(shape.shape)]
+        name = ".".join([*layer, "bias" if leaf == "bias" else "weight"])
+        arrays[name] = np.zeros([shape.shape[axis] for axis in axes], np.float32)
+    arrays["decoder.conv_in.weight"][5, 2, 0, 1] = 1
+    save_file(arrays, tmp_path / FILE)
+    (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": [32, 64]}))
+    with_config = load_autoencoder(tmp_path)
+    assert (with_config.network, with_config.scaling_factor) == (network, 0.18215)
+    assert with_config.params["decoder"]["conv_in"]["kernel"][0, 1, 2, 5] == 1
+    (tmp_path / "config.json").unlink()
+    assert load_autoencoder(tmp_path).network == network
+
+
+def test_parameters_that_do_not_fit_are_named(rewrite):
+    def damage(arrays):
+        arrays["decoder.extra.weight"] = arrays.pop("encoder.conv_in.bias")
+        arrays["quant_conv.bias"] = arrays["quant_conv.bias"][:-1]
+        arrays["post_quant_conv.bias"] = arrays["post_quant_conv.bias"].astype(np.int32)
+        return arrays
+
+    with pytest.raises(BadInput) as error:
+        load_autoencoder(rewrite(damage))
+    for part in (
+        FILE,
+        "missing: encoder.conv_in.bias;",
+        "left over: decoder.extra.weight;",
+        "quant_conv.bias is [7], must be [8];",
+        "post_quant_conv.bias is int32, must be floating point",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shift_factor": 0.1}, r"sets shift_factor=0\.1; must not"),
+        ({"norm_num_groups": 5}, "'norm_num_groups': 5.*divisible by norm_num_groups"),
+        ({"layers_per_block": 0}, "must be above 0"),
+        ({"block_out_channels": None}, "'block_out_channels': None"),
+        ({"block_out_channels": []}, r"'block_out_channels': \[\]"),
+        ({"scaling_factor": "no"}, "is no config of an autoencoder"),
+        ({"layers_per_block": 2}, "missing: .*resnets.2"),
+    ],
+)
+def test_configs_of_other_networks_are_refused(rewrite, config, message):
+    with pytest.raises(BadInput, match=message):
+        load_autoencoder(rewrite(**config))
+
+
+def test_files_that_are_not_there_or_damaged(rewrite, tmp_path):
+    with pytest.raises(BadInput, match="no such file"):
+        load_autoencoder(tmp_path / "nowhere")
+    (rewrite() / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="is no config"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"put the config\.json"):
+        load_autoencoder(tmp_path)  # 16 channels cannot have the 32 groups that a file without a config has
+    (tmp_path / FILE).write_bytes(b"\x10" * 99)
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 30, 32, 3), "f4"), ((1, 32, 30, 3), "f4"), ((1, 32, 32, 1), "f4"), ((32, 32, 3), "f4")],
+)
+def test_images_of_other_shapes_are_refused(autoencoder, shape, dtype):
+    with pytest.raises(BadInput, match=r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"):
+        autoencoder.encode(np.zeros(shape, dtype))
+
+
+def test_integers_and_other_latents_are_refused(autoencoder):
+    with pytest.raises(BadInput, match="image is uint8"):
+        autoencoder.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(BadInput, match=r"latent is float32 \[1, 8, 8, 3\]; must be .*4\]"):
+        autoencoder.decode(np.zeros((1, 8, 8, 3), np.float32))

@@ -1,0 +1,399 @@
+"""The Inception of FID: recorded features, the tap of sFID, and weight files read without PyTorch.
+
+The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from mf_jax.metrics import inception as inception_module
+from mf_jax.metrics.inception import FEATURES, inception_features, load_inception
+from mf_jax.reference.torch_file import fit_state_dict, read_state_dict
+from mf_jax.types import BadInput
+
+FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
+CASE = dict(np.load(FOLDER / "inception.npz"))
+META = json.loads(str(CASE["meta"]))
+SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
+TOLERANCE = 1e-5  # relative to the largest number
+MAGIC = 0x1950A86A20F9469CFC6C
+STORAGES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<f2": "HalfStorage", "<i8": "LongStorage"}
+
+
+# ---- files as torch.save writes them, put together by hand
+
+
+def _opcodes(value):
+    """Return the opcodes that push a value: a dict becomes ordered, an array a tensor over its own numbers."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bool) or value is None:
+        return {True: b"\x88", False: b"\x89", None: b"N"}[value]
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, str):
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(_opcodes, value)) + b"t"
+    pairs = b"".join(_opcodes(part) for pair in value.items() for part in pair)
+    return b"ccollections\nOrderedDict\n)R(" + pairs + b"u"
+
+
+def _tensor(storage, shape, strides, *, offset=0):
+    rest = (storage + b"Q", offset, tuple(shape), tuple(strides), False, {})
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + _opcodes(rest) + b"R"
+
+
+def _storage(key, dtype, size, *view):
+    return _opcodes(("storage", b"ctorch\n" + STORAGES[dtype].encode() + b"\n", key, "cpu", size, *view))
+
+
+def _state_dict(arrays, *view):
+    """Return the pickle of arrays, each a tensor over a storage of its own, and the bytes of the storages."""
+    tensors, data = {}, {}
+    for i, (name, array) in enumerate(arrays.items()):
+        strides = [stride // array.itemsize for stride in array.strides]
+        tensors[name] = _tensor(_storage(str(i), array.dtype.str, array.size, *view), array.shape, strides)
+        data[str(i)] = array.tobytes(order="A")
+    return b"\x80\x02" + _opcodes(tensors) + b".", data
+
+
+def _write_zip(path, pickled, data, **records):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {
+            "data.pkl": pickled,
+            **{f"data/{k}": v for k, v in data.items()},
+            **records,
+        }.items():
+            archive.writestr(f"weights/{name}", content)
+    return path
+
+
+def _write_old(path, pickled, data, sizes, *, little=True):
+    parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": little})]
+    numbers = [struct.pack("<q", size) + content for size, content in zip(sizes, data.values(), strict=True)]
+    path.write_bytes(b"".join([*parts, pickled, pickle.dumps(list(data), 2), *numbers]))
+    return path
+
+
+def _save_old(path, arrays):
+    return _write_old(path, *_state_dict(arrays, None), [array.size for array in arrays.values()])
+
+
+def _save_zip(path, arrays):
+    return _write_zip(path, *_state_dict(arrays), byteorder=b"little")
+
+
+WRITERS = {
+    "zip": _save_zip,
+    "old": _save_old,
+    "safetensors": lambda path, arrays: save_file(arrays, path) or path,
+}
+
+
+def _small():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.standard_normal((3, 2, 1, 2), np.float32),
+        "a.half": rng.standard_normal(5).astype(np.float16),
+        "a.double": rng.standard_normal((2, 2)),
+        "a.num_batches_tracked": np.array(7),
+        "none": np.zeros((0, 3), np.float32),
+    }
+
+
+# ---- features
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Return the weights of the recorded case, drawn as the README of the recorded cases says."""
+
+    def draw(name, shape):
+        seed = (zlib.crc32(name.encode()) + META["seed"]) % 2**32
+        a = np.random.RandomState(seed).standard_normal(shape)
+        if name.endswith("num_batches_tracked"):
+            return np.array(0)
+        if name.endswith("conv.weight"):
+            a *= np.sqrt(2 / np.prod(shape[1:]))
+        elif name.endswith("bn.weight"):
+            a = 1 + 0.1 * a
+        elif name.endswith("running_var"):
+            a = np.exp(0.1 * a)
+        else:
+            a *= shape[1] ** -0.5 if name == "fc.weight" else 0.1
+        return a.astype(np.float32)
+
+    shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def inception(drawn, tmp_path_factory):
+    return load_inception(_save_old(tmp_path_factory.mktemp("weights") / "inception.pth", drawn))
+
+
+def test_every_recorded_feature_is_compared():
+    names = {name.split("/")[2] for name in CASE if name.startswith("out/")}
+    assert names == set(FEATURES) - {"spatial"}
+    assert len(SIDES) >= 4
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_recorded_features(inception, side):
+    images = CASE[f"in/images_{side}"]
+    features = inception_features(inception.params, images)
+    assert {name: array.shape for name, array in features.items()} == {
+        name: (len(images), width) for name, width in FEATURES.items()
+    }
+    for name in set(FEATURES) - {"spatial"}:
+        theirs = CASE[f"out/{side}/{name}"]
+        assert features[name].dtype == np.float32
+        np.testing.assert_allclose(features[name], theirs, rtol=1e-3, atol=TOLERANCE * np.abs(theirs).max())
+        assert np.abs(features[name] - theirs).max() < TOLERANCE * np.abs(theirs).max(), name
+
+
+def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception):
+    """With a kernel of 0 every pixel is the bias after its ReLU; channels beyond the seventh must not be seen."""
+    layer = inception.params["Mixed_6d.branch1x1"]
+    bias = np.arange(layer["bias"].size, dtype=np.float32) - 2
+    layer = {"kernel": jnp.zeros_like(layer["kernel"]), "bias": jnp.asarray(bias)}
+    images = CASE[f"in/images_{SIDES[0]}"]
+    features = inception_features(inception.params | {"Mixed_6d.branch1x1": layer}, images)
+    np.testing.assert_array_equal(features["spatial"], np.tile([0, 0, 0, 1, 2, 3, 4], (len(images), 17 * 17)))
+
+
+def test_spatial_features_depend_on_where(inception):
+    images = np.concatenate([CASE[f"in/images_{SIDES[0]}"][:1]] * 2)
+    images[1, 0, 0] ^= 255
+    spatial = inception_features(inception.params, images)["spatial"].reshape(2, 17, 17, 7)
+    change = np.abs(spatial[1] - spatial[0]).sum(-1)
+    assert change[:8, :8].sum() > change[9:, 9:].sum()
+
+
+def test_images_are_resized_as_in_the_first_tensorflow():
+    """By closed form: 2 pixels become 299, the first half a ramp from one to the other, the rest the second alone."""
+    image = np.array([[0, 255]], np.uint8).reshape(1, 1, 2, 1)
+    ours = 128 * np.asarray(inception_module._resized(image))[0, 5, :, 0] + 128
+    np.testing.assert_allclose(ours, 255 * np.minimum(np.arange(299) * 2 / 299, 1), atol=1e-4)
+
+
+def test_every_product_is_of_the_highest_precision(inception):
+    image = CASE[f"in/images_{SIDES[0]}"]
+    program = str(jax.make_jaxpr(inception_features)(inception.params, jnp.asarray(image)))
+    products = program.count("conv_general_dilated[") + program.count("dot_general[")
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products > 90
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((2, 8, 8, 1), np.uint8),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+    ],
+)
+def test_other_images_are_refused(inception, images):
+    with pytest.raises(BadInput, match=r"images are .*; must be uint8 \[B, H, W, 3\]"):
+        inception_features(inception.params, images)
+
+
+# ---- weight files
+
+
+def test_the_file_is_known_by_its_hash(drawn, inception, tmp_path):
+    path = WRITERS["safetensors"](tmp_path / "inception.safetensors", drawn)
+    other = load_inception(path)
+    assert other.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != inception.sha256
+
+
+def test_counters_of_batches_may_be_missing(drawn, inception, tmp_path):
+    without = {name: array for name, array in drawn.items() if "num_batches" not in name}
+    assert len(without) < len(drawn)
+    ours = flatten_dict(load_inception(WRITERS["safetensors"](tmp_path / "inception", without)).params)
+    for name, array in flatten_dict(inception.params).items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+def test_parameters_that_do_not_fit_are_named(drawn, tmp_path):
+    arrays = dict(drawn) | {"fc.bias": drawn["fc.bias"][:1000], "AuxLogits.fc.bias": drawn["fc.bias"]}
+    del arrays["Mixed_7c.branch_pool.bn.running_var"]
+    with pytest.raises(BadInput) as error:
+        load_inception(WRITERS["safetensors"](tmp_path / "other.safetensors", arrays))
+    for part in (
+        "other.safetensors",
+        "missing: Mixed_7c.branch_pool.bn.running_var;",
+        "left over: AuxLogits.fc.bias;",
+        "of another shape: fc.bias is [1000], must be [1008];",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_files_are_read_whatever_their_name(kind, tmp_path):
+    path = WRITERS[kind](tmp_path / "weights", _small())
+    state = read_state_dict(path)
+    assert (state.path, state.sha256) == (str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    assert state.arrays.keys() == _small().keys()
+    for name, array in _small().items():
+        assert state.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(state.arrays[name], array)
+
+
+def test_tensors_may_share_a_storage_and_be_turned(tmp_path):
+    numbers = np.arange(12, dtype=np.float32)
+    storage = _storage("0", "<f4", 12)
+    tensors = {
+        "turned": _tensor(storage, (3, 4), (1, 3)),
+        "end": _tensor(storage, (2, 2), (2, 1), offset=8),
+        "repeated": _tensor(storage, (2, 3), (0, 1)),
+    }
+    pickled = b"\x80\x02" + _opcodes(tensors) + b"."
+    for path in (
+        _write_zip(tmp_path / "a.pth", pickled, {"0": numbers.tobytes()}),
+        _write_old(tmp_path / "b.pth", pickled, {"0": numbers.tobytes()}, [12]),
+    ):
+        arrays = read_state_dict(path).arrays
+        np.testing.assert_array_equal(arrays["turned"], numbers.reshape(4, 3).T)
+        np.testing.assert_array_equal(arrays["end"], numbers[8:].reshape(2, 2))
+        np.testing.assert_array_equal(arrays["repeated"], [numbers[:3]] * 2)
+        arrays["repeated"][:] = 0  # a copy: nothing else changes
+        np.testing.assert_array_equal(arrays["turned"], numbers.reshape(4, 3).T)
+
+
+def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+
+    os.system(f"touch {marker}")
+    assert marker.exists()  # it would do so
+    marker.unlink()
+    evil = pickle.dumps(Evil(), 2)
+    old = tmp_path / "old.pth"
+    for name, place in {"first": 0, "tree": 3}.items():
+        parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}, {})]
+        parts[place] = evil + (b"" if place else pickle.dumps(MAGIC, 2))
+        old.write_bytes(b"".join(parts) if place else parts[0] + MAGIC.to_bytes(10, "little"))
+        with pytest.raises(BadInput, match=rf"{old}: .*" + ("asks for .*system" if place else "")):
+            read_state_dict(old)
+        assert not marker.exists(), name
+    with pytest.raises(BadInput, match=r"asks for posix\.system, which is refused"):
+        read_state_dict(_write_zip(tmp_path / "new.pth", evil, {}))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "builtins eval",
+        "torch load",
+        "torch._utils _rebuild_parameter",
+        "numpy FloatStorage",
+        "collections abc",
+    ],
+)
+def test_every_other_global_is_refused_by_name(asked, tmp_path):
+    pickled = b"\x80\x02c" + asked.replace(" ", "\n").encode() + b"\n."
+    with pytest.raises(BadInput, match=f"asks for {asked.replace(' ', '.')}, which is refused"):
+        read_state_dict(_write_zip(tmp_path / "a.pth", pickled, {}))
+
+
+@pytest.mark.parametrize("target", [b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n"])
+def test_a_pickle_cannot_alter_what_it_is_handed(target, tmp_path):
+    state = b"(N" + _opcodes({"__defaults__": 1}) + b"t"
+    with pytest.raises(BadInput, match=r"cannot be read|holds a"):
+        read_state_dict(_write_zip(tmp_path / "a.pth", b"\x80\x02" + target + state + b"b.", {}))
+    read_state_dict(_save_zip(tmp_path / "b.pth", _small()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset"),
+    [
+        ((5,), (1,), 0),
+        ((2, 2), (2, 1), 1),
+        ((2,), (4,), 0),
+        ((2,), (-1,), 1),
+        ((2,), (1,), -1),
+        ((-2,), (1,), 0),
+        ((2,), (1, 1), 0),
+    ],
+)
+def test_tensors_outside_their_storage_are_refused(shape, strides, offset, tmp_path):
+    tensor = _tensor(_storage("0", "<f4", 4), shape, strides, offset=offset)
+    path = _write_zip(tmp_path / "a.pth", b"\x80\x02" + _opcodes({"w": tensor}) + b".", {"0": bytes(16)})
+    with pytest.raises(BadInput, match=r"w lies outside its storage|cannot be read"):
+        read_state_dict(path)
+
+
+def _cut(path, end):
+    path.write_bytes(path.read_bytes()[:end])
+
+
+def _half_a_storage(path, pickled, data):
+    return _write_zip(path, pickled, {key: content[:-4] for key, content in data.items()})
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_half_a_storage, "has 3 numbers in storage 0, must have 4"),
+        (lambda p, t, d: _write_zip(p, t, {}), "cannot be read"),
+        (lambda p, t, d: _write_zip(p, t, d, byteorder=b"big"), "must be little-endian"),
+        (lambda p, t, d: _write_old(p, t, d, [4], little=False), "must be little-endian"),
+        (lambda p, t, d: _write_old(p, t, d, [3]), "has 3 numbers"),
+        (lambda p, t, d: _write_old(p, t, {"0": b""}, [4]), "has 0 numbers"),
+        (lambda p, t, d: _cut(_write_old(p, t, d, [4]), 120), "cannot be read"),
+        (lambda p, t, d: _cut(_write_old(p, t, d, [4]), -4), "has 3 numbers"),
+        (lambda p, t, d: _cut(_write_zip(p, t, d), 120), "cannot be read"),
+        (lambda p, t, d: _write_old(p, t, {"1": d["0"]}, [4]), "cannot be read"),
+        (lambda p, t, d: _write_zip(p, pickle.dumps([1], 2), d), "holds a list"),
+        (lambda p, t, d: _write_zip(p, pickle.dumps({}, 2), d), "holds a dict"),
+        (
+            lambda p, t, d: _write_zip(p, pickle.dumps({"epoch": 3}, 2), d),
+            r"more than names and tensors \(epoch\)",
+        ),
+        (
+            lambda p, t, d: _write_zip(p, _state_dict({"w": np.zeros(4, "f4")}, ("0", 1, 2))[0], d),
+            "refers to",
+        ),
+        (lambda p, t, d: _write_zip(p, b"\x80\x02" + _opcodes(("module", "a", "b")) + b"Q.", d), "refers to"),
+        (lambda p, t, d: p.write_bytes(b"") and p, "cannot be read"),
+        (lambda p, t, d: p.write_bytes(pickle.dumps({}, 2)) and p, "cannot be read"),
+        (lambda p, t, d: None, "no such file"),
+    ],
+)
+def test_damaged_and_other_files_are_refused(write, message, tmp_path):
+    path = tmp_path / "a.pth"
+    write(path, *_state_dict({"w": np.arange(4, dtype=np.float32)}))
+    with pytest.raises(BadInput, match=f"{path}: .*{message}"):
+        read_state_dict(path)
+
+
+def test_fitted_parameters_are_float32(tmp_path):
+    state = read_state_dict(_save_zip(tmp_path / "a.pth", {"b": np.ones(2), "a": np.ones(3, np.float16)}))
+    fitted = fit_state_dict(state, {"a": (3,), "b": (2,)})
+    assert {name: (array.dtype, array.shape) for name, array in fitted.items()} == {
+        "a": (np.float32, (3,)),
+        "b": (np.float32, (2,)),
+    }
+    with pytest.raises(
+        BadInput, match=r"of another shape: b is \[2\], must be \[3\]; use the published file"
+    ):
+        fit_state_dict(state, {"a": (3,), "b": (3,)})
