@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # everything random in training is a pure function of it and of the step
 
     config.data = section(
-        name="digits",  # digits | toy2d | image_folder | tfds
-        path="",  # image_folder: the folder of pictures; tfds: its data folder, "" for the TFDS default
+        name="digits",  # digits | toy2d | image_folder | tfds | latents (made by --mode=prepare)
+        path="",  # image_folder: the folder of pictures; tfds: its data folder, "" for the TFDS default; latents: theirs
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
         flip=False,  # mirror every other picture at random
         held_out_share=0.1,  # image_folder: share of the pictures of each class kept for evaluation
@@ -27,6 +27,19 @@ def get_config() -> ConfigDict:
         split_train="train",  # tfds: the split to train on
         split_held_out="test",  # tfds: the split to evaluate against
         toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
+        autoencoder="sd-vae-ft-mse",  # latents: the autoencoder, by its published name or as a path
+        latent_mean=(0.0,),  # latents: taken from each latent before training, one number or one a channel
+        latent_std=(1 / 0.18215,),  # latents: divided by after that, one number or one a channel; above 0
+    )
+    config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
+        input="",  # a folder of class folders (or with train/ above them), a .tar file or a folder of them, or tfds:NAME
+        shards=128,  # files that the latents are spread over, whatever the number of processes
+        batch_size=32,  # pictures encoded at once on a device; does not change them
+        max_bad=100,  # unreadable pictures of a process that are skipped and named; one more stops it
+        latents=True,  # write latents; False = only the reference
+        reference="",  # also write reference statistics of the pictures to this .npz file; "" = none
+        process_index=0,  # which part of the work this process takes, in [0, process_count)
+        process_count=0,  # processes that share the work; 0 = those of the JAX job, which also say process_index
     )
     config.model = section(
         name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank (either)
@@ -145,13 +158,20 @@ def get_config() -> ConfigDict:
         ema="",  # which moving average: a decay of ema.decays, none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
     )
-    config.eval = section(
+    config.eval = section(  # every combination of checkpoints, emas, steps, omegas and intervals is scored
         num_samples=2000,  # samples of each row of the table, exactly
-        steps=(1, 2, 4, 8),  # one row of the table for each number of steps
-        guidance=(1.0, 0.0, 1.0),  # as sample.guidance
-        seed=1,  # of the noise
-        ema="",  # as sample.ema
+        steps=(1, 2, 4, 8),  # network evaluations of a sample
+        omegas=(1.0,),  # guidance scales, for a network that was told them
+        intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
+        emas=("",),  # moving averages: decays of ema.decays, none = the raw parameters, "" = the first
+        checkpoints=(),  # steps of the checkpoints; () = the newest
+        labels="balanced",  # classes of the samples: balanced (all in turn) | random
+        seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them
+        references=(),  # .npz files of reference statistics: FID and the like instead of the small-data scores
+        inception="inception-2015-12-05",  # with references: the network of features, by its published name or as a path
+        samples="",  # with references: score the pictures of this .npz or .npy file (uint8 [N, H, W, 3]), not a model's
+        watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(
         what="step",  # step | sample | input | attention
@@ -161,5 +181,6 @@ def get_config() -> ConfigDict:
         num_classes=1000,  # step, sample: classes, where bench.shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
     )
+    config.weights_dir = ""  # folder of published weights (--mode=weights fetches them); "" = $MF_WEIGHTS
     config.cache_dir = ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir
     return config

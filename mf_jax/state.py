@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from mf_jax.data import Stored
 from mf_jax.draws import DrawScheme
 from mf_jax.models import as_field, initial_params
 from mf_jax.objectives import Objective
@@ -46,7 +47,8 @@ class TrainState:
 class StepParts:
     """What a training step is made of, fixed for a run.
 
-    network, shape: the network, and the shape of one data element. objective, scheme: the loss, and how its random
+    network, shape: the network, and the shape of one data element. stored: how batches become elements, where the data
+    draw them anew at every visit. objective, scheme: the loss, and how its random
     numbers are drawn. optimizer, ema_names: how parameters and their averages move. seed: of all random numbers.
     log_every_steps: steps over which metrics are averaged. batch_size: rows of a step.
     """
@@ -60,6 +62,16 @@ class StepParts:
     seed: int
     log_every_steps: int
     batch_size: int
+    stored: Stored | None = None
+
+    @property
+    def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The shapes of what a step is given: rows as the data have them, and their labels."""
+        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, jnp.float32)
+        return (
+            jax.ShapeDtypeStruct((self.batch_size, *row.shape), row.dtype),
+            jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
+        )
 
 
 def _keys(seed: int) -> tuple[Array, Array]:
@@ -76,11 +88,9 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
     """
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
-    x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
     ema = start_averages(params, parts.ema_names)
     _, metrics = jax.eval_shape(
-        lambda *inputs: _gradient(parts, *inputs), params, ema, jnp.int32(0), x, labels
+        lambda *inputs: _gradient(parts, *inputs), params, ema, jnp.int32(0), *parts.batch
     )
     return TrainState(
         step=jnp.int32(0),
@@ -104,7 +114,11 @@ def _gradient(
     """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
     target_ema = parts.objective.target_ema
     target_params = ema[average_name(target_ema)] if target_ema else None
-    draws = parts.scheme.draw(jax.random.fold_in(_keys(parts.seed)[1], step), x, labels)
+    key = jax.random.fold_in(_keys(parts.seed)[1], step)
+    if parts.stored:
+        key, stored_key = jax.random.split(key)
+        x = parts.stored.draw(stored_key, x)
+    draws = parts.scheme.draw(key, x, labels)
     field = as_field(parts.network)
 
     def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
@@ -127,7 +141,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Array, Array], TrainState]:
     """Return the pure function (state, x, labels) -> state of one optimisation step.
 
-    x: data rows `[B, ...]`. labels: `[B]`. The caller compiles it and donates the state.
+    x: data rows `[B, ...]`, stored or not. labels: `[B]`. The caller compiles it and donates the state.
 
     Args:
       parts: what the step is made of.

@@ -94,6 +94,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         seed=config.seed,
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
+        stored=source.stored,
     )
 
 

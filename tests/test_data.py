@@ -36,6 +36,7 @@ class Numbered:
     shape = (2, 3, 1)
     num_classes = 0
     class_names = ()
+    stored = None
 
     def __init__(self, length):
         self.length = length

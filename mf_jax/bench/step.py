@@ -25,7 +25,7 @@ from mf_jax.bench.measure import (
     spread,
     take_turns,
 )
-from mf_jax.data import Batch, Source
+from mf_jax.data import Batch, Source, Stored
 from mf_jax.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
 from mf_jax.state import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
@@ -56,11 +56,13 @@ class Noise:
       shape: of one element.
       num_classes: classes of the labels, which are as random; 0 for none.
       class_names: of the classes, where they have names.
+      stored: as that of the data in whose place it stands; its rows are noise then.
     """
 
     shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...] = ()
+    stored: Stored | None = None
 
     def __len__(self) -> int:
         return 2**31
@@ -68,7 +70,8 @@ class Noise:
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """Return elements, a function of all the indices together."""
         rng = np.random.default_rng(indices)
-        x = rng.standard_normal((len(indices), *self.shape), np.float32)
+        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, np.float32)
+        x = rng.standard_normal((len(indices), *row.shape), np.float32).astype(row.dtype)
         if not self.num_classes:
             return Batch(x, np.full(len(indices), NO_LABEL, np.int32))
         return Batch(x, rng.integers(self.num_classes, size=len(indices), dtype=np.int32))
@@ -151,8 +154,8 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
     state = jax.eval_shape(functools.partial(initial_state, parts))
     shardings = state_sharding(mesh, state)
     step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
-    batch, rows = _batch_shapes(parts), batch_sharding(mesh)
-    program = compile_program(step, placed(state, shardings), *placed(batch, (rows, rows)))
+    rows = batch_sharding(mesh)
+    program = compile_program(step, placed(state, shardings), *placed(parts.batch, (rows, rows)))
     compiled = program.flops * jax.device_count() / 1e9
     row = {
         "objective": config.objective.name,
@@ -164,11 +167,6 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
         "compile_seconds": program.compile_seconds,
     }
     return row, program
-
-
-def _batch_shapes(parts: StepParts) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
-    return x, jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
 
 
 def _contender(config: ConfigDict, program: Program, source: Source, mesh: Mesh) -> Contender:
@@ -190,7 +188,7 @@ def _count_step(config: ConfigDict, source: Source) -> float:
     """Return the operations of a step, as that of a single device."""
     parts = step_parts(config, source)
     state = jax.eval_shape(functools.partial(initial_state, parts))
-    return lowered_flops(make_train_step(parts), state, *_batch_shapes(parts))
+    return lowered_flops(make_train_step(parts), state, *parts.batch)
 
 
 def fresh_batches(config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tuple[Array, Array]]:
@@ -204,7 +202,7 @@ def fresh_batches(config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tu
     Yields:
       x `[B, ...]` and labels `[B]`.
     """
-    noise = Noise(source.shape, source.num_classes)
+    noise = Noise(source.shape, source.num_classes, stored=source.stored)
     num = config.train.batch_size // jax.process_count()
     for step in itertools.count():
         batch = noise.gather(np.arange(step * num, (step + 1) * num))

@@ -23,6 +23,7 @@ class Digits:
     shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
     num_classes = 10
     class_names = tuple("0123456789")
+    stored = None
 
     def __init__(self, *, image_size: int, split: str) -> None:
         """Load one split.

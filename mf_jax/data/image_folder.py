@@ -112,6 +112,7 @@ class ImageFolder:
         self.class_names = () if list(classes) == [""] else tuple(classes)
         self.num_classes = len(self.class_names)
         self.shape = (image_size, image_size, 3)
+        self.stored = None
         listed = [
             (name, label if self.num_classes else NO_LABEL)
             for label, names in enumerate(classes.values())

@@ -10,13 +10,14 @@ not the number of processes or threads, and not whether the run was stopped and 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 from grain.experimental import index_shuffle
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from mf_jax.types import BadInput
 
@@ -31,11 +32,25 @@ _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fi
 class Batch(NamedTuple):
     """Some elements of a source.
 
-    x: float32 `[n, *shape]`; pictures lie in [-1, 1]. labels: int32 `[n]`, a class or `types.NO_LABEL`.
+    x: float32 `[n, *shape]`; pictures lie in [-1, 1]; or what the source stores. labels: int32 `[n]`, a class or
+    `types.NO_LABEL`.
     """
 
-    x: Float32[np.ndarray, "n ..."]
+    x: Float[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, "n"]
+
+
+class Stored(NamedTuple):
+    """What a source gathers where its elements are drawn anew at every visit, on the device.
+
+    rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]` to elements
+    `[n, *source.shape]`, float32, row by row. has_mirrors: `gather` also takes the index len(source) + i, the mirror
+    image of element i.
+    """
+
+    rows: jax.ShapeDtypeStruct
+    draw: Callable[[PRNGKeyArray, Array], Float32[Array, "n ..."]]
+    has_mirrors: bool
 
 
 @runtime_checkable
@@ -43,12 +58,13 @@ class Source(Protocol):
     """A fixed, ordered collection of elements with random access; `gather` is safe to call from several threads.
 
     shape: of one element, `(H, W, C)` for pictures, `(2,)` for points. num_classes: 0 if there are no labels.
-    class_names: one for each class, in the order of the labels.
+    class_names: one for each class, in the order of the labels. stored: None where `gather` returns the elements.
     """
 
     shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...]
+    stored: Stored | None
 
     def __len__(self) -> int: ...
 
@@ -129,10 +145,13 @@ class _Steps:
         share = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * share
         positions = np.arange(first, first + share)
-        batch = self.source.gather(stream_indices(positions, length=len(self.source), seed=self.seed))
+        indices = stream_indices(positions, length=len(self.source), seed=self.seed)
         if not self.flip:
-            return batch
+            return self.source.gather(indices)
         flips = stream_flips(first, share, seed=self.seed)
+        if self.source.stored and self.source.stored.has_mirrors:
+            return self.source.gather(indices + len(self.source) * flips)
+        batch = self.source.gather(indices)
         return batch._replace(x=np.where(flips[:, None, None, None], batch.x[:, :, ::-1], batch.x))
 
 
@@ -192,13 +211,15 @@ def _check_stream(
         raise BadInput(
             f"flip=True needs pictures (H, W, C), but elements have shape {source.shape}: set flip=False"
         )
+    if flip and source.stored and not source.stored.has_mirrors:
+        raise BadInput("flip=True: these data were stored without mirror images; set flip=False")
 
 
 def read(source: Source, n: int = 0) -> Batch:
     """Read the first n elements in order, unshuffled and unflipped.
 
     Args:
-      source: the elements.
+      source: the elements; stored ones are read as they are.
       n: how many, at most len(source); 0 means all of them, in memory as float32.
 
     Returns:

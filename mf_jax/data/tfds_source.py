@@ -48,6 +48,7 @@ class Tfds:
         self.num_classes = getattr(label, "num_classes", None) or 0
         self.class_names = tuple(label.names) if self.num_classes else ()
         self.shape = (image_size, image_size, 1 if image.shape[-1] == 1 else 3)
+        self.stored = None
         self._pictures = Pictures(self._decode, (len(self._data), *self.shape))
 
     def __len__(self) -> int:

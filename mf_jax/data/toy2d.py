@@ -82,6 +82,7 @@ class Toy2D:
     shape = (2,)
     num_classes = 0
     class_names = ()
+    stored = None
 
     def __init__(self, *, toy: str, split: str) -> None:
         """Draw one split; the same points every time.
