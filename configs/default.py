@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
     config.data = section(
         name="digits",  # digits | toy2d | image_folder | tfds | latents (made by --mode=prepare)
-        path="",  # image_folder: the folder of pictures; tfds: its data folder, "" for the TFDS default; latents: theirs
+        path="",  # image_folder: the folder of pictures; tfds: its data folder, "" for TFDS's own; latents: theirs
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
         flip=False,  # mirror every other picture at random
         held_out_share=0.1,  # image_folder: share of the pictures of each class kept for evaluation
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         latent_std=(1 / 0.18215,),  # latents: divided by after that, one number or one a channel; above 0
     )
     config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
-        input="",  # a folder of class folders (or with train/ above them), a .tar file or a folder of them, or tfds:NAME
+        input="",  # a folder of class folders (or with train/ above them), a .tar or a folder of them, or tfds:NAME
         shards=128,  # files that the latents are spread over, whatever the number of processes
         batch_size=32,  # pictures encoded at once on a device; does not change them
         max_bad=100,  # unreadable pictures of a process that are skipped and named; one more stops it
@@ -169,7 +169,7 @@ def get_config() -> ConfigDict:
         seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them
         references=(),  # .npz files of reference statistics: FID and the like instead of the small-data scores
-        inception="inception-2015-12-05",  # with references: the network of features, by its published name or as a path
+        inception="inception-2015-12-05",  # the network of features, by its published name or as a path
         samples="",  # with references: score the pictures of this .npz or .npy file (uint8 [N, H, W, 3]), not a model's
         watch=False,  # with references: score every new checkpoint until the run's last step
     )

@@ -167,7 +167,7 @@ def ema_names(config: ConfigDict) -> tuple[str, ...]:
 
 
 def choose_ema(config: ConfigDict, key: str, name: str) -> str:
-    """Return which parameters `sample.ema` or `eval.ema` selects: a name of `ema_names`, or `none`.
+    """Return which parameters `sample.ema` or an entry of `eval.emas` selects: a name of `ema_names`, or `none`.
 
     Raises:
       BadInput: if the run has no such moving average.

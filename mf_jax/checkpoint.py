@@ -130,19 +130,22 @@ class Checkpoints:
         _, items = restored
         return TrainState(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
-    def restore_params(self, like: PyTree, *, ema: str, names: tuple[str, ...]) -> tuple[int, PyTree]:
-        """Return the step and the parameters of the newest undamaged checkpoint.
+    def restore_params(
+        self, like: PyTree, *, ema: str, names: tuple[str, ...], step: int | None = None
+    ) -> tuple[int, PyTree]:
+        """Return the step and the parameters of a checkpoint.
 
         Args:
           like: the shapes, types and shardings of the parameters.
           ema: a name of a moving average, or `none` for the raw parameters.
           names: of all moving averages of the run.
+          step: of the checkpoint; None for the newest undamaged one.
 
         Raises:
-          BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
+          BadInput: if there is no such checkpoint, it is of another model, or it or all checkpoints are damaged.
         """
         item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
-        restored = self._restore(item)
+        restored = self._restore(item) if step is None else (step, self._restore_this(step, item))
         if restored is None:
             raise BadInput(
                 f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
@@ -166,6 +169,17 @@ class Checkpoints:
                 f"{self._folder}: every checkpoint is damaged; move the folder away to start again"
             )
         return None
+
+    def _restore_this(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+        if step not in self.steps:
+            kept = ", ".join(map(str, self.steps)) or "none"
+            raise BadInput(f"{self._folder} has no checkpoint of step {step}; it has {kept}")
+        try:
+            return self._restore_step(step, like)
+        except DamagedCheckpoint as problem:
+            raise BadInput(
+                f"{self._folder / str(step)} is damaged ({problem}); choose another step"
+            ) from problem
 
     def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
         with _damage():

@@ -16,6 +16,7 @@ from mf_jax.build import (
     make_scheme,
 )
 from mf_jax.data import Source, make_source
+from mf_jax.grid import cells
 from mf_jax.models import parameter_shapes
 from mf_jax.objectives import Controlled
 from mf_jax.optim import SCHEDULES
@@ -45,7 +46,10 @@ _TUPLES = (
     ("sample", "times", float),
     ("sample", "labels", int),
     ("sample", "guidance", float),
-    ("eval", "guidance", float),
+    ("data", "latent_mean", float),
+    ("data", "latent_std", float),
+    ("eval", "omegas", float),
+    ("eval", "checkpoints", int),
     ("model", "channel_multipliers", int),
     ("model", "attention_resolutions", int),
     ("eval", "steps", int),
@@ -230,11 +234,9 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
 def _sampling_checks(config: ConfigDict) -> list[Callable[[], Any]]:
     return [
         lambda: time_grid(config.sample.steps, config.sample.times, key="sample"),
-        lambda: [time_grid(steps, key="eval") for steps in config.eval.steps],
         lambda: choose_ema(config, "sample.ema", config.sample.ema),
-        lambda: choose_ema(config, "eval.ema", config.eval.ema),
+        lambda: cells(config),
         lambda: check_guidance(config.sample.guidance, config, key="sample.guidance"),
-        lambda: check_guidance(config.eval.guidance, config, key="eval.guidance"),
     ]
 
 

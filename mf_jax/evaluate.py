@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from mf_jax.build import make_objective, make_scheme
 from mf_jax.config import validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.generator import Generator, load_for, to_pixels
+from mf_jax.grid import NEWEST, cells, names
 from mf_jax.models import as_field
 from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
@@ -148,21 +149,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
       workdir: of the run.
     """
     train = validate(config, num_devices=1)
-    generator = load_for(workdir, config, key="eval")
+    grid = cells(config)
     held_out = make_source(config.data, split="held_out")
     score, rows = _floor(config, workdir, train, held_out)
-    labels = generator.labels_for(None, config.eval.num_samples)
-    for steps in config.eval.steps:
-        x = generator.sample_raw(
-            labels,
-            steps=steps,
-            guidance=config.eval.guidance,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-        )
-        name = f"{steps} step{'s' * (steps > 1)}"
-        rows.append({"name": name, "steps": steps, "samples": len(x), **score(x, labels)})
-    told = "all classes in turn" if generator.num_classes else "no labels"
+    settings = {key: config.eval[key] for key in ("seed", "batch_size")}
+    load = functools.lru_cache(1)(
+        functools.partial(load_cell, config, workdir)
+    )  # cells of a model are neighbours
+    for cell, name in zip(grid, names(grid), strict=True):
+        generator = load(cell.checkpoint, cell.ema)
+        labels = labels_of(config, generator)
+        x = generator.sample_raw(labels, steps=cell.steps, guidance=cell.guidance, **settings)
+        rows.append({"name": name, "steps": cell.steps, "samples": len(x), **score(x, labels)})
+    told = f"{config.eval.labels} labels" if generator.num_classes else "no labels"
     ema = "raw parameters" if generator.ema == "none" else f"EMA {generator.ema}"
     protocol = (
         f"checkpoint of step {generator.step}, {ema}, {len(labels)} samples a row, seed {config.eval.seed}, "
@@ -175,6 +174,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
     write_report(workdir)
     _show(result)
     run_folder.tell(workdir, table="eval.json", report="report.html")
+
+
+def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> Generator:
+    """Return the model of a cell of the grid."""
+    return load_for(workdir, config, ema=ema, step=None if checkpoint == NEWEST else checkpoint)
+
+
+def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
+    """Return the label of each sample of an evaluation: exactly balanced, or drawn from its seed."""
+    num, classes = config.eval.num_samples, generator.num_classes
+    if config.eval.labels == "random" and classes:
+        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
+    return generator.labels_for(None, num)
 
 
 def _floor(

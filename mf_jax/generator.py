@@ -248,11 +248,11 @@ def load(workdir: str | Path, *, ema: str = "") -> Generator:
     return load_as(folder, config, ema=choose_ema(config, "ema", ema))
 
 
-def load_as(folder: Path, config: ConfigDict, *, ema: str) -> Generator:
-    """Load the newest checkpoint of a workdir as the model that a config describes; see `load`."""
+def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
+    """Load a checkpoint of a workdir, by default the newest, as the model that a config describes; see `load`."""
     shape, num_classes, class_names = run_folder.stored_data(folder)
     network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
-    step, params = restore_run(folder, config, ema)
+    step, params = restore_run(folder, config, ema, step)
     params = fit(params, parameter_shapes(network, shape), where=str(folder))
     return Generator(config, network, params, shape, num_classes, class_names, step, ema)
 
@@ -274,7 +274,7 @@ def load_initial(config: ConfigDict, source: Source) -> Generator:
     return Generator(config, network, params, *about, source.class_names, 0, config.init.path)
 
 
-def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
+def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
     """Load the run of a workdir for a command's config, which must describe the same run.
 
     Where the workdir holds no run and `init.from` is set, the model is those weights as they are.
@@ -282,7 +282,8 @@ def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
     Args:
       workdir: the run's folder.
       config: of the command.
-      key: the section that says which moving average, `sample` or `eval`.
+      ema: a name of `choose_ema`.
+      step: of the checkpoint; None for the newest.
 
     Raises:
       BadInput: as `load`, or if the config describes another run.
@@ -293,4 +294,4 @@ def load_for(workdir: Path, config: ConfigDict, *, key: str) -> Generator:
         return generator
     run_folder.check(workdir, config)
     run_folder.check_writable(workdir)
-    return load_as(workdir, config, ema=choose_ema(config, f"{key}.ema", config[key].ema))
+    return load_as(workdir, config, ema=ema, step=step)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
-from mf_jax.build import make_objective
+from mf_jax.build import choose_ema, make_objective
 from mf_jax.config import check_tuples
 from mf_jax.data import make_source, read
 from mf_jax.generator import Generator, load_for
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     check_tuples(config)
     wanted = config.sample
-    generator = load_for(workdir, config, key="sample")
+    generator = load_for(workdir, config, ema=choose_ema(config, "sample.ema", config.sample.ema))
     labels = generator.labels_for(wanted.labels or None, wanted.num)
     samples = generator.sample(
         labels,

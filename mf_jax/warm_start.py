@@ -49,16 +49,17 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     return fit(params, like, where=str(path))
 
 
-def restore_run(folder: Path, config: ConfigDict, ema: str) -> tuple[int, PyTree]:
-    """Return the step and the parameters of a run's newest checkpoint, on every device.
+def restore_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> tuple[int, PyTree]:
+    """Return the step and the parameters of a run's checkpoint, on every device.
 
     Args:
       folder: the run's workdir.
       config: of the run.
       ema: a moving average of the run, `none` for the raw parameters, "" for the first average.
+      step: of the checkpoint; None for the newest undamaged one.
 
     Raises:
-      BadInput: if there is no checkpoint, or no such average.
+      BadInput: if there is no such checkpoint, or no such average.
     """
     shape, num_classes, _ = run_folder.stored_data(folder)
     network = make_network(config, shape=shape, num_classes=num_classes)
@@ -67,7 +68,7 @@ def restore_run(folder: Path, config: ConfigDict, ema: str) -> tuple[int, PyTree
     like = placed(like, jax.tree.map(lambda _: everywhere, like))
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         name = choose_ema(config, "ema", ema)
-        return checkpoints.restore_params(like, ema=name, names=ema_names(config))
+        return checkpoints.restore_params(like, ema=name, names=ema_names(config), step=step)
 
 
 def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:

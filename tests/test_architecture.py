@@ -15,6 +15,7 @@ LAYERS = [
     ["warm_start"],
     ["workdir", "report_page"],
     ["config", "checkpoint"],
+    ["grid"],
     ["build", "state"],
     ["optim", "sharding", "data", "report", "pictures", "plots"],
     ["diagnostics", "objectives"],

@@ -173,7 +173,7 @@ BAD_CONFIGS = [
     ({"model.prediction": "noise"}, "model.prediction"),
     ({"draws.omega_max": 4.0}, "omega_max"),
     ({"sample.guidance": (2.0, 0.0, 1.0)}, "sample.guidance"),
-    ({"eval.guidance": (1.0, 0.5)}, "eval.guidance"),
+    ({"eval.intervals": ((0.5,),)}, "eval.intervals"),
     ({"sample.guidance": (0.5, 0.0, 1.0)}, "sample.guidance"),
     ({"objective.name": "alpha_flow", "objective.annealing": "linear"}, "annealing"),
     ({"controls.lipschitz": -1.0}, "lipschitz"),

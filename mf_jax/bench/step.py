@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -27,7 +26,7 @@ from mf_jax.bench.measure import (
 )
 from mf_jax.data import Batch, Source, Stored
 from mf_jax.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
-from mf_jax.state import StepParts, TrainState, initial_state, make_train_step
+from mf_jax.state import TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.types import NO_LABEL
 
