@@ -26,6 +26,12 @@ _DAMAGED_FOLDER = "damaged_checkpoints"
 _NAMED_IN_ERROR = 4
 
 
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """Return the steps of a workdir's finished checkpoints, oldest first."""
+    folder = epath.Path(workdir).absolute() / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 class DamagedCheckpoint(Exception):
     """A checkpoint is not what was saved."""
 

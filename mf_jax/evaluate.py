@@ -10,22 +10,25 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from mf_jax import diagnostics, metrics
+from mf_jax import diagnostics, fid, metrics
 from mf_jax import workdir as run_folder
 from mf_jax.build import make_objective, make_scheme
-from mf_jax.config import validate
+from mf_jax.config import check_tuples, validate
 from mf_jax.data import Batch, Source, make_source, read
-from mf_jax.generator import Generator, load_for, to_pixels
-from mf_jax.grid import NEWEST, cells, names
+from mf_jax.decoding import to_pixels
+from mf_jax.generator import Generator
+from mf_jax.grid import cells, names
+from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
 from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
@@ -148,6 +151,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
       config: of the command; `eval` says what to compute.
       workdir: of the run.
     """
+    check_tuples(config)
+    against_references = config.eval.references or config.eval.samples or config.eval.watch
+    result = fid.run(config, workdir) if against_references else _small_data(config, workdir)
+    replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
+    write_report(workdir)
+    _show(result)
+    rows = {"rows": fid.ROWS_FILE, "pictures": fid.PICTURES} if against_references else {}
+    run_folder.tell(workdir, table="eval.json", **rows, report="report.html")
+
+
+def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Score samples against the data themselves, all in memory."""
     train = validate(config, num_devices=1)
     grid = cells(config)
     held_out = make_source(config.data, split="held_out")
@@ -169,24 +184,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     found = diagnose(generator, train, seed=config.eval.seed)
     columns = ["steps", "samples", *(name for name in score.columns if name in rows[0])]
-    result = {"protocol": protocol, "columns": columns, "rows": rows, "diagnostics": found}
-    replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
-    write_report(workdir)
-    _show(result)
-    run_folder.tell(workdir, table="eval.json", report="report.html")
-
-
-def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> Generator:
-    """Return the model of a cell of the grid."""
-    return load_for(workdir, config, ema=ema, step=None if checkpoint == NEWEST else checkpoint)
-
-
-def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
-    """Return the label of each sample of an evaluation: exactly balanced, or drawn from its seed."""
-    num, classes = config.eval.num_samples, generator.num_classes
-    if config.eval.labels == "random" and classes:
-        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
-    return generator.labels_for(None, num)
+    return {"protocol": protocol, "columns": columns, "rows": rows, "diagnostics": found}
 
 
 def _floor(

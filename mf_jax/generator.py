@@ -2,36 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax import samplers
-from mf_jax import workdir as run_folder
-from mf_jax.build import check_guidance, check_labels, choose_ema, make_network, make_objective
-from mf_jax.data import Source, make_source
-from mf_jax.models import as_field, parameter_shapes
+from mf_jax.build import check_guidance, check_labels, make_objective
+from mf_jax.decoding import Decoder, load_decoder, pixels_of
+from mf_jax.models import as_field
 from mf_jax.models.blocks import unstack_blocks
 from mf_jax.reference.weights import write_published
 from mf_jax.samplers import time_grid
-from mf_jax.sharding import batch_sharding, make_mesh
+from mf_jax.sharding import batch_sharding
 from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
-from mf_jax.warm_start import fit, load_weights, restore_run
 
 NO_GUIDANCE = (1.0, 0.0, 1.0)
-
-
-def to_pixels(x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Return images in [-1, 1] as bytes: round((x + 1) * 127.5), clipped to [0, 255]."""
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def all_classes_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
@@ -52,6 +44,7 @@ class Generator:
       class_names: of the classes.
       step: training steps behind the parameters.
       ema: which moving average they are, or `none`.
+      origin: SHA-256 of the autoencoder whose latents it generates; "" where there is none, or it is not known.
     """
 
     config: ConfigDict
@@ -62,6 +55,7 @@ class Generator:
     class_names: tuple[str, ...]
     step: int
     ema: str
+    origin: str = ""
 
     def sample(
         self,
@@ -91,17 +85,10 @@ class Generator:
         Raises:
           BadInput: for labels that are no classes, or a number of samples or steps below 1.
         """
-        convert = to_pixels if len(self.shape) == 3 else np.asarray
-        return self._sample(
-            convert,
-            labels,
-            num=num,
-            steps=steps,
-            times=times,
-            guidance=guidance,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        labels = self.labels_for(labels, num)
+        convert = self.pixels if len(self.shape) == 3 else np.asarray
+        how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+        return np.concatenate([np.asarray(convert(x)) for x, _ in self.batches(labels, **how)])[: len(labels)]
 
     def sample_raw(
         self,
@@ -114,42 +101,36 @@ class Generator:
         seed: int = 0,
         batch_size: int = 256,
     ) -> Float[np.ndarray, "n ..."]:
-        """Return samples as `sample` does, but float32 in the range of the training data, not rounded or clipped."""
-        how = {
-            "steps": steps,
-            "times": times,
-            "guidance": guidance,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        return self._sample(np.asarray, labels, num=num, **how)
-
-    def _sample(
-        self,
-        convert: Callable[[Any], np.ndarray],
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None,
-        *,
-        num: int | None,
-        steps: int,
-        times: Sequence[float],
-        guidance: Sequence[float],
-        seed: int,
-        batch_size: int,
-    ) -> Shaped[np.ndarray, "n ..."]:
-        grid = time_grid(steps, times)
+        """Return samples as `sample` does, but float32 as in training: not rounded, latents as they are."""
         labels = self.labels_for(labels, num)
+        how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+        return np.concatenate([np.asarray(x) for x, _ in self.batches(labels, **how)])[: len(labels)]
+
+    def batches(
+        self,
+        labels: Int[np.ndarray, "n"],
+        *,
+        steps: int = 1,
+        times: Sequence[float] = (),
+        guidance: Sequence[float] = NO_GUIDANCE,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
+        """Yield samples on the devices, batch by batch, and their numbers; see `sample`.
+
+        All batches have the same size, a multiple of the number of devices. In the last one rows with a number of
+        len(labels) or more are padding.
+        """
+        grid = time_grid(steps, times)
         check_guidance(guidance, self.config, key="guidance")
         if batch_size < 1:
             raise BadInput(f"batch_size={batch_size}: must be at least 1")
         if not 0 <= seed < 2**31:
             raise BadInput(f"seed={seed}: must be within [0, 2^31)")
-        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
-        size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
-        sharding = batch_sharding(mesh)
-        parts = []
+        size = -(-min(batch_size, len(labels)) // self.mesh.size) * self.mesh.size
+        sharding = batch_sharding(self.mesh)
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
-            chosen = labels[np.minimum(index, len(labels) - 1)]  # the last batch is padded, then cut
             x = _sample(
                 self.network,
                 make_objective(self.config).learns_average,
@@ -159,10 +140,27 @@ class Generator:
                 jnp.asarray(grid, jnp.float32),
                 jnp.asarray(guidance, jnp.float32),
                 jax.device_put(index, sharding),
-                jax.device_put(chosen, sharding),
+                jax.device_put(labels[np.minimum(index, len(labels) - 1)], sharding),
             )
-            parts.append(convert(np.asarray(x)))
-        return np.concatenate(parts)[: len(labels)]
+            yield x, index
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that it samples on."""
+        return jax.tree.leaves(self.params)[0].sharding.mesh
+
+    @functools.cached_property
+    def decoder(self) -> Decoder | None:
+        """What turns its latents into pictures; None where the network generates pictures or vectors."""
+        return load_decoder(self.config, origin=self.origin)
+
+    def pixels(self, x: Float[Array, "b ..."]) -> UInt8[Array, "b h w c"]:
+        """Return samples of `batches` as pictures of bytes, on the devices.
+
+        Raises:
+          BadInput: if the autoencoder of latents is missing, or another one than that of the run.
+        """
+        return pixels_of(self.mesh, self.decoder, x)
 
     def labels_for(
         self, labels: Sequence[int] | Int[np.ndarray, "n"] | None, num: int | None = None
@@ -228,70 +226,3 @@ def _sample(
 def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array, labels: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         return as_field(network)(params, z, r=r, t=t, condition=Condition(labels)).u
-
-
-def load(workdir: str | Path, *, ema: str = "") -> Generator:
-    """Load the newest checkpoint of a run.
-
-    Args:
-      workdir: the run's folder.
-      ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
-
-    Returns:
-      The generator.
-
-    Raises:
-      BadInput: if there is no run or no checkpoint, or the run has no such moving average.
-    """
-    folder = Path(workdir)
-    config = run_folder.stored_config(folder)
-    return load_as(folder, config, ema=choose_ema(config, "ema", ema))
-
-
-def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
-    """Load a checkpoint of a workdir, by default the newest, as the model that a config describes; see `load`."""
-    shape, num_classes, class_names = run_folder.stored_data(folder)
-    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
-    step, params = restore_run(folder, config, ema, step)
-    params = fit(params, parameter_shapes(network, shape), where=str(folder))
-    return Generator(config, network, params, shape, num_classes, class_names, step, ema)
-
-
-def load_initial(config: ConfigDict, source: Source) -> Generator:
-    """Return the weights that `init` names as a model that no run of ours has trained, at step 0.
-
-    Args:
-      config: describes the network, and the data that it was trained on.
-      source: those data, for their shape and classes.
-
-    Raises:
-      BadInput: if the weights cannot be read, or do not fit the network.
-    """
-    about = (source.shape, source.num_classes)
-    network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
-    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(load_weights(config, parameter_shapes(network, source.shape)), everywhere)
-    return Generator(config, network, params, *about, source.class_names, 0, config.init.path)
-
-
-def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
-    """Load the run of a workdir for a command's config, which must describe the same run.
-
-    Where the workdir holds no run and `init.from` is set, the model is those weights as they are.
-
-    Args:
-      workdir: the run's folder.
-      config: of the command.
-      ema: a name of `choose_ema`.
-      step: of the checkpoint; None for the newest.
-
-    Raises:
-      BadInput: as `load`, or if the config describes another run.
-    """
-    if config.init.path and not run_folder.exists(workdir):
-        generator = load_initial(config, make_source(config.data, split="train"))
-        workdir.mkdir(parents=True, exist_ok=True)
-        return generator
-    run_folder.check(workdir, config)
-    run_folder.check_writable(workdir)
-    return load_as(workdir, config, ema=ema, step=step)

@@ -11,7 +11,8 @@ from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_objective
 from mf_jax.config import check_tuples
 from mf_jax.data import make_source, read
-from mf_jax.generator import Generator, load_for
+from mf_jax.generator import Generator
+from mf_jax.loading import load_for
 from mf_jax.pictures import save_sample_grid
 from mf_jax.plots import save_field, save_scatter, save_transport
 from mf_jax.report import replace_file

@@ -28,6 +28,7 @@ from mf_jax.build import ema_names, from_section, make_network, make_objective, 
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import validate
 from mf_jax.data import Source, make_batches, read
+from mf_jax.decoding import load_decoder
 from mf_jax.generator import Generator
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import make_optimizer
@@ -37,7 +38,9 @@ from mf_jax.report import RunLog
 from mf_jax.report_page import write_report
 from mf_jax.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
+from mf_jax.types import BadInput
 from mf_jax.warm_start import load_weights
+from mf_jax.weights import find_weights
 
 _GRID_SAMPLES = 100
 _SCATTER_SAMPLES = 5000
@@ -158,6 +161,7 @@ def _loop(
         batch_size=config.train.batch_size,
         show_progress=config.log.progress,
     ) as log:
+        can_draw = _can_draw(config, source, log)
         for done in range(start + 1, num_steps + 1):
             batch = next(batches)
             state = train_step(state, *put_batch(mesh, (batch.x, batch.labels)))
@@ -168,7 +172,7 @@ def _loop(
                 log.write(done, metrics)
                 log.advance(done, metrics=metrics)
             every = config.log.sample_every_steps
-            if is_last or (every and done % every == 0):
+            if can_draw and (is_last or (every and done % every == 0)):
                 picture = _draw(config, workdir, source, parts, state, done)
                 log.picture("samples", done, picture)
             if is_last or stop.is_set() or done % config.checkpoint.every_steps == 0:
@@ -204,6 +208,20 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
     return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
 
 
+def _can_draw(config: ConfigDict, source: Source, log: RunLog) -> bool:
+    """Return whether samples can be shown: those of latents need the autoencoder, without which training goes on."""
+    if source.stored:
+        try:
+            find_weights(config.data.autoencoder, config.weights_dir)
+        except BadInput as problem:
+            log.message(f"no pictures of samples while training: {problem}")
+            return False
+        load_decoder(
+            config, origin=source.stored.origin
+        )  # another autoencoder than that of the latents is an error
+    return True
+
+
 def _draw(
     config: ConfigDict, workdir: Path, source: Source, parts: StepParts, state: TrainState, done: int
 ) -> Path:
@@ -211,7 +229,8 @@ def _draw(
     ema = parts.ema_names[0] if parts.ema_names else "none"
     params = state.ema[ema] if parts.ema_names else state.params
     about = (source.shape, source.num_classes, source.class_names)
-    generator = Generator(config, parts.network, params, *about, step=done, ema=ema)
+    origin = source.stored.origin if source.stored else ""
+    generator = Generator(config, parts.network, params, *about, step=done, ema=ema, origin=origin)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
     how = {name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")}

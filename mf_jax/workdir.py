@@ -59,6 +59,7 @@ def _about(source: Source) -> dict[str, Any]:
         "num_classes": source.num_classes,
         "class_names": list(source.class_names),
         "size": len(source),
+        "origin": source.stored.origin if source.stored else "",
     }
 
 
@@ -66,7 +67,7 @@ def _check_same_data(workdir: Path, source: Source) -> None:
     # batches are a function of the number of examples and their order, labels one of the class names
     stored, ours = _read(workdir, _DATA), _about(source)
     for name, value in ours.items():
-        if stored.get(name) != value:
+        if stored.get(name, value) != value:
             raise BadInput(
                 f"--workdir={workdir}: its run was trained on other data ({name} {stored.get(name)} -> {value}); "
                 "restore the data, or choose another --workdir"
@@ -110,6 +111,15 @@ def stored_data(workdir: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
     """
     about = _read(workdir, _DATA)
     return tuple(about["shape"]), about["num_classes"], tuple(about["class_names"])
+
+
+def stored_origin(workdir: Path) -> str:
+    """Return the SHA-256 of the autoencoder that made a run's latents, "" where its data are no latents.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    return _read(workdir, _DATA).get("origin", "")
 
 
 def _read(workdir: Path, name: str) -> dict[str, Any]:

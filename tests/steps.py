@@ -1,7 +1,6 @@
 """A whole training step as a program, for tests of what it costs and exchanges."""
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -29,11 +28,9 @@ def parts_of(network, objective, *, shape, batch, **draws):
 def lowered_step(parts, mesh: Mesh | None = None):
     """Return the step lowered, for a mesh or for one device."""
     state = jax.eval_shape(lambda: initial_state(parts))
-    x = jax.ShapeDtypeStruct((parts.batch_size, *parts.shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
     step = make_train_step(parts, mesh)
     if mesh is None:
-        return jax.jit(step, donate_argnums=0).lower(state, x, labels)
+        return jax.jit(step, donate_argnums=0).lower(state, *parts.batch)
     shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-    return compiled.lower(placed(state, shardings), *placed((x, labels), (rows, rows)))
+    return compiled.lower(placed(state, shardings), *placed(parts.batch, (rows, rows)))

@@ -7,7 +7,8 @@ import pytest
 from conftest import TINY
 
 import mf_jax
-from mf_jax.generator import all_classes_in_turn, to_pixels
+from mf_jax.decoding import to_pixels
+from mf_jax.generator import all_classes_in_turn
 from mf_jax.types import BadInput
 
 

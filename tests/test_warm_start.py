@@ -14,7 +14,7 @@ from configs.digits import get_config
 from mf_jax.build import make_network
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import validate
-from mf_jax.generator import load_initial
+from mf_jax.loading import load_initial
 from mf_jax.models import parameter_shapes
 from mf_jax.sharding import make_mesh
 from mf_jax.state import initial_state, make_train_step

@@ -51,10 +51,10 @@ def bench_sample(config: ConfigDict, source: Source, say: Say) -> Result:
     labels = generator.labels_for(wanted.labels or None, wanted.batch_size)
     how = {key: wanted[key] for key in ("steps", "times", "guidance", "batch_size")}
     say("compiling the sampler")
-    generator.sample(labels, **how)
+    generator.sample_raw(labels, **how)
     say(f"timing {sum(turns.values())} batches")
     seeds = itertools.count()
-    contender = Contender(lambda: next(seeds), lambda seed: generator.sample(labels, seed=seed, **how))
+    contender = Contender(lambda: next(seeds), lambda seed: generator.sample_raw(labels, seed=seed, **how))
     (seconds,) = take_turns([contender], **turns)
     row = spread("batch", seconds)
     median = row["batch_seconds_median"]

@@ -45,12 +45,13 @@ class Stored(NamedTuple):
 
     rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]` to elements
     `[n, *source.shape]`, float32, row by row. has_mirrors: `gather` also takes the index len(source) + i, the mirror
-    image of element i.
+    image of element i. origin: SHA-256 of what made the stored rows.
     """
 
     rows: jax.ShapeDtypeStruct
     draw: Callable[[PRNGKeyArray, Array], Float32[Array, "n ..."]]
     has_mirrors: bool
+    origin: str = ""
 
 
 @runtime_checkable

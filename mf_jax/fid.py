@@ -1,0 +1,258 @@
+"""--mode=eval with `eval.references`: samples against reference statistics, in the features of Inception-v3.
+
+Each cell of the grid (checkpoint, moving average, steps, guidance) is sampled once, batch by batch, and compared with each
+reference. Every comparison is a row of eval.jsonl that carries its whole protocol. A row that is there is not computed
+again, so that a job which was stopped goes on, and a job that watches a training run scores what is new.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Int, UInt8
+from ml_collections import ConfigDict
+from rich.progress import track
+
+from mf_jax import workdir as run_folder
+from mf_jax.checkpoint import saved_steps
+from mf_jax.decoding import QUANTISATION, load_decoder
+from mf_jax.generator import Generator
+from mf_jax.grid import NEWEST, Cell, cells, names
+from mf_jax.loading import labels_of, load_cell
+from mf_jax.metrics.inception import Inception, inception_features, load_inception
+from mf_jax.metrics.reference_file import Reference, open_pictures, read_reference
+from mf_jax.metrics.suite import SampleScores
+from mf_jax.pictures import save_sample_grid
+from mf_jax.report import replace_file
+from mf_jax.sharding import batch_sharding, make_mesh
+from mf_jax.types import BadInput
+from mf_jax.weights import find_weights
+
+ROWS_FILE = "eval.jsonl"
+PICTURES = "eval_samples"
+_NUM_SHOWN = 64
+_POLL_SECONDS = 30
+Row = dict[str, Any]
+Batches = Iterator[tuple[UInt8[Array, "b h w c"], Int[np.ndarray, "b"]]]
+"""Pictures on the devices, and their numbers; in the last batch there may be padding, with numbers beyond the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What samples are compared with, and in whose features.
+
+    references: to compare with. inception: the network of features. show_progress: while samples are made.
+    """
+
+    references: Sequence[Reference]
+    inception: Inception
+    show_progress: bool
+
+    def __call__(self, batches: Batches, num: int, *, batch_size: int, what: str) -> list[dict[str, float]]:
+        """Return the scores of samples, a record for each reference.
+
+        Args:
+          batches: the samples.
+          num: samples in all.
+          batch_size: of a batch.
+          what: is scored, for the progress bar.
+        """
+        with tempfile.TemporaryDirectory() as spool:
+            samples = SampleScores(num, Path(spool))
+            for pixels, index in track(batches, what, -(-num // batch_size), disable=not self.show_progress):
+                samples.add(inception_features(self.inception.params, _in_colour(pixels)), index, index < num)
+            mean, std = samples.inception_score()
+            shared = {"inception_score": mean, "inception_score_std": std}
+            return [samples.against(reference) | shared for reference in self.references]
+
+
+def run(config: ConfigDict, workdir: Path) -> list[Row]:
+    """Score what `eval` asks for and append it to eval.jsonl.
+
+    Args:
+      config: of the command.
+      workdir: of the run; for `eval.samples` any folder.
+
+    Returns:
+      The rows that were asked for, whether scored now or before.
+
+    Raises:
+      BadInput: for whatever is missing or does not fit; what was scored before stays.
+    """
+    section = config.eval
+    if section.watch and (section.samples or section.checkpoints):
+        raise BadInput(
+            "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and eval.checkpoints out"
+        )
+    inception = load_inception(find_weights(section.inception, config.weights_dir))
+    judge = Judge([read_reference(path) for path in section.references], inception, config.log.progress)
+    if section.samples:
+        workdir.mkdir(parents=True, exist_ok=True)
+        return _score_file(config, workdir, judge)
+    rows = _score_grid(config, workdir, judge)
+    while section.watch and not _is_complete(workdir):
+        time.sleep(_POLL_SECONDS)
+        rows = _score_grid(config, workdir, judge)
+    return rows
+
+
+def _score_grid(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
+    """Score the cells that have no rows yet; return the rows of all."""
+    grid = _with_steps(config, workdir)
+    load = functools.lru_cache(1)(
+        functools.partial(load_cell, config, workdir)
+    )  # cells of a model are neighbours
+    return [
+        row
+        for cell, name in zip(grid, names(grid), strict=True)
+        for row in _score_cell(config, workdir, judge, cell, name, load)
+    ]
+
+
+def _with_steps(config: ConfigDict, workdir: Path) -> list[Cell]:
+    """Return the grid, the checkpoints by their steps."""
+    if config.init.path and not run_folder.exists(workdir):
+        return cells(config)
+    run_folder.check(workdir, config)
+    run_folder.check_writable(workdir)
+    steps = saved_steps(workdir)
+    if not steps and not config.eval.watch:
+        raise BadInput(
+            f"--workdir={workdir}: holds no checkpoint; train first: --mode=train with this --workdir"
+        )
+    chosen = steps if config.eval.watch else steps[-1:]
+    return [
+        dataclasses.replace(cell, checkpoint=step)
+        for cell in cells(config)
+        for step in (chosen if cell.checkpoint == NEWEST else [cell.checkpoint])
+    ]
+
+
+def _is_complete(workdir: Path) -> bool:
+    last = run_folder.stored_config(workdir).train.num_steps
+    return max(saved_steps(workdir), default=0) >= last
+
+
+def _score_cell(
+    config: ConfigDict,
+    workdir: Path,
+    judge: Judge,
+    cell: Cell,
+    name: str,
+    load: Callable[[int, str], Generator],
+) -> list[Row]:
+    section = config.eval
+
+    def score() -> list[dict[str, float]]:
+        generator = load(cell.checkpoint, cell.ema)
+        labels = labels_of(config, generator)
+        settings = {"seed": section.seed, "batch_size": section.batch_size}
+        batches = generator.batches(labels, steps=cell.steps, guidance=cell.guidance, **settings)
+        first: list[np.ndarray] = []
+
+        def pictures() -> Batches:
+            for x, index in batches:
+                pixels = generator.pixels(x)
+                if not first and pixels.is_fully_addressable:
+                    first.append(np.asarray(pixels[:_NUM_SHOWN]))
+                yield pixels, index
+
+        scores = judge(pictures(), len(labels), batch_size=section.batch_size, what=name)
+        for shown in first:
+            path = workdir / PICTURES / f"step_{generator.step:08d}_{name.replace(' ', '_')}.png"
+            path.parent.mkdir(exist_ok=True)
+            save_sample_grid(path, shown[: len(labels)], labels[: len(shown)], generator.class_names)
+        return scores
+
+    return _rows(workdir, judge, name, _protocol(config, workdir, cell), score)
+
+
+def _protocol(config: ConfigDict, workdir: Path, cell: Cell) -> Row:
+    """Return whatever decides the samples of a cell, but the run itself."""
+    is_run = run_folder.exists(workdir)
+    decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
+    return dataclasses.asdict(cell) | {
+        "weights": "run" if is_run else config.init.path,
+        "num_samples": config.eval.num_samples,
+        "labels": config.eval.labels,
+        "seed": config.eval.seed,
+        "network_dtype": config.model.dtype,
+        "autoencoder": decoder.autoencoder.sha256 if decoder else "none",
+        "quantisation": QUANTISATION,
+    }
+
+
+def _score_file(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
+    """Score the pictures of a file, all of them."""
+    path, size = epath.Path(config.eval.samples), config.eval.batch_size
+    pictures = open_pictures(path)
+    mesh = make_mesh(data=0, fsdp=1)
+    size = -(-min(size, len(pictures)) // mesh.size) * mesh.size
+
+    def batches() -> Batches:
+        for first, block in enumerate(pictures.blocks(size)):
+            padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
+            index = np.arange(first * size, (first + 1) * size, dtype=np.int32)
+            yield jax.device_put(padded, batch_sharding(mesh)), index
+
+    with path.open("rb") as file:
+        about = {"samples_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    about |= {"samples": path.name, "num_samples": len(pictures)}
+    return _rows(
+        workdir,
+        judge,
+        path.name,
+        about,
+        lambda: judge(batches(), len(pictures), batch_size=size, what=path.name),
+    )
+
+
+def _rows(
+    workdir: Path, judge: Judge, name: str, about: Row, score: Callable[[], list[dict[str, float]]]
+) -> list[Row]:
+    """Return the rows of some samples, one for each reference; those that eval.jsonl lacks are computed and appended."""
+    about |= {"inception": judge.inception.sha256, "matmul_precision": "highest"}
+    protocols = [
+        about | {"reference": reference.name, "reference_sha256": reference.sha256}
+        for reference in judge.references
+    ]
+    known = {json.dumps(row["protocol"], sort_keys=True): row for row in read_rows(workdir)}
+    keys = [json.dumps(protocol, sort_keys=True) for protocol in protocols]
+    if set(keys) <= set(known):
+        return [known[key] for key in keys]
+    new = {
+        key: {"name": name, **scores, "protocol": protocol}
+        for key, scores, protocol in zip(keys, score(), protocols, strict=True)
+    }
+    if jax.process_index() == 0:
+        lines = [json.dumps(row) + "\n" for row in {**known, **new}.values()]
+        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
+    return list(new.values())
+
+
+def read_rows(workdir: Path) -> list[Row]:
+    """Return the rows of eval.jsonl, oldest first.
+
+    Raises:
+      BadInput: if a line is no row.
+    """
+    path = workdir / ROWS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [{"protocol": {}} | json.loads(line) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error
+
+
+def _in_colour(pixels: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w 3"]:
+    return jnp.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels

@@ -1,0 +1,99 @@
+"""From a workdir, or from weights that exist, to a model that can be sampled."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from mf_jax import workdir as run_folder
+from mf_jax.build import choose_ema, make_network
+from mf_jax.data import Source, make_source
+from mf_jax.generator import Generator
+from mf_jax.grid import NEWEST
+from mf_jax.models import parameter_shapes
+from mf_jax.sharding import make_mesh
+from mf_jax.warm_start import fit, load_weights, restore_run
+
+
+def load(workdir: str | Path, *, ema: str = "") -> Generator:
+    """Load the newest checkpoint of a run.
+
+    Args:
+      workdir: the run's folder.
+      ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
+
+    Returns:
+      The generator.
+
+    Raises:
+      BadInput: if there is no run or no checkpoint, or the run has no such moving average.
+    """
+    folder = Path(workdir)
+    config = run_folder.stored_config(folder)
+    return load_as(folder, config, ema=choose_ema(config, "ema", ema))
+
+
+def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
+    """Load a checkpoint of a workdir, by default the newest, as the model that a config describes; see `load`."""
+    shape, num_classes, class_names = run_folder.stored_data(folder)
+    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
+    step, params = restore_run(folder, config, ema, step)
+    params = fit(params, parameter_shapes(network, shape), where=str(folder))
+    origin = run_folder.stored_origin(folder)
+    return Generator(config, network, params, shape, num_classes, class_names, step, ema, origin)
+
+
+def load_initial(config: ConfigDict, source: Source) -> Generator:
+    """Return the weights that `init` names as a model that no run of ours has trained, at step 0.
+
+    Args:
+      config: describes the network, and the data that it was trained on.
+      source: those data, for their shape and classes.
+
+    Raises:
+      BadInput: if the weights cannot be read, or do not fit the network.
+    """
+    about = (source.shape, source.num_classes)
+    network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
+    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    params = jax.device_put(load_weights(config, parameter_shapes(network, source.shape)), everywhere)
+    return Generator(config, network, params, *about, source.class_names, 0, config.init.path)
+
+
+def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
+    """Load the run of a workdir for a command's config, which must describe the same run.
+
+    Where the workdir holds no run and `init.from` is set, the model is those weights as they are.
+
+    Args:
+      workdir: the run's folder.
+      config: of the command.
+      ema: a name of `choose_ema`.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      BadInput: as `load`, or if the config describes another run.
+    """
+    if config.init.path and not run_folder.exists(workdir):
+        generator = load_initial(config, make_source(config.data, split="train"))
+        workdir.mkdir(parents=True, exist_ok=True)
+        return generator
+    run_folder.check(workdir, config)
+    run_folder.check_writable(workdir)
+    return load_as(workdir, config, ema=ema, step=step)
+
+
+def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> Generator:
+    """Load the model of a cell of an evaluation's grid; see `load_for`."""
+    return load_for(workdir, config, ema=ema, step=None if checkpoint == NEWEST else checkpoint)
+
+
+def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
+    """Return the label of each sample of an evaluation: exactly balanced, or drawn from its seed."""
+    num, classes = config.eval.num_samples, generator.num_classes
+    if config.eval.labels == "random" and classes:
+        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
+    return generator.labels_for(None, num)

@@ -1,0 +1,94 @@
+"""Data that are stored in one form and drawn anew, on the device, at every visit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from steps import parts_of
+
+from mf_jax.data import Batch, Stored, make_batches
+from mf_jax.data.pipeline import stream_flips, stream_indices
+from mf_jax.guidance import Guidance
+from mf_jax.models.dit import DiT
+from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.state import initial_state, make_train_step
+from mf_jax.types import BadInput
+
+SHAPE = (4, 4, 1)
+
+
+def _noisy(key, rows):
+    """Two channels, a mean and a deviation, become one."""
+    mean, deviation = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
+    return mean + deviation * jax.random.normal(key, mean.shape)
+
+
+STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy, has_mirrors=True)
+
+
+@dataclasses.dataclass
+class Numbered:
+    """Elements that are their own index, with mirrors of their own."""
+
+    stored: Stored
+    shape = SHAPE
+    num_classes = 0
+    class_names = ()
+
+    def __len__(self):
+        return 7
+
+    def gather(self, indices):
+        x = np.broadcast_to(indices[:, None, None, None], (len(indices), 4, 4, 2)).astype(np.float16)
+        return Batch(x, np.full(len(indices), -1, np.int32))
+
+
+def test_mirrors_come_from_the_source_where_it_has_them():
+    batches = make_batches(Numbered(STORED), batch_size=10, seed=3, flip=True, threads=0)
+    for step in range(3):
+        batch = next(batches)
+        assert batch.x.dtype == np.float16
+        expected = stream_indices(np.arange(10 * step, 10 * step + 10), length=7, seed=3)
+        expected = expected + 7 * stream_flips(10 * step, 10, seed=3)
+        np.testing.assert_array_equal(batch.x[:, 0, 0, 0], expected)
+
+
+def test_flip_is_refused_without_mirrors():
+    with pytest.raises(BadInput, match="flip"):
+        make_batches(Numbered(STORED._replace(has_mirrors=False)), batch_size=2, seed=0, flip=True)
+
+
+@pytest.fixture(scope="module")
+def step():
+    network = DiT(patch_size=4, depth=1, width=16, num_heads=2, num_classes=0)
+    parts = parts_of(network, MeanFlow(Guidance()), shape=SHAPE, batch=8)
+    parts = dataclasses.replace(parts, stored=STORED)
+    state = jax.jit(lambda: initial_state(parts))()
+    return parts, state, jax.jit(make_train_step(parts))
+
+
+def _error(state):
+    return float(state.metrics["u_error"].compute())
+
+
+def test_every_visit_draws_anew_and_repeats_when_it_is_repeated(step):
+    parts, state, train_step = step
+    assert parts.batch[0].shape == (8, 4, 4, 2)
+    rows = np.ones((8, 4, 4, 2), np.float16)
+    labels = np.zeros(8, np.int32)
+    first = _error(train_step(state, rows, labels))
+    assert first == _error(train_step(state, rows, labels))
+    assert first != _error(train_step(state.replace(step=state.step + 1), rows, labels))
+
+
+def test_the_step_sees_what_was_drawn(step):
+    """A far mean gives a large error; the deviation counts too."""
+    _, state, train_step = step
+    labels = np.zeros(8, np.int32)
+    mean, deviation = np.zeros((2, 8, 4, 4, 2), np.float16)
+    mean[..., 0], deviation[..., 1] = 100, 100
+    base = _error(train_step(state, np.zeros((8, 4, 4, 2), np.float16), labels))
+    assert _error(train_step(state, mean, labels)) > 100 * base
+    assert _error(train_step(state, deviation, labels)) > 100 * base
