@@ -39,8 +39,11 @@ def check(sums, rows, tolerance=3e-7):
     count, mean, covariance = mean_and_covariance(sums)
     exact = np.cov(rows.astype(np.float64), rowvar=False).reshape(len(mean), -1)
     assert (count, mean.dtype, covariance.dtype) == (len(rows), np.float64, np.float64)
-    np.testing.assert_allclose(mean, rows.astype(np.float64).mean(0), rtol=tolerance / 10)
-    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    spread = np.sqrt(np.diag(exact))
+    np.testing.assert_allclose(
+        mean / spread, rows.astype(np.float64).mean(0) / spread, atol=tolerance, rtol=0
+    )
+    scale = np.outer(spread, spread)
     np.testing.assert_allclose(covariance / scale, exact / scale, atol=tolerance, rtol=0)
     np.testing.assert_array_equal(covariance, covariance.T)
 
