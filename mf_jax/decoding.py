@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
 from mf_jax.sharding import batch_sharding
 from mf_jax.types import BadInput
-from mf_jax.weights import find_weights
+from mf_jax.weights import find_weights, verify
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at the same time: a picture of 256x256 pixels takes about 0.3 GB on the way."""
@@ -66,8 +66,9 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     """
     if config.data.name != "latents":
         return None
-    path = find_weights(config.data.autoencoder, config.weights_dir)
+    path = find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
     autoencoder = _read(str(path))
+    verify(config.data.autoencoder, autoencoder.sha256)
     if origin not in ("", autoencoder.sha256):
         raise BadInput(
             f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 {autoencoder.sha256}, but the run's "

@@ -36,7 +36,7 @@ from mf_jax.pictures import save_sample_grid
 from mf_jax.report import replace_file
 from mf_jax.sharding import batch_sharding, make_mesh
 from mf_jax.types import BadInput
-from mf_jax.weights import find_weights
+from mf_jax.weights import find_weights, verify
 
 ROWS_FILE = "eval.jsonl"
 PICTURES = "eval_samples"
@@ -94,7 +94,8 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
         raise BadInput(
             "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and eval.checkpoints out"
         )
-    inception = load_inception(find_weights(section.inception, config.weights_dir))
+    inception = load_inception(find_weights(section.inception, config.weights_dir, key="eval.inception"))
+    verify(section.inception, inception.sha256)
     judge = Judge([read_reference(path) for path in section.references], inception, config.log.progress)
     if section.samples:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -212,7 +212,7 @@ def _can_draw(config: ConfigDict, source: Source, log: RunLog) -> bool:
     """Return whether samples can be shown: those of latents need the autoencoder, without which training goes on."""
     if source.stored:
         try:
-            find_weights(config.data.autoencoder, config.weights_dir)
+            find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
         except BadInput as problem:
             log.message(f"no pictures of samples while training: {problem}")
             return False

@@ -18,7 +18,6 @@ LAYERS = [
     ["config", "checkpoint"],
     ["grid"],
     ["build", "decoding", "state"],
-    ["weights"],
     ["optim", "sharding", "data", "report", "pictures", "plots"],
     ["diagnostics", "objectives"],
     ["guidance", "samplers"],
