@@ -1,0 +1,187 @@
+"""ImageNet in small, from pictures to FID, by the command line: the real networks with random weights.
+
+300 pictures -> latents on two processes -> 20 steps of a latent DiT -> FID -> more steps -> FID again; and that the
+numbers depend neither on the size of a batch nor on the number of processes.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from safetensors.numpy import save_file
+
+CLASSES = ("n01440764", "n02084071", "n03000134")
+REFERENCE = ROOT / "tests" / "reference"
+SMALL = (
+    "--config.data.image_size=32",
+    f"--config.data.autoencoder={REFERENCE / 'vae'}",
+    "--config.model.depth=1",
+    "--config.model.width=32",
+    "--config.model.num_heads=2",
+    "--config.model.dtype=float32",
+    "--config.model.scan=False",
+    "--config.model.remat=none",
+    "--config.train.batch_size=16",
+    "--config.train.log_every_steps=5",
+    "--config.checkpoint.every_steps=10",
+    "--config.eval.num_samples=24",
+    "--config.eval.allow_few=True",
+    "--config.eval.steps=1,",
+    "--config.log.progress=False",
+)
+IN_PROCESSES = """
+import sys, jax
+address, count, index = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+jax.distributed.initialize(address, count, index)
+from mf_jax.main import main
+sys.exit(main())
+"""
+
+
+def _draw_pictures(folder):
+    """Write 100 pictures of each class: blobs of the class's own colour, of many sizes."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (folder / "train" / name).mkdir(parents=True)
+        for i in range(100):
+            height, width = rng.integers(40, 90, 2)
+            coarse = rng.uniform(0, 120, (5, 5, 3))
+            coarse[..., label] += 130
+            picture = Image.fromarray(coarse.astype(np.uint8)).resize((int(width), int(height)), Image.BICUBIC)
+            picture.save(folder / "train" / name / f"{name}_{i}.JPEG", quality=95)
+
+
+def _save_inception(path):
+    """Write random weights of Inception-v3 under their published names."""
+    arrays = {}
+    for name, shape in json.loads((REFERENCE / "inception_state_dict.json").read_text()).items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        a = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        if name.endswith("conv.weight"):
+            a *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        elif name.endswith("running_var"):
+            a = np.exp(a / 10)
+        elif name.endswith("bn.weight"):
+            a = 1 + a / 10
+        elif name == "fc.weight":
+            a /= np.float32(np.sqrt(shape[1]))
+        else:
+            a /= 10
+        arrays[name] = a
+    save_file(arrays, path)
+
+
+class Rehearsal:
+    """The command line, on the small data."""
+
+    def __init__(self, folder):
+        self.folder, self.latents, self.workdir = folder, folder / "latents", folder / "run"
+        self.reference = folder / "reference.npz"
+        self.common = (
+            "--config=configs/imagenet_b2.py",
+            *SMALL,
+            f"--config.data.path={self.latents}",
+            f"--config.eval.inception={folder / 'inception.safetensors'}",
+            f"--config.eval.references=('{self.reference}',)",
+        )
+
+    def start(self, *arguments, workdir=None, script=()):
+        command = [sys.executable, *(script or ["-m", "mf_jax.main"])]
+        return subprocess.Popen(
+            [*command, *self.common, f"--workdir={workdir or self.workdir}", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, *processes):
+        outputs = [process.communicate(timeout=600) for process in processes]
+        for process, (_, errors) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, errors
+        return [out for out, _ in outputs]
+
+    def __call__(self, *arguments, **more):
+        return self.finish(self.start(*arguments, **more))[0]
+
+    def rows(self, workdir=None):
+        return [json.loads(line) for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rehearsal")
+    _draw_pictures(folder / "imagenet")
+    _save_inception(folder / "inception.safetensors")
+    return Rehearsal(folder)
+
+
+def _scores(row):
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def test_from_pictures_to_fid(rehearsal, tmp_path):
+    prepare = (
+        "--mode=prepare",
+        f"--config.prepare.input={rehearsal.folder / 'imagenet'}",
+        "--config.prepare.shards=4",
+        f"--config.prepare.reference={rehearsal.reference}",
+        "--config.prepare.process_count=2",
+    )
+    rehearsal.finish(
+        *(rehearsal.start(*prepare, f"--config.prepare.process_index={index}") for index in range(2))
+    )
+    manifest = json.loads((rehearsal.latents / "manifest.json").read_text())
+    assert manifest["num_images"] == 300
+    reference = np.load(rehearsal.reference)
+    assert reference["mu"].shape == (2048,)
+
+    rehearsal("--mode=train", "--config.train.num_steps=10")
+    rehearsal("--mode=eval", "--config.train.num_steps=10")
+    rehearsal("--mode=train", "--config.train.num_steps=20")
+    told = rehearsal("--mode=eval", "--config.train.num_steps=20")
+    first, second = rehearsal.rows()
+    assert [row["protocol"]["checkpoint"] for row in (first, second)] == [10, 20]
+    assert first["fid"] != second["fid"]
+    assert f"{second['fid']:.4g}" in told
+
+    again = rehearsal("--mode=eval", "--config.train.num_steps=20", "--config.eval.checkpoints=10,20")
+    assert rehearsal.rows() == [first, second]
+    assert f"{first['fid']:.4g}" in again
+
+    other = tmp_path / "batches"
+    shutil.copytree(rehearsal.workdir, other)
+    (other / "eval.jsonl").unlink()
+    rehearsal("--mode=eval", "--config.train.num_steps=20", "--config.eval.batch_size=5", workdir=other)
+    assert _scores(rehearsal.rows(other)[0]) == pytest.approx(_scores(second), rel=1e-3)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    other = tmp_path / "processes"
+    shutil.copytree(rehearsal.workdir, other)
+    (other / "eval.jsonl").unlink()
+    script = tmp_path / "in_processes.py"
+    script.write_text(IN_PROCESSES)
+    rehearsal.finish(
+        *(
+            rehearsal.start(
+                "--mode=eval",
+                "--config.train.num_steps=20",
+                workdir=other,
+                script=[str(script), address, "2", str(index)],
+            )
+            for index in range(2)
+        )
+    )
+    assert _scores(rehearsal.rows(other)[0]) == pytest.approx(_scores(second), rel=1e-3)
