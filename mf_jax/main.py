@@ -1,6 +1,6 @@
 """The command line.
 
-python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample|bench] [--workdir=runs/NAME]
+python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample|bench|weights] [--workdir=runs/NAME]
   [--config.KEY=VALUE ...]
 
 Every key of configs/default.py can be set, for example --config.optim.lr=1e-3.
@@ -22,6 +22,7 @@ MODES = {
     "eval": "mf_jax.evaluate",
     "sample": "mf_jax.sample",
     "bench": "mf_jax.bench",
+    "weights": "mf_jax.weights",
 }
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 

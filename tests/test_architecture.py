@@ -23,7 +23,7 @@ LAYERS = [
     ["draws"],
     ["models", "metrics"],
     ["reference"],
-    ["paths", "times"],
+    ["paths", "times", "weights"],
     ["types"],
 ]
 APART = ("models", "metrics", "objectives")
