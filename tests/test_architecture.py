@@ -10,7 +10,7 @@ from conftest import ROOT
 LAYERS = [
     ["main"],
     ["bench"],
-    ["train", "evaluate", "sample"],
+    ["train", "evaluate", "sample", "prepare"],
     ["generator"],
     ["warm_start"],
     ["workdir", "report_page"],

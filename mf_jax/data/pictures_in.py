@@ -250,8 +250,8 @@ def _members(tar: tarfile.TarFile, name: str) -> list[tarfile.TarInfo]:
 
 def _refuse_empty(name: str, but: str = "") -> None:
     raise BadInput(
-        f"input: {name} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: remove it, or set input to "
-        "the folder whose sub-folders hold pictures"
+        f"input: {name} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: remove it, or set "
+        "input to the folder whose sub-folders hold pictures"
     )
 
 
