@@ -7,8 +7,9 @@
 3. The process that finds all shards there writes the manifest, without which training does not start.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,11 +21,13 @@ from ml_collections import ConfigDict
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.pictures_in import PicturesIn, list_pictures
+from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
 from mf_jax.prepare.files import claim
 from mf_jax.prepare.latent_shards import LatentShards
 from mf_jax.prepare.pictures import PictureStream, Pixels
 from mf_jax.prepare.progress import PictureProgress
+from mf_jax.prepare.reference import ReferenceStatistics, parts_folder
 from mf_jax.types import BadInput
 from mf_jax.weights import find_weights, verify
 
@@ -56,9 +59,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
       BadInput: for anything wrong with the config, the pictures or the folders; what is finished is kept.
     """
     del workdir
-    index, count = check_prepare(config)
+    process = index, count = check_prepare(config)
     pictures = _list(config)
-    outputs = _outputs(config, pictures)
+    outputs = _outputs(config, pictures, process)
     mine = range(index, config.prepare.shards, count)
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
@@ -121,7 +124,7 @@ def _list(config: ConfigDict) -> PicturesIn:
     return pictures
 
 
-def _outputs(config: ConfigDict, pictures: PicturesIn) -> list[Output]:
+def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int]) -> list[Output]:
     """Open what is to be made, all of it before any work."""
     common = {
         "format_version": FORMAT_VERSION,
@@ -131,10 +134,15 @@ def _outputs(config: ConfigDict, pictures: PicturesIn) -> list[Output]:
         "num_listed": len(pictures),
         "input_sha256": pictures.digest,
     }
-    return [_latents(config, common, pictures)] if config.prepare.latents else []
+    outputs: list[Output] = []
+    if config.prepare.latents:
+        outputs.append(_latents(config, common, pictures))
+    if config.prepare.reference:
+        outputs.append(_reference(config, common, process))
+    return outputs
 
 
-def _latents(config: ConfigDict, common: dict, pictures: PicturesIn) -> LatentShards:
+def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -> LatentShards:
     name, size = config.data.autoencoder, config.data.image_size
     autoencoder = load_autoencoder(find_weights(name, config.weights_dir, key="data.autoencoder"))
     verify(name, autoencoder.sha256)
@@ -153,6 +161,28 @@ def _latents(config: ConfigDict, common: dict, pictures: PicturesIn) -> LatentSh
     claim(folder, settings, key="data.path")
     everywhere = NamedSharding(_local_mesh(), PartitionSpec())
     return LatentShards(folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere))
+
+
+def _reference(config: ConfigDict, common: dict[str, Any], process: tuple[int, int]) -> ReferenceStatistics:
+    name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
+    if path.suffix != ".npz":
+        raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so")
+    if path.exists() and not parts_folder(path).exists():
+        raise BadInput(
+            f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete this one"
+        )
+    inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
+    verify(name, inception.sha256)
+    claim(parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference")
+    params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
+    return ReferenceStatistics(
+        path,
+        dataclasses.replace(inception, params=params),
+        num_shards=config.prepare.shards,
+        num_listed=common["num_listed"],
+        process_index=process[0],
+        process_count=process[1],
+    )
 
 
 def _latent_shape(autoencoder: Autoencoder, image_size: int) -> list[int]:
