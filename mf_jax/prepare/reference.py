@@ -4,11 +4,10 @@ A process keeps one file of its sums and of the shards that are in them, written
 finds all shards in these files adds them up. Sums are kept in pairs of float32, so that a restart loses nothing.
 """
 
-import functools
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,7 +80,7 @@ class ReferenceStatistics:
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
         self._part = _read_part(self._own) if self._own.exists() else _no_part()
-        self._done = {shard for part in self._parts() for shard in part.shards}
+        self._done = set(self._shards())
         self._waiting: tuple[Pixels, Array] | None = None
 
     def has(self, shard: int) -> bool:
@@ -123,8 +122,7 @@ class ReferenceStatistics:
         Raises:
           BadInput: if a shard is in the sums of two processes.
         """
-        parts = self._parts()
-        shards = sorted(shard for part in parts for shard in part.shards)
+        shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
             raise BadInput(
                 f"{parts_folder(self._path)} holds shards {twice[:5]} twice, from runs with different "
@@ -132,10 +130,10 @@ class ReferenceStatistics:
             )
         if len(shards) < self._num_shards:
             return (
-                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the process that finishes the "
-                "last one writes the file"
+                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the process that finishes "
+                "the last one writes the file"
             )
-        statistics = _statistics(parts)
+        statistics = _statistics(map(_read_part, self._part_paths()))
         write_reference(self._path, statistics)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
 
@@ -150,10 +148,13 @@ class ReferenceStatistics:
             self._part.kept_features.extend(np.asarray(features)[rows])
         self._waiting = None
 
-    def _parts(self) -> list[_Part]:
-        """Return the sums of all processes, in their order."""
-        folder = parts_folder(self._path)
-        return [_read_part(folder / name) for name in sorted(p.name for p in folder.glob("sums-*.npz"))]
+    def _part_paths(self) -> list[epath.Path]:
+        """Return the files of all processes, in their order."""
+        return sorted(parts_folder(self._path).glob("sums-*.npz"))
+
+    def _shards(self) -> list[int]:
+        """Return the shards in the sums of any process."""
+        return [shard for path in self._part_paths() for shard in _read(path, lambda a: a["shards"].tolist())]
 
 
 def _no_part() -> _Part:
@@ -175,15 +176,24 @@ def _as_bytes(part: _Part) -> bytes:
 
 
 def _read_part(path: epath.Path) -> _Part:
+    return _read(path, _as_part)
+
+
+def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
+    """Return what a function reads of the arrays in a file, which are loaded only as far as it does."""
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            sums = {name: _sums_of(arrays, name) for name in (_POOLED, _SPATIAL)}
-            lists = [arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")]
-            return _Part(*lists[:2], sums, lists[2], list(arrays["kept_features"]))
+        with path.open("rb") as file, np.load(file) as arrays:
+            return read(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(
             f"{path} is no file of sums ({error}); must be whole: delete it and run again"
         ) from error
+
+
+def _as_part(arrays: Mapping[str, np.ndarray]) -> _Part:
+    sums = {name: _sums_of(arrays, name) for name in (_POOLED, _SPATIAL)}
+    shards, skipped, kept = (arrays[name].tolist() for name in ("shards", "skipped", "kept_indices"))
+    return _Part(shards, skipped, sums, kept, list(arrays["kept_features"]))
 
 
 def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> FeatureSums:
@@ -191,11 +201,15 @@ def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> FeatureSums:
     return from_arrays({key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)})
 
 
-def _statistics(parts: Sequence[_Part]) -> Statistics:
-    """Return the statistics of all pictures."""
-    count, *pooled = mean_and_covariance(functools.reduce(merge, [part.sums[_POOLED] for part in parts]))
-    _, *spatial = mean_and_covariance(functools.reduce(merge, [part.sums[_SPATIAL] for part in parts]))
-    kept = {
-        index: row for part in parts for index, row in zip(part.kept_indices, part.kept_features, strict=True)
-    }
-    return Statistics(count, *pooled, *spatial, np.stack([kept[index] for index in sorted(kept)]))
+def _statistics(parts: Iterable[_Part]) -> Statistics:
+    """Return the statistics of all pictures; holds the sums of two processes at once, not of all."""
+    whole = next(parts := iter(parts))
+    for part in parts:
+        for name in whole.sums:
+            whole.sums[name] = merge(whole.sums[name], part.sums[name])
+        whole.kept_indices.extend(part.kept_indices)
+        whole.kept_features.extend(part.kept_features)
+    count, *pooled = mean_and_covariance(whole.sums[_POOLED])
+    _, *spatial = mean_and_covariance(whole.sums[_SPATIAL])
+    order = np.argsort(whole.kept_indices)
+    return Statistics(count, *pooled, *spatial, np.stack(whole.kept_features)[order])
