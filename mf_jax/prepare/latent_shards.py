@@ -23,6 +23,7 @@ from mf_jax.data.latent_records import (
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.files import replace, written_aside
 from mf_jax.prepare.pictures import Pixels
+from mf_jax.types import BadInput
 
 
 class LatentShards:
@@ -109,6 +110,11 @@ class LatentShards:
             return
         pixels, latents = self._encoding
         plain, mirrored = jax.device_get(latents)
+        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+            raise BadInput(
+                f"data.autoencoder={self._settings['autoencoder']['name']!r}: gives latents that are not finite; must be "
+                "trained weights: name others"
+            )
         for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
             self._counts[label] += 1
             for row in rows:
