@@ -1,6 +1,6 @@
 """The command line.
 
-python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample|bench|weights] [--workdir=runs/NAME]
+python -m mf_jax.main --config=configs/NAME.py [--mode=train|eval|sample|bench|weights|prepare] [--workdir=runs/NAME]
   [--config.KEY=VALUE ...]
 
 Every key of configs/default.py can be set, for example --config.optim.lr=1e-3.
@@ -23,6 +23,7 @@ MODES = {
     "sample": "mf_jax.sample",
     "bench": "mf_jax.bench",
     "weights": "mf_jax.weights",
+    "prepare": "mf_jax.prepare",
 }
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 

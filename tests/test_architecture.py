@@ -10,7 +10,7 @@ from conftest import ROOT
 LAYERS = [
     ["main"],
     ["bench"],
-    ["train", "evaluate", "sample"],
+    ["train", "evaluate", "sample", "prepare"],
     ["fid"],
     ["loading"],
     ["generator", "warm_start"],

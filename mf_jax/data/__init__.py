@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.data.digits import Digits
 from mf_jax.data.image_folder import ImageFolder
+from mf_jax.data.latents import Latents
 from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
 from mf_jax.data.tfds_source import Tfds
 from mf_jax.data.toy2d import Toy2D
@@ -15,7 +16,7 @@ from mf_jax.types import BadInput, check_known
 
 __all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]
 
-SOURCES = {"digits": Digits, "toy2d": Toy2D, "image_folder": ImageFolder, "tfds": Tfds}
+SOURCES = {"digits": Digits, "toy2d": Toy2D, "image_folder": ImageFolder, "tfds": Tfds, "latents": Latents}
 
 
 def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Source:

@@ -38,13 +38,9 @@ class Tfds:
         """
         check_known("split", split, SPLITS)
         check_at_least("image_size", image_size, 1)
-        self._data = _open(dataset, split_train if split == "train" else split_held_out, path)
+        self._data = open_tfds(dataset, split_train if split == "train" else split_held_out, path)
         features = dict(self._data.dataset_info.features.items())
-        image, label = features.get("image"), features.get("label")
-        if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
-            raise BadInput(
-                f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has {list(features)}"
-            )
+        image, label = features["image"], features.get("label")
         self.num_classes = getattr(label, "num_classes", None) or 0
         self.class_names = tuple(label.names) if self.num_classes else ()
         self.shape = (image_size, image_size, 1 if image.shape[-1] == 1 else 3)
@@ -70,11 +66,28 @@ class Tfds:
         return Image.fromarray(pixels[..., 0]) if self.shape[-1] == 1 else as_rgb(Image.fromarray(pixels))
 
 
-def _open(dataset: str, tfds_split: str, path: str) -> Any:
+def open_tfds(dataset: str, tfds_split: str, path: str, *, encoded: bool = False) -> Any:
+    """Open a split of a prepared set with a feature `image`.
+
+    Args:
+      dataset: TFDS name.
+      tfds_split: TFDS name of the split.
+      path: the TFDS data_dir; "" means the default of TFDS.
+      encoded: leave pictures as the bytes that are stored.
+
+    Returns:
+      What TFDS calls a data source.
+
+    Raises:
+      BadInput: if the set or split is unknown, is not prepared, or has no pictures.
+    """
     # Imported here: it takes most of a second, which the other sources need not pay.
     tfds = importlib.import_module("tensorflow_datasets")
+    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     try:
-        return tfds.data_source(dataset, split=tfds_split, data_dir=path or None, download=False)
+        data = tfds.data_source(
+            dataset, split=tfds_split, data_dir=path or None, download=False, decoders=decoders
+        )
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(dataset, tfds.list_builders(with_community_datasets=False), n=1)
         suggestion = f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
@@ -89,3 +102,10 @@ def _open(dataset: str, tfds_split: str, path: str) -> Any:
             f"or prepare it where TensorFlow is installed with `tfds build {dataset} --file_format=array_record "
             "--data_dir=DIR` (download_and_prepare) and set path=DIR"
         ) from error
+    features = dict(data.dataset_info.features.items())
+    image = features.get("image")
+    if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
+        raise BadInput(
+            f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has {list(features)}"
+        )
+    return data

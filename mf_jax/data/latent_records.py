@@ -1,0 +1,90 @@
+"""The files in a folder of latents: shards of records, a small file beside each, settings, and a manifest.
+
+A record is a label (int32) and then mean and standard deviation of a latent (float16 `[2, h, w, C]`), little-endian.
+Records 2i and 2i + 1 of a shard are its picture i and the mirror image of it.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float16
+
+from mf_jax.data.crop import CROP
+from mf_jax.types import BadInput
+
+FORMAT_VERSION = 1
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+"""What the folder holds, written when all is there; and what it is to hold, written first."""
+WRITER_OPTIONS = "group_size:1,uncompressed"
+"""Each record can be read alone, and as fast as it lies there: noise does not compress."""
+LABEL = np.dtype("<i4")
+NUMBER = np.dtype("<f2")
+_KEYS = {"image_size", "latent_shape", "autoencoder", "classes", "shards"}
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """Return the file name of a shard; that of what is known about it ends in `.json` instead."""
+    return f"latents-{shard:05d}-of-{shards:05d}.array_record"
+
+
+def side_name(shard: int, shards: int) -> str:
+    """Return the name of the small file beside a shard: its counts, and the pictures that were skipped."""
+    return f"latents-{shard:05d}-of-{shards:05d}.json"
+
+
+def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
+    """Return the record of a label and the mean and standard deviation of a latent."""
+    return np.array(label, LABEL).tobytes() + np.ascontiguousarray(rows, NUMBER).tobytes()
+
+
+def read_json(path: epath.Path, what: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+      path: of the file, which exists.
+      what: it should be, for the error.
+
+    Raises:
+      BadInput: if it holds anything else.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{path} is no {what} ({error}); must be a JSON object: delete it and run --mode=prepare again"
+        ) from error
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """Return the manifest of a folder of latents.
+
+    Raises:
+      BadInput: if it is missing, with what is there instead, unreadable, or of another version of the format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        _refuse_unfinished(folder)
+    manifest = read_json(path, "manifest of latents")
+    if manifest.get("format_version") != FORMAT_VERSION or manifest.get("crop") != CROP:
+        found = {key: manifest.get(key) for key in ("format_version", "crop")}
+        raise BadInput(
+            f"{path} says {found}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: prepare them again"
+        )
+    if missing := _KEYS - set(manifest):
+        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: delete it and run --mode=prepare again")
+    return manifest
+
+
+def _refuse_unfinished(folder: epath.Path) -> None:
+    if not (folder / SETTINGS).exists():
+        raise BadInput(
+            f"path={str(folder)!r} holds no latents; must be filled by --mode=prepare: run that first"
+        )
+    shards = int(read_json(folder / SETTINGS, "settings of latents").get("num_shards", 0))
+    present = sum((folder / shard_name(shard, shards)).exists() for shard in range(shards))
+    raise BadInput(
+        f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no {MANIFEST}: run the "
+        "same --mode=prepare again, which continues"
+    )

@@ -1,0 +1,204 @@
+"""Latents of an autoencoder as --mode=prepare leaves them; training draws mean + std * noise anew at every visit."""
+
+import functools
+import hashlib
+import itertools
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+from jaxtyping import Array, Float32, Int, PRNGKeyArray
+
+from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
+from mf_jax.data.pipeline import SPLITS, Batch, Stored
+from mf_jax.types import BadInput, check_known
+from mf_jax.weights import PUBLISHED
+
+_READER_OPTIONS = {
+    "options": "readahead_buffer_size:0,max_parallelism:0",
+    "file_reader_buffer_size": 2**15,  # about a record; more is read for nothing
+}
+_HASH_BYTES = 2**24
+
+
+class Latents:
+    """Latents `[h, w, C]`, drawn anew at every visit; with mirror images."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        image_size: int,
+        autoencoder: str,
+        latent_mean: Sequence[float],
+        latent_std: Sequence[float],
+        split: str,
+    ) -> None:
+        """Open the latents in a folder.
+
+        Args:
+          path: the folder.
+          image_size: pixels of the pictures that they are of.
+          autoencoder: theirs, by its published name or as a path.
+          latent_mean: taken from each latent, one number or one a channel.
+          latent_std: what the rest is divided by, one number or one a channel, above 0.
+          split: `train`; there is no other.
+
+        Raises:
+          BadInput: if the latents are missing, not finished, cut short or others than these arguments say.
+        """
+        check_known("split", split, SPLITS)
+        if split != "train":
+            raise BadInput(
+                "name='latents': has no held-out pictures; must be evaluated against reference statistics: set "
+                "eval.references"
+            )
+        self._folder = _checked_folder(path)
+        manifest = read_manifest(self._folder)
+        _check_image_size(manifest, image_size)
+        _check_autoencoder(manifest, autoencoder)
+        self.shape = tuple(manifest["latent_shape"])
+        self._mean = _per_channel("latent_mean", latent_mean, self.shape[-1])
+        self._std = _per_channel("latent_std", latent_std, self.shape[-1])
+        if not (self._std > 0).all():
+            raise BadInput(
+                f"latent_std={tuple(latent_std)}: must be above 0; the default is the usual scaling"
+            )
+        self.class_names = tuple(entry["name"] for entry in manifest["classes"])
+        self.num_classes = len(self.class_names)
+        rows = jax.ShapeDtypeStruct((2, *self.shape), NUMBER)
+        self.stored = Stored(rows, self._draw, has_mirrors=True)
+        self._shards = manifest["shards"]
+        self._starts = np.array([0, *itertools.accumulate(shard["count"] for shard in self._shards)])
+        for shard in self._shards:
+            _check_length(self._folder, shard)
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        """Return the stored means and standard deviations `[n, 2, h, w, C]` at these indices, and their labels.
+
+        Args:
+          indices: in [0, len); len + i is the mirror image of i.
+
+        Raises:
+          BadInput: if a shard is damaged; names it.
+        """
+        mirrored, pictures = np.divmod(indices, len(self))
+        shards = np.searchsorted(self._starts, pictures, side="right") - 1
+        positions = 2 * (pictures - self._starts[shards]) + mirrored
+        batch = Batch(np.empty((len(indices), 2, *self.shape), NUMBER), np.empty(len(indices), np.int32))
+        order = np.argsort(shards, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if rows.size:  # all that one shard gives in one call, which does not hold Python's lock
+                self._read(int(shards[rows[0]]), positions[rows].tolist(), batch, rows)
+        return batch
+
+    def _read(self, shard: int, positions: list[int], batch: Batch, rows: np.ndarray) -> None:
+        """Put records of a shard into rows of a batch."""
+        try:
+            for row, record in zip(rows, self._reader(shard).read(positions), strict=True):
+                batch.labels[row] = np.frombuffer(record, LABEL, 1)[0]
+                batch.x[row] = np.frombuffer(record, NUMBER, offset=LABEL.itemsize).reshape(batch.x.shape[1:])
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            _refuse_shard(
+                self._folder / self._shards[shard]["name"], f"is damaged ({_first_line(error)})", error
+            )
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                path = self._folder / self._shards[shard]["name"]
+                self._readers[shard] = ArrayRecordReader(str(path), **_READER_OPTIONS)
+            return self._readers[shard]
+
+    def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
+        mean, std = rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
+        return (mean + std * jax.random.normal(key, mean.shape) - self._mean) / self._std
+
+
+def _checked_folder(path: str) -> epath.Path:
+    if not path:
+        raise BadInput("path='' is not set; must be the folder that --mode=prepare has filled: set path")
+    if "://" in path:
+        raise BadInput(
+            f"path={path!r} is in a bucket; must be on a file system: mount the bucket (gcsfuse) or copy the folder, "
+            "and set path to that"
+        )
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        raise BadInput(f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path")
+    return folder
+
+
+def _check_image_size(manifest: dict[str, Any], image_size: int) -> None:
+    if manifest["image_size"] != image_size:
+        raise BadInput(
+            f"image_size={image_size}: these latents are of pictures of {manifest['image_size']} pixels; must be the "
+            f"same: set image_size={manifest['image_size']}, or path to others"
+        )
+
+
+def _check_autoencoder(manifest: dict[str, Any], autoencoder: str) -> None:
+    theirs = manifest["autoencoder"]
+    ours = _sha256(autoencoder)
+    if (ours or autoencoder) != theirs["sha256" if ours else "name"]:
+        raise BadInput(
+            f"autoencoder={autoencoder!r}: these latents are of {theirs['name']!r} (SHA-256 {theirs['sha256']}); must "
+            f"be the same: set autoencoder={theirs['name']!r}, or path to others"
+        )
+
+
+def _sha256_of_file(path: epath.Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex digits."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_HASH_BYTES):
+            total.update(part)
+    return total.hexdigest()
+
+
+@functools.lru_cache
+def _sha256(autoencoder: str) -> str:
+    """Return the SHA-256 of an autoencoder's weights, or nothing where it is a path that is not there."""
+    path = epath.Path(autoencoder).expanduser()
+    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    if autoencoder and path.exists():
+        return _sha256_of_file(path)
+    return PUBLISHED[autoencoder][0].sha256 if autoencoder in PUBLISHED else ""
+
+
+def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
+    if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
+        raise BadInput(
+            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers: one for all channels, or one each"
+        )
+    return np.array(values, np.float32)
+
+
+def _check_length(folder: epath.Path, shard: dict[str, Any]) -> None:
+    path = folder / shard["name"]
+    if not path.exists():
+        _refuse_shard(path, "is missing")
+    length = path.stat().length
+    if length != shard["bytes"]:
+        _refuse_shard(path, f"has {length} bytes and must have {shard['bytes']}")
+
+
+def _refuse_shard(path: epath.Path, problem: str, cause: Exception | None = None) -> None:
+    raise BadInput(
+        f"{path} {problem}: delete it and run the same --mode=prepare again, which makes it anew"
+    ) from cause
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

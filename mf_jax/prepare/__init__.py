@@ -1,0 +1,233 @@
+"""--mode=prepare: from pictures to latents, and to the reference statistics that samples are compared with.
+
+1. The pictures are listed in the order of their names and dealt to a fixed number of shards, whatever the number of
+   processes; process i of n takes the shards i, i + n, i + 2n, ...
+2. A shard is written aside and renamed when it is whole, so that a restart makes what is missing and nothing else, and
+   every file is the same bytes however often the work was stopped and however many processes shared it.
+3. The process that finds all shards there writes the manifest, without which training does not start.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt8
+from ml_collections import ConfigDict
+
+from mf_jax.data.crop import CROP
+from mf_jax.data.latent_records import FORMAT_VERSION
+from mf_jax.data.pictures_in import PicturesIn, list_pictures
+from mf_jax.metrics.inception import load_inception
+from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
+from mf_jax.prepare.files import claim
+from mf_jax.prepare.latent_shards import LatentShards
+from mf_jax.prepare.pictures import PictureStream, Pixels
+from mf_jax.prepare.progress import PictureProgress
+from mf_jax.prepare.reference import ReferenceStatistics, parts_folder
+from mf_jax.types import BadInput
+from mf_jax.weights import find_weights, verify
+
+
+class Output(Protocol):
+    """What is made of the pictures, shard by shard."""
+
+    def has(self, shard: int) -> bool: ...
+
+    def skipped(self, shards: list[int]) -> list[str]: ...
+
+    def begin(self, shard: int) -> None: ...
+
+    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None: ...
+
+    def end(self, shard: int, skipped: list[str]) -> None: ...
+
+    def finish(self) -> str: ...
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Make this process's share of the latents, and of the reference statistics, of a set of pictures.
+
+    Args:
+      config: of the command; `prepare` says what to do, `data` what the latents are to be.
+      workdir: not used; latents go to `data.path`.
+
+    Raises:
+      BadInput: for anything wrong with the config, the pictures or the folders; what is finished is kept.
+    """
+    del workdir
+    process = index, count = check_prepare(config)
+    pictures = _list(config)
+    outputs = _outputs(config, pictures, process)
+    mine = range(index, config.prepare.shards, count)
+    pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
+    pending = {shard: missing for shard, missing in pending.items() if missing}
+    if pending:
+        _work(config, pictures, pending, _already_skipped(outputs, [s for s in mine if s not in pending]))
+    for output in outputs:
+        print(output.finish(), flush=True)
+
+
+def check_prepare(config: ConfigDict) -> tuple[int, int]:
+    """Check the sections `prepare` and `data` of a config, opening nothing.
+
+    Args:
+      config: of the command.
+
+    Returns:
+      Which process this is, and of how many.
+
+    Raises:
+      BadInput: one line with every problem found.
+    """
+    prepare, data = config.prepare, config.data
+    index, count = prepare.process_index, prepare.process_count
+    least = {
+        "prepare.shards": (prepare.shards, 1),
+        "prepare.batch_size": (prepare.batch_size, 1),
+        "prepare.max_bad": (prepare.max_bad, 0),
+        "prepare.process_count": (count, 0),
+        "data.image_size": (data.image_size, 1),
+    }
+    wrong = {f"{key}={value}: must be at least {low}": value < low for key, (value, low) in least.items()} | {
+        "prepare.latents=False and prepare.reference='': nothing to make; must set one of them": (
+            not prepare.latents and not prepare.reference
+        ),
+        "data.path='' is not set; must be the folder that the latents go to": (
+            prepare.latents and not data.path
+        ),
+        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), which are set together": (
+            not 0 <= index < max(count, 1)
+        ),
+        f"prepare.process_count={count}: must be at most prepare.shards={prepare.shards}: raise prepare.shards": (
+            count > prepare.shards
+        ),
+    }
+    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
+        raise BadInput("; ".join(problems))
+    return (index, count) if count else (jax.process_index(), jax.process_count())
+
+
+def _list(config: ConfigDict) -> PicturesIn:
+    try:
+        pictures = list_pictures(config.prepare.input, tfds_split=config.data.split_train)
+    except BadInput as problem:
+        raise BadInput(f"prepare.{problem}") from problem
+    if len(pictures) < config.prepare.shards:
+        raise BadInput(
+            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures; must be at most as many: "
+            f"set prepare.shards={max(1, len(pictures) // 1000)}"
+        )
+    return pictures
+
+
+def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int]) -> list[Output]:
+    """Open what is to be made, all of it before any work."""
+    common = {
+        "format_version": FORMAT_VERSION,
+        "image_size": config.data.image_size,
+        "crop": CROP,
+        "num_shards": config.prepare.shards,
+        "num_listed": len(pictures),
+        "input_sha256": pictures.digest,
+    }
+    outputs: list[Output] = []
+    if config.prepare.latents:
+        outputs.append(_latents(config, common, pictures))
+    if config.prepare.reference:
+        outputs.append(_reference(config, common, process))
+    return outputs
+
+
+def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -> LatentShards:
+    name, size = config.data.autoencoder, config.data.image_size
+    autoencoder = load_autoencoder(find_weights(name, config.weights_dir, key="data.autoencoder"))
+    verify(name, autoencoder.sha256)
+    if size % autoencoder.network.factor:
+        raise BadInput(
+            f"data.image_size={size}: autoencoder {name!r} narrows pictures by {autoencoder.network.factor}; must be "
+            f"divisible by that: try {max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
+        )
+    about = {"name": name, "sha256": autoencoder.sha256, "scaling_factor": autoencoder.scaling_factor}
+    settings = common | {
+        "mirrors": True,
+        "latent_shape": _latent_shape(autoencoder, size),
+        "autoencoder": about,
+    }
+    folder = epath.Path(config.data.path).expanduser()
+    claim(folder, settings, key="data.path")
+    everywhere = NamedSharding(_local_mesh(), PartitionSpec())
+    return LatentShards(folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere))
+
+
+def _reference(config: ConfigDict, common: dict[str, Any], process: tuple[int, int]) -> ReferenceStatistics:
+    name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
+    if path.suffix != ".npz":
+        raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so")
+    if path.exists() and not parts_folder(path).exists():
+        raise BadInput(
+            f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete this one"
+        )
+    inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
+    verify(name, inception.sha256)
+    claim(parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference")
+    params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
+    return ReferenceStatistics(
+        path,
+        dataclasses.replace(inception, params=params),
+        num_shards=config.prepare.shards,
+        num_listed=common["num_listed"],
+        process_index=process[0],
+        process_count=process[1],
+    )
+
+
+def _latent_shape(autoencoder: Autoencoder, image_size: int) -> list[int]:
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    mean, _ = jax.eval_shape(lambda image: autoencoder.encode(image), image)
+    return list(mean.shape[1:])
+
+
+def _local_mesh() -> Mesh:
+    """Return this process's own devices: processes work apart, each at its own pace."""
+    return Mesh(np.array(jax.local_devices()), ("batch",))
+
+
+def _work(
+    config: ConfigDict, pictures: PicturesIn, pending: dict[int, list[Output]], skipped: list[str]
+) -> None:
+    """Make the missing shards of each output."""
+    starts = np.linspace(0, len(pictures), config.prepare.shards + 1).astype(np.int64)
+    indices = {shard: np.arange(starts[shard], starts[shard + 1]) for shard in pending}
+    mesh = _local_mesh()
+    stream = PictureStream(
+        pictures,
+        np.concatenate(list(indices.values())),
+        image_size=config.data.image_size,
+        batch_size=config.prepare.batch_size * mesh.size,
+        max_bad=config.prepare.max_bad,
+        skipped=tuple(skipped),
+    )
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    total = sum(map(len, indices.values()))
+    with PictureProgress(total, is_wanted=config.log.progress) as progress:
+        for shard, outputs in pending.items():
+            progress.shard(f"shard {shard} of {config.prepare.shards}")
+            for output in outputs:
+                output.begin(shard)
+            for pixels in stream.shard(len(indices[shard])):
+                images = jax.device_put(pixels.images, split)
+                for output in outputs:
+                    output.add(pixels, images)
+                progress.advance(pixels.count)
+            progress.advance(len(stream.skipped))
+            for output in outputs:
+                output.end(shard, stream.skipped)
+
+
+def _already_skipped(outputs: list[Output], shards: list[int]) -> list[str]:
+    """Return the pictures that runs before this one have skipped in this process's shards."""
+    return outputs[0].skipped(shards)

@@ -1,0 +1,149 @@
+"""Write latents: encode pictures and their mirror images, a shard at a time, and in the end the manifest."""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Array, Float16, UInt8
+
+from mf_jax.data.latent_records import (
+    MANIFEST,
+    WRITER_OPTIONS,
+    read_json,
+    shard_name,
+    side_name,
+    to_record,
+)
+from mf_jax.models.autoencoder import Autoencoder
+from mf_jax.prepare.files import replace, written_aside
+from mf_jax.prepare.pictures import Pixels
+from mf_jax.types import BadInput
+
+
+class LatentShards:
+    """The shards of a folder, some of which this process writes.
+
+    Args:
+      folder: claimed for `settings`.
+      settings: what all shards have in common; the manifest repeats them.
+      class_names: in the order of the labels; () without labels.
+      autoencoder: on the devices that pictures are given on.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        settings: dict[str, Any],
+        class_names: Sequence[str],
+        autoencoder: Autoencoder,
+    ) -> None:
+        self._folder, self._settings, self._class_names = folder, settings, tuple(class_names)
+        self._shards: int = settings["num_shards"]
+        self._autoencoder = autoencoder
+        self._open = contextlib.ExitStack()
+
+    def has(self, shard: int) -> bool:
+        """Return whether a shard is complete, whoever has written it."""
+        side = self._folder / side_name(shard, self._shards)
+        path = self._folder / shard_name(shard, self._shards)
+        return side.exists() and path.exists() and path.stat().length == self._side(shard)["bytes"]
+
+    def skipped(self, shards: Sequence[int]) -> list[str]:
+        """Return the names of the pictures that were skipped in complete shards."""
+        return [name for shard in shards for name in self._side(shard)["skipped"]]
+
+    def begin(self, shard: int) -> None:
+        """Start a shard anew."""
+        self._counts: Counter[int] = Counter()
+        self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
+        path = self._folder / shard_name(shard, self._shards)
+        self._local = self._open.enter_context(written_aside(path))
+        self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
+
+    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
+        """Encode a batch of pictures while the batch before it is written.
+
+        Args:
+          pixels: the batch.
+          images: its images on the devices.
+        """
+        latents = _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
+        self._write()
+        self._encoding = pixels, latents
+
+    def end(self, shard: int, skipped: Sequence[str]) -> None:
+        """Finish a shard: first what is known about it, then the shard itself."""
+        self._write()
+        self._writer.close()
+        labels = {str(label): self._counts[label] for label in sorted(self._counts)}
+        about = {
+            "count": self._counts.total(),
+            "bytes": epath.Path(self._local).stat().length,
+            "labels": labels,
+            "skipped": list(skipped),
+        }
+        replace(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
+        self._open.close()
+
+    def finish(self) -> str:
+        """Write the manifest if all shards are there; return what to tell the user."""
+        present = sum(self.has(shard) for shard in range(self._shards))
+        if present < self._shards:
+            return (
+                f"{self._folder}: {present} of {self._shards} shards are there; the process that finishes the last one "
+                "writes the manifest"
+            )
+        manifest = self._manifest()
+        replace(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        skipped = len(manifest["skipped"])
+        return f"{self._folder}: {manifest['num_pictures']:,} pictures in {self._shards} shards, {skipped} skipped"
+
+    def _write(self) -> None:
+        """Write the batch that was given last, once it is encoded."""
+        if self._encoding is None:
+            return
+        pixels, latents = self._encoding
+        plain, mirrored = jax.device_get(latents)
+        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+            raise BadInput(
+                f"data.autoencoder={self._settings['autoencoder']['name']!r}: gives latents that are not finite; must be "
+                "trained weights: name others"
+            )
+        for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
+            self._counts[label] += 1
+            for row in rows:
+                self._writer.write(to_record(label, row))
+        self._encoding = None
+
+    def _side(self, shard: int) -> dict[str, Any]:
+        return read_json(self._folder / side_name(shard, self._shards), "side file of a shard")
+
+    def _manifest(self) -> dict[str, Any]:
+        """Return the manifest, a function of the shards alone."""
+        sides = [self._side(shard) for shard in range(self._shards)]
+        counts = sum((Counter(side["labels"]) for side in sides), Counter())
+        classes = [
+            {"name": name, "count": counts[str(label)]} for label, name in enumerate(self._class_names)
+        ]
+        shards = [
+            {"name": shard_name(shard, self._shards), "count": side["count"], "bytes": side["bytes"]}
+            for shard, side in enumerate(sides)
+        ]
+        return self._settings | {
+            "num_pictures": sum(side["count"] for side in sides),
+            "classes": classes,
+            "skipped": [name for side in sides for name in side["skipped"]],
+            "shards": shards,
+        }
+
+
+@jax.jit
+def _encode(autoencoder: Autoencoder, images: Array) -> Float16[Array, "b 2 h w c"]:
+    x = images.astype(np.float32) / 127.5 - 1
+    return jax.numpy.stack(autoencoder.encode(x), axis=1).astype(np.float16)

@@ -1,0 +1,237 @@
+"""Stored latents: what a batch of them holds, how they are drawn, and what is refused."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mf_jax import data
+from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
+from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.weights import PUBLISHED
+
+SHAPE = (3, 5, 2)
+COUNTS = (4, 0, 1, 6)
+LENGTH = sum(COUNTS)
+ROWS = np.random.default_rng(0).standard_normal((LENGTH, 2, 2, *SHAPE)).astype(np.float16)
+"""By picture, mirror, and mean or standard deviation."""
+LABELS = np.arange(LENGTH) % 3
+SECTION = {
+    "name": "latents",
+    "image_size": 16,
+    "autoencoder": "sd-vae-ft-mse",
+    "latent_mean": (0.0,),
+    "latent_std": (1.0,),
+}
+SHARD = shard_name(3, len(COUNTS))
+
+
+def write_folder(folder, labels=LABELS, classes=("a", "b", "c")):
+    """Write a folder of latents as --mode=prepare leaves it."""
+    shards, first = [], 0
+    for number, count in enumerate(COUNTS):
+        path = folder / shard_name(number, len(COUNTS))
+        writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+        for picture in range(first, first + count):
+            for rows in ROWS[picture]:
+                writer.write(to_record(int(labels[picture]), rows))
+        writer.close()
+        shards.append({"name": path.name, "count": count, "bytes": path.stat().st_size})
+        first += count
+    manifest = {
+        "format_version": 1,
+        "crop": "adm",
+        "image_size": 16,
+        "latent_shape": list(SHAPE),
+        "autoencoder": {"name": "sd-vae-ft-mse", "sha256": PUBLISHED["sd-vae-ft-mse"][0].sha256},
+        "classes": [{"name": name, "count": 0} for name in classes],
+        "shards": shards,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def change_manifest(folder, **changes):
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path)
+
+
+@pytest.fixture
+def source(folder):
+    """Return a function that opens the folder, or a part of it."""
+
+    def make(split="train", **changes):
+        return data.make_source(SECTION | {"path": str(folder)} | changes, split=split)
+
+    return make
+
+
+def test_every_picture_and_its_mirror_image_is_found_in_any_order(source):
+    latents = source()
+    assert (len(latents), latents.shape, latents.num_classes) == (LENGTH, SHAPE, 3)
+    assert latents.class_names == ("a", "b", "c")
+    assert isinstance(latents, data.Source)
+    order = np.random.default_rng(1).permutation(np.tile(np.arange(2 * LENGTH), 2))
+    batch = latents.gather(order)
+    assert (batch.x.dtype, batch.labels.dtype) == (np.float16, np.int32)
+    assert batch.x.shape[1:] == latents.stored.rows.shape == (2, *SHAPE)
+    np.testing.assert_array_equal(batch.x, ROWS[order % LENGTH, order // LENGTH])
+    np.testing.assert_array_equal(batch.labels, LABELS[order % LENGTH])
+    assert len(latents.gather(np.array([], np.int64)).x) == 0
+
+
+def test_threads_read_the_same(source):
+    latents = source()
+    orders = [np.random.default_rng(seed).integers(2 * LENGTH, size=32) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        for order, batch in zip(orders, pool.map(latents.gather, orders), strict=True):
+            np.testing.assert_array_equal(batch.x, ROWS[order % LENGTH, order // LENGTH])
+
+
+def test_the_pipeline_visits_every_picture_once_an_epoch_and_mirrors_about_half(source):
+    latents, epochs = source(), 40
+    batches = data.make_batches(latents, batch_size=LENGTH, seed=0, flip=True)
+    seen = np.stack([next(batches).x for _ in range(epochs)])
+    matches = (seen[:, :, None, None] == ROWS[None, None]).all(
+        axis=(4, 5, 6, 7)
+    )  # epoch, row, picture, mirror
+    assert (matches.any(axis=3).sum(axis=1) == 1).all()
+    assert 0.4 < matches[..., 1].sum() / (epochs * LENGTH) < 0.6
+
+
+def test_without_flip_no_picture_is_mirrored(source):
+    batch = next(data.make_batches(source(), batch_size=LENGTH, seed=0))
+    assert {x.tobytes() for x in batch.x} == {x.tobytes() for x in ROWS[:, 0]}
+
+
+def test_data_without_classes_have_no_labels(tmp_path, source):
+    write_folder(tmp_path, labels=np.full(LENGTH, NO_LABEL), classes=())
+    latents = source()
+    assert (latents.num_classes, latents.class_names) == (0, ())
+    assert (latents.gather(np.arange(LENGTH)).labels == NO_LABEL).all()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,), (2.0,)), ((0.5, -1.0), (2.0, 4.0)), ((0.0,), (1 / 0.18215,))]
+)
+def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source, mean, std):
+    draw = source(latent_mean=mean, latent_std=std).stored.draw
+    rows = np.zeros((4000, 2, *SHAPE), np.float16)
+    rows[:, 0], rows[:, 1] = 3.0, [0.0, 1.5]  # the second channel alone is uncertain
+    rows = jnp.asarray(rows)
+    drawn = np.asarray(jax.jit(draw)(jax.random.key(0), rows))
+    assert (drawn.dtype, drawn.shape) == (np.float32, (4000, *SHAPE))
+    shift, scale = np.broadcast_to(mean, 2), np.broadcast_to(std, 2)
+    np.testing.assert_allclose(drawn[..., 0], (3 - shift[0]) / scale[0], rtol=1e-6)
+    certain = 4000 * SHAPE[0] * SHAPE[1]
+    expected, spread = (3 - shift[1]) / scale[1], 1.5 / scale[1]
+    assert abs(drawn[..., 1].mean() - expected) < 5 * spread / certain**0.5
+    assert abs(drawn[..., 1].std() / spread - 1) < 5 / certain**0.5
+    again, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 1))
+    np.testing.assert_allclose(again, drawn, rtol=1e-6)
+    assert (other[..., 1] != drawn[..., 1]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": ""}, "path='' is not set"),
+        ({"path": "/nowhere"}, "path='/nowhere' is no folder"),
+        ({"path": "gs://bucket/latents"}, "is in a bucket.*mount"),
+        ({"image_size": 32}, "image_size=32: .* 16 pixels.*set image_size=16"),
+        ({"autoencoder": "sd-vae-ft-ema"}, "autoencoder='sd-vae-ft-ema': .*'sd-vae-ft-mse'"),
+        ({"autoencoder": "/not/there"}, "autoencoder='/not/there'"),
+        ({"latent_mean": (1.0, 2.0, 3.0)}, "latent_mean=.* 1 or 2 finite numbers"),
+        ({"latent_mean": (float("nan"),)}, "latent_mean=.*finite"),
+        ({"latent_std": ()}, "latent_std=.* 1 or 2"),
+        ({"latent_std": (1.0, 0.0)}, "latent_std=.*above 0"),
+        ({"split": "held_out"}, "eval.references"),
+        ({"split": "test"}, "split='test'.*train, held_out"),
+    ],
+)
+def test_settings_that_differ_from_the_manifest_are_refused(source, changes, message):
+    with pytest.raises(BadInput, match=message) as error:
+        source(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory, folder, source):
+    weights = tmp_path_factory.mktemp("vae") / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"other weights")
+    with pytest.raises(BadInput, match="these latents are of 'sd-vae-ft-mse'"):
+        source(autoencoder=str(weights))
+    sha256 = hashlib.sha256(b"other weights").hexdigest()
+    change_manifest(folder, autoencoder={"name": "elsewhere", "sha256": sha256})
+    assert len(source(autoencoder=str(weights))) == len(source(autoencoder=str(weights.parent))) == LENGTH
+    assert len(source(autoencoder="elsewhere")) == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version.*prepare them again"),
+        ({"crop": "other"}, "crop.*prepare them again"),
+    ],
+)
+def test_a_manifest_of_another_format_is_refused(folder, source, changes, message):
+    change_manifest(folder, **changes)
+    with pytest.raises(BadInput, match=message):
+        source()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"format_version": 1, "crop": "adm"}'])
+def test_an_unreadable_manifest_is_refused(folder, source, content):
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(BadInput, match=rf"{MANIFEST}.*again") as error:
+        source()
+    assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_folder_says_how_much_is_there(folder, source):
+    (folder / MANIFEST).unlink()
+    with pytest.raises(BadInput, match="holds no latents"):
+        source()
+    (folder / SETTINGS).write_text(json.dumps({"num_shards": len(COUNTS)}))
+    (folder / SHARD).unlink()
+    with pytest.raises(BadInput, match="3 of 4 shards are there"):
+        source()
+
+
+def test_a_missing_or_truncated_shard_is_named_before_training(folder, source):
+    path = folder / SHARD
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(BadInput, match=rf"{SHARD} has {len(content) - 1} bytes and must have {len(content)}"):
+        source()
+    path.unlink()
+    with pytest.raises(BadInput, match=rf"{SHARD} is missing"):
+        source()
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "zeros", "another record"])
+def test_a_damaged_shard_is_named_when_it_is_read(folder, source, how):
+    path = folder / SHARD
+    content = bytearray(path.read_bytes())
+    last = content.rindex(to_record(int(LABELS[-1]), ROWS[-1, 1])[:16])
+    where = SHARD
+    if how == "a flipped bit":
+        content[last + 9] ^= 1
+    elif how == "zeros":
+        content[100:] = bytes(len(content) - 100)
+    else:
+        where = "latents-00000-of-00004.array_record"  # the first to be read
+        change_manifest(folder, latent_shape=[3, 5, 4])
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=rf"{where} is damaged .*again") as error:
+        next(data.make_batches(source(), batch_size=4 * LENGTH, seed=0, flip=True))
+    assert "\n" not in str(error.value)
