@@ -171,6 +171,7 @@ def get_config() -> ConfigDict:
         references=(),  # .npz files of reference statistics: FID and the like instead of the small-data scores
         inception="inception-2015-12-05",  # the network of features, by its published name or as a path
         samples="",  # with references: score the pictures of this .npz or .npy file (uint8 [N, H, W, 3]), not a model's
+        least_samples=0,  # with references: refuse fewer samples; 0 = one more than a row has features, 2049
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(

@@ -1,37 +1,34 @@
 """--mode=eval with `eval.references`: samples against reference statistics, in the features of Inception-v3.
 
-Each cell of the grid (checkpoint, moving average, steps, guidance) is sampled once, batch by batch, and compared with each
-reference. Every comparison is a row of eval.jsonl that carries its whole protocol. A row that is there is not computed
-again, so that a job which was stopped goes on, and a job that watches a training run scores what is new.
+Each cell of the grid (checkpoint, moving average, steps, guidance) is sampled once, batch by batch, and compared with
+each reference. Every comparison is a row of eval.jsonl that carries its whole protocol. A row that is there is not
+computed again, so that a job which was stopped goes on, and one that watches a training run scores what is new.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from mf_jax import workdir as run_folder
 from mf_jax.checkpoint import saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
 from mf_jax.generator import Generator
 from mf_jax.grid import NEWEST, Cell, cells, names
+from mf_jax.judge import Batches, Judge, picture_statistics
 from mf_jax.loading import labels_of, load_cell
-from mf_jax.metrics.inception import Inception, inception_features, load_inception
-from mf_jax.metrics.reference_file import Reference, open_pictures, read_reference
-from mf_jax.metrics.suite import SampleScores
+from mf_jax.metrics.frechet_noise import noise_line
+from mf_jax.metrics.inception import load_inception
+from mf_jax.metrics.reference_file import count_pictures, read_pictures, read_reference
 from mf_jax.pictures import save_sample_grid
 from mf_jax.report import replace_file
 from mf_jax.sharding import batch_sharding, make_mesh
@@ -41,42 +38,13 @@ from mf_jax.weights import find_weights, verify
 ROWS_FILE = "eval.jsonl"
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64
+_SHOWN_DIGITS = 12  # of a checksum
+_COLUMNS = ("fid", "fid_standard_error", "sfid", "inception_score", "precision", "recall", "kid")
 _POLL_SECONDS = 30
 Row = dict[str, Any]
-Batches = Iterator[tuple[UInt8[Array, "b h w c"], Int[np.ndarray, "b"]]]
-"""Pictures on the devices, and their numbers; in the last batch there may be padding, with numbers beyond the last."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """What samples are compared with, and in whose features.
-
-    references: to compare with. inception: the network of features. show_progress: while samples are made.
-    """
-
-    references: Sequence[Reference]
-    inception: Inception
-    show_progress: bool
-
-    def __call__(self, batches: Batches, num: int, *, batch_size: int, what: str) -> list[dict[str, float]]:
-        """Return the scores of samples, a record for each reference.
-
-        Args:
-          batches: the samples.
-          num: samples in all.
-          batch_size: of a batch.
-          what: is scored, for the progress bar.
-        """
-        with tempfile.TemporaryDirectory() as spool:
-            samples = SampleScores(num, Path(spool))
-            for pixels, index in track(batches, what, -(-num // batch_size), disable=not self.show_progress):
-                samples.add(inception_features(self.inception.params, _in_colour(pixels)), index, index < num)
-            mean, std = samples.inception_score()
-            shared = {"inception_score": mean, "inception_score_std": std}
-            return [samples.against(reference) | shared for reference in self.references]
-
-
-def run(config: ConfigDict, workdir: Path) -> list[Row]:
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Score what `eval` asks for and append it to eval.jsonl.
 
     Args:
@@ -84,27 +52,48 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
       workdir: of the run; for `eval.samples` any folder.
 
     Returns:
-      The rows that were asked for, whether scored now or before.
+      The table of the rows that were asked for, whether scored now or before: columns, rows, protocol, diagnostics.
 
     Raises:
       BadInput: for whatever is missing or does not fit; what was scored before stays.
     """
     section = config.eval
+    if not section.references:
+        raise BadInput(
+            "eval.references=(): samples are compared with reference statistics; name at least one .npz file"
+        )
     if section.watch and (section.samples or section.checkpoints):
         raise BadInput(
             "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and eval.checkpoints out"
         )
     inception = load_inception(find_weights(section.inception, config.weights_dir, key="eval.inception"))
     verify(section.inception, inception.sha256)
-    judge = Judge([read_reference(path) for path in section.references], inception, config.log.progress)
+    compute = functools.partial(picture_statistics, inception)
+    references = [read_reference(path, compute) for path in section.references]
+    judge = Judge(references, inception, section.least_samples, config.log.progress)
     if section.samples:
         workdir.mkdir(parents=True, exist_ok=True)
-        return _score_file(config, workdir, judge)
+        return _table(_score_file(config, workdir, judge))
     rows = _score_grid(config, workdir, judge)
     while section.watch and not _is_complete(workdir):
         time.sleep(_POLL_SECONDS)
         rows = _score_grid(config, workdir, judge)
-    return rows
+    return _table(rows)
+
+
+def _table(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return rows of eval.jsonl as a table, with what they have in common below it."""
+    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
+    protocols = [row["protocol"] for row in rows]
+    said = []
+    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
+        values = {str(protocol.get(key)) for protocol in protocols}
+        if len(values) == 1:
+            (value,) = values
+            said.append(f"{key.replace('_', ' ')} {value[:_SHOWN_DIGITS] if 'sha256' in key else value}")
+    if rows and "fid_standard_error" in rows[0]:
+        said.append(noise_line(protocols[0]["num_samples"], rows[0]["fid_standard_error"]))
+    return {"columns": columns, "rows": list(rows), "protocol": ", ".join(said), "diagnostics": {}}
 
 
 def _score_grid(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
@@ -196,35 +185,35 @@ def _protocol(config: ConfigDict, workdir: Path, cell: Cell) -> Row:
 def _score_file(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
     """Score the pictures of a file, all of them."""
     path, size = epath.Path(config.eval.samples), config.eval.batch_size
-    pictures = open_pictures(path)
+    num = count_pictures(path)
     mesh = make_mesh(data=0, fsdp=1)
-    size = -(-min(size, len(pictures)) // mesh.size) * mesh.size
+    size = -(-min(size, num) // mesh.size) * mesh.size
 
     def batches() -> Batches:
-        for first, block in enumerate(pictures.blocks(size)):
+        for first, block in enumerate(read_pictures(path, size)):
             padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
             index = np.arange(first * size, (first + 1) * size, dtype=np.int32)
             yield jax.device_put(padded, batch_sharding(mesh)), index
 
     with path.open("rb") as file:
         about = {"samples_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    about |= {"samples": path.name, "num_samples": len(pictures)}
+    about |= {"samples": path.name, "num_samples": num}
     return _rows(
         workdir,
         judge,
         path.name,
         about,
-        lambda: judge(batches(), len(pictures), batch_size=size, what=path.name),
+        lambda: judge(batches(), num, batch_size=size, what=path.name),
     )
 
 
 def _rows(
     workdir: Path, judge: Judge, name: str, about: Row, score: Callable[[], list[dict[str, float]]]
 ) -> list[Row]:
-    """Return the rows of some samples, one for each reference; those that eval.jsonl lacks are computed and appended."""
+    """Return the rows of some samples, one a reference; those that eval.jsonl lacks are computed and appended."""
     about |= {"inception": judge.inception.sha256, "matmul_precision": "highest"}
     protocols = [
-        about | {"reference": reference.name, "reference_sha256": reference.sha256}
+        about | {"reference": Path(reference.path).name, "reference_sha256": reference.sha256}
         for reference in judge.references
     ]
     known = {json.dumps(row["protocol"], sort_keys=True): row for row in read_rows(workdir)}
@@ -232,13 +221,17 @@ def _rows(
     if set(keys) <= set(known):
         return [known[key] for key in keys]
     new = {
-        key: {"name": name, **scores, "protocol": protocol}
+        key: {"name": _with_reference(name, protocol, judge), **scores, "protocol": protocol}
         for key, scores, protocol in zip(keys, score(), protocols, strict=True)
     }
     if jax.process_index() == 0:
         lines = [json.dumps(row) + "\n" for row in {**known, **new}.values()]
         replace_file(workdir / ROWS_FILE, "".join(lines).encode())
     return list(new.values())
+
+
+def _with_reference(name: str, protocol: Row, judge: Judge) -> str:
+    return f"{name}, {protocol['reference']}" if len(judge.references) > 1 else name
 
 
 def read_rows(workdir: Path) -> list[Row]:
@@ -253,7 +246,3 @@ def read_rows(workdir: Path) -> list[Row]:
         return [{"protocol": {}} | json.loads(line) for line in lines]
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error
-
-
-def _in_colour(pixels: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w 3"]:
-    return jnp.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels

@@ -12,6 +12,7 @@ LAYERS = [
     ["bench"],
     ["train", "evaluate", "sample", "prepare"],
     ["fid"],
+    ["judge"],
     ["loading"],
     ["generator", "warm_start"],
     ["workdir", "report_page"],

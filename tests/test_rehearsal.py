@@ -33,7 +33,7 @@ SMALL = (
     "--config.train.log_every_steps=5",
     "--config.checkpoint.every_steps=10",
     "--config.eval.num_samples=24",
-    "--config.eval.allow_few=True",
+    "--config.eval.least_samples=24",
     "--config.eval.steps=1,",
     "--config.log.progress=False",
 )
@@ -55,7 +55,9 @@ def _draw_pictures(folder):
             height, width = rng.integers(40, 90, 2)
             coarse = rng.uniform(0, 120, (5, 5, 3))
             coarse[..., label] += 130
-            picture = Image.fromarray(coarse.astype(np.uint8)).resize((int(width), int(height)), Image.BICUBIC)
+            picture = Image.fromarray(coarse.astype(np.uint8)).resize(
+                (int(width), int(height)), Image.BICUBIC
+            )
             picture.save(folder / "train" / name / f"{name}_{i}.JPEG", quality=95)
 
 
@@ -115,7 +117,9 @@ class Rehearsal:
         return self.finish(self.start(*arguments, **more))[0]
 
     def rows(self, workdir=None):
-        return [json.loads(line) for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.fixture(scope="module")

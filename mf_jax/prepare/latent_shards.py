@@ -112,8 +112,8 @@ class LatentShards:
         plain, mirrored = jax.device_get(latents)
         if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
             raise BadInput(
-                f"data.autoencoder={self._settings['autoencoder']['name']!r}: gives latents that are not finite; must be "
-                "trained weights: name others"
+                f"data.autoencoder={self._settings['autoencoder']['name']!r}: gives latents that are not finite; must "
+                "be trained weights: name others"
             )
         for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
             self._counts[label] += 1
