@@ -125,16 +125,19 @@ def get_config() -> ConfigDict:
         log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
     )
     config.optim = section(
-        lr=1e-3,  # peak learning rate of adamw
+        name="adamw",  # adamw | muon (for the matrices of linear layers, and adam for all else)
+        lr=1e-3,  # peak learning rate
         warmup_steps=0,  # steps of linear warm-up from 0
         schedule="constant",  # after warm-up: constant | cosine (to 0 at train.num_steps)
-        b1=0.9,  # decay of the first moment
-        b2=0.95,  # decay of the second moment
+        b1=0.9,  # adam: decay of the first moment
+        b2=0.95,  # adam: decay of the second moment
+        momentum=0.95,  # muon: decay of its momentum
         weight_decay=0.0,  # decoupled
         clip_norm=0.0,  # clip gradients to this global norm; 0 = off
     )
     config.ema = section(
         decays=(0.9999,),  # one moving average of the parameters for each, all kept at once; each in [0, 1)
+        halflives_kimg=(),  # and one for each half-life, in thousands of images; 500.0 is called 500kimg in sample.ema
     )
     config.log = section(
         sample_every_steps=1000,  # steps between sample grids; 0 = only at the end

@@ -16,7 +16,7 @@ from mf_jax.models.blocks import REMATS
 from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.optim import average_name, learning_rate
+from mf_jax.optim import average_name, halflife_name, learning_rate
 from mf_jax.times import TIMES
 from mf_jax.types import NO_LABEL, BadInput, check_known
 
@@ -160,9 +160,11 @@ def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[in
 
 
 def ema_names(config: ConfigDict) -> tuple[str, ...]:
-    """Return the names of a run's moving averages, e.g. ("0.999", "0.9999"); that of the targets comes last."""
+    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg"); that of the targets comes last."""
     target_ema = make_objective(config).target_ema
-    names = [average_name(decay) for decay in (*config.ema.decays, *([target_ema] if target_ema else []))]
+    names = [average_name(decay) for decay in config.ema.decays]
+    names += [halflife_name(halflife) for halflife in config.ema.halflives_kimg]
+    names += [average_name(target_ema)] if target_ema else []
     return tuple(dict.fromkeys(names))
 
 

@@ -19,7 +19,7 @@ from mf_jax.data import Source, make_source
 from mf_jax.grid import cells
 from mf_jax.models import parameter_shapes
 from mf_jax.objectives import Controlled
-from mf_jax.optim import SCHEDULES
+from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.samplers import time_grid
 from mf_jax.types import BadInput, nearest
 
@@ -43,6 +43,7 @@ SECTIONS_OF_A_RUN = (
 
 _TUPLES = (
     ("ema", "decays", float),
+    ("ema", "halflives_kimg", float),
     ("sample", "times", float),
     ("sample", "labels", int),
     ("sample", "guidance", float),
@@ -193,7 +194,8 @@ def _check_network(config: ConfigDict, source: Source) -> None:
 
 def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
     """Return what must hold of single keys, and whether it does not."""
-    train, optim, decays = config.train, config.optim, config.ema.decays
+    train, optim = config.train, config.optim
+    decays, halflives = config.ema.decays, config.ema.halflives_kimg
     at_least_one = {
         "train.num_steps": train.num_steps,
         "train.log_every_steps": config.train.log_every_steps,
@@ -214,6 +216,10 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
         f"optim.warmup_steps={optim.warmup_steps}: must be within [0, train.num_steps={train.num_steps}]": (
             not 0 <= optim.warmup_steps <= train.num_steps
         ),
+        f"optim.name={optim.name!r}: must be one of {', '.join(OPTIMIZERS)}{nearest(optim.name, OPTIMIZERS)}": (
+            optim.name not in OPTIMIZERS
+        ),
+        f"optim.momentum={optim.momentum}: must be within [0, 1)": not 0 <= optim.momentum < 1,
         f"optim.b1={optim.b1}: must be within [0, 1)": not 0 <= optim.b1 < 1,
         f"optim.b2={optim.b2}: must be within [0, 1)": not 0 <= optim.b2 < 1,
         f"optim.weight_decay={optim.weight_decay}: must be at least 0": not 0
@@ -224,6 +230,9 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
         < math.inf,
         f"ema.decays={tuple(decays)}: must be different numbers within [0, 1)": (
             len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays)
+        ),
+        f"ema.halflives_kimg={tuple(halflives)}: must be different numbers above 0, in 1,000 images; try (500.0,)": (
+            len(set(halflives)) < len(halflives) or not all(0 < each < math.inf for each in halflives)
         ),
         f"log.sample_every_steps={config.log.sample_every_steps}: must be at least 0": (
             config.log.sample_every_steps < 0

@@ -1,10 +1,16 @@
 """The optimiser, its schedule, and moving averages of the parameters."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
+import optax.contrib
+from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import PyTree
+from optax.contrib import MuonDimensionNumbers
+
+from mf_jax.types import check_known
 
 SCHEDULES = ("constant", "cosine")
 
@@ -33,19 +39,103 @@ def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
+def _is_fused(path: KeyPath) -> bool:
+    return path[-2:] == (DictKey("qkv"), DictKey("kernel"))
+
+
+def _split_qkv(tree: PyTree) -> PyTree:
+    """Return a tree whose fused projections `[..., in, 3 out]` are `[..., in, 3, out]`: three matrices, not one."""
+    return tree_map_with_path(
+        lambda path, x: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) if _is_fused(path) else x, tree
+    )
+
+
+def _fuse_qkv(tree: PyTree) -> PyTree:
+    """Undo `_split_qkv`."""
+    return tree_map_with_path(lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree)
+
+
+_NOT_HIDDEN = ("patch_embedding", "bottleneck")
+"""Linear layers that see the data: convolutions, and so no matrices, in the published code."""
+
+
+def muon_dimensions(params: PyTree) -> PyTree:
+    """Return which parameters muon moves, and which of their axes are those of a matrix; None for those of adamw.
+
+    Muon moves the kernels of linear layers but those of the patch embedding. Tables, learned tokens and positions,
+    gates, norms, biases and convolutions are for adamw. Axes in front, of blocks in a loop (`model.scan`) and of the
+    three parts of a fused projection, count matrices, each of which is made orthogonal by itself.
+
+    Args:
+      params: nested dicts, fused projections as `_split_qkv` leaves them.
+
+    Returns:
+      Nested dicts like them, of `MuonDimensionNumbers` or None.
+    """
+
+    def dimensions(path: KeyPath, leaf: Any) -> MuonDimensionNumbers | None:
+        *layers, name = (entry.key for entry in path)
+        axes = 2 + ("blocks" in layers) + _is_fused(path)
+        if name != "kernel" or leaf.ndim != axes or set(layers) & set(_NOT_HIDDEN):
+            return None
+        return MuonDimensionNumbers(reduction_axis=-2 - _is_fused(path), output_axis=-1)
+
+    return tree_map_with_path(dimensions, params)
+
+
+def _adamw(rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float):
+    del momentum  # muon's
+    return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+def _muon(rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float):
+    inner = optax.contrib.muon(
+        rate,
+        beta=momentum,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+
+    def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = inner.update(_split_qkv(updates), state, _split_qkv(params))
+        return _fuse_qkv(updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(_split_qkv(params)), update)
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
 def make_optimizer(
-    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
+    rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float,
+    name: str = "adamw",
+    momentum: float = 0.95,
 ) -> optax.GradientTransformation:
-    """Return adamw with optional clipping.
+    """Return the optimiser with optional clipping.
 
     Args:
       rate: the learning rate as a function of the step.
       b1, b2: decay of adam's first and second moment, in [0, 1).
       weight_decay: decoupled weight decay, at least 0.
       clip_norm: clip gradients to this global norm first; 0 = off.
+      name: a key of `OPTIMIZERS`. `muon` moves matrices by their orthogonalised momentum (`muon_dimensions`), all else
+        by adam with Nesterov momentum, at the same rate.
+      momentum: decay of muon's momentum, in [0, 1).
+
+    Source: Muon, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; as pixel MeanFlow uses it, arXiv
+    2601.22158, appendix A.
     """
-    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    check_known("optim.name", name, OPTIMIZERS)
+    made = OPTIMIZERS[name](rate, b1=b1, b2=b2, weight_decay=weight_decay, momentum=momentum)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), made) if clip_norm else made
 
 
 def average_name(decay: float) -> str:
@@ -53,13 +143,38 @@ def average_name(decay: float) -> str:
     return repr(float(decay))
 
 
+def halflife_name(halflife_kimg: float) -> str:
+    """Return the name of the moving average with this half-life in thousands of images, e.g. "500kimg"."""
+    return f"{halflife_kimg:.15g}{_KIMG}"
+
+
+_KIMG = "kimg"
+
+
+def decay_of(name: str, *, batch_size: int) -> float:
+    """Return the decay of a moving average, per step of this many images: what its name spells, or its half-life gives.
+
+    Source: EDM, arXiv 2206.00364, appendix F.2; without its ramp-up, which matters for the first steps alone.
+    """
+    if name.endswith(_KIMG):
+        return 0.5 ** (batch_size / (1000 * float(name.removesuffix(_KIMG))))
+    return float(name)
+
+
 def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
     """Return one copy of the parameters for each moving average."""
     return {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
 
 
-def update_averages(averages: dict[str, PyTree], params: PyTree) -> dict[str, PyTree]:
-    """Move each average towards the parameters: a <- d a + (1 - d) p, where d is the float that its name spells."""
+def update_averages(averages: dict[str, PyTree], params: PyTree, *, batch_size: int = 1) -> dict[str, PyTree]:
+    """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name.
+
+    Args:
+      averages: name to average.
+      params: after the step.
+      batch_size: images of a step, for averages named by their half-life.
+    """
     return {
-        name: optax.incremental_update(params, average, 1 - float(name)) for name, average in averages.items()
+        name: optax.incremental_update(params, average, 1 - decay_of(name, batch_size=batch_size))
+        for name, average in averages.items()
     }

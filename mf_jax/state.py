@@ -156,7 +156,7 @@ def make_train_step(
         return TrainState(
             step=state.step + 1,
             params=params,
-            ema=update_averages(state.ema, params),
+            ema=update_averages(state.ema, params, batch_size=parts.batch_size),
             opt_state=opt_state,
             metrics=collected,
             first_bad_step=first_bad_step,

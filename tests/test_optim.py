@@ -1,11 +1,29 @@
-"""Schedules, clipping and moving averages."""
+"""Schedules, clipping, muon and moving averages."""
 
+import importlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
+from flax.traverse_util import flatten_dict
+from test_in_context_dit import FOLDER
 
-from mf_jax.optim import learning_rate, make_optimizer, start_averages, update_averages
+from mf_jax.build import choose_ema, ema_names
+from mf_jax.models import DiT, InContextDiT, UNet, initial_params
+from mf_jax.models.blocks import stack_blocks
+from mf_jax.optim import (
+    decay_of,
+    learning_rate,
+    make_optimizer,
+    muon_dimensions,
+    start_averages,
+    update_averages,
+)
+from mf_jax.reference.names import our_name
+from mf_jax.types import BadInput
 
 
 def test_warmup_then_constant():
@@ -43,3 +61,133 @@ def test_averages_move_as_their_names_say():
     averages = start_averages({"w": jnp.array(1.0)}, ("0.9", "0.5"))
     averages = update_averages(averages, {"w": jnp.array(2.0)})
     np.testing.assert_allclose([averages["0.9"]["w"], averages["0.5"]["w"]], [1.1, 1.5], rtol=1e-6)
+
+
+def _config():
+    return importlib.import_module("configs.default").get_config()
+
+
+def test_a_half_life_halves_the_distance_in_that_many_images():
+    """After 500,000 images of steps of 1,000, half of what the average was is left."""
+    name = "0.5kimg"
+    averages = start_averages({"w": jnp.array(1.0)}, (name,))
+    for _ in range(5):
+        averages = update_averages(averages, {"w": jnp.array(0.0)}, batch_size=100)
+    np.testing.assert_allclose(averages[name]["w"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(decay_of("2000kimg", batch_size=1024) ** (2e6 / 1024), 0.5, rtol=1e-9)
+    assert decay_of("0.9999", batch_size=1024) == 0.9999
+
+
+def test_averages_are_named_by_decay_or_half_life():
+    config = _config()
+    config.ema.decays, config.ema.halflives_kimg = (0.99,), (500.0, 1e6, 0.25)
+    config.objective.name, config.objective.target_ema = "terminal_velocity", 0.95
+    assert ema_names(config) == ("0.99", "500kimg", "1000000kimg", "0.25kimg", "0.95")
+    assert choose_ema(config, "sample.ema", "500kimg") == "500kimg"
+    config.ema.decays = ()
+    assert choose_ema(config, "sample.ema", "") == "500kimg"
+    with pytest.raises(BadInput, match=r"sample.ema='1000kimg': this run has 500kimg, 1000000kimg"):
+        choose_ema(config, "sample.ema", "1000kimg")
+
+
+SHAPE = (8, 8, 3)
+_SMALL = {"patch_size": 2, "depth": 2, "width": 16, "num_heads": 2, "num_classes": 3}
+NETWORKS = {
+    "dit": DiT(**_SMALL),
+    "imf": InContextDiT(**_SMALL, head_depth=1),
+    "pmf": InContextDiT(**_SMALL, head_depth=1, bottleneck=5, positions="grid"),
+    "unet": UNet(num_classes=0, channels=8, channel_multipliers=(1, 1), num_blocks=1),
+}
+
+
+def _shapes(network):
+    return jax.eval_shape(lambda key: initial_params(network, SHAPE, key), jax.random.key(0))
+
+
+def test_muon_moves_what_is_a_matrix_in_the_published_code():
+    """The published optimiser takes what has two axes; ours differ in shape, so names must decide."""
+    case = np.load(FOLDER / "pmf_no_perceptual.npz")
+    published = [name for name in case if name.startswith("params/net/") and case[name].ndim == 2]
+    matrices = {our_name("pmf", name.removeprefix("params/net/"))[0] for name in published}
+    ours = flatten_dict(muon_dimensions(_shapes(NETWORKS["pmf"])), sep="/")
+    moved = {name for name, dimensions in ours.items() if dimensions is not None}
+    assert moved == {name for name in matrices if name in ours}
+    assert len(moved) > 20
+    assert {"u_head/final/kernel", "h_tokens/embedding/out/kernel", "block_0/contract/kernel"} <= moved
+    assert not {"bottleneck/kernel", "positions", "class_tokens/embedding/embedding"} & moved
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_muon_leaves_tables_norms_biases_and_convolutions_to_adam(name):
+    shapes = flatten_dict(_shapes(NETWORKS[name]), sep="/")
+    dimensions = flatten_dict(muon_dimensions(_shapes(NETWORKS[name])), sep="/")
+    for leaf, shape in shapes.items():
+        if (
+            not leaf.endswith("kernel")
+            or "patch_embedding" in leaf
+            or "bottleneck" in leaf
+            or len(shape.shape) > 2
+        ):
+            assert dimensions[leaf] is None, leaf
+        elif "qkv" not in leaf:  # asked for in its split form alone
+            assert dimensions[leaf] is not None, leaf
+
+
+def _step(params, gradient, *, name="muon"):
+    optimizer = make_optimizer(
+        lambda step: 1.0, b1=0.9, b2=0.95, weight_decay=0.0, clip_norm=0.0, name=name, momentum=0.9
+    )
+    return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradient, params)
+
+
+def _random(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), jnp.float32), shapes)
+
+
+def test_muon_moves_a_matrix_by_a_nearly_orthogonal_one():
+    """By itself and not by its square, twice as far where there are four outputs for each input."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 4)))[0] for n in (4, 16))
+    kernel = jnp.asarray(left * [10.0, 3.0, 1.0, 0.5] @ right.T)
+    update = np.asarray(
+        _step({"layer": {"kernel": kernel}}, {"layer": {"kernel": kernel}})["layer"]["kernel"]
+    )
+    along = -left.T @ update @ right
+    assert 2 * 0.6 < np.diag(along).min() < np.diag(along).max() < 2 * 1.3
+    np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "pmf"])
+def test_blocks_in_a_loop_move_as_blocks_one_after_another(name):
+    """Each layer's matrix is made orthogonal by itself."""
+    params = _random(_shapes(NETWORKS[name]))
+    gradient = _random(_shapes(NETWORKS[name]), seed=1)
+    apart = stack_blocks(_step(params, gradient))
+    together = _step(stack_blocks(params), stack_blocks(gradient))
+    assert jax.tree.structure(apart) == jax.tree.structure(together)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), apart, together)
+
+
+def test_fused_projections_are_three_matrices():
+    rng = np.random.default_rng(0)
+    parts = [jnp.asarray(rng.standard_normal((6, 6)) * scale, jnp.float32) for scale in (1, 1e-3, 10)]
+    fused = {"attention": {"qkv": {"kernel": jnp.concatenate(parts, axis=1)}}}
+    update = _step(fused, fused)["attention"]["qkv"]["kernel"]
+    apart = [_step({"layer": {"kernel": part}}, {"layer": {"kernel": part}}) for part in parts]
+    np.testing.assert_allclose(
+        update, jnp.concatenate([each["layer"]["kernel"] for each in apart], axis=1), atol=1e-5
+    )
+
+
+def test_what_muon_leaves_moves_as_under_adam_with_nesterov_momentum():
+    params = {"norm": {"scale": jnp.array([1.0, 2.0, 3.0])}, "layer": {"kernel": jnp.eye(3)}}
+    gradient = {"norm": {"scale": jnp.array([0.1, -2.0, 0.0])}, "layer": {"kernel": jnp.eye(3)}}
+    adam = optax.nadam(1.0, b1=0.9, b2=0.95)
+    expected, _ = adam.update(gradient["norm"], adam.init(params["norm"]), params["norm"])
+    np.testing.assert_allclose(_step(params, gradient)["norm"]["scale"], expected["scale"], rtol=1e-6)
+
+
+def test_an_optimiser_that_is_not_known():
+    with pytest.raises(BadInput, match=r"optim.name='moun': must be one of adamw, muon.*mean muon"):
+        _step({"w": jnp.zeros(1)}, {"w": jnp.zeros(1)}, name="moun")
