@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from mf_jax import metrics
 from mf_jax.metrics import frechet_noise, row_pairs
-from mf_jax.metrics.frechet_noise import frechet_standard_error, noise_line
+from mf_jax.metrics.frechet_noise import frechet_with_error, noise_line
 from mf_jax.metrics.inception_score import add_logits, inception_score, start_scores
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import compare, own_pairs
@@ -321,7 +321,7 @@ def test_standard_error_is_the_spread_over_draws(shift, scale, rng):
         own = metrics.gaussian_statistics(rows)
         values.append(metrics.frechet_distance(*own, mean, cov))
         if len(errors) < 20:
-            errors.append(frechet_standard_error(*own, mean, cov, RowArray(rows)))
+            errors.append(frechet_with_error(*own, mean, cov, RowArray(rows))[1])
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
 
 
@@ -332,7 +332,7 @@ def test_standard_error_of_a_known_functional():
     y, deviation = rows.astype(np.float64) - mean, np.sqrt(cov)
     psi = 2 * (mean - 1) * y + (1 - 3 / deviation) * y**2
     expected = psi.std(ddof=1) / np.sqrt(500)
-    found = frechet_standard_error(mean, cov, np.ones(1), np.full((1, 1), 9.0), RowArray(rows))
+    _, found = frechet_with_error(mean, cov, np.ones(1), np.full((1, 1), 9.0), RowArray(rows))
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float32, Float64
 
-from mf_jax.metrics.frechet import factor
+from mf_jax.metrics.frechet import distance_from_cross, factor
 from mf_jax.metrics.row_store import RowSource
 
 _BLOCK = 1024
@@ -27,14 +27,14 @@ _SINGULAR = 1e-6
 """Of the largest singular value of A^1/2 B^1/2: directions below it hold no variance that counts."""
 
 
-def frechet_standard_error(
+def frechet_with_error(
     mean_a: Float64[np.ndarray, "d"],
     cov_a: Float64[np.ndarray, "d d"],
     mean_b: Float64[np.ndarray, "d"],
     cov_b: Float64[np.ndarray, "d d"],
     rows: RowSource,
-) -> float:
-    """Return the standard error of `frechet_distance` as far as it comes from the choice of the samples.
+) -> tuple[float, float]:
+    """Return `frechet_distance` and its standard error as far as it comes from the choice of the samples.
 
     The reference counts as exact. The bias of the distance, which is larger for fewer samples and the same for equal
     numbers of samples, is no part of it.
@@ -46,14 +46,22 @@ def frechet_standard_error(
 
     Source: the head of this file.
     """
-    carrier = jnp.asarray(_carrier(cov_a, cov_b), jnp.float32)
-    mean, difference = jnp.asarray(mean_a, jnp.float32), jnp.asarray(mean_a - mean_b, jnp.float32)
+    of_b = factor(cov_b, "cov_b")
+    cross = factor(cov_a, "cov_a").T @ of_b
+    squared = cross.T @ cross
+    distance = distance_from_cross(mean_a, cov_a, mean_b, cov_b, cross)
+    del cross  # 34 MB, as each of the others
+    # in float32 from here on: it is the size of the noise, not of the distance
+    of_b = of_b.astype(np.float32)
+    carrier = jnp.asarray(of_b @ _directions(squared))
+    del of_b, squared
     influence = np.empty(len(rows))
+    mean, difference = jnp.asarray(mean_a, jnp.float32), jnp.asarray(mean_a - mean_b, jnp.float32)
     for start in range(0, len(rows), _BLOCK):
         block = rows.read(start, start + _BLOCK)
         filled = np.pad(block, ((0, _BLOCK - len(block)), (0, 0)))
         influence[start : start + _BLOCK] = _influence(filled, mean, difference, carrier)[: len(block)]
-    return float(influence.std(ddof=1) / np.sqrt(len(rows)))
+    return distance, float(influence.std(ddof=1) / np.sqrt(len(rows)))
 
 
 def noise_line(num_samples: int, standard_error: float) -> str:
@@ -62,18 +70,16 @@ def noise_line(num_samples: int, standard_error: float) -> str:
     return f"at {num_samples} samples two FIDs that differ by less than {least:.2g} do not differ"
 
 
-def _carrier(
-    cov_a: Float64[np.ndarray, "d d"], cov_b: Float64[np.ndarray, "d d"]
-) -> Float64[np.ndarray, "d r"]:
-    """Return K with K K^T = I - M.
+def _directions(squared: Float64[np.ndarray, "d d"]) -> Float32[np.ndarray, "d r"]:
+    """Return W s^(-1/2): times G it is a root of I - M, for A = F F^T, B = G G^T, (F^T G)^T (F^T G) = W diag(s^2) W^T.
 
-    With A = F F^T, B = G G^T and the eigenvalues s^2 of (F^T G)^T (F^T G) = W diag(s^2) W^T, K = G W diag(s)^(-1/2).
+    Args:
+      squared: (F^T G)^T (F^T G), which is overwritten.
     """
-    of_b = factor(cov_b, "cov_b")
-    cross = factor(cov_a, "cov_a").T @ of_b
-    squares, vectors = scipy.linalg.eigh(cross.T @ cross, overwrite_a=True, check_finite=False, driver="evr")
-    kept = squares > _SINGULAR**2 * squares[-1]
-    return of_b @ (vectors[:, kept] / squares[kept] ** 0.25)
+    squares, vectors = scipy.linalg.eigh(squared.T, overwrite_a=True, check_finite=False, driver="evr")
+    first = np.searchsorted(squares, _SINGULAR**2 * squares[-1])  # ascending
+    vectors /= squares.clip(min=squares[first]) ** 0.25
+    return vectors[:, first:].astype(np.float32)
 
 
 @jax.jit

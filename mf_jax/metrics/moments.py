@@ -197,14 +197,17 @@ def _add(
     each = -(-len(rows) // (blocks * devices)) * devices
     rows = jnp.pad(rows, ((0, blocks * each - len(rows)), (0, 0))).reshape(each, blocks, -1)
 
-    def add_block(carry: tuple[Array, ...], block: Array) -> tuple[tuple[Array, ...], None]:
+    def add_block(carry: tuple[Array, ...], block: Array | int) -> tuple[tuple[Array, ...], None]:
         x = jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False)
         total, total_left = two_sum(carry[0], jnp.sum(x, 0))
         scatter, scatter_left = two_sum(carry[2], jnp.matmul(x.T, x, precision="highest"))
         return (total, carry[1] + total_left, scatter, carry[3] + scatter_left), None
 
     carry = (sums.total, sums.total_rest, sums.scatter, sums.scatter_rest)
-    carry, _ = jax.lax.scan(add_block, carry, jnp.arange(blocks))
+    if blocks == 1:  # a loop would hold the sums twice
+        carry, _ = add_block(carry, 0)
+    else:
+        carry, _ = jax.lax.scan(add_block, carry, jnp.arange(blocks))
     return FeatureSums(sums.count + count, chosen, *carry)
 
 

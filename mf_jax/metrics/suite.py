@@ -1,5 +1,7 @@
 """All scores of samples from their Inception features, which come batch by batch and are not held in memory."""
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 
 import jax
@@ -9,7 +11,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float64, Shaped
 
 from mf_jax.metrics.frechet import frechet_distance
-from mf_jax.metrics.frechet_noise import frechet_standard_error
+from mf_jax.metrics.frechet_noise import frechet_with_error
 from mf_jax.metrics.inception_score import ScoreSums, add_logits, inception_score, start_scores
 from mf_jax.metrics.moments import FeatureSums, add_rows, mean_and_covariance, start_sums
 from mf_jax.metrics.reference_file import Reference
@@ -57,7 +59,9 @@ class SampleScores:
         self._seen = np.zeros(num_samples, bool)
         self._with_rows = with_rows
         self._rows: RowStore | None = None
+        self._widths: dict[str, int] = {}
         self._sums: dict[str, FeatureSums] = {}
+        self._gaussians: dict[str, Moments] = {}
         self._scores: ScoreSums | None = None
         self._own: OwnPairs | None = None
 
@@ -80,6 +84,7 @@ class SampleScores:
         """
         if self._scores is None:
             self._start({name: features[name].shape[1] for name in (_POOLED, _SPATIAL, _LOGITS)})
+        jax.block_until_ready(self._scores)  # batches that wait to be added would each hold memory
         on_host, keep = _on_host(index), _on_host(weights) != 0
         self._check_new(on_host[keep])
         for name, sums in self._sums.items():
@@ -104,12 +109,12 @@ class SampleScores:
           ValueError: samples that have not been added.
         """
         self._require_all()
-        _check_width(reference, reference.mean.size, self._sums[_POOLED].centre.size, "mu")
+        _check_width(reference, reference.mean.size, self._widths[_POOLED], "mu")
         scores = self._pooled(reference)
         if reference.mean_spatial is not None:
-            _check_width(reference, reference.mean_spatial.size, self._sums[_SPATIAL].centre.size, "mu_s")
-            spatial = mean_and_covariance(self._sums[_SPATIAL])[1:]
-            scores["sfid"] = frechet_distance(*spatial, reference.mean_spatial, reference.covariance_spatial)
+            _check_width(reference, reference.mean_spatial.size, self._widths[_SPATIAL], "mu_s")
+            spatial = reference.mean_spatial, reference.covariance_spatial
+            scores["sfid"] = frechet_distance(*self._gaussian(_SPATIAL), *spatial)
         if self._rows is not None and reference.features is not None:
             scores |= self._pairs(reference)
         return scores
@@ -135,6 +140,7 @@ class SampleScores:
                 f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances of {widths[_POOLED]} "
                 "features are singular below; use 50000, as published"
             )
+        self._widths = dict(widths)
         self._sums = {name: start_sums(widths[name]) for name in (_POOLED, _SPATIAL)}
         self._scores = start_scores(self._num_samples, widths[_LOGITS], self._splits)
         if self._with_rows and jax.process_index() == 0:
@@ -159,12 +165,20 @@ class SampleScores:
                 "scores are of exactly that many: add them all"
             )
 
+    def _gaussian(self, name: str) -> Moments:
+        """Return mean and covariance, in the place of the sums."""
+        if name not in self._gaussians:
+            self._gaussians[name] = mean_and_covariance(self._sums.pop(name))[1:]
+            _return_freed_memory()
+        return self._gaussians[name]
+
     def _pooled(self, reference: Reference) -> dict[str, float]:
-        gaussians = (*mean_and_covariance(self._sums[_POOLED])[1:], reference.mean, reference.covariance)
-        scores = {"fid": frechet_distance(*gaussians)}
-        if self._rows is not None:
-            scores["fid_standard_error"] = frechet_standard_error(*gaussians, self._rows)
-        return scores
+        gaussians = *self._gaussian(_POOLED), reference.mean, reference.covariance
+        if self._rows is None:
+            return {"fid": frechet_distance(*gaussians)}
+        return dict(
+            zip(("fid", "fid_standard_error"), frechet_with_error(*gaussians, self._rows), strict=True)
+        )
 
     def _pairs(self, reference: Reference) -> dict[str, float]:
         rows, others, centre = (
@@ -176,6 +190,12 @@ class SampleScores:
             self._own = own_pairs(rows, centre)
         scores = compare(rows, others, centre, self._own, own_pairs(others, centre))
         return {"precision": scores.precision, "recall": scores.recall, "kid": scores.kernel_distance}
+
+
+def _return_freed_memory() -> None:
+    """Give pages back that XLA on a CPU has freed: glibc keeps them otherwise, 100 MB and more."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _on_host(x: Shaped[Array | np.ndarray, "b *_"]) -> Shaped[np.ndarray, "b *_"]:
