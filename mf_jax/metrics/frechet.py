@@ -96,12 +96,28 @@ def frechet_distance(
             f"mean_b has {mean_b.size} features; it must have {mean_a.size}, like mean_a: "
             "use statistics of one feature extractor"
         )
-    # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G, where A = F F^T and B = G G^T. Taken so,
-    # rounding errors enter once; under the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16
-    # becoming 1e-8. Matrices are overwritten where they can be: those of Inception take 34 MB each.
     cross = factor(cov_a, "cov_a").T @ factor(cov_b, "cov_b")
-    cross = scipy.linalg.svd(cross, compute_uv=False, overwrite_a=True, check_finite=False).sum()
-    distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    return distance_from_cross(mean_a, cov_a, mean_b, cov_b, cross)
+
+
+def distance_from_cross(
+    mean_a: Float64[np.ndarray, "d"],
+    cov_a: Float64[np.ndarray, "d d"],
+    mean_b: Float64[np.ndarray, "d"],
+    cov_b: Float64[np.ndarray, "d d"],
+    cross: Float64[np.ndarray, "d d"],
+) -> float:
+    """Return `frechet_distance`, given F^T G for cov_a = F F^T and cov_b = G G^T, which is overwritten.
+
+    Args:
+        mean_a, cov_a, mean_b, cov_b: of the Gaussians.
+        cross: `[d, d]`.
+    """
+    # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G. Taken so, rounding errors enter once; under
+    # the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16 becoming 1e-8.
+    # The transpose is laid out as LAPACK wants it: else it would work on a copy.
+    nuclear = scipy.linalg.svd(cross.T, compute_uv=False, overwrite_a=True, check_finite=False).sum()
+    distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * nuclear
     return max(float(distance), 0.0)
 
 

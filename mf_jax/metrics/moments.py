@@ -7,6 +7,7 @@ its rounding left out, which together hold 48 bits.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import flax.struct
 import jax
@@ -18,6 +19,7 @@ from scipy.linalg import blas
 
 from mf_jax.types import BadInput
 
+Sums = TypeVar("Sums")
 _ROWS_AT_ONCE = 256
 """Rows of a device whose products are added in plain float32."""
 
@@ -63,10 +65,7 @@ def add_rows(
     Returns:
       The sums, on the device; on every device of the mesh if the rows lie on one.
     """
-    mesh = _mesh_of(rows)
-    if mesh is not None:
-        sums = jax.device_put(sums, NamedSharding(mesh, PartitionSpec()))
-    return _adder(mesh)(sums, rows, weights)
+    return accumulate(_add, sums, rows, weights)
 
 
 def mean_and_covariance(
@@ -153,16 +152,34 @@ def two_sum(
     return total, jnp.where(a_larger, b, a) - (total - jnp.where(a_larger, a, b))
 
 
-def _mesh_of(rows: Shaped[Array | np.ndarray, "b d"]) -> Mesh | None:
+def accumulate(
+    add: Callable[..., Sums],
+    sums: Sums,
+    rows: Shaped[Array | np.ndarray, "b d"],
+    *others: Shaped[Array | np.ndarray, "b"],
+) -> Sums:
+    """Return add(sums, rows, *others, devices=...), compiled; the sums are used up.
+
+    Args:
+      add: the same function at every call; `devices` is over how many the rows are split.
+      sums: a tree of arrays.
+      rows: `[B, d]`, which may be split over the devices of a mesh.
+      others: `[B]`, more about each row.
+
+    Returns:
+      A tree like the sums, on every device of the mesh.
+    """
     sharding = getattr(rows, "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    if mesh is not None:
+        sums = jax.device_put(sums, NamedSharding(mesh, PartitionSpec()))
+    return _compiled(add, mesh)(sums, rows, *others)
 
 
 @functools.lru_cache
-def _adder(mesh: Mesh | None) -> Callable[..., FeatureSums]:
-    """Return the compiled addition whose result lies on every device of a mesh."""
+def _compiled(add: Callable[..., Sums], mesh: Mesh | None) -> Callable[..., Sums]:
     where = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-    add = functools.partial(_add, devices=1 if mesh is None else mesh.size)
+    add = functools.partial(add, devices=1 if mesh is None else mesh.size)
     return jax.jit(add, donate_argnums=0, **where)
 
 
@@ -180,14 +197,17 @@ def _add(
     each = -(-len(rows) // (blocks * devices)) * devices
     rows = jnp.pad(rows, ((0, blocks * each - len(rows)), (0, 0))).reshape(each, blocks, -1)
 
-    def add_block(carry: tuple[Array, ...], block: Array) -> tuple[tuple[Array, ...], None]:
+    def add_block(carry: tuple[Array, ...], block: Array | int) -> tuple[tuple[Array, ...], None]:
         x = jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False)
         total, total_left = two_sum(carry[0], jnp.sum(x, 0))
         scatter, scatter_left = two_sum(carry[2], jnp.matmul(x.T, x, precision="highest"))
         return (total, carry[1] + total_left, scatter, carry[3] + scatter_left), None
 
     carry = (sums.total, sums.total_rest, sums.scatter, sums.scatter_rest)
-    carry, _ = jax.lax.scan(add_block, carry, jnp.arange(blocks))
+    if blocks == 1:  # a loop would hold the sums twice
+        carry, _ = add_block(carry, 0)
+    else:
+        carry, _ = jax.lax.scan(add_block, carry, jnp.arange(blocks))
     return FeatureSums(sums.count + count, chosen, *carry)
 
 
