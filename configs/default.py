@@ -32,12 +32,12 @@ def get_config() -> ConfigDict:
         latent_std=(1 / 0.18215,),  # latents: divided by after that, one number or one a channel; above 0
     )
     config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
-        input="",  # a folder of class folders (or with train/ above them), a .tar or a folder of them, or tfds:NAME
+        input="",  # folder of class folders (train/ above or not), .tar or a folder of them, tfds:NAME (split_train)
         shards=128,  # files that the latents are spread over, whatever the number of processes
-        batch_size=32,  # pictures encoded at once on a device; does not change them
+        batch_size=32,  # pictures encoded at once on a device; changes the rounding of latents at most
         max_bad=100,  # unreadable pictures of a process that are skipped and named; one more stops it
         latents=True,  # write latents; False = only the reference
-        reference="",  # also write reference statistics of the pictures to this .npz file; "" = none
+        reference="",  # also write statistics of the pictures, by eval.inception, to this .npz file; "" = none
         process_index=0,  # which part of the work this process takes, in [0, process_count)
         process_count=0,  # processes that share the work; 0 = those of the JAX job, which also say process_index
     )

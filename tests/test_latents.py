@@ -138,7 +138,7 @@ def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source, mean, 
     assert abs(drawn[..., 1].mean() - expected) < 5 * spread / certain**0.5
     assert abs(drawn[..., 1].std() / spread - 1) < 5 / certain**0.5
     again, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 1))
-    np.testing.assert_allclose(again, drawn, rtol=1e-6)
+    np.testing.assert_allclose(again, drawn, atol=1e-5)
     assert (other[..., 1] != drawn[..., 1]).mean() > 0.9
 
 

@@ -5,6 +5,7 @@ the same number on every host; ImageNet's labels are the usual 0 to 999.
 """
 
 import hashlib
+import io
 import tarfile
 from collections.abc import Iterable
 from typing import IO, NamedTuple, Protocol, runtime_checkable
@@ -232,7 +233,7 @@ def _member(member: tarfile.TarInfo, class_name: str, name: str, path: epath.Pat
     return _Found(class_name, name, str(path), offset + member.offset_data, member.size)
 
 
-def _opened(file: IO[bytes], name: str) -> tarfile.TarFile:
+def _opened(file: IO[bytes] | io.BufferedIOBase, name: str) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError as error:

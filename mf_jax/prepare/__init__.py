@@ -8,8 +8,9 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
@@ -31,19 +33,22 @@ from mf_jax.prepare.reference import ReferenceStatistics, parts_folder
 from mf_jax.types import BadInput
 from mf_jax.weights import find_weights, verify
 
+_LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
+
+@runtime_checkable
 class Output(Protocol):
     """What is made of the pictures, shard by shard."""
 
     def has(self, shard: int) -> bool: ...
 
-    def skipped(self, shards: list[int]) -> list[str]: ...
+    def skipped(self, shards: Sequence[int]) -> list[str]: ...
 
     def begin(self, shard: int) -> None: ...
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None: ...
 
-    def end(self, shard: int, skipped: list[str]) -> None: ...
+    def end(self, shard: int, skipped: Sequence[str]) -> None: ...
 
     def finish(self) -> str: ...
 
@@ -67,6 +72,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     pending = {shard: missing for shard, missing in pending.items() if missing}
     if pending:
         _work(config, pictures, pending, _already_skipped(outputs, [s for s in mine if s not in pending]))
+    if not config.prepare.process_count:  # a job's first process must outlive the others
+        get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
     for output in outputs:
         print(output.finish(), flush=True)
 

@@ -26,6 +26,11 @@ def replace(path: epath.Path, content: bytes) -> None:
         Path(aside).write_bytes(content)
 
 
+def in_bucket(path: epath.Path) -> bool:
+    """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
+    return "://" in str(path)
+
+
 @contextlib.contextmanager
 def written_aside(path: epath.Path) -> Iterator[str]:
     """Yield a path of the local file system to write to; what is there afterwards becomes the file.
@@ -33,11 +38,11 @@ def written_aside(path: epath.Path) -> Iterator[str]:
     Args:
       path: the file, in an existing folder, on a file system or in a bucket.
     """
-    if "://" in str(path):
+    if in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
             aside = Path(folder) / path.name
             yield str(aside)
-            epath.Path(aside).copy(path, overwrite=True)  # an object of a bucket appears as a whole
+            path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
         return
     final = Path(path)
     aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")

@@ -111,9 +111,9 @@ class LatentShards:
         pixels, latents = self._encoding
         plain, mirrored = jax.device_get(latents)
         if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+            name = self._settings["autoencoder"]["name"]
             raise BadInput(
-                f"data.autoencoder={self._settings['autoencoder']['name']!r}: gives latents that are not finite; must "
-                "be trained weights: name others"
+                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
             )
         for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
             self._counts[label] += 1

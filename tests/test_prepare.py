@@ -1,0 +1,679 @@
+"""--mode=prepare: which pictures it finds, what it writes, that this never depends on how, and what it refuses."""
+
+import hashlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from conftest import ROOT
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from mf_jax import prepare
+from mf_jax.data.crop import adm_crop
+from mf_jax.data.latents import Latents
+from mf_jax.data.pictures_in import list_pictures
+from mf_jax.metrics.inception import Inception
+from mf_jax.models.autoencoder import load_autoencoder
+from mf_jax.prepare import reference
+from mf_jax.types import NO_LABEL, BadInput
+
+VAE = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
+SIZE = 16
+CLASSES = {"n02": 3, "n01": 5, "n10": 4}
+NAMES = sorted(f"{name}/{name}_{i}.JPEG" for name, count in CLASSES.items() for i in range(count))
+SHARDS = 3
+TOGETHER = (
+    "--config=configs/digits.py",
+    "--mode=prepare",
+    f"--config.prepare.shards={SHARDS}",
+    "--config.prepare.batch_size=2",
+    f"--config.data.image_size={SIZE}",
+    f"--config.data.autoencoder={VAE}",
+    "--config.log.progress=False",
+)
+
+
+def picture(name):
+    """Return noise that depends on a name, of a size that does too."""
+    rng = np.random.default_rng(list(name.encode()))
+    height, width = rng.integers(SIZE, 5 * SIZE, 2)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(name):
+    content = io.BytesIO()
+    picture(name).save(content, "PNG")  # a decoder looks at the content, not at the name
+    return content.getvalue()
+
+
+CONTENTS = {name: encoded(name) for name in NAMES}
+
+
+def write_tree(folder, names=NAMES):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(CONTENTS[name])
+    return folder
+
+
+def write_tar(path, contents):
+    with tarfile.open(path, "w") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def class_tars(folder):
+    """Write one tar file a class, in no order, as they lie in ImageNet's."""
+    for name in CLASSES:
+        inside = {Path(n).name: CONTENTS[n] for n in reversed(NAMES) if n.startswith(name)}
+        write_tar(folder / f"{name}.tar", inside)
+    return folder
+
+
+def tar_of_tars(folder):
+    (folder / "inside").mkdir()
+    tars = {path.name: path.read_bytes() for path in class_tars(folder / "inside").iterdir()}
+    return write_tar(folder / "ILSVRC2012_img_train.tar", dict(sorted(tars.items(), reverse=True)))
+
+
+INPUTS = {
+    "class folders": lambda folder: write_tree(folder),
+    "train above them": lambda folder: write_tree(folder / "train").parent,
+    "tar files of classes": class_tars,
+    "a tar file of tar files": tar_of_tars,
+    "a tar file of folders": lambda folder: write_tar(
+        folder / "some.tar", {f"train/{name}": CONTENTS[name] for name in reversed(NAMES)}
+    ),
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return write_tree(tmp_path / "pictures")
+
+
+@pytest.fixture
+def prepared(command, tree, tmp_path):
+    """Return a function that runs --mode=prepare into a folder, and returns (exit code, stdout, stderr)."""
+
+    def run(folder, *arguments, index=0, count=0, **more):
+        return command(
+            *TOGETHER,
+            f"--config.prepare.input={tree}",
+            f"--config.data.path={tmp_path / folder}",
+            f"--config.prepare.process_index={index}",
+            f"--config.prepare.process_count={count}",
+            *(f"--config.{key}={value}" for key, value in more.items()),
+            *arguments,
+        )
+
+    return run
+
+
+def files(folder):
+    """Return a digest of every file in a folder, hidden ones included."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def open_latents(folder):
+    settings = {"latent_mean": (0.0,), "latent_std": (1.0,), "split": "train"}
+    return Latents(path=str(folder), image_size=SIZE, autoencoder=str(VAE), **settings)
+
+
+# --- the crop --------------------------------------------------------------------------------------------------------
+
+
+def test_the_crop_of_a_picture_whose_short_side_fits_is_its_centre():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 13, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(adm_crop(Image.fromarray(pixels), 8), pixels[:, 2:10])
+    np.testing.assert_array_equal(
+        adm_crop(Image.fromarray(pixels.transpose(1, 0, 2)), 8), pixels[:, 2:10].transpose(1, 0, 2)
+    )
+
+
+def test_the_crop_halves_with_a_box_filter_as_long_as_it_can():
+    pixels = (
+        np.random.default_rng(0).integers(0, 64, (32, 32, 3)).astype(np.uint8) * 4
+    )  # means are whole numbers
+    pixels = np.kron(pixels[:16, :16] // 4 * 4, np.ones((2, 2, 1), np.uint8))
+    means = pixels.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
+    assert np.abs(adm_crop(Image.fromarray(pixels), 8) - means).max() <= 0.5
+    just_below = Image.fromarray(pixels[:31])
+    expected = just_below.resize((round(32 * 16 / 31), 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(adm_crop(just_below, 16), np.asarray(expected)[:, :16])
+
+
+def test_the_crop_enlarges_a_small_picture():
+    assert adm_crop(picture("n01/n01_0.JPEG"), 100).shape == (100, 100, 3)
+    grey = adm_crop(Image.new("RGB", (3, 7), (9, 8, 7)), 50)
+    np.testing.assert_array_equal(grey, np.broadcast_to((9, 8, 7), (50, 50, 3)))
+
+
+# --- the input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_kind_of_input_gives_the_same_pictures_in_the_same_order(tmp_path, kind):
+    pictures = list_pictures(str(INPUTS[kind](tmp_path)), tfds_split="train")
+    assert pictures.class_names == tuple(sorted(CLASSES))
+    names = [pictures.name(i) for i in range(len(pictures))]
+    assert [name.removeprefix("train/") for name in names] == NAMES
+    for i, name in enumerate(NAMES):
+        assert pictures.read(i) == (CONTENTS[name], sorted(CLASSES).index(name[:3]))
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    for name in ("car", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"")
+    assert list_pictures(str(tmp_path), tfds_split="").class_names == ("car", "train")
+
+
+def test_a_flat_folder_and_a_flat_tar_file_have_no_classes(tmp_path):
+    contents = {"b.png": CONTENTS[NAMES[1]], "a.jpg": CONTENTS[NAMES[0]], "c.txt": b""}
+    write_tar(tmp_path / "flat.tar", contents)
+    (tmp_path / "flat").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "flat" / name).write_bytes(content)
+    for path in ("flat.tar", "flat"):
+        pictures = list_pictures(str(tmp_path / path), tfds_split="")
+        assert (len(pictures), pictures.class_names, pictures.name(0)) == (2, (), "a.jpg")
+        assert pictures.read(1) == (contents["b.png"], NO_LABEL)
+
+
+def test_the_order_is_that_of_names_whatever_order_a_folder_lists_them_in(tree, monkeypatch):
+    expected = list_pictures(str(tree), tfds_split="")
+    monkeypatch.setattr(os, "listdir", lambda path, f=os.listdir: sorted(f(path), reverse=True))
+    found = list_pictures(str(tree), tfds_split="")
+    assert [found.name(i) for i in range(len(found))] == NAMES
+    assert found.digest == expected.digest
+
+
+def test_the_digest_tells_lists_apart(tmp_path, tree):
+    digests = {list_pictures(str(tree), tfds_split="").digest}
+    (tree / NAMES[0]).rename(tree / "n01" / "other.JPEG")
+    digests.add(list_pictures(str(tree), tfds_split="").digest)
+    (tree / "n02").rename(tree / "n03")
+    digests.add(list_pictures(str(tree), tfds_split="").digest)
+    assert len(digests) == 3
+
+
+def test_a_tfds_set_is_read_as_it_is_stored(tmp_path, monkeypatch):
+    home = tmp_path / "tiny" / "1.0.0"
+    home.mkdir(parents=True)
+    label = tfds.features.ClassLabel(names=["cat", "dog"])
+    tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label}).save_config(home)
+    split = {"name": "train", "shardLengths": ["2"], "numBytes": "1"}
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    writer = ArrayRecordWriter(str(home / "tiny-train.array_record-00000-of-00001"), "group_size:1")
+    for name, number in ((NAMES[0], 1), (NAMES[1], 0)):
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(CONTENTS[name])
+        example.features.feature["label"].int64_list.value.append(number)
+        writer.write(example.SerializeToString())
+    writer.close()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    pictures = list_pictures("tfds:tiny", tfds_split="train")
+    assert (len(pictures), pictures.class_names, pictures.name(1)) == (2, ("cat", "dog"), "train[1]")
+    assert [pictures.read(i) for i in range(2)] == [(CONTENTS[NAMES[0]], 1), (CONTENTS[NAMES[1]], 0)]
+    with pytest.raises(BadInput, match="dataset='tiny' split 'test'"):
+        list_pictures("tfds:tiny", tfds_split="test")
+
+
+def _spoil(folder, how):
+    """Return an input that cannot be used."""
+    tree = write_tree(folder / "pictures")
+    if how == "mixed":
+        (tree / "a.png").write_bytes(b"")
+    elif how == "empty class":
+        (tree / "n05").mkdir()
+    elif how == "a level too deep":
+        return folder
+    elif how == "no pictures":
+        (folder / "empty").mkdir()
+        return folder / "empty"
+    elif how == "no tar":
+        (folder / "a.zip").write_bytes(b"")
+        return folder / "a.zip"
+    elif how == "damaged tar":
+        (folder / "a.tar").write_bytes(b"nothing" * 1000)
+        return folder / "a.tar"
+    elif how == "truncated tar":
+        path = tar_of_tars(folder)
+        path.write_bytes(path.read_bytes()[:-20_000])
+        return path
+    elif how == "tar without pictures":
+        return write_tar(folder / "a.tar", {"n01/readme.txt": b""})
+    elif how == "class tar without pictures":
+        write_tar(folder / "n01.tar", {"readme.txt": b""})
+        return write_tar(folder / "a.tar", {"n01.tar": (folder / "n01.tar").read_bytes()})
+    elif how == "mixed tar":
+        return write_tar(folder / "a.tar", {"n01/a.png": b"", "b.png": b""})
+    elif how == "nowhere":
+        return folder / "nowhere"
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nowhere", "does not exist"),
+        ("mixed", r"holds pictures \(a.png\) and folders \(n01, n02, n10\)"),
+        ("empty class", "n05 holds no pictures.*a class must have one"),
+        ("a level too deep", r"pictures holds no pictures.*only folders \(n01, n02, n10\)"),
+        ("no pictures", "holds nothing to read"),
+        ("no tar", "is a file but no .tar"),
+        ("damaged tar", "a.tar is no uncompressed tar file"),
+        ("truncated tar", "is cut short or damaged"),
+        ("tar without pictures", "a.tar holds no pictures"),
+        ("class tar without pictures", "a.tar:n01.tar holds no pictures"),
+        ("mixed tar", "both directly and in folders"),
+    ],
+)
+def test_inputs_that_are_none_are_refused(tmp_path, how, message):
+    with pytest.raises(BadInput, match=message) as error:
+        list_pictures(str(_spoil(tmp_path, how)), tfds_split="train")
+    assert "\n" not in str(error.value)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(prepared, tree, tmp_path):
+    code, told, _ = prepared("latents")
+    assert code == 0
+    assert f"{len(NAMES)} pictures in {SHARDS} shards, 0 skipped" in told
+    latents, autoencoder = open_latents(tmp_path / "latents"), load_autoencoder(VAE)
+    assert (len(latents), latents.shape) == (len(NAMES), (SIZE // 4, SIZE // 4, 4))
+    stored = latents.gather(np.arange(2 * len(NAMES)))
+    images = np.stack([adm_crop(picture(name), SIZE) for name in NAMES])
+    both = np.concatenate([images, images[:, :, ::-1]]).astype(np.float32) / 127.5 - 1
+    expected = np.stack(autoencoder.encode(jnp.asarray(both)), axis=1)
+    np.testing.assert_allclose(stored.x, expected, rtol=2e-3, atol=2e-3)
+    assert np.abs(expected[: len(NAMES)] - expected[len(NAMES) :]).max() > 0.1
+    np.testing.assert_array_equal(stored.labels, [sorted(CLASSES).index(name[:3]) for name in NAMES] * 2)
+
+
+def test_the_manifest_says_what_the_latents_are(prepared, tmp_path):
+    prepared("latents")
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert manifest["image_size"] == SIZE
+    assert manifest["crop"] == "adm"
+    assert manifest["mirrors"] is True
+    sha256 = hashlib.sha256((VAE / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert manifest["autoencoder"] == {"name": str(VAE), "sha256": sha256, "scaling_factor": 0.18215}
+    assert manifest["classes"] == [{"name": name, "count": CLASSES[name]} for name in sorted(CLASSES)]
+    assert sum(shard["count"] for shard in manifest["shards"]) == manifest["num_pictures"] == len(NAMES)
+    assert manifest["skipped"] == []
+
+
+def test_any_number_of_processes_writes_the_same_files(prepared, tmp_path):
+    prepared("alone")
+    alone = files(tmp_path / "alone")
+    assert len(alone) == 2 * SHARDS + 2
+    for count in (2, 3):
+        for index in reversed(range(count)):
+            code, told, _ = prepared(f"by {count}", index=index, count=count)
+            assert code == 0
+            assert ("manifest" in told) == (
+                index > 0
+            )  # the first process comes last, and finds all shards there
+        assert files(tmp_path / f"by {count}") == alone
+
+
+def test_the_processes_of_a_jax_job_share_the_work(prepared, tree, tmp_path):
+    prepared("alone")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    program = """
+import sys, jax
+jax.distributed.initialize(sys.argv.pop(1), 2, int(sys.argv.pop(1)))
+from mf_jax.main import main
+sys.exit(main())
+"""
+    arguments = [*TOGETHER, f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'job'}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(index), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert all(f"12 pictures in {SHARDS} shards" in out for out, _ in told)  # each has waited for the other
+    assert files(tmp_path / "job") == files(tmp_path / "alone")
+
+
+def test_a_bucket_gets_the_same_files(prepared, tmp_path, monkeypatch):
+    prepared("alone")
+    monkeypatch.setattr("mf_jax.prepare.files.in_bucket", lambda path: True)
+    assert prepared("bucket")[0] == 0
+    assert files(tmp_path / "bucket") == files(tmp_path / "alone")
+
+
+def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(prepared, tmp_path, monkeypatch):
+    prepared("latents")
+    folder = tmp_path / "latents"
+    done = files(folder)
+    first, second = sorted(folder.glob("*.array_record"))[:2]
+    begun = []
+    begin = prepare.LatentShards.begin
+    monkeypatch.setattr(prepare.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1])
+    assert prepared("latents")[0] == 0
+    assert begun == []
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    assert prepared("latents")[0] == 0
+    assert begun == [0, 1]
+    assert files(folder) == done
+
+
+KILLS = {
+    "in the middle of a shard": "LatentShards.add",
+    "before a shard is renamed": "replace",
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_process_continues_with_the_same_bytes(prepared, tree, tmp_path, when):
+    prepared("undisturbed")
+    program = f"""
+import os, signal, sys
+from mf_jax.prepare import latent_shards
+from mf_jax.main import main
+calls, place, name = [], latent_shards, "{KILLS[when]}"
+if "." in name:
+    place, name = latent_shards.LatentShards, "add"
+whole = getattr(place, name)
+def until_the_second_shard(*arguments):
+    result = whole(*arguments)
+    calls.append(1)
+    if len(calls) == (4 if name == "add" else 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(place, name, until_the_second_shard)
+sys.exit(main())
+"""
+    arguments = [*TOGETHER, f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'killed'}"]
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, check=False
+    )
+    assert process.returncode == -9, process.stderr
+    left = files(tmp_path / "killed")
+    assert sum(name.endswith(".array_record") for name in left) == 1
+    assert any(name.endswith(".part") for name in left)
+    assert prepared("killed")[0] == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+# --- broken pictures -------------------------------------------------------------------------------------------------
+
+
+def test_broken_pictures_are_counted_named_and_skipped(prepared, tree, tmp_path, caplog):
+    broken = [NAMES[0], NAMES[6]]
+    (tree / broken[0]).write_bytes(CONTENTS[broken[0]][:-300])
+    (tree / broken[1]).write_bytes(b"no picture")
+    with caplog.at_level("WARNING"):
+        code, told, _ = prepared("latents")
+    assert code == 0
+    assert "2 skipped" in told
+    assert all(name in caplog.text for name in broken)
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert manifest["skipped"] == broken
+    latents, good = open_latents(tmp_path / "latents"), [name for name in NAMES if name not in broken]
+    labels = latents.gather(np.arange(len(latents))).labels
+    np.testing.assert_array_equal(labels, [sorted(CLASSES).index(name[:3]) for name in good])
+    assert manifest["classes"][0] == {"name": "n01", "count": CLASSES["n01"] - 1}
+    assert manifest["num_pictures"] == len(good)
+
+
+def test_too_many_broken_pictures_stop_a_process_even_over_restarts(prepared, tree, tmp_path):
+    for name in (NAMES[0], NAMES[4], NAMES[11]):
+        (tree / name).write_bytes(b"no picture")
+    for _ in range(2):  # the second time the first shard is there already
+        code, _, told = prepared("latents", **{"prepare.max_bad": 2})
+        assert code == 2
+        assert told.startswith("mf_jax: prepare.max_bad=2: 3 pictures are broken")
+        assert told.count("\n") == 1
+        assert all(name in told for name in (NAMES[0], NAMES[4], NAMES[11]))
+    assert (tmp_path / "latents" / "latents-00000-of-00003.array_record").exists()
+    assert prepared("latents", **{"prepare.max_bad": 3})[0] == 0
+
+
+def test_a_picture_that_cannot_be_opened_is_not_taken_for_a_broken_one(prepared, tree, monkeypatch):
+    read = prepare.list_pictures(str(tree), tfds_split="").read
+
+    def fail_once(self, index):
+        if index == 5:
+            raise OSError("connection lost")
+        return read(index)
+
+    monkeypatch.setattr("mf_jax.data.pictures_in.Listed.read", fail_once)
+    code, _, told = prepared("latents")
+    assert code == 2
+    assert f"{NAMES[5]} cannot be opened (connection lost)" in told
+    monkeypatch.undo()
+    assert prepared("latents")[0] == 0
+
+
+# --- bad settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prepare.input": ""}, "prepare.input='' is not set"),
+        ({"prepare.input": "/nowhere"}, "prepare.input='/nowhere' does not exist"),
+        ({"prepare.shards": 0}, "prepare.shards=0: must be at least 1"),
+        ({"prepare.shards": 13}, "prepare.shards=13: the input has 12 pictures"),
+        ({"prepare.batch_size": 0}, "prepare.batch_size=0"),
+        ({"prepare.max_bad": -1}, "prepare.max_bad=-1"),
+        ({"prepare.latents": False}, "nothing to make"),
+        ({"prepare.process_index": 2, "prepare.process_count": 2}, "prepare.process_index=2"),
+        ({"prepare.process_index": 1}, "prepare.process_index=1"),
+        ({"prepare.process_count": 4}, "prepare.process_count=4: must be at most prepare.shards=3"),
+        ({"data.image_size": 18}, "data.image_size=18: .*try 16"),
+        ({"data.path": ""}, "data.path='' is not set"),
+        ({"data.path": "/proc/nowhere"}, "data.path='/proc/nowhere' cannot be written"),
+        ({"data.autoencoder": "sd-vae"}, "data.autoencoder='sd-vae'"),
+        ({"prepare.reference": "statistics.txt"}, "prepare.reference='statistics.txt': must end in .npz"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line_before_anything_is_written(
+    prepared, tmp_path, changes, message
+):
+    code, _, told = prepared("latents", **changes)
+    assert code == 2
+    assert told.count("\n") == 1
+    with pytest.raises(BadInput, match=message):
+        raise BadInput(told)
+    assert not list((tmp_path / "latents").glob("latents*"))
+
+
+def test_a_folder_of_other_settings_or_other_files_is_refused(prepared, tree, tmp_path):
+    prepared("latents")
+    before = files(tmp_path / "latents")
+    for changes, message in (
+        ({"data.image_size": 32}, "image_size 16 -> 32"),
+        ({"prepare.shards": 2}, "num_shards 3 -> 2"),
+    ):
+        code, _, told = prepared("latents", **changes)
+        assert code == 2
+        assert message in told
+    (tree / "n01" / "one_more.png").write_bytes(CONTENTS[NAMES[0]])
+    code, _, told = prepared("latents")
+    assert code == 2
+    assert "num_listed 12 -> 13" in told
+    assert files(tmp_path / "latents") == before
+    code, _, told = prepared("pictures")
+    assert code == 2
+    assert "holds other files" in told
+
+
+def test_training_on_latents_that_are_not_finished_says_how_many_shards_are_there(
+    prepared, command, tmp_path
+):
+    prepared("latents", index=1, count=2)
+    code, _, told = command(
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=latents",
+        f"--config.data.path={tmp_path / 'latents'}",
+    )
+    assert code == 2
+    assert "is not finished: 1 of 3 shards are there" in told
+
+
+# --- reference statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(monkeypatch):
+    """Put two small features in the place of Inception's, and return the function that gives them."""
+
+    def compute(params, images):
+        rows = images.reshape(len(images), -1).astype(np.float32)
+        return {"2048": rows[:, :5] / 255, "spatial": rows[:, 40:43] / 255}
+
+    monkeypatch.setattr(prepare, "find_weights", lambda name, *_, **__: name)
+    monkeypatch.setattr(prepare, "load_inception", lambda path: Inception({}, "0123"))
+    monkeypatch.setattr(prepare, "verify", lambda *_: None)
+    monkeypatch.setattr(reference, "inception_features", jax.jit(compute))
+    monkeypatch.setattr(reference, "FEATURES", {"2048": 5, "spatial": 3})
+    return compute
+
+
+def expected_statistics(features, names=NAMES):
+    found = features({}, np.stack([adm_crop(picture(name), SIZE) for name in names]))
+    rows = {name: np.asarray(values, np.float64) for name, values in found.items()}
+    return {
+        "num_images": len(names),
+        "mu": rows["2048"].mean(axis=0),
+        "sigma": np.cov(rows["2048"], rowvar=False),
+        "mu_s": rows["spatial"].mean(axis=0),
+        "sigma_s": np.cov(rows["spatial"], rowvar=False),
+    }, rows["2048"]
+
+
+def only_reference(path):
+    return {"prepare.latents": False, "prepare.reference": path}
+
+
+def assert_statistics(path, expected):
+    with np.load(path) as found:
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-7)
+        assert found["mu"].dtype == found["sigma_s"].dtype == np.float64
+
+
+def test_reference_statistics_are_those_of_the_cropped_pictures(
+    prepared, features, tree, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reference, "KEPT_FEATURES", 4)
+    (tree / NAMES[3]).write_bytes(b"no picture")  # the second of the kept ones, 0, 3, 6 and 9
+    path = tmp_path / "reference.npz"
+    code, told, _ = prepared("none", **only_reference(path))
+    assert code == 0
+    assert "statistics of 11 pictures" in told
+    expected, rows = expected_statistics(features, [name for name in NAMES if name != NAMES[3]])
+    assert_statistics(path, expected)
+    with np.load(path) as found:
+        np.testing.assert_allclose(found["features"], rows[[0, 5, 8]], atol=1e-6)
+    assert not (tmp_path / "none").exists()
+
+
+def test_latents_and_statistics_come_from_one_pass_over_any_number_of_processes(
+    prepared, features, tmp_path, monkeypatch
+):
+    expected, rows = expected_statistics(features)
+    path = tmp_path / "reference.npz"
+    prepared("latents alone")
+    for index in (1, 0):
+        code, told, _ = prepared("latents", index=index, count=2, **{"prepare.reference": path})
+        assert code == 0
+        assert path.exists() == (index == 0)
+        assert ("1 of 3 shards are in the sums" in told) == (index == 1)
+    assert files(tmp_path / "latents") == files(tmp_path / "latents alone")
+    assert_statistics(path, expected)
+    with np.load(path) as found:
+        np.testing.assert_allclose(found["features"], rows, atol=1e-6)
+
+
+def test_statistics_continue_after_a_stop_with_the_same_bytes(prepared, features, tmp_path, monkeypatch):
+    path, stopped = tmp_path / "undisturbed.npz", tmp_path / "stopped.npz"
+    prepared("none", **only_reference(path))
+    add, calls = reference.ReferenceStatistics.add, []
+
+    def stop(self, pixels, images):
+        if len(calls) == 3:  # in the second shard
+            raise BadInput("stopped")
+        calls.append(1)
+        add(self, pixels, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.ReferenceStatistics, "add", stop)
+        assert prepared("none", **only_reference(stopped))[0] == 2
+    assert not stopped.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            reference.ReferenceStatistics, "begin", lambda self, shard: calls.append(f"shard {shard}")
+        )
+        assert prepared("none", **only_reference(stopped))[0] == 0
+    assert calls[3:] == ["shard 1", "shard 2"]
+    assert stopped.read_bytes() == path.read_bytes()
+
+
+def test_a_file_of_statistics_is_not_written_over(prepared, features, tmp_path):
+    path = tmp_path / "reference.npz"
+    path.write_bytes(b"")
+    code, _, told = prepared("none", **only_reference(path))
+    assert code == 2
+    assert "exists; must be new" in told
+    assert path.read_bytes() == b""
+
+
+def test_damaged_sums_are_named(prepared, features, tmp_path):
+    path = tmp_path / "reference.npz"
+    prepared("none", index=0, count=2, **only_reference(path))
+    (sums,) = (tmp_path / "reference.npz.parts").glob("sums*")
+    sums.write_bytes(sums.read_bytes()[:200])
+    code, _, told = prepared("none", index=1, count=2, **only_reference(path))
+    assert code == 2
+    assert f"{sums} is no file of sums" in told
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(prepared, tree):
+    (tree / NAMES[0]).write_bytes(b"no picture")
+    _, told, _ = prepared("latents", "--config.log.progress=True")
+    lines = [line for line in told.splitlines() if "images/s" in line]
+    assert len(lines) == 1
+    assert "shard 2 of 3" in lines[0]
+    assert "12/12 (100%)" in lines[0]
+    assert "0:00:00 left" in lines[0]
