@@ -41,6 +41,7 @@ SECTIONS_OF_A_RUN = (
 """What decides a run's numbers; the other sections may change when a run is continued."""
 
 
+EVAL_LABELS = ("balanced", "random")
 _TUPLES = (
     ("ema", "decays", float),
     ("ema", "halflives_kimg", float),
@@ -66,6 +67,17 @@ def check_tuples(config: ConfigDict) -> None:
                 raise BadInput(
                     f"{section}.{key}: {value!r} is not {what}; write for example {section}.{key}=(1,)"
                 )
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raise BadInput, naming all of them, if single keys have values that nothing could work with."""
+    problems = _problems(config)
+    if problems:
+        raise BadInput("; ".join(problems))
+
+
+def _problems(config: ConfigDict) -> list[str]:
+    return [message for message, is_wrong in _wrong_numbers(config).items() if is_wrong]
 
 
 def validate(config: ConfigDict, *, num_devices: int, source: Source | None = None) -> Source:
@@ -96,7 +108,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     check(lambda: make_objective(config))
     check(lambda: make_scheme(config))
     check(lambda: _check_batch(config, num_devices))
-    problems += [message for message, is_wrong in _wrong_numbers(config).items() if is_wrong]
+    problems += _problems(config)
     if source is not None:
         check(lambda: _check_network(config, source))
         check(lambda: check_labels(config.sample.labels, source.num_classes, config))
@@ -234,6 +246,9 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
         f"ema.halflives_kimg={tuple(halflives)}: must be different numbers above 0, in 1,000 images; try (500.0,)": (
             len(set(halflives)) < len(halflives) or not all(0 < each < math.inf for each in halflives)
         ),
+        f"eval.labels={config.eval.labels!r}: must be one of {', '.join(EVAL_LABELS)}"
+        f"{nearest(config.eval.labels, EVAL_LABELS)}": config.eval.labels not in EVAL_LABELS,
+        f"eval.least_samples={config.eval.least_samples}: must be at least 0": config.eval.least_samples < 0,
         f"log.sample_every_steps={config.log.sample_every_steps}: must be at least 0": (
             config.log.sample_every_steps < 0
         ),

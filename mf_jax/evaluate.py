@@ -23,7 +23,7 @@ from rich.table import Table
 from mf_jax import diagnostics, fid, metrics
 from mf_jax import workdir as run_folder
 from mf_jax.build import make_objective, make_scheme
-from mf_jax.config import check_tuples, validate
+from mf_jax.config import check_numbers, check_tuples, validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.decoding import to_pixels
 from mf_jax.generator import Generator
@@ -152,6 +152,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       workdir: of the run.
     """
     check_tuples(config)
+    check_numbers(config)
     against_references = config.eval.references or config.eval.samples or config.eval.watch
     result = fid.run(config, workdir) if against_references else _small_data(config, workdir)
     replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,23 +78,26 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     rows = _score_grid(config, workdir, judge)
     while section.watch and not _is_complete(workdir):
         time.sleep(_POLL_SECONDS)
-        rows = _score_grid(config, workdir, judge)
-    return _table(rows)
+        _score_grid(config, workdir, judge)
+    return _table(read_rows(workdir) if section.watch else rows)
 
 
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
     """Return rows of eval.jsonl as a table, with what they have in common below it."""
     columns = [name for name in _COLUMNS if any(name in row for row in rows)]
     protocols = [row["protocol"] for row in rows]
-    said = []
-    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
-        values = {str(protocol.get(key)) for protocol in protocols}
-        if len(values) == 1:
-            (value,) = values
-            said.append(f"{key.replace('_', ' ')} {value[:_SHOWN_DIGITS] if 'sha256' in key else value}")
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+    shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
+    said = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
     if rows and "fid_standard_error" in rows[0]:
         said.append(noise_line(protocols[0]["num_samples"], rows[0]["fid_standard_error"]))
     return {"columns": columns, "rows": list(rows), "protocol": ", ".join(said), "diagnostics": {}}
+
+
+def _shortened(value: Any) -> str:
+    """Return a value of a protocol as people read it: of a checksum the first digits."""
+    text = str(value)
+    return text[:_SHOWN_DIGITS] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _score_grid(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
@@ -105,6 +109,8 @@ def _score_grid(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
     return [
         row
         for cell, name in zip(grid, names(grid), strict=True)
+        if not config.eval.watch
+        or cell.checkpoint in saved_steps(workdir)  # the run may have dropped it meanwhile
         for row in _score_cell(config, workdir, judge, cell, name, load)
     ]
 
@@ -225,6 +231,9 @@ def _rows(
         for key, scores, protocol in zip(keys, score(), protocols, strict=True)
     }
     if jax.process_index() == 0:
+        for row in new.values():
+            scores = "  ".join(f"{column} {row[column]:.4g}" for column in _COLUMNS if column in row)
+            print(f"{row['name']}: {scores}", flush=True)
         lines = [json.dumps(row) + "\n" for row in {**known, **new}.values()]
         replace_file(workdir / ROWS_FILE, "".join(lines).encode())
     return list(new.values())

@@ -1,0 +1,247 @@
+"""Evaluation against references: the grid, its rows, and what is not computed twice; Inception is replaced."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from mf_jax import fid, judge
+from mf_jax.metrics import frechet_distance, gaussian_statistics
+from mf_jax.metrics.inception import FEATURES, Inception
+from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+
+WIDTHS = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
+ARGUMENTS = (
+    "--config=configs/digits.py",
+    *(a for a in TINY if ".steps" not in a),
+    "--mode=eval",
+    "--config.log.progress=False",
+)
+
+
+def _features(params, images):
+    """Stand for Inception: a few fixed projections of the pictures."""
+    flat = images.reshape(len(images), -1).astype("float32") / 255
+    return {
+        name: flat @ np.random.default_rng(width).standard_normal((flat.shape[1], width)).astype(np.float32)
+        for name, width in WIDTHS.items()
+    }
+
+
+@pytest.fixture
+def few_features(monkeypatch, tmp_path):
+    """Replace Inception; return a reference of as few features, and count how often pictures are looked at."""
+    looks = []
+
+    def counted(params, images):
+        looks.append(len(images))
+        return _features(params, images)
+
+    monkeypatch.setattr(judge, "inception_features", counted)
+    monkeypatch.setattr(judge, "FEATURES", FEATURES | WIDTHS)
+    monkeypatch.setattr(fid, "load_inception", lambda path: Inception({}, "1" * 64))
+    monkeypatch.setattr(fid, "find_weights", lambda *_, **__: "somewhere")
+    monkeypatch.setattr(fid, "verify", lambda *_: None)
+    return looks, _write_reference(tmp_path / "reference.npz", seed=0)
+
+
+def _write_reference(path, seed, width=6):
+    rows = np.random.default_rng(seed).standard_normal((50, width)).astype(np.float32)
+    spatial = rows[:, :5].astype(np.float64)
+    moments = [rows.mean(0, np.float64), np.cov(rows.astype(np.float64).T)]
+    moments += [spatial.mean(0), np.cov(spatial.T)]
+    write_reference(path, Statistics(50, *moments, rows))
+    return path
+
+
+def _references(*paths):
+    return f"--config.eval.references={tuple(map(str, paths))}"
+
+
+def _rows(workdir):
+    return [json.loads(line) for line in (workdir / "eval.jsonl").read_text().splitlines()]
+
+
+def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(few_features, copy_of_trained, command):
+    looks, reference = few_features
+    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference))
+    code, out, errors = command(*one, "--config.eval.steps=2,")
+    assert code == 0, errors
+    assert sum(looks) == 80
+    (first,) = _rows(copy_of_trained)
+    assert {"fid", "sfid", "precision", "recall", "kid", "inception_score", "fid_standard_error"} <= set(
+        first
+    )
+    assert f"{first['fid']:.4g}" in out
+    assert "two FIDs that differ by less than" in " ".join(out.split())
+    about = first["protocol"]
+    assert (about["checkpoint"], about["steps"], about["ema"], about["seed"]) == (12, 2, "0.995", 1)
+    assert about["reference_sha256"] == read_reference(reference).sha256
+    assert (copy_of_trained / "eval_samples" / "step_00000012_2_steps.png").exists()
+
+    looks.clear()
+    assert command(*one, "--config.eval.steps=2,1", "--config.eval.emas=('', 'none')")[0] == 0
+    assert sum(looks) == 3 * 80  # one of four cells was there
+    rows = _rows(copy_of_trained)
+    assert rows[0] == first
+    assert {(row["protocol"]["steps"], row["protocol"]["ema"]) for row in rows} == {
+        (steps, ema) for steps in (1, 2) for ema in ("0.995", "none")
+    }
+    assert len({row["fid"] for row in rows}) == 4
+
+    looks.clear()
+    assert command(*one, "--config.eval.steps=2,", "--config.eval.seed=5")[0] == 0
+    assert command(*one, "--config.eval.steps=2,", "--config.eval.labels=random")[0] == 0
+    assert command(*one, "--config.eval.steps=2,", "--config.eval.num_samples=90")[0] == 0
+    assert sum(looks) == 80 + 80 + 90
+    assert len(_rows(copy_of_trained)) == 7
+
+
+def test_numbers_do_not_depend_on_the_batch_and_padding_is_not_counted(
+    few_features, copy_of_trained, command
+):
+    looks, reference = few_features
+    found = []
+    for batch_size in (80, 32):
+        (copy_of_trained / "eval.jsonl").unlink(missing_ok=True)
+        code, _, errors = command(
+            *ARGUMENTS,
+            f"--workdir={copy_of_trained}",
+            _references(reference),
+            "--config.eval.steps=1,",
+            f"--config.eval.batch_size={batch_size}",
+        )
+        assert code == 0, errors
+        found.append({k: v for k, v in _rows(copy_of_trained)[0].items() if isinstance(v, float)})
+    assert looks == [80, 32, 32, 32]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_several_references_share_their_samples(few_features, copy_of_trained, command, tmp_path):
+    looks, reference = few_features
+    other = _write_reference(tmp_path / "other.npz", seed=1)
+    code, out, _ = command(
+        *ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, other), "--config.eval.steps=1,"
+    )
+    assert (code, sum(looks)) == (0, 80)
+    names = [row["name"] for row in _rows(copy_of_trained)]
+    assert names == ["1 step, reference.npz", "1 step, other.npz"]
+    assert len({row["fid"] for row in _rows(copy_of_trained)}) == 2
+    assert all(name.split(", ")[1] in out for name in names)
+
+
+def test_chosen_checkpoints(few_features, copy_of_trained, command):
+    _, reference = few_features
+    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
+    assert command(*one, "--config.eval.checkpoints=4,8")[0] == 0
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [4, 8]
+    code, _, errors = command(*one, "--config.eval.checkpoints=5,")
+    assert code == 2
+    assert "no checkpoint of step 5; it has 4, 8, 12" in errors
+
+
+def test_watching_scores_what_is_new_until_the_last_step(few_features, copy_of_trained, command, monkeypatch):
+    """The run's last checkpoint appears only while the job waits."""
+    _, reference = few_features
+    checkpoints, aside = copy_of_trained / "checkpoints", copy_of_trained / "later"
+    shutil.move(checkpoints / "12", aside)
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        shutil.move(aside, checkpoints / "12")
+
+    monkeypatch.setattr(fid.time, "sleep", wait)
+    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
+    code, out, errors = command(*one, "--config.eval.watch=True")
+    assert code == 0, errors
+    assert len(waits) == 1
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [4, 8, 12]
+    assert "step 4" in out
+
+
+def test_anybodys_samples(few_features, command, tmp_path):
+    looks, reference = few_features
+    pictures = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "theirs.npz", arr_0=pictures)
+    code, _, errors = command(
+        *ARGUMENTS,
+        f"--workdir={tmp_path / 'scores'}",
+        _references(reference),
+        f"--config.eval.samples={tmp_path / 'theirs.npz'}",
+        "--config.eval.batch_size=20",
+    )
+    assert code == 0, errors
+    (row,) = _rows(tmp_path / "scores")
+    assert row["protocol"]["num_samples"] == 45
+    assert looks == [20, 20, 20]
+    features = _features({}, pictures)["2048"].astype(np.float64)
+    wanted = read_reference(reference)
+    distance = frechet_distance(*gaussian_statistics(features), wanted.mean, wanted.covariance)
+    assert row["fid"] == pytest.approx(distance, rel=1e-5)
+
+
+def test_a_reference_of_nothing_but_pictures(few_features, command, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "theirs.npz", arr_0=pictures[0])
+    np.savez(tmp_path / "real.npz", arr_0=pictures[1])
+    code, _, errors = command(
+        *ARGUMENTS,
+        f"--workdir={tmp_path / 'scores'}",
+        _references(tmp_path / "real.npz"),
+        f"--config.eval.samples={tmp_path / 'theirs.npz'}",
+    )
+    assert code == 0, errors
+    (row,) = _rows(tmp_path / "scores")
+    assert row["fid"] > 0
+    assert 0 < row["precision"] <= 1
+
+
+def test_a_row_that_is_none_stops_the_job_and_stays(few_features, copy_of_trained, command):
+    _, reference = few_features
+    (copy_of_trained / "eval.jsonl").write_text("nonsense\n")
+    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference))
+    assert code == 2
+    assert "eval.jsonl" in errors
+    assert (copy_of_trained / "eval.jsonl").read_text() == "nonsense\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.eval.references=('nowhere.npz',)"], "nowhere.npz"),
+        (["--config.eval.samples=x.npz"], "eval.references"),
+        (["--config.eval.watch=True"], "eval.references"),
+        (["REFERENCE", "--config.eval.watch=True", "--config.eval.checkpoints=4,"], "eval.watch"),
+        (["REFERENCE", "--config.eval.num_samples=6"], "eval.num_samples=6"),
+        (["REFERENCE", "--config.eval.labels=sorted"], "eval.labels"),
+        (["REFERENCE", "--config.eval.batch_size=0"], "eval.batch_size"),
+        (["OTHER WIDTH"], "features"),
+    ],
+)
+def test_bad_input_is_one_line(few_features, copy_of_trained, command, tmp_path, arguments, message):
+    _, reference = few_features
+    wide = _write_reference(tmp_path / "wide.npz", seed=0, width=7)
+    given = {"REFERENCE": _references(reference), "OTHER WIDTH": _references(wide)}
+    code, _, errors = command(
+        *ARGUMENTS, f"--workdir={copy_of_trained}", *(given.get(argument, argument) for argument in arguments)
+    )
+    assert code == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (copy_of_trained / "eval.jsonl").exists()
+
+
+def test_published_weights_that_are_missing_are_named(copy_of_trained, command, tmp_path):
+    reference = _write_reference(tmp_path / "reference.npz", seed=0)
+    code, _, errors = command(
+        *ARGUMENTS,
+        f"--workdir={copy_of_trained}",
+        _references(reference),
+        f"--config.weights_dir={tmp_path}",
+    )
+    assert code == 2
+    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://", "6726825d0af5f729", str(tmp_path)):
+        assert part in errors
