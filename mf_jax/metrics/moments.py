@@ -172,8 +172,16 @@ def accumulate(
     sharding = getattr(rows, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     if mesh is not None:
-        sums = jax.device_put(sums, NamedSharding(mesh, PartitionSpec()))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        sums = jax.tree.map(functools.partial(_placed, where=everywhere), sums)
     return _compiled(add, mesh)(sums, rows, *others)
+
+
+def _placed(x: Array | np.ndarray, where: NamedSharding) -> Array:
+    """Return an array, the same in all processes, on every device; `device_put` would refuse NaN over processes."""
+    if getattr(x, "sharding", None) == where:
+        return x
+    return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
 
 
 @functools.lru_cache

@@ -29,6 +29,8 @@ _NETWORKS = {
     2048: "the last pool of Inception",
     4096: "VGG-16",
 }
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h."""
 Moments = tuple[Float64[np.ndarray, "d"], Float64[np.ndarray, "d d"]]
 
 
@@ -140,6 +142,7 @@ class SampleScores:
                 f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances of {widths[_POOLED]} "
                 "features are singular below; use 50000, as published"
             )
+        _return_freed_memory()
         self._widths = dict(widths)
         self._sums = {name: start_sums(widths[name]) for name in (_POOLED, _SPATIAL)}
         self._scores = start_scores(self._num_samples, widths[_LOGITS], self._splits)
@@ -169,7 +172,6 @@ class SampleScores:
         """Return mean and covariance, in the place of the sums."""
         if name not in self._gaussians:
             self._gaussians[name] = mean_and_covariance(self._sums.pop(name))[1:]
-            _return_freed_memory()
         return self._gaussians[name]
 
     def _pooled(self, reference: Reference) -> dict[str, float]:
@@ -193,9 +195,9 @@ class SampleScores:
 
 
 def _return_freed_memory() -> None:
-    """Give pages back that XLA on a CPU has freed: glibc keeps them otherwise, 100 MB and more."""
+    """Let arrays above 1 MB go back to the system once freed, for this process: glibc would keep 100 MB of XLA's."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _on_host(x: Shaped[Array | np.ndarray, "b *_"]) -> Shaped[np.ndarray, "b *_"]:
