@@ -4,7 +4,7 @@
 Hardware: GPUs or TPUs; about 1,100 H100 hours, reckoned from its operations at 40 % of the bfloat16 peak, not
 measured.
 Evaluation: --mode=eval, 50,000 samples, all classes in turn, omega 8 for t in [0.42, 0.62]. Two steps want other
-guidance: --config.eval.steps=2, --config.eval.omegas=4.0, --config.eval.intervals="((0.36,0.64),)".
+guidance: --config.eval.steps="(2,)" --config.eval.omegas="(4.0,)" --config.eval.intervals="((0.36,0.64),)".
 Command: python -m mf_jax.main --config=configs/imagenet_imf_xl2.py
 """
 

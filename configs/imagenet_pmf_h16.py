@@ -1,6 +1,6 @@
 """Pixel MeanFlow on ImageNet 256x256, H/16 on pixels: 2.22 FID at one step with perceptual terms (arXiv 2601.22158).
 
-956M parameters in sampling, 1113M in training, 360 epochs, batch 1024. Without the perceptual terms, which are no
+955M parameters in sampling, 1113M in training, 360 epochs, batch 1024. Without the perceptual terms, which are no
 part of this project, expect a much higher figure. The published run drew noise twice as strong at times leaning less
 to noise, nearly the same distribution of signal to noise, and a tenth of its times uniformly.
 Hardware: GPUs or TPUs; about 1,020 H100 hours, reckoned from its operations at 40 % of the bfloat16 peak, not
