@@ -26,7 +26,7 @@ from mf_jax.data.latents import Latents
 from mf_jax.data.pictures_in import list_pictures
 from mf_jax.metrics.inception import Inception
 from mf_jax.models.autoencoder import load_autoencoder
-from mf_jax.prepare import reference
+from mf_jax.prepare import latent_shards, reference
 from mf_jax.types import NO_LABEL, BadInput
 
 VAE = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
@@ -478,6 +478,21 @@ def test_a_picture_that_cannot_be_opened_is_not_taken_for_a_broken_one(prepared,
     assert f"{NAMES[5]} cannot be opened (connection lost)" in told
     monkeypatch.undo()
     assert prepared("latents")[0] == 0
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_continues(prepared, tmp_path, monkeypatch):
+    class Full(latent_shards.ArrayRecordWriter):
+        def close(self):
+            raise RuntimeError("write() failed:\nNo space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_shards, "ArrayRecordWriter", Full)
+        code, _, told = prepared("latents")
+    assert code == 2
+    assert "No space left on device" in told
+    assert told.count("\n") == 1
+    assert prepared("latents")[0] == 0
+    assert not list((tmp_path / "latents").glob(".*.part"))
 
 
 # --- bad settings ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -80,16 +80,16 @@ class LatentShards:
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """Finish a shard: first what is known about it, then the shard itself."""
         self._write()
-        self._writer.close()
-        labels = {str(label): self._counts[label] for label in sorted(self._counts)}
-        about = {
-            "count": self._counts.total(),
-            "bytes": epath.Path(self._local).stat().length,
-            "labels": labels,
-            "skipped": list(skipped),
-        }
-        replace(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
-        self._open.close()
+        with self._room():
+            self._writer.close()
+            about = {
+                "count": self._counts.total(),
+                "bytes": epath.Path(self._local).stat().length,
+                "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
+                "skipped": list(skipped),
+            }
+            replace(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
+            self._open.close()
 
     def finish(self) -> str:
         """Write the manifest if all shards are there; return what to tell the user."""
@@ -115,11 +115,24 @@ class LatentShards:
             raise BadInput(
                 f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
             )
-        for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
-            self._counts[label] += 1
-            for row in rows:
-                self._writer.write(to_record(label, row))
+        with self._room():
+            for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
+                self._counts[label] += 1
+                for row in rows:
+                    self._writer.write(to_record(label, row))
         self._encoding = None
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Say in one line that the disk is full, or gone."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            problem = " ".join(str(error).split())
+            raise BadInput(
+                f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make room, and run the same "
+                "command again, which continues"
+            ) from error
 
     def _side(self, shard: int) -> dict[str, Any]:
         return read_json(self._folder / side_name(shard, self._shards), "side file of a shard")
