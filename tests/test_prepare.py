@@ -17,6 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT
+from etils import epath
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -27,6 +28,7 @@ from mf_jax.data.pictures_in import list_pictures
 from mf_jax.metrics.inception import Inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare import latent_shards, reference
+from mf_jax.prepare.files import replace
 from mf_jax.types import NO_LABEL, BadInput
 
 VAE = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
@@ -668,6 +670,15 @@ def test_statistics_continue_after_a_stop_with_the_same_bytes(prepared, features
     assert stopped.read_bytes() == path.read_bytes()
 
 
+def test_too_many_broken_pictures_stop_statistics_even_over_restarts(prepared, features, tree, tmp_path):
+    for name in (NAMES[0], NAMES[11]):
+        (tree / name).write_bytes(b"no picture")
+    for _ in range(2):  # the second time the first two shards are in the sums already
+        code, _, told = prepared("none", **only_reference(tmp_path / "a.npz"), **{"prepare.max_bad": 1})
+        assert code == 2
+        assert "prepare.max_bad=1: 2 pictures are broken" in told
+
+
 def test_a_file_of_statistics_is_not_written_over(prepared, features, tmp_path):
     path = tmp_path / "reference.npz"
     path.write_bytes(b"")
@@ -698,3 +709,16 @@ def test_without_a_terminal_a_line_says_how_far_it_is(prepared, tree):
     assert "shard 2 of 3" in lines[0]
     assert "12/12 (100%)" in lines[0]
     assert "0:00:00 left" in lines[0]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_reads_a_file_while_it_is_replaced_sees_the_whole_old_one(tmp_path):
+    path = epath.Path(tmp_path) / "file.json"
+    replace(path, b"old")
+    with path.open("rb") as reader:
+        replace(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
