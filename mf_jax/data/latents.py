@@ -73,7 +73,8 @@ class Latents:
         self.class_names = tuple(entry["name"] for entry in manifest["classes"])
         self.num_classes = len(self.class_names)
         rows = jax.ShapeDtypeStruct((2, *self.shape), NUMBER)
-        self.stored = Stored(rows, self._draw, has_mirrors=True)
+        origin = manifest["autoencoder"]["sha256"]
+        self.stored = Stored(rows, self._draw, has_mirrors=True, origin=origin)
         self._shards = manifest["shards"]
         self._starts = np.array([0, *itertools.accumulate(shard["count"] for shard in self._shards)])
         for shard in self._shards:
