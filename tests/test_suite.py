@@ -273,14 +273,16 @@ def test_copies_lie_inside_a_ball_of_radius_zero(rng):
 
 
 def test_a_row_beside_a_ball_of_radius_zero_is_outside(rng):
-    reference = rng.standard_normal((80, 64)).astype(np.float32)
-    reference[:10] = reference[0]
-    near = reference[:4] + np.float32(0.05)
-    assert pair_scores(np.concatenate([near, near + 100]), reference).precision in (0.0, 0.5)
-    lonely = reference.copy()
-    lonely[10:] += 1000 * np.arange(1, 71)[:, None]  # balls far from the copies
-    assert own_pairs(RowArray(lonely), lonely[0]).radii[:10].max() == 0
-    assert pair_scores(near, lonely[:10]).precision == 0
+    reference = np.ones((80, 64), np.float32)
+    reference[40:] = -1  # two places, of copies alone
+    near = reference[:4] + np.float32(0.02) * rng.standard_normal((4, 64)).astype(np.float32)
+    assert pair_scores(near, reference).precision == 0
+
+
+def test_what_fills_a_block_up_has_no_ball(rng):
+    rows = rng.standard_normal((70, 2)).astype(np.float32)
+    assert pair_scores(rows, rows + 100)[:2] == (0.0, 0.0)
+    assert pair_scores(rows + 100, rows)[:2] == (0.0, 0.0)
 
 
 def test_too_few_rows_for_k_are_refused(rng):
