@@ -25,11 +25,11 @@ from mf_jax.checkpoint import saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
 from mf_jax.generator import Generator
 from mf_jax.grid import NEWEST, Cell, cells, names
-from mf_jax.judge import Batches, Judge, picture_statistics
+from mf_jax.judge import Batches, Judge, load_reference
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.metrics.frechet_noise import noise_line
 from mf_jax.metrics.inception import load_inception
-from mf_jax.metrics.reference_file import count_pictures, read_pictures, read_reference
+from mf_jax.metrics.reference_file import count_pictures, read_pictures
 from mf_jax.pictures import save_sample_grid
 from mf_jax.report import replace_file
 from mf_jax.sharding import batch_sharding, make_mesh
@@ -69,8 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
     inception = load_inception(find_weights(section.inception, config.weights_dir, key="eval.inception"))
     verify(section.inception, inception.sha256)
-    compute = functools.partial(picture_statistics, inception)
-    references = [read_reference(path, compute) for path in section.references]
+    references = [load_reference(path, inception) for path in section.references]
     judge = Judge(references, inception, section.least_samples, config.log.progress)
     if section.samples:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -2,20 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Int, UInt8
 from rich.progress import track
 
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
 from mf_jax.metrics.moments import add_rows, mean_and_covariance, start_sums
-from mf_jax.metrics.reference_file import Reference, Statistics
+from mf_jax.metrics.reference_file import Reference, Statistics, read_pictures, read_reference
 from mf_jax.metrics.suite import SampleScores
 
-_KEPT_FEATURES = 10_000
+_KEPT_FEATURES, _BLOCK = 10_000, 250
 Batches = Iterator[tuple[UInt8[Array, "b h w c"], Int[np.ndarray, "b"]]]
 """Pictures on the devices, and their numbers; in the last batch there may be padding, with numbers beyond the last."""
 
@@ -53,17 +56,32 @@ class Judge:
             return [samples.against(reference) | shared for reference in self.references]
 
 
-def picture_statistics(inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]]) -> Statistics:
-    """Return the statistics of pictures, for a reference file that has nothing else; some feature rows are kept.
+def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
+    """Read reference statistics; what a file of pictures does not say is computed from them.
 
     Args:
+      path: of the `.npz`.
       inception: the network of features.
-      blocks: of the pictures.
+
+    Raises:
+      BadInput: as `read_reference`.
     """
+    reference = read_reference(path, functools.partial(_statistics, inception))
+    if reference.features is None and reference.num_pictures:  # as the evaluation of ADM has its files
+        blocks = (_features(inception, block)["2048"] for block in read_pictures(path, _BLOCK))
+        rows = np.concatenate(
+            [np.asarray(rows) for rows in itertools.islice(blocks, _KEPT_FEATURES // _BLOCK)]
+        )
+        return dataclasses.replace(reference, features=rows)
+    return reference
+
+
+def _statistics(inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]]) -> Statistics:
+    """Return the statistics of pictures, and the features of the first."""
     sums = {name: start_sums(FEATURES[name]) for name in ("2048", "spatial")}
     rows, left = [], _KEPT_FEATURES
     for block in blocks:
-        features = inception_features(inception.params, _in_colour(jnp.asarray(block)))
+        features = _features(inception, block)
         for name in sums:
             sums[name] = add_rows(sums[name], features[name], np.ones(len(block), bool))
         rows.append(np.asarray(features["2048"][:left]))
@@ -71,6 +89,10 @@ def picture_statistics(inception: Inception, blocks: Iterator[UInt8[np.ndarray, 
     count, *pooled = mean_and_covariance(sums["2048"])
     _, *spatial = mean_and_covariance(sums["spatial"])
     return Statistics(count, *pooled, *spatial, np.concatenate(rows))
+
+
+def _features(inception: Inception, block: UInt8[np.ndarray, "n h w c"]) -> dict[str, Array]:
+    return inception_features(inception.params, _in_colour(jnp.asarray(block)))
 
 
 def _in_colour(pixels: UInt8[Array, "b h w c"]) -> UInt8[Array, "b h w 3"]:

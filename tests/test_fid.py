@@ -199,6 +199,23 @@ def test_a_reference_of_nothing_but_pictures(few_features, command, tmp_path):
     assert 0 < row["precision"] <= 1
 
 
+def test_the_pictures_of_a_reference_give_the_features_that_it_lacks(few_features, command, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "theirs.npz", arr_0=pictures[:40])
+    features = _features({}, pictures)["2048"].astype(np.float64)
+    np.savez(tmp_path / "adm.npz", mu=features.mean(0), sigma=np.cov(features.T), arr_0=pictures)
+    code, _, errors = command(
+        *ARGUMENTS,
+        f"--workdir={tmp_path / 'scores'}",
+        _references(tmp_path / "adm.npz"),
+        f"--config.eval.samples={tmp_path / 'theirs.npz'}",
+    )
+    assert code == 0, errors
+    (row,) = _rows(tmp_path / "scores")
+    assert row["precision"] == 1  # the samples are some of the reference
+    assert 0 < row["recall"] <= 1
+
+
 def test_a_row_that_is_none_stops_the_job_and_stays(few_features, copy_of_trained, command):
     _, reference = few_features
     (copy_of_trained / "eval.jsonl").write_text("nonsense\n")

@@ -187,4 +187,4 @@ def test_from_pictures_to_fid(rehearsal, tmp_path):
             for index in range(2)
         )
     )
-    assert _scores(rehearsal.rows(other)[0]) == pytest.approx(_scores(second), rel=1e-3)
+    assert _scores(rehearsal.rows(other)[0]) == pytest.approx(_scores(second), rel=1e-3, abs=1e-5)
