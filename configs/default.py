@@ -168,14 +168,14 @@ def get_config() -> ConfigDict:
         intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
         emas=(
             "",
-        ),  # moving averages: a decay, a half-life as in 500kimg, none = the raw parameters, "" = the first
+        ),  # moving averages: decays, half-lives as in 500kimg, none = raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them
         references=(),  # .npz files of reference statistics: FID and the like instead of the small-data scores
         inception="inception-2015-12-05",  # the network of features, by its published name or as a path
-        samples="",  # with references: score the pictures of this .npz or .npy file (uint8 [N, H, W, 3]), not a model's
+        samples="",  # with references: score the pictures of this .npz (arr_0, uint8 [N, H, W, 3]), not a model's
         least_samples=0,  # with references: refuse fewer samples; 0 = one more than a row has features, 2049
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
