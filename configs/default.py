@@ -166,9 +166,7 @@ def get_config() -> ConfigDict:
         steps=(1, 2, 4, 8),  # network evaluations of a sample
         omegas=(1.0,),  # guidance scales, for a network that was told them
         intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
-        emas=(
-            "",
-        ),  # moving averages: decays, half-lives as in 500kimg, none = raw parameters, "" = the first
+        emas=("",),  # averages: decays, half-lives (500kimg), none = the raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
