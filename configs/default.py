@@ -178,7 +178,7 @@ def get_config() -> ConfigDict:
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(
-        what="step",  # step | sample | input | attention
+        what="step",  # step | sample | input | attention | scores (of eval.num_samples random features)
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile, which needs no memory for a state
         dropped=3,  # runs before them, not counted
         shape=(),  # step, sample: of one data element, e.g. (32, 32, 4), without reading data; () = as the data

@@ -20,6 +20,7 @@ from configs.toy2d import get_config as toy2d
 from mf_jax.bench import input as input_pipeline
 from mf_jax.bench import measure
 from mf_jax.bench import sample as sample_benchmark
+from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench import step as step_benchmark
 from mf_jax.bench.attention import PASSES, heads
 from mf_jax.bench.step import Noise, flow_matching_of, fresh_batches, hidden_work
@@ -304,7 +305,7 @@ def test_each_batch_is_sampled_from_other_noise(bench, monkeypatch):
         seen.append((len(labels), seed, how["steps"], self.network.second_head))
         return np.zeros(())
 
-    monkeypatch.setattr(Generator, "sample", sample)
+    monkeypatch.setattr(Generator, "sample_raw", sample)
     monkeypatch.setattr(sample_benchmark, "initial_params", lambda *arguments: np.zeros(()))
     flags = ("--config.model.name=in_context_dit", "--config.sample.batch_size=24")
     assert bench("sample", *flags)[0] == 0
@@ -326,6 +327,18 @@ def test_input_prints_what_it_writes(bench):
             _shown(row["batches_per_second"]),
             _shown(row["images_per_second"]),
         ]
+
+
+def test_scores_prints_what_it_writes(bench, monkeypatch):
+    monkeypatch.setattr(scores_benchmark, "WIDTHS", {"2048": 5, "spatial": 4, "logits_unbiased": 3})
+    flags = ("--config.eval.num_samples=90", "--config.eval.batch_size=40")
+    result, cells = _check_output(bench("scores", *flags), "scores", _config(), (8, 8, 1), 10)
+    (row,), (shown,) = result["rows"], cells
+    assert (row["samples"], result["batch_size"]) == (90, 40)
+    assert row["peak_bytes"] >= 0
+    assert {"fid", "sfid", "kid", "precision", "recall", "inception_score"} <= set(row)
+    assert row["precision"] > 0.9  # samples and reference come from one distribution
+    assert shown[:2] == ["90", _shown(row["reference_rows"])]
 
 
 def test_attention_prints_what_it_writes(bench):
@@ -390,7 +403,7 @@ def test_a_given_shape_needs_no_data(bench):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("what=stp", ["bench.what='stp'", "step, sample, input, attention", "did you mean step?"]),
+        ("what=stp", ["bench.what='stp'", "step, sample, input, attention, scores", "did you mean step?"]),
         ("repeats=-1", ["bench.repeats=-1", "at least 0"]),
         ("repeats=0 --config.bench.what=input", ["bench.repeats=0", "at least 1"]),
         ("dropped=-1", ["bench.dropped=-1", "at least 0"]),

@@ -116,6 +116,11 @@ class Rehearsal:
     def __call__(self, *arguments, **more):
         return self.finish(self.start(*arguments, **more))[0]
 
+    def refused(self, *arguments):
+        process = self.start(*arguments)
+        _, errors = process.communicate(timeout=600)
+        return process.returncode, errors
+
     def prepare(self, pictures, *arguments):
         arguments += (
             "--mode=prepare",
@@ -166,6 +171,13 @@ def test_from_pictures_to_fid(rehearsal, tmp_path):
     again = rehearsal("--mode=eval", "--config.train.num_steps=20", "--config.eval.checkpoints=10,20")
     assert rehearsal.rows() == [first, second]
     assert f"{first['fid']:.4g}" in again
+
+    code, errors = rehearsal.refused(
+        "--mode=eval", "--config.train.num_steps=20", "--config.data.latent_std=2.0,"
+    )
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "data.latent_std" in errors  # a checkpoint of another normalisation
+    assert rehearsal.rows() == [first, second]
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

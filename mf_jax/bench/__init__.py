@@ -1,4 +1,4 @@
-"""--mode=bench: how fast this machine trains, samples, reads data or attends, as a table and as JSON.
+"""--mode=bench: how fast this machine trains, samples, reads data, attends or scores, as a table and as JSON.
 
 A benchmark needs no checkpoint and leaves one file, bench_WHAT.json, so its workdir may be that of a run.
 """
@@ -17,6 +17,7 @@ from mf_jax.bench.attention import bench_attention, heads
 from mf_jax.bench.input import bench_input
 from mf_jax.bench.measure import Result, Say, counting_device
 from mf_jax.bench.sample import bench_sample
+from mf_jax.bench.scores import bench_scores
 from mf_jax.bench.step import Noise, bench_step
 from mf_jax.bench.table import show
 from mf_jax.build import make_network
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {
     "sample": bench_sample,
     "input": bench_input,
     "attention": bench_attention,
+    "scores": bench_scores,
 }
 """What can be measured: from a checked config and its data to the rows of a table."""
 

@@ -70,6 +70,13 @@ COLUMNS = {
         Column("images/s", ("images_per_second",)),
     ),
     "attention": _attention_columns(),
+    "scores": (
+        Column("samples", ("samples",)),
+        Column("reference rows", ("reference_rows",)),
+        Column("peak MB", ("peak_bytes",), 1e-6),
+        Column("adding s", ("adding_seconds",)),
+        Column("comparing s", ("comparing_seconds",)),
+    ),
 }
 
 
