@@ -9,6 +9,8 @@ Orbax writes into a temporary folder and renames it when all is there, so that a
 """
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +31,18 @@ _NAMED_IN_ERROR = 4
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Return the steps of a workdir's finished checkpoints, oldest first."""
     folder = epath.Path(workdir).absolute() / FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def fingerprint(workdir: epath.PathLike, step: int) -> str:
+    """Return hex digits that differ for any two checkpoints of different arrays; reads the index alone.
+
+    Raises:
+      BadInput: if there is no such checkpoint, or its index is damaged.
+    """
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        index = json.dumps(checkpoints.index(step), sort_keys=True)
+    return hashlib.sha256(index.encode()).hexdigest()
 
 
 class DamagedCheckpoint(Exception):
@@ -176,23 +189,39 @@ class Checkpoints:
             )
         return None
 
+    def index(self, step: int) -> dict[str, dict[str, list]]:
+        """Return the index of a checkpoint.
+
+        Raises:
+          BadInput: if there is no such checkpoint, or its index is damaged.
+        """
+        with self._this(step):
+            return self._read_index(step)
+
     def _restore_this(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+        with self._this(step):
+            return self._restore_step(step, like)
+
+    @contextlib.contextmanager
+    def _this(self, step: int) -> Iterator[None]:
         if step not in self.steps:
             kept = ", ".join(map(str, self.steps)) or "none"
             raise BadInput(f"{self._folder} has no checkpoint of step {step}; it has {kept}")
         try:
-            return self._restore_step(step, like)
+            yield
         except DamagedCheckpoint as problem:
             raise BadInput(
                 f"{self._folder / str(step)} is damaged ({problem}); choose another step"
             ) from problem
 
-    def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+    def _read_index(self, step: int) -> dict[str, dict[str, list]]:
         with _damage():
-            index = self._manager.restore(step, args=ocp.args.Composite(index=ocp.args.JsonRestore()))[
-                "index"
-            ]
-            missing = set(like) - set(index)
+            arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=arguments)["index"]
+
+    def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+        index = self._read_index(step)
+        missing = set(like) - set(index)
         if missing:
             raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
         for name, item in like.items():

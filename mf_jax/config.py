@@ -60,6 +60,11 @@ _TUPLES = (
 
 def check_tuples(config: ConfigDict) -> None:
     """Raise BadInput unless tuples hold numbers of their kind: the command line checks only that they are tuples."""
+    for section, key in (("eval", "references"), ("eval", "emas")):
+        if wrong := [value for value in config[section][key] if not isinstance(value, str)]:
+            raise BadInput(
+                f"{section}.{key}: {wrong[0]!r} is not a text; write for example --config.{section}.{key}=\"('a','b')\""
+            )
     for section, key, kind in _TUPLES:
         for value in config[section][key]:
             if isinstance(value, bool) or not isinstance(value, int | kind):

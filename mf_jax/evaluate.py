@@ -155,6 +155,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_numbers(config)
     against_references = config.eval.references or config.eval.samples or config.eval.watch
     result = fid.run(config, workdir) if against_references else _small_data(config, workdir)
+    if jax.process_index():  # all scores are on the first process of a job alone
+        return
     replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
     write_report(workdir)
     _show(result)
@@ -177,10 +179,13 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         labels = labels_of(config, generator)
         x = generator.sample_raw(labels, steps=cell.steps, guidance=cell.guidance, **settings)
         rows.append({"name": name, "steps": cell.steps, "samples": len(x), **score(x, labels)})
-    told = f"{config.eval.labels} labels" if generator.num_classes else "no labels"
+    order = {"balanced": "all classes in turn", "random": "random classes"}[config.eval.labels]
+    told = order if generator.num_classes else "no labels"
     ema = "raw parameters" if generator.ema == "none" else f"EMA {generator.ema}"
+    is_one = len({(cell.checkpoint, cell.ema) for cell in grid}) == 1
+    one_model = f"checkpoint of step {generator.step}, {ema}, " * is_one
     protocol = (
-        f"checkpoint of step {generator.step}, {ema}, {len(labels)} samples a row, seed {config.eval.seed}, "
+        f"{one_model}{len(labels)} samples a row, seed {config.eval.seed}, "
         f"{told}, {score.protocol}, {config.model.dtype} 'highest'"
     )
     found = diagnose(generator, train, seed=config.eval.seed)

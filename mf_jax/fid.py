@@ -6,6 +6,7 @@ computed again, so that a job which was stopped goes on, and one that watches a 
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -18,13 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
-from mf_jax.checkpoint import saved_steps
+from mf_jax.checkpoint import fingerprint, saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
 from mf_jax.generator import Generator
-from mf_jax.grid import NEWEST, Cell, cells, names
+from mf_jax.grid import NEWEST, Cell, cells
 from mf_jax.judge import Batches, Judge, load_reference
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.metrics.frechet_noise import noise_line
@@ -38,10 +41,14 @@ from mf_jax.weights import find_weights, verify
 
 ROWS_FILE = "eval.jsonl"
 PICTURES = "eval_samples"
+_LOCK = ".eval.lock"
 _NUM_SHOWN = 64
 _SHOWN_DIGITS = 12  # of a checksum
 _COLUMNS = ("fid", "fid_standard_error", "sfid", "inception_score", "precision", "recall", "kid")
 _POLL_SECONDS = 30
+_MOST_CHECKPOINTS = 4096
+_DECIDE_SAMPLES = ("model", "objective")
+"""Sections of the config that decide what given parameters generate, with how latents were scaled."""
 Row = dict[str, Any]
 
 
@@ -59,26 +66,59 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       BadInput: for whatever is missing or does not fit; what was scored before stays.
     """
     section = config.eval
+    _check(config)
+    if section.samples:
+        run_folder.make(workdir)
+        return _table(_score_file(config, workdir, _judge(config)))
+    if section.watch:
+        return _table(_watch(config, workdir))
+    _with_steps(config, workdir, _steps(workdir))  # says what is wrong before anything is read
+    return _table(_score_grid(config, workdir, _judge(config), _steps(workdir)))
+
+
+def _check(config: ConfigDict) -> None:
+    section = config.eval
     if not section.references:
         raise BadInput(
-            "eval.references=(): samples are compared with reference statistics; name at least one .npz file"
+            "eval.references=(): samples are compared with reference statistics; name at least one .npz"
         )
     if section.watch and (section.samples or section.checkpoints):
         raise BadInput(
             "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and eval.checkpoints out"
         )
+
+
+def _judge(config: ConfigDict) -> Judge:
+    section = config.eval
     inception = load_inception(find_weights(section.inception, config.weights_dir, key="eval.inception"))
     verify(section.inception, inception.sha256)
     references = [load_reference(path, inception) for path in section.references]
-    judge = Judge(references, inception, section.least_samples, config.log.progress)
-    if section.samples:
-        workdir.mkdir(parents=True, exist_ok=True)
-        return _table(_score_file(config, workdir, judge))
-    rows = _score_grid(config, workdir, judge)
-    while section.watch and not _is_complete(workdir):
-        time.sleep(_POLL_SECONDS)
-        _score_grid(config, workdir, judge)
-    return _table(read_rows(workdir) if section.watch else rows)
+    return Judge(references, inception, section.least_samples, config.log.progress)
+
+
+def _watch(config: ConfigDict, workdir: Path) -> list[Row]:
+    """Score every checkpoint that can be had, the newest first, until the run's last step is scored."""
+    judge, is_done = _judge(config), False
+    if not run_folder.exists(workdir):
+        print(f"waiting for a run in {workdir}", flush=True)
+    while not is_done:
+        if run_folder.exists(workdir):
+            steps = _steps(workdir)
+            is_done = max(steps, default=0) >= run_folder.stored_config(workdir).train.num_steps
+            _score_grid(config, workdir, judge, steps)
+        if not is_done:
+            time.sleep(_POLL_SECONDS)
+    return read_rows(workdir)
+
+
+def _steps(workdir: Path) -> list[int]:
+    """Return the steps of a workdir's checkpoints, oldest first, the same on all processes of a job."""
+    steps = saved_steps(workdir)
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(_MOST_CHECKPOINTS, -1, np.int32)
+    padded[: len(steps)] = steps[-_MOST_CHECKPOINTS:]
+    return [step for step in multihost_utils.broadcast_one_to_all(padded).tolist() if step >= 0]
 
 
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -90,7 +130,12 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
     said = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
     if rows and "fid_standard_error" in rows[0]:
         said.append(noise_line(protocols[0]["num_samples"], rows[0]["fid_standard_error"]))
-    return {"columns": columns, "rows": list(rows), "protocol": ", ".join(said), "diagnostics": {}}
+    several = "reference" not in shared
+    named = [
+        row | {"name": f"{row['name']}, {protocol['reference']}" if several else row["name"]}
+        for row, protocol in zip(rows, protocols, strict=True)
+    ]
+    return {"columns": columns, "rows": named, "protocol": ", ".join(said), "diagnostics": {}}
 
 
 def _shortened(value: Any) -> str:
@@ -99,33 +144,38 @@ def _shortened(value: Any) -> str:
     return text[:_SHOWN_DIGITS] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def _score_grid(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
+def _score_grid(config: ConfigDict, workdir: Path, judge: Judge, steps: list[int]) -> list[Row]:
     """Score the cells that have no rows yet; return the rows of all."""
-    grid = _with_steps(config, workdir)
     load = functools.lru_cache(1)(
         functools.partial(load_cell, config, workdir)
     )  # cells of a model are neighbours
-    return [
-        row
-        for cell, name in zip(grid, names(grid), strict=True)
-        if not config.eval.watch
-        or cell.checkpoint in saved_steps(workdir)  # the run may have dropped it meanwhile
-        for row in _score_cell(config, workdir, judge, cell, name, load)
-    ]
+    rows = []
+    for cell in _with_steps(config, workdir, steps):
+        try:
+            rows += _score_cell(config, workdir, judge, cell, load)
+        except BadInput as problem:
+            if not config.eval.watch or cell.checkpoint in saved_steps(workdir):
+                raise
+            print(f"{_name(cell)}: the run has dropped it meanwhile ({problem})", flush=True)
+    return rows
 
 
-def _with_steps(config: ConfigDict, workdir: Path) -> list[Cell]:
+def _with_steps(config: ConfigDict, workdir: Path, steps: list[int]) -> list[Cell]:
     """Return the grid, the checkpoints by their steps."""
     if config.init.path and not run_folder.exists(workdir):
-        return cells(config)
+        if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
+            raise BadInput(
+                "eval.checkpoints, eval.emas: the weights of init.from are one model; leave both out, or name another "
+                "with --config.init.which"
+            )
+        return [dataclasses.replace(cell, checkpoint=0, ema="init") for cell in cells(config)]
     run_folder.check(workdir, config)
     run_folder.check_writable(workdir)
-    steps = saved_steps(workdir)
     if not steps and not config.eval.watch:
         raise BadInput(
             f"--workdir={workdir}: holds no checkpoint; train first: --mode=train with this --workdir"
         )
-    chosen = steps if config.eval.watch else steps[-1:]
+    chosen = steps[::-1] if config.eval.watch else steps[-1:]
     return [
         dataclasses.replace(cell, checkpoint=step)
         for cell in cells(config)
@@ -133,23 +183,25 @@ def _with_steps(config: ConfigDict, workdir: Path) -> list[Cell]:
     ]
 
 
-def _is_complete(workdir: Path) -> bool:
-    last = run_folder.stored_config(workdir).train.num_steps
-    return max(saved_steps(workdir), default=0) >= last
+def _name(cell: Cell) -> str:
+    """Return what a cell is called, in full."""
+    ema = {"init": "init.from", "none": "raw parameters"}.get(cell.ema, f"EMA {cell.ema}")
+    guided = f", omega {cell.omega:g} in [{cell.t_min:g}, {cell.t_max:g}]" if cell.omega != 1 else ""
+    return f"checkpoint {cell.checkpoint}, {ema}, {cell.steps} step{'s' * (cell.steps > 1)}{guided}"
 
 
 def _score_cell(
-    config: ConfigDict,
-    workdir: Path,
-    judge: Judge,
-    cell: Cell,
-    name: str,
-    load: Callable[[int, str], Generator],
+    config: ConfigDict, workdir: Path, judge: Judge, cell: Cell, load: Callable[[int, str], Generator]
 ) -> list[Row]:
     section = config.eval
 
     def score() -> list[dict[str, float]]:
         generator = load(cell.checkpoint, cell.ema)
+        if len(generator.shape) != 3:
+            raise BadInput(
+                f"eval.references: are of pictures, and the run generates vectors of shape {generator.shape}; "
+                "leave eval.references out"
+            )
         labels = labels_of(config, generator)
         settings = {"seed": section.seed, "batch_size": section.batch_size}
         batches = generator.batches(labels, steps=cell.steps, guidance=cell.guidance, **settings)
@@ -158,26 +210,44 @@ def _score_cell(
         def pictures() -> Batches:
             for x, index in batches:
                 pixels = generator.pixels(x)
-                if not first and pixels.is_fully_addressable:
-                    first.append(np.asarray(pixels[:_NUM_SHOWN]))
+                if not first:
+                    first.append(_on_host(pixels)[:_NUM_SHOWN])
                 yield pixels, index
 
-        scores = judge(pictures(), len(labels), batch_size=section.batch_size, what=name)
-        for shown in first:
-            path = workdir / PICTURES / f"step_{generator.step:08d}_{name.replace(' ', '_')}.png"
+        scores = judge(pictures(), len(labels), batch_size=section.batch_size, what=_name(cell))
+        if jax.process_index() == 0:
+            (shown,) = first
+            path = workdir / PICTURES / f"{re.sub('[^a-zA-Z0-9.]+', '_', _name(cell)).strip('_')}.png"
             path.parent.mkdir(exist_ok=True)
             save_sample_grid(path, shown[: len(labels)], labels[: len(shown)], generator.class_names)
         return scores
 
-    return _rows(workdir, judge, name, _protocol(config, workdir, cell), score)
+    return _rows(workdir, judge, _name(cell), _protocol(config, workdir, cell, load), score)
 
 
-def _protocol(config: ConfigDict, workdir: Path, cell: Cell) -> Row:
-    """Return whatever decides the samples of a cell, but the run itself."""
+def _on_host(pixels: UInt8[Array, "b h w c"]) -> UInt8[np.ndarray, "b h w c"]:
+    if pixels.is_fully_addressable:
+        return np.asarray(pixels)
+    return np.asarray(multihost_utils.process_allgather(pixels, tiled=True))
+
+
+def _protocol(config: ConfigDict, workdir: Path, cell: Cell, load: Callable[[int, str], Generator]) -> Row:
+    """Return whatever decides the samples of a cell."""
     is_run = run_folder.exists(workdir)
     decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
+    if is_run:
+        weights = fingerprint(workdir, cell.checkpoint)
+    else:
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(load(NEWEST, cell.ema).params):
+            digest.update(np.asarray(leaf).tobytes())
+        weights = digest.hexdigest()
+    about = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
+    if decoder:
+        about |= {"latent_mean": list(config.data.latent_mean), "latent_std": list(config.data.latent_std)}
     return dataclasses.asdict(cell) | {
-        "weights": "run" if is_run else config.init.path,
+        "weights": weights,
+        "config": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
         "num_samples": config.eval.num_samples,
         "labels": config.eval.labels,
         "seed": config.eval.seed,
@@ -189,7 +259,7 @@ def _protocol(config: ConfigDict, workdir: Path, cell: Cell) -> Row:
 
 def _score_file(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
     """Score the pictures of a file, all of them."""
-    path, size = epath.Path(config.eval.samples), config.eval.batch_size
+    path, size = epath.Path(config.eval.samples).expanduser(), config.eval.batch_size
     num = count_pictures(path)
     mesh = make_mesh(data=0, fsdp=1)
     size = -(-min(size, num) // mesh.size) * mesh.size
@@ -221,25 +291,34 @@ def _rows(
         about | {"reference": Path(reference.path).name, "reference_sha256": reference.sha256}
         for reference in judge.references
     ]
-    known = {json.dumps(row["protocol"], sort_keys=True): row for row in read_rows(workdir)}
-    keys = [json.dumps(protocol, sort_keys=True) for protocol in protocols]
+    known = {_key(row["protocol"]): row for row in read_rows(workdir)}
+    keys = [_key(protocol) for protocol in protocols]
     if set(keys) <= set(known):
         return [known[key] for key in keys]
     new = {
-        key: {"name": _with_reference(name, protocol, judge), **scores, "protocol": protocol}
+        key: {"name": name, **scores, "protocol": protocol}
         for key, scores, protocol in zip(keys, score(), protocols, strict=True)
     }
     if jax.process_index() == 0:
         for row in new.values():
             scores = "  ".join(f"{column} {row[column]:.4g}" for column in _COLUMNS if column in row)
             print(f"{row['name']}: {scores}", flush=True)
-        lines = [json.dumps(row) + "\n" for row in {**known, **new}.values()]
-        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
+        _append(workdir, new)
     return list(new.values())
 
 
-def _with_reference(name: str, protocol: Row, judge: Judge) -> str:
-    return f"{name}, {protocol['reference']}" if len(judge.references) > 1 else name
+def _append(workdir: Path, new: dict[str, Row]) -> None:
+    """Add rows to eval.jsonl, to which another job may have added some meanwhile; the file is whole at all times."""
+    with (workdir / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = read_rows(workdir)
+        there = {_key(row["protocol"]) for row in rows}
+        rows += [row for key, row in new.items() if key not in there]
+        replace_file(workdir / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _key(protocol: Row) -> str:
+    return json.dumps(protocol, sort_keys=True)
 
 
 def read_rows(workdir: Path) -> list[Row]:
@@ -249,8 +328,8 @@ def read_rows(workdir: Path) -> list[Row]:
       BadInput: if a line is no row.
     """
     path = workdir / ROWS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
+        lines = path.read_text().splitlines() if path.exists() else []
         return [{"protocol": {}} | json.loads(line) for line in lines]
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error

@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -44,6 +45,9 @@ class Judge:
           num: samples in all.
           batch_size: of a batch.
           what: is scored, for the progress bar.
+
+        Returns:
+          The records; empty ones on all processes of a job but the first.
         """
         with (
             tempfile.TemporaryDirectory() as spool,
@@ -51,6 +55,8 @@ class Judge:
         ):
             for pixels, index in track(batches, what, -(-num // batch_size), disable=not self.show_progress):
                 samples.add(inception_features(self.inception.params, _in_colour(pixels)), index, index < num)
+            if jax.process_index():  # what was added is on all processes of a job, and one has the rows
+                return [{} for _ in self.references]
             mean, std = samples.inception_score()
             shared = {"inception_score": mean, "inception_score_std": std}
             return [samples.against(reference) | shared for reference in self.references]

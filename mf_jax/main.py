@@ -9,7 +9,7 @@ Every key of configs/default.py can be set, for example --config.optim.lr=1e-3.
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import flags, logging
@@ -83,6 +83,17 @@ def _without_keyword(argument: str) -> str:
     return re.sub(r"^(--?config\.init)\.from\b", r"\1.path", argument)
 
 
+def _last_of_each(arguments: Iterable[str]) -> list[str]:
+    """Return arguments without settings of a key that is set again later: tuples would be joined otherwise."""
+    kept: dict[str, str] = {}
+    for number, argument in enumerate(arguments):
+        key = re.match(r"--?(config\.[\w.]+)=", argument)
+        name = key[1] if key else str(number)
+        kept.pop(name, None)
+        kept[name] = argument
+    return list(kept.values())
+
+
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 bad input."""
     logging.set_verbosity(logging.WARNING)
@@ -90,7 +101,7 @@ def main() -> int:
         print(__doc__)
         return _OK
     try:
-        sys.argv[:] = map(_without_keyword, sys.argv)
+        sys.argv[:] = _last_of_each(map(_without_keyword, sys.argv))
         config, mode, workdir = parse(sys.argv)
         importlib.import_module(MODES[mode]).run(config, workdir)
     except BadInput as error:

@@ -67,11 +67,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     weights = None
     if config.init.path and not run_folder.exists(workdir):  # before anything is written
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
+    can_draw = _can_draw(config, source)
     with run_folder.own(workdir, config, source), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = _first_state(config, parts, mesh, checkpoints, weights)
             _describe(workdir, source, state)
-            done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop)
+            done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop, can_draw)
         write_report(workdir)
     complete = done == config.train.num_steps
     print(f"trained {done} steps" if complete else f"stopped at step {done}; the same command continues")
@@ -138,6 +139,7 @@ def _loop(
     state: TrainState,
     checkpoints: Checkpoints,
     stop: threading.Event,
+    can_draw: bool,
 ) -> int:
     """Train to the last step or until told to stop; return the number of steps done."""
     num_steps = config.train.num_steps
@@ -161,7 +163,6 @@ def _loop(
         batch_size=config.train.batch_size,
         show_progress=config.log.progress,
     ) as log:
-        can_draw = _can_draw(config, source, log)
         for done in range(start + 1, num_steps + 1):
             batch = next(batches)
             state = train_step(state, *put_batch(mesh, (batch.x, batch.labels)))
@@ -208,13 +209,13 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
     return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
 
 
-def _can_draw(config: ConfigDict, source: Source, log: RunLog) -> bool:
+def _can_draw(config: ConfigDict, source: Source) -> bool:
     """Return whether samples can be shown: those of latents need the autoencoder, without which training goes on."""
     if source.stored:
         try:
             find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
         except BadInput as problem:
-            log.message(f"no pictures of samples while training: {problem}")
+            print(f"no pictures of samples while training: {problem}")
             return False
         load_decoder(
             config, origin=source.stored.origin

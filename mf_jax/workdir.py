@@ -88,6 +88,21 @@ def exists(workdir: Path) -> bool:
     return (workdir / _CONFIG).exists()
 
 
+def make(workdir: Path) -> None:
+    """Make a workdir that results can be written to.
+
+    Raises:
+      BadInput: if it cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    check_writable(workdir)
+
+
 def check_writable(workdir: Path) -> None:
     """Raise BadInput if results cannot be written to a workdir, before they are computed."""
     if not os.access(workdir, os.W_OK):

@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
+from mf_jax.main import _last_of_each
+
 DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
 
 
@@ -311,3 +313,9 @@ def test_workdir_and_mode_have_defaults(monkeypatch):
     config, mode, workdir = parse(arguments)
     assert (mode, workdir) == ("train", Path("runs/digits"))
     assert (config.optim.lr, config.sample.labels, config.eval.steps) == (0.5, (3, 3, 7), (4,))
+
+
+def test_the_last_of_several_settings_of_a_key_counts():
+    """Not all of them, as the parser of tuples would have it."""
+    arguments = ["x", "--config.eval.steps=1,", "--mode=eval", "--config.seed=1", "--config.eval.steps=2,4"]
+    assert _last_of_each(arguments) == ["x", "--mode=eval", "--config.seed=1", "--config.eval.steps=2,4"]

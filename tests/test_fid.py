@@ -79,7 +79,9 @@ def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(few_features,
     about = first["protocol"]
     assert (about["checkpoint"], about["steps"], about["ema"], about["seed"]) == (12, 2, "0.995", 1)
     assert about["reference_sha256"] == read_reference(reference).sha256
-    assert (copy_of_trained / "eval_samples" / "step_00000012_2_steps.png").exists()
+    assert [path.name for path in (copy_of_trained / "eval_samples").iterdir()] == [
+        "checkpoint_12_EMA_0.995_2_steps.png"
+    ]
 
     looks.clear()
     assert command(*one, "--config.eval.steps=2,1", "--config.eval.emas=('', 'none')")[0] == 0
@@ -122,14 +124,15 @@ def test_numbers_do_not_depend_on_the_batch_and_padding_is_not_counted(
 def test_several_references_share_their_samples(few_features, copy_of_trained, command, tmp_path):
     looks, reference = few_features
     other = _write_reference(tmp_path / "other.npz", seed=1)
-    code, out, _ = command(
+    code, _, _ = command(
         *ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, other), "--config.eval.steps=1,"
     )
     assert (code, sum(looks)) == (0, 80)
-    names = [row["name"] for row in _rows(copy_of_trained)]
-    assert names == ["1 step, reference.npz", "1 step, other.npz"]
-    assert len({row["fid"] for row in _rows(copy_of_trained)}) == 2
-    assert all(name.split(", ")[1] in out for name in names)
+    rows = _rows(copy_of_trained)
+    assert [row["protocol"]["reference"] for row in rows] == ["reference.npz", "other.npz"]
+    assert len({row["fid"] for row in rows}) == 2
+    table = json.loads((copy_of_trained / "eval.json").read_text())
+    assert [row["name"].split(", ")[-1] for row in table["rows"]] == ["reference.npz", "other.npz"]
 
 
 def test_chosen_checkpoints(few_features, copy_of_trained, command):
@@ -142,24 +145,117 @@ def test_chosen_checkpoints(few_features, copy_of_trained, command):
     assert "no checkpoint of step 5; it has 4, 8, 12" in errors
 
 
-def test_watching_scores_what_is_new_until_the_last_step(few_features, copy_of_trained, command, monkeypatch):
-    """The run's last checkpoint appears only while the job waits."""
+@pytest.fixture
+def watch(few_features, copy_of_trained, command, monkeypatch):
+    """Return a function that watches the run and does something whenever the job waits."""
     _, reference = few_features
-    checkpoints, aside = copy_of_trained / "checkpoints", copy_of_trained / "later"
-    shutil.move(checkpoints / "12", aside)
     waits = []
 
-    def wait(seconds):
-        waits.append(seconds)
-        shutil.move(aside, checkpoints / "12")
+    def start(when_waiting=lambda: None, *more):
+        def wait(seconds):
+            waits.append(seconds)
+            assert len(waits) < 5
+            when_waiting()
 
-    monkeypatch.setattr(fid.time, "sleep", wait)
-    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
-    code, out, errors = command(*one, "--config.eval.watch=True")
+        monkeypatch.setattr(fid.time, "sleep", wait)
+        one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
+        return *command(*one, "--config.eval.watch=True", *more), waits
+
+    return start
+
+
+def test_watching_scores_what_is_new_until_the_last_step(watch, copy_of_trained):
+    """The run's last checkpoint appears only while the job waits."""
+    last, aside = copy_of_trained / "checkpoints" / "12", copy_of_trained / "later"
+    shutil.move(last, aside)
+    code, out, errors, waits = watch(lambda: shutil.move(aside, last))
     assert code == 0, errors
     assert len(waits) == 1
-    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [4, 8, 12]
-    assert "step 4" in out
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [8, 4, 12]
+    assert "checkpoint 4" in out
+
+
+def test_a_checkpoint_that_lands_during_the_last_scoring_is_scored(watch, copy_of_trained, monkeypatch):
+    last, aside = copy_of_trained / "checkpoints" / "12", copy_of_trained / "later"
+    shutil.move(last, aside)
+    score = fid._score_grid
+
+    def score_slowly(*arguments):
+        rows = score(*arguments)
+        if aside.exists():
+            shutil.move(aside, last)
+        return rows
+
+    monkeypatch.setattr(fid, "_score_grid", score_slowly)
+    code, _, errors, _ = watch()
+    assert code == 0, errors
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [8, 4, 12]
+
+
+def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(watch, copy_of_trained, monkeypatch):
+    config, aside = copy_of_trained / "config.json", copy_of_trained / "aside"
+    shutil.move(config, aside)
+    load = fid.load_cell
+
+    def drop_one(settings, workdir, checkpoint, ema):
+        shutil.rmtree(workdir / "checkpoints" / "4", ignore_errors=True)
+        return load(settings, workdir, checkpoint, ema)
+
+    monkeypatch.setattr(fid, "load_cell", drop_one)
+    code, out, errors, waits = watch(lambda: shutil.move(aside, config))
+    assert code == 0, errors
+    assert len(waits) == 1
+    assert "waiting for a run" in out
+    assert "checkpoint 4, EMA 0.995, 1 step: the run has dropped it" in out
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [12, 8]
+
+
+def test_rows_of_a_job_beside_are_kept(few_features, copy_of_trained, command, monkeypatch):
+    _, reference = few_features
+    path = copy_of_trained / "eval.jsonl"
+    theirs = {"name": "of another job", "fid": 1.0, "protocol": {"checkpoint": 3}}
+    score = judge.Judge.__call__
+
+    def score_beside_another(self, *arguments, **more):
+        path.write_text(json.dumps(theirs) + "\n")
+        return score(self, *arguments, **more)
+
+    monkeypatch.setattr(judge.Judge, "__call__", score_beside_another)
+    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference))
+    assert command(*one, "--config.eval.steps=1,")[0] == 0
+    assert _rows(copy_of_trained)[0] == theirs
+    assert len(_rows(copy_of_trained)) == 2
+
+
+def test_other_weights_are_another_row(few_features, copy_of_trained, command, tmp_path):
+    """Of a run that was trained anew, and of init.from whatever it stands for."""
+    looks, reference = few_features
+    one = (*ARGUMENTS, _references(reference), "--config.eval.steps=1,")
+    assert command(*one, f"--workdir={copy_of_trained}")[0] == 0
+    before = (copy_of_trained / "eval.jsonl").read_text()
+    for name in ("checkpoints", "config.json"):
+        path = copy_of_trained / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    trained_anew = [*ARGUMENTS, "--config.seed=7", "--mode=train"]
+    code, _, errors = command(*trained_anew, f"--workdir={copy_of_trained}")
+    assert code == 0, errors
+    (copy_of_trained / "eval.jsonl").write_text(before)
+    looks.clear()
+    assert command(*one, "--config.seed=7", f"--workdir={copy_of_trained}")[0] == 0
+    assert sum(looks) == 80
+    assert len({row["fid"] for row in _rows(copy_of_trained)}) == 2
+
+    elsewhere = tmp_path / "elsewhere"
+    started = (*one, f"--workdir={elsewhere}", f"--config.init.from={copy_of_trained}")
+    for more in ((), ("--config.init.which=none",), ("--config.model.prediction=data",)):
+        code, _, errors = command(*started, *more)
+        assert code == 0, errors
+    assert len({row["fid"] for row in _rows(elsewhere)}) == 3
+    looks.clear()
+    assert command(*started)[0] == 0
+    assert sum(looks) == 0
+    code, _, errors = command(*started, "--config.eval.emas=('none',)")
+    assert (code, "init.which" in errors) == (2, True)
 
 
 def test_anybodys_samples(few_features, command, tmp_path):
@@ -236,11 +332,16 @@ def test_a_row_that_is_none_stops_the_job_and_stays(few_features, copy_of_traine
         (["REFERENCE", "--config.eval.labels=sorted"], "eval.labels"),
         (["REFERENCE", "--config.eval.batch_size=0"], "eval.batch_size"),
         (["OTHER WIDTH"], "features"),
+        (["--config.eval.references=5,"], "eval.references"),
+        (["REFERENCE", "--config.eval.emas=0.995,"], "eval.emas"),
+        (["REFERENCE", "--config.eval.samples=EMPTY"], "arr_0"),
     ],
 )
 def test_bad_input_is_one_line(few_features, copy_of_trained, command, tmp_path, arguments, message):
     _, reference = few_features
     wide = _write_reference(tmp_path / "wide.npz", seed=0, width=7)
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    arguments = [argument.replace("EMPTY", str(tmp_path / "empty.npz")) for argument in arguments]
     given = {"REFERENCE": _references(reference), "OTHER WIDTH": _references(wide)}
     code, _, errors = command(
         *ARGUMENTS, f"--workdir={copy_of_trained}", *(given.get(argument, argument) for argument in arguments)

@@ -155,12 +155,12 @@ NO_MATTER = ("path", "image_size", "size", "anneal_from", "anneal_to")
 
 
 def _program(config):
-    """Return what decides the program of a step: of numbers only whether they are there and leave something out."""
+    """Return what decides the program of a step: of numbers only whether they leave something out."""
 
     def kind(value):
         if isinstance(value, tuple | list):
             return tuple(map(kind, value))
-        return (value == 0, value == 1) if isinstance(value, float) else value
+        return value == 0 if isinstance(value, float) else value
 
     return tuple(
         (key, kind(value)) for part in PROGRAM for key, value in config[part].items() if key not in NO_MATTER

@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     _check(config)
     source = _source(config)
     about = _describe(config, source)
-    _make_writable(workdir)
+    run_folder.make(workdir)
     with _progress(config.log.progress) as say:
         measured = BENCHMARKS[config.bench.what](config, source, say)
     result = {**about, **measured, "config": config.to_dict()}
@@ -114,16 +114,6 @@ def _describe(config: ConfigDict, source: Source) -> Result:
         "repeats": config.bench.repeats,
         "dropped": config.bench.dropped,
     }
-
-
-def _make_writable(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
-        ) from error
-    run_folder.check_writable(workdir)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from mf_jax.metrics.frechet import asymmetry
 from mf_jax.types import BadInput
 
 _PICTURES = "arr_0"
+_LEAST_FEATURES = 4  # of precision and recall with three neighbours
 _ASYMMETRY = 1e-6
 """Of a covariance, as a share of its largest entry: rounding."""
 
@@ -84,7 +85,7 @@ def read_reference(
     with _opened(path) as archive:
         names = _names(archive)
         shape = _header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
-        if "mu" in names or "sigma" in names or not shape[0]:
+        if "mu" in names or "sigma" in names or not (shape and shape[0]):
             found = _read_statistics(archive, names, str(path))
         elif compute is None:
             raise BadInput(
@@ -96,7 +97,7 @@ def read_reference(
     if found is None:
         found = compute(read_pictures(path, block_size))
     found = _checked(found, str(path))
-    return Reference(str(path), _sha256(path), shape[0], *found)
+    return Reference(str(path), _sha256(path), shape[0] if shape else 0, *found)
 
 
 def read_pictures(path: epath.PathLike, block_size: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
@@ -116,10 +117,10 @@ def read_pictures(path: epath.PathLike, block_size: int) -> Iterator[UInt8[np.nd
                 f"{path}: has no pictures; must have arr_0, uint8 [N, H, W, C]: use a file of pictures"
             )
         shape, fortran, dtype = _header(archive, _PICTURES)
-        if dtype != np.uint8 or len(shape) != 4 or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or fortran or 0 in shape:
             raise BadInput(
                 f"{path}: arr_0 is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; must be uint8 "
-                "[N, H, W, C] in C order: write it with np.savez"
+                "[N, H, W, C] in C order, none of them 0: write it with np.savez"
             )
         with archive.open(f"{_PICTURES}.npy") as member:
             _read_header(member)
@@ -251,7 +252,7 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str], path: str) -> St
             f"{path}: lacks {', '.join(missing or half)}; it has {', '.join(sorted(names)) or 'nothing'}, and must "
             "have mu and sigma, mu_s and sigma_s both or neither: use a file of FID reference statistics"
         )
-    values: list[Any] = [int(_array(archive, "num_images", np.int64)) if "num_images" in names else 0]
+    values: list[Any] = [int(_array(archive, "num_images", np.int64).sum()) if "num_images" in names else 0]
     for name in _KEYS[1:]:
         dtype = np.float32 if name == "features" else np.float64
         values.append(_array(archive, name, dtype) if name in names else None)
@@ -270,6 +271,10 @@ def _checked(statistics: Statistics, path: str) -> Statistics:
             raise BadInput(
                 f"{path}: features is {list(features.shape)}; must be [rows, {statistics.mean.size}] like mu: write "
                 "both from one network"
+            )
+        if len(features) < _LEAST_FEATURES:
+            raise BadInput(
+                f"{path}: has {len(features)} rows of features; must have at least {_LEAST_FEATURES}"
             )
         _require_finite(features, path, "features")
     return statistics

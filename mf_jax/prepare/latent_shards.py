@@ -140,6 +140,10 @@ class LatentShards:
     def _manifest(self) -> dict[str, Any]:
         """Return the manifest, a function of the shards alone."""
         sides = [self._side(shard) for shard in range(self._shards)]
+        if not any(side["count"] for side in sides):
+            raise BadInput(
+                "prepare.input: none of its pictures can be read; check them, or set another folder"
+            )
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
         classes = [
             {"name": name, "count": counts[str(label)]} for label, name in enumerate(self._class_names)
