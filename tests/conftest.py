@@ -7,7 +7,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +25,6 @@ TINY = (
 """Makes any config of digits or toy2d a matter of seconds."""
 
 
-_QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()
-"""An option that later versions may lack, and XLA ends the process at one that it does not know."""
-
-
 def pytest_configure(config):
     """Let this process and its children share what they compile: most tests train the same few tiny networks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,8 +34,7 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     # compiling takes most of the time of the tests, running what was compiled very little
-    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", *_QUICK_TO_COMPILE)
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 
 def pytest_unconfigure(config):
