@@ -8,4 +8,4 @@ cd "$root"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -97,6 +97,10 @@ def read_reference(
     if found is None:
         found = compute(read_pictures(path, block_size))
     found = _checked(found, str(path))
+    if found.features is not None and len(found.features) < _LEAST_FEATURES:
+        raise BadInput(
+            f"{path}: has {len(found.features)} rows of features; must have at least {_LEAST_FEATURES}"
+        )
     return Reference(str(path), _sha256(path), shape[0] if shape else 0, *found)
 
 
@@ -271,10 +275,6 @@ def _checked(statistics: Statistics, path: str) -> Statistics:
             raise BadInput(
                 f"{path}: features is {list(features.shape)}; must be [rows, {statistics.mean.size}] like mu: write "
                 "both from one network"
-            )
-        if len(features) < _LEAST_FEATURES:
-            raise BadInput(
-                f"{path}: has {len(features)} rows of features; must have at least {_LEAST_FEATURES}"
             )
         _require_finite(features, path, "features")
     return statistics
