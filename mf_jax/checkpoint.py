@@ -38,7 +38,7 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
     """Return hex digits that differ for any two checkpoints of different arrays; reads the index alone.
 
     Raises:
-      BadInput: if there is no such checkpoint, or its index is damaged.
+      UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
     """
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         index = json.dumps(checkpoints.index(step), sort_keys=True)
@@ -47,6 +47,10 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
 
 class DamagedCheckpoint(Exception):
     """A checkpoint is not what was saved."""
+
+
+class UnreadableCheckpoint(BadInput):
+    """The checkpoint that was asked for is damaged or not there (any more)."""
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -154,14 +158,15 @@ class Checkpoints:
     ) -> tuple[int, PyTree]:
         """Return the step and the parameters of a checkpoint.
 
-        Args:
-          like: the shapes, types and shardings of the parameters.
-          ema: a name of a moving average, or `none` for the raw parameters.
-          names: of all moving averages of the run.
-          step: of the checkpoint; None for the newest undamaged one.
+          Args:
+            like: the shapes, types and shardings of the parameters.
+            ema: a name of a moving average, or `none` for the raw parameters.
+            names: of all moving averages of the run.
+            step: of the checkpoint; None for the newest undamaged one.
 
-        Raises:
-          BadInput: if there is no such checkpoint, it is of another model, or it or all checkpoints are damaged.
+          Raises:
+            UnreadableCheckpoint: if the step has no checkpoint, or a damaged one.
+        BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
         """
         item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
         restored = self._restore(item) if step is None else (step, self._restore_this(step, item))
@@ -193,7 +198,7 @@ class Checkpoints:
         """Return the index of a checkpoint.
 
         Raises:
-          BadInput: if there is no such checkpoint, or its index is damaged.
+          UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
         """
         with self._this(step):
             return self._read_index(step)
@@ -206,11 +211,11 @@ class Checkpoints:
     def _this(self, step: int) -> Iterator[None]:
         if step not in self.steps:
             kept = ", ".join(map(str, self.steps)) or "none"
-            raise BadInput(f"{self._folder} has no checkpoint of step {step}; it has {kept}")
+            raise UnreadableCheckpoint(f"{self._folder} has no checkpoint of step {step}; it has {kept}")
         try:
             yield
         except DamagedCheckpoint as problem:
-            raise BadInput(
+            raise UnreadableCheckpoint(
                 f"{self._folder / str(step)} is damaged ({problem}); choose another step"
             ) from problem
 

@@ -6,13 +6,12 @@ computed again, so that a job which was stopped goes on, and one that watches a 
 """
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,26 @@ from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
-from mf_jax.checkpoint import fingerprint, saved_steps
+from mf_jax.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
 from mf_jax.generator import Generator
 from mf_jax.grid import NEWEST, Cell, cells
 from mf_jax.judge import Batches, Judge, load_reference
 from mf_jax.loading import labels_of, load_cell
-from mf_jax.metrics.frechet_noise import noise_line
 from mf_jax.metrics.inception import load_inception
 from mf_jax.metrics.reference_file import count_pictures, read_pictures
 from mf_jax.pictures import save_sample_grid
-from mf_jax.report import replace_file
+from mf_jax.score_rows import COLUMNS, Row, append, as_table, key_of, read_rows
 from mf_jax.sharding import batch_sharding, make_mesh
 from mf_jax.types import BadInput
 from mf_jax.weights import find_weights, verify
 
-ROWS_FILE = "eval.jsonl"
 PICTURES = "eval_samples"
-_LOCK = ".eval.lock"
 _NUM_SHOWN = 64
-_SHOWN_DIGITS = 12  # of a checksum
-_COLUMNS = ("fid", "fid_standard_error", "sfid", "inception_score", "precision", "recall", "kid")
 _POLL_SECONDS = 30
 _MOST_CHECKPOINTS = 4096
 _DECIDE_SAMPLES = ("model", "objective")
 """Sections of the config that decide what given parameters generate, with how latents were scaled."""
-Row = dict[str, Any]
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -69,11 +62,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _check(config)
     if section.samples:
         run_folder.make(workdir)
-        return _table(_score_file(config, workdir, _judge(config)))
+        return as_table(_score_file(config, workdir, _judge(config)))
     if section.watch:
-        return _table(_watch(config, workdir))
+        return as_table(_watch(config, workdir))
     _with_steps(config, workdir, _steps(workdir))  # says what is wrong before anything is read
-    return _table(_score_grid(config, workdir, _judge(config), _steps(workdir)))
+    return as_table(_score_grid(config, workdir, _judge(config), _steps(workdir)))
 
 
 def _check(config: ConfigDict) -> None:
@@ -121,42 +114,18 @@ def _steps(workdir: Path) -> list[int]:
     return [step for step in multihost_utils.broadcast_one_to_all(padded).tolist() if step >= 0]
 
 
-def _table(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows of eval.jsonl as a table, with what they have in common below it."""
-    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
-    protocols = [row["protocol"] for row in rows]
-    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
-    shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
-    said = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
-    if rows and "fid_standard_error" in rows[0]:
-        said.append(noise_line(protocols[0]["num_samples"], rows[0]["fid_standard_error"]))
-    several = "reference" not in shared
-    named = [
-        row | {"name": f"{row['name']}, {protocol['reference']}" if several else row["name"]}
-        for row, protocol in zip(rows, protocols, strict=True)
-    ]
-    return {"columns": columns, "rows": named, "protocol": ", ".join(said), "diagnostics": {}}
-
-
-def _shortened(value: Any) -> str:
-    """Return a value of a protocol as people read it: of a checksum the first digits."""
-    text = str(value)
-    return text[:_SHOWN_DIGITS] if re.fullmatch("[0-9a-f]{64}", text) else text
-
-
 def _score_grid(config: ConfigDict, workdir: Path, judge: Judge, steps: list[int]) -> list[Row]:
     """Score the cells that have no rows yet; return the rows of all."""
-    load = functools.lru_cache(1)(
-        functools.partial(load_cell, config, workdir)
-    )  # cells of a model are neighbours
+    # cells of one model are neighbours
+    load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
     rows = []
     for cell in _with_steps(config, workdir, steps):
         try:
             rows += _score_cell(config, workdir, judge, cell, load)
-        except BadInput as problem:
-            if not config.eval.watch or cell.checkpoint in saved_steps(workdir):
+        except UnreadableCheckpoint as problem:
+            if not config.eval.watch:
                 raise
-            print(f"{_name(cell)}: the run has dropped it meanwhile ({problem})", flush=True)
+            print(f"{_name(cell)} is left out: {problem}", flush=True)  # dropped meanwhile, or damaged
     return rows
 
 
@@ -239,7 +208,7 @@ def _protocol(config: ConfigDict, workdir: Path, cell: Cell, load: Callable[[int
         weights = fingerprint(workdir, cell.checkpoint)
     else:
         digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(load(NEWEST, cell.ema).params):
+        for leaf in jax.tree.leaves(load(cell.checkpoint, cell.ema).params):
             digest.update(np.asarray(leaf).tobytes())
         weights = digest.hexdigest()
     about = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
@@ -291,8 +260,8 @@ def _rows(
         about | {"reference": Path(reference.path).name, "reference_sha256": reference.sha256}
         for reference in judge.references
     ]
-    known = {_key(row["protocol"]): row for row in read_rows(workdir)}
-    keys = [_key(protocol) for protocol in protocols]
+    known = {key_of(row["protocol"]): row for row in read_rows(workdir)}
+    keys = [key_of(protocol) for protocol in protocols]
     if set(keys) <= set(known):
         return [known[key] for key in keys]
     new = {
@@ -301,35 +270,7 @@ def _rows(
     }
     if jax.process_index() == 0:
         for row in new.values():
-            scores = "  ".join(f"{column} {row[column]:.4g}" for column in _COLUMNS if column in row)
+            scores = "  ".join(f"{column} {row[column]:.4g}" for column in COLUMNS if column in row)
             print(f"{row['name']}: {scores}", flush=True)
-        _append(workdir, new)
+        append(workdir, new)
     return list(new.values())
-
-
-def _append(workdir: Path, new: dict[str, Row]) -> None:
-    """Add rows to eval.jsonl, to which another job may have added some meanwhile; the file is whole at all times."""
-    with (workdir / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = read_rows(workdir)
-        there = {_key(row["protocol"]) for row in rows}
-        rows += [row for key, row in new.items() if key not in there]
-        replace_file(workdir / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _key(protocol: Row) -> str:
-    return json.dumps(protocol, sort_keys=True)
-
-
-def read_rows(workdir: Path) -> list[Row]:
-    """Return the rows of eval.jsonl, oldest first.
-
-    Raises:
-      BadInput: if a line is no row.
-    """
-    path = workdir / ROWS_FILE
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [{"protocol": {}} | json.loads(line) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error

@@ -166,7 +166,7 @@ def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
     return {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
 
 
-def update_averages(averages: dict[str, PyTree], params: PyTree, *, batch_size: int = 1) -> dict[str, PyTree]:
+def update_averages(averages: dict[str, PyTree], params: PyTree, *, batch_size: int) -> dict[str, PyTree]:
     """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name.
 
     Args:

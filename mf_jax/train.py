@@ -219,7 +219,7 @@ def _can_draw(config: ConfigDict, source: Source) -> bool:
             return False
         load_decoder(
             config, origin=source.stored.origin
-        )  # another autoencoder than that of the latents is an error
+        )  # raises for another autoencoder than that of the latents
     return True
 
 

@@ -7,7 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from recorded import FOLDER
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -45,6 +47,17 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def recorded_scores():
+    """Return recorded inputs and scores of published metrics."""
+    return dict(np.load(FOLDER / "metrics.npz"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ LAYERS = [
     ["bench"],
     ["train", "evaluate", "sample", "prepare"],
     ["fid"],
+    ["score_rows"],
     ["judge"],
     ["loading"],
     ["generator", "warm_start"],

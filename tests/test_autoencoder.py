@@ -1,26 +1,22 @@
-"""The autoencoder of latents: recorded numbers, published names and sizes, and what can be wrong with its files.
-
-The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
-"""
+"""The autoencoder of latents: recorded numbers, published names and sizes, and what can be wrong with its files."""
 
 import hashlib
 import json
-import os
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from recorded import FOLDER
 from safetensors.numpy import load_file, save_file
 
 from mf_jax.models.autoencoder import AutoencoderKL, _norm, load_autoencoder
 from mf_jax.models.unet import double
 from mf_jax.types import BadInput
 
-FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
+VAE = FOLDER / "vae"
 FILE = "diffusion_pytorch_model.safetensors"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 TOLERANCE = 1e-5  # relative to the norm
@@ -28,12 +24,12 @@ TOLERANCE = 1e-5  # relative to the norm
 
 @pytest.fixture(scope="module")
 def recorded():
-    return dict(np.load(FOLDER / "io.npz"))
+    return dict(np.load(VAE / "io.npz"))
 
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    return load_autoencoder(FOLDER)
+    return load_autoencoder(VAE)
 
 
 @pytest.fixture
@@ -41,10 +37,10 @@ def rewrite(tmp_path):
     """Return a function that writes the recorded file again after changing its arrays or its config."""
 
     def write(change=lambda arrays: arrays, **config):
-        shutil.copy(FOLDER / "config.json", tmp_path)
+        shutil.copy(VAE / "config.json", tmp_path)
         settings = json.loads((tmp_path / "config.json").read_text()) | config
         (tmp_path / "config.json").write_text(json.dumps(settings))
-        save_file(change(load_file(FOLDER / FILE)), tmp_path / FILE)
+        save_file(change(load_file(VAE / FILE)), tmp_path / FILE)
         return tmp_path
 
     return write
@@ -86,8 +82,8 @@ def test_recorded_images(autoencoder, recorded):
 
 
 def test_what_is_known_of_the_file(autoencoder):
-    assert autoencoder.scaling_factor == json.loads((FOLDER / "config.json").read_text())["scaling_factor"]
-    assert autoencoder.sha256 == hashlib.sha256((FOLDER / FILE).read_bytes()).hexdigest()
+    assert autoencoder.scaling_factor == json.loads((VAE / "config.json").read_text())["scaling_factor"]
+    assert autoencoder.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
 
 
 def test_deviation_is_clipped(autoencoder, recorded):
@@ -162,7 +158,7 @@ def test_half_precision_files_become_float32(autoencoder, rewrite):
 
 
 def test_the_file_itself_may_be_named(autoencoder):
-    _assert_same_params(load_autoencoder(FOLDER / FILE).params, autoencoder.params)
+    _assert_same_params(load_autoencoder(VAE / FILE).params, autoencoder.params)
 
 
 def test_sizes_of_weights_without_a_config(tmp_path):

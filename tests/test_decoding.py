@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
+from recorded import FOLDER
 
 from configs.digits import get_config
 from mf_jax.build import make_network
@@ -16,7 +16,7 @@ from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.sharding import make_mesh
 from mf_jax.types import BadInput
 
-VAE = ROOT / "tests" / "reference" / "vae"
+VAE = FOLDER / "vae"
 SHAPE = (4, 4, 4)
 
 

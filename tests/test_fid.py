@@ -206,8 +206,19 @@ def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(watch, copy_
     assert code == 0, errors
     assert len(waits) == 1
     assert "waiting for a run" in out
-    assert "checkpoint 4, EMA 0.995, 1 step: the run has dropped it" in out
+    assert "checkpoint 4, EMA 0.995, 1 step is left out: " in out
     assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [12, 8]
+
+
+def test_watching_leaves_out_a_damaged_checkpoint(watch, copy_of_trained):
+    for path in (copy_of_trained / "checkpoints" / "8").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+    code, out, errors, _ = watch()
+    assert code == 0, errors
+    assert "checkpoint 8, EMA 0.995, 1 step is left out: " in out
+    assert "damaged" in out
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [12, 4]
 
 
 def test_rows_of_a_job_beside_are_kept(few_features, copy_of_trained, command, monkeypatch):

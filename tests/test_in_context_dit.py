@@ -1,19 +1,15 @@
-"""InContextDiT: the recorded outputs and sizes of the published networks, what it is told, and its second head.
-
-The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
-"""
+"""InContextDiT: the recorded outputs and sizes of the published networks, what it is told, and its second head."""
 
 import functools
 import json
-import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from recorded import FOLDER
 
 from mf_jax.models import IN_CONTEXT_SIZES, DataPrediction, InContextDiT, as_field, initial_params
 from mf_jax.models.in_context_dit import rotary_angles
@@ -21,7 +17,6 @@ from mf_jax.paths import interpolate
 from mf_jax.reference.names import from_published
 from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
 
-FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASES = sorted([*FOLDER.glob("imf_*.npz"), *FOLDER.glob("pmf_*.npz")])
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
 IN_CONTEXT_COUNTS = {name: count for name, count in COUNTS.items() if name.startswith(("imf", "pmf"))}

@@ -1,7 +1,4 @@
-"""The Inception of FID: recorded features, the tap of sFID, and weight files read without PyTorch.
-
-The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
-"""
+"""The Inception of FID: recorded features, the tap of sFID, and weight files read without PyTorch."""
 
 import hashlib
 import json
@@ -9,14 +6,13 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
 from mf_jax.metrics import inception as inception_module
@@ -24,7 +20,6 @@ from mf_jax.metrics.inception import FEATURES, inception_features, load_inceptio
 from mf_jax.reference.torch_file import fit_state_dict, read_state_dict
 from mf_jax.types import BadInput
 
-FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASE = dict(np.load(FOLDER / "inception.npz"))
 META = json.loads(str(CASE["meta"]))
 SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
@@ -120,25 +115,8 @@ def _small():
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Return the weights of the recorded case, drawn as the README of the recorded cases says."""
-
-    def draw(name, shape):
-        seed = (zlib.crc32(name.encode()) + META["seed"]) % 2**32
-        a = np.random.RandomState(seed).standard_normal(shape)
-        if name.endswith("num_batches_tracked"):
-            return np.array(0)
-        if name.endswith("conv.weight"):
-            a *= np.sqrt(2 / np.prod(shape[1:]))
-        elif name.endswith("bn.weight"):
-            a = 1 + 0.1 * a
-        elif name.endswith("running_var"):
-            a = np.exp(0.1 * a)
-        else:
-            a *= shape[1] ** -0.5 if name == "fc.weight" else 0.1
-        return a.astype(np.float32)
-
-    shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    """Return the weights of the recorded case."""
+    return inception_weights(META["seed"])
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Metrics for small data sets: recorded values of published implementations, closed forms, and the digit classifier."""
 
 import inspect
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,18 +17,6 @@ from mf_jax.types import NO_LABEL, BadInput
 SHORT = metrics.Recipe(steps=12, batch_size=32)
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    folder = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
-    with np.load(folder / "metrics.npz") as file:
-        return {name: file[name] for name in file.files}
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def fid(a, b):
     return metrics.frechet_distance(*metrics.gaussian_statistics(a), *metrics.gaussian_statistics(b))
 
@@ -38,9 +24,9 @@ def fid(a, b):
 # Fréchet distance
 
 
-def test_frechet_distance_matches_the_recorded_value(recorded):
-    assert fid(recorded["in/generated"], recorded["in/reference"]) == pytest.approx(
-        recorded["out/fid"], rel=1e-6
+def test_frechet_distance_matches_the_recorded_value(recorded_scores):
+    assert fid(recorded_scores["in/generated"], recorded_scores["in/reference"]) == pytest.approx(
+        recorded_scores["out/fid"], rel=1e-6
     )
 
 
@@ -128,10 +114,12 @@ def test_gaussian_statistics_need_two_rows():
 # Precision and recall
 
 
-def test_precision_and_recall_match_the_recorded_values(recorded):
-    precision, recall = metrics.precision_recall(recorded["in/generated"], recorded["in/reference"])
-    assert precision == pytest.approx(float(recorded["out/precision"]), abs=1e-6)
-    assert recall == pytest.approx(float(recorded["out/recall"]), abs=1e-6)
+def test_precision_and_recall_match_the_recorded_values(recorded_scores):
+    precision, recall = metrics.precision_recall(
+        recorded_scores["in/generated"], recorded_scores["in/reference"]
+    )
+    assert precision == pytest.approx(float(recorded_scores["out/precision"]), abs=1e-6)
+    assert recall == pytest.approx(float(recorded_scores["out/recall"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -208,10 +196,10 @@ def test_distances_grow_with_a_shift(metric, rng):
     assert values[-1] > 10 * abs(values[0])
 
 
-def test_kernel_distance_matches_the_recorded_value(recorded):
-    reference = recorded["in/reference"]
-    value = metrics.kernel_distance(recorded["in/generated"][: len(reference)], reference)
-    assert value == pytest.approx(float(recorded["out/kid_first500"]), rel=1e-6)
+def test_kernel_distance_matches_the_recorded_value(recorded_scores):
+    reference = recorded_scores["in/reference"]
+    value = metrics.kernel_distance(recorded_scores["in/generated"][: len(reference)], reference)
+    assert value == pytest.approx(float(recorded_scores["out/kid_first500"]), rel=1e-6)
 
 
 @pytest.mark.parametrize("metric", [metrics.energy_distance, metrics.kernel_distance])

@@ -9,7 +9,7 @@ import optax
 import optax.contrib
 import pytest
 from flax.traverse_util import flatten_dict
-from test_in_context_dit import FOLDER
+from recorded import FOLDER
 
 from mf_jax.build import choose_ema, ema_names
 from mf_jax.models import DiT, InContextDiT, UNet, initial_params
@@ -59,7 +59,7 @@ def test_weight_decay_is_decoupled():
 
 def test_averages_move_as_their_names_say():
     averages = start_averages({"w": jnp.array(1.0)}, ("0.9", "0.5"))
-    averages = update_averages(averages, {"w": jnp.array(2.0)})
+    averages = update_averages(averages, {"w": jnp.array(2.0)}, batch_size=1)
     np.testing.assert_allclose([averages["0.9"]["w"], averages["0.5"]["w"]], [1.1, 1.5], rtol=1e-6)
 
 

@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT
 from etils import epath
 from PIL import Image
+from recorded import FOLDER
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import prepare
@@ -31,7 +32,7 @@ from mf_jax.prepare import latent_shards, reference
 from mf_jax.prepare.files import replace
 from mf_jax.types import NO_LABEL, BadInput
 
-VAE = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference") / "vae"
+VAE = FOLDER / "vae"
 SIZE = 16
 CLASSES = {"n02": 3, "n01": 5, "n10": 4}
 NAMES = sorted(f"{name}/{name}_{i}.JPEG" for name, count in CLASSES.items() for i in range(count))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_in_context_dit import FOLDER
+from recorded import FOLDER
 
 from configs.imagenet_b4 import IMAGES
 from mf_jax.bench.step import Noise

@@ -1,18 +1,16 @@
 """The recorded loss evaluations of the published implementation, reproduced in outputs, loss and gradients.
 
-The folder is `MF_REFERENCE_DIR` where it is set, else tests/reference. Every size and setting comes from the
-case's own `meta`.
+Every size and setting comes from the case's own `meta`.
 """
 
 import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from recorded import FOLDER
 
 from mf_jax.guidance import Guidance
 from mf_jax.models import DIT_SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
@@ -24,7 +22,6 @@ from mf_jax.paths import interpolate
 from mf_jax.reference.names import from_published
 from mf_jax.types import Condition, Draws, GuidanceScale, Rows
 
-FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
 TOLERANCE = 1e-5  # relative to the norm
 

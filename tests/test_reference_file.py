@@ -1,5 +1,6 @@
 """Files of reference statistics: what other tools wrote is read, what is written other tools read, damage is named."""
 
+import dataclasses
 import hashlib
 import inspect
 import io
@@ -12,11 +13,6 @@ import pytest
 from mf_jax.metrics import reference_file
 from mf_jax.metrics.reference_file import Statistics, read_pictures, read_reference, write_reference
 from mf_jax.types import BadInput
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def gaussian(rng, width):
@@ -41,7 +37,7 @@ def path(tmp_path):
 
 
 def same(reference, statistics):
-    for name, value in statistics._asdict().items():
+    for name, value in vars(statistics).items():
         found = getattr(reference, name)
         assert (found is None) == (value is None)
         if value is not None:
@@ -83,7 +79,7 @@ def test_files_of_other_tools_are_read(path, statistics, pictures, write):
         arr_0=pictures,
     )
     reference = read_reference(path)
-    same(reference, statistics._replace(num_images=0, features=None, mean=mu))
+    same(reference, dataclasses.replace(statistics, num_images=0, features=None, mean=mu))
     assert reference.num_pictures == 23
     np.testing.assert_array_equal(np.concatenate(list(read_pictures(path, 7))), pictures)
 
@@ -145,7 +141,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, statistics, pictures):
 
 def test_statistics_that_are_none_are_not_written(path, statistics):
     with pytest.raises(BadInput, match="mean_spatial and covariance_spatial"):
-        write_reference(path, statistics._replace(covariance_spatial=None))
+        write_reference(path, dataclasses.replace(statistics, covariance_spatial=None))
     assert not path.exists()
 
 

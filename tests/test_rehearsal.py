@@ -10,19 +10,17 @@ import shutil
 import socket
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from safetensors.numpy import save_file
+from recorded import FOLDER, inception_weights
 
 CLASSES = ("n01440764", "n02084071", "n03000134")
-REFERENCE = ROOT / "tests" / "reference"
 SMALL = (
     "--config.data.image_size=32",
-    f"--config.data.autoencoder={REFERENCE / 'vae'}",
+    f"--config.data.autoencoder={FOLDER / 'vae'}",
     "--config.model.depth=1",
     "--config.model.width=32",
     "--config.model.num_heads=2",
@@ -59,27 +57,6 @@ def _draw_pictures(folder, num):
                 (int(width), int(height)), Image.BICUBIC
             )
             picture.save(folder / "train" / name / f"{name}_{i}.JPEG", quality=95)
-
-
-def _save_inception(path):
-    """Write random weights of Inception-v3 under their published names."""
-    arrays = {}
-    for name, shape in json.loads((REFERENCE / "inception_state_dict.json").read_text()).items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        a = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-        if name.endswith("conv.weight"):
-            a *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
-        elif name.endswith("running_var"):
-            a = np.exp(a / 10)
-        elif name.endswith("bn.weight"):
-            a = 1 + a / 10
-        elif name == "fc.weight":
-            a /= np.float32(np.sqrt(shape[1]))
-        else:
-            a /= 10
-        arrays[name] = a
-    save_file(arrays, path)
 
 
 class Rehearsal:
@@ -143,7 +120,7 @@ def rehearsal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsal")
     _draw_pictures(folder / "imagenet", 100)
     _draw_pictures(folder / "few", 10)  # Inception takes a second for a few pictures
-    _save_inception(folder / "inception.safetensors")
+    save_file(inception_weights(), folder / "inception.safetensors")
     return Rehearsal(folder)
 
 

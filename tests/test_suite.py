@@ -1,12 +1,12 @@
 """Scores of samples that come batch by batch: recorded numbers, the same as in memory, and no more memory for more."""
 
+import dataclasses
 import inspect
 import os
 import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,22 +31,10 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(frechet_noise, "_BLOCK", 64)
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    folder = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
-    with np.load(folder / "metrics.npz") as file:
-        return {name: file[name] for name in file.files}
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def reference_of(rows, spatial=None, features=True, path="reference.npz"):
     extra = () if spatial is None else metrics.gaussian_statistics(spatial)
-    found = Reference(path, "0", 0, 0, *metrics.gaussian_statistics(rows), *extra)
-    return Reference(**(vars(found) | {"features": rows.astype(np.float32) if features else None}))
+    found = Reference(0, *metrics.gaussian_statistics(rows), *extra, path=path, sha256="0", num_pictures=0)
+    return dataclasses.replace(found, features=rows.astype(np.float32) if features else None)
 
 
 def features_of(pooled, spatial=None, logits=None):
@@ -92,35 +80,35 @@ def made(tmp_path, rng):
 # The whole
 
 
-def test_recorded_scores(recorded, tmp_path):
-    generated = recorded["in/generated"]
+def test_recorded_scores(recorded_scores, tmp_path):
+    generated = recorded_scores["in/generated"]
     scores = add_all(SampleScores(len(generated), tmp_path), features_of(generated), 250)
-    found = scores.against(reference_of(recorded["in/reference"]))
-    assert found["fid"] == pytest.approx(recorded["out/fid"], rel=1e-6)
+    found = scores.against(reference_of(recorded_scores["in/reference"]))
+    assert found["fid"] == pytest.approx(recorded_scores["out/fid"], rel=1e-6)
     # recorded in float32
-    assert found["precision"] == pytest.approx(float(recorded["out/precision"]), abs=1e-7)
-    assert found["recall"] == pytest.approx(float(recorded["out/recall"]), abs=1e-7)
+    assert found["precision"] == pytest.approx(float(recorded_scores["out/precision"]), abs=1e-7)
+    assert found["recall"] == pytest.approx(float(recorded_scores["out/recall"]), abs=1e-7)
 
 
 @pytest.mark.parametrize("batch", [1000, 333, 250])
-def test_recorded_inception_score(recorded, batch):
-    logits = recorded["in/logits"]
+def test_recorded_inception_score(recorded_scores, batch):
+    logits = recorded_scores["in/logits"]
     sums = start_scores(len(logits), logits.shape[1])
     for start in range(0, len(logits), batch):
         index = np.arange(start, start + batch)
         rows = logits[np.minimum(index, len(logits) - 1)]
         sums = add_logits(sums, rows, np.minimum(index, len(logits) - 1), index < len(logits))
     mean, std = inception_score(sums)
-    assert mean == pytest.approx(recorded["out/is_mean"], rel=1e-5)
-    assert std == pytest.approx(recorded["out/is_std"], rel=1e-5)
+    assert mean == pytest.approx(recorded_scores["out/is_mean"], rel=1e-5)
+    assert std == pytest.approx(recorded_scores["out/is_std"], rel=1e-5)
 
 
-def test_recorded_kernel_distance(recorded):
-    reference = RowArray(recorded["in/reference"])
-    generated = RowArray(recorded["in/generated"][: len(reference)])
-    centre = recorded["in/reference"].mean(0)
+def test_recorded_kernel_distance(recorded_scores):
+    reference = RowArray(recorded_scores["in/reference"])
+    generated = RowArray(recorded_scores["in/generated"][: len(reference)])
+    centre = recorded_scores["in/reference"].mean(0)
     found = compare(generated, reference, centre, own_pairs(generated, centre), own_pairs(reference, centre))
-    assert found.kernel_distance == pytest.approx(float(recorded["out/kid_first500"]), rel=1e-5)
+    assert found.kernel_distance == pytest.approx(float(recorded_scores["out/kid_first500"]), rel=1e-5)
 
 
 def test_scores_are_those_in_memory(made):
@@ -155,9 +143,7 @@ def test_neither_batches_nor_order_nor_padding_matter(made):
 
 def test_what_a_reference_lacks_is_left_out(made, tmp_path):
     features, reference, _ = made
-    plain = Reference(
-        **(vars(reference) | {"mean_spatial": None, "covariance_spatial": None, "features": None})
-    )
+    plain = dataclasses.replace(reference, mean_spatial=None, covariance_spatial=None, features=None)
     scores = add_all(SampleScores(203, tmp_path, least=10), features, 203)
     assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
     assert scores.against(reference).keys() == SCORES  # any number of references
@@ -357,7 +343,7 @@ count, width = int(sys.argv[1]), 256
 rng = np.random.default_rng(0)
 rows = rng.standard_normal((1000, width)).astype(np.float32)
 gaussian = rows.mean(0, np.float64), np.cov(rows.astype(np.float64), rowvar=False)
-reference = Reference("r", "0", 0, 0, *gaussian, *gaussian, rows)
+reference = Reference(0, *gaussian, *gaussian, rows, path="r", sha256="0", num_pictures=0)
 scores = SampleScores(count, sys.argv[2])
 for start in range(0, count, 250):
     names = "2048", "spatial", "logits_unbiased"
@@ -405,7 +391,7 @@ for start in range(0, 100, 32):
     batch = rows[place]
     batch[~counts] = np.nan
     scores.add({name: put(batch) for name in ("2048", "spatial", "logits_unbiased")}, put(place), put(counts))
-found = scores.against(Reference("r", "0", 0, 0, *gaussian, *gaussian, other))
+found = scores.against(Reference(0, *gaussian, *gaussian, other, path="r", sha256="0", num_pictures=0))
 expected = metrics.frechet_distance(*metrics.gaussian_statistics(rows), *gaussian)
 np.testing.assert_allclose([found["fid"], found["sfid"]], expected, rtol=1e-6)
 if jax.process_index() == 0:

@@ -1,12 +1,7 @@
-"""Published weights: names both ways, recorded checkpoints, files, and everything that can be wrong with them.
-
-The folder of recorded cases is `MF_REFERENCE_DIR` where it is set, else tests/reference.
-"""
+"""Published weights: names both ways, recorded checkpoints, files, and everything that can be wrong with them."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from recorded import FOLDER
 from safetensors.numpy import save_file
 
 from mf_jax.reference.names import KINDS, from_published, our_name, published_name, to_published
 from mf_jax.reference.weights import fit_published, load_published, read_published, write_published
 from mf_jax.types import BadInput
 
-FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}_*.npz"))
 OF_CHECKPOINT = {"meanflow": "meanflow_cfg_kappa", "imf": "imf_default", "pmf": "pmf_no_perceptual"}
 NETWORK = "params/net/"

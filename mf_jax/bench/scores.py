@@ -75,7 +75,9 @@ def _reference() -> Reference:
         return np.full(len(spread), 0.1), np.diag(spread**2)
 
     rows = _rows([1, 2, 3], _REFERENCE_ROWS, WIDTHS["2048"])
-    return Reference("random", "", 0, 0, *gaussian("2048"), *gaussian("spatial"), rows)
+    return Reference(
+        0, *gaussian("2048"), *gaussian("spatial"), rows, path="random", sha256="", num_pictures=0
+    )
 
 
 def _peak_bytes() -> int:

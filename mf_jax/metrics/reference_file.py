@@ -12,7 +12,7 @@ import math
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -28,7 +28,8 @@ _ASYMMETRY = 1e-6
 """Of a covariance, as a share of its largest entry: rounding."""
 
 
-class Statistics(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
     """What there is to know of a set of reference pictures.
 
     num_images: how many they are, 0 if unknown. mean, covariance: of the pooled features, `[d]` and `[d, d]`.
@@ -43,23 +44,16 @@ class Statistics(NamedTuple):
     features: Float32[np.ndarray, "m d"] | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Reference(Statistics):
     """A file of reference statistics.
 
     path: of the file. sha256: of its bytes, in hex digits. num_pictures: pictures in it for `read_pictures`.
-    The rest are those of `Statistics`.
     """
 
     path: str
     sha256: str
     num_pictures: int
-    num_images: int
-    mean: Float64[np.ndarray, "d"]
-    covariance: Float64[np.ndarray, "d d"]
-    mean_spatial: Float64[np.ndarray, "s"] | None = None
-    covariance_spatial: Float64[np.ndarray, "s s"] | None = None
-    features: Float32[np.ndarray, "m d"] | None = None
 
 
 Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
@@ -101,7 +95,8 @@ def read_reference(
         raise BadInput(
             f"{path}: has {len(found.features)} rows of features; must have at least {_LEAST_FEATURES}"
         )
-    return Reference(str(path), _sha256(path), shape[0] if shape else 0, *found)
+    num_pictures = shape[0] if shape else 0
+    return Reference(**vars(found), path=str(path), sha256=_sha256(path), num_pictures=num_pictures)
 
 
 def read_pictures(path: epath.PathLike, block_size: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
@@ -174,7 +169,7 @@ def write_reference(
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with aside.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for name, array in zip(_KEYS, statistics, strict=True):
+            for name, array in zip(_KEYS, vars(statistics).values(), strict=True):
                 if array is not None:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         npy.write_array(member, np.asarray(array), allow_pickle=False)
