@@ -1,0 +1,32 @@
+"""Numbers recorded from published implementations, and the random weights that they were recorded with."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
+"""`MF_REFERENCE_DIR` where it is set, else tests/reference."""
+
+
+def inception_weights(seed=0):
+    """Return weights of Inception-v3 under their published names, drawn as the README of the folder says."""
+
+    def draw(name, shape):
+        a = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
+        if name.endswith("num_batches_tracked"):
+            return np.array(0)
+        if name.endswith("conv.weight"):
+            a *= np.sqrt(2 / np.prod(shape[1:]))
+        elif name.endswith("bn.weight"):
+            a = 1 + 0.1 * a
+        elif name.endswith("running_var"):
+            a = np.exp(0.1 * a)
+        else:
+            a *= shape[1] ** -0.5 if name == "fc.weight" else 0.1
+        return a.astype(np.float32)
+
+    shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
+    return {name: draw(name, shape) for name, shape in shapes.items()}
