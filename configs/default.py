@@ -151,6 +151,11 @@ def get_config() -> ConfigDict:
         data=0,  # devices that split the batch alone; 0 = all that remain
         fsdp=1,  # devices that split the batch and the parameters
     )
+    config.job = section(  # of one or many processes
+        start_timeout_seconds=300.0,  # within which all processes must have started
+        heartbeat_timeout_seconds=100,  # of silence after which a process counts as dead, and the others end
+        stopped_exit_code=0,  # of training told to stop; above 0 for schedulers that repeat only what failed
+    )
     config.sample = section(
         num=100,  # samples to write, exactly
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from mf_jax import processes
 from mf_jax.state import TrainState
 from mf_jax.types import BadInput
 
@@ -179,12 +180,17 @@ class Checkpoints:
 
     def _restore(self, like: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
         damaged = []
-        for step in reversed(self.steps):
+        for step in reversed(processes.from_first(self.steps)):
+            problem, items = "", {}
             try:
                 items = self._restore_step(step, like)
-            except DamagedCheckpoint as problem:
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            if problems := [
+                told for told in processes.from_all(problem) if told
+            ]:  # a process sees its own part
                 damaged.append(step)
-                self._report(f"checkpoint {step} is damaged ({problem}); trying the one before it")
+                self._report(f"checkpoint {step} is damaged ({problems[0]}); trying the one before it")
                 continue
             self._set_aside(damaged)
             return step, items
@@ -243,13 +249,15 @@ class Checkpoints:
         """Move damaged checkpoints away, so that their steps can be saved again and nothing is lost."""
         if self._read_only or not steps:
             return
-        aside = self._folder.parent / _DAMAGED_FOLDER
-        aside.mkdir(parents=True, exist_ok=True)
-        for step in steps:
-            number = sum(1 for path in aside.iterdir() if path.name.split(".")[0] == str(step))
-            target = aside / (f"{step}.{number}" if number else str(step))
-            (self._folder / str(step)).rename(target)
-            self._report(f"moved damaged checkpoint {step} to {target}")
+        if processes.is_first():
+            aside = self._folder.parent / _DAMAGED_FOLDER
+            aside.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                number = sum(1 for path in aside.iterdir() if path.name.split(".")[0] == str(step))
+                target = aside / (f"{step}.{number}" if number else str(step))
+                (self._folder / str(step)).rename(target)
+                self._report(f"moved damaged checkpoint {step} to {target}")
+        processes.from_first(None)  # the others look when it is done
         self._manager.reload()
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mf_jax.build import (
@@ -267,6 +268,11 @@ def _sampling_checks(config: ConfigDict) -> list[Callable[[], Any]]:
         lambda: cells(config),
         lambda: check_guidance(config.sample.guidance, config, key="sample.guidance"),
     ]
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Return {"section.key": value} of a config, as JSON keeps values."""
+    return flatten_dict(json.loads(as_json(config)), sep=".")
 
 
 def as_json(config: ConfigDict) -> str:

@@ -9,12 +9,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from jaxtyping import Float, Shaped
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -26,11 +26,11 @@ from mf_jax.build import make_objective, make_scheme
 from mf_jax.config import check_numbers, check_tuples, validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.decoding import to_pixels
+from mf_jax.files import replace_file
 from mf_jax.generator import Generator
 from mf_jax.grid import cells, names
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
-from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
 from mf_jax.types import NO_LABEL, Rows
 

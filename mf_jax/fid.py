@@ -12,16 +12,14 @@ import json
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
@@ -40,12 +38,11 @@ from mf_jax.weights import find_weights, verify
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64
 _POLL_SECONDS = 30
-_MOST_CHECKPOINTS = 4096
 _DECIDE_SAMPLES = ("model", "objective")
 """Sections of the config that decide what given parameters generate, with how latents were scaled."""
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """Score what `eval` asks for and append it to eval.jsonl.
 
     Args:
@@ -89,7 +86,7 @@ def _judge(config: ConfigDict) -> Judge:
     return Judge(references, inception, section.least_samples, config.log.progress)
 
 
-def _watch(config: ConfigDict, workdir: Path) -> list[Row]:
+def _watch(config: ConfigDict, workdir: epath.Path) -> list[Row]:
     """Score every checkpoint that can be had, the newest first, until the run's last step is scored."""
     judge, is_done = _judge(config), False
     if not run_folder.exists(workdir):
@@ -104,17 +101,12 @@ def _watch(config: ConfigDict, workdir: Path) -> list[Row]:
     return read_rows(workdir)
 
 
-def _steps(workdir: Path) -> list[int]:
+def _steps(workdir: epath.Path) -> list[int]:
     """Return the steps of a workdir's checkpoints, oldest first, the same on all processes of a job."""
-    steps = saved_steps(workdir)
-    if jax.process_count() == 1:
-        return steps
-    padded = np.full(_MOST_CHECKPOINTS, -1, np.int32)
-    padded[: len(steps)] = steps[-_MOST_CHECKPOINTS:]
-    return [step for step in multihost_utils.broadcast_one_to_all(padded).tolist() if step >= 0]
+    return processes.from_first(saved_steps(workdir))
 
 
-def _score_grid(config: ConfigDict, workdir: Path, judge: Judge, steps: list[int]) -> list[Row]:
+def _score_grid(config: ConfigDict, workdir: epath.Path, judge: Judge, steps: list[int]) -> list[Row]:
     """Score the cells that have no rows yet; return the rows of all."""
     # cells of one model are neighbours
     load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
@@ -129,7 +121,7 @@ def _score_grid(config: ConfigDict, workdir: Path, judge: Judge, steps: list[int
     return rows
 
 
-def _with_steps(config: ConfigDict, workdir: Path, steps: list[int]) -> list[Cell]:
+def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> list[Cell]:
     """Return the grid, the checkpoints by their steps."""
     if config.init.path and not run_folder.exists(workdir):
         if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
@@ -160,7 +152,7 @@ def _name(cell: Cell) -> str:
 
 
 def _score_cell(
-    config: ConfigDict, workdir: Path, judge: Judge, cell: Cell, load: Callable[[int, str], Generator]
+    config: ConfigDict, workdir: epath.Path, judge: Judge, cell: Cell, load: Callable[[int, str], Generator]
 ) -> list[Row]:
     section = config.eval
 
@@ -180,11 +172,11 @@ def _score_cell(
             for x, index in batches:
                 pixels = generator.pixels(x)
                 if not first:
-                    first.append(_on_host(pixels)[:_NUM_SHOWN])
+                    first.append(processes.on_host(pixels)[:_NUM_SHOWN])
                 yield pixels, index
 
         scores = judge(pictures(), len(labels), batch_size=section.batch_size, what=_name(cell))
-        if jax.process_index() == 0:
+        if processes.is_first():
             (shown,) = first
             path = workdir / PICTURES / f"{re.sub('[^a-zA-Z0-9.]+', '_', _name(cell)).strip('_')}.png"
             path.parent.mkdir(exist_ok=True)
@@ -194,13 +186,9 @@ def _score_cell(
     return _rows(workdir, judge, _name(cell), _protocol(config, workdir, cell, load), score)
 
 
-def _on_host(pixels: UInt8[Array, "b h w c"]) -> UInt8[np.ndarray, "b h w c"]:
-    if pixels.is_fully_addressable:
-        return np.asarray(pixels)
-    return np.asarray(multihost_utils.process_allgather(pixels, tiled=True))
-
-
-def _protocol(config: ConfigDict, workdir: Path, cell: Cell, load: Callable[[int, str], Generator]) -> Row:
+def _protocol(
+    config: ConfigDict, workdir: epath.Path, cell: Cell, load: Callable[[int, str], Generator]
+) -> Row:
     """Return whatever decides the samples of a cell."""
     is_run = run_folder.exists(workdir)
     decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
@@ -226,7 +214,7 @@ def _protocol(config: ConfigDict, workdir: Path, cell: Cell, load: Callable[[int
     }
 
 
-def _score_file(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
+def _score_file(config: ConfigDict, workdir: epath.Path, judge: Judge) -> list[Row]:
     """Score the pictures of a file, all of them."""
     path, size = epath.Path(config.eval.samples).expanduser(), config.eval.batch_size
     num = count_pictures(path)
@@ -252,15 +240,16 @@ def _score_file(config: ConfigDict, workdir: Path, judge: Judge) -> list[Row]:
 
 
 def _rows(
-    workdir: Path, judge: Judge, name: str, about: Row, score: Callable[[], list[dict[str, float]]]
+    workdir: epath.Path, judge: Judge, name: str, about: Row, score: Callable[[], list[dict[str, float]]]
 ) -> list[Row]:
     """Return the rows of some samples, one a reference; those that eval.jsonl lacks are computed and appended."""
     about |= {"inception": judge.inception.sha256, "matmul_precision": "highest"}
     protocols = [
-        about | {"reference": Path(reference.path).name, "reference_sha256": reference.sha256}
+        about | {"reference": epath.Path(reference.path).name, "reference_sha256": reference.sha256}
         for reference in judge.references
     ]
-    known = {key_of(row["protocol"]): row for row in read_rows(workdir)}
+    # another job may add rows meanwhile: all processes go by what the first has read
+    known = {key_of(row["protocol"]): row for row in processes.from_first(read_rows(workdir))}
     keys = [key_of(protocol) for protocol in protocols]
     if set(keys) <= set(known):
         return [known[key] for key in keys]
@@ -268,7 +257,7 @@ def _rows(
         key: {"name": name, **scores, "protocol": protocol}
         for key, scores, protocol in zip(keys, score(), protocols, strict=True)
     }
-    if jax.process_index() == 0:
+    if processes.is_first():
         for row in new.values():
             scores = "  ".join(f"{column} {row[column]:.4g}" for column in COLUMNS if column in row)
             print(f"{row['name']}: {scores}", flush=True)

@@ -18,6 +18,7 @@ from mf_jax.build import check_guidance, check_labels, make_objective
 from mf_jax.decoding import Decoder, load_decoder, pixels_of
 from mf_jax.models import as_field
 from mf_jax.models.blocks import unstack_blocks
+from mf_jax.processes import on_host
 from mf_jax.reference.weights import write_published
 from mf_jax.samplers import time_grid
 from mf_jax.sharding import batch_sharding
@@ -86,9 +87,9 @@ class Generator:
           BadInput: for labels that are no classes, or a number of samples or steps below 1.
         """
         labels = self.labels_for(labels, num)
-        convert = self.pixels if len(self.shape) == 3 else np.asarray
+        convert = self.pixels if len(self.shape) == 3 else on_host
         how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
-        return np.concatenate([np.asarray(convert(x)) for x, _ in self.batches(labels, **how)])[: len(labels)]
+        return np.concatenate([on_host(convert(x)) for x, _ in self.batches(labels, **how)])[: len(labels)]
 
     def sample_raw(
         self,
@@ -104,7 +105,7 @@ class Generator:
         """Return samples as `sample` does, but float32 as in training: not rounded, latents as they are."""
         labels = self.labels_for(labels, num)
         how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
-        return np.concatenate([np.asarray(x) for x, _ in self.batches(labels, **how)])[: len(labels)]
+        return np.concatenate([on_host(x) for x, _ in self.batches(labels, **how)])[: len(labels)]
 
     def batches(
         self,

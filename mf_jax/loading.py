@@ -1,9 +1,8 @@
 """From a workdir, or from weights that exist, to a model that can be sampled."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict

@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mf_jax.files import written_aside
 from mf_jax.types import NO_LABEL, BadInput
 
 _INK, _MUTED = "#1f2933", "#66727f"
@@ -64,7 +66,8 @@ def save_grid(
         elif names and not by_row:
             name = _shorten(names[i], font, width * scale)
             draw.text((x + width * scale // 2, y + height * scale + 2), name, _MUTED, font, anchor="ma")
-    sheet.save(path, format="PNG")
+    with written_aside(epath.Path(path)) as aside:
+        sheet.save(aside, format="PNG")
 
 
 def save_sample_grid(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.special import ndtri
 
+from mf_jax.files import written_aside
 from mf_jax.types import BadInput
 
 EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
@@ -256,4 +258,5 @@ def _square(ax: Axes, x_limits: Sequence[float | int], y_limits: Sequence[float 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=130, facecolor="white")
+    with written_aside(epath.Path(path)) as aside:
+        figure.savefig(aside, format="png", dpi=130, facecolor="white")

@@ -9,19 +9,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from mf_jax.files import in_bucket, replace_file
 from mf_jax.types import BadInput
 
 METRICS_FILE = "metrics.jsonl"
@@ -62,7 +63,8 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, row in _lines(path) if row["step"] <= start_step] if start_step else []
         replace_file(path, b"".join(kept))
-        self._rows = path.open("a", encoding="ascii", newline="\n")
+        # the objects of a bucket cannot be added to
+        self._write_row = _Rewritten(path, kept) if in_bucket(path) else _Appended(path)
         self._events = _open_events(path.parent / "tensorboard", start_step)
         self._console = Console(highlight=False)
         live = sys.stdout.isatty() and not self._console.is_dumb_terminal
@@ -82,7 +84,7 @@ class RunLog:
     ) -> None:
         if self._live:
             self._live.stop()
-        self._rows.close()
+        self._write_row.close()
         self._events.close()
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -105,9 +107,7 @@ class RunLog:
         row = {"step": step} | {k: x if math.isfinite(x) else None for k, x in values.items()}
         if strange := {k: str(x) for k, x in values.items() if not math.isfinite(x)}:
             row["non_finite"] = strange
-        # One write of a whole line, flushed: a killed process can tear the last line, never an earlier one.
-        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
-        self._rows.flush()
+        self._write_row(json.dumps(row, allow_nan=False) + "\n")
         speed = self._speed(step)
         self.advance(step, metrics=values)
         for name, x in values.items():
@@ -151,7 +151,7 @@ class RunLog:
             step: steps done when it was made, >= 0.
             path: a PNG file.
         """
-        with Image.open(path) as picture:
+        with Path(path).open("rb") as file, Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         self._events.add_image(name, pixels, step, dataformats="HWC")
 
@@ -181,6 +181,57 @@ class RunLog:
         return self._bar.get_renderable()
 
 
+class _Appended:
+    """Adds lines to a file; a killed process can tear the last one, never an earlier one."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="ascii", newline="\n")
+        self.close = self._file.close
+
+    def __call__(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+
+class _Rewritten:
+    """Writes a whole file anew with each line."""
+
+    def __init__(self, path: Path, lines: Iterable[bytes]):
+        self._path, self._content = path, b"".join(lines)
+
+    def __call__(self, line: str) -> None:
+        self._content += line.encode("ascii")
+        replace_file(self._path, self._content)
+
+    def close(self) -> None:
+        """Do nothing: every line is there."""
+
+
+class NoLog:
+    """What a process has that does not report, in the place of `RunLog`."""
+
+    def __init__(self, workdir: str | os.PathLike[str], **about: Any):
+        del workdir, about
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Do nothing."""
+
+    def advance(self, step: int, *, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
+        """Do nothing."""
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def picture(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
+        """Do nothing."""
+
+
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the rows of a run's metrics.jsonl, leaving out a last line torn by a killed process.
 
@@ -194,18 +245,6 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         BadInput: a row before the last line is unreadable.
     """
     return [row for _, row in _lines(Path(workdir) / METRICS_FILE)]
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: readers see the old content or the new, never a part.
-
-    Args:
-        path: the file, in an existing folder.
-        content: its new bytes.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
+from mf_jax.files import replace_file
 from mf_jax.plots import curve_panels, save_curves
-from mf_jax.report import read_metrics, replace_file
+from mf_jax.report import read_metrics
 from mf_jax.types import BadInput
 
 _MOST_GRIDS = 24

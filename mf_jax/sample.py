@@ -1,9 +1,9 @@
 """--mode=sample: samples.npz in the convention of the field's evaluators, and pictures."""
 
 import io
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
@@ -11,11 +11,11 @@ from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_objective
 from mf_jax.config import check_tuples
 from mf_jax.data import make_source, read
+from mf_jax.files import replace_file
 from mf_jax.generator import Generator
 from mf_jax.loading import load_for
 from mf_jax.pictures import save_sample_grid
 from mf_jax.plots import save_field, save_scatter, save_transport
-from mf_jax.report import replace_file
 from mf_jax.report_page import write_report
 from mf_jax.samplers import time_grid
 

@@ -3,15 +3,15 @@
 Two scores are of the same thing exactly if their protocols are equal, in whatever order the jobs that append them run.
 """
 
-import fcntl
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
+
+from mf_jax.files import locked, replace_file
 from mf_jax.metrics.frechet_noise import noise_line
-from mf_jax.report import replace_file
 from mf_jax.types import BadInput
 
 ROWS_FILE = "eval.jsonl"
@@ -46,8 +46,7 @@ def _shortened(value: Any) -> str:
 
 def append(workdir: Path, new: dict[str, Row]) -> None:
     """Add rows to eval.jsonl, to which another job may have added some meanwhile; the file is whole at all times."""
-    with (workdir / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(workdir / _LOCK, wait=True):
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
         rows += [row for key, row in new.items() if key not in there]

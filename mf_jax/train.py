@@ -10,19 +10,22 @@
 """
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from etils.epath import Path
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.build import ema_names, from_section, make_network, make_objective, make_schedule, make_scheme
 from mf_jax.checkpoint import Checkpoints
@@ -34,7 +37,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.optim import make_optimizer
 from mf_jax.pictures import few_classes, save_sample_grid
 from mf_jax.plots import save_scatter
-from mf_jax.report import RunLog
+from mf_jax.report import NoLog, RunLog
 from mf_jax.report_page import write_report
 from mf_jax.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
@@ -50,30 +53,37 @@ class TrainingDiverged(FloatingPointError):
     """A metric is not finite any more."""
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path) -> int:
     """Train, or continue, the run of a workdir.
 
     Args:
       config: of the run.
-      workdir: its folder, made if missing.
+      workdir: its folder, made if missing; one for all processes of a job.
+
+    Returns:
+      The exit code: 0, or `job.stopped_exit_code` if it was told to stop.
 
     Raises:
       BadInput: for anything wrong with the config, the data or the workdir; nothing has been written then.
       TrainingDiverged: if a metric stops being finite.
     """
-    source = validate(config, num_devices=jax.device_count())
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    with processes.together():
+        source = validate(config, num_devices=jax.device_count())
+        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     parts = step_parts(config, source)
     weights = None
     if config.init.path and not run_folder.exists(workdir):  # before anything is written
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-    can_draw = _can_draw(config, source)
+    with processes.together():
+        can_draw = _can_draw(config, source)
+    can_draw = all(processes.from_all(can_draw))  # drawing takes every process
     with run_folder.own(workdir, config, source), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = _first_state(config, parts, mesh, checkpoints, weights)
             _describe(workdir, source, state)
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop, can_draw)
-        write_report(workdir)
+        if processes.is_first():
+            write_report(workdir)
     complete = done == config.train.num_steps
     print(f"trained {done} steps" if complete else f"stopped at step {done}; the same command continues")
     run_folder.tell(
@@ -84,6 +94,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         pictures="samples",
         report="report.html",
     )
+    return 0 if complete else config.job.stopped_exit_code
 
 
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
@@ -120,7 +131,8 @@ def _first_state(
 
 def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (workdir / "parameters.txt").write_text(overview + "\n")
+    if processes.is_first():
+        (workdir / "parameters.txt").write_text(overview + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
     print(
@@ -138,7 +150,7 @@ def _loop(
     mesh: Mesh,
     state: TrainState,
     checkpoints: Checkpoints,
-    stop: threading.Event,
+    stop: Callable[[int], bool],
     can_draw: bool,
 ) -> int:
     """Train to the last step or until told to stop; return the number of steps done."""
@@ -156,7 +168,8 @@ def _loop(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with RunLog(
+    open_log = RunLog if processes.is_first() else NoLog
+    with open_log(
         workdir,
         num_steps=num_steps,
         start_step=start,
@@ -176,10 +189,11 @@ def _loop(
             if can_draw and (is_last or (every and done % every == 0)):
                 picture = _draw(config, workdir, source, parts, state, done)
                 log.picture("samples", done, picture)
-            if is_last or stop.is_set() or done % config.checkpoint.every_steps == 0:
+            is_stopped = stop(done)
+            if is_last or is_stopped or done % config.checkpoint.every_steps == 0:
                 _check_finite(state, checkpoints)
                 checkpoints.save(state)
-            if stop.is_set():
+            if is_stopped and not is_last:
                 log.message(f"told to stop: saving step {done}")
                 break
     return done
@@ -237,28 +251,43 @@ def _draw(
     how = {name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")}
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
-        save_sample_grid(path, generator.sample(labels, **how), labels, source.class_names)
+        samples = generator.sample(labels, **how)
+        if processes.is_first():
+            save_sample_grid(path, samples, labels, source.class_names)
     else:
         points = generator.sample(num=_SCATTER_SAMPLES, **how)
-        save_scatter(path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}")
+        if processes.is_first():
+            save_scatter(path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}")
     return path
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Turn SIGTERM, and the first Ctrl-C, into an event, so that the loop ends after the step at hand and saves."""
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Turn SIGTERM, and the first Ctrl-C, into the wish to end after the step at hand and to save.
+
+    Yields:
+      What says after each step, called with the number of steps done, whether to stop; at the same on all processes.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
-        yield stop
+        yield lambda done: stop.is_set()
         return
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[number])  # a second one acts as it always does
         stop.set()
 
-    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def ask_all(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
+
+    several = processes.are_several()
+    caught = (
+        {signal.SIGINT: ask_all} if several else dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
+    )
+    before = {number: signal.signal(number, handler) for number, handler in caught.items()}
     try:
-        yield stop
+        yield multihost_utils.reached_preemption_sync_point if several else lambda done: stop.is_set()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

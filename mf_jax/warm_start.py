@@ -5,10 +5,10 @@ or the kind of a published checkpoint (mf_jax/reference). Parameters must fit th
 """
 
 import contextlib
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree

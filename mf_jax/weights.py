@@ -11,7 +11,6 @@ import os
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
@@ -127,7 +126,7 @@ def verify(name_or_path: str, sha256: str) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Fetch the published files that a config names into `config.weights_dir`.
 
     Args:

@@ -1,18 +1,19 @@
 """The folder of a run: whose it is, and where in it everything lies."""
 
 import contextlib
-import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax.config import as_json, check_same_run
 from mf_jax.data import Source
-from mf_jax.report import replace_file
+from mf_jax.files import in_bucket, locked, replace_file
 from mf_jax.types import BadInput
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
@@ -30,26 +31,49 @@ def own(workdir: Path, config: ConfigDict, source: Source) -> Iterator[None]:
     Raises:
       BadInput: if the folder cannot be written, another process trains in it, or it holds another run.
     """
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_first():
+                held.enter_context(_locked(workdir))
+                if (workdir / _CONFIG).exists():
+                    check(workdir, config)
+                    _check_same_data(workdir, source)
+                replace_file(workdir / _DATA, json.dumps(_about(source)).encode())
+                replace_file(workdir / _CONFIG, as_json(config).encode())
+        _check_shared(workdir)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / _LOCK).open("w")
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(workdir / _LOCK, wait=False))
+    except BlockingIOError as error:
+        raise BadInput(f"--workdir={workdir}: another process is training in it; choose another") from error
     except OSError as error:
         raise BadInput(
             f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(
-                f"--workdir={workdir}: another process is training in it; choose another"
-            ) from error
-        if (workdir / _CONFIG).exists():
-            check(workdir, config)
-            _check_same_data(workdir, source)
-        replace_file(workdir / _DATA, json.dumps(_about(source)).encode())
-        replace_file(workdir / _CONFIG, as_json(config).encode())
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise BadInput on all processes of a job unless each sees what the first writes."""
+    mark = workdir / f".seen_{processes.from_first(uuid.uuid4().hex)}"
+    if processes.is_first():
+        mark.touch()
+    processes.from_first(None)
+    with processes.together():
+        if not mark.exists():
+            raise BadInput(
+                f"--workdir={workdir}: does not show what process 0 writes there; must be one folder for all hosts: a "
+                "shared file system or a bucket"
+            )
+    if processes.is_first():
+        mark.unlink()
 
 
 def _about(source: Source) -> dict[str, Any]:
@@ -105,7 +129,7 @@ def make(workdir: Path) -> None:
 
 def check_writable(workdir: Path) -> None:
     """Raise BadInput if results cannot be written to a workdir, before they are computed."""
-    if not os.access(workdir, os.W_OK):
+    if not in_bucket(workdir) and not os.access(workdir, os.W_OK):
         raise BadInput(f"--workdir={workdir}: cannot be written; change its permissions")
 
 
@@ -154,4 +178,5 @@ def tell(workdir: Path, **places: str) -> None:
     """Print where the results of a run are, those that exist, one line each."""
     for what, name in places.items():
         if (workdir / name).exists():
-            print(f"  {what:<12}{os.path.relpath(workdir / name)}")
+            path = workdir / name
+            print(f"  {what:<12}{path if in_bucket(path) else os.path.relpath(path)}")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from recorded import FOLDER
@@ -27,6 +28,10 @@ TINY = (
 """Makes any config of digits or toy2d a matter of seconds."""
 
 
+_QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()
+"""Options that later versions may lack: XLA ends the process at one that it does not know."""
+
+
 def pytest_configure(config):
     """Let this process and its children share what they compile: most tests train the same few tiny networks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -36,7 +41,8 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     # compiling takes most of the time of the tests, running what was compiled very little
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", *_QUICK_TO_COMPILE)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def pytest_unconfigure(config):

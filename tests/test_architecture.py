@@ -9,6 +9,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["main"],
+    ["job"],
     ["bench"],
     ["train", "evaluate", "sample", "prepare"],
     ["fid"],
@@ -27,6 +28,7 @@ LAYERS = [
     ["models", "metrics"],
     ["reference"],
     ["paths", "times", "weights"],
+    ["processes", "files"],
     ["types"],
 ]
 APART = ("models", "metrics", "objectives")

@@ -176,7 +176,7 @@ def test_fused_projections_are_three_matrices():
     update = _step(fused, fused)["attention"]["qkv"]["kernel"]
     apart = [_step({"layer": {"kernel": part}}, {"layer": {"kernel": part}}) for part in parts]
     np.testing.assert_allclose(
-        update, jnp.concatenate([each["layer"]["kernel"] for each in apart], axis=1), atol=1e-5
+        update, jnp.concatenate([each["layer"]["kernel"] for each in apart], axis=1), atol=5e-5
     )
 
 

@@ -26,10 +26,10 @@ from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents
 from mf_jax.data.pictures_in import list_pictures
+from mf_jax.files import replace_file
 from mf_jax.metrics.inception import Inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare import latent_shards, reference
-from mf_jax.prepare.files import replace
 from mf_jax.types import NO_LABEL, BadInput
 
 VAE = FOLDER / "vae"
@@ -379,7 +379,7 @@ sys.exit(main())
 
 def test_a_bucket_gets_the_same_files(prepared, tmp_path, monkeypatch):
     prepared("alone")
-    monkeypatch.setattr("mf_jax.prepare.files.in_bucket", lambda path: True)
+    monkeypatch.setattr("mf_jax.files.in_bucket", lambda path: True)
     assert prepared("bucket")[0] == 0
     assert files(tmp_path / "bucket") == files(tmp_path / "alone")
 
@@ -717,9 +717,9 @@ def test_without_a_terminal_a_line_says_how_far_it_is(prepared, tree):
 
 def test_who_reads_a_file_while_it_is_replaced_sees_the_whole_old_one(tmp_path):
     path = epath.Path(tmp_path) / "file.json"
-    replace(path, b"old")
+    replace_file(path, b"old")
     with path.open("rb") as reader:
-        replace(path, b"new")
+        replace_file(path, b"new")
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
     assert len(list(tmp_path.iterdir())) == 1

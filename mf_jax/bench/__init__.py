@@ -6,9 +6,9 @@ A benchmark needs no checkpoint and leaves one file, bench_WHAT.json, so its wor
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
+from etils.epath import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -23,8 +23,8 @@ from mf_jax.bench.table import show
 from mf_jax.build import make_network
 from mf_jax.config import validate
 from mf_jax.data import Source
+from mf_jax.files import replace_file
 from mf_jax.models import parameter_shapes
-from mf_jax.report import replace_file
 from mf_jax.types import BadInput, check_known
 
 BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {

@@ -12,7 +12,6 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 from safetensors import SafetensorError, safe_open

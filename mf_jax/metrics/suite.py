@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float64, Shaped
 
 from mf_jax.metrics.frechet import frechet_distance
@@ -17,6 +16,7 @@ from mf_jax.metrics.moments import FeatureSums, add_rows, mean_and_covariance, s
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import OwnPairs, compare, own_pairs
 from mf_jax.metrics.row_store import RowArray, RowStore
+from mf_jax.processes import is_first, on_host
 from mf_jax.types import BadInput
 
 _POOLED, _SPATIAL, _LOGITS = "2048", "spatial", "logits_unbiased"
@@ -87,14 +87,14 @@ class SampleScores:
         if self._scores is None:
             self._start({name: features[name].shape[1] for name in (_POOLED, _SPATIAL, _LOGITS)})
         jax.block_until_ready(self._scores)  # batches that wait to be added would each hold memory
-        on_host, keep = _on_host(index), _on_host(weights) != 0
-        self._check_new(on_host[keep])
+        numbers, keep = on_host(index), on_host(weights) != 0
+        self._check_new(numbers[keep])
         for name, sums in self._sums.items():
             self._sums[name] = add_rows(sums, features[name], weights)
         self._scores = add_logits(self._scores, features[_LOGITS], index, weights)
-        rows = _on_host(features[_POOLED]) if self._with_rows else None  # gathering takes every process
+        rows = on_host(features[_POOLED]) if self._with_rows else None  # gathering takes every process
         if self._rows is not None:
-            self._rows.write(on_host[keep], rows[keep])
+            self._rows.write(numbers[keep], rows[keep])
 
     def against(self, reference: Reference) -> dict[str, float]:
         """Return the scores of all samples against a reference.
@@ -146,7 +146,7 @@ class SampleScores:
         self._widths = dict(widths)
         self._sums = {name: start_sums(widths[name]) for name in (_POOLED, _SPATIAL)}
         self._scores = start_scores(self._num_samples, widths[_LOGITS], self._splits)
-        if self._with_rows and jax.process_index() == 0:
+        if self._with_rows and is_first():
             self._rows = RowStore(self._num_samples, widths[_POOLED], self._folder)
 
     def _check_new(self, index: Shaped[np.ndarray, "n"]) -> None:
@@ -198,12 +198,6 @@ def _return_freed_memory() -> None:
     """Let arrays above 1 MB go back to the system once freed, for this process: glibc would keep 100 MB of XLA's."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
-
-
-def _on_host(x: Shaped[Array | np.ndarray, "b *_"]) -> Shaped[np.ndarray, "b *_"]:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
 
 
 def _check_width(reference: Reference, found: int, wanted: int, key: str) -> None:

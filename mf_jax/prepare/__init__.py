@@ -9,7 +9,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -25,7 +24,7 @@ from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.pictures_in import PicturesIn, list_pictures
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
-from mf_jax.prepare.files import claim
+from mf_jax.prepare.folder import claim
 from mf_jax.prepare.latent_shards import LatentShards
 from mf_jax.prepare.pictures import PictureStream, Pixels
 from mf_jax.prepare.progress import PictureProgress
@@ -53,7 +52,7 @@ class Output(Protocol):
     def finish(self) -> str: ...
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Make this process's share of the latents, and of the reference statistics, of a set of pictures.
 
     Args:

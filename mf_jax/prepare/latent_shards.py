@@ -20,8 +20,8 @@ from mf_jax.data.latent_records import (
     side_name,
     to_record,
 )
+from mf_jax.files import replace_file, written_aside
 from mf_jax.models.autoencoder import Autoencoder
-from mf_jax.prepare.files import replace, written_aside
 from mf_jax.prepare.pictures import Pixels
 from mf_jax.types import BadInput
 
@@ -88,7 +88,7 @@ class LatentShards:
                 "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
                 "skipped": list(skipped),
             }
-            replace(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
+            replace_file(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
             self._open.close()
 
     def finish(self) -> str:
@@ -100,7 +100,7 @@ class LatentShards:
                 "writes the manifest"
             )
         manifest = self._manifest()
-        replace(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        replace_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         skipped = len(manifest["skipped"])
         return f"{self._folder}: {manifest['num_pictures']:,} pictures in {self._shards} shards, {skipped} skipped"
 

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, UInt8
 
+from mf_jax.files import replace_file
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
 from mf_jax.metrics.moments import (
     FeatureSums,
@@ -25,7 +26,6 @@ from mf_jax.metrics.moments import (
     to_arrays,
 )
 from mf_jax.metrics.reference_file import Statistics, write_reference
-from mf_jax.prepare.files import replace
 from mf_jax.prepare.pictures import Pixels
 from mf_jax.types import BadInput
 
@@ -114,7 +114,7 @@ class ReferenceStatistics:
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
         self._done.add(shard)
-        replace(self._own, _as_bytes(self._part))
+        replace_file(self._own, _as_bytes(self._part))
 
     def finish(self) -> str:
         """Write the file of statistics if all shards are in sums; return what to tell the user.

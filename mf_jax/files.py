@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all, on a file system or in a bucket."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+
+def replace_file(path: epath.PathLike, content: bytes) -> None:
+    """Write a whole file or nothing.
+
+    Args:
+      path: the file, in an existing folder, on a file system or in a bucket.
+      content: its new bytes.
+    """
+    with written_aside(epath.Path(path)) as aside:
+        Path(aside).write_bytes(content)
+
+
+def in_bucket(path: epath.Path) -> bool:
+    """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def written_aside(path: epath.Path) -> Iterator[str]:
+    """Yield a path of the local file system to write to; what is there afterwards becomes the file.
+
+    Args:
+      path: the file, in an existing folder, on a file system or in a bucket.
+    """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            aside = Path(folder) / path.name
+            yield str(aside)
+            path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
+        return
+    final = Path(path)
+    aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")
+    yield str(aside)
+    try:
+        aside.replace(final)
+    except FileNotFoundError:  # another process has made the same file, and tidied up
+        if not final.exists():
+            raise
+    for left in final.parent.iterdir():  # by processes that were killed
+        if left.name.startswith(f".{final.name}.") and left.suffix == ".part":
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
+    """Hold a file against other processes of this machine, or of a network file system; buckets know no locks.
+
+    Args:
+      path: the file, made if missing.
+      wait: for another process to let it go.
+
+    Raises:
+      BlockingIOError: if another process holds it and `wait` is False.
+    """
+    if in_bucket(path):
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
