@@ -185,11 +185,11 @@ class _Appended:
     """Adds lines to a file; a killed process can tear the last one, never an earlier one."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="ascii", newline="\n")
+        self._file = path.open("ab")
         self.close = self._file.close
 
     def __call__(self, line: str) -> None:
-        self._file.write(line)
+        self._file.write(line.encode("ascii"))
         self._file.flush()
 
 

@@ -17,7 +17,7 @@ from mf_jax.data import Stored
 from mf_jax.draws import DrawScheme
 from mf_jax.models import as_field, initial_params
 from mf_jax.objectives import Objective
-from mf_jax.objectives.errors import average
+from mf_jax.objectives.errors import average, average_over
 from mf_jax.optim import average_name, start_averages, update_averages
 from mf_jax.sharding import per_device
 from mf_jax.types import Draws
@@ -125,7 +125,8 @@ def _gradient(
         params, target_params = both
 
         def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
-            return parts.objective.loss(field, params, draws, step, target_params)
+            loss, metrics = parts.objective.loss(field, params, draws, step, target_params)
+            return loss, {"loss": average_over(loss, draws), **metrics}
 
         return jax.grad(loss, has_aux=True)(params)
 

@@ -138,6 +138,7 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     print(
         f"{count:,} parameters, {len(source):,} training examples of shape {source.shape}, "
         f"{jax.device_count()} {device.platform} device{'s' * (jax.device_count() > 1)}"
+        + (f" in {jax.process_count()} processes" if processes.are_several() else "")
         + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
     )
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.draws import condition_of
 from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
-from mf_jax.objectives.errors import Metrics, average, step_metrics
+from mf_jax.objectives.errors import Metrics, average_over, step_metrics
 from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, row_mean, squared_error
 from mf_jax.paths import advance, interpolate, per_row
@@ -148,8 +148,8 @@ class AlphaFlow:
         v_error = squared_error(u_instant, v.instant)
         u_error = squared_error(u, jnp.clip(target, -self.target_clip, self.target_clip)) / a**2
         loss = row_mean(self.weight(v_error), a * self.weight(u_error))
-        metrics = step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return loss, metrics | {"alpha": average(self.alpha(step)[None])}
+        metrics = step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return loss, metrics | {"alpha": average_over(self.alpha(step), draws)}
 
 
 def _finite_step(

@@ -116,5 +116,4 @@ class Controlled:
         """Return the objective's loss with the terms added, and the metrics of both."""
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
         penalty, more = self.controls.penalty(field, params, draws)
-        loss += penalty
-        return loss, metrics | more | {"loss": average(loss[None])}
+        return loss + penalty, metrics | more

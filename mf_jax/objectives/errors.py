@@ -31,6 +31,12 @@ def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> 
     )
 
 
+def average_over(value: Float[Array, ""], draws: Draws) -> Average:
+    """Return a number of all rows together as the mean of that many, so that it counts as each of them does."""
+    num = sum(rows.x.shape[0] for rows in (draws.instant, draws.interval))
+    return average(jnp.broadcast_to(value, (num,)))
+
+
 def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
     """Report a sub-batch's mean squared error per number, over all t and by quarter of t.
 
@@ -49,7 +55,6 @@ def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
 
 
 def step_metrics(
-    loss: Float[Array, ""],
     draws: Draws,
     *,
     v_error: Float[Array, "b1"],
@@ -59,16 +64,14 @@ def step_metrics(
     """Return what every objective with rows r < t reports.
 
     Args:
-      loss: the step's loss.
       draws: the step's draws.
       v_error, u_error: squared errors of the rows with r = t and of the rows with r < t, not weighted.
       du_dt: the total derivative of the rows with r < t, or a difference quotient in its place.
 
     Returns:
-      loss; u_error and v_error, both by bins of t; du_dt, the root mean square of the derivative.
+      u_error and v_error, both by bins of t; du_dt, the root mean square of the derivative.
     """
     return {
-        "loss": average(loss[None]),
         **binned_errors("u_error", u_error, draws.interval),
         **binned_errors("v_error", v_error, draws.instant),
         "du_dt": average(jnp.sqrt(jnp.mean(du_dt**2, axis=tuple(range(1, du_dt.ndim))))),

@@ -14,7 +14,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.draws import join_all
-from mf_jax.objectives.errors import Metrics, average, binned_errors
+from mf_jax.objectives.errors import Metrics, binned_errors
 from mf_jax.objectives.evaluations import at_instant
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
 from mf_jax.paths import velocity
@@ -55,4 +55,4 @@ class FlowMatching:
         rows = join_all(draws)
         error = squared_error(at_instant(field, params, rows).u, velocity(rows.x, rows.e))
         loss = self.weight.mean(error)
-        return loss, {"loss": average(loss[None]), **binned_errors("v_error", error, rows)}
+        return loss, binned_errors("v_error", error, rows)

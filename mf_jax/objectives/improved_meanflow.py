@@ -132,10 +132,10 @@ class ImprovedMeanFlow:
         v_error = squared_error(at_t.u, v.instant)
         u_error = squared_error(at_r.u, target)
         loss = self.weight.mean(v_error, u_error)
-        metrics = step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        metrics = step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         if self.velocity == "head":
             errors = squared_error(read(at_t), v.instant), squared_error(read(at_r), v.interval)
             loss += self.weight.mean(*errors)
             per_number = jnp.concatenate(errors) / math.prod(draws.instant.x.shape[1:])
-            metrics |= {"loss": average(loss[None]), "head_error": average(per_number)}
+            metrics |= {"head_error": average(per_number)}
         return loss, metrics, (at_t, at_r)

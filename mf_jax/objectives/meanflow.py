@@ -85,4 +85,4 @@ class MeanFlow:
         v_error = squared_error(u_instant, v.instant)
         u_error = squared_error(u, target)
         loss = self.weight.mean(v_error, u_error)
-        return loss, step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return loss, step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)

@@ -98,7 +98,7 @@ class PixelMeanFlow:
             distance = jnp.where(t < term.t_max, term.distance(x_hat, x), 0.0)
             loss += term.factor * row_mean(self.weight(distance))
             metrics |= {term.name: average(distance, t < term.t_max)}
-        return loss, metrics | {"loss": average(loss[None])}
+        return loss, metrics
 
     def _clip(self, rows: Rows) -> Float[Array, "b ..."]:
         return per_row(jnp.maximum(rows.t, self.t_clip), rows.x)

@@ -87,7 +87,7 @@ class SplitMeanFlow:
         u, target, du_dt = self._parts(field, params, teacher, interval)
         v_error, u_error = squared_error(u_instant, v.instant), squared_error(u, target)
         loss = self.weight.mean(v_error, u_error)
-        return loss, step_metrics(loss, draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return loss, step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows

@@ -96,9 +96,7 @@ class TerminalVelocity:
         target = self._velocity_at_end(field, params if target_params is None else target_params, interval, u)
         u_error = squared_error(u - gap * du_dr, target)
         loss = (jnp.sum(self.weight(v_error)) + jnp.sum(self.weight(u_error))) / rows.t.shape[0]
-        metrics = step_metrics(
-            loss, draws.replace(instant=rows), v_error=v_error, u_error=u_error, du_dt=du_dr
-        )
+        metrics = step_metrics(draws.replace(instant=rows), v_error=v_error, u_error=u_error, du_dt=du_dr)
         return loss, metrics
 
     def _velocity_at_end(
