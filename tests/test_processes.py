@@ -7,8 +7,8 @@ import signal
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
-from jobs import Job, free_port
 
+from launch.faults.job import Job, free_port
 from mf_jax import processes
 from mf_jax.types import BadInput
 
@@ -48,8 +48,8 @@ def stopped(tmp_path_factory):
     """Return the workdir of a job that was stopped by a signal to the second of two processes, and what they said."""
     workdir = tmp_path_factory.mktemp("job") / "run"
     job = Job(2, *SHARDED, f"--workdir={workdir}", "--config.mesh.fsdp=2", devices=2)
-    job.read_until("parameters, ")
-    job.send(signal.SIGTERM, index=1)
+    assert job.wait_for(lambda: "parameters, " in job.output())
+    job.send(signal.SIGTERM, 1)
     said = job.finish()
     shutil.copytree(workdir, workdir.parent / "as_stopped")
     return workdir, said
@@ -101,8 +101,8 @@ def test_an_evaluation_on_two_processes_has_the_scores_of_one(continued, command
 def test_the_others_end_when_a_process_dies(tmp_path):
     longer = ("--config.train.num_steps=100000", "--config.job.heartbeat_timeout_seconds=10")
     job = Job(2, *SHARDED, f"--workdir={tmp_path / 'run'}", *longer)
-    job.read_until("step 6/")
-    job.send(signal.SIGKILL, index=1)
+    assert job.wait_for(lambda: "step 6/" in job.output())
+    job.send(signal.SIGKILL, 1)
     (code, _, errors), _ = job.finish(timeout=60)
     assert code not in (0, 2)
     assert "another process" in errors or "another task died" in errors  # ours, or what JAX says as it aborts

@@ -1,0 +1,86 @@
+"""The command line of launch/faults.sh."""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from launch.faults.document import write_document
+from launch.faults.injuries import INJURIES, heal, remove, undisturbed
+from launch.faults.topologies import SHAPES, batches_are_alike, digits, largest_difference, losses
+
+FOLDER = Path("runs/faults")
+DOCUMENT = Path("docs/reliability.md")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 1 something is not as it should be."""
+    parser = argparse.ArgumentParser(prog="launch/faults.sh", description=__doc__)
+    parser.add_argument(
+        "--runs", type=int, default=54, help="runs that something happens to; default %(default)s"
+    )
+    parser.add_argument("--only", choices=("faults", "topologies", "document"), help="one part alone")
+    arguments = parser.parse_args(argv)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if arguments.only in (None, "topologies"):
+        _topologies(FOLDER / "topologies.jsonl")
+    if arguments.only in (None, "faults"):
+        _faults(FOLDER / "faults.jsonl", arguments.runs)
+    failed = write_document(_read(FOLDER / "faults.jsonl"), _read(FOLDER / "topologies.jsonl"), DOCUMENT)
+    print(f"wrote {DOCUMENT}")
+    for line in failed:
+        print(f"faults: {line}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _topologies(path: Path) -> None:
+    """Train on each topology that has no row yet."""
+    done, source = {tuple(row["shape"]) for row in _read(path)}, digits()
+    first = losses(FOLDER / "topology_1_1_1", *SHAPES[0])
+    for shape in track([shape for shape in SHAPES if shape not in done], "topologies"):
+        folder = FOLDER / f"topology_{'_'.join(map(str, shape))}"
+        difference = largest_difference(losses(folder, *shape), first)
+        _append(
+            path,
+            {"shape": shape, "difference": difference, "batches": batches_are_alike(source, shape[0], 32)},
+        )
+        remove(folder)
+
+
+def _faults(path: Path, num: int) -> None:
+    """Disturb as many runs as are missing, the kinds in turn; what happens to run i depends on i alone."""
+    done = {row["run"] for row in _read(path)}
+    missing = [run for run in range(num) if run not in done]
+    if not missing:
+        return
+    calm = FOLDER / "undisturbed"
+    remove(calm)
+    before = undisturbed(calm)
+    for run in track(missing, "runs disturbed"):
+        name, strike = list(INJURIES.items())[run % len(INJURIES)]
+        folder, chance = FOLDER / f"run_{run}", random.Random(run)
+        remove(folder)
+        start = time.monotonic()
+        ended = strike(folder, chance, before)
+        seconds = time.monotonic() - start
+        codes = [process.code for process in ended]
+        _append(path, {"run": run, "name": name, "codes": codes, "seconds": seconds, **heal(folder, before)})
+        remove(folder)
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
