@@ -396,7 +396,7 @@ def test_a_detached_command_tells_how_it_went(finish, tmp_path):
         return finish("detached.sh", "status", folder)[1].strip()
 
     assert status() == "none"
-    until = f"until [ -e {tmp_path}/$1 ]; do sleep 0.05; done"
+    until = f"for i in {{1..600}}; do [ ! -e {tmp_path}/$1 ] || break; sleep 0.05; done"
     wait = f"echo out; wait_for() {{ {until}; }}; wait_for end & wait_for go; exit 7"  # a child stays behind
     assert finish("detached.sh", "start", folder, "bash", "-c", wait) == (0, "", "")
     assert status() == "running"
@@ -407,13 +407,13 @@ def test_a_detached_command_tells_how_it_went(finish, tmp_path):
     assert (folder / "log").read_text() == "out\n"
     assert finish("detached.sh", "stop", folder)[0] == 1
 
-    ready = f"trap 'exit 75' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    ready = f"trap 'exit 75' TERM; touch {tmp_path}/ready; for i in {{1..600}}; do sleep 0.05; done"
     assert finish("detached.sh", "start", folder, "bash", "-c", ready)[0] == 0
     _until((tmp_path / "ready").exists)
     assert finish("detached.sh", "stop", folder)[0] == 0
     assert _until(lambda: (text := status()) != "running" and text) == "exited 75"
 
-    assert finish("detached.sh", "start", folder, "sleep", "1000")[0] == 0
+    assert finish("detached.sh", "start", folder, "sleep", "60")[0] == 0
     pid = int((folder / "pid").read_text())
     hold = int(Path(f"/proc/{pid}/stat").read_text().split()[3])
     for each in (hold, pid):  # as in a power cut
