@@ -24,6 +24,7 @@ stamp="$venv/.installed${accelerator:+_$accelerator}"
 mf_install() {
   local base="${PYTHON:-python3}" packages=(-r "$root/requirements.txt")
   [ -z "$accelerator" ] || packages+=("jax[$accelerator]")
+  [ "$accelerator" != tpu ] || packages+=("etils[epath-gcs]") # workdirs of TPU slices are in buckets
   if command -v uv >/dev/null 2>&1; then
     [ -x "$python" ] || uv venv --quiet --python "${PYTHON:->=3.11}" "$venv" || return
     uv pip install --quiet --python "$python" "${packages[@]}" || return

@@ -60,7 +60,7 @@ flags=(--kill-on-bad-exit=0 --wait=0)
 # srun does not take this from the job by itself
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || flags+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 code=0
-mf_run srun "${flags[@]}" "$python" -m mf_jax.main "${arguments[@]}" --config.train.stopped_exit_code=75 || code=$?
+mf_run srun "${flags[@]}" "$python" -m mf_jax.main "${arguments[@]}" --config.job.stopped_exit_code=75 || code=$?
 if [ "$code" = 75 ] || [ "$dry_run" = 1 ]; then
   mf_run scontrol requeue "${SLURM_JOB_ID:-JOB_ID}"
 fi

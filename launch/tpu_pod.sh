@@ -195,13 +195,14 @@ attend() {
   # the end of a run that this call did not see says nothing: its cause may be mended
   if [ "$ours" = 1 ] && [ -n "$code" ] && [ "$code" != 75 ] && ! grep -q '^lost' <<<"$seen"; then
     on all "tail -n 20 mf_jax/runs/$tag/log" >&2 || true
-    [ "$code" != 2 ] || exit 2
+    # one alone may have ended with 2 because it waited for the others in vain
+    grep -qvx 'exited 2' <<<"$seen" || exit 2
     failed "$code" "the run ended with exit code $code"
   fi
   ours=0
   echo "$name: starting the run" >&2
   # stopped by a machine that goes down, it ends with 75: not finished
-  if setup && run --config.train.stopped_exit_code=75; then ours=1; else failed 1 "the run could not be started"; fi
+  if setup && run --config.job.stopped_exit_code=75; then ours=1; else failed 1 "the run could not be started"; fi
 }
 
 follow() {
@@ -212,7 +213,7 @@ follow() {
     ask_for_slice
     hosts "$tag"
     setup
-    run --config.train.stopped_exit_code=75
+    run --config.job.stopped_exit_code=75
     return
   fi
   while :; do

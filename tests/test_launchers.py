@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from configs.default import get_config
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 MAIN = ["--config=configs/digits.py", "--config.data.path=two words"]
@@ -219,7 +221,7 @@ def test_setup_installs_the_build_for_the_accelerator_once(finish, tmp_path):
         code, _, errors = finish("setup.sh", fakes={"uv": calls}, MF_ACCELERATOR="tpu")
         assert (code, errors) == (0, "")
     (line,) = (tmp_path / "uv").read_text().splitlines()
-    assert line.endswith(f"-r {ROOT}/requirements.txt jax[tpu]")
+    assert line.endswith(f"-r {ROOT}/requirements.txt jax[tpu] etils[epath-gcs]")
     code, out, errors = finish("setup.sh", MF_ACCELERATOR="gpu")
     assert (code, out) == (2, "")
     assert "MF_ACCELERATOR=gpu" in errors
@@ -357,7 +359,7 @@ def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(start, job, tmp_
     done = job("--config=configs/digits.py", code=code, SLURM_CPUS_PER_TASK="8")
     srun = (
         f"srun --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 {tmp_path}/venv/bin/python -m mf_jax.main"
-        " --config=configs/digits.py --config.train.stopped_exit_code=75"
+        " --config=configs/digits.py --config.job.stopped_exit_code=75"
     )
     assert done.stdout.splitlines() == [srun] + ["scontrol requeue 12"] * requeued
     assert (done.returncode, done.stderr) == (code, "")
@@ -381,9 +383,16 @@ def test_slurm_asks_for_a_signal_in_time_and_one_process_for_each_gpu():
 def test_slurm_dry_run_prints_both_commands(finish, tmp_path):
     code, out, _ = finish("slurm.sh", "--dry-run", *MAIN)
     python = f"{tmp_path}/venv/bin/python"
-    end = ["--config.train.stopped_exit_code=75"]
+    end = ["--config.job.stopped_exit_code=75"]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", python, "-m", "mf_jax.main", *MAIN, *end]
     assert (code, _commands(out)) == (0, [srun, ["scontrol", "requeue", "JOB_ID"]])
+
+
+def test_keys_that_launchers_set_are_keys_of_the_config():
+    text = "".join(path.read_text() for path in LAUNCH.glob("*.*"))
+    keys = set(re.findall(r"--config\.job\.(\w+)=", text))
+    assert "stopped_exit_code" in keys
+    assert keys <= set(get_config().job)
 
 
 # Detached
@@ -480,7 +489,7 @@ def test_tpu_other_actions_print_their_commands(finish, tmp_path):
     assert [words[4] for words in follow if words[0] == "gcloud"] == [
         *("list", "delete", "create", "ssh", "scp", "ssh", "ssh")
     ]
-    assert follow[-1][-1].endswith("--workdir=gs://bucket/digits --config.train.stopped_exit_code=75")
+    assert follow[-1][-1].endswith("--workdir=gs://bucket/digits --config.job.stopped_exit_code=75")
 
 
 @pytest.fixture
@@ -518,7 +527,7 @@ def test_follow_survives_stops_preemptions_and_failures_until_the_run_is_finishe
     assert "said by host1" in errors  # of the failure
     assert errors.endswith("finished\n")
     line = (zone / "starts_host0").read_text().splitlines()[0]
-    assert line == "-m mf_jax.main " + " ".join(REMOTE) + " --config.train.stopped_exit_code=75"
+    assert line == "-m mf_jax.main " + " ".join(REMOTE) + " --config.job.stopped_exit_code=75"
     assert (zone / "host1" / "mf_jax" / "checkout" / "configs" / "digits.py").exists()
     assert "jax[tpu]" in (zone / "installations").read_text()
 
@@ -576,9 +585,9 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     assert pod["terminationGracePeriodSeconds"] >= 60
 
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
-    assert set(values) == {"config", "workdir", "config.train.stopped_exit_code"}
+    assert set(values) >= {"config", "workdir"}
     assert (ROOT / values["config"]).exists()
-    assert values["config.train.stopped_exit_code"] == "75"
+    assert values["config.job.stopped_exit_code"] == "75"
     (rule,) = job["podFailurePolicy"]["rules"]
     exits = {"containerName": container["name"], "operator": "In", "values": [2]}
     assert rule == {"action": "FailJob", "onExitCodes": exits}
@@ -599,7 +608,7 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     assert {f"!{source}" for source in sources} <= set(ignored)
     order = [name for name, _ in steps]
     assert order.index("RUN") < lines.index("COPY mf_jax mf_jax")
-    assert lines[order.index("RUN")].endswith('-r requirements.txt "jax[$ACCELERATOR]"')
+    assert lines[order.index("RUN")].endswith('-r requirements.txt "jax[$ACCELERATOR]" "etils[epath-gcs]"')
     assert lines[order.index("RUN")].startswith("RUN pip install ")
     assert "ARG ACCELERATOR=cpu" in lines
     assert lines[order.index("USER")] == "USER 1000"
