@@ -68,7 +68,8 @@ esac
 """
 
 UV = """#!/usr/bin/env bash
-# Makes an environment whose interpreter does what $CLOUD/ends says of this start: end with a code, or be preempted.
+# Makes an environment whose interpreter does what $CLOUD/ends says of this start: end with a code (A/B: of host 0 and
+# host 1), wait, or be preempted.
 echo "uv $*" >>"$CLOUD/installations"
 [ "$1" = venv ] || exit 0
 mkdir -p "${!#}/bin"
@@ -76,6 +77,7 @@ cat >"${!#}/bin/python" <<'STUB'
 #!/usr/bin/env bash
 echo "$*" >>"$CLOUD/starts_$HOST"
 end=$(sed -n "$(wc -l <"$CLOUD/starts_$HOST")p" "$CLOUD/ends")
+[ "$HOST" = host0 ] && end=${end%/*} || end=${end#*/}
 echo "said by $HOST"
 [ "$end" != wait ] || while [ -e "$CLOUD/ends" ]; do sleep 1; done
 if [ "$end" = preempted ]; then
@@ -520,7 +522,7 @@ def _calls(zone, word):
 
 
 def test_follow_survives_stops_preemptions_and_failures_until_the_run_is_finished(cloud):
-    zone, (code, _, errors) = cloud("follow", "--retries=2", *REMOTE, ends="75 preempted 1 0")
+    zone, (code, _, errors) = cloud("follow", "--retries=2", *REMOTE, ends="75 preempted 1/2 0")
     assert code == 0, errors
     assert (_starts(zone), _calls(zone, "create"), _calls(zone, "delete")) == (4, 2, 1)
     assert "SUSPENDED; deleting it" in errors
