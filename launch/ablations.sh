@@ -9,7 +9,10 @@
 #   bash launch/ablations.sh                      all rows that are not finished, then the document
 #   bash launch/ablations.sh --only=tangent       the rows of one group, then the document
 #   bash launch/ablations.sh --document           the document alone, from the rows that are finished
+#
+# Needs: what launch/setup.sh needs.
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 

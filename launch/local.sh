@@ -5,7 +5,10 @@
 #   bash launch/local.sh                                  the main job: train, eval, sample
 #   bash launch/local.sh --config=configs/toy2d.py        the same with another config
 #   bash launch/local.sh --mode=sample --config.sample.steps=2    one mode alone
+#
+# Needs: what launch/setup.sh needs.
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
