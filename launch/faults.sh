@@ -6,8 +6,14 @@
 # What is finished is skipped, and lies under runs/faults: the same command continues. For the full disk it needs to be
 # root, as it mounts small file systems. Hardware: 2 CPU cores, about 40 minutes.
 #
-# Usage: bash launch/faults.sh [--runs=N] [--only=faults|topologies|document]
+# Usage: bash launch/faults.sh [ARGUMENTS]
+#   bash launch/faults.sh                     everything that is missing, then the tables
+#   bash launch/faults.sh --runs=120          more runs
+#   bash launch/faults.sh --only=topologies   one part alone: topologies | faults | document
+#
+# Needs: what launch/setup.sh needs.
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 

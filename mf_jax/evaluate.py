@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from mf_jax import diagnostics, fid, metrics
+from mf_jax import diagnostics, fid, metrics, processes
 from mf_jax import workdir as run_folder
 from mf_jax.build import make_objective, make_scheme
 from mf_jax.config import check_numbers, check_tuples, validate
@@ -151,11 +151,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
       config: of the command; `eval` says what to compute.
       workdir: of the run.
     """
-    check_tuples(config)
-    check_numbers(config)
+    with processes.together():
+        check_tuples(config)
+        check_numbers(config)
+        if not config.eval.samples and not config.eval.watch and not config.init.path:
+            run_folder.check(workdir, config)
     against_references = config.eval.references or config.eval.samples or config.eval.watch
     result = fid.run(config, workdir) if against_references else _small_data(config, workdir)
-    if jax.process_index():  # all scores are on the first process of a job alone
+    if not processes.is_first():  # which alone has all scores
         return
     replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
     write_report(workdir)
@@ -171,9 +174,8 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     held_out = make_source(config.data, split="held_out")
     score, rows = _floor(config, workdir, train, held_out)
     settings = {key: config.eval[key] for key in ("seed", "batch_size")}
-    load = functools.lru_cache(1)(
-        functools.partial(load_cell, config, workdir)
-    )  # cells of a model are neighbours
+    # cells of one model are neighbours
+    load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
     for cell, name in zip(grid, names(grid), strict=True):
         generator = load(cell.checkpoint, cell.ema)
         labels = labels_of(config, generator)

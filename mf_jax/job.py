@@ -1,6 +1,8 @@
 """A mode of the command line, alone or as one process of a job on many machines: its errors and its exit code."""
 
+import errno
 import importlib
+import os
 import sys
 
 from etils.epath import Path
@@ -8,9 +10,12 @@ from ml_collections import ConfigDict
 
 from mf_jax import processes
 from mf_jax.config import flat
+from mf_jax.files import in_bucket
 from mf_jax.types import BadInput
 
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
+_NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""What errors say, whatever their type: those of checkpoints come from a library in another language."""
 _OF_ONE_PROCESS = ("prepare.process_index",)
 """Settings in which the processes of a job may differ."""
 
@@ -30,6 +35,14 @@ def run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
     return processes.leave(_run(module, config, mode, workdir))
 
 
+def _check_place(workdir: Path) -> None:
+    """Raise BadInput for a bucket that cannot be reached."""
+    try:
+        in_bucket(workdir) and workdir.exists()
+    except ImportError as error:
+        raise BadInput(f'--workdir={workdir}: {error}; pip install "etils[epath-gcs]"') from error
+
+
 def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
     try:
         processes.start(
@@ -39,6 +52,8 @@ def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
         )
         settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
         processes.check_alike({key: settings[key] for key in settings if key not in _OF_ONE_PROCESS})
+        with processes.together():
+            _check_place(workdir)
         with processes.only_first_talks():
             return importlib.import_module(module).run(config, workdir) or _OK
     except BadInput as error:
@@ -48,6 +63,10 @@ def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
         print(f"mf_jax: {processes.name()}{error}", file=sys.stderr)
         return _FAILED
     except Exception as error:
+        if reason := next((reason for reason in _NO_ROOM if reason in str(error)), ""):
+            told = f"--workdir={workdir}: {reason}; make room, and the same command continues"
+            print(f"mf_jax: {processes.name()}{told}", file=sys.stderr, flush=True)
+            return _FAILED
         if not processes.are_several():
             raise
         print(f"mf_jax: {processes.told_of(error)}", file=sys.stderr, flush=True)

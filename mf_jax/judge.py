@@ -7,13 +7,13 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, UInt8
 from rich.progress import track
 
+from mf_jax import processes
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
 from mf_jax.metrics.moments import add_rows, mean_and_covariance, start_sums
 from mf_jax.metrics.reference_file import Reference, Statistics, read_pictures, read_reference
@@ -55,7 +55,7 @@ class Judge:
         ):
             for pixels, index in track(batches, what, -(-num // batch_size), disable=not self.show_progress):
                 samples.add(inception_features(self.inception.params, _in_colour(pixels)), index, index < num)
-            if jax.process_index():  # what was added is on all processes of a job, and one has the rows
+            if not processes.is_first():  # what was added is on all processes of a job, and one has the rows
                 return [{} for _ in self.references]
             mean, std = samples.inception_score()
             shared = {"inception_score": mean, "inception_score_std": std}

@@ -7,6 +7,7 @@ from etils.epath import Path
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_objective
 from mf_jax.config import check_tuples
@@ -63,6 +64,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         seed=wanted.seed,
         batch_size=wanted.batch_size,
     )
+    if not processes.is_first():
+        return
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.num_classes else {})
     content = io.BytesIO()
     np.savez(content, **arrays)

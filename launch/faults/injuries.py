@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.faults.job import Ended, Job
+from mf_jax.checkpoint import fingerprint, saved_steps
 
 PROCESSES = 2
 RUN = (
@@ -47,8 +48,11 @@ class Undisturbed:
 
 
 def undisturbed(folder: Path) -> Undisturbed:
-    """Train and evaluate in a folder without disturbance."""
+    """Train and evaluate in a folder without disturbance, twice: the first time compiles."""
     seconds = []
+    for mode in ("train", "eval"):
+        _all_well(start_job(folder, mode).finish())
+    remove(folder)
     for mode in ("train", "eval"):
         start = time.monotonic()
         _all_well(start_job(folder, mode).finish())
@@ -61,13 +65,14 @@ def start_job(folder: Path, mode: str = "train") -> Job:
     return Job(PROCESSES, *RUN, f"--workdir={folder}", f"--mode={mode}")
 
 
-def left_in(folder: Path) -> tuple[dict, bytes, list]:
+def left_in(folder: Path) -> tuple[str, bytes, list]:
     """Return arrays, metrics and scores of a finished run."""
-    (last,) = sorted((folder / "checkpoints").glob("*/index/metadata"), key=lambda path: int(path.parts[-3]))[
-        -1:
-    ]
-    scores = json.loads((folder / "eval.json").read_text())["rows"]
-    return json.loads(last.read_text()), (folder / "metrics.jsonl").read_bytes(), scores
+    arrays = fingerprint(folder, saved_steps(folder)[-1])
+    return (
+        arrays,
+        (folder / "metrics.jsonl").read_bytes(),
+        json.loads((folder / "eval.json").read_text())["rows"],
+    )
 
 
 def _all_well(ended: list[Ended]) -> None:

@@ -12,6 +12,7 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.bench.attention import bench_attention, heads
 from mf_jax.bench.input import bench_input
@@ -55,7 +56,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         measured = BENCHMARKS[config.bench.what](config, source, say)
     result = {**about, **measured, "config": config.to_dict()}
     name = f"bench_{config.bench.what}.json"
-    replace_file(workdir / name, json.dumps(result, indent=1, allow_nan=False).encode())
+    if processes.is_first():
+        replace_file(workdir / name, json.dumps(result, indent=1, allow_nan=False).encode())
     show(result)
     run_folder.tell(workdir, table=name)
 

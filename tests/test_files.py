@@ -1,0 +1,107 @@
+"""Files that are written whole or not at all, and a workdir in a bucket, which here is a folder behind an address."""
+
+import contextlib
+import errno
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+from conftest import TINY
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from mf_jax import report, train
+from mf_jax.files import in_bucket, locked, replace_file, written_aside
+from mf_jax.pictures import save_grid
+from mf_jax.report import RunLog, read_metrics
+from mf_jax.report_page import write_report
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Return a gs:// path, and the folder where its files are in truth."""
+
+    class Bucket(DirFileSystem):
+        def _join(self, path):
+            return super()._join(path.removeprefix("gs://"))
+
+    files = Bucket(path=str(tmp_path), fs=LocalFileSystem(auto_mkdir=True))
+    monkeypatch.setattr(type(fsspec_backend), "fs", lambda self, path: files)
+    return epath.Path("gs://runs/first"), tmp_path / "runs" / "first"
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+    with contextlib.suppress(RuntimeError), written_aside(epath.Path(path)) as aside:
+        epath.Path(aside).write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    replace_file(path, b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
+
+
+def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
+    path, folder = bucket
+    events = []  # their writer has its own way into buckets
+    opened = lambda where, _: events.append(str(where)) or mock.MagicMock()  # noqa: E731
+    monkeypatch.setattr(report, "_open_events", opened)
+    settings = {"num_steps": 4, "batch_size": 2, "show_progress": False}
+    with RunLog(path, start_step=0, **settings) as log:
+        log.write(1, {"loss": 3.0})
+        assert json.loads((folder / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
+        log.write(2, {"loss": 2.0})
+    with RunLog(path, start_step=1, **settings) as log:
+        log.write(2, {"loss": 1.0})
+    assert events == ["gs://runs/first/tensorboard"] * 2
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}]
+    save_grid(path / "samples.png", np.zeros((4, 8, 8, 1), np.uint8))
+    replace_file(path / "config.json", b'{"seed": 0}')
+    write_report(path)
+    assert {"metrics.jsonl", "samples.png", "curves.png", "report.html"} <= {
+        each.name for each in folder.iterdir()
+    }
+
+
+def test_a_bucket_knows_no_locks(bucket, tmp_path):
+    path, _ = bucket
+    assert in_bucket(path)
+    with locked(path / ".lock", wait=False), locked(path / ".lock", wait=False):
+        pass
+    local = epath.Path(tmp_path) / ".lock"
+    assert not in_bucket(local)
+    with locked(local, wait=False), pytest.raises(BlockingIOError), locked(local, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_full_disk_is_one_line(kind, tmp_path, command, monkeypatch):
+    def save(*_):
+        raise (
+            OSError(errno.ENOSPC, "No space left on device")
+            if kind is OSError
+            else kind("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+        )
+
+    monkeypatch.setattr(train.Checkpoints, "save", save)
+    workdir = tmp_path / "run"
+    code, _, errors = command("--config=configs/digits.py", *TINY, f"--workdir={workdir}")
+    assert code == 1
+    assert errors == (
+        f"mf_jax: --workdir={workdir}: No space left on device; make room, and the same command continues\n"
+    )
+
+
+def test_a_bucket_whose_package_is_missing(command, monkeypatch):
+    def missing(self, path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(fsspec_backend), "fs", missing)
+    code, _, errors = command("--config=configs/digits.py", "--workdir=gs://bucket/run")
+    assert code == 2
+    assert errors.startswith(
+        "mf_jax: --workdir=gs://bucket/run: Please install gcsfs to access Google Storage; pip"
+    )
