@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from etils.epath import Path
+from etils.epath import Path, PathLike
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from mf_jax.sharding import make_mesh
 from mf_jax.warm_start import fit, load_weights, restore_run
 
 
-def load(workdir: str | Path, *, ema: str = "") -> Generator:
+def load(workdir: PathLike, *, ema: str = "") -> Generator:
     """Load the newest checkpoint of a run.
 
     Args:

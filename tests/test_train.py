@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY
+from etils import epath
 
 from mf_jax import state as state_module
 from mf_jax import train
@@ -214,7 +215,7 @@ def test_one_compilation_per_run(tmp_path, monkeypatch):
         return train_step
 
     monkeypatch.setattr(train, "make_train_step", counting)
-    train.run(config, workdir)
+    train.run(config, epath.Path(workdir))
     assert len(traced) == 1
 
 

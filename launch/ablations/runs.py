@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from launch.ablations.settings import EQUAL_FLOPS, GROUPS, NUM_STEPS, Run, make_config
 from mf_jax import evaluate, train
 from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import SECTIONS_OF_A_RUN, as_json, validate
-from mf_jax.report import replace_file
+from mf_jax.files import replace_file
 from mf_jax.state import initial_state, make_train_step
 from mf_jax.types import BadInput
 
@@ -118,7 +119,7 @@ def execute(run: Run, folder: Path, flops: Flops) -> dict[str, Any]:
     known = finished(run, folder, num_steps)
     if known is not None:
         return known
-    workdir = folder / run.name
+    workdir = epath.Path(folder / run.name)
     workdir.mkdir(parents=True, exist_ok=True)
     result = {
         "config": decisive_sections(config),
