@@ -202,7 +202,7 @@ def test_what_a_program_exchanges_is_read_from_its_text():
         "all-gather": ("data", (0, 2, 4, 6), 5, 5 * 32, 5 * 128),
         "reduce-scatter": ("fsdp", (0, 1), 1, 12, 48),
         "all-reduce": ("data fsdp", everyone, 1, 17, 33),
-        "collective-permute": ("data fsdp", everyone, 1, 3, 12),
+        "collective-permute": ("other", everyone, 1, 3, 12),
     }
     assert {kind: each.passed_on for kind, each in found.items()} == {
         "all-gather": 3 / 4,

@@ -20,9 +20,9 @@ class Exchange(NamedTuple):
     """A kind of collective among the same groups of devices.
 
     kind: XLA's name. group: the devices of the first group, as the mesh counts them. axis: of the mesh that the groups
-    lie along, "data", "fsdp" or "data fsdp", and "other" for none of these. count: executions in one run, loops
-    included. numbers, payload: of the whole array, what a device has after a gather or before a reduction, in numbers
-    and in bytes, summed over all executions.
+    lie along, "data", "fsdp" or "data fsdp", and "other" for none of these and for pairs. count: executions in a
+    run, loops included. numbers, payload: of the whole array, what a device has after a gather or before a
+    reduction, in numbers and in bytes, summed over all executions.
     """
 
     kind: str
@@ -54,7 +54,8 @@ def exchanges(text: str, mesh: Mapping[str, int]) -> list[Exchange]:
         scale = times * (len(groups[0]) if found["kind"] == "reduce-scatter" else 1)
         sizes = [(scale * math.prod(shape), bits) for shape, bits in arrays(found["result"])]
         numbers, bits = sum(num for num, _ in sizes), sum(num * bits for num, bits in sizes)
-        key = found["kind"], groups[0], _axis(groups, mesh)
+        axis = "other" if found["kind"] == "collective-permute" else _axis(groups, mesh)
+        key = found["kind"], groups[0], axis
         totals.setdefault(key, Counter()).update(count=times, numbers=numbers, payload=bits // 8)
     return [Exchange(*key, **total) for key, total in sorted(totals.items())]
 
