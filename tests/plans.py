@@ -41,7 +41,8 @@ def outcome(folder: Path, flags: list[str]) -> dict:
         code = main()
     path = folder / "bench_plan.json"
     result = json.loads(path.read_text()) if path.exists() else None
-    return {"code": code, "out": out.getvalue(), "errors": errors.getvalue(), "result": result}
+    said = {"code": code, "out": out.getvalue(), "errors": errors.getvalue()}
+    return {**said, "result": result, "made": folder.exists()}
 
 
 def run_all(folder: Path) -> dict:

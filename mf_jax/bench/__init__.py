@@ -27,6 +27,7 @@ from mf_jax.config import validate
 from mf_jax.data import Source
 from mf_jax.models import parameter_shapes
 from mf_jax.report import replace_file
+from mf_jax.sharding import make_mesh
 from mf_jax.types import BadInput, check_known
 
 BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {
@@ -68,7 +69,8 @@ def _check(config: ConfigDict) -> None:
     bench = config.bench
     check_known("bench.what", bench.what, BENCHMARKS)
     if bench.what == "plan":
-        stand_in_devices(bench.topology)  # before anything else starts JAX
+        devices = stand_in_devices(bench.topology)  # before anything else starts JAX
+        make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     counting_device()
     least = 0 if bench.what in ("step", "plan") else 1
     problems = [

@@ -29,6 +29,7 @@ _REMATS = ("none", "dots", "block")
 """From the fastest to the smallest."""
 _CAN_REMAT = ("dit", "in_context_dit")
 NOTES = {
+    "nothing": "nor with anything that changes no result: use a smaller train.batch_size, or a larger machine",
     "temporaries": "temporaries are XLA's for CPUs, which multiplies bfloat16 as float32: an estimate for GPU and TPU",
     "time": "times: operations at bench.utilisation of the peak, then all collectives as rings at the link's rate, "
     "nothing hidden",
@@ -99,13 +100,10 @@ def bench_plan(config: ConfigDict, source: Source, say: Say) -> Result:
 
 
 def _notes(config: ConfigDict, rows: Sequence[Result]) -> list[str]:
-    first, last = rows[0], rows[-1]
-    verdict = "fits as configured" if first["fits"] else "does not fit as configured"
-    if len(rows) > 1:
-        verdict += (
-            f", but with {last['settings']}" if last["fits"] else ", nor with anything tried: use a smaller "
-        )
-        verdict += "" if last["fits"] else "train.batch_size, or more devices"
+    verdict = "fits as configured"
+    if not rows[0]["fits"]:
+        found = f"but with {rows[-1]['settings']}" if rows[-1]["fits"] else NOTES["nothing"]
+        verdict = f"does not fit as configured, {found}"
     return [
         verdict,
         NOTES["temporaries"],
