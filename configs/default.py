@@ -183,12 +183,14 @@ def get_config() -> ConfigDict:
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(
-        what="step",  # step | sample | input | attention | scores (of eval.num_samples random features)
+        what="step",  # step | sample | input | attention | scores (of eval.num_samples random features) | plan
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile, which needs no memory for a state
         dropped=3,  # runs before them, not counted
-        shape=(),  # step, sample: of one data element, e.g. (32, 32, 4), without reading data; () = as the data
-        num_classes=1000,  # step, sample: classes, where bench.shape is given
+        shape=(),  # step, sample, plan: of one data element, e.g. (32, 32, 4), without reading data; () = as the data
+        num_classes=1000,  # step, sample, plan: classes, where bench.shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
+        topology="v5e-16",  # plan: the machine, a key of mf_jax.bench.topologies.TOPOLOGIES
+        utilisation=0.4,  # plan: share of the peak that a device reaches while it computes, in (0, 1]
     )
     config.weights_dir = ""  # folder of published weights (--mode=weights fetches them); "" = $MF_WEIGHTS
     config.cache_dir = ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir

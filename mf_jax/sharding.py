@@ -4,7 +4,7 @@ A step computes its gradient from each device's own rows, on parameters gathered
 after: `per_device`. Nothing else crosses from device to device, whatever the network and the objective do with rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,22 +18,25 @@ _REPLICATE_BELOW = 2**14
 """Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
 
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh over all devices.
 
     Args:
       data: devices along `data`; 0 = all that remain.
       fsdp: devices along `fsdp`, at least 1.
+      devices: in the place of all.
 
     Raises:
       BadInput: if the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if data < 0 or fsdp < 1 or count % fsdp or (data and data * fsdp != count):
         raise BadInput(
             f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; use 0 and 1"
         )
-    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axes = {"axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto, AxisType.Auto)}
+    return jax.make_mesh((count // fsdp, fsdp), **axes, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

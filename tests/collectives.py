@@ -1,12 +1,11 @@
 """Print, as JSON, the collectives of compiled steps on 8 devices: a script, as a process fixes their number."""
 
 import json
-import math
-import re
 
 import jax
 from steps import lowered_step, parts_of
 
+from mf_jax.bench.collectives import exchanges
 from mf_jax.guidance import Guidance
 from mf_jax.models import DiT, InContextDiT, parameter_shapes
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
@@ -30,19 +29,6 @@ CASES = {
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
 CHOSEN = [("data", "guided"), ("data", "improved"), ("both", "loop"), ("fsdp", "terminal")]
-NAMES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-
-
-def collectives(text):
-    """Return the numbers (not bytes) in the results of each kind of collective of a compiled program."""
-    found = {}
-    for result, name in re.findall(rf" = (.*?) ({NAMES})(?:-start)?\(", text):
-        sizes = (
-            math.prod(map(int, filter(None, shape.split(","))))
-            for shape in re.findall(r"\[([\d,]*)\]", result)
-        )
-        found[name] = found.get(name, 0) + sum(sizes)
-    return found
 
 
 def main():
@@ -55,9 +41,11 @@ def main():
         shapes = parameter_shapes(network, SHAPE)
         shardings = state_sharding(mesh, shapes)
         text = lowered_step(parts, mesh).compile().as_text()
+        found = exchanges(text, dict(mesh.shape))
+        kinds = {each.kind for each in found}
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
         out[f"{mesh_name}/{name}"] = {
-            "collectives": collectives(text),
+            "collectives": {kind: sum(each.numbers for each in found if each.kind == kind) for kind in kinds},
             "split": sum(a.size for a, s in pairs if s.spec),
             "whole": sum(a.size for a, s in pairs if not s.spec),
         }

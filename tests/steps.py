@@ -4,8 +4,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from mf_jax.bench.step import placed_step
 from mf_jax.draws import DrawScheme
-from mf_jax.sharding import batch_sharding, placed, state_sharding
 from mf_jax.state import StepParts, initial_state, make_train_step
 from mf_jax.times import LogitNormalTimes
 
@@ -27,10 +27,8 @@ def parts_of(network, objective, *, shape, batch, **draws):
 
 def lowered_step(parts, mesh: Mesh | None = None):
     """Return the step lowered, for a mesh or for one device."""
-    state = jax.eval_shape(lambda: initial_state(parts))
-    step = make_train_step(parts, mesh)
     if mesh is None:
-        return jax.jit(step, donate_argnums=0).lower(state, *parts.batch)
-    shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-    return compiled.lower(placed(state, shardings), *placed(parts.batch, (rows, rows)))
+        state = jax.eval_shape(lambda: initial_state(parts))
+        return jax.jit(make_train_step(parts), donate_argnums=0).lower(state, *parts.batch)
+    step, *arguments = placed_step(parts, mesh)
+    return step.lower(*arguments)

@@ -100,9 +100,9 @@ def test_devices_that_split_parameters_also_gather_each_once(compiled, mesh, sha
     """Terminal velocity gathers twice: its targets come from the moving average."""
     found = compiled[f"{mesh}/{case}"]
     assert found["split"] > 0
-    own, copies = found["split"] // shards, 2 if case == "terminal" else 1
-    reduced = found["whole"] + (own if mesh == "both" else 0)
+    copies = 2 if case == "terminal" else 1
+    reduced = found["whole"] + (found["split"] // shards if mesh == "both" else 0)
     assert set(found["collectives"]) == {"all-gather", "reduce-scatter", "all-reduce"}
     assert found["collectives"]["all-gather"] == copies * found["split"]
-    assert found["collectives"]["reduce-scatter"] == own
+    assert found["collectives"]["reduce-scatter"] == found["split"]
     assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS

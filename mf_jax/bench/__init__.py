@@ -1,4 +1,4 @@
-"""--mode=bench: how fast this machine trains, samples, reads data, attends or scores, as a table and as JSON.
+"""--mode=bench: how fast this machine trains, samples, reads, attends or scores, and what would fit another machine.
 
 A benchmark needs no checkpoint and leaves one file, bench_WHAT.json, so its workdir may be that of a run.
 """
@@ -17,15 +17,18 @@ from mf_jax import workdir as run_folder
 from mf_jax.bench.attention import bench_attention, heads
 from mf_jax.bench.input import bench_input
 from mf_jax.bench.measure import Result, Say, counting_device
+from mf_jax.bench.plan import bench_plan, stand_in_devices
 from mf_jax.bench.sample import bench_sample
 from mf_jax.bench.scores import bench_scores
 from mf_jax.bench.step import Noise, bench_step
 from mf_jax.bench.table import show
+from mf_jax.bench.topologies import find_topology
 from mf_jax.build import make_network
 from mf_jax.config import validate
 from mf_jax.data import Source
 from mf_jax.files import replace_file
 from mf_jax.models import parameter_shapes
+from mf_jax.sharding import make_mesh
 from mf_jax.types import BadInput, check_known
 
 BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {
@@ -34,8 +37,9 @@ BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {
     "input": bench_input,
     "attention": bench_attention,
     "scores": bench_scores,
+    "plan": bench_plan,
 }
-"""What can be measured: from a checked config and its data to the rows of a table."""
+"""What can be measured or planned: from a checked config and its data to the rows of a table."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -66,8 +70,11 @@ def _check(config: ConfigDict) -> None:
     """Raise BadInput for whatever is wrong in the section `bench`."""
     bench = config.bench
     check_known("bench.what", bench.what, BENCHMARKS)
+    if bench.what == "plan":
+        devices = stand_in_devices(bench.topology)  # before anything else starts JAX
+        make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     counting_device()
-    least = 0 if bench.what == "step" else 1
+    least = 0 if bench.what in ("step", "plan") else 1
     problems = [
         f"bench.{key}={tuple(bench[key])}: must hold whole numbers of at least 1, for example (256,)"
         for key in ("shape", "tokens")
@@ -79,6 +86,9 @@ def _check(config: ConfigDict) -> None:
         f"bench.num_classes={bench.num_classes}: must be at least 0; 0 is no classes": bench.num_classes < 0,
         f"bench.shape={tuple(bench.shape)}: must be (height, width, channels), (size,) for vectors, or () for the "
         "shape of the data": len(bench.shape) not in (0, 1, 3),
+        f"bench.utilisation={bench.utilisation}: must be above 0 and at most 1; try 0.4": not (
+            0 < bench.utilisation <= 1
+        ),
         "bench.tokens=(): must hold a length, for example (256,)": len(bench.tokens) == 0,
     }
     problems += [message for message, is_wrong in wrong.items() if is_wrong]
@@ -88,7 +98,8 @@ def _check(config: ConfigDict) -> None:
 
 def _source(config: ConfigDict) -> Source:
     """Return the data that a config names, or noise where it gives a shape, after all checks of a training run."""
-    num_devices = jax.device_count()
+    is_plan = config.bench.what == "plan"
+    num_devices = find_topology(config.bench.topology).devices if is_plan else jax.device_count()
     if config.bench.what == "input" or not config.bench.shape:
         return validate(config, num_devices=num_devices)
     noise = Noise(tuple(config.bench.shape), config.bench.num_classes)

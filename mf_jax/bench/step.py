@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import (
@@ -26,7 +26,7 @@ from mf_jax.bench.measure import (
 )
 from mf_jax.data import Batch, Source, Stored
 from mf_jax.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
-from mf_jax.state import TrainState, initial_state, make_train_step
+from mf_jax.state import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.types import NO_LABEL
 
@@ -78,18 +78,19 @@ class Noise:
 
 def flow_matching_of(config: ConfigDict) -> ConfigDict:
     """Return a config of flow matching with the same network, batch and optimiser."""
-    return _changed(config, _FLOW_MATCHING)
+    return changed(config, _FLOW_MATCHING)
 
 
 def in_the_open(config: ConfigDict) -> ConfigDict:
     """Return a config of the same network whose every operation XLA can count before it compiles."""
-    return _changed(config, {"model": {"scan": False, "attention": "xla"}})
+    return changed(config, {"model": {"scan": False, "attention": "xla"}})
 
 
-def _changed(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
-    changed.update(changes)
-    return changed
+def changed(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """Return a copy of a config with other values of some keys, by section."""
+    copy = config.copy_and_resolve_references()
+    copy.update(changes)
+    return copy
 
 
 def hidden_work(config: ConfigDict) -> list[str]:
@@ -149,12 +150,7 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
     say(f"counting the operations of {config.objective.name}")
     lowered = _count_step(in_the_open(config), source) / 1e9
     say(f"compiling {config.objective.name}")
-    parts = step_parts(config, source)
-    state = jax.eval_shape(functools.partial(initial_state, parts))
-    shardings = state_sharding(mesh, state)
-    step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
-    rows = batch_sharding(mesh)
-    program = compile_program(step, placed(state, shardings), *placed(parts.batch, (rows, rows)))
+    program = compile_program(*placed_step(step_parts(config, source), mesh))
     compiled = program.flops * jax.device_count() / 1e9
     row = {
         "objective": config.objective.name,
@@ -166,6 +162,14 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
         "compile_seconds": program.compile_seconds,
     }
     return row, program
+
+
+def placed_step(parts: StepParts, mesh: Mesh) -> tuple[jax.stages.Wrapped, TrainState, PyTree, PyTree]:
+    """Return the step as training runs it on a mesh, not compiled, and the shapes of its arguments where they lie."""
+    state = jax.eval_shape(functools.partial(initial_state, parts))
+    shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
+    step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
+    return step, placed(state, shardings), *placed(parts.batch, (rows, rows))
 
 
 def _contender(config: ConfigDict, program: Program, source: Source, mesh: Mesh) -> Contender:

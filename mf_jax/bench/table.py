@@ -29,6 +29,8 @@ def _text(value: str | int | float | Sequence[float], scale: float = 1.0) -> str
         return value
     if isinstance(value, Sequence):
         return f"({' to '.join(_text(x, scale) for x in value)})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     value *= scale
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -70,6 +72,32 @@ COLUMNS = {
         Column("images/s", ("images_per_second",)),
     ),
     "attention": _attention_columns(),
+    "plan": (
+        Column("settings", ("settings",)),
+        Column("parameters GB", ("params_bytes",), 1e-9),
+        Column("averages GB", ("ema_bytes",), 1e-9),
+        Column("optimiser GB", ("opt_state_bytes",), 1e-9),
+        Column("rest GB", ("rest_bytes",), 1e-9),
+        Column("batch GB", ("batch_bytes",), 1e-9),
+        Column("temporaries GB", ("temporary_bytes",), 1e-9),
+        Column("total GB", ("total_bytes",), 1e-9),
+        Column("left GB", ("left_bytes",), 1e-9),
+        Column("fits", ("fits",)),
+        Column("GFLOP", ("gflop",)),
+        Column("computing ms, at the peak", ("compute_seconds", "floor_seconds"), 1e3, ", "),
+        Column("collectives ms", ("collective_seconds",), 1e3),
+        Column("efficiency, at the peak", ("efficiency", "efficiency_at_peak"), 1.0, ", "),
+    ),
+    "collectives": (
+        Column("collective", ("kind",)),
+        Column("over", ("axis",)),
+        Column("devices", ("devices",)),
+        Column("times a step", ("count",)),
+        Column("GB", ("payload_bytes",), 1e-9),
+        Column("share passed on", ("passed_on",)),
+        Column("GB/s", ("rate",), 1e-9),
+        Column("ms", ("seconds",), 1e3),
+    ),
     "scores": (
         Column("samples", ("samples",)),
         Column("reference rows", ("reference_rows",)),
@@ -91,7 +119,7 @@ def show(result: Mapping[str, Any]) -> None:
         f"{result['what']}: {result['network']}, {result['num_parameters']:,} parameters, {result['dtype']}, "
         f"batch {result['batch_size']}, data {tuple(result['shape'])}, {result['num_classes']} classes",
         f"on {result['num_devices']} x {result['device_kind']} ({result['platform']}), JAX {result['jax_version']}, "
-        f"{result['repeats']} repeats after {result['dropped']} dropped",
+        + _how(result),
     ]
     if "matmul_peak_gflops" in result:
         lines.append(
@@ -99,11 +127,26 @@ def show(result: Mapping[str, Any]) -> None:
             f"({result['matmul_peak_dtype']}, side {result['matmul_peak_size']})"
         )
     columns = COLUMNS[result["what"]]
-    table = Table(*(column.title for column in columns))
-    for row in result["rows"]:
-        table.add_row(*(column.cell(row) for column in columns))
+    table = _table(columns, result["rows"])
     if "ratio" in result:
         table.add_row(*(column.cell(result["ratio"], scaled=False) for column in columns))
     for line in (*lines, *result["notes"]):
         console.print(line, markup=False, soft_wrap=True)
     console.print(table)
+    if result.get("collectives"):
+        console.print(f"collectives of a device, {result['rows'][-1]['settings']}", markup=False)
+        console.print(_table(COLUMNS["collectives"], result["collectives"]))
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    if "topology" not in result:
+        return f"{result['repeats']} repeats after {result['dropped']} dropped"
+    limits = ((result[key], unit) for key, unit in (("memory", "GB"), ("peak", "GFLOP/s"), ("link", "GB/s")))
+    return "a device: " + ", ".join(f"{_text(value, 1e-9)} {unit}" for value, unit in limits)
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(*(column.title for column in columns))
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
+    return table
