@@ -9,7 +9,7 @@
 # Usage: bash launch/faults.sh [ARGUMENTS]
 #   bash launch/faults.sh                     everything that is missing, then the tables
 #   bash launch/faults.sh --runs=120          more runs
-#   bash launch/faults.sh --only=topologies   one part alone: topologies | faults | document
+#   bash launch/faults.sh --only=topologies   one part alone: topologies | faults | scaling | document
 #
 # Needs: what launch/setup.sh needs.
 set -euo pipefail

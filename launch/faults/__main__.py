@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.progress import track
 
-from launch.faults.document import write_document
+from launch.faults.document import TABLES, write_document
 from launch.faults.injuries import INJURIES, heal, remove, undisturbed
+from launch.faults.scaling import COUNTS, images_per_second
 from launch.faults.topologies import SHAPES, batches_are_alike, digits, largest_difference, losses
 
 FOLDER = Path("runs/faults")
@@ -24,14 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runs", type=int, default=54, help="runs that something happens to; default %(default)s"
     )
-    parser.add_argument("--only", choices=("faults", "topologies", "document"), help="one part alone")
+    parser.add_argument("--only", choices=(*TABLES, "document"), help="one part alone")
     arguments = parser.parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     if arguments.only in (None, "topologies"):
         _topologies(FOLDER / "topologies.jsonl")
     if arguments.only in (None, "faults"):
         _faults(FOLDER / "faults.jsonl", arguments.runs)
-    failed = write_document(_read(FOLDER / "faults.jsonl"), _read(FOLDER / "topologies.jsonl"), DOCUMENT)
+    if arguments.only in (None, "scaling"):
+        _scaling(FOLDER / "scaling.jsonl")
+    failed = write_document(*(_read(FOLDER / f"{name}.jsonl") for name in TABLES), DOCUMENT)
     print(f"wrote {DOCUMENT}")
     for line in failed:
         print(f"faults: {line}", file=sys.stderr)
@@ -70,6 +73,16 @@ def _faults(path: Path, num: int) -> None:
         seconds = time.monotonic() - start
         codes = [process.code for process in ended]
         _append(path, {"run": run, "name": name, "codes": codes, "seconds": seconds, **heal(folder, before)})
+        remove(folder)
+
+
+def _scaling(path: Path) -> None:
+    """Measure the throughput of each number of processes that has no row yet."""
+    done = {row["processes"] for row in _read(path)}
+    for processes in track([count for count in COUNTS if count not in done], "weak scaling"):
+        folder = FOLDER / f"scaling_{processes}"
+        remove(folder)
+        _append(path, {"processes": processes, "images_per_second": images_per_second(folder, processes)})
         remove(folder)
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from launch.faults.injuries import INJURIES
 
+TABLES = ("faults", "topologies", "scaling")
 TOLERANCE = 1e-5
 
 
-def write_document(faults: Sequence[dict], topologies: Sequence[dict], path: Path) -> list[str]:
+def write_document(
+    faults: Sequence[dict], topologies: Sequence[dict], scaling: Sequence[dict], path: Path
+) -> list[str]:
     """Put the tables between their marks in the document; return what is not as it should be."""
     text = path.read_text()
-    for name, table in (("faults", _faults(faults)), ("topologies", _topologies(topologies))):
+    tables = (_faults(faults), _topologies(topologies), _scaling(scaling))
+    for name, table in zip(TABLES, tables, strict=True):
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = mark.sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text)
     path.write_text(text)
@@ -50,4 +54,12 @@ def _topologies(rows: Sequence[dict]) -> str:
         processes, devices, fsdp = row["shape"]
         same = "yes" if row["batches"] else "NO"
         lines.append(f"| {processes} | {devices} | {fsdp} | {row['difference']:.1e} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+def _scaling(rows: Sequence[dict]) -> str:
+    lines = ["| processes | images/s together | of the first times as many |", "|---|---|---|"]
+    for row in rows:
+        share = row["images_per_second"] / (rows[0]["images_per_second"] * row["processes"])
+        lines.append(f"| {row['processes']} | {row['images_per_second']:,.0f} | {share:.2f} |")
     return "\n".join(lines) + "\n"
