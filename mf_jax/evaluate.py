@@ -32,6 +32,7 @@ from mf_jax.grid import cells, names
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
 from mf_jax.report_page import write_report
+from mf_jax.score_rows import ROWS_FILE
 from mf_jax.types import NO_LABEL, Rows
 
 _DIAGNOSTIC_ROWS = 1024
@@ -163,7 +164,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
     write_report(workdir)
     _show(result)
-    rows = {"rows": fid.ROWS_FILE, "pictures": fid.PICTURES} if against_references else {}
+    rows = {"rows": ROWS_FILE, "pictures": fid.PICTURES} if against_references else {}
     run_folder.tell(workdir, table="eval.json", **rows, report="report.html")
 
 

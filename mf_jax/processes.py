@@ -50,6 +50,8 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
     Raises:
       BadInput: if the job is described in part or in a wrong way.
     """
+    if jax.distributed.is_initialized():  # by the program that calls this one
+        return
     about = _described()
     jax.config.update("jax_enable_preemption_service", stops_together)
     with _gives_up_after(start_timeout, about):

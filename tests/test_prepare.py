@@ -403,7 +403,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(prep
 
 KILLS = {
     "in the middle of a shard": "LatentShards.add",
-    "before a shard is renamed": "replace",
+    "before a shard is renamed": "replace_file",
 }
 
 

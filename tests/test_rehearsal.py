@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from recorded import FOLDER, inception_weights
+from safetensors.numpy import save_file
 
 CLASSES = ("n01440764", "n02084071", "n03000134")
 SMALL = (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Float32, Float64, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from numpy.lib import format as npy
 
 from mf_jax.metrics.frechet import asymmetry
@@ -37,11 +37,12 @@ class Statistics:
     """
 
     num_images: int
-    mean: Float64[np.ndarray, "d"]
-    covariance: Float64[np.ndarray, "d d"]
-    mean_spatial: Float64[np.ndarray, "s"] | None = None
-    covariance_spatial: Float64[np.ndarray, "s s"] | None = None
-    features: Float32[np.ndarray, "m d"] | None = None
+    # shapes are checked with what is in the arrays, in one line that names the file
+    mean: Float[np.ndarray, "..."]
+    covariance: Float[np.ndarray, "..."]
+    mean_spatial: Float[np.ndarray, "..."] | None = None
+    covariance_spatial: Float[np.ndarray, "..."] | None = None
+    features: Float[np.ndarray, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
