@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import tarfile
@@ -22,6 +21,7 @@ from PIL import Image
 from recorded import FOLDER
 from tensorflow_datasets.proto import tf_example_pb2
 
+from launch.faults.job import Job
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents
@@ -351,29 +351,10 @@ def test_any_number_of_processes_writes_the_same_files(prepared, tmp_path):
 
 def test_the_processes_of_a_jax_job_share_the_work(prepared, tree, tmp_path):
     prepared("alone")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    program = """
-import sys, jax
-jax.distributed.initialize(sys.argv.pop(1), 2, int(sys.argv.pop(1)))
-from mf_jax.main import main
-sys.exit(main())
-"""
     arguments = [*TOGETHER, f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'job'}"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    told = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert all(f"12 pictures in {SHARDS} shards" in out for out, _ in told)  # each has waited for the other
+    first, second = Job(2, *arguments).finish()
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert f"12 pictures in {SHARDS} shards" in first.output  # it has waited for the other
     assert files(tmp_path / "job") == files(tmp_path / "alone")
 
 
