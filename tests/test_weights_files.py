@@ -28,8 +28,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not self.path.endswith("config"):  # without a length only the end of the connection ends a file
             self.send_header("Content-Length", str(len(body) + self.server.cut))
         self.end_headers()
+        self.server.asked.append(self.path)  # before the client has all of it
         self.wfile.write(body)
-        self.server.asked.append(self.path)
 
     def log_message(self, *_):
         pass
