@@ -15,8 +15,9 @@ def write_document(
 ) -> list[str]:
     """Put the tables between their marks in the document; return what is not as it should be."""
     text = path.read_text()
-    tables = (_faults(faults), _topologies(topologies), _scaling(scaling))
-    for name, table in zip(TABLES, tables, strict=True):
+    writers = ((_faults, faults), (_topologies, topologies), (_scaling, scaling))
+    for name, (write, rows) in zip(TABLES, writers, strict=True):
+        table = write(rows) if rows else f"Not measured yet: `bash launch/faults.sh --only={name}`\n"
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = mark.sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text)
     path.write_text(text)
