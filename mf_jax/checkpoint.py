@@ -159,15 +159,15 @@ class Checkpoints:
     ) -> tuple[int, PyTree]:
         """Return the step and the parameters of a checkpoint.
 
-          Args:
-            like: the shapes, types and shardings of the parameters.
-            ema: a name of a moving average, or `none` for the raw parameters.
-            names: of all moving averages of the run.
-            step: of the checkpoint; None for the newest undamaged one.
+        Args:
+          like: the shapes, types and shardings of the parameters.
+          ema: a name of a moving average, or `none` for the raw parameters.
+          names: of all moving averages of the run.
+          step: of the checkpoint; None for the newest undamaged one.
 
-          Raises:
-            UnreadableCheckpoint: if the step has no checkpoint, or a damaged one.
-        BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
+        Raises:
+          UnreadableCheckpoint: if the step has no checkpoint, or a damaged one.
+          BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
         """
         item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
         restored = self._restore(item) if step is None else (step, self._restore_this(step, item))
@@ -186,9 +186,10 @@ class Checkpoints:
                 items = self._restore_step(step, like)
             except DamagedCheckpoint as error:
                 problem = str(error)
-            if problems := [
+            problems = [
                 told for told in processes.from_all(problem) if told
-            ]:  # a process sees its own part
+            ]  # each process sees its own part
+            if problems:
                 damaged.append(step)
                 self._report(f"checkpoint {step} is damaged ({problems[0]}); trying the one before it")
                 continue
