@@ -115,8 +115,21 @@ def _gather(param: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "
 def _reduce(gradient: Shaped[Array, "..."], spec: PartitionSpec, mesh: Mesh) -> Shaped[Array, "..."]:
     if not spec:
         return jax.lax.psum(gradient, ("data", "fsdp"))
-    own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=len(spec) - 1, tiled=True)
+    axis = len(spec) - 1
+    if _scatters_wrongly(mesh):
+        whole = jax.lax.psum(gradient, ("data", "fsdp"))
+        size = whole.shape[axis] // mesh.shape["fsdp"]
+        return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
+    own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
     return jax.lax.psum(own, "data") if mesh.shape["data"] > 1 else own
+
+
+def _scatters_wrongly(mesh: Mesh) -> bool:
+    """Return whether sums that are scattered may be wrong: those of gloo, between CPUs of a job.
+
+    Now and then the first process gets the end of its part before it has been summed (jax-ml/jax#40830).
+    """
+    return jax.distributed.is_initialized() and mesh.devices.flat[0].platform == "cpu"
 
 
 def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
