@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from launch.faults.job import free_port
 from mf_jax import sharding
 
 ARGUMENTS = (
@@ -106,3 +107,34 @@ def test_devices_that_split_parameters_also_gather_each_once(compiled, mesh, sha
     assert found["collectives"]["all-gather"] == copies * found["split"]
     assert found["collectives"]["reduce-scatter"] == found["split"]
     assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS
+
+
+IN_A_JOB = """
+import sys, jax, numpy as np
+from mf_jax.sharding import batch_sharding, make_mesh, per_device, state_sharding
+jax.distributed.initialize("127.0.0.1:" + sys.argv[1], num_processes=1, process_id=0)
+mesh = make_mesh(data=2, fsdp=2)
+params = (np.arange(2**15, dtype=np.float32).reshape(2**13, 4) % 7,)
+rows = np.arange(8.0, dtype=np.float32)[:, None]
+params = jax.device_put(params, state_sharding(mesh, params))
+rows = jax.device_put(rows, batch_sharding(mesh))
+step = jax.jit(lambda params, rows: per_device(lambda p, x: (p[0] * x.mean(), x.sum()), mesh, params, rows))
+compiled = step.lower(params, rows).compile()
+gradient, total = compiled(params, rows)
+assert gradient.sharding.spec == params[0].sharding.spec
+assert "all-reduce" in compiled.as_text()
+assert "reduce-scatter" not in compiled.as_text()
+np.testing.assert_allclose(gradient, np.asarray(params[0]) * 3.5, rtol=1e-6)
+assert total == 28
+"""
+
+
+def test_gradients_of_split_parameters_in_a_job_of_cpus_are_not_scattered_by_gloo():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    process = subprocess.run(
+        [sys.executable, "-c", IN_A_JOB, str(free_port())],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
