@@ -150,6 +150,7 @@ def get_config() -> ConfigDict:
     config.mesh = section(
         data=0,  # devices that split the batch alone; 0 = all that remain
         fsdp=1,  # devices that split the batch and the parameters
+        gather="step",  # step | block: gather split parameters at once, or those of a block when it comes
     )
     config.job = section(  # of one or many processes
         start_timeout_seconds=300.0,  # within which all processes must have started

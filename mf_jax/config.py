@@ -22,6 +22,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.objectives import Controlled
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.samplers import time_grid
+from mf_jax.sharding import GATHERS
 from mf_jax.types import BadInput, nearest
 
 SECTIONS_OF_A_RUN = (
@@ -212,7 +213,7 @@ def _check_network(config: ConfigDict, source: Source) -> None:
 
 def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
     """Return what must hold of single keys, and whether it does not."""
-    train, optim = config.train, config.optim
+    train, optim, gather = config.train, config.optim, config.mesh.gather
     decays, halflives = config.ema.decays, config.ema.halflives_kimg
     at_least_one = {
         "train.num_steps": train.num_steps,
@@ -229,6 +230,9 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
         f"sample.seed={config.sample.seed}: must be within [0, 2^31)": not 0 <= config.sample.seed < 2**31,
         f"eval.seed={config.eval.seed}: must be within [0, 2^31)": not 0 <= config.eval.seed < 2**31,
         f"optim.lr={optim.lr}: must be above 0 and finite; try 1e-3": not 0 < optim.lr < math.inf,
+        f"mesh.gather={gather!r}: must be one of {', '.join(GATHERS)}{nearest(gather, GATHERS)}": (
+            gather not in GATHERS
+        ),
         f"optim.schedule={optim.schedule!r}: must be one of {', '.join(SCHEDULES)}"
         f"{nearest(optim.schedule, SCHEDULES)}": optim.schedule not in SCHEDULES,
         f"optim.warmup_steps={optim.warmup_steps}: must be within [0, train.num_steps={train.num_steps}]": (

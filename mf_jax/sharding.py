@@ -2,20 +2,30 @@
 
 A step computes its gradient from each device's own rows, on parameters gathered once before and with one reduction
 after: `per_device`. Nothing else crosses from device to device, whatever the network and the objective do with rows.
+Where not all parameters fit a device, blocks can gather their own as they come (`gather_late`).
+
+Source: parameters split over devices, arXiv 1910.02054 (stage 3) and arXiv 2004.13336.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_map_with_path
 from jaxtyping import Array, PyTree, Shaped
 
 from mf_jax.types import BadInput
 
 _REPLICATE_BELOW = 2**14
 """Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
+GATHERS = ("step", "block")
+"""When a device gathers split parameters: all of them once a step, or those of each block where it is computed."""
+Path = tuple[str, ...]
+Late = Callable[[Path, int], bool]
+"""From the path of a parameter and the axis that it is split along to whether it is gathered late."""
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -76,7 +86,12 @@ def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def per_device(
-    gradient: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, params: PyTree, rows: PyTree
+    gradient: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    mesh: Mesh,
+    params: PyTree,
+    rows: PyTree,
+    *,
+    late: Late = lambda path, axis: False,
 ) -> tuple[PyTree, PyTree]:
     """Return the gradient of a mean over all rows, and sums over all rows, from each device's own rows.
 
@@ -86,15 +101,25 @@ def per_device(
       mesh: the mesh.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
+      late: which parameters `gradient` is given as this device's part, to gather them itself with `gather_late`.
 
     Returns:
       (gradient placed like the parameters, sums on every device).
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
+    axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
 
     def local(params: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
-        own, sums = gradient(jax.tree.map(_gather, params, specs), rows)
-        own = jax.tree.map(lambda g, spec: _reduce(g, spec, mesh) / mesh.size, own, specs[0])
+        def gather_now(param: Array, axis: int, is_late: bool) -> Array:
+            whole = axis == _WHOLE or is_late
+            return param if whole else jax.lax.all_gather(param, "fsdp", axis=axis, tiled=True)
+
+        def reduce(part: Array, axis: int, is_late: bool) -> Array:
+            summed = _sum_over_data(part, mesh) if is_late else _reduce(part, axis, mesh)
+            return summed / mesh.size
+
+        own, sums = gradient(jax.tree.map(gather_now, params, axes, are_late), rows)
+        own = jax.tree.map(reduce, own, axes[0], are_late[0])
         return own, jax.lax.psum(sums, ("data", "fsdp"))
 
     rows_spec = batch_sharding(mesh).spec
@@ -108,20 +133,78 @@ def per_device(
     return split(params, rows)
 
 
-def _gather(param: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "..."]:
-    return jax.lax.all_gather(param, "fsdp", axis=len(spec) - 1, tiled=True) if spec else param
+def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Path, PyTree], PyTree]:
+    """Return what gathers parameters within the gradient of `per_device`.
+
+    Args:
+      mesh: as `per_device` takes it.
+      params: nested dicts of whole parameters, placed by `state_sharding`, or their shapes.
+      late: as `per_device` takes it.
+
+    Returns:
+      (path, this device's part of the parameters under it) -> the whole ones. A loop over blocks may have taken axes
+      away in front. Its derivative sums over `fsdp` and leaves each device its part.
+    """
+    # from the end, which a loop does not move
+    axes = jax.tree.map(
+        lambda leaf, axis, is_late: axis - leaf.ndim if is_late else _WHOLE_FROM_END,
+        params,
+        _split_axes(mesh, params),
+        _are_late(mesh, params, late),
+    )
+
+    def gather(path: Path, part: PyTree) -> PyTree:
+        under = axes
+        for name in path:
+            under = under[name]
+        return jax.tree.map(
+            lambda leaf, axis: leaf if axis == _WHOLE_FROM_END else _gather(leaf, leaf.ndim + axis, mesh),
+            part,
+            under,
+        )
+
+    return gather
 
 
-def _reduce(gradient: Shaped[Array, "..."], spec: PartitionSpec, mesh: Mesh) -> Shaped[Array, "..."]:
-    if not spec:
+_WHOLE = -1
+_WHOLE_FROM_END = 0
+
+
+def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
+    """Return the axis that each parameter is split along, or `_WHOLE`."""
+    return jax.tree.map(lambda sharding: len(sharding.spec) - 1, state_sharding(mesh, params))
+
+
+def _are_late(mesh: Mesh, params: PyTree, late: Late) -> PyTree:
+    def is_late(path: Sequence[Any], axis: int) -> bool:
+        names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
+        return axis != _WHOLE and late(names, axis)
+
+    return tree_map_with_path(is_late, _split_axes(mesh, params))
+
+
+def _gather(part: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
+    if not _scatters_wrongly(mesh):
+        return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+    # the sum, whose derivative is a sum, not one that scatters
+    size, count = part.shape[axis], mesh.shape["fsdp"]
+    zeros = jnp.zeros((*part.shape[:axis], size * count, *part.shape[axis + 1 :]), part.dtype)
+    own = jax.lax.dynamic_update_slice_in_dim(zeros, part, size * jax.lax.axis_index("fsdp"), axis)
+    return jax.lax.psum(own, "fsdp")
+
+
+def _reduce(gradient: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
+    if axis == _WHOLE:
         return jax.lax.psum(gradient, ("data", "fsdp"))
-    axis = len(spec) - 1
     if _scatters_wrongly(mesh):
         whole = jax.lax.psum(gradient, ("data", "fsdp"))
         size = whole.shape[axis] // mesh.shape["fsdp"]
         return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
-    own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
-    return jax.lax.psum(own, "data") if mesh.shape["data"] > 1 else own
+    return _sum_over_data(jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True), mesh)
+
+
+def _sum_over_data(part: Shaped[Array, "..."], mesh: Mesh) -> Shaped[Array, "..."]:
+    return jax.lax.psum(part, "data") if mesh.shape["data"] > 1 else part
 
 
 def _scatters_wrongly(mesh: Mesh) -> bool:

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from mf_jax.data import Stored
 from mf_jax.draws import DrawScheme
 from mf_jax.models import as_field, initial_params
+from mf_jax.models.blocks import is_axis_of_block, preparing_blocks
 from mf_jax.objectives import Objective
 from mf_jax.objectives.errors import average, average_over
 from mf_jax.optim import average_name, start_averages, update_averages
-from mf_jax.sharding import per_device
+from mf_jax.sharding import gather_late, per_device
 from mf_jax.types import Draws
 
 NEVER = -1
@@ -50,7 +51,8 @@ class StepParts:
     network, shape: the network, and the shape of one data element. stored: how batches become elements, where the data
     draw them anew at every visit. objective, scheme: the loss, and how its random
     numbers are drawn. optimizer, ema_names: how parameters and their averages move. seed: of all random numbers.
-    log_every_steps: steps over which metrics are averaged. batch_size: rows of a step.
+    log_every_steps: steps over which metrics are averaged. batch_size: rows of a step. gather: one of
+    `sharding.GATHERS`.
     """
 
     network: nn.Module
@@ -63,6 +65,7 @@ class StepParts:
     log_every_steps: int
     batch_size: int
     stored: Stored | None = None
+    gather: str = "step"
 
     @property
     def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -131,9 +134,13 @@ def _gradient(
         return jax.grad(loss, has_aux=True)(params)
 
     both = (params, target_params)
-    gradient, metrics = (
-        per_device(of_rows, mesh, both, draws) if mesh and mesh.size > 1 else of_rows(both, draws)
-    )
+    if mesh is None or mesh.size == 1:
+        gradient, metrics = of_rows(both, draws)
+    elif parts.gather == "step":
+        gradient, metrics = per_device(of_rows, mesh, both, draws)
+    else:
+        with preparing_blocks(gather_late(mesh, params, is_axis_of_block)):
+            gradient, metrics = per_device(of_rows, mesh, both, draws, late=is_axis_of_block)
     return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
 
 

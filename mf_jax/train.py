@@ -110,6 +110,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
         stored=source.stored,
+        gather=config.mesh.gather,
     )
 
 

@@ -1,17 +1,22 @@
 """Print, as JSON, the collectives of compiled steps on 8 devices: a script, as a process fixes their number."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 from steps import lowered_step, parts_of
 
 from mf_jax.bench.collectives import exchanges
+from mf_jax.bench.step import placed_step
 from mf_jax.guidance import Guidance
 from mf_jax.models import DiT, InContextDiT, parameter_shapes
+from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.sharding import make_mesh, state_sharding
+from mf_jax.state import initial_state
 
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=2, width=128, num_heads=2, num_classes=10)
@@ -28,27 +33,70 @@ CASES = {
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
-CHOSEN = [("data", "guided"), ("data", "improved"), ("both", "loop"), ("fsdp", "terminal")]
+CHOSEN = [
+    ("data", "guided", "step"),
+    ("data", "improved", "step"),
+    ("both", "loop", "step"),
+    ("both", "loop", "block"),
+    ("fsdp", "terminal", "step"),
+]
+
+
+def first_moments(parts, mesh, compiled):
+    """Return Adam's first moment, a multiple of the gradient, after a step from parameters none of which are zero."""
+
+    def state():
+        plain = initial_state(parts)
+        return plain.replace(
+            params=jax.tree.map(
+                lambda a: a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), plain.params
+            )
+        )
+
+    x = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
+    labels = jnp.arange(BATCH) % 10
+    places = jax.tree.map(lambda leaf: leaf.sharding, placed_step(parts, mesh)[1:])
+    return jax.tree.leaves(
+        jax.device_get(compiled(*jax.device_put((state(), x, labels), places)).opt_state[0].mu)
+    )
 
 
 def main():
-    """Print {mesh/case: {"collectives": ..., "split": numbers of split parameters, "whole": of the others}}."""
-    out = {}
-    for mesh_name, name in CHOSEN:
+    """Print {mesh/case/gather: {"collectives": ..., "split", "in_blocks", "whole": numbers in the parameters}}.
+
+    "split" counts all parameters that are split, "in_blocks" those of blocks among them. "apart" is the largest
+    relative difference between the gradients of "both/loop/step" and "both/loop/block".
+    """
+    out, moments = {}, {}
+    for mesh_name, name, gather in CHOSEN:
         data, fsdp = MESHES[mesh_name]
         mesh, (network, objective, more) = make_mesh(data=data, fsdp=fsdp), CASES[name]
         parts = parts_of(network, objective, shape=SHAPE, batch=BATCH, **more)
+        parts = dataclasses.replace(parts, gather=gather)
         shapes = parameter_shapes(network, SHAPE)
         shardings = state_sharding(mesh, shapes)
-        text = lowered_step(parts, mesh).compile().as_text()
-        found = exchanges(text, dict(mesh.shape))
+        compiled = lowered_step(parts, mesh).compile()
+        found = exchanges(compiled.as_text(), dict(mesh.shape))
+        if name == "loop":
+            moments[gather] = first_moments(parts, mesh, compiled)
         kinds = {each.kind for each in found}
+        paths = [
+            tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+        ]
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
-        out[f"{mesh_name}/{name}"] = {
+        out[f"{mesh_name}/{name}/{gather}"] = {
             "collectives": {kind: sum(each.numbers for each in found if each.kind == kind) for kind in kinds},
             "split": sum(a.size for a, s in pairs if s.spec),
+            "in_blocks": sum(
+                a.size
+                for path, (a, s) in zip(paths, pairs, strict=True)
+                if s.spec and is_axis_of_block(path, len(s.spec) - 1)
+            ),
             "whole": sum(a.size for a, s in pairs if not s.spec),
         }
+    out["apart"] = max(
+        float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in zip(*moments.values(), strict=True)
+    )
     print(json.dumps(out))
 
 

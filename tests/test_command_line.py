@@ -32,6 +32,7 @@ BAD_KEYS = [
     ("optim.lr=-1", "optim.lr=-1.0", "above 0"),
     ("optim.lr=nan", "optim.lr=nan"),
     ("optim.schedule=cosin", "optim.schedule", "cosine"),
+    ("mesh.gather=blocks", "mesh.gather", "block"),
     ("optim.warmup_steps=13", "optim.warmup_steps=13", "num_steps=12"),
     ("optim.b2=1.0", "optim.b2"),
     ("optim.clip_norm=-1.0", "optim.clip_norm"),

@@ -136,7 +136,13 @@ def test_what_computes_again_is_tried_before_what_splits_more():
     scanned = [{"scan": True}, {"scan": True, "remat": "block"}]
     models = [{}, *({"model": model} for model in scanned)]
     meshes = [{}, *({"mesh": {"data": 0, "fsdp": size}} for size in (4, 8))]
+    late = [{"gather": "block"}, *({"data": 0, "fsdp": size, "gather": "block"} for size in (4, 8))]
+    last = [{"mesh": mesh, **models[-1]} for mesh in late]
+    assert list(_candidates(config, 8)) == [mesh | model for mesh in meshes for model in models] + last
+    config.mesh.gather = "block"
     assert list(_candidates(config, 8)) == [mesh | model for mesh in meshes for model in models]
+    config.model.name, config.mesh.gather = "unet", "step"
+    assert list(_candidates(config, 8)) == meshes
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ SHARDED = (
     "--config.log.sample_every_steps=6",
 )
 """Wide enough for parameters that are worth splitting."""
+SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.gather=block")
 
 
 def _rows(workdir):
@@ -47,7 +48,7 @@ def alone(tmp_path_factory, spawn):
 def stopped(tmp_path_factory):
     """Return the workdir of a job that was stopped by a signal to the second of two processes, and what they said."""
     workdir = tmp_path_factory.mktemp("job") / "run"
-    job = Job(2, *SHARDED, f"--workdir={workdir}", "--config.mesh.fsdp=2", devices=2)
+    job = Job(2, *SHARDED, f"--workdir={workdir}", *SPLIT, devices=2)
     assert job.wait_for(lambda: "parameters, " in job.output())
     job.send(signal.SIGTERM, 1)
     said = job.finish()
@@ -77,7 +78,7 @@ def test_the_first_process_alone_talks(stopped):
 
 
 def test_a_run_on_other_processes_and_devices_has_the_same_numbers(alone, continued):
-    """Begun on two processes of two devices that split parameters, continued on two of one: as one device alone."""
+    """Begun on two processes of two devices that gather split parameters by block, continued on two of one."""
     workdir, said = continued
     assert [code for code, _, _ in said] == [0, 0], said
     assert "continuing at step" in said[0][1]

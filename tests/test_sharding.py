@@ -91,7 +91,7 @@ SCALARS = 200
 
 @pytest.mark.parametrize("case", ["guided", "improved"])
 def test_devices_that_split_rows_exchange_the_gradient_once_and_nothing_else(compiled, case):
-    found = compiled[f"data/{case}"]
+    found = compiled[f"data/{case}/step"]
     assert set(found["collectives"]) == {"all-reduce"}
     assert abs(found["collectives"]["all-reduce"] - found["whole"]) < SCALARS
 
@@ -99,7 +99,7 @@ def test_devices_that_split_rows_exchange_the_gradient_once_and_nothing_else(com
 @pytest.mark.parametrize(("mesh", "shards", "case"), [("both", 2, "loop"), ("fsdp", 8, "terminal")])
 def test_devices_that_split_parameters_also_gather_each_once(compiled, mesh, shards, case):
     """Terminal velocity gathers twice: its targets come from the moving average."""
-    found = compiled[f"{mesh}/{case}"]
+    found = compiled[f"{mesh}/{case}/step"]
     assert found["split"] > 0
     copies = 2 if case == "terminal" else 1
     reduced = found["whole"] + (found["split"] // shards if mesh == "both" else 0)
@@ -107,6 +107,20 @@ def test_devices_that_split_parameters_also_gather_each_once(compiled, mesh, sha
     assert found["collectives"]["all-gather"] == copies * found["split"]
     assert found["collectives"]["reduce-scatter"] == found["split"]
     assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS
+
+
+def test_blocks_that_gather_their_own_parameters_do_it_wherever_they_are_computed(compiled):
+    """Forwards for targets, for rows with r < t and r = t, and the last two again for their gradients: five."""
+    found = compiled["both/loop/block"]
+    assert 0 < found["in_blocks"] < found["split"]
+    assert found["collectives"]["all-gather"] == found["split"] + 4 * found["in_blocks"]
+    assert found["collectives"]["reduce-scatter"] == found["split"] + found["in_blocks"]
+    reduced = found["whole"] + found["split"] // 2
+    assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS
+
+
+def test_when_parameters_are_gathered_changes_no_gradient(compiled):
+    assert compiled["apart"] < 1e-6
 
 
 IN_A_JOB = """

@@ -119,9 +119,10 @@ def _spelled(changes: Changes) -> str:
 
 
 def _candidates(config: ConfigDict, num_devices: int) -> Iterator[Changes]:
-    """Yield changes of a config that save memory and no numbers, the cheapest first: none, then recomputing, then fsdp.
+    """Yield changes of a config that save memory and change no numbers, the cheapest first.
 
-    Each size of fsdp is tried with all kinds of recomputing before the next one.
+    They are none, recomputing, and fsdp, each size of it with all kinds of recomputing before the next one; then all
+    sizes again, with blocks that gather their own parameters and the smallest kind of recomputing.
     """
     remats: list[Changes] = [{}]
     if config.model.name in _CAN_REMAT:
@@ -133,6 +134,10 @@ def _candidates(config: ConfigDict, num_devices: int) -> Iterator[Changes]:
     sizes = [size for size in range(fsdp + 1, num_devices + 1) if num_devices % size == size % fsdp == 0]
     meshes: list[Changes] = [{}, *({"mesh": {"data": 0, "fsdp": size}} for size in sizes)]
     yield from ({**mesh, **remat} for mesh, remat in itertools.product(meshes, remats))
+    if config.model.name in _CAN_REMAT and config.mesh.gather == "step":
+        first = [{"gather": "block"}] * (fsdp > 1)
+        late = first + [{"data": 0, "fsdp": size, "gather": "block"} for size in sizes]
+        yield from ({"mesh": mesh, **remats[-1]} for mesh in late)
 
 
 def _plan(

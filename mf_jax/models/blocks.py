@@ -6,8 +6,10 @@ Neither changes what is computed. Blocks one after another are named `block_0`, 
 Source: rematerialisation, arXiv 1604.06174.
 """
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +28,28 @@ REMATS = {
 """What is kept for the gradient: everything; what goes into a block; and also its products with weights."""
 
 _LOOP = "blocks"
+_PreparesBlock = Callable[[tuple[str, ...], PyTree], PyTree]
+_prepares: contextvars.ContextVar[_PreparesBlock | None] = contextvars.ContextVar("prepares", default=None)
+
+
+@contextlib.contextmanager
+def preparing_blocks(prepare: _PreparesBlock) -> Iterator[None]:
+    """Have each block's parameters prepared where the block begins, and again where it is computed again.
+
+    Args:
+      prepare: from the path of a block's parameters (of a loop: of those of all of its blocks), and those of one
+        block, to what the block computes with.
+    """
+    token = _prepares.set(prepare)
+    try:
+        yield
+    finally:
+        _prepares.reset(token)
+
+
+def is_axis_of_block(path: Sequence[str], axis: int) -> bool:
+    """Return whether a parameter with this path belongs to a block, and this axis is one that the block itself sees."""
+    return axis > 0 if _LOOP in path else any(re.fullmatch(r"block_\d+", name) for name in path)
 
 
 def run_blocks(
@@ -33,6 +57,7 @@ def run_blocks(
     x: Float[Array, "b n d"],
     conditions: Sequence[Any],
     *,
+    path: tuple[str, ...],
     remat: str,
     scan: bool,
     **fields: Any,
@@ -43,6 +68,7 @@ def run_blocks(
       block: takes (x, condition) and returns x.
       x: `[B, tokens, width]`.
       conditions: of each block; one block for each.
+      path: of the module.
       remat: a key of `REMATS`.
       scan: whether to loop; the conditions must be alike in shape then.
       fields: of the blocks.
@@ -53,12 +79,21 @@ def run_blocks(
     if not conditions:
         return x
     check_known("model.remat", remat, REMATS)
-    if remat != "none":
-        # a loop keeps its computing-again apart by itself; without a loop XLA would merge it with the first time
-        block = nn.remat(block, policy=REMATS[remat], prevent_cse=not scan)
+
+    def named(name: str) -> nn.Module:
+        made, prepare = block, _prepares.get()
+        if prepare:
+            made = nn.map_variables(
+                made, "params", lambda variables: {"params": prepare((*path, name), variables["params"])}
+            )
+        if remat != "none":
+            # a loop keeps its computing-again apart by itself; without a loop XLA would merge it with the first time
+            made = nn.remat(made, policy=REMATS[remat], prevent_cse=not scan)
+        return made(**fields, name=name)
+
     if not scan:
         for i, condition in enumerate(conditions):
-            x = block(**fields, name=f"block_{i}")(x, condition)
+            x = named(f"block_{i}")(x, condition)
         return x
     alike = all(condition is conditions[0] for condition in conditions)
     loop = nn.scan(
@@ -69,7 +104,7 @@ def run_blocks(
         length=len(conditions),
     )
     together = conditions[0] if alike else jax.tree.map(lambda *each: jnp.stack(each), *conditions)
-    return loop(block(**fields, name=_LOOP), x, together)[0]
+    return loop(named(_LOOP), x, together)[0]
 
 
 def stack_blocks(params: PyTree) -> PyTree:

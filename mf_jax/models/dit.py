@@ -150,7 +150,7 @@ class DiT(nn.Module):
             "dtype": self.dtype,
             "attend": functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
         }
-        x = run_blocks(Block, x, conditions, remat=self.remat, scan=self.scan, **fields)
+        x = run_blocks(Block, x, conditions, path=self.path, remat=self.remat, scan=self.scan, **fields)
         shift, scale = jnp.split(
             zero_dense(2 * self.width, dtype=self.dtype, name="final_modulation")(nn.silu(c)), 2, axis=-1
         )

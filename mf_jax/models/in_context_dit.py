@@ -134,7 +134,7 @@ class Head(nn.Module):
         self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"], *, num_prefix: int
     ) -> Float[Array, "b patches out"]:
         """Return the prediction of each patch, `[B, tokens - num_prefix, num_out]`."""
-        x = self.run(GatedBlock, x, [turns] * self.depth)
+        x = self.run(GatedBlock, x, [turns] * self.depth, path=self.path)
         return zero_dense(self.num_out, dtype=self.dtype, name="final")(
             nn.RMSNorm(name="norm")(x[:, num_prefix:])
         )
@@ -233,7 +233,7 @@ class InContextDiT(nn.Module):
             dtype=self.dtype,
             attend=functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
         )
-        x = run(GatedBlock, x.astype(self.dtype), [turns] * (self.depth - self.head_depth))
+        x = run(GatedBlock, x.astype(self.dtype), [turns] * (self.depth - self.head_depth), path=self.path)
 
         def predict(name: str) -> Float[Array, "b h w c"]:
             head = Head(self.head_depth, p * p * channels, self.dtype, run, name=name)
