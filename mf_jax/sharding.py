@@ -21,11 +21,13 @@ from mf_jax.types import BadInput
 
 _REPLICATE_BELOW = 2**14
 """Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
+_WHOLE, _WHOLE_FROM_END = -1, 0
+"""The axis that a parameter is split along, counted from the front and from the end, where it is not split."""
 GATHERS = ("step", "block")
 """When a device gathers split parameters: all of them once a step, or those of each block where it is computed."""
-Path = tuple[str, ...]
-Late = Callable[[Path, int], bool]
-"""From the path of a parameter and the axis that it is split along to whether it is gathered late."""
+Names = tuple[str, ...]
+Late = Callable[[Names, int], bool]
+"""From the names on the path to a parameter and the axis that it is split along to whether it is gathered late."""
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -133,7 +135,7 @@ def per_device(
     return split(params, rows)
 
 
-def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Path, PyTree], PyTree]:
+def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTree], PyTree]:
     """Return what gathers parameters within the gradient of `per_device`.
 
     Args:
@@ -153,7 +155,7 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Path, PyTre
         _are_late(mesh, params, late),
     )
 
-    def gather(path: Path, part: PyTree) -> PyTree:
+    def gather(path: Names, part: PyTree) -> PyTree:
         under = axes
         for name in path:
             under = under[name]
@@ -164,10 +166,6 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Path, PyTre
         )
 
     return gather
-
-
-_WHOLE = -1
-_WHOLE_FROM_END = 0
 
 
 def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
