@@ -44,6 +44,21 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
 
 
+def test_what_killed_processes_have_left_is_tidied_up(tmp_path):
+    (tmp_path / ".file.host.1.part").touch()
+    (tmp_path / ".other.host.1.part").touch()
+    replace_file(tmp_path / "file", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".other.host.1.part"}
+
+
+def test_another_process_may_write_the_same_file_and_tidy_up(tmp_path):
+    with written_aside(epath.Path(tmp_path / "file")):
+        replace_file(tmp_path / "file", b"theirs")
+    assert (tmp_path / "file").read_bytes() == b"theirs"
+    with pytest.raises(FileNotFoundError), written_aside(epath.Path(tmp_path / "lost")):
+        pass
+
+
 def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     path, folder = bucket
     events = []  # their writer has its own way into buckets

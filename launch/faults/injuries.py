@@ -28,6 +28,7 @@ RUN = (
     "--config.eval.num_samples=500",
     "--config.eval.steps=1,2,4",
     "--config.job.heartbeat_timeout_seconds=10",
+    "--config.job.start_timeout_seconds=30",  # for one that is killed before it has joined the others
 )
 """A run of seconds whose parameters are worth splitting."""
 _PATIENCE = 60  # seconds within which what is left of a job must have ended
