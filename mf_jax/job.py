@@ -55,7 +55,9 @@ def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
         with processes.together():
             _check_place(workdir)
         with processes.only_first_talks():
-            return importlib.import_module(module).run(config, workdir) or _OK
+            code = importlib.import_module(module).run(config, workdir) or _OK
+        processes.from_all(code)  # those that wait have not left before the first has written its last file
+        return code
     except BadInput as error:
         print(f"mf_jax: {processes.name()}{error}", file=sys.stderr)
         return _BAD_INPUT

@@ -209,21 +209,21 @@ def told_of(error: Exception) -> str:
 
 
 def leave(code: int, *, patience: float = 10) -> int:
-    """Leave the job; return the exit code.
+    """Leave the job, whose processes have met after all they had to do; return the exit code.
 
-    After an error the others may not come to leave together: then this process ends alone, and they notice.
+    After an error the others may not come to leave together, and JAX waits for ever where SIGTERM has come after the
+    last step that the processes agreed on: then this process ends alone, and they notice.
 
     Args:
       code: the exit code.
-      patience: seconds to wait for the others after an error.
+      patience: seconds to wait for the others.
     """
     if not are_several():
         return code
     sys.stdout.flush()
-    if code:
-        alone = threading.Timer(patience, lambda: os._exit(code))
-        alone.daemon = True
-        alone.start()
+    alone = threading.Timer(patience, lambda: os._exit(code))
+    alone.daemon = True
+    alone.start()
     jax.distributed.shutdown()
     return code
 

@@ -58,9 +58,15 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continued(stopped):
-    """Return the workdir after the same command on other devices, to the end, and what the processes said."""
+    """Return the workdir after the same command on other devices, to the end, and what the processes said.
+
+    The first one is told to stop when there is nothing left to stop: no step follows that all could agree on.
+    """
     workdir, _ = stopped
-    return workdir, Job(2, *SHARDED, f"--workdir={workdir}").finish()
+    job = Job(2, *SHARDED, f"--workdir={workdir}")
+    assert job.wait_for((workdir / "checkpoints" / "12").exists)
+    job.send(signal.SIGTERM, 0)
+    return workdir, job.finish(60)
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(stopped):
