@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -68,11 +69,14 @@ def _faults(path: Path, num: int) -> None:
         name, strike = list(INJURIES.items())[run % len(INJURIES)]
         folder, chance = FOLDER / f"run_{run}", random.Random(run)
         remove(folder)
-        start = time.monotonic()
-        ended = strike(folder, chance, before)
-        seconds = time.monotonic() - start
-        codes = [process.code for process in ended]
-        _append(path, {"run": run, "name": name, "codes": codes, "seconds": seconds, **heal(folder, before)})
+        start, codes = time.monotonic(), []
+        try:
+            codes = [process.code for process in strike(folder, chance, before)]
+            came = heal(folder, before)
+        except subprocess.TimeoutExpired:
+            came = {"resumed_at": 0, "identical": False, "damaged": 0, "hung": True}
+        row = {"run": run, "name": name, "codes": codes, "seconds": time.monotonic() - start}
+        _append(path, row | came)
         remove(folder)
 
 

@@ -21,7 +21,11 @@ def write_document(
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = mark.sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text)
     path.write_text(text)
-    wrong = [f"run {row['run']}, {row['name']}: is not identical" for row in faults if not row["identical"]]
+    wrong = [
+        f"run {row['run']}, {row['name']}: {'hangs' if row.get('hung') else 'is not identical'}"
+        for row in faults
+        if not row["identical"]
+    ]
     for row in topologies:
         if row["difference"] > TOLERANCE or not row["batches"]:
             wrong.append(

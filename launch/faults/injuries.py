@@ -123,10 +123,10 @@ def kill_while_evaluating(folder: Path, chance: random.Random, before: Undisturb
 
 
 def fill_the_disk(folder: Path, chance: random.Random, before: Undisturbed) -> list[Ended]:
-    """A file system of random size, too small for the run; there is room again afterwards."""
+    """A file system of random size, too small for the four checkpoints that lie there at a time; then there is room."""
     folder.mkdir(parents=True)
-    size = chance.randrange(200, 1800)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)
+    size = chance.randrange(4, 26)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", folder], check=True)
     ended = start_job(folder).finish()
     subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
     return ended
