@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 
 from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_network
-from mf_jax.data import Source, make_source
+from mf_jax.decoding import load_decoder
 from mf_jax.generator import Generator
 from mf_jax.grid import NEWEST
 from mf_jax.models import parameter_shapes
+from mf_jax.reference.weights import describe_published
 from mf_jax.sharding import make_mesh
 from mf_jax.warm_start import fit, load_weights, restore_run
 
@@ -45,21 +46,37 @@ def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = No
     return Generator(config, network, params, shape, num_classes, class_names, step, ema, origin)
 
 
-def load_initial(config: ConfigDict, source: Source) -> Generator:
+def load_initial(config: ConfigDict) -> Generator:
     """Return the weights that `init` names as a model that no run of ours has trained, at step 0.
+
+    What they were trained on need not be there: a run tells the shape of its data, published weights tell theirs
+    together with `data.image_size`.
 
     Args:
       config: describes the network, and the data that it was trained on.
-      source: those data, for their shape and classes.
 
     Raises:
       BadInput: if the weights cannot be read, or do not fit the network.
     """
-    about = (source.shape, source.num_classes)
-    network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
+    path = config.init.path
+    if config.init.kind == "run":
+        shape, num_classes, class_names = run_folder.stored_data(Path(path))
+        origin = run_folder.stored_origin(Path(path))
+    else:
+        (shape, num_classes), class_names, origin = _data_of_published(config), (), ""
+    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(load_weights(config, parameter_shapes(network, source.shape)), everywhere)
-    return Generator(config, network, params, *about, source.class_names, 0, config.init.path)
+    params = jax.device_put(load_weights(config, parameter_shapes(network, shape)), everywhere)
+    return Generator(config, network, params, shape, num_classes, class_names, 0, path, origin)
+
+
+def _data_of_published(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
+    """Return the shape of what a published network generates, and its number of classes."""
+    init = config.init
+    channels, num_classes = describe_published(init.path, init.kind, section=init.which or "ema_params")
+    decoder = load_decoder(config, origin="")
+    side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
+    return (side, side, channels), num_classes
 
 
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
@@ -77,7 +94,7 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
       BadInput: as `load`, or if the config describes another run.
     """
     if config.init.path and not run_folder.exists(workdir):
-        generator = load_initial(config, make_source(config.data, split="train"))
+        generator = load_initial(config)
         workdir.mkdir(parents=True, exist_ok=True)
         return generator
     run_folder.check(workdir, config)

@@ -45,8 +45,25 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     if kind != "run":
         plain = jax.eval_shape(unstack_blocks, like)
         return laid_out_like(load_published(path, kind, plain, section=which or "ema_params"), like)
-    _, params = restore_run(Path(path), run_folder.stored_config(Path(path)), which)
+    theirs = run_folder.stored_config(Path(path))
+    _check_latents(config, theirs)
+    _, params = restore_run(Path(path), theirs, which)
     return fit(params, like, where=str(path))
+
+
+def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
+    """Raise BadInput if only one of two runs is on latents, or theirs are scaled in another way."""
+    ours, others = (
+        f"latents, mean {list(data.latent_mean)}, std {list(data.latent_std)}"
+        if data.name == "latents"
+        else "no latents"
+        for data in (config.data, theirs.data)
+    )
+    if ours != others:
+        raise BadInput(
+            f"init.from={config.init.path}: its run was trained on {others}, this config is of {ours}; set data.name, "
+            "data.latent_mean and data.latent_std as they were"
+        )
 
 
 def restore_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> tuple[int, PyTree]:

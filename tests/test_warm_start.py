@@ -1,6 +1,8 @@
 """Starting from weights that exist: runs of ours, published checkpoints, and back out again."""
 
 import contextlib
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from conftest import TINY
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from recorded import FOLDER
 
 import mf_jax
 from configs.digits import get_config
@@ -61,7 +64,7 @@ def test_exported_weights_sample_the_same(trained, tmp_path, suffix):
     generator = mf_jax.load(trained)
     generator.export(tmp_path / f"weights.{suffix}", kind="meanflow")
     config = _config(**{"init.path": str(tmp_path / f"weights.{suffix}"), "init.kind": "meanflow"})
-    again = load_initial(config, validate(config, num_devices=1))
+    again = load_initial(config)
     assert again.step == 0
     np.testing.assert_array_equal(again.sample(LABELS, seed=2), generator.sample(LABELS, seed=2))
 
@@ -74,13 +77,13 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, tmp_path, 
     if kind != "run":
         generator.export(place, kind=kind)
     config = _config(**{"init.path": str(place), "init.kind": kind, "model.scan": True})
-    loop = load_initial(config, validate(config, num_devices=1))
+    loop = load_initial(config)
     assert "blocks" in loop.params
     expected = generator.sample_raw(LABELS, seed=2)
     np.testing.assert_allclose(loop.sample_raw(LABELS, seed=2), expected, atol=1e-5)
     loop.export(tmp_path / "back.npz", kind="meanflow")
     config = _config(**{"init.path": str(tmp_path / "back.npz"), "init.kind": "meanflow"})
-    back = load_initial(config, validate(config, num_devices=1))
+    back = load_initial(config)
     jax.tree.map(np.testing.assert_array_equal, back.params, generator.params)
 
 
@@ -111,6 +114,53 @@ def test_command_line_samples_and_scores_weights_without_a_run(trained, tmp_path
         assert code == 0, errors
     assert (tmp_path / "run" / "eval.json").exists()
     assert np.load(tmp_path / "run" / "samples.npz")["arr_0"].shape == (100, 8, 8, 1)
+
+
+def test_the_data_of_weights_need_not_be_there(trained, tmp_path):
+    """A run tells the shape of its data, published weights channels and classes."""
+    generator = mf_jax.load(trained)
+    generator.export(tmp_path / "weights.npz", kind="meanflow")
+    expected = generator.sample(LABELS, seed=2)
+    for kind, place in (("run", trained), ("meanflow", tmp_path / "weights.npz")):
+        lost = {"data.name": "image_folder", "data.path": str(tmp_path / "nowhere")}
+        again = load_initial(_config(**lost, **{"init.path": str(place), "init.kind": kind}))
+        np.testing.assert_array_equal(again.sample(LABELS, seed=2), expected)
+
+
+def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path, command):
+    """Latents whose data are not there, decoded."""
+    code, _, errors = command(
+        "--config=configs/digits.py",
+        "--mode=sample",
+        f"--workdir={tmp_path}",
+        f"--config.init.from={FOLDER / 'official_checkpoint_meanflow'}",
+        "--config.init.kind=meanflow",
+        "--config.data.name=latents",
+        f"--config.data.autoencoder={FOLDER / 'vae'}",
+        "--config.data.image_size=32",
+        "--config.model.depth=2",
+        "--config.model.width=32",
+        "--config.model.num_heads=4",
+        "--config.model.patch_size=2",
+        "--config.sample.num=13",
+    )
+    assert code == 0, errors
+    samples = np.load(tmp_path / "samples.npz")
+    assert samples["arr_0"].shape == (13, 32, 32, 3)
+    np.testing.assert_array_equal(samples["arr_1"], [*range(10), 0, 1, 2])
+
+
+@pytest.mark.parametrize("more", [{}, {"data.latent_std": (2.0,)}], ids=["pictures", "scale"])
+def test_a_run_on_other_latents_is_refused(trained, tmp_path, more):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(trained, theirs)
+    if more:
+        stored = json.loads((theirs / "config.json").read_text())
+        stored["data"]["name"] = "latents"
+        (theirs / "config.json").write_text(json.dumps(stored))
+    config = _config(**{"init.path": str(theirs), "data.name": "latents", **more})
+    with pytest.raises(BadInput, match=r"its run was trained on .*latents.*set data.name, data.latent_mean"):
+        load_weights(config, _like(config))
 
 
 def test_training_from_published_names_and_from_a_wrong_place(trained, tmp_path, command):

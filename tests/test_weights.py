@@ -13,7 +13,13 @@ from recorded import FOLDER
 from safetensors.numpy import save_file
 
 from mf_jax.reference.names import KINDS, from_published, our_name, published_name, to_published
-from mf_jax.reference.weights import fit_published, load_published, read_published, write_published
+from mf_jax.reference.weights import (
+    describe_published,
+    fit_published,
+    load_published,
+    read_published,
+    write_published,
+)
 from mf_jax.types import BadInput
 
 CASES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}_*.npz"))
@@ -212,6 +218,22 @@ def test_one_of_several_averages_is_chosen_by_name(tmp_path):
 
 
 # ---- files
+
+
+@each_kind
+def test_a_checkpoint_tells_its_channels_and_classes(kind, tmp_path):
+    wanted = (3 if kind == "pmf" else 4, 10)
+    assert describe_published(_checkpoint(kind), kind) == wanted
+    flat, _ = _published(kind)
+    np.savez(tmp_path / "all.npz", **flat)
+    assert describe_published(tmp_path / "all.npz", kind) == wanted
+    table = next(name for name in flat if name.startswith("y_embedder"))
+    np.savez(tmp_path / "no_labels.npz", **{name: array for name, array in flat.items() if name != table})
+    assert describe_published(tmp_path / "no_labels.npz", kind) == (wanted[0], 0)
+    rest = {name: array for name, array in flat.items() if "x_embedder" not in name}
+    np.savez(tmp_path / "rest.npz", **rest)
+    with pytest.raises(BadInput, match=r"rest.npz: holds no x_embedder/proj"):
+        describe_published(tmp_path / "rest.npz", kind)
 
 
 @each_kind

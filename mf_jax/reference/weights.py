@@ -8,6 +8,7 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 """
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,10 +26,17 @@ from safetensors.numpy import save_file
 from mf_jax.reference.names import KINDS, as_ours, our_name, published_name, to_published
 from mf_jax.types import BadInput, check_known
 
+_Choose = Callable[[Collection[str]], dict[str, str]]
 _SECTIONS = ("ema_params", "params")
 _NETWORK = "net/"
 _SECOND_HEAD = "v_head/"
 _NAMED_IN_ERROR = 8
+_TELLING = {
+    "meanflow": ("patch_embedding/kernel", "condition/label_embedding/embedding"),
+    "imf": ("patch_embedding/kernel", "class_tokens/embedding/embedding"),
+    "pmf": ("bottleneck/kernel", "class_tokens/embedding/embedding"),
+}
+"""Our names of what each image first meets, whose shape tells its channels, and of the table of classes."""
 
 
 def load_published(
@@ -53,8 +61,31 @@ def load_published(
         raise BadInput(f"{path}: {problem}") from problem
 
 
+def describe_published(path: epath.PathLike, kind: str, *, section: str = "ema_params") -> tuple[int, int]:
+    """Return what data a published network takes, from the two arrays that tell; the others are not read.
+
+    Args:
+      path, kind, section: as for `read_published`.
+
+    Returns:
+      Channels, and the number of classes, 0 for a network without labels.
+
+    Raises:
+      BadInput: as `read_published`, or if there is no patch embedding.
+    """
+    check_known("kind", kind, KINDS)
+    patches, table = (published_name(kind, ours)[0] for ours in _TELLING[kind])
+    found = read_published(path, kind, section=section, only=(patches, table))
+    if patches not in found or found[patches].ndim != 4:
+        raise BadInput(
+            f"{path}: holds no {patches} [p, p, C, width] of a published {kind} network; check the kind"
+        )
+    # the last row of the table is that of no label
+    return found[patches].shape[2], found[table].shape[-2] - 1 if table in found else 0
+
+
 def read_published(
-    path: epath.PathLike, kind: str, *, section: str = "ema_params"
+    path: epath.PathLike, kind: str, *, section: str = "ema_params", only: Collection[str] = ()
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Return the parameters in a published checkpoint, and nothing else of it.
 
@@ -64,6 +95,7 @@ def read_published(
       kind: one of `names.KINDS`.
       section: `ema_params`, `params`, or one of several averages, e.g. `ema_params/1000`. A file without sections
         is taken as it is.
+      only: names of those wanted, where they are there; by default all.
 
     Returns:
       Published names, without section and `net/`, to float32 arrays.
@@ -77,13 +109,15 @@ def read_published(
     path = epath.Path(path).expanduser().absolute()
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
+    choose = functools.partial(_choose, path, section, only)
     if path.is_dir():
-        flat = _read_folder(_newest(path), section)
+        flat = _read_folder(_newest(path), choose)
     elif path.suffix in _READERS:
-        flat = _READERS[path.suffix](path, section)
+        flat = _READERS[path.suffix](path, choose)
     else:
         raise BadInput(f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_READERS)}")
-    _check_kind(path, flat, kind)
+    if not only:
+        _check_kind(path, flat, kind)
     return {name: _as_float32(path, name, array) for name, array in sorted(flat.items())}
 
 
@@ -188,8 +222,8 @@ def _damage(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _read_folder(folder: epath.Path, section: str) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Read the arrays of a section alone.
+def _read_folder(folder: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Read the arrays chosen, alone.
 
     Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks about damaged files.
     """
@@ -197,7 +231,7 @@ def _read_folder(folder: epath.Path, section: str) -> dict[str, Shaped[np.ndarra
         about = json.loads((folder / "_METADATA").read_text())
         keys = [[key["key"] for key in entry["key_metadata"]] for entry in about["tree_metadata"].values()]
         dotted = {"/".join(parts): ".".join(parts) for parts in keys}
-        chosen = _choose(folder, dotted, section)
+        chosen = choose(dotted)
         root = f"{folder}/" if "://" in str(folder) else f"file://{quote(str(folder))}/"
         one_database = (folder / "manifest.ocdbt").exists()  # otherwise every array is a folder
         driver = {"driver": "zarr3" if about.get("use_zarr3") else "zarr", "fill_missing_data_reads": False}
@@ -210,14 +244,14 @@ def _read_folder(folder: epath.Path, section: str) -> dict[str, Shaped[np.ndarra
         return {short: read.result() for short, read in reads.items()}
 
 
-def _read_npz(path: epath.Path, section: str) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read_npz(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
     with _damage(path), path.open("rb") as file, np.load(file) as arrays:
-        return {short: arrays[name] for short, name in _choose(path, arrays.files, section).items()}
+        return {short: arrays[name] for short, name in choose(arrays.files).items()}
 
 
-def _read_safetensors(path: epath.Path, section: str) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read_safetensors(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
     with _damage(path), safe_open(path, framework="np") as file:
-        return {short: file.get_tensor(name) for short, name in _choose(path, file.keys(), section).items()}
+        return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
 
 
 def _write_npz(path: epath.Path, flat: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
@@ -229,13 +263,13 @@ def _write_safetensors(path: epath.Path, flat: Mapping[str, Shaped[np.ndarray, "
     save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
 
 
-_Reader = Callable[[epath.Path, str], dict[str, Shaped[np.ndarray, "..."]]]
+_Reader = Callable[[epath.Path, _Choose], dict[str, Shaped[np.ndarray, "..."]]]
 _READERS: dict[str, _Reader] = {".npz": _read_npz, ".safetensors": _read_safetensors}
 _WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
 
 
-def _choose(path: epath.Path, names: Collection[str], section: str) -> dict[str, str]:
-    """Return {name without section and net/: stored name} of a section's parameters."""
+def _choose(path: epath.Path, section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """Return {name without section and net/: stored name} of a section's parameters, all or `only` some."""
     sections = sorted({name.split("/")[0] for name in names} & set(_SECTIONS))
     start = f"{section}/" if sections else ""
     chosen = {name.removeprefix(start): name for name in names if name.startswith(start)}
@@ -246,7 +280,8 @@ def _choose(path: epath.Path, names: Collection[str], section: str) -> dict[str,
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"{path}: section={section!r}: must be one of its averages: {choices}")
     inner = f"{averages[0]}/{_NETWORK}" if averages else _NETWORK
-    return {short.removeprefix(inner): name for short, name in chosen.items()}
+    chosen = {short.removeprefix(inner): name for short, name in chosen.items()}
+    return {short: name for short, name in chosen.items() if not only or short in only}
 
 
 def _check_kind(path: epath.Path, names: Collection[str], kind: str) -> None:
