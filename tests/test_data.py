@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import data
 from mf_jax.data import image_folder, toy2d
+from mf_jax.data.crop import adm_crop
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.types import NO_LABEL, BadInput
 
@@ -395,7 +396,7 @@ def test_the_short_side_is_resized_and_the_centre_kept():
         20 + 5 * np.arange(8) + 2
     )  # the centres of eight columns of five pixels, in the middle of the picture
     for pixels in (ramp, ramp.transpose(1, 0, 2)):
-        got = image_folder.square(Image.fromarray(pixels), 8).astype(int)[2:-2, 2:-2]
+        got = adm_crop(Image.fromarray(pixels), 8).astype(int)[2:-2, 2:-2]
         along = got if pixels is ramp else got.transpose(1, 0, 2)
         assert np.abs(along - expected[2:-2, None]).max() <= 1
 
@@ -403,7 +404,7 @@ def test_the_short_side_is_resized_and_the_centre_kept():
 def test_resizing_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(image_folder.square(Image.fromarray(stripes), 8)[:, 1:-1].astype(int) - 127).max() < 4
+    assert np.abs(adm_crop(Image.fromarray(stripes), 8)[:, 1:-1].astype(int) - 127).max() < 4
 
 
 def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):

@@ -1,22 +1,33 @@
-"""The centre crop that published latents, and reference statistics of ImageNet, are made with."""
+"""From a decoded picture to pixels: colours, and the centre crop of published latents and reference statistics."""
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 CROP = "adm"
 """The crop's name in manifests."""
 
 
-def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size 3"]:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture upright and in RGB; what is transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255 instead of scaling it
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden under the transparency
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size c"]:
     """Scale a picture so that its short side is `image_size`, and keep the centre.
 
     Args:
-      image: RGB, of any size.
+      image: RGB or grey, of any size.
       image_size: pixels, at least 1.
 
     Returns:
-      `[image_size, image_size, 3]`.
+      `[image_size, image_size, C]`, C = 3 or 1.
 
     Source: Dhariwal and Nichol, arXiv 2105.05233; the pre-processing of their released code.
     """
@@ -26,4 +37,5 @@ def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_si
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(scaled.crop((left, top, left + image_size, top + image_size)))
+    pixels = np.asarray(scaled.crop((left, top, left + image_size, top + image_size)))
+    return pixels.reshape(image_size, image_size, -1)

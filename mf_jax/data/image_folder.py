@@ -1,67 +1,46 @@
 """Pictures in a folder, whatever their size and mode; sub-folders are classes.
 
-Also what every source of pictures shares: `square`, `as_rgb`, and `Pictures`, which keeps decoded pictures in memory.
+Also what every source of pictures shares: `Pictures`, which decodes them on all cores and keeps them in memory.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Int
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
+from mf_jax import processes
+from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
 from mf_jax.types import NO_LABEL, BadInput, check_known
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CACHE_BYTES = 2**30
 """Pictures that take at most this many bytes as uint8, all together, are decoded once and kept in memory."""
-_CHECK_THREADS = 16
+_THREADS = max(16, len(os.sched_getaffinity(0)))  # also where there are fewer cores: reading waits
 _NAMED_BROKEN = 5
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture upright and in RGB; what is transparent becomes white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255 instead of scaling it
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden under the transparency
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size c"]:
-    """Resize so that the short side is `image_size` and keep the centre, antialiased.
-
-    Args:
-      image: RGB or grey.
-      image_size: pixels, at least 1.
-
-    Returns:
-      `[image_size, image_size, C]`, C = 3 or 1.
-    """
-    pixels = np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
-    return pixels.reshape(image_size, image_size, -1)
+_SHOWN_FROM = 10_000  # pictures; fewer are checked in seconds
 
 
 class Pictures:
     """Decoded pictures and labels by index, kept as uint8 if all of them fit into `CACHE_BYTES`."""
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, decode: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, ...]) -> None:
         """Wrap a decoder.
 
         Args:
-          decode: maps n indices to uint8 pictures `[n, H, W, C]` and int32 labels `[n]`.
+          decode: maps an index to a uint8 picture `[H, W, C]` and its label; called from several threads.
           shape: `(count, H, W, C)`.
         """
-        self._decode = decode
+        self._decode_one, self._shape = decode, shape
+        self._pool = ThreadPoolExecutor(_THREADS)
         self._keep = int(np.prod(shape)) <= CACHE_BYTES
         if self._keep:
             self._pixels, self._labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int32)
@@ -69,16 +48,25 @@ class Pictures:
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """Return the pictures `[n, H, W, C]` at these indices, scaled to [-1, 1], and their labels."""
-        pixels, labels = self._gather_kept(indices) if self._keep else self._decode(indices.tolist())
+        pixels, labels = self._gather_kept(indices) if self._keep else self._decode(indices)
         return Batch(pixels.astype(np.float32) / 127.5 - 1, labels)
 
     def _gather_kept(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         missing = np.unique(indices[~self._kept[indices]])
         if missing.size:
             # Two threads may decode the same picture; they write the same values. The mark comes last.
-            self._pixels[missing], self._labels[missing] = self._decode(missing.tolist())
+            self._pixels[missing], self._labels[missing] = self._decode(missing)
             self._kept[missing] = True
         return self._pixels[indices], self._labels[indices]
+
+    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels, labels = (
+            np.empty((len(indices), *self._shape[1:]), np.uint8),
+            np.empty(len(indices), np.int32),
+        )
+        for row, decoded in enumerate(self._pool.map(self._decode_one, indices.tolist())):
+            pixels[row], labels[row] = decoded
+        return pixels, labels
 
 
 class ImageFolder:
@@ -136,8 +124,11 @@ class ImageFolder:
                 f"path={str(self._root)!r} has no picture for split={split!r}: add a second picture"
             )
         Image.init()  # once, before the threads: a race in Pillow's own call would reject a good picture
-        with ThreadPool(_CHECK_THREADS) as pool:
-            readable = pool.map(_is_readable, [self._root / name for name, _ in listed])
+        quiet = len(listed) < _SHOWN_FROM or not processes.is_first()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            checked = pool.map(_is_readable, [self._root / name for name, _ in listed])
+            about = {"total": len(listed), "console": Console(stderr=True), "transient": True}
+            readable = list(track(checked, f"checking {split} pictures", disable=quiet, **about))
         items = [item for item, good in zip(listed, readable, strict=True) if good]
         broken = tuple(name for (name, _), good in zip(listed, readable, strict=True) if not good)
         named = ", ".join(broken[:_NAMED_BROKEN]) + (", ..." if len(broken) > _NAMED_BROKEN else "")
@@ -151,12 +142,10 @@ class ImageFolder:
             )
         return items, broken
 
-    def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.empty((len(indices), *self.shape), np.uint8)
-        for row, index in enumerate(indices):
-            with Image.open(self._root / self._items[index][0]) as image:
-                pixels[row] = square(as_rgb(image), self.shape[0])
-        return pixels, np.array([self._items[index][1] for index in indices], np.int32)
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        name, label = self._items[index]
+        with Image.open(self._root / name) as image:
+            return adm_crop(as_rgb(image), self.shape[0]), label
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:

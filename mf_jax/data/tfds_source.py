@@ -2,14 +2,14 @@
 
 import difflib
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from mf_jax.data.image_folder import Pictures, as_rgb, square
+from mf_jax.data.crop import adm_crop, as_rgb
+from mf_jax.data.image_folder import Pictures
 from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
 from mf_jax.types import NO_LABEL, BadInput, check_known
 
@@ -54,13 +54,10 @@ class Tfds:
         """Return the pictures `[n, H, W, C]` at these indices, and their labels."""
         return self._pictures.gather(indices)
 
-    def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        records = [self._data[index] for index in indices]
-        pixels = np.empty((len(indices), *self.shape), np.uint8)
-        for row, record in enumerate(records):
-            pixels[row] = square(self._to_image(record["image"]), self.shape[0])
-        labels = [record["label"] if self.num_classes else NO_LABEL for record in records]
-        return pixels, np.array(labels, np.int32)
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        record = self._data[index]
+        label = record["label"] if self.num_classes else NO_LABEL
+        return adm_crop(self._to_image(record["image"]), self.shape[0]), int(label)
 
     def _to_image(self, pixels: np.ndarray) -> Image.Image:
         return Image.fromarray(pixels[..., 0]) if self.shape[-1] == 1 else as_rgb(Image.fromarray(pixels))

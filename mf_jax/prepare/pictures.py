@@ -12,8 +12,7 @@ from absl import logging
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from mf_jax.data.crop import adm_crop
-from mf_jax.data.image_folder import as_rgb
+from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pictures_in import PicturesIn
 from mf_jax.types import BadInput
 
