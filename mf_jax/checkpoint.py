@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from mf_jax.types import BadInput
 FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
 _NAMED_IN_ERROR = 4
+_Found = TypeVar("_Found")
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -170,7 +171,10 @@ class Checkpoints:
           BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
         """
         item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
-        restored = self._restore(item) if step is None else (step, self._restore_this(step, item))
+        if step is None:
+            restored = self._restore(item)
+        else:
+            restored = step, self._of_step(step, lambda step: self._restore_step(step, item))
         if restored is None:
             raise BadInput(
                 f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
@@ -207,24 +211,22 @@ class Checkpoints:
         Raises:
           UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
         """
-        with self._this(step):
-            return self._read_index(step)
+        return self._of_step(step, self._read_index)
 
-    def _restore_this(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
-        with self._this(step):
-            return self._restore_step(step, like)
-
-    @contextlib.contextmanager
-    def _this(self, step: int) -> Iterator[None]:
-        if step not in self.steps:
+    def _of_step(self, step: int, read: Callable[[int], _Found]) -> _Found:
+        """Return what is read of a checkpoint; where a process of a job cannot, none of them does."""
+        problem, found = "", None
+        if step in self.steps:
+            try:
+                found = read(step)
+            except DamagedCheckpoint as error:
+                problem = f"{self._folder / str(step)} is damaged ({error}); choose another step"
+        else:
             kept = ", ".join(map(str, self.steps)) or "none"
-            raise UnreadableCheckpoint(f"{self._folder} has no checkpoint of step {step}; it has {kept}")
-        try:
-            yield
-        except DamagedCheckpoint as problem:
-            raise UnreadableCheckpoint(
-                f"{self._folder / str(step)} is damaged ({problem}); choose another step"
-            ) from problem
+            problem = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
+        if problems := [told for told in processes.from_all(problem) if told]:
+            raise UnreadableCheckpoint(problems[0])
+        return found
 
     def _read_index(self, step: int) -> dict[str, dict[str, list]]:
         with _damage():

@@ -88,41 +88,44 @@ def _judge(config: ConfigDict) -> Judge:
 
 def _watch(config: ConfigDict, workdir: epath.Path) -> list[Row]:
     """Score every checkpoint that can be had, the newest first, until the run's last step is scored."""
-    judge, is_done = _judge(config), False
+    judge, listed, tried = _judge(config), [], set()
     if not run_folder.exists(workdir):
         print(f"waiting for a run in {workdir}", flush=True)
-    while not is_done:
-        if run_folder.exists(workdir):
-            steps = _steps(workdir)
-            is_done = max(steps, default=0) >= run_folder.stored_config(workdir).train.num_steps
-            _score_grid(config, workdir, judge, steps)
-        if not is_done:
+    while True:
+        listed, before = _steps(workdir), listed
+        for step in sorted(set(before) - set(listed) - tried):
+            print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
+        for step in reversed(listed):
+            if step in tried:
+                continue
+            tried.add(step)
+            try:
+                _score_grid(config, workdir, judge, [step])
+            except UnreadableCheckpoint as problem:  # dropped meanwhile, or damaged
+                print(f"checkpoint {step} is left out: {problem}", flush=True)
+            if _steps(workdir) != listed:
+                break  # to what is newest now
+        else:
+            if listed and listed[-1] >= run_folder.stored_config(workdir).train.num_steps:
+                return read_rows(workdir)
             time.sleep(_POLL_SECONDS)
-    return read_rows(workdir)
 
 
 def _steps(workdir: epath.Path) -> list[int]:
-    """Return the steps of a workdir's checkpoints, oldest first, the same on all processes of a job."""
-    return processes.from_first(saved_steps(workdir))
+    """Return the steps of a run's checkpoints, oldest first, the same on all processes of a job."""
+    return processes.from_first(saved_steps(workdir) if run_folder.exists(workdir) else [])
 
 
 def _score_grid(config: ConfigDict, workdir: epath.Path, judge: Judge, steps: list[int]) -> list[Row]:
     """Score the cells that have no rows yet; return the rows of all."""
     # cells of one model are neighbours
     load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
-    rows = []
-    for cell in _with_steps(config, workdir, steps):
-        try:
-            rows += _score_cell(config, workdir, judge, cell, load)
-        except UnreadableCheckpoint as problem:
-            if not config.eval.watch:
-                raise
-            print(f"{_name(cell)} is left out: {problem}", flush=True)  # dropped meanwhile, or damaged
-    return rows
+    cells = _with_steps(config, workdir, steps)
+    return [row for cell in cells for row in _score_cell(config, workdir, judge, cell, load)]
 
 
 def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> list[Cell]:
-    """Return the grid, the checkpoints by their steps."""
+    """Return the grid, the newest of these checkpoints by its step."""
     if config.init.path and not run_folder.exists(workdir):
         if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
             raise BadInput(
@@ -132,15 +135,13 @@ def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> li
         return [dataclasses.replace(cell, checkpoint=0, ema="init") for cell in cells(config)]
     run_folder.check(workdir, config)
     run_folder.check_writable(workdir)
-    if not steps and not config.eval.watch:
+    if not steps:
         raise BadInput(
             f"--workdir={workdir}: holds no checkpoint; train first: --mode=train with this --workdir"
         )
-    chosen = steps[::-1] if config.eval.watch else steps[-1:]
     return [
-        dataclasses.replace(cell, checkpoint=step)
+        dataclasses.replace(cell, checkpoint=steps[-1]) if cell.checkpoint == NEWEST else cell
         for cell in cells(config)
-        for step in (chosen if cell.checkpoint == NEWEST else [cell.checkpoint])
     ]
 
 

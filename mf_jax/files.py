@@ -2,13 +2,17 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
+
+_ABANDONED_SECONDS = 24 * 60 * 60
 
 
 def replace_file(path: epath.PathLike, content: bytes) -> None:
@@ -48,9 +52,27 @@ def written_aside(path: epath.Path) -> Iterator[str]:
     except FileNotFoundError:  # another process has made the same file, and tidied up
         if not final.exists():
             raise
-    for left in final.parent.iterdir():  # by processes that were killed
-        if left.name.startswith(f".{final.name}.") and left.suffix == ".part":
-            left.unlink(missing_ok=True)
+    _tidy_up(final)
+
+
+def _tidy_up(final: Path) -> None:
+    """Delete what killed processes have left of a file: those of this host at once, of others after a day."""
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):
+        host, _, process = left.name.removeprefix(f".{final.name}.").removesuffix(".part").rpartition(".")
+        with contextlib.suppress(FileNotFoundError):  # another process has tidied up
+            is_old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+            if is_old or (host == socket.gethostname() and not _is_running(int(process))):
+                left.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 @contextlib.contextmanager

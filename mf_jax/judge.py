@@ -17,7 +17,7 @@ from mf_jax import processes
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
 from mf_jax.metrics.moments import add_rows, mean_and_covariance, start_sums
 from mf_jax.metrics.reference_file import Reference, Statistics, read_pictures, read_reference
-from mf_jax.metrics.suite import SampleScores
+from mf_jax.metrics.suite import SampleScores, check_widths
 
 _KEPT_FEATURES, _BLOCK = 10_000, 250
 Batches = Iterator[tuple[UInt8[Array, "b h w c"], Int[np.ndarray, "b"]]]
@@ -70,9 +70,10 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
       inception: the network of features.
 
     Raises:
-      BadInput: as `read_reference`.
+      BadInput: as `read_reference`, or if it is of other features.
     """
     reference = read_reference(path, functools.partial(_statistics, inception))
+    check_widths(reference, FEATURES["2048"], FEATURES["spatial"])  # before any sample is made
     if reference.features is None and reference.num_pictures:  # as the evaluation of ADM has its files
         blocks = (_features(inception, block)["2048"] for block in read_pictures(path, _BLOCK))
         rows = np.concatenate(

@@ -28,6 +28,7 @@ from rich.progress import (
 from mf_jax.types import BadInput, nearest
 
 ENVIRONMENT_VARIABLE = "MF_WEIGHTS"
+_NAME_A_FOLDER = f"set --config.weights_dir=DIR or the environment variable {ENVIRONMENT_VARIABLE}"
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
 _HUGGING_FACE = "https://huggingface.co/stabilityai"
@@ -96,16 +97,19 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
     """
     if name_or_path and (path := epath.Path(name_or_path).expanduser()).exists():
         return path
-    folder = _folder(_published(name_or_path, key), weights_dir, f"{key}={name_or_path!r}")
-    problems = [
-        f"{problem}; {_where_to_get(file, folder)}"
-        for file in PUBLISHED[name_or_path]
-        if (problem := _wrong_size(file, folder))
+    files = PUBLISHED[_published(name_or_path, key)]
+    folder = _named_folder(weights_dir)
+    place = folder or epath.Path("DIR")
+    problems = [] if folder else [f"no folder is named to hold {name_or_path}; {_NAME_A_FOLDER}"]
+    problems += [
+        f"{problem}; {_where_to_get(file, place)}" for file in files if (problem := _wrong_size(file, place))
     ]
     if problems:
-        command = f"python -m mf_jax.main --config=CONFIG --mode=weights --config.weights_dir={folder}"
+        of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
+        command = (
+            f"python -m mf_jax.main --config=CONFIG --mode=weights --config.weights_dir={place}{of_latents}"
+        )
         raise BadInput(f"{key}={name_or_path!r}: {'; '.join(problems)}; or run {command}")
-    files = PUBLISHED[name_or_path]
     return folder / files[0].path if len(files) == 1 else (folder / files[0].path).parent
 
 
@@ -130,7 +134,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Fetch the published files that a config names into `config.weights_dir`.
 
     Args:
-      config: of the command; eval.inception, and with data.name=latents also data.autoencoder.
+      config: of the command; eval.inception, and with data.name=latents or prepare.input also data.autoencoder.
       workdir: not used; the files belong to no run.
 
     Raises:
@@ -139,14 +143,18 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """
     del workdir
     keys = {"eval.inception": config.eval.inception}
-    if config.data.name == "latents":
+    if config.data.name == "latents" or config.prepare.input:
         keys["data.autoencoder"] = config.data.autoencoder
     named = {key: name for key, name in keys.items() if not (name and epath.Path(name).expanduser().exists())}
     files = [file for key, name in named.items() for file in PUBLISHED[_published(name, key)]]
     if not files:
         print("nothing to fetch: the config names paths that are there")
         return
-    folder = _folder(", ".join(named.values()), config.weights_dir, "weights_dir=''")
+    folder = _named_folder(config.weights_dir)
+    if folder is None:
+        raise BadInput(
+            f"weights_dir='': no folder is named to hold {', '.join(named.values())}; {_NAME_A_FOLDER}"
+        )
     problems = []
     with _progress(config.log.progress) as bar:
         for file in files:
@@ -167,14 +175,9 @@ def _published(name: str, key: str) -> str:
     return name
 
 
-def _folder(name: str, weights_dir: str, given: str) -> epath.Path:
+def _named_folder(weights_dir: str) -> epath.Path | None:
     folder = weights_dir or os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if not folder:
-        raise BadInput(
-            f"{given}: no folder is named to hold {name}; set --config.weights_dir=DIR or the environment variable "
-            f"{ENVIRONMENT_VARIABLE}"
-        )
-    return epath.Path(folder).expanduser()
+    return epath.Path(folder).expanduser() if folder else None
 
 
 def _where_to_get(file: PublishedFile, folder: epath.Path) -> str:

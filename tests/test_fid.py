@@ -189,7 +189,16 @@ def test_a_checkpoint_that_lands_during_the_last_scoring_is_scored(watch, copy_o
     monkeypatch.setattr(fid, "_score_grid", score_slowly)
     code, _, errors, _ = watch()
     assert code == 0, errors
-    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [8, 4, 12]
+    assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [8, 12, 4]
+
+
+def test_a_watched_checkpoint_is_scored_in_all_ways_before_an_older_one(watch, copy_of_trained):
+    code, _, errors, _ = watch(lambda: None, "--config.eval.steps=1,2")
+    assert code == 0, errors
+    about = [row["protocol"] for row in _rows(copy_of_trained)]
+    assert [(row["checkpoint"], row["steps"]) for row in about] == [
+        (checkpoint, steps) for checkpoint in (12, 8, 4) for steps in (1, 2)
+    ]
 
 
 def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(watch, copy_of_trained, monkeypatch):
@@ -206,7 +215,7 @@ def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(watch, copy_
     assert code == 0, errors
     assert len(waits) == 1
     assert "waiting for a run" in out
-    assert "checkpoint 4, EMA 0.995, 1 step is left out: " in out
+    assert "checkpoint 4 is left out: the run has dropped it" in out
     assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [12, 8]
 
 
@@ -216,7 +225,7 @@ def test_watching_leaves_out_a_damaged_checkpoint(watch, copy_of_trained):
             path.write_bytes(path.read_bytes()[:-1])
     code, out, errors, _ = watch()
     assert code == 0, errors
-    assert "checkpoint 8, EMA 0.995, 1 step is left out: " in out
+    assert "checkpoint 8 is left out: " in out
     assert "damaged" in out
     assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [12, 4]
 
@@ -361,6 +370,17 @@ def test_bad_input_is_one_line(few_features, copy_of_trained, command, tmp_path,
     assert message in errors
     assert errors.count("\n") == 1
     assert not (copy_of_trained / "eval.jsonl").exists()
+
+
+def test_a_reference_of_other_features_is_refused_before_samples_are_made(
+    few_features, copy_of_trained, command, tmp_path
+):
+    looks, reference = few_features
+    wide = _write_reference(tmp_path / "wide.npz", seed=0, width=7)
+    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, wide))
+    assert code == 2
+    assert "wide.npz: mu has 7 features; must have 6" in errors
+    assert not looks
 
 
 def test_published_weights_that_are_missing_are_named(copy_of_trained, command, tmp_path):

@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import json
+import os
+import socket
+import subprocess
 from unittest import mock
 
 import numpy as np
@@ -45,10 +48,24 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 
 
 def test_what_killed_processes_have_left_is_tidied_up(tmp_path):
-    (tmp_path / ".file.host.1.part").touch()
-    (tmp_path / ".other.host.1.part").touch()
+    """Of this host at once, of others after a day; what a process is still writing is left alone."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = socket.gethostname()
+    kept = {
+        f".file.{here}.{os.getpid()}.part",
+        f".file.{here}.1.part",
+        ".file.a.b.1.part",
+        f".other.{here}.{gone.pid}.part",
+    }
+    for name in (*kept, f".file.{here}.{gone.pid}.part", ".file.there.1.part"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".file.there.1.part", (0, 0))
     replace_file(tmp_path / "file", b"new")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", ".other.host.1.part"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "file",
+        *kept - {f".file.{here}.{os.getpid()}.part"},
+    }
 
 
 def test_another_process_may_write_the_same_file_and_tidy_up(tmp_path):

@@ -197,6 +197,8 @@ def _is_readable(path: Path) -> bool:
             # A JPEG is decoded at an eighth of its size: cheaper, and it still reads the file to its end.
             image.draft(None, (1, 1))
             as_rgb(image)
+    except MemoryError:
+        raise
     except Exception:
         # The decoders of Pillow raise anything: OSError, SyntaxError, ValueError, struct.error, ...
         return False

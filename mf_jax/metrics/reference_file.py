@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from etils import epath
 from jaxtyping import Float, Shaped, UInt8
 from numpy.lib import format as npy
@@ -24,8 +25,8 @@ from mf_jax.types import BadInput
 
 _PICTURES = "arr_0"
 _LEAST_FEATURES = 4  # of precision and recall with three neighbours
-_ASYMMETRY = 1e-6
-"""Of a covariance, as a share of its largest entry: rounding."""
+_ROUNDING = 1e-6
+"""Of a covariance: asymmetry as a share of its largest entry, eigenvalues below 0 as one of the largest."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -286,8 +287,14 @@ def _check_gaussian(
         )
     _require_finite(mean, path, first)
     _require_finite(covariance, path, second)
-    if asymmetry(covariance) > _ASYMMETRY * max(covariance.max(), -covariance.min()):
+    if asymmetry(covariance) > _ROUNDING * max(covariance.max(), -covariance.min()):
         raise BadInput(f"{path}: {second} is not symmetric; must be a covariance: compute the file again")
+    values = scipy.linalg.eigvalsh(covariance, check_finite=False)
+    if values[0] < -_ROUNDING * np.abs(values).max():
+        raise BadInput(
+            f"{path}: {second} has the eigenvalue {values[0]:.3g}; must be a covariance, which has none below 0: "
+            "compute the file again"
+        )
 
 
 def _require_finite(array: Float[np.ndarray, "..."], path: str, name: str) -> None:

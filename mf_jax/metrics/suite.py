@@ -111,10 +111,9 @@ class SampleScores:
           ValueError: samples that have not been added.
         """
         self._require_all()
-        _check_width(reference, reference.mean.size, self._widths[_POOLED], "mu")
+        check_widths(reference, self._widths[_POOLED], self._widths[_SPATIAL])
         scores = self._pooled(reference)
         if reference.mean_spatial is not None:
-            _check_width(reference, reference.mean_spatial.size, self._widths[_SPATIAL], "mu_s")
             spatial = reference.mean_spatial, reference.covariance_spatial
             scores["sfid"] = frechet_distance(*self._gaussian(_SPATIAL), *spatial)
         if self._rows is not None and reference.features is not None:
@@ -200,8 +199,17 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
-def _check_width(reference: Reference, found: int, wanted: int, key: str) -> None:
-    if found != wanted:
+def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
+    """Raise BadInput unless a reference is of as many features as samples have.
+
+    Args:
+      reference: to compare with.
+      pooled, spatial: features of a sample.
+    """
+    found_spatial = spatial if reference.mean_spatial is None else reference.mean_spatial.size
+    for key, found, wanted in (("mu", reference.mean.size, pooled), ("mu_s", found_spatial, spatial)):
+        if found == wanted:
+            continue
         maker = f", as of {_NETWORKS[found]}" if found in _NETWORKS else ""
         raise BadInput(
             f"eval.references: {reference.path}: {key} has {found} features{maker}; must have {wanted} like the "

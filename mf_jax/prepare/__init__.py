@@ -19,6 +19,7 @@ from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
+from mf_jax import processes
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.pictures_in import PicturesIn, list_pictures
@@ -73,8 +74,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         _work(config, pictures, pending, _already_skipped(outputs, [s for s in mine if s not in pending]))
     if not config.prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
-    for output in outputs:
-        print(output.finish(), flush=True)
+    with processes.together():
+        if config.prepare.process_count or processes.is_first():
+            for output in outputs:
+                print(output.finish(), flush=True)
 
 
 def check_prepare(config: ConfigDict) -> tuple[int, int]:

@@ -63,6 +63,11 @@ class _Decoder:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 return _Decoded(index, label, adm_crop(as_rgb(image), self.image_size))
+        except MemoryError as error:
+            raise BadInput(
+                f"prepare.input: there is no memory to decode {self.pictures.name(index)}: lower prepare.batch_size "
+                "and run the same command again, which continues"
+            ) from error
         except Exception as error:  # the decoders of Pillow raise anything
             return _Decoded(index, label, np.empty(0), str(error) or type(error).__name__)
 
