@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
         max_bad=100,  # unreadable pictures of a process that are skipped and named; one more stops it
         latents=True,  # write latents; False = only the reference
         reference="",  # also write statistics of the pictures, by eval.inception, to this .npz file; "" = none
+        reference_pictures=False,  # keep 10,000 pictures in it too (2 GB at 256 pixels): ADM's evaluator needs them
         process_index=0,  # which part of the work this process takes, in [0, process_count)
         process_count=0,  # processes that share the work; 0 = those of the JAX job, which also say process_index
     )

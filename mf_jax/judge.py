@@ -17,6 +17,7 @@ from mf_jax import processes
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
 from mf_jax.metrics.moments import add_rows, mean_and_covariance, start_sums
 from mf_jax.metrics.reference_file import Reference, Statistics, read_pictures, read_reference
+from mf_jax.metrics.row_store import RowArray
 from mf_jax.metrics.suite import SampleScores, check_widths
 
 _KEPT_FEATURES, _BLOCK = 10_000, 250
@@ -79,7 +80,7 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
         rows = np.concatenate(
             [np.asarray(rows) for rows in itertools.islice(blocks, _KEPT_FEATURES // _BLOCK)]
         )
-        return dataclasses.replace(reference, features=rows)
+        return dataclasses.replace(reference, features=RowArray(rows))
     return reference
 
 

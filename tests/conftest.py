@@ -37,9 +37,14 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+    settings = {
+        "jax_compilation_cache_dir": config.compiled.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)  # which this process has read already
     # compiling takes most of the time of the tests, running what was compiled very little
     flags = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", *_QUICK_TO_COMPILE)
     os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -28,8 +28,9 @@ from mf_jax.data.latents import Latents
 from mf_jax.data.pictures_in import list_pictures
 from mf_jax.files import replace_file
 from mf_jax.metrics.inception import Inception
+from mf_jax.metrics.reference_file import read_reference
 from mf_jax.models.autoencoder import load_autoencoder
-from mf_jax.prepare import latent_shards, reference
+from mf_jax.prepare import latent_shards, pictures, reference
 from mf_jax.types import NO_LABEL, BadInput
 
 VAE = FOLDER / "vae"
@@ -609,6 +610,41 @@ def test_reference_statistics_are_those_of_the_cropped_pictures(
     with np.load(path) as found:
         np.testing.assert_allclose(found["features"], rows[[0, 5, 8]], atol=1e-6)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_reference_holds_pictures_for_evaluators_that_compute_features(
+    prepared, features, tree, tmp_path, monkeypatch
+):
+    """Those of the features that are kept, of all processes, as ADM reads them."""
+    monkeypatch.setattr(reference, "KEPT_FEATURES", 5)
+    (tree / NAMES[4]).write_bytes(b"no picture")  # of the kept ones, 0, 2, 4, 7 and 9
+    path, more = tmp_path / "reference.npz", {"prepare.reference_pictures": True}
+    for index in (1, 0):
+        code, _, told = prepared("none", index=index, count=2, **only_reference(path), **more)
+        assert code == 0, told
+    with np.load(path) as found:
+        stored = found["arr_0"]
+        rows = features({}, stored)["2048"]
+        np.testing.assert_allclose(found["features"], rows, atol=1e-6)
+    assert stored.dtype == np.uint8
+    np.testing.assert_array_equal(stored, [adm_crop(picture(NAMES[i]), SIZE) for i in (0, 2, 7, 9)])
+    assert read_reference(path).num_pictures == 4
+
+
+def test_memory_that_is_short_is_no_broken_picture(prepared, tree, tmp_path, monkeypatch):
+    """The same command makes the shards of an undisturbed run afterwards."""
+    prepared("undisturbed")
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "adm_crop", fail)
+        code, _, told = prepared("latents")
+        assert code == 2
+        assert "no memory to decode n01/n01_0.JPEG" in told
+    assert prepared("latents")[0] == 0
+    assert files(tmp_path / "latents") == files(tmp_path / "undisturbed")
 
 
 def test_latents_and_statistics_come_from_one_pass_over_any_number_of_processes(

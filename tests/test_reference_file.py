@@ -12,6 +12,7 @@ import pytest
 
 from mf_jax.metrics import reference_file
 from mf_jax.metrics.reference_file import Statistics, read_pictures, read_reference, write_reference
+from mf_jax.metrics.row_store import RowArray, RowFile
 from mf_jax.types import BadInput
 
 
@@ -41,6 +42,7 @@ def same(reference, statistics):
         found = getattr(reference, name)
         assert (found is None) == (value is None)
         if value is not None:
+            found = found.read(0, len(found)) if name == "features" else found
             np.testing.assert_array_equal(found, value)
 
 
@@ -54,6 +56,34 @@ def test_what_is_written_is_read(path, statistics, pictures):
     assert reference.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert reference.covariance.dtype == np.float64
     assert [x.name for x in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_rows_are_read_in_blocks_from_any_file(path, statistics, write, dtype):
+    rows = statistics.features
+    about = {"mu": statistics.mean, "sigma": statistics.covariance}
+    write(path, **about, features=rows.astype(dtype))
+    found = read_reference(path).features
+    is_in_blocks = write is np.savez and dtype is np.float32
+    assert isinstance(found, RowFile if is_in_blocks else RowArray)
+    assert (len(found), found.width) == rows.shape
+    for start, stop in ((0, 4), (3, 11), (8, 20), (11, 15)):
+        np.testing.assert_array_equal(found.read(start, stop), rows[start:stop])
+
+
+def test_large_arrays_are_not_held(path, rng):
+    width = 400
+    rows = rng.standard_normal((3000, width)).astype(np.float32)
+    mean, covariance = rows.mean(0, np.float64), np.cov(rows.T.astype(np.float64))
+    write_reference(path, Statistics(3000, mean, covariance, mean, covariance, rows))
+    del rows, covariance
+    tracemalloc.start()
+    reference = read_reference(path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 8 * width**2 / 4
+    assert reference.covariance.shape == reference.covariance_spatial.shape == (width, width)
 
 
 def test_other_tools_read_what_is_written(path, statistics, pictures):

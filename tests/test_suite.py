@@ -16,7 +16,7 @@ from mf_jax import metrics
 from mf_jax.metrics import frechet_noise, row_pairs
 from mf_jax.metrics.frechet_noise import frechet_with_error, noise_line
 from mf_jax.metrics.inception_score import add_logits, inception_score, start_scores
-from mf_jax.metrics.reference_file import Reference
+from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import compare, own_pairs
 from mf_jax.metrics.row_store import RowArray, RowStore
 from mf_jax.metrics.suite import SampleScores
@@ -33,8 +33,9 @@ def _small_blocks(monkeypatch):
 
 def reference_of(rows, spatial=None, features=True, path="reference.npz"):
     extra = () if spatial is None else metrics.gaussian_statistics(spatial)
-    found = Reference(0, *metrics.gaussian_statistics(rows), *extra, path=path, sha256="0", num_pictures=0)
-    return dataclasses.replace(found, features=rows.astype(np.float32) if features else None)
+    statistics = Statistics(0, *metrics.gaussian_statistics(rows), *extra)
+    kept = rows.astype(np.float32) if features else None
+    return Reference.of(dataclasses.replace(statistics, features=kept), path=path)
 
 
 def features_of(pooled, spatial=None, logits=None):
@@ -114,7 +115,8 @@ def test_recorded_kernel_distance(recorded_scores):
 def test_scores_are_those_in_memory(made):
     features, reference, score = made
     found = score(50)
-    precision, recall = metrics.precision_recall(features["2048"], reference.features)
+    rows = reference.features.read(0, len(reference.features))
+    precision, recall = metrics.precision_recall(features["2048"], rows)
     expected = {
         "fid": metrics.frechet_distance(
             *metrics.gaussian_statistics(features["2048"]), reference.mean, reference.covariance
@@ -126,7 +128,7 @@ def test_scores_are_those_in_memory(made):
         ),
         "precision": precision,
         "recall": recall,
-        "kid": metrics.kernel_distance(features["2048"], reference.features),
+        "kid": metrics.kernel_distance(features["2048"], rows),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert 0 < precision < 1
@@ -143,7 +145,7 @@ def test_neither_batches_nor_order_nor_padding_matter(made):
 
 def test_what_a_reference_lacks_is_left_out(made, tmp_path):
     features, reference, _ = made
-    plain = dataclasses.replace(reference, mean_spatial=None, covariance_spatial=None, features=None)
+    plain = dataclasses.replace(reference, mean_spatial=None, features=None)
     scores = add_all(SampleScores(203, tmp_path, least=10), features, 203)
     assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
     assert scores.against(reference).keys() == SCORES  # any number of references
@@ -337,13 +339,13 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from mf_jax.metrics.reference_file import Reference
+from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.suite import SampleScores
 count, width = int(sys.argv[1]), 256
 rng = np.random.default_rng(0)
 rows = rng.standard_normal((1000, width)).astype(np.float32)
 gaussian = rows.mean(0, np.float64), np.cov(rows.astype(np.float64), rowvar=False)
-reference = Reference(0, *gaussian, *gaussian, rows, path="r", sha256="0", num_pictures=0)
+reference = Reference.of(Statistics(0, *gaussian, *gaussian, rows), path="r")
 scores = SampleScores(count, sys.argv[2])
 for start in range(0, count, 250):
     names = "2048", "spatial", "logits_unbiased"
@@ -376,7 +378,7 @@ import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mf_jax import metrics
-from mf_jax.metrics.reference_file import Reference
+from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.suite import SampleScores
 where = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 rng = np.random.default_rng(0)
@@ -391,7 +393,7 @@ for start in range(0, 100, 32):
     batch = rows[place]
     batch[~counts] = np.nan
     scores.add({name: put(batch) for name in ("2048", "spatial", "logits_unbiased")}, put(place), put(counts))
-found = scores.against(Reference(0, *gaussian, *gaussian, other, path="r", sha256="0", num_pictures=0))
+found = scores.against(Reference.of(Statistics(0, *gaussian, *gaussian, other), path="r"))
 expected = metrics.frechet_distance(*metrics.gaussian_statistics(rows), *gaussian)
 np.testing.assert_allclose([found["fid"], found["sfid"]], expected, rtol=1e-6)
 if jax.process_index() == 0:

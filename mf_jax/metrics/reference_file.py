@@ -7,8 +7,10 @@ add `features`, some of the feature rows, and `num_images`. Pictures are never r
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
+import struct
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 from etils import epath
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Float64, Shaped, UInt8
 from numpy.lib import format as npy
 
 from mf_jax.metrics.frechet import asymmetry
+from mf_jax.metrics.row_store import RowArray, RowFile, RowSource
 from mf_jax.types import BadInput
 
 _PICTURES = "arr_0"
@@ -47,15 +50,47 @@ class Statistics:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Reference(Statistics):
-    """A file of reference statistics.
+class Reference:
+    """Statistics to compare with, of which only the small ones are held: the others are read wherever they are used.
 
     path: of the file. sha256: of its bytes, in hex digits. num_pictures: pictures in it for `read_pictures`.
+    num_images, mean, mean_spatial: as in `Statistics`. features: rows in the file, or None. load: returns its `sigma`
+    or `sigma_s`.
     """
 
     path: str
     sha256: str
     num_pictures: int
+    num_images: int
+    mean: Float64[np.ndarray, "d"]
+    mean_spatial: Float64[np.ndarray, "s"] | None
+    features: RowSource | None
+    load: Callable[[str], Float64[np.ndarray, "_ _"]]
+
+    @classmethod
+    def of(cls, statistics: Statistics, *, path: str, sha256: str = "", num_pictures: int = 0) -> "Reference":
+        """Return statistics that are in memory as a reference."""
+        covariances = {"sigma": statistics.covariance, "sigma_s": statistics.covariance_spatial}
+        return cls(
+            path=path,
+            sha256=sha256,
+            num_pictures=num_pictures,
+            num_images=statistics.num_images,
+            mean=statistics.mean,
+            mean_spatial=statistics.mean_spatial,
+            features=None if statistics.features is None else RowArray(statistics.features),
+            load=covariances.__getitem__,
+        )
+
+    @property
+    def covariance(self) -> Float64[np.ndarray, "d d"]:
+        """Return the covariance of the pooled features."""
+        return self.load("sigma")
+
+    @property
+    def covariance_spatial(self) -> Float64[np.ndarray, "s s"] | None:
+        """Return the covariance of the spatial features, or None where there are none."""
+        return None if self.mean_spatial is None else self.load("sigma_s")
 
 
 Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
@@ -90,6 +125,7 @@ def read_reference(
             )
         else:
             found = None
+    is_stored = found is not None
     if found is None:
         found = compute(read_pictures(path, block_size))
     found = _checked(found, str(path))
@@ -98,7 +134,35 @@ def read_reference(
             f"{path}: has {len(found.features)} rows of features; must have at least {_LEAST_FEATURES}"
         )
     num_pictures = shape[0] if shape else 0
-    return Reference(**vars(found), path=str(path), sha256=_sha256(path), num_pictures=num_pictures)
+    reference = Reference.of(found, path=str(path), sha256=_sha256(path), num_pictures=num_pictures)
+    if not is_stored:
+        return reference
+    rows = _rows_in(path) if "features" in names else None
+    return dataclasses.replace(
+        reference, load=functools.partial(_load, path), features=rows or reference.features
+    )
+
+
+def _load(path: epath.Path, name: str) -> Float64[np.ndarray, "_ _"]:
+    with _opened(path) as archive:
+        return _array(archive, name, np.float64)
+
+
+def _rows_in(path: epath.Path) -> RowFile | None:
+    """Return the features in a file, or None where they cannot be read in blocks: compressed, or no float32 rows."""
+    with _opened(path) as archive:
+        (rows, width), by_columns, dtype = _header(archive, "features")
+        about = archive.getinfo("features.npy")
+        if about.compress_type != zipfile.ZIP_STORED or by_columns or dtype != np.dtype("<f4"):
+            return None
+        with archive.open(about) as member:
+            _read_header(member)
+            in_member = member.tell()
+    with path.open("rb") as file:
+        file.seek(about.header_offset)
+        # a local header is 30 bytes, the last two numbers of which are the lengths of the name and of what follows it
+        in_file = about.header_offset + 30 + sum(struct.unpack("<26x2H", file.read(30)))
+    return RowFile(path, in_file + in_member, rows, width)
 
 
 def read_pictures(path: epath.PathLike, block_size: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
@@ -152,13 +216,13 @@ def write_reference(
     pictures: Iterable[UInt8[np.ndarray, "n h w c"]] = (),
     num_pictures: int = 0,
 ) -> None:
-    """Write a file of reference statistics, whole or not at all; the evaluation of ADM reads it too.
+    """Write a file of reference statistics, whole or not at all.
 
     Args:
       path: of the `.npz`, whose folder is created.
       statistics: of the reference pictures.
-      pictures: blocks of pictures to store with them; no more than one is held in memory. ADM's evaluation computes
-        precision and recall from them; ours needs the features alone.
+      pictures: blocks of pictures to store with them; no more than one is held in memory. ADM's evaluation reads no
+        file without, as it computes precision and recall from them; ours needs the features alone.
       num_pictures: how many they are together.
 
     Raises:

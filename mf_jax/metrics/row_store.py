@@ -39,6 +39,31 @@ class RowArray:
         return np.asarray(self._rows[start:stop], np.float32)
 
 
+class RowFile:
+    """Feature rows in a file, as a `RowSource`.
+
+    Args:
+      path: of the file, on a file system or in a bucket.
+      offset: bytes before the first row.
+      num_rows: how many there are.
+      width: numbers of a row, float32, little-endian.
+    """
+
+    def __init__(self, path: epath.Path, offset: int, num_rows: int, width: int):
+        self._path, self._offset, self._num_rows, self.width = path, offset, num_rows, width
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def read(self, start: int, stop: int) -> Float32[np.ndarray, "n d"]:
+        """Return rows start to stop, of which those beyond the end are missing."""
+        count = max(0, min(stop, self._num_rows) - start)
+        with self._path.open("rb") as file:
+            file.seek(self._offset + 4 * self.width * start)
+            content = file.read(4 * self.width * count)
+        return np.frombuffer(content, "<f4").reshape(count, self.width)
+
+
 class RowStore:
     """A file of rows in float32, a `RowSource` once all are written.
 

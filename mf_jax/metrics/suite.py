@@ -15,7 +15,7 @@ from mf_jax.metrics.inception_score import ScoreSums, add_logits, inception_scor
 from mf_jax.metrics.moments import FeatureSums, add_rows, mean_and_covariance, start_sums
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import OwnPairs, compare, own_pairs
-from mf_jax.metrics.row_store import RowArray, RowStore
+from mf_jax.metrics.row_store import RowStore
 from mf_jax.processes import is_first, on_host
 from mf_jax.types import BadInput
 
@@ -182,11 +182,7 @@ class SampleScores:
         )
 
     def _pairs(self, reference: Reference) -> dict[str, float]:
-        rows, others, centre = (
-            self._rows,
-            RowArray(reference.features),
-            reference.features.mean(0, np.float64),
-        )
+        rows, others, centre = self._rows, reference.features, reference.mean
         if self._own is None:
             self._own = own_pairs(rows, centre)
         scores = compare(rows, others, centre, self._own, own_pairs(others, centre))

@@ -8,14 +8,15 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
@@ -147,7 +148,7 @@ def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int])
     if config.prepare.latents:
         outputs.append(_latents(config, common, pictures))
     if config.prepare.reference:
-        outputs.append(_reference(config, common, process))
+        outputs.append(_reference(config, common, pictures, process))
     return outputs
 
 
@@ -172,7 +173,9 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     return LatentShards(folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere))
 
 
-def _reference(config: ConfigDict, common: dict[str, Any], process: tuple[int, int]) -> ReferenceStatistics:
+def _reference(
+    config: ConfigDict, common: dict[str, Any], pictures: PicturesIn, process: tuple[int, int]
+) -> ReferenceStatistics:
     name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
     if path.suffix != ".npz":
         raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so")
@@ -191,7 +194,21 @@ def _reference(config: ConfigDict, common: dict[str, Any], process: tuple[int, i
         num_listed=common["num_listed"],
         process_index=process[0],
         process_count=process[1],
+        crop=functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None,
     )
+
+
+def _crop(
+    config: ConfigDict, pictures: PicturesIn, indices: Int[np.ndarray, "n"]
+) -> Iterator[UInt8[np.ndarray, "b s s 3"]]:
+    """Yield blocks of pictures, as they were cropped before."""
+    size, batch = config.data.image_size, config.prepare.batch_size
+    stream = PictureStream(pictures, indices, image_size=size, batch_size=batch, max_bad=0)
+    with PictureProgress(len(indices), is_wanted=config.log.progress) as progress:
+        progress.shard("pictures of the reference")
+        for pixels in stream.shard(len(indices)):
+            yield pixels.images[: pixels.count]
+            progress.advance(pixels.count)
 
 
 def _latent_shape(autoencoder: Autoencoder, image_size: int) -> list[int]:

@@ -6,13 +6,13 @@ finds all shards in these files adds them up. Sums are kept in pairs of float32,
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from mf_jax.files import replace_file
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
@@ -32,6 +32,7 @@ from mf_jax.types import BadInput
 KEPT_FEATURES = 10_000
 """Feature rows that are kept for precision and recall, spread evenly over the pictures."""
 _POOLED, _SPATIAL = "2048", "spatial"
+Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 
 
 class _Part(NamedTuple):
@@ -63,6 +64,7 @@ class ReferenceStatistics:
       num_listed: pictures of all shards, broken ones included.
       process_index: which process this is.
       process_count: of how many.
+      crop: from numbers of pictures to blocks of them, which go into the file too; None leaves them out.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class ReferenceStatistics:
         num_listed: int,
         process_index: int,
         process_count: int,
+        crop: Crop | None = None,
     ) -> None:
         self._path, self._params, self._num_shards = path, inception.params, num_shards
+        self._crop = crop
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
@@ -133,8 +137,11 @@ class ReferenceStatistics:
                 f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the process that finishes "
                 "the last one writes the file"
             )
-        statistics = _statistics(map(_read_part, self._part_paths()))
-        write_reference(self._path, statistics)
+        statistics, kept = _statistics(map(_read_part, self._part_paths()))
+        if self._crop is None:
+            write_reference(self._path, statistics)
+        else:
+            write_reference(self._path, statistics, pictures=self._crop(kept), num_pictures=len(kept))
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
 
     def _keep(self) -> None:
@@ -201,8 +208,11 @@ def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> FeatureSums:
     return from_arrays({key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)})
 
 
-def _statistics(parts: Iterable[_Part]) -> Statistics:
-    """Return the statistics of all pictures; holds the sums of two processes at once, not of all."""
+def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
+    """Return the statistics of all pictures, and the numbers of those whose features are kept.
+
+    Holds the sums of two processes at once, not of all.
+    """
     whole = next(parts := iter(parts))
     for part in parts:
         for name in whole.sums:
@@ -212,4 +222,5 @@ def _statistics(parts: Iterable[_Part]) -> Statistics:
     count, *pooled = mean_and_covariance(whole.sums[_POOLED])
     _, *spatial = mean_and_covariance(whole.sums[_SPATIAL])
     order = np.argsort(whole.kept_indices)
-    return Statistics(count, *pooled, *spatial, np.stack(whole.kept_features)[order])
+    statistics = Statistics(count, *pooled, *spatial, np.stack(whole.kept_features)[order])
+    return statistics, np.array(whole.kept_indices)[order]
