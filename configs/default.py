@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         split_held_out="test",  # tfds: the split to evaluate against
         toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
         autoencoder="sd-vae-ft-mse",  # latents: the autoencoder, by its published name or as a path
+        copy_to="",  # latents: folder of each host that they are copied to before they are read; a bucket needs it
         latent_mean=(0.0,),  # latents: taken from each latent before training, one number or one a channel
         latent_std=(1 / 0.18215,),  # latents: divided by after that, one number or one a channel; above 0
     )

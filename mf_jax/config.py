@@ -41,6 +41,8 @@ SECTIONS_OF_A_RUN = (
     "ema",
 )
 """What decides a run's numbers; the other sections may change when a run is continued."""
+_PLACES = ("data.copy_to",)
+"""Keys of these sections that decide nothing."""
 
 
 EVAL_LABELS = ("balanced", "random")
@@ -304,6 +306,7 @@ def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) 
         f"{section}.{key} {theirs!r} -> {mine!r}" if key else f"{section} {theirs!r} -> {mine!r}"
         for section in SECTIONS_OF_A_RUN
         for key, theirs, mine in _differences(stored.get(section), ours[section])
+        if f"{section}.{key}" not in _PLACES
     ]
     if differences:
         raise BadInput(

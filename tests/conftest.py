@@ -10,6 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from recorded import FOLDER
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +120,16 @@ def trained(tmp_path_factory, spawn):
 def copy_of_trained(trained, tmp_path):
     """Return a copy of the finished run that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Return a gs:// path, and the folder where its files are in truth."""
+
+    class Bucket(DirFileSystem):
+        def _join(self, path):
+            return super()._join(path.removeprefix("gs://"))
+
+    files = Bucket(path=str(tmp_path), fs=LocalFileSystem(auto_mkdir=True))
+    monkeypatch.setattr(type(fsspec_backend), "fs", lambda self, path: files)
+    return epath.Path("gs://runs/first"), tmp_path / "runs" / "first"

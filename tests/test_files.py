@@ -13,27 +13,12 @@ import pytest
 from conftest import TINY
 from etils import epath
 from etils.epath.backend import fsspec_backend
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from mf_jax import report, train
 from mf_jax.files import in_bucket, locked, replace_file, written_aside
 from mf_jax.pictures import save_grid
 from mf_jax.report import RunLog, read_metrics
 from mf_jax.report_page import write_report
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """Return a gs:// path, and the folder where its files are in truth."""
-
-    class Bucket(DirFileSystem):
-        def _join(self, path):
-            return super()._join(path.removeprefix("gs://"))
-
-    files = Bucket(path=str(tmp_path), fs=LocalFileSystem(auto_mkdir=True))
-    monkeypatch.setattr(type(fsspec_backend), "fs", lambda self, path: files)
-    return epath.Path("gs://runs/first"), tmp_path / "runs" / "first"
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

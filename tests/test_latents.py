@@ -1,5 +1,6 @@
 """Stored latents: what a batch of them holds, how they are drawn, and what is refused."""
 
+import errno
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from configs.default import get_config
 from mf_jax import data
+from mf_jax.config import as_json, check_same_run
+from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.types import NO_LABEL, BadInput
 from mf_jax.weights import PUBLISHED
@@ -27,6 +31,7 @@ SECTION = {
     "autoencoder": "sd-vae-ft-mse",
     "latent_mean": (0.0,),
     "latent_std": (1.0,),
+    "copy_to": "",
 }
 SHARD = shard_name(3, len(COUNTS))
 
@@ -147,7 +152,7 @@ def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source, mean, 
     [
         ({"path": ""}, "path='' is not set"),
         ({"path": "/nowhere"}, "path='/nowhere' is no folder"),
-        ({"path": "gs://bucket/latents"}, "is in a bucket.*mount"),
+        ({"path": "gs://bucket/latents"}, "is in a bucket.*set copy_to"),
         ({"image_size": 32}, "image_size=32: .* 16 pixels.*set image_size=16"),
         ({"autoencoder": "sd-vae-ft-ema"}, "autoencoder='sd-vae-ft-ema': .*'sd-vae-ft-mse'"),
         ({"autoencoder": "/not/there"}, "autoencoder='/not/there'"),
@@ -235,3 +240,89 @@ def test_a_damaged_shard_is_named_when_it_is_read(folder, source, how):
     with pytest.raises(BadInput, match=rf"{where} is damaged .*again") as error:
         next(data.make_batches(source(), batch_size=4 * LENGTH, seed=0, flip=True))
     assert "\n" not in str(error.value)
+
+
+# Copies on a disk of this host
+
+
+@pytest.fixture
+def copied(bucket, tmp_path):
+    """Return a function that opens latents in a bucket, the bucket's folder, and the folder of the copy."""
+    address, inside = bucket
+    inside.mkdir(parents=True)
+    write_folder(inside)
+
+    def make(**changes):
+        section = SECTION | {"path": str(address), "copy_to": str(tmp_path / "copy")} | changes
+        return data.make_source(section, split="train")
+
+    return make, inside, tmp_path / "copy"
+
+
+def assert_all_there(latents):
+    order = np.arange(2 * LENGTH)
+    np.testing.assert_array_equal(latents.gather(order).x, ROWS[order % LENGTH, order // LENGTH])
+
+
+def test_latents_in_a_bucket_are_copied_once(copied):
+    make, inside, copy = copied
+    assert_all_there(make())
+    assert {path.name for path in copy.iterdir()} == {path.name for path in inside.iterdir()} | {".lock"}
+    for path in inside.glob("*.array_record"):
+        path.write_bytes(b"not read again")
+    assert_all_there(make())
+
+
+def test_a_copy_that_was_stopped_is_finished(copied):
+    make, _, copy = copied
+    make()
+    (copy / SHARD).unlink()
+    cut = copy / shard_name(0, len(COUNTS))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert_all_there(make())
+
+
+def test_latents_on_a_file_system_are_copied_too(folder, source, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("disk") / "copy"
+    latents = source(copy_to=str(copy))
+    for path in folder.iterdir():
+        path.unlink()
+    assert_all_there(latents)
+
+
+def test_a_copy_of_other_latents_is_left_alone(copied):
+    make, inside, copy = copied
+    make()
+    change_manifest(inside, classes=[{"name": "other", "count": 0}])
+    before = (copy / MANIFEST).read_bytes()
+    with pytest.raises(BadInput, match=r"copy_to=.*holds other latents than gs://runs/first"):
+        make()
+    assert (copy / MANIFEST).read_bytes() == before
+
+
+def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
+    make, _, copy = copied
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_copy.shutil, "copyfileobj", full)
+        with pytest.raises(BadInput, match=r"cannot hold the .* GB of gs://.*No space left"):
+            make()
+    assert not list(copy.glob("*.array_record"))
+    assert_all_there(make())
+    copy.rename(copy.with_name("moved"))
+    copy.touch()
+    with pytest.raises(BadInput, match=r"copy_to=.*cannot hold"):
+        make()
+
+
+def test_where_the_copy_lies_may_change_when_a_run_continues():
+    config = get_config()
+    stored = json.loads(as_json(config))
+    config.data.copy_to = "/elsewhere"
+    check_same_run(config, stored, "run")
+    config.data.path = "/elsewhere"
+    with pytest.raises(BadInput, match=r"data\.path '' -> '/elsewhere'"):
+        check_same_run(config, stored, "run")

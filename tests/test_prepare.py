@@ -142,7 +142,7 @@ def files(folder):
 
 
 def open_latents(folder):
-    settings = {"latent_mean": (0.0,), "latent_std": (1.0,), "split": "train"}
+    settings = {"latent_mean": (0.0,), "latent_std": (1.0,), "copy_to": "", "split": "train"}
     return Latents(path=str(folder), image_size=SIZE, autoencoder=str(VAE), **settings)
 
 

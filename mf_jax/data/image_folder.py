@@ -95,6 +95,10 @@ class ImageFolder:
             raise BadInput(f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1")
         if not path:  # Path("") would be the current directory
             raise BadInput("path='' is not set: set path to a folder of pictures")
+        if "://" in path:
+            raise BadInput(
+                f"path={path!r} is in a bucket: copy the folder to a disk of each host, and set path to that"
+            )
         self._root = Path(path).expanduser()
         classes = _list_classes(self._root)
         self.class_names = () if list(classes) == [""] else tuple(classes)

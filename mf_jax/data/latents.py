@@ -16,7 +16,9 @@ from etils import epath
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
+from mf_jax.data.local_copy import local_copy
 from mf_jax.data.pipeline import SPLITS, Batch, Stored
+from mf_jax.files import in_bucket
 from mf_jax.types import BadInput, check_known
 from mf_jax.weights import PUBLISHED
 
@@ -38,6 +40,7 @@ class Latents:
         autoencoder: str,
         latent_mean: Sequence[float],
         latent_std: Sequence[float],
+        copy_to: str,
         split: str,
     ) -> None:
         """Open the latents in a folder.
@@ -48,6 +51,8 @@ class Latents:
           autoencoder: theirs, by its published name or as a path.
           latent_mean: taken from each latent, one number or one a channel.
           latent_std: what the rest is divided by, one number or one a channel, above 0.
+          copy_to: folder of this host that they are copied to and read from; "" reads them where they are, which
+            cannot be a bucket.
           split: `train`; there is no other.
 
         Raises:
@@ -59,7 +64,7 @@ class Latents:
                 "name='latents': has no held-out pictures; must be evaluated against reference statistics: set "
                 "eval.references"
             )
-        self._folder = _checked_folder(path)
+        self._folder = _checked_folder(path, copy_to)
         manifest = read_manifest(self._folder)
         _check_image_size(manifest, image_size)
         _check_autoencoder(manifest, autoencoder)
@@ -127,18 +132,18 @@ class Latents:
         return (mean + std * jax.random.normal(key, mean.shape) - self._mean) / self._std
 
 
-def _checked_folder(path: str) -> epath.Path:
+def _checked_folder(path: str, copy_to: str) -> epath.Path:
     if not path:
         raise BadInput("path='' is not set; must be the folder that --mode=prepare has filled: set path")
-    if "://" in path:
-        raise BadInput(
-            f"path={path!r} is in a bucket; must be on a file system: mount the bucket (gcsfuse) or copy the folder, "
-            "and set path to that"
-        )
     folder = epath.Path(path).expanduser()
+    if in_bucket(folder) and not copy_to:
+        raise BadInput(
+            f"path={path!r} is in a bucket, and latents are read from a disk; set copy_to to a folder of each host, to "
+            "which they are copied first"
+        )
     if not folder.is_dir():
         raise BadInput(f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path")
-    return folder
+    return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
 
 
 def _check_image_size(manifest: dict[str, Any], image_size: int) -> None:

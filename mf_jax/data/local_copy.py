@@ -1,0 +1,75 @@
+"""A folder of latents on a disk of this host: record by record, a bucket or a network file system is too slow."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.progress import track
+
+from mf_jax import processes
+from mf_jax.data.latent_records import MANIFEST, read_manifest
+from mf_jax.files import locked, replace_file, written_aside
+from mf_jax.types import BadInput
+
+_AT_ONCE = 8
+_CHUNK_BYTES = 2**24
+
+
+def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
+    """Copy the shards of a folder of latents that its copy lacks.
+
+    Processes of one host may share a copy: one makes it, the others wait.
+
+    Args:
+      source: the folder, on a file system or in a bucket.
+      target: of the copy, made if missing.
+
+    Returns:
+      The target.
+
+    Raises:
+      BadInput: if the target holds other latents or cannot hold these, or there are none.
+    """
+    manifest = read_manifest(source)
+    shards = manifest["shards"]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with locked(target / ".lock", wait=True), ThreadPoolExecutor(_AT_ONCE) as pool:
+            _claim(target, manifest, str(source))
+            names = [
+                shard["name"] for shard in shards if not _is_there(target / shard["name"], shard["bytes"])
+            ]
+            copied = pool.map(lambda name: _copy(source / name, target / name), names)
+            is_quiet = not names or not processes.is_first()
+            for _ in track(
+                copied, "copying latents", len(names), console=Console(stderr=True), disable=is_quiet
+            ):
+                pass
+    except OSError as error:
+        size = sum(shard["bytes"] for shard in shards)
+        raise BadInput(
+            f"copy_to={str(target)!r}: cannot hold the {size / 1e9:.3g} GB of {source} ({error.strerror or error}); "
+            "choose another folder of this host"
+        ) from error
+    return target
+
+
+def _claim(target: epath.Path, manifest: dict[str, Any], source: str) -> None:
+    if not (target / MANIFEST).exists():
+        replace_file(target / MANIFEST, json.dumps(manifest).encode())
+    elif read_manifest(target) != manifest:
+        raise BadInput(
+            f"copy_to={str(target)!r}: holds other latents than {source}; delete them, or choose another folder"
+        )
+
+
+def _is_there(path: epath.Path, num_bytes: int) -> bool:
+    return path.exists() and path.stat().length == num_bytes
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    with written_aside(target) as aside, source.open("rb") as theirs, open(aside, "wb") as ours:
+        shutil.copyfileobj(theirs, ours, _CHUNK_BYTES)
