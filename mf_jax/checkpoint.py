@@ -9,8 +9,10 @@ Orbax writes into a temporary folder and renames it when all is there, so that a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -28,6 +30,18 @@ FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
 _NAMED_IN_ERROR = 4
 _Found = TypeVar("_Found")
+_NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
+_PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""What is said, by number or in words, where storage cannot be reached: another attempt may find it in order."""
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -120,6 +134,12 @@ class Checkpoints:
         if self._folder.exists() and not self._folder.is_dir():
             raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # each process reads by itself: one that cannot leaves no other waiting
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        reading = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+        self._reader = ocp.CheckpointManager(self._folder, options=reading)
 
     @property
     def steps(self) -> list[int]:
@@ -139,6 +159,7 @@ class Checkpoints:
         """Wait until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+        self._reader.close()
 
     def restore_state(self, like: TrainState) -> TrainState | None:
         """Return the newest undamaged state, or None where there is no checkpoint.
@@ -174,7 +195,8 @@ class Checkpoints:
         if step is None:
             restored = self._restore(item)
         else:
-            restored = step, self._of_step(step, lambda step: self._restore_step(step, item))
+            with self._chosen(step):
+                restored = step, self._restore_step(step, item)
         if restored is None:
             raise BadInput(
                 f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
@@ -185,17 +207,11 @@ class Checkpoints:
     def _restore(self, like: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
         damaged = []
         for step in reversed(processes.from_first(self.steps)):
-            problem, items = "", {}
             try:
                 items = self._restore_step(step, like)
-            except DamagedCheckpoint as error:
-                problem = str(error)
-            problems = [
-                told for told in processes.from_all(problem) if told
-            ]  # each process sees its own part
-            if problems:
+            except DamagedCheckpoint as problem:
                 damaged.append(step)
-                self._report(f"checkpoint {step} is damaged ({problems[0]}); trying the one before it")
+                self._report(f"checkpoint {step} is damaged ({problem}); trying the one before it")
                 continue
             self._set_aside(damaged)
             return step, items
@@ -211,29 +227,40 @@ class Checkpoints:
         Raises:
           UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
         """
-        return self._of_step(step, self._read_index)
+        with self._chosen(step):
+            return _together(lambda: self._read_index(step))
 
-    def _of_step(self, step: int, read: Callable[[int], _Found]) -> _Found:
-        """Return what is read of a checkpoint; where a process of a job cannot, none of them does."""
-        problem, found = "", None
-        if step in self.steps:
-            try:
-                found = read(step)
-            except DamagedCheckpoint as error:
-                problem = f"{self._folder / str(step)} is damaged ({error}); choose another step"
-        else:
-            kept = ", ".join(map(str, self.steps)) or "none"
-            problem = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
-        if problems := [told for told in processes.from_all(problem) if told]:
-            raise UnreadableCheckpoint(problems[0])
-        return found
+    @contextlib.contextmanager
+    def _chosen(self, step: int) -> Iterator[None]:
+        """Raise UnreadableCheckpoint, on all processes of a job, where a step is missing or turns out damaged."""
+        kept = ", ".join(map(str, self.steps)) or "none"
+        missing = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
+        if told := [
+            problem for problem in processes.from_all("" if step in self.steps else missing) if problem
+        ]:
+            raise UnreadableCheckpoint(told[0])
+        try:
+            yield
+        except DamagedCheckpoint as problem:
+            raise UnreadableCheckpoint(
+                f"{self._folder / str(step)} is damaged ({problem}); choose another step"
+            ) from problem
 
     def _read_index(self, step: int) -> dict[str, dict[str, list]]:
         with _damage():
             arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=arguments)["index"]
+            return self._reader.restore(step, args=arguments)["index"]
 
     def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Return the items of a checkpoint; all processes of a job find it damaged, or none."""
+        index, items = _together(lambda: self._read_step(step, like))
+        for name in like:  # fingerprints take every process
+            if _index(items[name]) != index[name]:
+                raise DamagedCheckpoint(f"fingerprints of {name} differ")
+        return items
+
+    def _read_step(self, step: int, like: dict[str, PyTree]) -> tuple[dict[str, dict], dict[str, PyTree]]:
+        """Return the index and this process's part of the items of a checkpoint."""
         index = self._read_index(step)
         missing = set(like) - set(index)
         if missing:
@@ -242,11 +269,8 @@ class Checkpoints:
             _check_same_model(self._folder / str(step), index[name], item)
         with _damage():
             arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
-            items = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        for name in like:
-            if _index(items[name]) != index[name]:
-                raise DamagedCheckpoint(f"fingerprints of {name} differ")
-        return {name: items[name] for name in like}
+            items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
+        return index, {name: items[name] for name in like}
 
     def _set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints away, so that their steps can be saved again and nothing is lost."""
@@ -264,15 +288,35 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _together(read: Callable[[], _Found]) -> _Found:
+    """Return what this process reads; if one process of a job finds damage, raise DamagedCheckpoint on all of them.
+
+    Args:
+      read: does not compute with the others.
+    """
+    problem, found = "", None
+    try:
+        found = read()
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    if told := [problem for problem in processes.from_all(problem) if problem]:
+        raise DamagedCheckpoint(told[0])
+    return found
+
+
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
     # what a reader of damaged files raises depends on where it stumbles: any error means damage, unless it says that
-    # this machine, not the file, is at fault
+    # this machine or the way to the file, not the file, is at fault
     try:
         yield
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    except _NOT_OF_FILES:
         raise
     except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number in _PASSING or any(word in str(error) for word in _PASSING_WORDS):
+            raise
         raise DamagedCheckpoint(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
 
 

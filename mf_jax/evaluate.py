@@ -33,7 +33,7 @@ from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
 from mf_jax.report_page import write_report
 from mf_jax.score_rows import ROWS_FILE
-from mf_jax.types import NO_LABEL, Rows
+from mf_jax.types import NO_LABEL, BadInput, Rows
 
 _DIAGNOSTIC_ROWS = 1024
 _DIAGNOSTIC_STREAM = 2**31  # sample i folds i into the same key, and i stays below
@@ -170,15 +170,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Score samples against the data themselves, all in memory."""
-    train = validate(config, num_devices=1)
-    grid = cells(config)
-    held_out = make_source(config.data, split="held_out")
+    with processes.together():
+        train = validate(config, num_devices=1)
+        grid = cells(config)
+        held_out = make_source(config.data, split="held_out")
     score, rows = _floor(config, workdir, train, held_out)
     settings = {key: config.eval[key] for key in ("seed", "batch_size")}
     # cells of one model are neighbours
     load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
     for cell, name in zip(grid, names(grid), strict=True):
         generator = load(cell.checkpoint, cell.ema)
+        _check_same_kind(generator, train)
         labels = labels_of(config, generator)
         x = generator.sample_raw(labels, steps=cell.steps, guidance=cell.guidance, **settings)
         rows.append({"name": name, "steps": cell.steps, "samples": len(x), **score(x, labels)})
@@ -194,6 +196,15 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     found = diagnose(generator, train, seed=config.eval.seed)
     columns = ["steps", "samples", *(name for name in score.columns if name in rows[0])]
     return {"protocol": protocol, "columns": columns, "rows": rows, "diagnostics": found}
+
+
+def _check_same_kind(generator: Generator, train: Source) -> None:
+    """Raise BadInput if a model, of weights from elsewhere, generates other things than the data are."""
+    ours, theirs = (f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator, train))
+    if ours != theirs:
+        raise BadInput(
+            f"init.from={generator.ema}: its samples have {ours}, the data {theirs}; use the config of its own data"
+        )
 
 
 def _floor(

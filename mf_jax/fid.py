@@ -56,14 +56,19 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
       BadInput: for whatever is missing or does not fit; what was scored before stays.
     """
     section = config.eval
-    _check(config)
+    steps = _steps(workdir)
+    with processes.together():
+        _check(config)
+        if section.samples:
+            run_folder.make(workdir)
+        elif not section.watch:
+            _with_steps(config, workdir, steps)  # says what is wrong before anything is read
+        judge = _judge(config)
     if section.samples:
-        run_folder.make(workdir)
-        return as_table(_score_file(config, workdir, _judge(config)))
+        return as_table(_score_file(config, workdir, judge))
     if section.watch:
-        return as_table(_watch(config, workdir))
-    _with_steps(config, workdir, _steps(workdir))  # says what is wrong before anything is read
-    return as_table(_score_grid(config, workdir, _judge(config), _steps(workdir)))
+        return as_table(_watch(config, workdir, judge))
+    return as_table(_score_grid(config, workdir, judge, steps))
 
 
 def _check(config: ConfigDict) -> None:
@@ -86,27 +91,39 @@ def _judge(config: ConfigDict) -> Judge:
     return Judge(references, inception, section.least_samples, config.log.progress)
 
 
-def _watch(config: ConfigDict, workdir: epath.Path) -> list[Row]:
+def _watch(config: ConfigDict, workdir: epath.Path, judge: Judge) -> list[Row]:
     """Score every checkpoint that can be had, the newest first, until the run's last step is scored."""
-    judge, listed, tried = _judge(config), [], set()
+    listed, tried, doubtful = [], set(), set()
     if not run_folder.exists(workdir):
         print(f"waiting for a run in {workdir}", flush=True)
     while True:
+        with processes.together():
+            if run_folder.exists(workdir):
+                run_folder.check(workdir, config)
+                run_folder.check_writable(workdir)
         listed, before = _steps(workdir), listed
         for step in sorted(set(before) - set(listed) - tried):
             print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
+        tried, doubtful = tried & set(listed), doubtful & set(listed)
         for step in reversed(listed):
             if step in tried:
                 continue
-            tried.add(step)
             try:
                 _score_grid(config, workdir, judge, [step])
-            except UnreadableCheckpoint as problem:  # dropped meanwhile, or damaged
-                print(f"checkpoint {step} is left out: {problem}", flush=True)
+                tried.add(step)
+            except UnreadableCheckpoint as problem:  # dropped meanwhile, damaged, or not all here yet
+                if step in doubtful:
+                    print(f"checkpoint {step} is left out: {problem}", flush=True)
+                    tried.add(step)
+                doubtful.add(step)
             if _steps(workdir) != listed:
                 break  # to what is newest now
         else:
-            if listed and listed[-1] >= run_folder.stored_config(workdir).train.num_steps:
+            if (
+                listed
+                and set(listed) == tried
+                and listed[-1] >= run_folder.stored_config(workdir).train.num_steps
+            ):
                 return read_rows(workdir)
             time.sleep(_POLL_SECONDS)
 
@@ -192,7 +209,8 @@ def _protocol(
 ) -> Row:
     """Return whatever decides the samples of a cell."""
     is_run = run_folder.exists(workdir)
-    decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
+    with processes.together():
+        decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
     if is_run:
         weights = fingerprint(workdir, cell.checkpoint)
     else:

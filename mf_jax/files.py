@@ -46,7 +46,11 @@ def written_aside(path: epath.Path) -> Iterator[str]:
         return
     final = Path(path)
     aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")
-    yield str(aside)
+    try:
+        yield str(aside)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
     try:
         aside.replace(final)
     except FileNotFoundError:  # another process has made the same file, and tidied up

@@ -17,7 +17,7 @@ _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What errors say, whatever their type: those of checkpoints come from a library in another language."""
 _OF_BUCKETS = "gcsfs"
-"""The package that a path in a bucket needs, and no other does."""
+"""The package that a path in a bucket of Google needs."""
 _OF_ONE_PROCESS = ("prepare.process_index",)
 """Settings in which the processes of a job may differ."""
 
@@ -70,12 +70,10 @@ def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
     except FloatingPointError as error:
         print(f"mf_jax: {processes.name()}{error}", file=sys.stderr)
         return _FAILED
-    except ImportError as error:
-        if _OF_BUCKETS not in str(error):
-            raise
-        print(f"mf_jax: {processes.name()}{_to_reach_buckets(error)}", file=sys.stderr)
-        return _BAD_INPUT
     except Exception as error:
+        if isinstance(error, ImportError) and _OF_BUCKETS in str(error):
+            print(f"mf_jax: {processes.name()}{_to_reach_buckets(error)}", file=sys.stderr)
+            return _BAD_INPUT
         if reason := next((reason for reason in _NO_ROOM if reason in str(error)), ""):
             told = f"--workdir={workdir}: {reason}; make room, and the same command continues"
             print(f"mf_jax: {processes.name()}{told}", file=sys.stderr, flush=True)

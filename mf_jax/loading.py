@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_network
 from mf_jax.decoding import load_decoder
@@ -15,7 +16,8 @@ from mf_jax.grid import NEWEST
 from mf_jax.models import parameter_shapes
 from mf_jax.reference.weights import describe_published
 from mf_jax.sharding import make_mesh
-from mf_jax.warm_start import fit, load_weights, restore_run
+from mf_jax.types import check_known
+from mf_jax.warm_start import INIT_KINDS, fit, load_weights, restore_run
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
@@ -59,11 +61,14 @@ def load_initial(config: ConfigDict) -> Generator:
       BadInput: if the weights cannot be read, or do not fit the network.
     """
     path = config.init.path
-    if config.init.kind == "run":
-        shape, num_classes, class_names = run_folder.stored_data(Path(path))
-        origin = run_folder.stored_origin(Path(path))
-    else:
-        (shape, num_classes), class_names, origin = _data_of_published(config), (), ""
+    check_known("init.kind", config.init.kind, INIT_KINDS)
+    with processes.together():
+        if config.init.kind == "run":
+            shape, num_classes, class_names = run_folder.stored_data(Path(path))
+            origin = run_folder.stored_origin(Path(path))
+        else:
+            shape, num_classes = _data_of_published(config)
+            class_names, origin = tuple(map(str, range(num_classes))), ""
     network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = jax.device_put(load_weights(config, parameter_shapes(network, shape)), everywhere)
@@ -97,8 +102,9 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
         generator = load_initial(config)
         workdir.mkdir(parents=True, exist_ok=True)
         return generator
-    run_folder.check(workdir, config)
-    run_folder.check_writable(workdir)
+    with processes.together():
+        run_folder.check(workdir, config)
+        run_folder.check_writable(workdir)
     return load_as(workdir, config, ema=ema, step=step)
 
 

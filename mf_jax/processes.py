@@ -87,12 +87,14 @@ def _described() -> dict[str, Any]:
 @contextlib.contextmanager
 def _gives_up_after(seconds: float, about: dict[str, Any]) -> Iterator[None]:
     """End the process with one line if the body, which cannot be interrupted, takes longer."""
-    address = about.get("coordinator_address", "the address that JAX has found")
     expected = about.get("num_processes", "all")
     # process 0 goes last: the others lose their connection with it
     patience = seconds + _LAST_TO_LEAVE_SECONDS * (about.get("process_id") == 0)
 
     def give_up() -> None:
+        address = about.get("coordinator_address", "the address that JAX has found")
+        with contextlib.suppress(AttributeError):  # JAX tells nobody what it has found, but keeps it here
+            address = jax._src.distributed.global_state.coordinator_address or address
         print(
             f"mf_jax: {address}: {expected} processes have not met there within {seconds:g} s; check that each was "
             "started, that the address is that of process 0, and that its port is open (in a SLURM script: srun)",

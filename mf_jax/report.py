@@ -20,12 +20,17 @@ from PIL import Image
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
 
 from mf_jax.files import in_bucket, replace_file
 from mf_jax.types import BadInput
 
 METRICS_FILE = "metrics.jsonl"
+_FLUSH_SECONDS = 30
 _SHOWN = ("loss", "u_error", "v_error")
 
 
@@ -65,7 +70,7 @@ class RunLog:
         replace_file(path, b"".join(kept))
         # the objects of a bucket cannot be added to
         self._write_row = _Rewritten(path, kept) if in_bucket(path) else _Appended(path)
-        self._events = _open_events(path.parent / "tensorboard", start_step)
+        self._events = _Events(path.parent / "tensorboard", start_step)
         self._console = Console(highlight=False)
         live = sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._bar = _make_bar(self._console, num_steps, start_step) if show_progress and live else None
@@ -112,10 +117,10 @@ class RunLog:
         self.advance(step, metrics=values)
         for name, x in values.items():
             if math.isfinite(x):
-                self._events.add_scalar(name if "/" in name else f"train/{name}", x, step)
+                self._events.add(summary.scalar(name if "/" in name else f"train/{name}", x), step)
         if speed:
-            self._events.add_scalar("throughput/steps_per_second", speed, step)
-            self._events.add_scalar("throughput/images_per_second", speed * self._batch_size, step)
+            self._events.add(summary.scalar("throughput/steps_per_second", speed), step)
+            self._events.add(summary.scalar("throughput/images_per_second", speed * self._batch_size), step)
         if self._plain:
             print(self._plain_line(step, speed, values), flush=True)
 
@@ -153,7 +158,7 @@ class RunLog:
         """
         with Path(path).open("rb") as file, Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        self._events.add_image(name, pixels, step, dataformats="HWC")
+        self._events.add(summary.image(name, pixels, dataformats="HWC"), step)
 
     def _speed(self, step: int) -> float | None:
         """Return steps per second since the last row, and start the count of the next."""
@@ -266,13 +271,33 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return pairs
 
 
-def _open_events(folder: Path, start_step: int) -> SummaryWriter:
-    # TensorBoard drops the events of purge_step and later. The suffix keeps a quick restart from writing over the
-    # file of the process before, as file names count whole seconds.
-    purge_step = start_step + 1 if start_step else 0
-    return SummaryWriter(
-        str(folder), purge_step=purge_step, filename_suffix=f".from_{start_step}", flush_secs=30
-    )
+class _Events:
+    """Writes events for TensorBoard, which drops what an earlier file has of the steps after `start_step`.
+
+    Not by a thread, as `SummaryWriter` does: that ends where the disk is full, and who adds events then waits for ever.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        directory_check(str(folder))
+        # the suffix keeps a quick restart from writing over the file before, as names count whole seconds
+        self._writer = EventsWriter(f"{folder}/events", f".from_{start_step}")
+        self._flushed = -math.inf
+        if start_step:
+            self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, what: Summary, step: int) -> None:
+        """Add a summary of a step; it is in the file half a minute later at most, if more follows."""
+        self._write(step=step, summary=what)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def _write(self, **about: Any) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), **about))
+
+    def close(self) -> None:
+        """Write all there is."""
+        self._writer.close()
 
 
 def _make_bar(console: Console, num_steps: int, start_step: int) -> Progress:

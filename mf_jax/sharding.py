@@ -31,7 +31,10 @@ Late = Callable[[Names, int], bool]
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh over all devices.
+    """Return the mesh over all devices, those of a process beside one another.
+
+    Rows of the batch lie along the mesh, so that those of a process are the ones it reads, in the order of one process.
+    `jax.make_mesh` would follow the torus of a TPU slice instead, on which processes alternate.
 
     Args:
       data: devices along `data`; 0 = all that remain.
@@ -47,8 +50,9 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
         raise BadInput(
             f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; use 0 and 1"
         )
-    axes = {"axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto, AxisType.Auto)}
-    return jax.make_mesh((count // fsdp, fsdp), **axes, devices=devices)
+    in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(in_order).reshape(count // fsdp, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

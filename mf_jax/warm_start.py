@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from mf_jax import processes
 from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, ema_names, make_network
 from mf_jax.checkpoint import Checkpoints
@@ -44,26 +45,34 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     check_known("init.kind", kind, INIT_KINDS)
     if kind != "run":
         plain = jax.eval_shape(unstack_blocks, like)
-        return laid_out_like(load_published(path, kind, plain, section=which or "ema_params"), like)
-    theirs = run_folder.stored_config(Path(path))
-    _check_latents(config, theirs)
+        with processes.together():
+            published = load_published(path, kind, plain, section=which or "ema_params")
+        return laid_out_like(published, like)
+    with processes.together():
+        theirs = run_folder.stored_config(Path(path))
+        _check_latents(config, theirs)
     _, params = restore_run(Path(path), theirs, which)
     return fit(params, like, where=str(path))
 
 
 def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
     """Raise BadInput if only one of two runs is on latents, or theirs are scaled in another way."""
-    ours, others = (
-        f"latents, mean {list(data.latent_mean)}, std {list(data.latent_std)}"
-        if data.name == "latents"
-        else "no latents"
-        for data in (config.data, theirs.data)
-    )
+    ours, others = (_scale(data) for data in (config.data, theirs.data))
     if ours != others:
         raise BadInput(
-            f"init.from={config.init.path}: its run was trained on {others}, this config is of {ours}; set data.name, "
-            "data.latent_mean and data.latent_std as they were"
+            f"init.from={config.init.path}: its run was trained on {_told(others)}, this config is of {_told(ours)}; "
+            "set data.name, data.latent_mean and data.latent_std as they were"
         )
+
+
+def _scale(data: ConfigDict) -> list[list[float]]:
+    """Return mean and standard deviation of latents, each of one number where all channels have the same."""
+    both = (data.latent_mean, data.latent_std) if data.name == "latents" else ()
+    return [[float(x) for x in (values[:1] if len(set(values)) == 1 else values)] for values in both]
+
+
+def _told(scale: list[list[float]]) -> str:
+    return "latents, mean {}, std {}".format(*scale) if scale else "no latents"
 
 
 def restore_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> tuple[int, PyTree]:

@@ -65,7 +65,7 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     path, folder = bucket
     events = []  # their writer has its own way into buckets
     opened = lambda where, _: events.append(str(where)) or mock.MagicMock()  # noqa: E731
-    monkeypatch.setattr(report, "_open_events", opened)
+    monkeypatch.setattr(report, "_Events", opened)
     settings = {"num_steps": 4, "batch_size": 2, "show_progress": False}
     with RunLog(path, start_step=0, **settings) as log:
         log.write(1, {"loss": 3.0})

@@ -1,5 +1,6 @@
 """Stored latents: what a batch of them holds, how they are drawn, and what is refused."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ from mf_jax import data
 from mf_jax.config import as_json, check_same_run
 from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
+from mf_jax.files import written_aside
 from mf_jax.types import NO_LABEL, BadInput
 from mf_jax.weights import PUBLISHED
 
@@ -303,19 +305,40 @@ def test_a_copy_of_other_latents_is_left_alone(copied):
 def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
     make, _, copy = copied
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    @contextlib.contextmanager
+    def full(path):
+        with written_aside(path) as aside:
+            yield aside
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(local_copy.shutil, "copyfileobj", full)
+        patch.setattr(local_copy, "written_aside", full)
         with pytest.raises(BadInput, match=r"cannot hold the .* GB of gs://.*No space left"):
             make()
-    assert not list(copy.glob("*.array_record"))
+    assert {path.name for path in copy.iterdir()} == {".lock", MANIFEST}
     assert_all_there(make())
     copy.rename(copy.with_name("moved"))
     copy.touch()
     with pytest.raises(BadInput, match=r"copy_to=.*cannot hold"):
         make()
+
+
+def test_what_is_wrong_with_the_source_is_not_said_of_the_copy(copied):
+    make, inside, _ = copied
+    (inside / SHARD).unlink()
+    with pytest.raises(BadInput, match=rf"path='gs://runs/first': {SHARD} cannot be read"):
+        make()
+    with pytest.raises(BadInput, match="copy_to='gs://runs/copy': is in a bucket"):
+        make(copy_to="gs://runs/copy")
+
+
+def test_a_damaged_copy_is_mended_by_the_same_command(copied):
+    make, _, copy = copied
+    latents = make()
+    path = copy / SHARD
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(BadInput, match="delete it and run this command again, which copies it anew"):
+        latents.gather(np.arange(2 * LENGTH))
 
 
 def test_where_the_copy_lies_may_change_when_a_run_continues():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
+import mf_jax
 from launch.faults.job import Job, free_port
 from mf_jax import processes
 from mf_jax.types import BadInput
@@ -137,6 +138,39 @@ def test_a_workdir_that_the_hosts_do_not_share(tmp_path):
         assert f"mf_jax: process {index}: " in errors
         assert "--workdir=run: does not show what process 0 writes there" in errors
         assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--config.train.batch_size=10", "train.batch_size=10: must be a multiple of 4"),
+        ("--config.mesh.fsdp=4", "mesh.data=0, mesh.fsdp=4: must multiply to the 2 devices here"),
+    ],
+)
+def test_bad_input_is_told_by_every_process(tmp_path, flag, told):
+    said = Job(2, *SHARDED, f"--workdir={tmp_path / 'run'}", flag).finish()
+    for index, (code, _, errors) in enumerate(said):
+        assert code == 2
+        assert errors.startswith(f"mf_jax: process {index}: ")
+        assert told in errors
+        assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_host_lacks_is_told_by_every_process(continued, tmp_path):
+    """Weights to start from, on the first of two hosts alone."""
+    workdir, _ = continued
+    hosts = lambda index: tmp_path / f"host{index}"  # noqa: E731
+    for index in range(2):
+        hosts(index).mkdir()
+    mf_jax.load(workdir).export(hosts(0) / "weights.npz", kind="meanflow")
+    start = ("--config.init.from=weights.npz", "--config.init.kind=meanflow")
+    config = f"--config={ROOT}/configs/digits.py"
+    said = Job(2, config, *SHARDED[1:], "--workdir=run", "--mode=sample", *start, cwd=hosts).finish()
+    assert [code for code, _, _ in said] == [2, 2], said
+    lacks = f"{hosts(1) / 'weights.npz'}: no such file or folder"
+    assert said[1][2].startswith(f"mf_jax: process 1: {lacks}")
+    assert said[0][2].startswith(f"mf_jax: process 0: process 1 has: {lacks}")
 
 
 def test_a_coordinator_that_does_not_answer(spawn):

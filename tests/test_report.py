@@ -130,7 +130,11 @@ def test_tensorboard_gets_the_scalars_the_throughput_and_the_purge_step(tmp_path
 
 def test_throughput_is_steps_over_seconds_since_the_first_step(tmp_path, monkeypatch, capsys):
     clock = iter([100.0, 102.0, 106.0])
-    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        report,
+        "time",
+        SimpleNamespace(perf_counter=lambda: next(clock), time=time.time, monotonic=time.monotonic),
+    )
     with _log(tmp_path, show_progress=True) as log:
         log.advance(1)  # at 100 s
         log.write(5, {"loss": 1.0})  # at 102 s: 4 steps of 4 images in 2 s, 5 steps left

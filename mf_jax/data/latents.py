@@ -82,8 +82,9 @@ class Latents:
         self.stored = Stored(rows, self._draw, has_mirrors=True, origin=origin)
         self._shards = manifest["shards"]
         self._starts = np.array([0, *itertools.accumulate(shard["count"] for shard in self._shards)])
+        self._is_copy = bool(copy_to)
         for shard in self._shards:
-            _check_length(self._folder, shard)
+            self._check_length(shard)
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -116,9 +117,7 @@ class Latents:
                 batch.labels[row] = np.frombuffer(record, LABEL, 1)[0]
                 batch.x[row] = np.frombuffer(record, NUMBER, offset=LABEL.itemsize).reshape(batch.x.shape[1:])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            _refuse_shard(
-                self._folder / self._shards[shard]["name"], f"is damaged ({_first_line(error)})", error
-            )
+            self._refuse(self._shards[shard], f"is damaged ({_first_line(error)})", error)
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
@@ -126,6 +125,24 @@ class Latents:
                 path = self._folder / self._shards[shard]["name"]
                 self._readers[shard] = ArrayRecordReader(str(path), **_READER_OPTIONS)
             return self._readers[shard]
+
+    def _check_length(self, shard: dict[str, Any]) -> None:
+        path = self._folder / shard["name"]
+        if not path.exists():
+            self._refuse(shard, "is missing")
+        length = path.stat().length
+        if length != shard["bytes"]:
+            self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
+
+    def _refuse(self, shard: dict[str, Any], problem: str, cause: Exception | None = None) -> None:
+        again = (
+            "this command again, which copies"
+            if self._is_copy
+            else "the same --mode=prepare again, which makes"
+        )
+        raise BadInput(
+            f"{self._folder / shard['name']} {problem}: delete it and run {again} it anew"
+        ) from cause
 
     def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
         mean, std = rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
@@ -189,21 +206,6 @@ def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np
             f"{key}={tuple(values)}: must be 1 or {channels} finite numbers: one for all channels, or one each"
         )
     return np.array(values, np.float32)
-
-
-def _check_length(folder: epath.Path, shard: dict[str, Any]) -> None:
-    path = folder / shard["name"]
-    if not path.exists():
-        _refuse_shard(path, "is missing")
-    length = path.stat().length
-    if length != shard["bytes"]:
-        _refuse_shard(path, f"has {length} bytes and must have {shard['bytes']}")
-
-
-def _refuse_shard(path: epath.Path, problem: str, cause: Exception | None = None) -> None:
-    raise BadInput(
-        f"{path} {problem}: delete it and run the same --mode=prepare again, which makes it anew"
-    ) from cause
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """A folder of latents on a disk of this host: record by record, a bucket or a network file system is too slow."""
 
 import json
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.progress import track
 
 from mf_jax import processes
 from mf_jax.data.latent_records import MANIFEST, read_manifest
-from mf_jax.files import locked, replace_file, written_aside
+from mf_jax.files import in_bucket, locked, replace_file, written_aside
 from mf_jax.types import BadInput
 
 _AT_ONCE = 8
@@ -33,6 +33,8 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
     Raises:
       BadInput: if the target holds other latents or cannot hold these, or there are none.
     """
+    if in_bucket(target):
+        raise BadInput(f"copy_to={str(target)!r}: is in a bucket; must be a folder of this host")
     manifest = read_manifest(source)
     shards = manifest["shards"]
     try:
@@ -71,5 +73,18 @@ def _is_there(path: epath.Path, num_bytes: int) -> bool:
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    with written_aside(target) as aside, source.open("rb") as theirs, open(aside, "wb") as ours:
-        shutil.copyfileobj(theirs, ours, _CHUNK_BYTES)
+    with written_aside(target) as aside, open(aside, "wb") as ours:
+        for chunk in _chunks(source):
+            ours.write(chunk)
+
+
+def _chunks(path: epath.Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise BadInput(
+            f"path={str(path.parent)!r}: {path.name} cannot be read ({error.strerror or error}); see to it, and "
+            "run the same command again, which continues"
+        ) from error

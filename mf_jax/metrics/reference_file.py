@@ -113,6 +113,7 @@ def read_reference(
       BadInput: no such file, not a whole `.npz`, keys missing, or statistics that are none; names the file and the key.
     """
     path = epath.Path(path).expanduser()
+    about = path.stat() if path.is_file() else None
     with _opened(path) as archive:
         names = _names(archive)
         shape = _header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
@@ -139,11 +140,15 @@ def read_reference(
         return reference
     rows = _rows_in(path) if "features" in names else None
     return dataclasses.replace(
-        reference, load=functools.partial(_load, path), features=rows or reference.features
+        reference, load=functools.partial(_load, path, about), features=rows or reference.features
     )
 
 
-def _load(path: epath.Path, name: str) -> Float64[np.ndarray, "_ _"]:
+def _load(path: epath.Path, about: Any, name: str) -> Float64[np.ndarray, "_ _"]:
+    if not path.is_file() or path.stat() != about:
+        raise BadInput(
+            f"{path}: has changed since it was read first; leave it as it is, and run the same command again"
+        )
     with _opened(path) as archive:
         return _array(archive, name, np.float64)
 
