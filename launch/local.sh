@@ -5,16 +5,24 @@
 #   bash launch/local.sh                                  the main job: train, eval, sample
 #   bash launch/local.sh --config=configs/toy2d.py        the same with another config
 #   bash launch/local.sh --mode=sample --config.sample.steps=2    one mode alone
+#   bash launch/local.sh --dry-run                        print the commands and run nothing
 #
 # Needs: what launch/setup.sh needs.
 set -euo pipefail
+dry_run=0 arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry_run=1 ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
 config=(--config=configs/digits.py)
 modes=(train eval sample)
-for argument in "$@"; do
+for argument in "${arguments[@]}"; do
   case "$argument" in
     --config=* | --config) config=() ;;
     --mode=* | --mode) modes=("") ;;
@@ -25,7 +33,12 @@ child=0 stopped=0
 trap 'stopped=1; [ "$child" = 0 ] || kill -TERM "$child"' TERM INT
 
 for mode in "${modes[@]}"; do
-  "$python" -m mf_jax.main "${config[@]}" "$@" ${mode:+--mode="$mode"} &
+  command=("$python" -m mf_jax.main "${config[@]}" "${arguments[@]}" ${mode:+--mode="$mode"})
+  if [ "$dry_run" = 1 ]; then
+    mf_print "${command[@]}"
+    continue
+  fi
+  "${command[@]}" &
   child=$!
   code=0
   wait "$child" || code=$?

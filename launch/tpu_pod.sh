@@ -24,7 +24,8 @@
 #   --retries=N                       follow gives up at the N-th failure that no preemption explains, by default 3
 #   --dry-run                         print the commands (of one round, for follow) and run nothing
 #   bash launch/tpu_pod.sh follow --project=P --zone=us-west4-a --type=v5litepod-16 \
-#     --config=configs/imagenet_b2.py --workdir=gs://BUCKET/imagenet_b2
+#     --config=configs/imagenet_b2.py --workdir=gs://BUCKET/imagenet_b2 \
+#     --config.data.path=gs://BUCKET/imagenet256_latents --config.data.copy_to=/tmp/latents
 #
 # Needs: gcloud, logged in (gcloud auth login), the TPU API, quota, a key for ssh (ssh-add ~/.ssh/google_compute_engine), and
 # a bucket that the hosts' service account may write. Hosts need a way to the package registry. follow exits with 0 when the

@@ -32,6 +32,22 @@ def in_bucket(path: epath.Path) -> bool:
 
 
 @contextlib.contextmanager
+def on_disk(path: epath.Path) -> Iterator[str]:
+    """Yield a path of the local file system where a file can be read: its own, or that of a copy while it is needed.
+
+    Args:
+      path: the file, on a file system or in a bucket.
+    """
+    if not in_bucket(path):
+        yield str(path)
+        return
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        yield copy.name
+
+
+@contextlib.contextmanager
 def written_aside(path: epath.Path) -> Iterator[str]:
     """Yield a path of the local file system to write to; what is there afterwards becomes the file.
 

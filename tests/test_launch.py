@@ -60,6 +60,13 @@ def test_local_runs_a_given_mode_alone(launch):
     assert lines == ["python -m mf_jax.main --config=configs/digits.py --mode=sample"]
 
 
+def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(launch, tmp_path):
+    (tmp_path / ".installed").write_text("jax==0.1\n")
+    code, lines, errors = _lines(launch("local.sh", "--dry-run", "--workdir=runs/a b"))
+    main = f"{tmp_path}/bin/python -m mf_jax.main --config=configs/digits.py '--workdir=runs/a b' --mode="
+    assert (code, lines, errors) == (0, [main + "train", main + "eval", main + "sample"], "")
+
+
 def test_local_stops_at_the_first_failure_with_its_exit_code(launch):
     code, lines, _ = _lines(launch("local.sh", "--workdir=fail"))
     assert (code, len(lines)) == (7, 1)

@@ -581,13 +581,15 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     }
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     chips = container["resources"]["limits"]["google.com/tpu"]
-    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert container["resources"]["requests"] == {"google.com/tpu": chips, "ephemeral-storage": "60Gi"}
     assert job["parallelism"] == job["completions"] == rows * columns / chips == 4
     assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
     assert pod["terminationGracePeriodSeconds"] >= 60
 
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
     assert set(values) >= {"config", "workdir"}
+    assert all(values[key].startswith("gs://") for key in ("workdir", "config.data.path"))
+    assert values["config.data.copy_to"].startswith("/"), "what a bucket's latents need"
     assert (ROOT / values["config"]).exists()
     assert values["config.job.stopped_exit_code"] == "75"
     (rule,) = job["podFailurePolicy"]["rules"]

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
@@ -301,14 +300,11 @@ def _fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
 def _store(path: Path, classifier: Classifier) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save(flatten_dict(classifier.params, sep="/"), {"fingerprint": classifier.fingerprint})
-    # Written aside and renamed: another process sees the whole file or none.
-    aside = path.with_suffix(f".{uuid.uuid4().hex}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    replace_file(path, content)
 
 
 def _load(path: Path, outputs: int, shape: tuple[int, int, int]) -> PyTree:
-    with safe_open(path, framework="numpy") as file:
+    with on_disk(path) as place, safe_open(place, framework="numpy") as file:
         stored = (file.metadata() or {}).get("fingerprint")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     expected = jax.eval_shape(_Network(outputs).init, jax.random.key(0), jnp.zeros((1, *shape)))

@@ -23,6 +23,7 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mf_jax.files import on_disk
 from mf_jax.reference.names import KINDS, as_ours, our_name, published_name, to_published
 from mf_jax.types import BadInput, check_known
 
@@ -250,7 +251,7 @@ def _read_npz(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray,
 
 
 def _read_safetensors(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
-    with _damage(path), safe_open(path, framework="np") as file:
+    with _damage(path), on_disk(path) as place, safe_open(place, framework="np") as file:
         return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
 
 
