@@ -4,7 +4,7 @@
 # of processes and devices; write the tables of docs/reliability.md.
 #
 # What is finished is skipped, and lies under runs/faults: the same command continues. For the full disk it needs to be
-# root, as it mounts small file systems. Hardware: 2 CPU cores, about 40 minutes.
+# root, as it mounts small file systems. Hardware: 2 CPU cores, about an hour.
 #
 # Usage: bash launch/faults.sh [ARGUMENTS]
 #   bash launch/faults.sh                     everything that is missing, then the tables

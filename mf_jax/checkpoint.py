@@ -138,8 +138,10 @@ class Checkpoints:
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
-        reading = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-        self._reader = ocp.CheckpointManager(self._folder, options=reading)
+        options = ocp.CheckpointManagerOptions(
+            create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+        )
+        self._reader = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def steps(self) -> list[int]:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 something is not as it should be."""
     parser = argparse.ArgumentParser(prog="launch/faults.sh", description=__doc__)
     parser.add_argument(
-        "--runs", type=int, default=54, help="runs that something happens to; default %(default)s"
+        "--runs", type=int, default=50, help="runs that something happens to; default %(default)s"
     )
     parser.add_argument("--only", choices=(*TABLES, "document"), help="one part alone")
     arguments = parser.parse_args(argv)
