@@ -155,6 +155,23 @@ def test_statistics_of_pictures_alone_are_left_to_the_caller(path, statistics, p
     np.testing.assert_array_equal(np.concatenate(seen), pictures)
 
 
+def test_a_matrix_with_an_eigenvalue_below_0_is_no_covariance(path):
+    for sigma in (np.zeros((2, 2)), np.ones((2, 2)), np.diag([1.0, -1e-8])):
+        np.savez(path, mu=np.zeros(2), sigma=sigma)
+        read_reference(path)
+    np.savez(path, mu=np.zeros(2), sigma=np.diag([1.0, -1e-3]))
+    with pytest.raises(BadInput, match="sigma has eigenvalues below 0"):
+        read_reference(path)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(path, statistics):
+    write_reference(path, statistics)
+    reference = read_reference(path)
+    write_reference(path, dataclasses.replace(statistics, features=None))
+    with pytest.raises(BadInput, match="has changed since it was read first"):
+        reference.covariance  # noqa: B018, reads it
+
+
 def test_a_write_that_fails_leaves_the_old_file(path, statistics, pictures):
     write_reference(path, statistics)
     before = path.read_bytes()

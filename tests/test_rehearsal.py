@@ -34,6 +34,7 @@ SMALL = (
     "--config.eval.num_samples=18",
     "--config.eval.least_samples=18",
     "--config.eval.steps=1,",
+    "--config.eval.batch_size=8",  # as pictures are prepared: what is compiled for Inception serves both
     "--config.log.progress=False",
 )
 IN_PROCESSES = """
@@ -166,7 +167,7 @@ def test_from_pictures_to_fid(rehearsal, tmp_path):
             rehearsal.start(
                 "--mode=eval",
                 "--config.train.num_steps=20",
-                "--config.eval.batch_size=8",
+                "--config.eval.batch_size=18",
                 workdir=other,
                 script=[str(script), address, "2", str(index)],
             )
