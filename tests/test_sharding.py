@@ -1,9 +1,11 @@
 """Several devices compute what one computes, and parameters are really split over fsdp."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from launch.faults.job import free_port
 from mf_jax import sharding
+from mf_jax.sharding import make_mesh
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(spawn, tmp_path):
@@ -26,6 +29,25 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(spawn, tmp_path):
     assert process.returncode == 2
     assert "train.batch_size=12" in errors
     assert "8 devices" in errors
+
+
+class _Chip(NamedTuple):
+    """What a mesh asks a device of a slice."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_rows_of_a_process_are_beside_one_another_where_hosts_alternate_on_the_torus():
+    """Hosts of 2x2 chips, numbered along the rows of a slice of 4x4: each reads rows in the order of one process."""
+    hosts = (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)
+    chips = [_Chip(*about) for about in enumerate(hosts)]
+    mesh = inspect.unwrap(make_mesh)(data=0, fsdp=2, devices=chips)
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 2}
+    assert [chip.process_index for chip in mesh.devices.flat] == sorted(hosts)
+    assert [chip.id for chip in mesh.devices.flat][:5] == [0, 1, 4, 5, 2]
 
 
 def test_large_arrays_are_split_along_their_largest_axis_small_ones_are_not():
