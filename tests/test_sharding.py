@@ -1,11 +1,11 @@
 """Several devices compute what one computes, and parameters are really split over fsdp."""
 
+import dataclasses
 import inspect
 import json
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,8 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(spawn, tmp_path):
     assert "8 devices" in errors
 
 
-class _Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Chip:
     """What a mesh asks a device of a slice."""
 
     id: int
