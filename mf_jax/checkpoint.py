@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax import processes
 from mf_jax.state import TrainState
@@ -130,6 +132,7 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         )
         if self._folder.exists() and not self._folder.is_dir():
             raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
@@ -288,6 +291,17 @@ class Checkpoints:
                 self._report(f"moved damaged checkpoint {step} to {target}")
         processes.from_first(None)  # the others look when it is done
         self._manager.reload()
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Wait for the other processes of a job at the end of a save, unless this one has failed to write its part.
+
+    Orbax would wait for them with its error in hand, and they for this process, as long as the time-out: 20 minutes. So
+    the error is raised, this process ends, and the others notice.
+    """
+    if error := sys.exc_info()[1]:
+        raise error
+    get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _together(read: Callable[[], _Found]) -> _Found:
