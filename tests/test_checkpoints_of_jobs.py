@@ -62,11 +62,11 @@ def restored(folder, mesh):
     return step
 
 
-def _run(body, folder, *, devices=1, processes=1):
-    """Run a program in processes of some devices each; return what they print."""
+def _started(body, folder, *, devices=1, processes=1):
+    """Start a program in processes of some devices each."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     job = (f"127.0.0.1:{free_port()}",) if processes > 1 else ()
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", HEAD + body, str(folder), *job, *([str(index)] * (processes > 1))],
             cwd=ROOT,
@@ -77,8 +77,13 @@ def _run(body, folder, *, devices=1, processes=1):
         )
         for index in range(processes)
     ]
+
+
+def _run(body, folder, **how):
+    """Run a program in processes of some devices each; return what they print."""
+    started = _started(body, folder, **how)
     said = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * processes, said
+    assert not any(process.returncode for process in started), said
     return [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
 
 
@@ -117,6 +122,21 @@ print(restored(folder, mesh))
 """
 
 
+FULL = """
+import resource, signal
+mesh = make_mesh(data=0, fsdp=2)
+saved(folder, mesh, 1)
+if not processes.is_first():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        saved(folder, mesh, 2)
+    except ValueError as error:
+        os._exit(27 if "File too large" in str(error) else 1)
+saved(folder, mesh, 2)
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return a workdir whose five checkpoints went from 8 devices to 2, 8, 1, and to 2 processes."""
@@ -140,3 +160,15 @@ def test_damage_that_one_process_reads_is_damage_for_all(folder):
     assert all("checkpoint 5 is damaged" in lines[0] for lines in said)
     assert (folder / "damaged_checkpoints" / "5").exists()
     assert not (folder / FOLDER / "5").exists()
+
+
+def test_a_process_that_cannot_write_its_part_does_not_wait_for_the_others(tmp_path):
+    """Its file system takes no file above 4 KB; the checkpoint before stays the newest."""
+    first, second = _started(FULL, tmp_path, processes=2)
+    try:
+        assert second.wait(timeout=60) == 27, second.communicate()
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert Checkpoints(tmp_path, read_only=True).steps == [1]
