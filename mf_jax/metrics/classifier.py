@@ -24,6 +24,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mf_jax.files import on_disk, replace_file
 from mf_jax.types import NO_LABEL, BadInput
 
 _VERSION = 1  # raise it with any change that alters the trained parameters, to leave old files unused
