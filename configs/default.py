@@ -29,8 +29,12 @@ def get_config() -> ConfigDict:
         toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
         autoencoder="sd-vae-ft-mse",  # latents: the autoencoder, by its published name or as a path
         copy_to="",  # latents: folder of each host that they are copied to before they are read; a bucket needs it
-        latent_mean=(0.0,),  # latents: taken from each latent before training, one number or one a channel
-        latent_std=(1 / 0.18215,),  # latents: divided by after that, one number or one a channel; above 0
+        latent_mean=(
+            0.0,
+        ),  # latents: taken from each latent before training, one number or one a channel
+        latent_std=(
+            1 / 0.18215,
+        ),  # latents: divided by after that, one number or one a channel; above 0
     )
     config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
         input="",  # folder of class folders (train/ above or not), .tar or a folder of them, tfds:NAME (split_train)
@@ -59,7 +63,11 @@ def get_config() -> ConfigDict:
         prediction="velocity",  # what the network puts out: velocity | data (read as u = (z - x) / max(t, t_clip))
         t_clip=0.05,  # prediction=data: smallest time divided by, in (0, 1)
         channels=128,  # unet: channels of the first convolution
-        channel_multipliers=(2, 2, 2),  # unet: one for each level; each after the first halves the image
+        channel_multipliers=(
+            2,
+            2,
+            2,
+        ),  # unet: one for each level; each after the first halves the image
         num_blocks=4,  # unet: residual blocks of a level
         attention_resolutions=(16,),  # unet: heights, in pixels, of the levels with attention
         dropout=0.0,  # unet: rate, in [0, 1)
@@ -84,13 +92,11 @@ def get_config() -> ConfigDict:
         split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
         target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: decay of the average in the target; 0 = none
     )
-    config.guidance = (
-        section(  # v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class), in the target
-            omega=1.0,  # factor of the sample's own velocity
-            kappa=0.0,  # factor of the network's conditional velocity, in [0, 1); scale = omega / (1 - kappa)
-            t_start=0.0,  # guide only for t in [t_start, t_end]
-            t_end=1.0,  # the window's end, at least t_start
-        )
+    config.guidance = section(  # v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class), in the target
+        omega=1.0,  # factor of the sample's own velocity
+        kappa=0.0,  # factor of the network's conditional velocity, in [0, 1); scale = omega / (1 - kappa)
+        t_start=0.0,  # guide only for t in [t_start, t_end]
+        t_end=1.0,  # the window's end, at least t_start
     )
     config.weight = section(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike
@@ -138,7 +144,9 @@ def get_config() -> ConfigDict:
         clip_norm=0.0,  # clip gradients to this global norm; 0 = off
     )
     config.ema = section(
-        decays=(0.9999,),  # one moving average of the parameters for each, all kept at once; each in [0, 1)
+        decays=(
+            0.9999,
+        ),  # one moving average of the parameters for each, all kept at once; each in [0, 1)
         halflives_kimg=(),  # and one for each half-life, in thousands of images; 500.0 is called 500kimg in sample.ema
     )
     config.log = section(
@@ -174,7 +182,9 @@ def get_config() -> ConfigDict:
         steps=(1, 2, 4, 8),  # network evaluations of a sample
         omegas=(1.0,),  # guidance scales, for a network that was told them
         intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
-        emas=("",),  # averages: decays, half-lives (500kimg), none = the raw parameters, "" = the first
+        emas=(
+            "",
+        ),  # averages: decays, half-lives (500kimg), none = the raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
@@ -195,6 +205,10 @@ def get_config() -> ConfigDict:
         topology="v5e-16",  # plan: the machine, a key of mf_jax.bench.topologies.TOPOLOGIES
         utilisation=0.4,  # plan: share of the peak that a device reaches while it computes, in (0, 1]
     )
-    config.weights_dir = ""  # folder of published weights (--mode=weights fetches them); "" = $MF_WEIGHTS
-    config.cache_dir = ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir
+    config.weights_dir = (
+        ""  # folder of published weights (--mode=weights fetches them); "" = $MF_WEIGHTS
+    )
+    config.cache_dir = (
+        ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir
+    )
     return config

@@ -8,8 +8,11 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.draws import DrawScheme
-from mf_jax.guidance import Guidance
+from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.times import TIMES
 from mf_jax.models import DIT_SIZES, IN_CONTEXT_SIZES, NETWORKS, DataPrediction
 from mf_jax.models.attention import ATTENTIONS
 from mf_jax.models.blocks import REMATS
@@ -17,8 +20,6 @@ from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
 from mf_jax.objectives.weighting import AdaptiveWeight
 from mf_jax.optim import average_name, halflife_name, learning_rate
-from mf_jax.times import TIMES
-from mf_jax.types import NO_LABEL, BadInput, check_known
 
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -83,7 +84,9 @@ def make_network(
     """
     model = config.model
     network = look_up("model.name", model.name, NETWORKS)
-    look_up("model.time_conditioning", model.time_conditioning, dict.fromkeys(DIT_TIME_CONDITIONINGS))
+    look_up(
+        "model.time_conditioning", model.time_conditioning, dict.fromkeys(DIT_TIME_CONDITIONINGS)
+    )
     look_up("model.dtype", model.dtype, {"float32": 0, "bfloat16": 0})
     look_up("model.prediction", model.prediction, dict.fromkeys(PREDICTIONS))
     look_up("model.attention", model.attention, dict.fromkeys(ATTENTIONS))
@@ -92,7 +95,9 @@ def make_network(
     kind = kinds[len(shape) != 3]
     if kind not in DATA_OF_NETWORK.get(model.name, kinds):
         fit = ", ".join(name for name in NETWORKS if kind in DATA_OF_NETWORK.get(name, kinds))
-        raise BadInput(f"model.name={model.name!r}: the data are {kind} of shape {shape}; use one of {fit}")
+        raise BadInput(
+            f"model.name={model.name!r}: the data are {kind} of shape {shape}; use one of {fit}"
+        )
     sizes = _sizes(config) | ({"second_head": False} if for_sampling else {})
     made = from_section(network, ConfigDict({**model, **sizes}), num_classes=num_classes)
     if model.prediction == "data":
@@ -143,8 +148,12 @@ def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[in
             )
     for name in ("depth", "width", "num_heads"):
         if sizes.get(name, 1) <= 0:
-            raise BadInput(f"model.{name}={sizes[name]}: must be above 0, or 0 for what model.size says")
-    if model.name == "unet" and not (model.channels > 0 and model.num_blocks > 0 and 0 <= model.dropout < 1):
+            raise BadInput(
+                f"model.{name}={sizes[name]}: must be above 0, or 0 for what model.size says"
+            )
+    if model.name == "unet" and not (
+        model.channels > 0 and model.num_blocks > 0 and 0 <= model.dropout < 1
+    ):
         raise BadInput(
             f"model.channels={model.channels}, num_blocks={model.num_blocks}, dropout={model.dropout}: the first two "
             "must be above 0, dropout within [0, 1)"
@@ -152,7 +161,9 @@ def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[in
     if model.name == "dit":
         p = model.patch_size
         if p <= 0 or shape[0] % p or shape[1] % p:
-            raise BadInput(f"model.patch_size={p}: must divide the image size {shape[0]}x{shape[1]}")
+            raise BadInput(
+                f"model.patch_size={p}: must divide the image size {shape[0]}x{shape[1]}"
+            )
         if sizes["width"] % 4 or sizes["width"] % sizes["num_heads"]:
             raise BadInput(
                 f"model.width={sizes['width']}: must be divisible by 4 and by model.num_heads={sizes['num_heads']}"
@@ -196,7 +207,9 @@ def check_labels(labels: Iterable[int], num_classes: int, config: ConfigDict) ->
     has_null = num_classes == 0 or config.draws.label_drop_share > 0
     wrong = [label for label in labels if not (NO_LABEL if has_null else 0) <= label < num_classes]
     if wrong and num_classes == 0:
-        raise BadInput(f"sample.labels={tuple(labels)}: this model has no classes; leave labels out")
+        raise BadInput(
+            f"sample.labels={tuple(labels)}: this model has no classes; leave labels out"
+        )
     if wrong:
         null = (
             "-1 for none"
@@ -219,7 +232,9 @@ def check_guidance(guidance: Sequence[float], config: ConfigDict, *, key: str) -
     Raises:
       BadInput: if it is no scale and interval, or the model does not know it.
     """
-    if len(guidance) != 3 or not (1 <= guidance[0] < float("inf") and 0 <= guidance[1] <= guidance[2] <= 1):
+    if len(guidance) != 3 or not (
+        1 <= guidance[0] < float("inf") and 0 <= guidance[1] <= guidance[2] <= 1
+    ):
         raise BadInput(
             f"{key}={tuple(guidance)}: must be (omega, t_min, t_max) with omega at least 1, 0 <= t_min <= t_max <= 1"
         )

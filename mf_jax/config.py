@@ -17,13 +17,13 @@ from mf_jax.build import (
     make_scheme,
 )
 from mf_jax.data import Source, make_source
-from mf_jax.grid import cells
+from mf_jax.errors import BadInput, nearest
+from mf_jax.flow.sampler import time_grid
 from mf_jax.models import parameter_shapes
 from mf_jax.objectives import Controlled
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
-from mf_jax.samplers import time_grid
-from mf_jax.sharding import GATHERS
-from mf_jax.types import BadInput, nearest
+from mf_jax.runtime.sharding import GATHERS
+from mf_jax.scoring.grid import cells
 
 SECTIONS_OF_A_RUN = (
     "seed",
@@ -171,8 +171,12 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
             "use omega_max=1"
         )
     if config.draws.omega_max > 1 and config.objective.name == "flow_matching":
-        raise BadInput("draws.omega_max: flow_matching has no guidance in its target; use omega_max=1")
-    if ((omega, kappa) != (1, 0) or config.draws.omega_max > 1) and config.draws.label_drop_share == 0:
+        raise BadInput(
+            "draws.omega_max: flow_matching has no guidance in its target; use omega_max=1"
+        )
+    if (
+        (omega, kappa) != (1, 0) or config.draws.omega_max > 1
+    ) and config.draws.label_drop_share == 0:
         raise BadInput(
             f"guidance.omega={omega}, guidance.kappa={kappa}: guidance needs rows trained without their label; "
             "use draws.label_drop_share=0.1"
@@ -192,7 +196,9 @@ def _check_network(config: ConfigDict, source: Source) -> None:
             "model.attention='fused': terminal_velocity and controls take the gradient of a derivative, which only "
             "model.attention=xla has"
         )
-    needs_head = objective.name in ("improved_meanflow", "pixel_meanflow") and objective.velocity == "head"
+    needs_head = (
+        objective.name in ("improved_meanflow", "pixel_meanflow") and objective.velocity == "head"
+    )
     if needs_head and not (model.name == "in_context_dit" and model.second_head):
         raise BadInput(
             "objective.velocity='head': the network has no second head; use model.name=in_context_dit with "
@@ -227,10 +233,16 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
         "eval.num_samples": config.eval.num_samples,
         "eval.batch_size": config.eval.batch_size,
     }
-    return {f"{key}={value}: must be at least 1": value < 1 for key, value in at_least_one.items()} | {
+    return {
+        f"{key}={value}: must be at least 1": value < 1 for key, value in at_least_one.items()
+    } | {
         f"seed={config.seed}: must be within [0, 2^31)": not 0 <= config.seed < 2**31,
-        f"sample.seed={config.sample.seed}: must be within [0, 2^31)": not 0 <= config.sample.seed < 2**31,
-        f"eval.seed={config.eval.seed}: must be within [0, 2^31)": not 0 <= config.eval.seed < 2**31,
+        f"sample.seed={config.sample.seed}: must be within [0, 2^31)": not 0
+        <= config.sample.seed
+        < 2**31,
+        f"eval.seed={config.eval.seed}: must be within [0, 2^31)": not 0
+        <= config.eval.seed
+        < 2**31,
         f"optim.lr={optim.lr}: must be above 0 and finite; try 1e-3": not 0 < optim.lr < math.inf,
         f"mesh.gather={gather!r}: must be one of {', '.join(GATHERS)}{nearest(gather, GATHERS)}": (
             gather not in GATHERS
@@ -256,11 +268,13 @@ def _wrong_numbers(config: ConfigDict) -> dict[str, bool]:
             len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays)
         ),
         f"ema.halflives_kimg={tuple(halflives)}: must be different numbers above 0, in 1,000 images; try (500.0,)": (
-            len(set(halflives)) < len(halflives) or not all(0 < each < math.inf for each in halflives)
+            len(set(halflives)) < len(halflives)
+            or not all(0 < each < math.inf for each in halflives)
         ),
         f"eval.labels={config.eval.labels!r}: must be one of {', '.join(EVAL_LABELS)}"
         f"{nearest(config.eval.labels, EVAL_LABELS)}": config.eval.labels not in EVAL_LABELS,
-        f"eval.least_samples={config.eval.least_samples}: must be at least 0": config.eval.least_samples < 0,
+        f"eval.least_samples={config.eval.least_samples}: must be at least 0": config.eval.least_samples
+        < 0,
         f"log.sample_every_steps={config.log.sample_every_steps}: must be at least 0": (
             config.log.sample_every_steps < 0
         ),
@@ -300,7 +314,10 @@ def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) 
       BadInput: naming each key that differs, and both values.
     """
     ours = json.loads(as_json(config))
-    if ours["optim"]["schedule"] == "constant" and ours["train"]["num_steps"] >= stored["train"]["num_steps"]:
+    if (
+        ours["optim"]["schedule"] == "constant"
+        and ours["train"]["num_steps"] >= stored["train"]["num_steps"]
+    ):
         ours["train"]["num_steps"] = stored["train"]["num_steps"]
     differences = [
         f"{section}.{key} {theirs!r} -> {mine!r}" if key else f"{section} {theirs!r} -> {mine!r}"

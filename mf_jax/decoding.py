@@ -11,10 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 from ml_collections import ConfigDict
 
+from mf_jax.errors import BadInput
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
-from mf_jax.sharding import batch_sharding
-from mf_jax.types import BadInput
-from mf_jax.weights import find_weights, verify
+from mf_jax.published.fetch import find_weights, verify
+from mf_jax.runtime.sharding import batch_sharding
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at the same time: a picture of 256x256 pixels takes about 0.3 GB on the way."""
@@ -74,7 +74,9 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
             f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 {autoencoder.sha256}, but the run's "
             f"latents come from {origin}; use the autoencoder that made them"
         )
-    mean, std = (jnp.asarray(config.data[key], jnp.float32) for key in ("latent_mean", "latent_std"))
+    mean, std = (
+        jnp.asarray(config.data[key], jnp.float32) for key in ("latent_mean", "latent_std")
+    )
     return Decoder(autoencoder, mean, std)
 
 
@@ -84,7 +86,9 @@ def _read(path: str) -> Autoencoder:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pixels_of(mesh: Mesh, decoder: Decoder | None, x: Shaped[Array, "n ..."]) -> UInt8[Array, "n h w c"]:
+def pixels_of(
+    mesh: Mesh, decoder: Decoder | None, x: Shaped[Array, "n ..."]
+) -> UInt8[Array, "n h w c"]:
     """Return what a network generated as pictures of bytes, each device decoding its own rows.
 
     Args:

@@ -20,20 +20,23 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from mf_jax import diagnostics, fid, metrics, processes
-from mf_jax import workdir as run_folder
+from mf_jax import fid, metrics
 from mf_jax.build import make_objective, make_scheme
 from mf_jax.config import check_numbers, check_tuples, validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.decoding import to_pixels
-from mf_jax.files import replace_file
+from mf_jax.errors import BadInput
+from mf_jax.flow import diagnostics
+from mf_jax.flow.records import NO_LABEL, Rows
 from mf_jax.generator import Generator
-from mf_jax.grid import cells, names
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
-from mf_jax.report_page import write_report
-from mf_jax.score_rows import ROWS_FILE
-from mf_jax.types import NO_LABEL, BadInput, Rows
+from mf_jax.reporting.page import write_report
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.files import replace_file
+from mf_jax.scoring.grid import cells, names
+from mf_jax.scoring.rows import ROWS_FILE
 
 _DIAGNOSTIC_ROWS = 1024
 _DIAGNOSTIC_STREAM = 2**31  # sample i folds i into the same key, and i stays below
@@ -60,7 +63,9 @@ class ImageScores:
         images, labels = _as_quantised(train.x), train.labels
         if num_classes < 2:  # nothing to tell apart: the classifier learns rotations instead
             num_classes, labels = 0, np.full_like(labels, NO_LABEL)
-        classifier = metrics.cached_classifier(images, labels, num_classes=num_classes, cache_dir=cache_dir)
+        classifier = metrics.cached_classifier(
+            images, labels, num_classes=num_classes, cache_dir=cache_dir
+        )
         return cls(classifier, classifier.features_and_logits(images)[0])
 
     @property
@@ -140,7 +145,9 @@ def diagnose(generator: Generator, source: Source, *, seed: int) -> Scores:
     field = as_field(generator.network)
     with jax.default_matmul_precision("highest"):
         return {
-            measure.__name__: float(jax.jit(functools.partial(measure, field))(generator.params, rows))
+            measure.__name__: float(
+                jax.jit(functools.partial(measure, field))(generator.params, rows)
+            )
             for measure in chosen
         }
 
@@ -200,7 +207,9 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _check_same_kind(generator: Generator, train: Source) -> None:
     """Raise BadInput if a model, of weights from elsewhere, generates other things than the data are."""
-    ours, theirs = (f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator, train))
+    ours, theirs = (
+        f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator, train)
+    )
     if ours != theirs:
         raise BadInput(
             f"init.from={generator.ema}: its samples have {ours}, the data {theirs}; use the config of its own data"
@@ -222,7 +231,9 @@ def _floor(
 
 
 def _show(result: dict) -> None:
-    table = Table("", *(name.replace("_", " ") for name in result["columns"]), caption=result["protocol"])
+    table = Table(
+        "", *(name.replace("_", " ") for name in result["columns"]), caption=result["protocol"]
+    )
     for row in result["rows"]:
         cells = (row.get(name) for name in result["columns"])
         table.add_row(
@@ -232,5 +243,7 @@ def _show(result: dict) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["diagnostics"].items())
+        "  ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["diagnostics"].items()
+        )
     )

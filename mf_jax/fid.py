@@ -19,21 +19,21 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax import processes
-from mf_jax import workdir as run_folder
-from mf_jax.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
 from mf_jax.decoding import QUANTISATION, load_decoder
+from mf_jax.errors import BadInput
 from mf_jax.generator import Generator
-from mf_jax.grid import NEWEST, Cell, cells
-from mf_jax.judge import Batches, Judge, load_reference
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.metrics.inception import load_inception
 from mf_jax.metrics.reference_file import count_pictures, read_pictures
-from mf_jax.pictures import save_sample_grid
-from mf_jax.score_rows import COLUMNS, Row, append, as_table, key_of, read_rows
-from mf_jax.sharding import batch_sharding, make_mesh
-from mf_jax.types import BadInput
-from mf_jax.weights import find_weights, verify
+from mf_jax.published.fetch import find_weights, verify
+from mf_jax.reporting.sample_grid import save_sample_grid
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
+from mf_jax.runtime.sharding import batch_sharding, make_mesh
+from mf_jax.scoring.grid import NEWEST, Cell, cells
+from mf_jax.scoring.rows import COLUMNS, Row, append, as_table, key_of, read_rows
+from mf_jax.scoring.scorers import Batches, Judge, load_reference
 
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64
@@ -85,7 +85,9 @@ def _check(config: ConfigDict) -> None:
 
 def _judge(config: ConfigDict) -> Judge:
     section = config.eval
-    inception = load_inception(find_weights(section.inception, config.weights_dir, key="eval.inception"))
+    inception = load_inception(
+        find_weights(section.inception, config.weights_dir, key="eval.inception")
+    )
     verify(section.inception, inception.sha256)
     references = [load_reference(path, inception) for path in section.references]
     return Judge(references, inception, section.least_samples, config.log.progress)
@@ -111,7 +113,9 @@ def _watch(config: ConfigDict, workdir: epath.Path, judge: Judge) -> list[Row]:
             try:
                 _score_grid(config, workdir, judge, [step])
                 tried.add(step)
-            except UnreadableCheckpoint as problem:  # dropped meanwhile, damaged, or not all here yet
+            except (
+                UnreadableCheckpoint
+            ) as problem:  # dropped meanwhile, damaged, or not all here yet
                 if step in doubtful:
                     print(f"checkpoint {step} is left out: {problem}", flush=True)
                     tried.add(step)
@@ -133,7 +137,9 @@ def _steps(workdir: epath.Path) -> list[int]:
     return processes.from_first(saved_steps(workdir) if run_folder.exists(workdir) else [])
 
 
-def _score_grid(config: ConfigDict, workdir: epath.Path, judge: Judge, steps: list[int]) -> list[Row]:
+def _score_grid(
+    config: ConfigDict, workdir: epath.Path, judge: Judge, steps: list[int]
+) -> list[Row]:
     """Score the cells that have no rows yet; return the rows of all."""
     # cells of one model are neighbours
     load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
@@ -165,12 +171,18 @@ def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> li
 def _name(cell: Cell) -> str:
     """Return what a cell is called, in full."""
     ema = {"init": "init.from", "none": "raw parameters"}.get(cell.ema, f"EMA {cell.ema}")
-    guided = f", omega {cell.omega:g} in [{cell.t_min:g}, {cell.t_max:g}]" if cell.omega != 1 else ""
+    guided = (
+        f", omega {cell.omega:g} in [{cell.t_min:g}, {cell.t_max:g}]" if cell.omega != 1 else ""
+    )
     return f"checkpoint {cell.checkpoint}, {ema}, {cell.steps} step{'s' * (cell.steps > 1)}{guided}"
 
 
 def _score_cell(
-    config: ConfigDict, workdir: epath.Path, judge: Judge, cell: Cell, load: Callable[[int, str], Generator]
+    config: ConfigDict,
+    workdir: epath.Path,
+    judge: Judge,
+    cell: Cell,
+    load: Callable[[int, str], Generator],
 ) -> list[Row]:
     section = config.eval
 
@@ -196,9 +208,13 @@ def _score_cell(
         scores = judge(pictures(), len(labels), batch_size=section.batch_size, what=_name(cell))
         if processes.is_first():
             (shown,) = first
-            path = workdir / PICTURES / f"{re.sub('[^a-zA-Z0-9.]+', '_', _name(cell)).strip('_')}.png"
+            path = (
+                workdir / PICTURES / f"{re.sub('[^a-zA-Z0-9.]+', '_', _name(cell)).strip('_')}.png"
+            )
             path.parent.mkdir(exist_ok=True)
-            save_sample_grid(path, shown[: len(labels)], labels[: len(shown)], generator.class_names)
+            save_sample_grid(
+                path, shown[: len(labels)], labels[: len(shown)], generator.class_names
+            )
         return scores
 
     return _rows(workdir, judge, _name(cell), _protocol(config, workdir, cell, load), score)
@@ -220,7 +236,10 @@ def _protocol(
         weights = digest.hexdigest()
     about = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
     if decoder:
-        about |= {"latent_mean": list(config.data.latent_mean), "latent_std": list(config.data.latent_std)}
+        about |= {
+            "latent_mean": list(config.data.latent_mean),
+            "latent_std": list(config.data.latent_std),
+        }
     return dataclasses.asdict(cell) | {
         "weights": weights,
         "config": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
@@ -259,7 +278,11 @@ def _score_file(config: ConfigDict, workdir: epath.Path, judge: Judge) -> list[R
 
 
 def _rows(
-    workdir: epath.Path, judge: Judge, name: str, about: Row, score: Callable[[], list[dict[str, float]]]
+    workdir: epath.Path,
+    judge: Judge,
+    name: str,
+    about: Row,
+    score: Callable[[], list[dict[str, float]]],
 ) -> list[Row]:
     """Return the rows of some samples, one a reference; those that eval.jsonl lacks are computed and appended."""
     about |= {"inception": judge.inception.sha256, "matmul_precision": "highest"}

@@ -13,23 +13,26 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from mf_jax import samplers
 from mf_jax.build import check_guidance, check_labels, make_objective
 from mf_jax.decoding import Decoder, load_decoder, pixels_of
+from mf_jax.errors import BadInput
+from mf_jax.flow import sampler as samplers
+from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale
+from mf_jax.flow.sampler import time_grid
 from mf_jax.models import as_field
 from mf_jax.models.blocks import unstack_blocks
-from mf_jax.processes import on_host
-from mf_jax.reference.weights import write_published
-from mf_jax.samplers import time_grid
-from mf_jax.sharding import batch_sharding
-from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
+from mf_jax.published.checkpoints import write_published
+from mf_jax.runtime.processes import on_host
+from mf_jax.runtime.sharding import batch_sharding
 
 NO_GUIDANCE = (1.0, 0.0, 1.0)
 
 
 def all_classes_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
     """Return labels 0, 1, ..., 0, 1, ... `[num]`, as balanced as can be; `NO_LABEL` without classes."""
-    return (np.arange(num) % num_classes if num_classes else np.full(num, NO_LABEL)).astype(np.int32)
+    return (np.arange(num) % num_classes if num_classes else np.full(num, NO_LABEL)).astype(
+        np.int32
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +91,16 @@ class Generator:
         """
         labels = self.labels_for(labels, num)
         convert = self.pixels if len(self.shape) == 3 else on_host
-        how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
-        return np.concatenate([on_host(convert(x)) for x, _ in self.batches(labels, **how)])[: len(labels)]
+        how = {
+            "steps": steps,
+            "times": times,
+            "guidance": guidance,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        return np.concatenate([on_host(convert(x)) for x, _ in self.batches(labels, **how)])[
+            : len(labels)
+        ]
 
     def sample_raw(
         self,
@@ -104,7 +115,13 @@ class Generator:
     ) -> Float[np.ndarray, "n ..."]:
         """Return samples as `sample` does, but float32 as in training: not rounded, latents as they are."""
         labels = self.labels_for(labels, num)
-        how = {"steps": steps, "times": times, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+        how = {
+            "steps": steps,
+            "times": times,
+            "guidance": guidance,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         return np.concatenate([on_host(x) for x, _ in self.batches(labels, **how)])[: len(labels)]
 
     def batches(
@@ -175,12 +192,19 @@ class Generator:
         return np.resize(given, num) if len(given) else all_classes_in_turn(num, self.num_classes)
 
     def average_velocity(
-        self, z: Float[np.ndarray, "n ..."], *, r: float, t: float, labels: Int[np.ndarray, "n"] | None = None
+        self,
+        z: Float[np.ndarray, "n ..."],
+        *,
+        r: float,
+        t: float,
+        labels: Int[np.ndarray, "n"] | None = None,
     ) -> Float[np.ndarray, "n ..."]:
         """Return u(z, r, t) for points z `[N, ...]`, without labels by default."""
         labels = np.full(len(z), NO_LABEL, np.int32) if labels is None else labels
         r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
-        return np.asarray(_evaluate(self.network, self.params, jnp.asarray(z, jnp.float32), r, t, labels))
+        return np.asarray(
+            _evaluate(self.network, self.params, jnp.asarray(z, jnp.float32), r, t, labels)
+        )
 
     def export(self, path: str | Path, *, kind: str) -> None:
         """Write the parameters under the names of a published checkpoint, for programs that read those.
@@ -224,6 +248,8 @@ def _sample(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array, labels: Array) -> Array:
+def _evaluate(
+    network: nn.Module, params: PyTree, z: Array, r: Array, t: Array, labels: Array
+) -> Array:
     with jax.default_matmul_precision("highest"):
         return as_field(network)(params, z, r=r, t=t, condition=Condition(labels)).u

@@ -8,10 +8,10 @@ import sys
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax import processes
 from mf_jax.config import flat
-from mf_jax.files import in_bucket
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket
 
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -57,12 +57,16 @@ def _run(module: str, config: ConfigDict, mode: str, workdir: Path) -> int:
             stops_together=mode == "train",
         )
         settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
-        processes.check_alike({key: settings[key] for key in settings if key not in _OF_ONE_PROCESS})
+        processes.check_alike(
+            {key: settings[key] for key in settings if key not in _OF_ONE_PROCESS}
+        )
         with processes.together():
             _check_place(workdir)
         with processes.only_first_talks():
             code = importlib.import_module(module).run(config, workdir) or _OK
-        processes.from_all(code)  # those that wait have not left before the first has written its last file
+        processes.from_all(
+            code
+        )  # those that wait have not left before the first has written its last file
         return code
     except BadInput as error:
         print(f"mf_jax: {processes.name()}{error}", file=sys.stderr)

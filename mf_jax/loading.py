@@ -7,16 +7,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from mf_jax import processes
-from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, make_network
 from mf_jax.decoding import load_decoder
+from mf_jax.errors import check_known
 from mf_jax.generator import Generator
-from mf_jax.grid import NEWEST
 from mf_jax.models import parameter_shapes
-from mf_jax.reference.weights import describe_published
-from mf_jax.sharding import make_mesh
-from mf_jax.types import check_known
+from mf_jax.published.checkpoints import describe_published
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.sharding import make_mesh
+from mf_jax.scoring.grid import NEWEST
 from mf_jax.warm_start import INIT_KINDS, fit, load_weights, restore_run
 
 
@@ -78,7 +78,9 @@ def load_initial(config: ConfigDict) -> Generator:
 def _data_of_published(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     """Return the shape of what a published network generates, and its number of classes."""
     init = config.init
-    channels, num_classes = describe_published(init.path, init.kind, section=init.which or "ema_params")
+    channels, num_classes = describe_published(
+        init.path, init.kind, section=init.which or "ema_params"
+    )
     decoder = load_decoder(config, origin="")
     side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
     return (side, side, channels), num_classes

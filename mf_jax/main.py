@@ -16,14 +16,14 @@ from absl import flags, logging
 from etils.epath import Path
 from ml_collections import ConfigDict, config_flags
 
-from mf_jax.types import BadInput, nearest
+from mf_jax.errors import BadInput, nearest
 
 MODES = {
     "train": "mf_jax.train",
     "eval": "mf_jax.evaluate",
-    "sample": "mf_jax.sample",
+    "sample": "mf_jax.sampling",
     "bench": "mf_jax.bench",
-    "weights": "mf_jax.weights",
+    "weights": "mf_jax.published.fetch",
     "prepare": "mf_jax.prepare",
 }
 _OK, _BAD_INPUT = 0, 2
@@ -43,7 +43,9 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
         "config", None, "A file of configs/.", flag_values=values, lock_config=True
     )
     flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.", flag_values=values)
-    flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME by default.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", "", "Folder of the run; runs/NAME by default.", flag_values=values
+    )
     try:
         rest = values(list(argv))
         config = values.config
@@ -52,7 +54,9 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     except Exception as error:  # a config file is a program: it may raise anything
         raise BadInput(_explain(error, argv)) from error
     if len(rest) > 1:
-        raise BadInput(f"{rest[1]!r}: not an option; options look like --mode=train or --config.seed=1")
+        raise BadInput(
+            f"{rest[1]!r}: not an option; options look like --mode=train or --config.seed=1"
+        )
     if config is None:
         raise BadInput("--config is missing; for example --config=configs/digits.py")
     if values.mode not in MODES:
@@ -67,13 +71,21 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     """Return one line about an error of the flag parser."""
     text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
     if isinstance(error, OSError):
-        given = [path for path in re.findall(r"--config[= ](\S+)", " ".join(argv)) if not Path(path).exists()]
+        given = [
+            path
+            for path in re.findall(r"--config[= ](\S+)", " ".join(argv))
+            if not Path(path).exists()
+        ]
         path = Path(given[0] if given else "")
-        return f"--config={path}: no such file{nearest(str(path), map(str, path.parent.glob('*.py')))}"
+        return (
+            f"--config={path}: no such file{nearest(str(path), map(str, path.parent.glob('*.py')))}"
+        )
     if isinstance(error, KeyError | AttributeError):
         similar = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
         key = similar[2] if similar else text.strip("'\" ")
-        return f"--config has no key {key!r}" + (f" (did you mean {similar[1]}?)" if similar else "")
+        return f"--config has no key {key!r}" + (
+            f" (did you mean {similar[1]}?)" if similar else ""
+        )
     if isinstance(error, flags.Error):
         return text
     return f"the config file raises {type(error).__name__}: {text}"

@@ -10,7 +10,7 @@ from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
 
-from mf_jax.types import check_known
+from mf_jax.errors import check_known
 
 SCHEDULES = ("constant", "cosine")
 
@@ -46,13 +46,16 @@ def _is_fused(path: KeyPath) -> bool:
 def _split_qkv(tree: PyTree) -> PyTree:
     """Return a tree whose fused projections `[..., in, 3 out]` are `[..., in, 3, out]`: three matrices, not one."""
     return tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) if _is_fused(path) else x, tree
+        lambda path, x: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) if _is_fused(path) else x,
+        tree,
     )
 
 
 def _fuse_qkv(tree: PyTree) -> PyTree:
     """Undo `_split_qkv`."""
-    return tree_map_with_path(lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree)
+    return tree_map_with_path(
+        lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree
+    )
 
 
 _NOT_HIDDEN = ("patch_embedding", "bottleneck")
@@ -166,7 +169,9 @@ def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
     return {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
 
 
-def update_averages(averages: dict[str, PyTree], params: PyTree, *, batch_size: int) -> dict[str, PyTree]:
+def update_averages(
+    averages: dict[str, PyTree], params: PyTree, *, batch_size: int
+) -> dict[str, PyTree]:
     """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name.
 
     Args:

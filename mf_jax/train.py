@@ -25,25 +25,32 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax import processes
-from mf_jax import workdir as run_folder
-from mf_jax.build import ema_names, from_section, make_network, make_objective, make_schedule, make_scheme
-from mf_jax.checkpoint import Checkpoints
+from mf_jax.build import (
+    ema_names,
+    from_section,
+    make_network,
+    make_objective,
+    make_schedule,
+    make_scheme,
+)
 from mf_jax.config import validate
 from mf_jax.data import Source, make_batches, read
 from mf_jax.decoding import load_decoder
+from mf_jax.errors import BadInput
 from mf_jax.generator import Generator
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import make_optimizer
-from mf_jax.pictures import few_classes, save_sample_grid
-from mf_jax.plots import save_scatter
-from mf_jax.report import NoLog, RunLog
-from mf_jax.report_page import write_report
-from mf_jax.sharding import make_mesh, placed, put_batch, state_sharding
-from mf_jax.state import NEVER, StepParts, TrainState, initial_state, make_train_step
-from mf_jax.types import BadInput
+from mf_jax.published.fetch import find_weights
+from mf_jax.reporting.page import write_report
+from mf_jax.reporting.plots import save_scatter
+from mf_jax.reporting.run_log import NoLog, RunLog
+from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
+from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
 from mf_jax.warm_start import load_weights
-from mf_jax.weights import find_weights
 
 _GRID_SAMPLES = 100
 _SCATTER_SAMPLES = 5000
@@ -85,7 +92,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
         if processes.is_first():
             write_report(workdir)
     complete = done == config.train.num_steps
-    print(f"trained {done} steps" if complete else f"stopped at step {done}; the same command continues")
+    print(
+        f"trained {done} steps"
+        if complete
+        else f"stopped at step {done}; the same command continues"
+    )
     run_folder.tell(
         workdir,
         metrics="metrics.jsonl",
@@ -115,7 +126,11 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
 
 
 def _first_state(
-    config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints, weights: PyTree | None = None
+    config: ConfigDict,
+    parts: StepParts,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    weights: PyTree | None = None,
 ) -> TrainState:
     """Return the newest undamaged state, or that of the weights of `init` (read already, or not), or of the seed."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
@@ -184,7 +199,9 @@ def _loop(
             log.advance(done)
             is_last = done == num_steps
             if done % config.train.log_every_steps == 0 or is_last:
-                metrics = _read_metrics(state, checkpoints) | {"learning_rate": float(schedule(done - 1))}
+                metrics = _read_metrics(state, checkpoints) | {
+                    "learning_rate": float(schedule(done - 1))
+                }
                 log.write(done, metrics)
                 log.advance(done, metrics=metrics)
             every = config.log.sample_every_steps
@@ -240,7 +257,12 @@ def _can_draw(config: ConfigDict, source: Source) -> bool:
 
 
 def _draw(
-    config: ConfigDict, workdir: Path, source: Source, parts: StepParts, state: TrainState, done: int
+    config: ConfigDict,
+    workdir: Path,
+    source: Source,
+    parts: StepParts,
+    state: TrainState,
+    done: int,
 ) -> Path:
     """Write the picture of this step's samples, drawn with the first moving average (or else the raw parameters)."""
     ema = parts.ema_names[0] if parts.ema_names else "none"
@@ -250,7 +272,9 @@ def _draw(
     generator = Generator(config, parts.network, params, *about, step=done, ema=ema, origin=origin)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    how = {name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")}
+    how = {
+        name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")
+    }
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
         samples = generator.sample(labels, **how)
@@ -259,7 +283,9 @@ def _draw(
     else:
         points = generator.sample(num=_SCATTER_SAMPLES, **how)
         if processes.is_first():
-            save_scatter(path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}")
+            save_scatter(
+                path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}"
+            )
     return path
 
 
@@ -271,7 +297,9 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
       What says after each step, called with the number of steps done, whether to stop; at the same on all processes.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may catch signals
         yield lambda done: stop.is_set()
         return
 
@@ -285,11 +313,15 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
 
     several = processes.are_several()
     caught = (
-        {signal.SIGINT: ask_all} if several else dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
+        {signal.SIGINT: ask_all}
+        if several
+        else dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
     )
     before = {number: signal.signal(number, handler) for number, handler in caught.items()}
     try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda done: stop.is_set()
+        yield (
+            multihost_utils.reached_preemption_sync_point if several else lambda done: stop.is_set()
+        )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

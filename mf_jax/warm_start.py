@@ -1,7 +1,7 @@
 """Start from weights that exist: a published checkpoint, or another run of ours.
 
 `init.from` names the place and `init.kind` says what lies there: `run` for a workdir (a flow-matching run among them),
-or the kind of a published checkpoint (mf_jax/reference). Parameters must fit the network by name and shape.
+or the kind of a published checkpoint (mf_jax/published). Parameters must fit the network by name and shape.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax import processes
-from mf_jax import workdir as run_folder
 from mf_jax.build import choose_ema, ema_names, make_network
-from mf_jax.checkpoint import Checkpoints
+from mf_jax.errors import BadInput, check_known
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
-from mf_jax.reference.names import KINDS
-from mf_jax.reference.weights import listed, load_published
-from mf_jax.sharding import make_mesh, placed
-from mf_jax.types import BadInput, check_known
+from mf_jax.published.checkpoints import listed, load_published
+from mf_jax.published.names import KINDS
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.sharding import make_mesh, placed
 
 INIT_KINDS = ("run", *KINDS)
 
@@ -68,14 +68,18 @@ def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
 def _scale(data: ConfigDict) -> list[list[float]]:
     """Return mean and standard deviation of latents, each of one number where all channels have the same."""
     both = (data.latent_mean, data.latent_std) if data.name == "latents" else ()
-    return [[float(x) for x in (values[:1] if len(set(values)) == 1 else values)] for values in both]
+    return [
+        [float(x) for x in (values[:1] if len(set(values)) == 1 else values)] for values in both
+    ]
 
 
 def _told(scale: list[list[float]]) -> str:
     return "latents, mean {}, std {}".format(*scale) if scale else "no latents"
 
 
-def restore_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> tuple[int, PyTree]:
+def restore_run(
+    folder: Path, config: ConfigDict, ema: str, step: int | None = None
+) -> tuple[int, PyTree]:
     """Return the step and the parameters of a run's checkpoint, on every device.
 
     Args:
@@ -121,5 +125,7 @@ def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
     }
     parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if parts:
-        raise BadInput(f"init.from={where}: its parameters do not fit the network; {'; '.join(parts)}")
+        raise BadInput(
+            f"init.from={where}: its parameters do not fit the network; {'; '.join(parts)}"
+        )
     return unflatten_dict({name: found[name] for name in wanted}, sep="/")

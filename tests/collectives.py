@@ -9,14 +9,14 @@ from steps import lowered_step, parts_of
 
 from mf_jax.bench.collectives import exchanges
 from mf_jax.bench.step import placed_step
-from mf_jax.guidance import Guidance
+from mf_jax.flow.guidance import Guidance
 from mf_jax.models import DiT, InContextDiT, parameter_shapes
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.sharding import make_mesh, state_sharding
-from mf_jax.state import initial_state
+from mf_jax.runtime.sharding import make_mesh, state_sharding
+from mf_jax.step import initial_state
 
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=2, width=128, num_heads=2, num_classes=10)
@@ -79,11 +79,14 @@ def main():
         found = exchanges(compiled.as_text(), dict(mesh.shape))
         kinds = {each.kind for each in found}
         paths = [
-            tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+            tuple(entry.key for entry in path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
         ]
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
         out[f"{mesh_name}/{name}/{gather}"] = {
-            "collectives": {kind: sum(each.numbers for each in found if each.kind == kind) for kind in kinds},
+            "collectives": {
+                kind: sum(each.numbers for each in found if each.kind == kind) for kind in kinds
+            },
             "split": sum(a.size for a, s in pairs if s.spec),
             "in_blocks": sum(
                 a.size
@@ -98,7 +101,8 @@ def main():
                 of_one = first_moments(parts, alone, lowered_step(parts, alone).compile())
             of_all = first_moments(parts, mesh, compiled)
             out[f"{mesh_name}/{name}/{gather}"]["apart"] = max(
-                float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in zip(of_one, of_all, strict=True)
+                float(jnp.abs(a - b).max() / jnp.abs(a).max())
+                for a, b in zip(of_one, of_all, strict=True)
             )
     print(json.dumps(out))
 

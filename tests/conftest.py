@@ -32,7 +32,9 @@ TINY = (
 """Makes any config of digits or toy2d a matter of seconds."""
 
 
-_QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()
+_QUICK_TO_COMPILE = (
+    ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()
+)
 """Options that later versions may lack: XLA ends the process at one that it does not know."""
 
 
@@ -50,7 +52,11 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)  # which this process has read already
     # compiling takes most of the time of the tests, running what was compiled very little
-    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", *_QUICK_TO_COMPILE)
+    flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        *_QUICK_TO_COMPILE,
+    )
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 

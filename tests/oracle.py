@@ -6,8 +6,8 @@ place in units of sigma, z_r = mean_r + (sigma_r / sigma_t) (z_t - mean_t), and 
 
 import jax.numpy as jnp
 
-from mf_jax.paths import per_row
-from mf_jax.types import Prediction, Rows
+from mf_jax.flow.paths import per_row
+from mf_jax.flow.records import Prediction, Rows
 
 STD = 0.6
 
@@ -41,7 +41,9 @@ def gaussian_field(mean_of):
     def field(params, z, *, r, t, condition):
         mean = per_row(mean_of(condition), z)
         r, t = per_row(r, z), per_row(t, z)
-        bend = jnp.stack([jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * jnp.ones_like(z)])
+        bend = jnp.stack(
+            [jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * jnp.ones_like(z)]
+        )
         return Prediction(
             u=gaussian_average(z, r, t, mean) + jnp.tensordot(params, bend, 1),
             v=gaussian_velocity(z, t, mean) + jnp.tensordot(params, bend[::-1], 1),

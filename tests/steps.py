@@ -5,9 +5,9 @@ import optax
 from jax.sharding import Mesh
 
 from mf_jax.bench.step import placed_step
-from mf_jax.draws import DrawScheme
-from mf_jax.state import StepParts, initial_state, make_train_step
-from mf_jax.times import LogitNormalTimes
+from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.times import LogitNormalTimes
+from mf_jax.step import StepParts, initial_state, make_train_step
 
 
 def parts_of(network, objective, *, shape, batch, **draws):

@@ -11,7 +11,7 @@ from conftest import ROOT
 from launch.ablations import __main__ as command
 from launch.ablations import analysis, document, runs, settings
 from mf_jax.config import validate
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 RUNS = {run.name: run for run in settings.all_runs()}
 GROUPS = {group.name: group for group in settings.GROUPS}
@@ -21,7 +21,12 @@ def _result(run, distance, *, num_steps=settings.NUM_STEPS, **more):
     """Return a made-up result whose distance falls with the number of steps."""
     rows = [{"name": "real data", "frechet_distance": 3.5, "class_accuracy": 0.99}]
     rows += [
-        {"name": f"{k} steps", "steps": k, "frechet_distance": distance / k, "class_accuracy": 1 / distance}
+        {
+            "name": f"{k} steps",
+            "steps": k,
+            "frechet_distance": distance / k,
+            "class_accuracy": 1 / distance,
+        }
         for k in (1, 2, 8)
     ]
     config = runs.decisive_sections(settings.make_config(run, num_steps))
@@ -35,7 +40,9 @@ def results():
     made = {}
     for group in settings.GROUPS:
         for setting in group.settings:
-            made.setdefault(setting.run, _result(RUNS[setting.run], (setting.published or 20.0) / 4))
+            made.setdefault(
+                setting.run, _result(RUNS[setting.run], (setting.published or 20.0) / 4)
+            )
     for run, distance in zip(settings.SEEDS, (15.2, 15.3, 15.1), strict=True):
         made[run] = _result(RUNS[run], distance)
     return made
@@ -55,12 +62,21 @@ def folder(tmp_path, results):
 
 def test_every_setting_of_the_papers_table_is_there():
     sizes = {name: len(group.settings) for name, group in GROUPS.items()}
-    paper = {"tangent": 4, "share": 4, "conditioning": 4, "times": 5, "weight": 5, "omega": 5, "kappa": 3}
+    paper = {
+        "tangent": 4,
+        "share": 4,
+        "conditioning": 4,
+        "times": 5,
+        "weight": 5,
+        "omega": 5,
+        "kappa": 3,
+    }
     assert sizes == paper | {"objectives": 15}
     for name in paper:
         assert all(setting.published for setting in GROUPS[name].settings)
     best = {
-        name: min(GROUPS[name].settings, key=lambda setting: setting.published).published for name in paper
+        name: min(GROUPS[name].settings, key=lambda setting: setting.published).published
+        for name in paper
     }
     assert set(best.values()) == {61.06, 15.53, 18.63}
 
@@ -86,7 +102,11 @@ def test_the_baseline_has_the_papers_settings():
     assert (times.name, times.t_mean, times.t_std, times.r_mean, times.r_std) == (
         "logit_normal", -0.4, 1.0, -0.4, 1.0,
     )  # fmt: skip
-    assert (config.draws.instant_share, config.draws.label_drop_share, config.weight.p) == (0.75, 0.1, 1.0)
+    assert (config.draws.instant_share, config.draws.label_drop_share, config.weight.p) == (
+        0.75,
+        0.1,
+        1.0,
+    )
     assert (config.objective.tangent, config.model.time_conditioning) == ("v01", "t,t-r")
 
 
@@ -201,7 +221,10 @@ def test_agreement_names_the_best_the_pairs_and_the_rank_correlation():
     assert analysis.disagreements(rows, noise) == ""
     rows = [("a", 1.0, 30.0), ("b", 2.0, 20.0), ("c", 3.0, 20.1)]
     text = analysis.agreement(rows, noise)
-    assert "best setting here is b (20.00), the published best is a (30.00 here): they differ by more" in text
+    assert (
+        "best setting here is b (20.00), the published best is a (30.00 here): they differ by more"
+        in text
+    )
     assert "0 in the published order, 2 in the opposite one, 1 too close" in text
     assert analysis.disagreements(rows, noise).startswith(
         "b beats a (20.00 to 30.00; published 2 to 1); c beats a"
@@ -239,7 +262,10 @@ def test_document_tells_tables_sentences_and_pictures(results, tmp_path):
     assert "| p = 2 | 69.19 | diverged | diverged | – |" in text
     assert "| uniform (not run) | 65.9 | – | – | – |" in text
     assert "| MeanFlow | 3.43 | 2,000 | 1,000 | 0.86 |" in text
-    assert "Order here, at one step: alpha-Flow (0.74), SoFlow (0.74), improved MeanFlow (0.75)" in text
+    assert (
+        "Order here, at one step: alpha-Flow (0.74), SoFlow (0.74), improved MeanFlow (0.75)"
+        in text
+    )
     assert text.rstrip().splitlines()[-1].startswith("No pair of settings is in the opposite order")
     for group in settings.GROUPS:
         picture = tmp_path / "ablations" / f"{group.name}.png"
@@ -265,7 +291,11 @@ def test_document_of_the_baseline_alone():
 def test_a_failing_check_is_one_line_and_the_exit_code(folder, monkeypatch, capsys):
     (folder / "share_0" / "result.json").write_text(json.dumps(_result(RUNS["share_0"], 16.0)))
     monkeypatch.setattr(document, "save_plot", lambda *args: None)
-    for name, path in {"RUNS": folder, "DOCUMENT": folder / "a.md", "PICTURES": folder / "a"}.items():
+    for name, path in {
+        "RUNS": folder,
+        "DOCUMENT": folder / "a.md",
+        "PICTURES": folder / "a",
+    }.items():
         monkeypatch.setattr(command, name, path)
     assert command.main(["--document"]) == 1
     errors = capsys.readouterr().err.splitlines()

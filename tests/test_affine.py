@@ -7,10 +7,10 @@ import optax
 import pytest
 from oracle import gaussian_average
 
+from mf_jax.flow.paths import per_row
+from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.models import Affine, LowRank, as_field, initial_params
 from mf_jax.models.layers import TIME_CONDITIONINGS
-from mf_jax.paths import per_row
-from mf_jax.types import NO_LABEL, Condition
 
 NETWORKS = {"affine": (Affine, {}), "low_rank": (LowRank, {"rank": 2})}
 SHAPES = [(3,), (2, 4, 1)]
@@ -65,7 +65,9 @@ def test_matrix_sees_the_times_and_offset_the_class_too(kind):
     np.testing.assert_array_equal(first, _matrix(field, drawn, shape, label=NO_LABEL))
     for times in ({"t": 0.9}, {"r": 0.0}):
         assert np.abs(first - _matrix(field, drawn, shape, **times)).max() > 1e-3
-    offsets = [_u(field, drawn, jnp.zeros((1, *shape)), label=label) for label in (0, 1, 2, NO_LABEL)]
+    offsets = [
+        _u(field, drawn, jnp.zeros((1, *shape)), label=label) for label in (0, 1, 2, NO_LABEL)
+    ]
     for i, a in enumerate(offsets):
         assert all(float(jnp.abs(a - b).max()) > 1e-3 for b in offsets[:i])
     later = _u(field, drawn, jnp.zeros((1, *shape)), label=0, t=0.9)
@@ -78,7 +80,10 @@ def test_starts_at_zero_with_a_gradient(kind):
     z = jax.random.normal(jax.random.key(2), (5, 3))
     assert jnp.all(_u(field, params, z) == 0)
     slope = jax.grad(lambda params: jnp.sum(_u(field, params, z) * z))(params)
-    assert float(jnp.abs(slope[{"affine": "matrix", "low_rank": "left"}[kind]]["out"]["kernel"]).max()) > 1e-4
+    assert (
+        float(jnp.abs(slope[{"affine": "matrix", "low_rank": "left"}[kind]]["out"]["kernel"]).max())
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("conditioning", TIME_CONDITIONINGS)
@@ -93,7 +98,10 @@ def test_takes_every_time_conditioning(conditioning):
 def test_bfloat16_is_used_close_and_returned_as_float32(kind):
     shape = (2, 4, 1)
     z = jax.random.normal(jax.random.key(2), (5, *shape))
-    (field, _, drawn), (rough, fresh, _) = _network(kind, shape), _network(kind, shape, dtype="bfloat16")
+    (field, _, drawn), (rough, fresh, _) = (
+        _network(kind, shape),
+        _network(kind, shape, dtype="bfloat16"),
+    )
     exact, coarse = _u(field, drawn, z), _u(rough, drawn, z)
     assert coarse.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 from jax.experimental.pallas import tpu as pltpu
 
+from mf_jax.errors import BadInput
 from mf_jax.models import attention
 from mf_jax.models.attention import attend, attention_tangent
-from mf_jax.types import BadInput
 
 SHAPES = [
     (4, 16),
@@ -45,7 +45,9 @@ def _plain(*inputs):
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     dp = p * (slopes - (p * slopes).sum(-1, keepdims=True))
-    out, by_weights, by_values = (np.einsum("bhqk,bkhd->bqhd", *pair) for pair in ((p, v), (dp, v), (p, dv)))
+    out, by_weights, by_values = (
+        np.einsum("bhqk,bkhd->bqhd", *pair) for pair in ((p, v), (dp, v), (p, dv))
+    )
     return out, by_weights + by_values
 
 
@@ -76,7 +78,9 @@ def _step(wrap=lambda layer: layer):
 
 
 def _scanned(layer):
-    return lambda z, params: jax.lax.scan(lambda z, _: (layer(z, params), None), z, None, length=2)[0]
+    return lambda z, params: jax.lax.scan(lambda z, _: (layer(z, params), None), z, None, length=2)[
+        0
+    ]
 
 
 def _arguments(length, head_size, dtype=jnp.float32):
@@ -158,7 +162,9 @@ def test_tangent_of_one_input(moved):
 def test_large_scores_and_large_slopes(backend, hard, dtype):
     inputs = _inputs(84, 72, dtype=dtype, **hard)
     exact = _plain(*inputs)[1]
-    plain = jax.jit(lambda *x: jax.jvp(functools.partial(attend, kind="xla"), x[:3], x[3:])[1])(*inputs)
+    plain = jax.jit(lambda *x: jax.jvp(functools.partial(attend, kind="xla"), x[:3], x[3:])[1])(
+        *inputs
+    )
     assert _error(tangent_of(*inputs, backend=backend), exact) < 2 * _error(plain, exact)
     for sign in (-1, 1):
         huge = tangent_of(sign * 1e4 * inputs[0], *inputs[1:], backend=backend)
@@ -200,7 +206,10 @@ def test_forward_mode_must_be_asked_for():
 def test_float64_is_kept():
     with jax.enable_x64(True):
         inputs = _inputs(20, 16, dtype=jnp.float64)
-        for kind, tolerance in (("xla", 1e-14), ("fused", 1e-6)):  # JAX's own has a softmax in float32
+        for kind, tolerance in (
+            ("xla", 1e-14),
+            ("fused", 1e-6),
+        ):  # JAX's own has a softmax in float32
             function = functools.partial(attend, kind=kind, forward_mode=True)
             got = jax.jit(lambda *x, f=function: jax.jvp(f, x[:3], x[3:]))(*inputs)
             for a, b in zip(got, _plain(*inputs), strict=True):
@@ -240,18 +249,27 @@ def test_cudnn_serves_half_precision_on_gpus(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for dtype, head_size in ((jnp.bfloat16, 20), (jnp.float16, 72), (jnp.float32, 20), (jnp.bfloat16, 136)):
+    for dtype, head_size in (
+        (jnp.bfloat16, 20),
+        (jnp.float16, 72),
+        (jnp.float32, 20),
+        (jnp.bfloat16, 136),
+    ):
         inputs = _inputs(4, head_size, dtype=dtype)
         assert _error(attend(*inputs[:3], kind="fused"), _plain(*inputs)[0]) < 5e-3
     assert asked == [("cudnn", 24), ("cudnn", 72), ("xla", 20), ("xla", 136)]
 
 
 @pytest.mark.parametrize(("length", "kernels"), [(84, 1), (100, 2), (276, 2)])
-def test_flash_attention_serves_lengths_near_a_multiple_of_128_on_tpus(monkeypatch, length, kernels):
+def test_flash_attention_serves_lengths_near_a_multiple_of_128_on_tpus(
+    monkeypatch, length, kernels
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
     def both(*inputs):
-        return jax.jvp(lambda *x: attend(*x, kind="fused", forward_mode=True), inputs[:3], inputs[3:])
+        return jax.jvp(
+            lambda *x: attend(*x, kind="fused", forward_mode=True), inputs[:3], inputs[3:]
+        )
 
     assert _lowered(both, "tpu", length=length).count("tpu_custom_call(") == kernels
 
@@ -271,7 +289,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from mf_jax.models.attention import attend
-from mf_jax.sharding import batch_sharding, make_mesh
+from mf_jax.runtime.sharding import batch_sharding, make_mesh
 
 def run(kind, inputs):
     def both(*inputs):
@@ -293,9 +311,13 @@ for sharding in (batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data",
 def test_each_device_computes_its_rows_alone(monkeypatch):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     monkeypatch.setenv("XLA_FLAGS", flags)
-    result = subprocess.run([sys.executable, "-c", MANY_DEVICES], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_DEVICES], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["False", "True"], "rows split need no communication, tokens split do"
+    assert result.stdout.split() == ["False", "True"], (
+        "rows split need no communication, tokens split do"
+    )
 
 
 def test_unknown_kinds_are_refused():

@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from recorded import FOLDER
 from safetensors.numpy import load_file, save_file
 
+from mf_jax.errors import BadInput
 from mf_jax.models.autoencoder import AutoencoderKL, _norm, load_autoencoder
 from mf_jax.models.unet import double
-from mf_jax.types import BadInput
 
 VAE = FOLDER / "vae"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -82,7 +82,10 @@ def test_recorded_images(autoencoder, recorded):
 
 
 def test_what_is_known_of_the_file(autoencoder):
-    assert autoencoder.scaling_factor == json.loads((VAE / "config.json").read_text())["scaling_factor"]
+    assert (
+        autoencoder.scaling_factor
+        == json.loads((VAE / "config.json").read_text())["scaling_factor"]
+    )
     assert autoencoder.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
 
 
@@ -103,12 +106,17 @@ def test_groups_of_tiny_variance_are_normed_with_the_published_epsilon():
         grouped.var((0, 2), keepdims=True) + 1e-6
     )
     np.testing.assert_allclose(
-        norm.apply(norm.init(jax.random.key(0), x), x), theirs.reshape(x.shape), rtol=1e-4, atol=1e-5
+        norm.apply(norm.init(jax.random.key(0), x), x),
+        theirs.reshape(x.shape),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 def test_pixels_are_repeated():
-    np.testing.assert_array_equal(double(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0], [[0, 0, 1, 1]] * 2)
+    np.testing.assert_array_equal(
+        double(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0], [[0, 0, 1, 1]] * 2
+    )
 
 
 def test_every_product_is_of_the_highest_precision(autoencoder, recorded):
@@ -123,9 +131,13 @@ def test_the_published_network():
     params = network.parameter_shapes()
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    mean, std = jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method="encode"), params, image)
+    mean, std = jax.eval_shape(
+        lambda p, x: network.apply({"params": p}, x, method="encode"), params, image
+    )
     assert mean.shape == std.shape == (2, 32, 32, 4)
-    decoded = jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method="decode"), params, mean)
+    decoded = jax.eval_shape(
+        lambda p, x: network.apply({"params": p}, x, method="decode"), params, mean
+    )
     assert decoded.shape == image.shape
 
 
@@ -152,7 +164,9 @@ def test_old_names_of_attention(autoencoder, rewrite, axes):
 
 
 def test_half_precision_files_become_float32(autoencoder, rewrite):
-    half = load_autoencoder(rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}))
+    half = load_autoencoder(
+        rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()})
+    )
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), autoencoder.params)
     _assert_same_params(half.params, rounded)
 
@@ -223,7 +237,9 @@ def test_files_that_are_not_there_or_damaged(rewrite, tmp_path):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(BadInput, match=r"put the config\.json"):
-        load_autoencoder(tmp_path)  # 16 channels cannot have the 32 groups that a file without a config has
+        load_autoencoder(
+            tmp_path
+        )  # 16 channels cannot have the 32 groups that a file without a config has
     (tmp_path / FILE).write_bytes(b"\x10" * 99)
     with pytest.raises(BadInput, match="cannot be read"):
         load_autoencoder(tmp_path)
@@ -234,7 +250,9 @@ def test_files_that_are_not_there_or_damaged(rewrite, tmp_path):
     [((1, 30, 32, 3), "f4"), ((1, 32, 30, 3), "f4"), ((1, 32, 32, 1), "f4"), ((32, 32, 3), "f4")],
 )
 def test_images_of_other_shapes_are_refused(autoencoder, shape, dtype):
-    with pytest.raises(BadInput, match=r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"):
+    with pytest.raises(
+        BadInput, match=r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"
+    ):
         autoencoder.encode(np.zeros(shape, dtype))
 
 

@@ -27,14 +27,15 @@ from mf_jax.bench.step import Noise, flow_matching_of, fresh_batches, hidden_wor
 from mf_jax.build import make_network, make_objective
 from mf_jax.config import validate
 from mf_jax.data import Source
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, parameter_shapes
 from mf_jax.models.attention import ATTENTIONS
 from mf_jax.objectives.flow_matching import FlowMatching
-from mf_jax.sharding import make_mesh
-from mf_jax.state import initial_state, make_train_step
+from mf_jax.runtime.sharding import make_mesh
+from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
-from mf_jax.types import NO_LABEL, BadInput, Condition
 
 SMALL = {"depth": 2, "width": 64}
 FLAGS = (
@@ -217,7 +218,9 @@ def test_meanflow_costs_little_more_than_flow_matching(step):
     assert 1.0 < step[3]["ratio"]["gflop"] < 1.3
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("digits*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs").glob("digits*.py"))
+)
 def test_every_config_has_a_flow_matching_of_the_same_network(name):
     import importlib
 
@@ -243,7 +246,11 @@ class NotCompiled(measure.Program):
     memory: ClassVar = {"temp_bytes": 1, "argument_bytes": 1}
 
     def __init__(self):
-        fields = {"executable": lambda state, *batch: state, "trace_seconds": 1.0, "compile_seconds": 1.0}
+        fields = {
+            "executable": lambda state, *batch: state,
+            "trace_seconds": 1.0,
+            "compile_seconds": 1.0,
+        }
         for name, value in fields.items():  # past the check of types
             object.__setattr__(self, name, value)
 
@@ -289,13 +296,20 @@ def test_sample_prints_what_it_writes(bench):
         _shown(row["peak_share"]),
     ]
     network = make_network(_config(), shape=(8, 8, 1), num_classes=10)
-    z, t = jax.ShapeDtypeStruct((24, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((24,), jnp.float32)
+    z, t = (
+        jax.ShapeDtypeStruct((24, 8, 8, 1), jnp.float32),
+        jax.ShapeDtypeStruct((24,), jnp.float32),
+    )
 
     def forward(params, z, t):
-        return as_field(network)(params, z, r=t, t=t, condition=Condition(jnp.zeros(24, jnp.int32))).u
+        return as_field(network)(
+            params, z, r=t, t=t, condition=Condition(jnp.zeros(24, jnp.int32))
+        ).u
 
     compiled = jax.jit(forward).lower(parameter_shapes(network, (8, 8, 1)), z, t).compile()
-    assert 24 * row["gflop_per_image"] == pytest.approx(compiled.cost_analysis()["flops"] / 1e9, rel=0.05)
+    assert 24 * row["gflop_per_image"] == pytest.approx(
+        compiled.cost_analysis()["flops"] / 1e9, rel=0.05
+    )
 
 
 def test_each_batch_is_sampled_from_other_noise(bench, monkeypatch):
@@ -318,7 +332,9 @@ def test_input_prints_what_it_writes(bench):
     assert [row["into"] for row in result["rows"]] == ["host memory", "devices"]
     for row, shown in zip(result["rows"], cells, strict=True):
         assert row["batches"] == len(row["batch_seconds"]) >= 2
-        assert row["batches_per_second"] == pytest.approx(row["batches"] / sum(row["batch_seconds"]))
+        assert row["batches_per_second"] == pytest.approx(
+            row["batches"] / sum(row["batch_seconds"])
+        )
         assert row["images_per_second"] == pytest.approx(16 * row["batches_per_second"])
         assert shown == [
             row["into"],
@@ -345,7 +361,9 @@ def test_attention_prints_what_it_writes(bench):
     run = bench("attention", "--config.bench.tokens=(8,)")
     result, cells = _check_output(run, "attention", _config(), (8, 8, 1), 10)
     assert (result["batch_size"], result["num_heads"], result["head_width"]) == (16, 2, 32)
-    assert [(row["tokens"], row["pass"]) for row in result["rows"]] == [(8, name) for name in PASSES]
+    assert [(row["tokens"], row["pass"]) for row in result["rows"]] == [
+        (8, name) for name in PASSES
+    ]
     assert any("interpreted on cpu" in note for note in result["notes"])
     for row, shown in zip(result["rows"], cells, strict=True):
         ratio = row["fused_seconds_median"] / row["xla_seconds_median"]
@@ -403,7 +421,10 @@ def test_a_given_shape_needs_no_data(bench):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("what=stp", ["bench.what='stp'", "step, sample, input, attention, scores", "did you mean step?"]),
+        (
+            "what=stp",
+            ["bench.what='stp'", "step, sample, input, attention, scores", "did you mean step?"],
+        ),
         ("repeats=-1", ["bench.repeats=-1", "at least 0"]),
         ("repeats=0 --config.bench.what=input", ["bench.repeats=0", "at least 1"]),
         ("dropped=-1", ["bench.dropped=-1", "at least 0"]),
@@ -420,7 +441,10 @@ def test_a_given_shape_needs_no_data(bench):
         ("shape=(8,8,1) --config.optim.lr=-1.0", ["optim.lr=-1.0", "above 0"]),
         ("shape=(8,8,1) --config.train.batch_size=6", ["train.batch_size=6", "multiple of 4"]),
         ("repeats=1 --config.data.name=digit", ["data.name='digit'"]),
-        ("what=attention --config.model.name=affine", ["bench.what='attention'", "use bench.what=step"]),
+        (
+            "what=attention --config.model.name=affine",
+            ["bench.what='attention'", "use bench.what=step"],
+        ),
     ],
     ids=str,
 )
@@ -440,13 +464,22 @@ def test_a_workdir_that_cannot_be_made(bench):
 
 def test_a_run_in_the_workdir_stays_as_it_is(bench, tmp_path):
     """Even one of another config, and one that is being trained."""
-    files = ("config.json", "data.json", ".lock", "metrics.jsonl", "checkpoints/12/state", "report.html")
+    files = (
+        "config.json",
+        "data.json",
+        ".lock",
+        "metrics.jsonl",
+        "checkpoints/12/state",
+        "report.html",
+    )
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"of the run: {name}")
     code, _, errors, _ = bench("input", workdir=tmp_path)
     assert code == 0, errors
-    after = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    after = {
+        str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()
+    }
     assert set(after) == {*files, "bench_input.json"}
     assert all(after[name].read_text() == f"of the run: {name}" for name in files)
 
@@ -496,7 +529,11 @@ def test_contenders_take_turns_and_preparing_is_not_timed():
 def test_a_stream_is_timed_long_enough(repeats, least_seconds, counted):
     clock = Clock()
     seconds = measure.time_stream(
-        lambda: clock.wait(0.5), repeats=repeats, dropped=2, least_seconds=least_seconds, clock=clock
+        lambda: clock.wait(0.5),
+        repeats=repeats,
+        dropped=2,
+        least_seconds=least_seconds,
+        clock=clock,
     )
     assert seconds == [0.5] * counted
     assert clock.now == 0.5 * (counted + 2)
@@ -560,7 +597,9 @@ def test_compiling_is_timed_without_the_persistent_cache(tmp_path):
 
 def test_a_program_tells_its_seconds_of_tracing_and_of_compiling():
     ticks = iter([10.0, 12.0, 17.0])
-    program = measure.compile_program(jax.jit(lambda x: 2 * x), jnp.ones(3), clock=lambda: next(ticks))
+    program = measure.compile_program(
+        jax.jit(lambda x: 2 * x), jnp.ones(3), clock=lambda: next(ticks)
+    )
     assert (program.trace_seconds, program.compile_seconds) == (2.0, 5.0)
     np.testing.assert_array_equal(program.executable(jnp.ones(3)), [2, 2, 2])
 
@@ -588,7 +627,11 @@ def test_noise_is_a_source_of_any_shape():
     noise = Noise((4, 4, 3), 5)
     assert isinstance(noise, Source)
     batch = noise.gather(np.arange(1000))
-    assert (batch.x.shape, batch.x.dtype, batch.labels.dtype) == ((1000, 4, 4, 3), np.float32, np.int32)
+    assert (batch.x.shape, batch.x.dtype, batch.labels.dtype) == (
+        (1000, 4, 4, 3),
+        np.float32,
+        np.int32,
+    )
     assert set(batch.labels) == set(range(5))
     np.testing.assert_array_equal(batch.x, noise.gather(np.arange(1000)).x)
     assert not np.any(batch.x == noise.gather(np.arange(1000, 2000)).x)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import Condition
 from mf_jax.models import DiT, InContextDiT, initial_params, parameter_shapes
 from mf_jax.models.blocks import laid_out_like, stack_blocks, unstack_blocks
-from mf_jax.types import BadInput, Condition
 
 SHAPE = (4, 4, 2)
 SIZES = {"patch_size": 2, "depth": 3, "width": 16, "num_heads": 2, "num_classes": 3}
@@ -37,7 +38,9 @@ def _loss(network, params):
     r, t = jnp.linspace(0.0, 0.4, 4), jnp.linspace(0.5, 1.0, 4)
 
     def u(z, t):
-        prediction = network.apply({"params": params}, z, r=r, t=t, condition=Condition(jnp.arange(4) - 1))
+        prediction = network.apply(
+            {"params": params}, z, r=r, t=t, condition=Condition(jnp.arange(4) - 1)
+        )
         return prediction.u, prediction.v
 
     value, derivative, second = jax.jvp(u, (z, t), (z, jnp.ones(4)), has_aux=True)
@@ -83,8 +86,15 @@ def test_a_loop_has_the_stacked_parameters(network):
 
 
 def test_blocks_of_a_loop_start_differently(network):
-    for leaf in jax.tree.leaves(initial_params(network.clone(scan=True), SHAPE, jax.random.key(0))["blocks"]):
-        assert not leaf.any() or (leaf == 1).all() or not np.allclose(leaf[0], leaf[-1]) or len(leaf) == 1
+    for leaf in jax.tree.leaves(
+        initial_params(network.clone(scan=True), SHAPE, jax.random.key(0))["blocks"]
+    ):
+        assert (
+            not leaf.any()
+            or (leaf == 1).all()
+            or not np.allclose(leaf[0], leaf[-1])
+            or len(leaf) == 1
+        )
 
 
 def test_layouts_are_inverse_and_keep_the_order(network):
@@ -120,7 +130,8 @@ def _operations(network):
 def test_computing_again_costs_what_it_should():
     """Of a row's forward, tangent and backward (1 + 1 + 2), `block` adds a forward, `dots` next to nothing."""
     none, dots, block = (
-        _operations(DiT(**SIZES | {"width": 128}, remat=remat)) for remat in ("none", "dots", "block")
+        _operations(DiT(**SIZES | {"width": 128}, remat=remat))
+        for remat in ("none", "dots", "block")
     )
     assert dots < 1.05 * none
     assert 1.15 * none < block < 1.3 * none

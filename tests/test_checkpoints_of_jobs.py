@@ -10,14 +10,14 @@ import pytest
 from conftest import ROOT
 
 from launch.faults.job import free_port
-from mf_jax.checkpoint import FOLDER, Checkpoints
+from mf_jax.runtime.checkpoint import FOLDER, Checkpoints
 
 HEAD = """
 import os, sys
 import jax
-from mf_jax import processes
-from mf_jax.checkpoint import Checkpoints, DamagedCheckpoint, UnreadableCheckpoint
-from mf_jax.sharding import make_mesh
+from mf_jax.runtime import processes
+from mf_jax.runtime.checkpoint import Checkpoints, DamagedCheckpoint, UnreadableCheckpoint
+from mf_jax.runtime.sharding import make_mesh
 sys.path.insert(0, "tests")
 from test_checkpoints_of_jobs import restored, saved
 folder = sys.argv[1]
@@ -28,14 +28,16 @@ if len(sys.argv) > 2:
 
 def _state(mesh, step):
     """Return a state that depends on the step alone, split over a mesh."""
-    from mf_jax.sharding import state_sharding
-    from mf_jax.state import TrainState
+    from mf_jax.runtime.sharding import state_sharding
+    from mf_jax.step import TrainState
 
     rng = np.random.default_rng(step)
     wide = {name: rng.standard_normal((256, 64)).astype(np.float32) for name in ("a", "b")}
     state = TrainState(np.int32(step), wide, {"0.9": wide}, {"mu": wide}, {}, np.int32(-1))
     return jax.tree.map(
-        lambda x, where: jax.make_array_from_callback(np.shape(x), where, lambda part: np.asarray(x)[part]),
+        lambda x, where: jax.make_array_from_callback(
+            np.shape(x), where, lambda part: np.asarray(x)[part]
+        ),
         state,
         state_sharding(mesh, state),
     )
@@ -68,7 +70,14 @@ def _started(body, folder, *, devices=1, processes=1):
     job = (f"127.0.0.1:{free_port()}",) if processes > 1 else ()
     return [
         subprocess.Popen(
-            [sys.executable, "-c", HEAD + body, str(folder), *job, *([str(index)] * (processes > 1))],
+            [
+                sys.executable,
+                "-c",
+                HEAD + body,
+                str(folder),
+                *job,
+                *([str(index)] * (processes > 1)),
+            ],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
@@ -147,7 +156,7 @@ def folder(tmp_path_factory):
 
 
 def test_checkpoints_move_between_devices_and_processes(folder):
-    from mf_jax.sharding import make_mesh
+    from mf_jax.runtime.sharding import make_mesh
 
     assert restored(folder, make_mesh(data=0, fsdp=1)) == 5
     assert Checkpoints(folder, read_only=True).steps == [1, 2, 3, 4, 5]

@@ -111,7 +111,9 @@ def test_all_problems_in_one_line(command, tmp_path):
         "--config.data.image_size=9",
         "--config.weight.c=0.0",
     )
-    _assert_refused(command(DIGITS, f"--workdir={tmp_path}/run", *bad), "optim.lr", "image_size", "weight.c")
+    _assert_refused(
+        command(DIGITS, f"--workdir={tmp_path}/run", *bad), "optim.lr", "image_size", "weight.c"
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,10 @@ def test_config_file_that_raises(command, tmp_path):
 )
 def test_fused_attention_has_no_gradient_of_a_derivative(command, tmp_path, more):
     code, _, errors = command(
-        "--config=configs/digits.py", f"--workdir={tmp_path}/run", "--config.model.attention=fused", *more
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path}/run",
+        "--config.model.attention=fused",
+        *more,
     )
     assert code == 2
     assert "model.attention='fused'" in errors
@@ -154,7 +159,8 @@ def test_fused_attention_has_no_gradient_of_a_derivative(command, tmp_path, more
 
 def test_guidance_without_labels(command, tmp_path):
     _assert_refused(
-        command(TOY, f"--workdir={tmp_path}/run", "--config.guidance.kappa=0.5"), "no labels to guide by"
+        command(TOY, f"--workdir={tmp_path}/run", "--config.guidance.kappa=0.5"),
+        "no labels to guide by",
     )
 
 
@@ -169,21 +175,33 @@ def test_no_label_for_a_model_that_never_trained_without(command, tmp_path):
 
 
 def test_labels_for_an_unconditional_model(command, tmp_path):
-    _assert_refused(command(TOY, f"--workdir={tmp_path}/run", "--config.sample.labels=(1,)"), "no classes")
+    _assert_refused(
+        command(TOY, f"--workdir={tmp_path}/run", "--config.sample.labels=(1,)"), "no classes"
+    )
 
 
 def test_flipped_vectors(command, tmp_path):
-    _assert_refused(command(TOY, f"--workdir={tmp_path}/run", "--config.data.flip=True"), "data.flip")
+    _assert_refused(
+        command(TOY, f"--workdir={tmp_path}/run", "--config.data.flip=True"), "data.flip"
+    )
 
 
 def test_unknown_toy(command, tmp_path):
-    _assert_refused(command(TOY, f"--workdir={tmp_path}/run", "--config.data.toy=moons"), "two_moons")
+    _assert_refused(
+        command(TOY, f"--workdir={tmp_path}/run", "--config.data.toy=moons"), "two_moons"
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "sample"])
 def test_workdir_of_another_config(mode, command, copy_of_trained):
     before = sorted(path.name for path in copy_of_trained.rglob("*"))
-    other = (DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY, "--config.optim.lr=0.5")
+    other = (
+        DIGITS,
+        f"--mode={mode}",
+        f"--workdir={copy_of_trained}",
+        *TINY,
+        "--config.optim.lr=0.5",
+    )
     _assert_refused(command(*other), "another config", "optim.lr", "0.5")
     assert before == sorted(path.name for path in copy_of_trained.rglob("*"))
 
@@ -193,7 +211,13 @@ def test_checkpoint_of_another_model(mode, command, copy_of_trained):
     stored = json.loads((copy_of_trained / "config.json").read_text())
     stored["model"]["width"] = 32
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
-    other = (DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY, "--config.model.width=32")
+    other = (
+        DIGITS,
+        f"--mode={mode}",
+        f"--workdir={copy_of_trained}",
+        *TINY,
+        "--config.model.width=32",
+    )
     _assert_refused(command(*other), "another model", "checkpoint")
     assert len(list((copy_of_trained / "checkpoints").iterdir())) == 3
 
@@ -202,13 +226,17 @@ def test_checkpoint_of_another_model(mode, command, copy_of_trained):
 def test_run_without_checkpoint(mode, command, copy_of_trained):
     for checkpoint in (copy_of_trained / "checkpoints").iterdir():
         checkpoint.rename(copy_of_trained / f"elsewhere_{checkpoint.name}")
-    _assert_refused(command(DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY), "no checkpoint")
+    _assert_refused(
+        command(DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY), "no checkpoint"
+    )
 
 
 def test_other_data_than_the_run_was_trained_on(command, copy_of_trained):
     stored = json.loads((copy_of_trained / "data.json").read_text())
     (copy_of_trained / "data.json").write_text(json.dumps(stored | {"size": 1436}))
-    _assert_refused(command(DIGITS, f"--workdir={copy_of_trained}", *TINY), "other data", "1436", "1437")
+    _assert_refused(
+        command(DIGITS, f"--workdir={copy_of_trained}", *TINY), "other data", "1436", "1437"
+    )
     assert json.loads((copy_of_trained / "data.json").read_text())["size"] == 1436
 
 
@@ -258,11 +286,15 @@ def _picture_config(folder):
 
 def test_empty_folder(command, tmp_path):
     (tmp_path / "pictures").mkdir()
-    _assert_refused(command(*_picture_config(tmp_path / "pictures"), f"--workdir={tmp_path}/run"), "pictures")
+    _assert_refused(
+        command(*_picture_config(tmp_path / "pictures"), f"--workdir={tmp_path}/run"), "pictures"
+    )
 
 
 def test_folder_that_is_not_there(command, tmp_path):
-    _assert_refused(command(*_picture_config(tmp_path / "picturs"), f"--workdir={tmp_path}/run"), "picturs")
+    _assert_refused(
+        command(*_picture_config(tmp_path / "picturs"), f"--workdir={tmp_path}/run"), "picturs"
+    )
 
 
 def test_broken_picture_is_skipped_named_and_counted(spawn, tmp_path):
@@ -270,7 +302,9 @@ def test_broken_picture_is_skipped_named_and_counted(spawn, tmp_path):
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
         for i in range(12):
-            Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(folder / name / f"{i:02d}.png")
+            Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(
+                folder / name / f"{i:02d}.png"
+            )
     (folder / "dog" / "03.png").write_bytes(b"not a picture")
     config = [a for a in _picture_config(folder) if "num_steps" not in a]
     process = spawn(*config, "--config.train.num_steps=2", f"--workdir={tmp_path}/run")
@@ -318,5 +352,16 @@ def test_workdir_and_mode_have_defaults(monkeypatch):
 
 def test_the_last_of_several_settings_of_a_key_counts():
     """Not all of them, as the parser of tuples would have it."""
-    arguments = ["x", "--config.eval.steps=1,", "--mode=eval", "--config.seed=1", "--config.eval.steps=2,4"]
-    assert _last_of_each(arguments) == ["x", "--mode=eval", "--config.seed=1", "--config.eval.steps=2,4"]
+    arguments = [
+        "x",
+        "--config.eval.steps=1,",
+        "--mode=eval",
+        "--config.seed=1",
+        "--config.eval.steps=2,4",
+    ]
+    assert _last_of_each(arguments) == [
+        "x",
+        "--mode=eval",
+        "--config.seed=1",
+        "--config.eval.steps=2,4",
+    ]

@@ -32,7 +32,9 @@ def test_config_is_valid(path, tmp_path):
         Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
     config = importlib.import_module(f"configs.{path.stem}").get_config()
     config.data.path = str(tmp_path)
-    source = stand_in(path.stem, config) if path.stem in PUBLISHED else None  # their data are not here
+    source = (
+        stand_in(path.stem, config) if path.stem in PUBLISHED else None
+    )  # their data are not here
     assert len(validate(config, num_devices=1, source=source)) > 0
 
 

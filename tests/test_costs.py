@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 from steps import lowered_step, parts_of
 
-from mf_jax.draws import DrawScheme
-from mf_jax.guidance import Guidance
+from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.records import Condition
+from mf_jax.flow.times import UniformTimes
 from mf_jax.models import DIT_SIZES, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow
@@ -18,8 +20,6 @@ from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.times import UniformTimes
-from mf_jax.types import Condition
 
 SHAPE, BATCH = (16, 16, 4), 8
 SIZES = {"patch_size": 2, "depth": 4, "width": 96, "num_heads": 2, "num_classes": 10}
@@ -36,7 +36,10 @@ def _network(network):
 
 def _forward(field, params, head="u"):
     """Return the operations of one forward pass of a batch that ends in one head, or in both."""
-    z, t = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.float32)
+    z, t = (
+        jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32),
+        jax.ShapeDtypeStruct((BATCH,), jnp.float32),
+    )
 
     def forward(params, z, r, t):
         prediction = field(params, z, r=r, t=t, condition=Condition(jnp.zeros(BATCH, jnp.int32)))
@@ -130,7 +133,10 @@ def test_improved_meanflow_with_second_head_costs_little_more_than_its_network()
         prediction = field(params, z, r=t, t=t, condition=Condition(jnp.zeros(BATCH, jnp.int32)))
         return jnp.sum(prediction.u**2) + jnp.sum(prediction.v**2)
 
-    z, t = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.float32)
+    z, t = (
+        jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32),
+        jax.ShapeDtypeStruct((BATCH,), jnp.float32),
+    )
     own = _flops(jax.grad(both), params, z, t)
     step = _step(ImprovedMeanFlow(), field, params, instant_share=0.5, omega_max=8.0)
     assert step <= 1.45 * own

@@ -17,7 +17,8 @@ from mf_jax import data
 from mf_jax.data import image_folder, toy2d
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.pipeline import stream_flips, stream_indices
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL
 
 SECTION = {
     "name": "digits",
@@ -47,7 +48,9 @@ class Numbered:
 
     def gather(self, indices):
         row = np.array([0.0, 0.25, 0.5], np.float32)
-        x = indices[:, None, None, None].astype(np.float32) + np.broadcast_to(row[:, None], self.shape)
+        x = indices[:, None, None, None].astype(np.float32) + np.broadcast_to(
+            row[:, None], self.shape
+        )
         return data.Batch(x, indices.astype(np.int32))
 
 
@@ -56,7 +59,9 @@ def take(batches, count):
 
 
 def labels_of(source, count, **options):
-    return np.concatenate([batch.labels for batch in take(data.make_batches(source, **options), count)])
+    return np.concatenate(
+        [batch.labels for batch in take(data.make_batches(source, **options), count)]
+    )
 
 
 def section(**changes):
@@ -69,7 +74,9 @@ def section(**changes):
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 100])
 def test_every_epoch_holds_every_element_once(length):
     for epoch in range(4):
-        order = stream_indices(np.arange(epoch * length, (epoch + 1) * length), length=length, seed=3)
+        order = stream_indices(
+            np.arange(epoch * length, (epoch + 1) * length), length=length, seed=3
+        )
         np.testing.assert_array_equal(np.sort(order), np.arange(length))
 
 
@@ -100,7 +107,9 @@ def test_batches_straddle_epochs_and_drop_nothing(batch_size):
 def test_a_resumed_stream_equals_the_uninterrupted_one(start_step):
     options = {"batch_size": 6, "seed": 5, "flip": True}
     whole = take(data.make_batches(Numbered(10), **options), 12)
-    resumed = take(data.make_batches(Numbered(10), start_step=start_step, **options), 12 - start_step)
+    resumed = take(
+        data.make_batches(Numbered(10), start_step=start_step, **options), 12 - start_step
+    )
     for expected, got in zip(whole[start_step:], resumed, strict=True):
         np.testing.assert_array_equal(got.x, expected.x)
         np.testing.assert_array_equal(got.labels, expected.labels)
@@ -115,7 +124,9 @@ def test_the_shares_of_the_processes_make_up_the_batch():
     ]
     for step, expected in enumerate(whole):
         assert [share[step].x.shape[0] for share in shares] == [4, 4, 4]
-        np.testing.assert_array_equal(np.concatenate([share[step].x for share in shares]), expected.x)
+        np.testing.assert_array_equal(
+            np.concatenate([share[step].x for share in shares]), expected.x
+        )
         np.testing.assert_array_equal(
             np.concatenate([share[step].labels for share in shares]), expected.labels
         )
@@ -159,7 +170,10 @@ def test_a_flip_depends_on_seed_and_position_alone():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 10, "process_count": 4}, "batch_size=10 must be a multiple of process_count=4"),
+        (
+            {"batch_size": 10, "process_count": 4},
+            "batch_size=10 must be a multiple of process_count=4",
+        ),
         ({"process_index": 2, "process_count": 2}, "process_index=2"),
         ({"start_step": -1}, "start_step=-1"),
         ({"seed": -1}, "seed=-1"),
@@ -221,7 +235,9 @@ def test_digits_are_split_by_class_without_overlap():
     every = np.concatenate([train.x, held_out.x])
     assert len(np.unique(every.reshape(1797, -1), axis=0)) == 1797
     assert (every.min(), every.max()) == (-1, 1)
-    np.testing.assert_allclose(np.bincount(held_out.labels) / np.bincount(train.labels), 0.25, atol=0.02)
+    np.testing.assert_allclose(
+        np.bincount(held_out.labels) / np.bincount(train.labels), 0.25, atol=0.02
+    )
 
 
 def test_digits_labels_belong_to_their_pictures():
@@ -250,7 +266,8 @@ def test_toys_have_the_documented_moments(toy, split):
 @pytest.mark.parametrize("toy", toy2d.TOYS)
 def test_toys_are_the_same_every_time_and_differ_between_splits(toy):
     first, again = (
-        data.read(data.make_source(section(name="toy2d", toy=toy), split="train")).x for _ in range(2)
+        data.read(data.make_source(section(name="toy2d", toy=toy), split="train")).x
+        for _ in range(2)
     )
     np.testing.assert_array_equal(first, again)
     other = data.read(data.make_source(section(name="toy2d", toy=toy), split="held_out")).x
@@ -331,7 +348,9 @@ def test_a_class_of_two_gives_one_picture_to_each_split(tmp_path):
     for number in range(2):
         save(tmp_path / "few" / f"{number}.png", (number, 0, 0))
     for share in (0.01, 0.99):
-        assert [len(folder(tmp_path, split=split, held_out_share=share)) for split in data.SPLITS] == [1, 1]
+        assert [
+            len(folder(tmp_path, split=split, held_out_share=share)) for split in data.SPLITS
+        ] == [1, 1]
 
 
 def test_a_flat_folder_is_unconditional(tmp_path):
@@ -364,7 +383,9 @@ def test_pictures_are_turned_upright(tmp_path):
     picture = Image.new("RGB", (16, 16), "black")
     picture.paste("white", (0, 0, 16, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # upright after a quarter turn clockwise: the upper half becomes the right half
+    exif[0x0112] = (
+        6  # upright after a quarter turn clockwise: the upper half becomes the right half
+    )
     picture.save(tmp_path / "a.png", exif=exif)
     picture.save(tmp_path / "b.png", exif=exif)
     x = data.read(folder(tmp_path)).x[0, :, :, 0]
@@ -391,7 +412,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
 
 
 def test_the_short_side_is_resized_and_the_centre_kept():
-    ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None], (40, 80, 3))  # the value is the column
+    ramp = np.broadcast_to(
+        np.arange(80, dtype=np.uint8)[:, None], (40, 80, 3)
+    )  # the value is the column
     expected = (
         20 + 5 * np.arange(8) + 2
     )  # the centres of eight columns of five pixels, in the middle of the picture
@@ -430,7 +453,10 @@ def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
     assert after < before
     assert len(warnings) == sum(bool(source.broken) for source in sources)
     for source, line in zip([source for source in sources if source.broken], warnings, strict=True):
-        assert f"skipped {len(source.broken)} broken of {len(source) + len(source.broken)} pictures" in line
+        assert (
+            f"skipped {len(source.broken)} broken of {len(source) + len(source.broken)} pictures"
+            in line
+        )
         assert all(name in line for name in source.broken)
         assert "\n" not in line
 
@@ -531,7 +557,9 @@ def prepare(root, pictures, labels, channels):
     for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         picture.save(root / f"{number}.png")
         example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append((root / f"{number}.png").read_bytes())
+        example.features.feature["image"].bytes_list.value.append(
+            (root / f"{number}.png").read_bytes()
+        )
         example.features.feature["label"].int64_list.value.append(label)
         writer.write(example.SerializeToString())
     writer.close()
@@ -540,11 +568,18 @@ def prepare(root, pictures, labels, channels):
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 def test_a_prepared_set_is_read_resized_and_labelled(tmp_path, mode, channels):
     pictures = [
-        Image.new(mode, size, ("black", "white")[i % 2]) for i, size in enumerate([(8, 8), (30, 20), (9, 50)])
+        Image.new(mode, size, ("black", "white")[i % 2])
+        for i, size in enumerate([(8, 8), (30, 20), (9, 50)])
     ]
     prepare(tmp_path, pictures, [1, 0, 1], channels)
-    source = data.make_source(section(name="tfds", path=str(tmp_path), dataset="tiny"), split="train")
-    assert (source.shape, source.class_names, source.num_classes) == ((8, 8, channels), ("cat", "dog"), 2)
+    source = data.make_source(
+        section(name="tfds", path=str(tmp_path), dataset="tiny"), split="train"
+    )
+    assert (source.shape, source.class_names, source.num_classes) == (
+        (8, 8, channels),
+        ("cat", "dog"),
+        2,
+    )
     for _ in range(2):
         batch = source.gather(np.array([2, 1, 0, 1]))
         np.testing.assert_array_equal(
@@ -553,7 +588,8 @@ def test_a_prepared_set_is_read_resized_and_labelled(tmp_path, mode, channels):
         assert batch.labels.tolist() == [1, 0, 1, 0]
     with pytest.raises(BadInput, match=r"dataset='tiny' split 'train\[:0\]'"):
         data.make_source(
-            section(name="tfds", path=str(tmp_path), dataset="tiny", split_train="train[:0]"), split="train"
+            section(name="tfds", path=str(tmp_path), dataset="tiny", split_train="train[:0]"),
+            split="train",
         )
     with pytest.raises(BadInput, match=r"dataset='tiny' split 'test'"):
         data.make_source(section(name="tfds", path=str(tmp_path), dataset="tiny"), split="held_out")
@@ -606,4 +642,6 @@ assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )

@@ -10,11 +10,11 @@ from recorded import FOLDER
 from configs.digits import get_config
 from mf_jax.build import make_network
 from mf_jax.decoding import load_decoder, to_pixels
+from mf_jax.errors import BadInput
 from mf_jax.generator import Generator
 from mf_jax.models import initial_params
 from mf_jax.models.autoencoder import load_autoencoder
-from mf_jax.sharding import make_mesh
-from mf_jax.types import BadInput
+from mf_jax.runtime.sharding import make_mesh
 
 VAE = FOLDER / "vae"
 SHAPE = (4, 4, 4)
@@ -25,7 +25,12 @@ def config():
     config = get_config()
     config.data.name, config.data.autoencoder = "latents", str(VAE)
     config.data.latent_mean, config.data.latent_std = (0.5, -0.25, 0.0, 1.0), (2.0, 3.0, 4.0, 5.0)
-    config.model.depth, config.model.width, config.model.num_heads, config.model.patch_size = 1, 16, 2, 2
+    config.model.depth, config.model.width, config.model.num_heads, config.model.patch_size = (
+        1,
+        16,
+        2,
+        2,
+    )
     return config
 
 
@@ -79,5 +84,7 @@ def test_a_decoder_that_is_missing_is_named_when_pictures_are_wanted(config, gen
 
 
 def test_pictures_do_not_depend_on_the_batch(generator):
-    one_by_one = np.concatenate([generator.sample(labels=[3, 4, 5, 6])[i : i + 1] for i in range(4)])
+    one_by_one = np.concatenate(
+        [generator.sample(labels=[3, 4, 5, 6])[i : i + 1] for i in range(4)]
+    )
     np.testing.assert_array_equal(generator.sample(labels=[3, 4, 5, 6], batch_size=2), one_by_one)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from oracle import exact_rows, gaussian_field
 
-from mf_jax.diagnostics import additivity_gap, identity_residual, velocity_error
+from mf_jax.flow.diagnostics import additivity_gap, identity_residual, velocity_error
 
 
 def _case():
@@ -12,7 +12,9 @@ def _case():
     times = np.sort(rng.uniform(0.05, 0.95, (2, 64)), axis=0).astype(np.float32)
     labels, none = jnp.zeros(64, jnp.int32), jnp.zeros(64, bool)
     z = jnp.asarray(rng.normal(size=(64, 2)), jnp.float32)
-    rows = exact_rows(z, jnp.asarray(times[0]), jnp.asarray(times[1]), labels, none, jnp.full(64, 0.3))
+    rows = exact_rows(
+        z, jnp.asarray(times[0]), jnp.asarray(times[1]), labels, none, jnp.full(64, 0.3)
+    )
     return gaussian_field(lambda condition: jnp.full(condition.labels.shape, 0.3)), rows
 
 
@@ -32,4 +34,6 @@ def test_velocity_error_is_the_root_mean_square():
     field, rows = _case()
     bend = 0.25 * (1 + 2 * rows.t)  # the fourth parameter adds (1 + r + t) at r = t
     expected = np.sqrt(np.mean(np.asarray(bend) ** 2))
-    np.testing.assert_allclose(velocity_error(field, jnp.array([0, 0, 0, 0.25]), rows), expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        velocity_error(field, jnp.array([0, 0, 0, 0.25]), rows), expected, rtol=1e-3
+    )

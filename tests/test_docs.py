@@ -16,7 +16,7 @@ from mf_jax import objectives
 from mf_jax.config import validate
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.state import initial_state, make_train_step
+from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
 
 PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
@@ -31,7 +31,9 @@ def added(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(file, module.__name__, "exec"), module.__dict__)
     monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES)
-    monkeypatch.setitem(objectives.OBJECTIVES, "modular_meanflow", None)  # taken out again afterwards
+    monkeypatch.setitem(
+        objectives.OBJECTIVES, "modular_meanflow", None
+    )  # taken out again afterwards
     exec(line, {"OBJECTIVES": objectives.OBJECTIVES, "ModularMeanFlow": module.ModularMeanFlow})
     scope = {}
     exec(config, scope)
@@ -49,7 +51,9 @@ def test_the_added_objective_is_meanflow_at_share_0_and_another_above(added):
         weight = AdaptiveWeight(p=0.5)
         theirs = _gradient(MeanFlow(weight=weight))
         np.testing.assert_allclose(_gradient(record(weight=weight)), theirs, rtol=1e-9)
-        assert not np.allclose(_gradient(record(weight=weight, gradient_share=1.0)), theirs, rtol=1e-2)
+        assert not np.allclose(
+            _gradient(record(weight=weight, gradient_share=1.0)), theirs, rtol=1e-2
+        )
 
 
 def test_the_added_config_trains(added):
@@ -61,4 +65,8 @@ def test_the_added_config_trains(added):
     x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
     after = jax.jit(make_train_step(parts))(state, x, jnp.zeros(16, jnp.int32))
     assert int(after.first_bad_step) == -1
-    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)))
+    assert any(
+        jax.tree.leaves(
+            jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)
+        )
+    )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_jax.draws import (
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import (
     DrawScheme,
     condition_of,
     drop_sizes,
@@ -16,8 +17,8 @@ from mf_jax.draws import (
     split_rows,
     with_other_rows,
 )
-from mf_jax.times import LogitNormalTimes, UniformTimes
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.times import LogitNormalTimes, UniformTimes
 
 ROWS = 4096
 
@@ -46,7 +47,10 @@ def test_group_sizes(share, sizes):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_share_of_rows_is_exact_and_never_rounded_to_zero(share):
     draws = _draw(DrawScheme(UniformTimes(), instant_share=share, label_drop_share=0.0), rows=16)
-    assert (draws.instant.t.size, draws.interval.t.size) == (round(16 * share), round(16 * (1 - share)))
+    assert (draws.instant.t.size, draws.interval.t.size) == (
+        round(16 * share),
+        round(16 * (1 - share)),
+    )
 
 
 def test_every_fourth_row_has_r_below_t():
@@ -69,7 +73,9 @@ def test_split_and_join_are_inverse():
 def test_times_are_ordered_and_inside(times):
     draws = _draw(DrawScheme(times))
     assert jnp.all(draws.instant.r == draws.instant.t)
-    assert jnp.all((draws.interval.r >= 0) & (draws.interval.r < draws.interval.t) & (draws.interval.t <= 1))
+    assert jnp.all(
+        (draws.interval.r >= 0) & (draws.interval.r < draws.interval.t) & (draws.interval.t <= 1)
+    )
 
 
 def test_times_have_the_distribution_they_claim():
@@ -81,15 +87,21 @@ def test_times_have_the_distribution_they_claim():
     r, t = LogitNormalTimes(-0.4, 1.0, -0.4, 1.0).sample(jax.random.key(1), rows)
     logit = np.log(np.concatenate([r, t]) / (1 - np.concatenate([r, t])))
     np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.01)
-    r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(jax.random.key(2), rows)  # so far apart that t is t
+    r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(
+        jax.random.key(2), rows
+    )  # so far apart that t is t
     logit_t, logit_r = np.log(t / (1 - t)), np.log(r / (1 - r))
     np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.01)
     np.testing.assert_allclose([logit_r.mean(), logit_r.std()], [-3.0, 0.25], atol=0.01)
 
 
-@pytest.mark.parametrize(("label_drop", "share"), [("instant_rows", 0.1), ("any_row", 0.3), ("any_row", 0.0)])
+@pytest.mark.parametrize(
+    ("label_drop", "share"), [("instant_rows", 0.1), ("any_row", 0.3), ("any_row", 0.0)]
+)
 def test_labels_are_dropped_where_the_name_says(label_drop, share):
-    draws = _draw(DrawScheme(UniformTimes(), label_drop_share=share, label_drop=label_drop), rows=40_000)
+    draws = _draw(
+        DrawScheme(UniformTimes(), label_drop_share=share, label_drop=label_drop), rows=40_000
+    )
     dropped = [np.asarray(rows.dropped) for rows in (draws.instant, draws.interval)]
     np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.01)
     assert dropped[1].any() == (label_drop == "any_row" and share > 0)
@@ -109,7 +121,9 @@ def test_fixed_rows_lose_their_label_for_certain():
     rows = guidable_rows(draws)
     np.testing.assert_array_equal(rows.x, draws.instant.x[~draws.instant.dropped])
     values = with_other_rows(rows.x + 1, draws)
-    np.testing.assert_array_equal(values, np.where(draws.instant.dropped[:, None], 0, draws.instant.x + 1))
+    np.testing.assert_array_equal(
+        values, np.where(draws.instant.dropped[:, None], 0, draws.instant.x + 1)
+    )
 
 
 @pytest.mark.parametrize("label_drop", ["instant_rows", "any_row"])
@@ -121,7 +135,12 @@ def test_rows_drawn_at_random_may_all_be_guided(label_drop):
 
 @pytest.mark.parametrize(
     ("instant_share", "drop_share", "sizes", "group"),
-    [(0.75, 0.1, (13, 2), 20), (0.5, 0.125, (3, 1), 8), (1.0, 0.25, (3, 1), 4), (0.5, 0.0, (1, 0), 2)],
+    [
+        (0.75, 0.1, (13, 2), 20),
+        (0.5, 0.125, (3, 1), 8),
+        (1.0, 0.25, (3, 1), 4),
+        (0.5, 0.0, (1, 0), 2),
+    ],
 )
 def test_sizes_of_fixed_rows(instant_share, drop_share, sizes, group):
     assert drop_sizes(instant_share, drop_share) == sizes
@@ -156,7 +175,10 @@ def test_draws_are_a_pure_function_of_the_key():
         (lambda: DrawScheme(UniformTimes(), instant_share=0.007), "instant_share.*fraction"),
         (lambda: DrawScheme(UniformTimes(), label_drop_share=1.0), "label_drop_share"),
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
-        (lambda: DrawScheme(UniformTimes(), 0.75, 0.007, "fixed_rows"), "label_drop_share=0.007.*use 3/256"),
+        (
+            lambda: DrawScheme(UniformTimes(), 0.75, 0.007, "fixed_rows"),
+            "label_drop_share=0.007.*use 3/256",
+        ),
         (lambda: DrawScheme(UniformTimes(), 0.75, 0.8, "fixed_rows"), "0.75 of rows"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
     ],

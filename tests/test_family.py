@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from oracle import exact_rows, gaussian_field
 
-from mf_jax.draws import DrawScheme, condition_of
-from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import DrawScheme, condition_of
+from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.records import Condition, Draws, GuidanceScale, Prediction
+from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, UniformTimes
 from mf_jax.models import DataPrediction, as_field
 from mf_jax.objectives import Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow
@@ -22,9 +26,6 @@ from mf_jax.objectives.pixel_meanflow import PerceptualTerm, PixelMeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.paths import interpolate, per_row
-from mf_jax.times import ConsistencyTimes, DyadicTimes, UniformTimes
-from mf_jax.types import BadInput, Condition, Draws, GuidanceScale, Prediction
 
 STEP = jnp.int32(0)
 PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
@@ -50,7 +51,10 @@ def _draws(seed=0, num=4, **more):
         z, labels = jnp.asarray(rng.normal(size=(num, 5))), jnp.asarray(rng.integers(0, 4, num))
         times = np.sort(rng.uniform(0.1, 0.98, (2, num)), axis=0)
         r, t = jnp.asarray(times[1] if instant else times[0]), jnp.asarray(times[1])
-        fraction, direction = jnp.asarray(rng.uniform(size=num)), jnp.asarray(rng.normal(size=(num, 5)))
+        fraction, direction = (
+            jnp.asarray(rng.uniform(size=num)),
+            jnp.asarray(rng.normal(size=(num, 5))),
+        )
         told = {"fraction": fraction, "direction": direction} | more
         return exact_rows(z, r, t, labels, jnp.zeros(num, bool), 0.4 * labels, **told)
 
@@ -59,9 +63,9 @@ def _draws(seed=0, num=4, **more):
 
 def _value_and_gradient(objective, draws=None, step=STEP, field=FIELD):
     draws = _draws() if draws is None else draws
-    (loss, _), gradient = jax.value_and_grad(lambda p: objective.loss(field, p, draws, step), has_aux=True)(
-        jnp.asarray(PARAMS)
-    )
+    (loss, _), gradient = jax.value_and_grad(
+        lambda p: objective.loss(field, p, draws, step), has_aux=True
+    )(jnp.asarray(PARAMS))
     return loss, gradient
 
 
@@ -71,7 +75,9 @@ def _same(a, b, rtol=1e-9):
 
 
 def _constant_alpha(alpha, **more):
-    return AlphaFlow(alpha_start=alpha, alpha_end=alpha, derivative_below=0.0, target_clip=1e9, **more)
+    return AlphaFlow(
+        alpha_start=alpha, alpha_end=alpha, derivative_below=0.0, target_clip=1e9, **more
+    )
 
 
 def test_alpha_flow_becomes_meanflow():
@@ -90,16 +96,28 @@ def test_alpha_flow_at_1_is_flow_matching():
     _, metrics = _constant_alpha(1.0).loss(FIELD, PARAMS, _draws(), STEP)
     rows = _draws().interval
     u = FIELD(
-        PARAMS, interpolate(rows.x, rows.e, t=rows.t), r=rows.r, t=rows.t, condition=condition_of(rows)
+        PARAMS,
+        interpolate(rows.x, rows.e, t=rows.t),
+        r=rows.r,
+        t=rows.t,
+        condition=condition_of(rows),
     ).u
-    np.testing.assert_allclose(metrics["u_error"].compute(), np.mean((u - (rows.e - rows.x)) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["u_error"].compute(), np.mean((u - (rows.e - rows.x)) ** 2), rtol=1e-6
+    )
     at_once = _draws().replace(interval=rows.replace(r=rows.t))
-    _same(_value_and_gradient(_constant_alpha(1.0), at_once), _value_and_gradient(FlowMatching(), at_once))
+    _same(
+        _value_and_gradient(_constant_alpha(1.0), at_once),
+        _value_and_gradient(FlowMatching(), at_once),
+    )
 
 
 def test_alpha_flow_takes_the_derivative_below_its_threshold():
     objective = AlphaFlow(anneal_from=100, anneal_to=200, target_clip=1e9)
-    for step, other in ((100, _constant_alpha(float(objective.alpha(jnp.int32(100))))), (200, MeanFlow())):
+    for step, other in (
+        (100, _constant_alpha(float(objective.alpha(jnp.int32(100))))),
+        (200, MeanFlow()),
+    ):
         ours = _value_and_gradient(objective, step=jnp.int32(step))
         _same(ours, _value_and_gradient(other), rtol=1e-6)
 
@@ -107,7 +125,11 @@ def test_alpha_flow_takes_the_derivative_below_its_threshold():
 def test_soflow_is_alpha_flow():
     """An exponential schedule from 0.1 to 0.002 without derivative, alpha that of the step."""
     soflow = AlphaFlow(
-        annealing="exponential", alpha_start=0.1, alpha_end=0.002, anneal_to=100, derivative_below=0.0
+        annealing="exponential",
+        alpha_start=0.1,
+        alpha_end=0.002,
+        anneal_to=100,
+        derivative_below=0.0,
     )
     np.testing.assert_allclose(
         [soflow.alpha(jnp.int32(k)) for k in (0, 50, 100, 150)],
@@ -123,19 +145,29 @@ def test_sigmoid_falls_from_1_to_0_around_the_middle():
     objective = AlphaFlow(anneal_from=100, anneal_to=300)
     values = [float(objective.alpha(jnp.int32(k))) for k in (0, 100, 200, 300, 400)]
     np.testing.assert_allclose(values, [1, 1, 0.5, 0, 0], atol=1e-5)
-    np.testing.assert_allclose(objective.alpha(jnp.int32(208)), 1 / (1 + np.e), rtol=1e-6)  # 25 * 8 / 200 = 1
+    np.testing.assert_allclose(
+        objective.alpha(jnp.int32(208)), 1 / (1 + np.e), rtol=1e-6
+    )  # 25 * 8 / 200 = 1
 
 
 def test_targets_of_alpha_flow_are_clipped():
     draws = _draws()
     side = jnp.asarray([1.0, 1.0, -1.0, -1.0])[:, None]
     far = draws.replace(interval=draws.interval.replace(e=draws.interval.e + 100 * side))
-    _, metrics = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0).loss(FIELD, PARAMS, far, STEP)
+    _, metrics = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0).loss(
+        FIELD, PARAMS, far, STEP
+    )
     rows = far.interval
     u = FIELD(
-        PARAMS, interpolate(rows.x, rows.e, t=rows.t), r=rows.r, t=rows.t, condition=condition_of(rows)
+        PARAMS,
+        interpolate(rows.x, rows.e, t=rows.t),
+        r=rows.r,
+        t=rows.t,
+        condition=condition_of(rows),
     ).u
-    np.testing.assert_allclose(metrics["u_error"].compute(), np.mean((u - 4.0 * side) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["u_error"].compute(), np.mean((u - 4.0 * side) ** 2), rtol=1e-6
+    )
 
 
 def test_split_becomes_the_identity_in_t_as_its_first_part_vanishes():
@@ -161,7 +193,8 @@ def test_shortcut_is_the_split_at_the_midpoint():
     )
     other = _draws(fraction=jnp.full(4, 0.2))
     assert not np.allclose(
-        _value_and_gradient(SplitMeanFlow(), other)[1], _value_and_gradient(SplitMeanFlow(), draws)[1]
+        _value_and_gradient(SplitMeanFlow(), other)[1],
+        _value_and_gradient(SplitMeanFlow(), draws)[1],
     )
 
 
@@ -186,9 +219,13 @@ def test_pixel_is_improved_under_the_change_of_variables():
 
     params = {"w": jnp.linspace(0.5, 1.5, 5)}
     pixel = jax.value_and_grad(
-        lambda p: PixelMeanFlow().loss(as_field(DataPrediction(_Bent(), t_clip=0.05)), p, draws, STEP)[0]
+        lambda p: PixelMeanFlow().loss(
+            as_field(DataPrediction(_Bent(), t_clip=0.05)), p, draws, STEP
+        )[0]
     )(params)
-    improved = jax.value_and_grad(lambda p: ImprovedMeanFlow().loss(in_velocity, p, draws, STEP)[0])(params)
+    improved = jax.value_and_grad(
+        lambda p: ImprovedMeanFlow().loss(in_velocity, p, draws, STEP)[0]
+    )(params)
     _same(pixel, improved)
 
 
@@ -213,7 +250,9 @@ def test_perceptual_terms_compare_pictures_below_their_t_max():
 
     weight = AdaptiveWeight(p=0.0)
     term = PerceptualTerm("mine", distance, factor=0.4, t_max=0.9)
-    loss, metrics = PixelMeanFlow(weight=weight, perceptual=(term,)).loss(FIELD, jnp.zeros(4), draws, STEP)
+    loss, metrics = PixelMeanFlow(weight=weight, perceptual=(term,)).loss(
+        FIELD, jnp.zeros(4), draws, STEP
+    )
     without, _ = PixelMeanFlow(weight=weight).loss(FIELD, jnp.zeros(4), draws, STEP)
     (x_hat, x), t = seen[0], jnp.stack([draws.instant.t, draws.interval.t], 1).ravel()
     counted = np.where(t < 0.9, np.mean((x_hat - x) ** 2, axis=1), 0)
@@ -241,9 +280,13 @@ def test_terminal_velocity_looks_at_the_data_only_at_r():
     draws = _draws()
     rows = draws.interval
     z = interpolate(rows.x, rows.e, t=rows.t)
-    moved = rows.replace(x=z - per_row(rows.t, z), e=z + 1 - per_row(rows.t, z))  # other data, the same z_t
+    moved = rows.replace(
+        x=z - per_row(rows.t, z), e=z + 1 - per_row(rows.t, z)
+    )  # other data, the same z_t
     errors = [
-        TerminalVelocity().loss(FIELD, PARAMS, draws.replace(interval=interval), STEP)[1]["u_error"].compute()
+        TerminalVelocity()
+        .loss(FIELD, PARAMS, draws.replace(interval=interval), STEP)[1]["u_error"]
+        .compute()
         for interval in (rows, moved)
     ]
     np.testing.assert_allclose(*errors, rtol=1e-6)
@@ -282,7 +325,10 @@ def test_controls_have_a_gradient_and_add_to_any_objective():
     np.testing.assert_allclose(slope, 2 * 2 * (3.0 - 1), rtol=1e-9)
     for objective in (MeanFlow(), FlowMatching()):
         both = Controlled(objective, controls)
-        alone, penalty = _value_and_gradient(objective)[0], controls.penalty(FIELD, PARAMS, _draws())[0]
+        alone, penalty = (
+            _value_and_gradient(objective)[0],
+            controls.penalty(FIELD, PARAMS, _draws())[0],
+        )
         np.testing.assert_allclose(_value_and_gradient(both)[0], alone + penalty, rtol=1e-9)
         assert both.learns_average == objective.learns_average
         assert both.target_ema == objective.target_ema
@@ -308,7 +354,9 @@ def test_dyadic_times_are_steps_of_a_ladder():
 def test_drawn_guidance_has_the_density_it_names(power):
     scheme = DrawScheme(UniformTimes(), omega_max=8.0, omega_power=power)
     draws = scheme.draw(jax.random.key(0), jnp.zeros((8000, 1)), jnp.zeros(8000, jnp.int32))
-    told = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant.guidance, draws.interval.guidance)
+    told = jax.tree.map(
+        lambda *a: jnp.concatenate(a), draws.instant.guidance, draws.interval.guidance
+    )
     edges = np.linspace(1, 8, 2001)
     density = edges**-power
     mean = (np.trapezoid(edges * density, edges) / np.trapezoid(density, edges)).item()
@@ -323,7 +371,8 @@ def test_drawn_guidance_has_the_density_it_names(power):
 def test_more_draws_do_not_change_those_before_them():
     x, labels = jnp.zeros((8, 2)), jnp.arange(8)
     plain, told = (
-        DrawScheme(UniformTimes(), omega_max=w).draw(jax.random.key(3), x, labels) for w in (1.0, 4.0)
+        DrawScheme(UniformTimes(), omega_max=w).draw(jax.random.key(3), x, labels)
+        for w in (1.0, 4.0)
     )
     assert plain.interval.guidance is None
     _same(plain.interval, told.interval.replace(guidance=None))
@@ -331,17 +380,23 @@ def test_more_draws_do_not_change_those_before_them():
     """Outside its interval, and without label, a row of improved MeanFlow has its own velocity as the target."""
     draws = _draws()
     told = GuidanceScale(
-        jnp.full(4, 3.0), jnp.full(4, 0.0), draws.interval.t - jnp.asarray([0.01, -0.01, 0.01, -0.01])
+        jnp.full(4, 3.0),
+        jnp.full(4, 0.0),
+        draws.interval.t - jnp.asarray([0.01, -0.01, 0.01, -0.01]),
     )
     draws = Draws(
-        instant=draws.instant.replace(guidance=told, dropped=jnp.asarray([True, False, False, True])),
+        instant=draws.instant.replace(
+            guidance=told, dropped=jnp.asarray([True, False, False, True])
+        ),
         interval=draws.interval.replace(guidance=told),
     )
 
     def of(draws):
         instant = over_whole_interval(draws.instant)
         own = jnp.zeros_like(draws.instant.x)
-        return guided_velocities(Guidance(), FIELD, PARAMS, draws.replace(instant=instant), own_instant=own)
+        return guided_velocities(
+            Guidance(), FIELD, PARAMS, draws.replace(instant=instant), own_instant=own
+        )
 
     v = of(draws)
     plain = [rows.e - rows.x for rows in (draws.instant, draws.interval)]
@@ -380,7 +435,10 @@ def test_more_draws_do_not_change_those_before_them():
         (lambda: DyadicTimes(levels=-1), "levels"),
         (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
         (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
-        (lambda: ImprovedMeanFlow().loss(_linear(1.0), jnp.zeros(()), _draws(), STEP), "second head"),
+        (
+            lambda: ImprovedMeanFlow().loss(_linear(1.0), jnp.zeros(()), _draws(), STEP),
+            "second head",
+        ),
     ],
 )
 def test_bad_arguments_are_named(build, named):

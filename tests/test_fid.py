@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from mf_jax import fid, judge
+from mf_jax import fid
 from mf_jax.metrics import frechet_distance, gaussian_statistics
 from mf_jax.metrics.inception import FEATURES, Inception
 from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+from mf_jax.scoring import scorers as judge
 
 WIDTHS = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
 ARGUMENTS = (
@@ -25,7 +26,8 @@ def _features(params, images):
     """Stand for Inception: a few fixed projections of the pictures."""
     flat = images.reshape(len(images), -1).astype("float32") / 255
     return {
-        name: flat @ np.random.default_rng(width).standard_normal((flat.shape[1], width)).astype(np.float32)
+        name: flat
+        @ np.random.default_rng(width).standard_normal((flat.shape[1], width)).astype(np.float32)
         for name, width in WIDTHS.items()
     }
 
@@ -64,16 +66,24 @@ def _rows(workdir):
     return [json.loads(line) for line in (workdir / "eval.jsonl").read_text().splitlines()]
 
 
-def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(few_features, copy_of_trained, command):
+def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(
+    few_features, copy_of_trained, command
+):
     looks, reference = few_features
     one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference))
     code, out, errors = command(*one, "--config.eval.steps=2,")
     assert code == 0, errors
     assert sum(looks) == 80
     (first,) = _rows(copy_of_trained)
-    assert {"fid", "sfid", "precision", "recall", "kid", "inception_score", "fid_standard_error"} <= set(
-        first
-    )
+    assert {
+        "fid",
+        "sfid",
+        "precision",
+        "recall",
+        "kid",
+        "inception_score",
+        "fid_standard_error",
+    } <= set(first)
     assert f"{first['fid']:.4g}" in out
     assert "two FIDs that differ by less than" in " ".join(out.split())
     about = first["protocol"]
@@ -125,7 +135,10 @@ def test_several_references_share_their_samples(few_features, copy_of_trained, c
     looks, reference = few_features
     other = _write_reference(tmp_path / "other.npz", seed=1)
     code, _, _ = command(
-        *ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, other), "--config.eval.steps=1,"
+        *ARGUMENTS,
+        f"--workdir={copy_of_trained}",
+        _references(reference, other),
+        "--config.eval.steps=1,",
     )
     assert (code, sum(looks)) == (0, 80)
     rows = _rows(copy_of_trained)
@@ -137,7 +150,12 @@ def test_several_references_share_their_samples(few_features, copy_of_trained, c
 
 def test_chosen_checkpoints(few_features, copy_of_trained, command):
     _, reference = few_features
-    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
+    one = (
+        *ARGUMENTS,
+        f"--workdir={copy_of_trained}",
+        _references(reference),
+        "--config.eval.steps=1,",
+    )
     assert command(*one, "--config.eval.checkpoints=4,8")[0] == 0
     assert [row["protocol"]["checkpoint"] for row in _rows(copy_of_trained)] == [4, 8]
     code, _, errors = command(*one, "--config.eval.checkpoints=5,")
@@ -158,7 +176,12 @@ def watch(few_features, copy_of_trained, command, monkeypatch):
             when_waiting()
 
         monkeypatch.setattr(fid.time, "sleep", wait)
-        one = (*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference), "--config.eval.steps=1,")
+        one = (
+            *ARGUMENTS,
+            f"--workdir={copy_of_trained}",
+            _references(reference),
+            "--config.eval.steps=1,",
+        )
         return *command(*one, "--config.eval.watch=True", *more), waits
 
     return start
@@ -175,7 +198,9 @@ def test_watching_scores_what_is_new_until_the_last_step(watch, copy_of_trained)
     assert "checkpoint 4" in out
 
 
-def test_a_checkpoint_that_lands_during_the_last_scoring_is_scored(watch, copy_of_trained, monkeypatch):
+def test_a_checkpoint_that_lands_during_the_last_scoring_is_scored(
+    watch, copy_of_trained, monkeypatch
+):
     last, aside = copy_of_trained / "checkpoints" / "12", copy_of_trained / "later"
     shutil.move(last, aside)
     score = fid._score_grid
@@ -201,7 +226,9 @@ def test_a_watched_checkpoint_is_scored_in_all_ways_before_an_older_one(watch, c
     ]
 
 
-def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(watch, copy_of_trained, monkeypatch):
+def test_watching_waits_for_a_run_and_goes_on_without_what_it_drops(
+    watch, copy_of_trained, monkeypatch
+):
     config, aside = copy_of_trained / "config.json", copy_of_trained / "aside"
     shutil.move(config, aside)
     load = fid.load_cell
@@ -315,7 +342,9 @@ def test_a_reference_of_nothing_but_pictures(few_features, command, tmp_path):
     assert 0 < row["precision"] <= 1
 
 
-def test_the_pictures_of_a_reference_give_the_features_that_it_lacks(few_features, command, tmp_path):
+def test_the_pictures_of_a_reference_give_the_features_that_it_lacks(
+    few_features, command, tmp_path
+):
     pictures = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "theirs.npz", arr_0=pictures[:40])
     features = _features({}, pictures)["2048"].astype(np.float64)
@@ -357,14 +386,18 @@ def test_a_row_that_is_none_stops_the_job_and_stays(few_features, copy_of_traine
         (["REFERENCE", "--config.eval.samples=EMPTY"], "arr_0"),
     ],
 )
-def test_bad_input_is_one_line(few_features, copy_of_trained, command, tmp_path, arguments, message):
+def test_bad_input_is_one_line(
+    few_features, copy_of_trained, command, tmp_path, arguments, message
+):
     _, reference = few_features
     wide = _write_reference(tmp_path / "wide.npz", seed=0, width=7)
     np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     arguments = [argument.replace("EMPTY", str(tmp_path / "empty.npz")) for argument in arguments]
     given = {"REFERENCE": _references(reference), "OTHER WIDTH": _references(wide)}
     code, _, errors = command(
-        *ARGUMENTS, f"--workdir={copy_of_trained}", *(given.get(argument, argument) for argument in arguments)
+        *ARGUMENTS,
+        f"--workdir={copy_of_trained}",
+        *(given.get(argument, argument) for argument in arguments),
     )
     assert code == 2
     assert message in errors
@@ -377,7 +410,9 @@ def test_a_reference_of_other_features_is_refused_before_samples_are_made(
 ):
     looks, reference = few_features
     wide = _write_reference(tmp_path / "wide.npz", seed=0, width=7)
-    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, wide))
+    code, _, errors = command(
+        *ARGUMENTS, f"--workdir={copy_of_trained}", _references(reference, wide)
+    )
     assert code == 2
     assert "wide.npz: mu has 7 features; must have 6" in errors
     assert not looks
@@ -392,5 +427,10 @@ def test_published_weights_that_are_missing_are_named(copy_of_trained, command, 
         f"--config.weights_dir={tmp_path}",
     )
     assert code == 2
-    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://", "6726825d0af5f729", str(tmp_path)):
+    for part in (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://",
+        "6726825d0af5f729",
+        str(tmp_path),
+    ):
         assert part in errors

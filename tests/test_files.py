@@ -14,11 +14,12 @@ from conftest import TINY
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
-from mf_jax import report, train
-from mf_jax.files import in_bucket, locked, replace_file, written_aside
-from mf_jax.pictures import save_grid
-from mf_jax.report import RunLog, read_metrics
-from mf_jax.report_page import write_report
+from mf_jax import train
+from mf_jax.reporting import run_log as report
+from mf_jax.reporting.page import write_report
+from mf_jax.reporting.run_log import RunLog, read_metrics
+from mf_jax.reporting.sample_grid import save_grid
+from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

@@ -8,8 +8,8 @@ from conftest import TINY
 
 import mf_jax
 from mf_jax.decoding import to_pixels
+from mf_jax.errors import BadInput
 from mf_jax.generator import all_classes_in_turn
-from mf_jax.types import BadInput
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,8 @@ def test_labels(generator):
 
 def test_pixels():
     np.testing.assert_array_equal(
-        to_pixels(np.float32([[[[-1.5], [-1.0], [0.0], [1.0], [2.0]]]])).ravel(), [0, 0, 128, 255, 255]
+        to_pixels(np.float32([[[[-1.5], [-1.0], [0.0], [1.0], [2.0]]]])).ravel(),
+        [0, 0, 128, 255, 255],
     )
 
 
@@ -85,7 +86,11 @@ def test_load_names_what_is_wrong(tmp_path, trained):
 
 
 def test_sample_mode_writes_the_fields_convention(copy_of_trained, command):
-    more = ("--config.sample.num=21", "--config.sample.labels=(3,7)", "--config.sample.batch_size=8")
+    more = (
+        "--config.sample.num=21",
+        "--config.sample.labels=(3,7)",
+        "--config.sample.batch_size=8",
+    )
     code, out, errors = command(
         "--config=configs/digits.py", "--mode=sample", f"--workdir={copy_of_trained}", *TINY, *more
     )
@@ -103,7 +108,11 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained, command):
 def test_sample_mode_of_vectors(toy_run, command):
     workdir, _ = toy_run
     code, _, errors = command(
-        "--config=configs/toy2d.py", "--mode=sample", f"--workdir={workdir}", *TINY, "--config.sample.num=50"
+        "--config=configs/toy2d.py",
+        "--mode=sample",
+        f"--workdir={workdir}",
+        *TINY,
+        "--config.sample.num=50",
     )
     assert code == 0, errors
     arrays = np.load(workdir / "samples.npz")
@@ -164,7 +173,9 @@ def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_def
 
     numbers = (np.float32([1, 0]), np.float32(module.NO_GUIDANCE))
     arrays = (*numbers, np.arange(4, dtype=np.int32), np.zeros(4, np.int32))
-    trace = module._sample.trace(generator.network, True, generator.shape, generator.params, 0, *arrays)
+    trace = module._sample.trace(
+        generator.network, True, generator.shape, generator.params, 0, *arrays
+    )
     text = str(trace.jaxpr)
     assert text.count("precision=") > 3
     assert "precision=None" not in text

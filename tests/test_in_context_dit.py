@@ -11,17 +11,27 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from recorded import FOLDER
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.paths import interpolate
+from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale
 from mf_jax.models import IN_CONTEXT_SIZES, DataPrediction, InContextDiT, as_field, initial_params
 from mf_jax.models.in_context_dit import rotary_angles
-from mf_jax.paths import interpolate
-from mf_jax.reference.names import from_published
-from mf_jax.types import NO_LABEL, BadInput, Condition, GuidanceScale
+from mf_jax.published.names import from_published
 
 CASES = sorted([*FOLDER.glob("imf_*.npz"), *FOLDER.glob("pmf_*.npz")])
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
-IN_CONTEXT_COUNTS = {name: count for name, count in COUNTS.items() if name.startswith(("imf", "pmf"))}
+IN_CONTEXT_COUNTS = {
+    name: count for name, count in COUNTS.items() if name.startswith(("imf", "pmf"))
+}
 TOLERANCE = 1e-5  # relative to the norm
-SMALL = {"patch_size": 2, "depth": 2, "width": 16, "num_heads": 2, "head_depth": 1, "num_classes": 3}
+SMALL = {
+    "patch_size": 2,
+    "depth": 2,
+    "width": 16,
+    "num_heads": 2,
+    "head_depth": 1,
+    "num_classes": 3,
+}
 PIXEL = {"bottleneck": 5, "positions": "grid"}
 SHAPE = (4, 6, 3)
 each_variant = pytest.mark.parametrize("variant", [{}, PIXEL], ids=["latent", "pixel"])
@@ -41,7 +51,9 @@ def _build(settings):
     shapes = jax.eval_shape(lambda key: initial_params(network, SHAPE, key), jax.random.key(0))
     random = np.random.default_rng(1)
     drawn = {
-        name: jnp.asarray(name.endswith("scale") + 0.3 * random.standard_normal(leaf.shape), jnp.float32)
+        name: jnp.asarray(
+            name.endswith("scale") + 0.3 * random.standard_normal(leaf.shape), jnp.float32
+        )
         for name, leaf in flatten_dict(shapes, sep="/").items()
     }
     return network, jax.jit(as_field(network)), shapes, unflatten_dict(drawn, sep="/")
@@ -99,14 +111,17 @@ def test_recorded_outputs(path):
         meta["kind"], {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
     )
     x, e, r, t, labels, *guidance = (
-        jnp.asarray(case[f"in/{name}"]) for name in ("x", "e", "r", "t", "y", "omega", "t_min", "t_max")
+        jnp.asarray(case[f"in/{name}"])
+        for name in ("x", "e", "r", "t", "y", "omega", "t_min", "t_max")
     )
     network = _recorded_network(meta)
     fresh = jax.eval_shape(lambda key: initial_params(network, x.shape[1:], key), jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
     with jax.default_matmul_precision(meta["matmul_precision"]):
         condition = Condition(labels, guidance=GuidanceScale(*guidance))
-        ours = jax.jit(as_field(network))(params, interpolate(x, e, t=t), r=r, t=t, condition=condition)
+        ours = jax.jit(as_field(network))(
+            params, interpolate(x, e, t=t), r=r, t=t, condition=condition
+        )
     for name in ("u", "v"):
         theirs = case[f"out/{name}"]
         error = np.linalg.norm(getattr(ours, name) - theirs) / np.linalg.norm(theirs)
@@ -117,7 +132,9 @@ def _published_network(name, *, second_head):
     """Return the network and data shape of a published name, e.g. pmfDiT_B_16."""
     kind, size, patch = name.split("_")
     pixel = kind == "pmfDiT"
-    depth, width, heads, head_depth, bottleneck, positions = IN_CONTEXT_SIZES["pixel_" * pixel + size]
+    depth, width, heads, head_depth, bottleneck, positions = IN_CONTEXT_SIZES[
+        "pixel_" * pixel + size
+    ]
     network = InContextDiT(
         patch_size=int(patch),
         depth=depth,
@@ -171,7 +188,11 @@ def test_a_fresh_network_predicts_zero(variant):
 
 
 def test_fresh_gates_close_the_blocks():
-    gates = {name: leaf for name, leaf in flatten_dict(_fresh(), sep="/").items() if name.endswith("_gate")}
+    gates = {
+        name: leaf
+        for name, leaf in flatten_dict(_fresh(), sep="/").items()
+        if name.endswith("_gate")
+    }
     assert len(gates) == 2 * (SMALL["depth"] + SMALL["head_depth"])
     assert all(jnp.all(leaf == 0) and leaf.shape == (SMALL["width"],) for leaf in gates.values())
 
@@ -195,7 +216,9 @@ def test_everything_told_changes_both_predictions(variant):
     field, _, drawn = _network(**variant)
     base = _predict(field, drawn)
     told = [{"label": label} for label in (0, 2, NO_LABEL)]
-    told += [{"guidance": changed} for changed in ((3.0, 0.1, 0.9), (2.0, 0.3, 0.9), (2.0, 0.1, 0.7))]
+    told += [
+        {"guidance": changed} for changed in ((3.0, 0.1, 0.9), (2.0, 0.3, 0.9), (2.0, 0.1, 0.7))
+    ]
     others = [_predict(field, drawn, **change) for change in [*told, {"r": 0.4}]]
     for i, a in enumerate(others):
         for b in (base, *others[:i]):
@@ -221,7 +244,9 @@ def test_unconditional_network_has_no_class_tokens(variant):
     field, params, drawn = _network(**variant, num_classes=0)
     _, conditional, _ = _network(**variant)
     assert set(conditional) - set(params) == {"class_tokens"}
-    np.testing.assert_array_equal(_predict(field, drawn, label=2).u, _predict(field, drawn, label=NO_LABEL).u)
+    np.testing.assert_array_equal(
+        _predict(field, drawn, label=2).u, _predict(field, drawn, label=NO_LABEL).u
+    )
 
 
 @each_variant
@@ -246,8 +271,12 @@ def test_bfloat16_is_really_used_and_close(variant):
 
 def test_only_the_embeddings_multiply_matrices_in_float32():
     field, shapes, _ = _network(dtype="bfloat16")
-    program = str(jax.make_jaxpr(lambda params: _predict(field, params, jnp.zeros((1, *SHAPE))))(shapes))
-    assert "bf16[1,26,16] = dot_general" in program  # linear layers, on 20 tokens told and 6 patches
+    program = str(
+        jax.make_jaxpr(lambda params: _predict(field, params, jnp.zeros((1, *SHAPE))))(shapes)
+    )
+    assert (
+        "bf16[1,26,16] = dot_general" in program
+    )  # linear layers, on 20 tokens told and 6 patches
     assert (
         len(re.findall(r"f32\[[\d,]*\] = dot_general", program)) == 2 * 4
     )  # two layers for each number told

@@ -15,17 +15,22 @@ from flax.traverse_util import flatten_dict
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics import inception as inception_module
 from mf_jax.metrics.inception import FEATURES, inception_features, load_inception
-from mf_jax.reference.torch_file import fit_state_dict, read_state_dict
-from mf_jax.types import BadInput
+from mf_jax.published.torch_file import fit_state_dict, read_state_dict
 
 CASE = dict(np.load(FOLDER / "inception.npz"))
 META = json.loads(str(CASE["meta"]))
 SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
 TOLERANCE = 1e-5  # relative to the largest number
 MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<f2": "HalfStorage", "<i8": "LongStorage"}
+STORAGES = {
+    "<f4": "FloatStorage",
+    "<f8": "DoubleStorage",
+    "<f2": "HalfStorage",
+    "<i8": "LongStorage",
+}
 
 
 # ---- files as torch.save writes them, put together by hand
@@ -53,7 +58,9 @@ def _tensor(storage, shape, strides, *, offset=0):
 
 
 def _storage(key, dtype, size, *view):
-    return _opcodes(("storage", b"ctorch\n" + STORAGES[dtype].encode() + b"\n", key, "cpu", size, *view))
+    return _opcodes(
+        ("storage", b"ctorch\n" + STORAGES[dtype].encode() + b"\n", key, "cpu", size, *view)
+    )
 
 
 def _state_dict(arrays, *view):
@@ -61,7 +68,9 @@ def _state_dict(arrays, *view):
     tensors, data = {}, {}
     for i, (name, array) in enumerate(arrays.items()):
         strides = [stride // array.itemsize for stride in array.strides]
-        tensors[name] = _tensor(_storage(str(i), array.dtype.str, array.size, *view), array.shape, strides)
+        tensors[name] = _tensor(
+            _storage(str(i), array.dtype.str, array.size, *view), array.shape, strides
+        )
         data[str(i)] = array.tobytes(order="A")
     return b"\x80\x02" + _opcodes(tensors) + b".", data
 
@@ -79,7 +88,10 @@ def _write_zip(path, pickled, data, **records):
 
 def _write_old(path, pickled, data, sizes, *, little=True):
     parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": little})]
-    numbers = [struct.pack("<q", size) + content for size, content in zip(sizes, data.values(), strict=True)]
+    numbers = [
+        struct.pack("<q", size) + content
+        for size, content in zip(sizes, data.values(), strict=True)
+    ]
     path.write_bytes(b"".join([*parts, pickled, pickle.dumps(list(data), 2), *numbers]))
     return path
 
@@ -140,7 +152,9 @@ def test_recorded_features(inception, side):
     for name in set(FEATURES) - {"spatial"}:
         theirs = CASE[f"out/{side}/{name}"]
         assert features[name].dtype == np.float32
-        np.testing.assert_allclose(features[name], theirs, rtol=1e-3, atol=TOLERANCE * np.abs(theirs).max())
+        np.testing.assert_allclose(
+            features[name], theirs, rtol=1e-3, atol=TOLERANCE * np.abs(theirs).max()
+        )
         assert np.abs(features[name] - theirs).max() < TOLERANCE * np.abs(theirs).max(), name
 
 
@@ -151,7 +165,9 @@ def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception
     layer = {"kernel": jnp.zeros_like(layer["kernel"]), "bias": jnp.asarray(bias)}
     images = CASE[f"in/images_{SIDES[0]}"]
     features = inception_features(inception.params | {"Mixed_6d.branch1x1": layer}, images)
-    np.testing.assert_array_equal(features["spatial"], np.tile([0, 0, 0, 1, 2, 3, 4], (len(images), 17 * 17)))
+    np.testing.assert_array_equal(
+        features["spatial"], np.tile([0, 0, 0, 1, 2, 3, 4], (len(images), 17 * 17))
+    )
 
 
 def test_spatial_features_depend_on_where(inception):
@@ -202,13 +218,18 @@ def test_the_file_is_known_by_its_hash(drawn, inception, tmp_path):
 def test_counters_of_batches_may_be_missing(drawn, inception, tmp_path):
     without = {name: array for name, array in drawn.items() if "num_batches" not in name}
     assert len(without) < len(drawn)
-    ours = flatten_dict(load_inception(WRITERS["safetensors"](tmp_path / "inception", without)).params)
+    ours = flatten_dict(
+        load_inception(WRITERS["safetensors"](tmp_path / "inception", without)).params
+    )
     for name, array in flatten_dict(inception.params).items():
         np.testing.assert_array_equal(ours[name], array)
 
 
 def test_parameters_that_do_not_fit_are_named(drawn, tmp_path):
-    arrays = dict(drawn) | {"fc.bias": drawn["fc.bias"][:1000], "AuxLogits.fc.bias": drawn["fc.bias"]}
+    arrays = dict(drawn) | {
+        "fc.bias": drawn["fc.bias"][:1000],
+        "AuxLogits.fc.bias": drawn["fc.bias"],
+    }
     del arrays["Mixed_7c.branch_pool.bn.running_var"]
     with pytest.raises(BadInput) as error:
         load_inception(WRITERS["safetensors"](tmp_path / "other.safetensors", arrays))
@@ -293,7 +314,9 @@ def test_every_other_global_is_refused_by_name(asked, tmp_path):
         read_state_dict(_write_zip(tmp_path / "a.pth", pickled, {}))
 
 
-@pytest.mark.parametrize("target", [b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n"])
+@pytest.mark.parametrize(
+    "target", [b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n"]
+)
 def test_a_pickle_cannot_alter_what_it_is_handed(target, tmp_path):
     state = b"(N" + _opcodes({"__defaults__": 1}) + b"t"
     with pytest.raises(BadInput, match=r"cannot be read|holds a"):
@@ -315,7 +338,9 @@ def test_a_pickle_cannot_alter_what_it_is_handed(target, tmp_path):
 )
 def test_tensors_outside_their_storage_are_refused(shape, strides, offset, tmp_path):
     tensor = _tensor(_storage("0", "<f4", 4), shape, strides, offset=offset)
-    path = _write_zip(tmp_path / "a.pth", b"\x80\x02" + _opcodes({"w": tensor}) + b".", {"0": bytes(16)})
+    path = _write_zip(
+        tmp_path / "a.pth", b"\x80\x02" + _opcodes({"w": tensor}) + b".", {"0": bytes(16)}
+    )
     with pytest.raises(BadInput, match=r"w lies outside its storage|cannot be read"):
         read_state_dict(path)
 
@@ -351,7 +376,10 @@ def _half_a_storage(path, pickled, data):
             lambda p, t, d: _write_zip(p, _state_dict({"w": np.zeros(4, "f4")}, ("0", 1, 2))[0], d),
             "refers to",
         ),
-        (lambda p, t, d: _write_zip(p, b"\x80\x02" + _opcodes(("module", "a", "b")) + b"Q.", d), "refers to"),
+        (
+            lambda p, t, d: _write_zip(p, b"\x80\x02" + _opcodes(("module", "a", "b")) + b"Q.", d),
+            "refers to",
+        ),
         (lambda p, t, d: p.write_bytes(b"") and p, "cannot be read"),
         (lambda p, t, d: p.write_bytes(pickle.dumps({}, 2)) and p, "cannot be read"),
         (lambda p, t, d: None, "no such file"),
@@ -365,7 +393,9 @@ def test_damaged_and_other_files_are_refused(write, message, tmp_path):
 
 
 def test_fitted_parameters_are_float32(tmp_path):
-    state = read_state_dict(_save_zip(tmp_path / "a.pth", {"b": np.ones(2), "a": np.ones(3, np.float16)}))
+    state = read_state_dict(
+        _save_zip(tmp_path / "a.pth", {"b": np.ones(2), "a": np.ones(3, np.float16)})
+    )
     fitted = fit_state_dict(state, {"a": (3,), "b": (2,)})
     assert {name: (array.dtype, array.shape) for name, array in fitted.items()} == {
         "a": (np.float32, (3,)),

@@ -17,9 +17,10 @@ from mf_jax import data
 from mf_jax.config import as_json, check_same_run
 from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
-from mf_jax.files import written_aside
-from mf_jax.types import NO_LABEL, BadInput
-from mf_jax.weights import PUBLISHED
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.published.fetch import PUBLISHED
+from mf_jax.runtime.files import written_aside
 
 SHAPE = (3, 5, 2)
 COUNTS = (4, 0, 1, 6)
@@ -179,7 +180,11 @@ def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory
         source(autoencoder=str(weights))
     sha256 = hashlib.sha256(b"other weights").hexdigest()
     change_manifest(folder, autoencoder={"name": "elsewhere", "sha256": sha256})
-    assert len(source(autoencoder=str(weights))) == len(source(autoencoder=str(weights.parent))) == LENGTH
+    assert (
+        len(source(autoencoder=str(weights)))
+        == len(source(autoencoder=str(weights.parent)))
+        == LENGTH
+    )
     assert len(source(autoencoder="elsewhere")) == LENGTH
 
 
@@ -218,7 +223,9 @@ def test_a_missing_or_truncated_shard_is_named_before_training(folder, source):
     path = folder / SHARD
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(BadInput, match=rf"{SHARD} has {len(content) - 1} bytes and must have {len(content)}"):
+    with pytest.raises(
+        BadInput, match=rf"{SHARD} has {len(content) - 1} bytes and must have {len(content)}"
+    ):
         source()
     path.unlink()
     with pytest.raises(BadInput, match=rf"{SHARD} is missing"):
@@ -269,7 +276,9 @@ def assert_all_there(latents):
 def test_latents_in_a_bucket_are_copied_once(copied):
     make, inside, copy = copied
     assert_all_there(make())
-    assert {path.name for path in copy.iterdir()} == {path.name for path in inside.iterdir()} | {".lock"}
+    assert {path.name for path in copy.iterdir()} == {path.name for path in inside.iterdir()} | {
+        ".lock"
+    }
     for path in inside.glob("*.array_record"):
         path.write_bytes(b"not read again")
     assert_all_there(make())
@@ -337,7 +346,9 @@ def test_a_damaged_copy_is_mended_by_the_same_command(copied):
     latents = make()
     path = copy / SHARD
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(BadInput, match="delete it and run this command again, which copies it anew"):
+    with pytest.raises(
+        BadInput, match="delete it and run this command again, which copies it anew"
+    ):
         latents.gather(np.arange(2 * LENGTH))
 
 

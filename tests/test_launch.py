@@ -48,9 +48,12 @@ def test_local_trains_evaluates_and_samples_digits(launch):
 
 
 def test_local_passes_arguments_on_and_a_config_replaces_the_default(launch):
-    _, lines, _ = _lines(launch("local.sh", "--config=configs/toy2d.py", "--config.data.toy=two_moons"))
+    _, lines, _ = _lines(
+        launch("local.sh", "--config=configs/toy2d.py", "--config.data.toy=two_moons")
+    )
     assert (
-        lines[0] == "python -m mf_jax.main --config=configs/toy2d.py --config.data.toy=two_moons --mode=train"
+        lines[0]
+        == "python -m mf_jax.main --config=configs/toy2d.py --config.data.toy=two_moons --mode=train"
     )
     assert len(lines) == 3
 

@@ -108,7 +108,11 @@ def start(tmp_path):
     def begin(script, *arguments, fakes=(), **environment):
         for name, text in dict(fakes).items():
             _program(tmp_path / "bin" / name, text)
-        path = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "MF_VENV": str(venv), "RECORD": str(tmp_path)}
+        path = {
+            "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+            "MF_VENV": str(venv),
+            "RECORD": str(tmp_path),
+        }
         path["TMPDIR"] = str(tmp_path)
         return subprocess.Popen(
             ["bash", str(LAUNCH / script), *map(str, arguments)],
@@ -193,7 +197,10 @@ def test_help_prints_the_header_and_starts_nothing(finish, script):
         ("tpu_pod.sh create --zone=z --type=v6e-16", "--project"),
         ("tpu_pod.sh create --project=p --zone=z --type=v9-16", "--runtime"),
         ("tpu_pod.sh create --project=p --zone=z --type=v6e-16 --config=c", "--config=c"),
-        ("tpu_pod.sh create --project=p --zone=z --type=v6e-16 --capacity=cheap", "--capacity=cheap"),
+        (
+            "tpu_pod.sh create --project=p --zone=z --type=v6e-16 --capacity=cheap",
+            "--capacity=cheap",
+        ),
         ("tpu_pod.sh status --project=p --zone=z --name=A", "--name=A"),
         ("tpu_pod.sh status --project=p --zone=z --poll=0", "--poll"),
         ("tpu_pod.sh status --project=p --zone=z --retries=x", "--retries"),
@@ -201,7 +208,10 @@ def test_help_prints_the_header_and_starts_nothing(finish, script):
         ("tpu_pod.sh run --project=p --zone=z --workdir=/w", "--config"),
         ("tpu_pod.sh run --project=p --zone=z --config=c", "--workdir"),
         ("tpu_pod.sh run --project=p --zone=z --config=c --workdir=runs/c", "--workdir"),
-        ("tpu_pod.sh follow --project=p --zone=z --type=v6e-16 --config=c --workdir=/w --spot", "--spot"),
+        (
+            "tpu_pod.sh follow --project=p --zone=z --type=v6e-16 --config=c --workdir=/w --spot",
+            "--spot",
+        ),
         ("detached.sh", "action"),
         ("detached.sh begin folder", "'begin'"),
         ("detached.sh start folder", "command"),
@@ -280,7 +290,9 @@ def test_without_a_number_of_devices_jax_is_left_to_choose(finish, tmp_path):
 
 
 def test_dry_run_prints_a_command_for_each_process(finish, tmp_path):
-    code, out, errors = finish("local_processes.sh", 2, "--dry-run", "--devices-per-process=2", *MAIN)
+    code, out, errors = finish(
+        "local_processes.sh", 2, "--dry-run", "--devices-per-process=2", *MAIN
+    )
     assert (code, errors) == (0, "")
     run = [f"{tmp_path}/venv/bin/python", "-m", "mf_jax.main", *MAIN]
     common = [
@@ -357,7 +369,9 @@ def job(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (7, False)])
-def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(start, job, tmp_path, code, requeued):
+def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(
+    start, job, tmp_path, code, requeued
+):
     done = job("--config=configs/digits.py", code=code, SLURM_CPUS_PER_TASK="8")
     srun = (
         f"srun --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 {tmp_path}/venv/bin/python -m mf_jax.main"
@@ -369,14 +383,20 @@ def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(start, job, tmp_
 
 def test_slurm_needs_its_checkout_and_knows_gpus(start, job, tmp_path):
     done = job("--config=c", SLURM_SUBMIT_DIR=str(tmp_path))
-    assert (done.returncode, done.stderr.count("\n"), "submit from one" in done.stderr) == (2, 1, True)
+    assert (done.returncode, done.stderr.count("\n"), "submit from one" in done.stderr) == (
+        2,
+        1,
+        True,
+    )
     (tmp_path / "venv" / ".installed_cuda13").unlink()
     assert "jax[cuda13]" in job("--config=c").stdout
     assert "installing" not in job("--config=c", SLURM_GPUS_ON_NODE="0").stdout
 
 
 def test_slurm_asks_for_a_signal_in_time_and_one_process_for_each_gpu():
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE))
+    options = dict(
+        re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
+    )
     assert options["signal"] == "TERM@120"
     assert options["gpus-per-node"] == options["ntasks-per-node"]
     assert {"requeue", "open-mode"} <= set(options)
@@ -441,7 +461,9 @@ def _gcloud(*words):
 
 
 WHERE = ["--project=p", "--zone=z", "--quiet"]
-LOOK = _gcloud("queued-resources", "list", *WHERE, "--filter=name~/n$", "--format=value(state.state)")
+LOOK = _gcloud(
+    "queued-resources", "list", *WHERE, "--filter=name~/n$", "--format=value(state.state)"
+)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +478,10 @@ def test_tpu_create_asks_for_the_slice(finish, flags, runtime, spot):
     code, out, _ = finish("tpu_pod.sh", "create", "--dry-run", "--name=n", *flags, **TPU)
     kind = flags[0].removeprefix("--type=") if flags else TPU["MF_TPU_TYPE"]
     more = ["--node-id=n", f"--accelerator-type={kind}", f"--runtime-version={runtime}", *spot]
-    assert (code, _commands(out)) == (0, [_gcloud("queued-resources", "create", "n", *WHERE, *more), LOOK])
+    assert (code, _commands(out)) == (
+        0,
+        [_gcloud("queued-resources", "create", "n", *WHERE, *more), LOOK],
+    )
 
 
 def _ssh(worker, command):
@@ -471,7 +496,9 @@ def test_tpu_other_actions_print_their_commands(finish, tmp_path):
 
     assert dry("delete") == [_gcloud("queued-resources", "delete", "n", *WHERE, "--force")]
     assert dry("log") == [_ssh(0, "tail -n 50 -F mf_jax/runs/latest/log")]
-    assert dry("stop") == [_ssh(0, "bash mf_jax/checkout/launch/detached.sh stop mf_jax/runs/latest")]
+    assert dry("stop") == [
+        _ssh(0, "bash mf_jax/checkout/launch/detached.sh stop mf_jax/runs/latest")
+    ]
     look, hosts = dry("status")
     assert look == LOOK
     assert "--worker=all" in hosts
@@ -483,7 +510,9 @@ def test_tpu_other_actions_print_their_commands(finish, tmp_path):
         [*_gcloud("tpu-vm", "scp", archive, "n:mf_jax.tar.gz", *WHERE), "--worker=all"],
     ]
     (clone,) = dry("setup", "--repo=https://example.org/mf jax.git", "--commit=abc")
-    assert "git clone --quiet 'https://example.org/mf jax.git' mf_jax/checkout && git -C " in clone[-1]
+    assert (
+        "git clone --quiet 'https://example.org/mf jax.git' mf_jax/checkout && git -C " in clone[-1]
+    )
     assert "checkout --quiet abc" in clone[-1]
     (run,) = dry("run", *MAIN, "--workdir=/shared/digits")
     assert run[-1].endswith("'--config.data.path=two words' --workdir=/shared/digits")
@@ -545,7 +574,9 @@ def test_follow_gives_up_on_bad_input_and_on_repeated_failures(cloud, ends, expe
     zone, (code, _, _) = cloud("follow", "--retries=2", *REMOTE, ends=ends)
     assert (code, _starts(zone)) == (expected, starts)
     # what ended it may be mended: the same command tries again
-    assert cloud("follow", "--retries=1", *REMOTE, ends="- - 0" if starts == 2 else "- 0")[1][0] == 0
+    assert (
+        cloud("follow", "--retries=1", *REMOTE, ends="- - 0" if starts == 2 else "- 0")[1][0] == 0
+    )
 
 
 def test_a_pod_by_hand(cloud):
@@ -557,7 +588,9 @@ def test_a_pod_by_hand(cloud):
     assert out.splitlines() == ["ACTIVE", "running", "running"]
     assert cloud("run", *REMOTE)[1][0] != 0
     assert cloud("stop")[1][0] == 0  # of host 0; the stand-in does not tell the others
-    assert "exited 143" in _until(lambda: (out := cloud("status")[1][1]) and "exited" in out and out)
+    assert "exited 143" in _until(
+        lambda: (out := cloud("status")[1][1]) and "exited" in out and out
+    )
     pid = int((zone / "host1/mf_jax/runs/latest/pid").read_text())
     os.kill(pid, signal.SIGTERM)
     _until(lambda: not _alive(pid))
@@ -571,7 +604,10 @@ def test_a_pod_by_hand(cloud):
 def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "subdomain": jobset["metadata"]["name"]}
+    assert jobset["spec"]["network"] == {
+        "enableDNSHostnames": True,
+        "subdomain": jobset["metadata"]["name"],
+    }
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
@@ -581,9 +617,16 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     }
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     chips = container["resources"]["limits"]["google.com/tpu"]
-    assert container["resources"]["requests"] == {"google.com/tpu": chips, "ephemeral-storage": "60Gi"}
+    assert container["resources"]["requests"] == {
+        "google.com/tpu": chips,
+        "ephemeral-storage": "60Gi",
+    }
     assert job["parallelism"] == job["completions"] == rows * columns / chips == 4
-    assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
+    assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == (
+        "Indexed",
+        0,
+        "Never",
+    )
     assert pod["terminationGracePeriodSeconds"] >= 60
 
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
@@ -598,11 +641,16 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
     (restart,) = policy["rules"]
-    assert (restart["action"], restart["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert (restart["action"], restart["onJobFailureReasons"]) == (
+        "FailJobSet",
+        ["PodFailurePolicy"],
+    )
 
 
 def test_image_holds_what_it_copies_and_installs_the_requirements_first():
-    lines = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"
+    ]
     steps = [line.split(None, 1) for line in lines]
     sources = [shlex.split(rest)[0] for name, rest in steps if name == "COPY"]
     assert sources == ["requirements.txt", "configs", "mf_jax"]
@@ -612,7 +660,9 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     assert {f"!{source}" for source in sources} <= set(ignored)
     order = [name for name, _ in steps]
     assert order.index("RUN") < lines.index("COPY mf_jax mf_jax")
-    assert lines[order.index("RUN")].endswith('-r requirements.txt "jax[$ACCELERATOR]" "etils[epath-gcs]"')
+    assert lines[order.index("RUN")].endswith(
+        '-r requirements.txt "jax[$ACCELERATOR]" "etils[epath-gcs]"'
+    )
     assert lines[order.index("RUN")].startswith("RUN pip install ")
     assert "ARG ACCELERATOR=cpu" in lines
     assert lines[order.index("USER")] == "USER 1000"
@@ -627,7 +677,9 @@ def _documented():
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)).replace(
         "\\\n", " "
     )
-    return re.findall(r"^.*launch/(?:local_processes|tpu_pod|slurm|detached)\.sh.*$", blocks, re.MULTILINE)
+    return re.findall(
+        r"^.*launch/(?:local_processes|tpu_pod|slurm|detached)\.sh.*$", blocks, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("line", _documented())

@@ -9,16 +9,19 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from mf_jax import metrics
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL
 from mf_jax.metrics import classifier as classifier_module
 from mf_jax.metrics import neighbours, two_sample
 from mf_jax.metrics.frechet import checked_features
-from mf_jax.types import NO_LABEL, BadInput
 
 SHORT = metrics.Recipe(steps=12, batch_size=32)
 
 
 def fid(a, b):
-    return metrics.frechet_distance(*metrics.gaussian_statistics(a), *metrics.gaussian_statistics(b))
+    return metrics.frechet_distance(
+        *metrics.gaussian_statistics(a), *metrics.gaussian_statistics(b)
+    )
 
 
 # Fréchet distance
@@ -160,7 +163,9 @@ def test_too_few_rows_for_k_are_refused(rng):
     metrics.precision_recall(rows, rows, k=4)
     for few, many in ((0, 5), (5, 0)):
         with pytest.raises(BadInput, match="at least 6"):
-            metrics.precision_recall(np.repeat(rows, 1 + few, axis=0), np.repeat(rows, 1 + many, axis=0), k=5)
+            metrics.precision_recall(
+                np.repeat(rows, 1 + few, axis=0), np.repeat(rows, 1 + many, axis=0), k=5
+            )
     with pytest.raises(BadInput, match="k is 0"):
         metrics.precision_recall(rows, rows, k=0)
 
@@ -177,12 +182,16 @@ def test_chunks_do_not_change_precision_and_recall(rng, monkeypatch):
 
 def test_energy_distance_by_hand():
     # 2 (2 + 4 + 1 + 3) / 4 - 1 - 2
-    assert metrics.energy_distance(np.array([[0.0], [1.0]]), np.array([[2.0], [4.0]])) == pytest.approx(2.0)
+    assert metrics.energy_distance(
+        np.array([[0.0], [1.0]]), np.array([[2.0], [4.0]])
+    ) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("metric", [metrics.energy_distance, metrics.kernel_distance])
 def test_unbiased_distances_vanish_on_average_for_equal_distributions(metric, rng):
-    values = [metric(rng.standard_normal((20, 2)), rng.standard_normal((15, 2))) for _ in range(300)]
+    values = [
+        metric(rng.standard_normal((20, 2)), rng.standard_normal((15, 2))) for _ in range(300)
+    ]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
 
 
@@ -333,7 +342,9 @@ def test_cache_is_read_and_leaves_one_file(cached, tmp_path, monkeypatch):
     assert second.fingerprint == first.fingerprint
     assert (second.shape, second.num_classes, second.is_self_supervised) == ((8, 8, 1), 10, False)
     images = np.ones((2, 8, 8, 1), np.float32)
-    np.testing.assert_array_equal(second.features_and_logits(images)[0], first.features_and_logits(images)[0])
+    np.testing.assert_array_equal(
+        second.features_and_logits(images)[0], first.features_and_logits(images)[0]
+    )
     assert [x.suffix for x in (tmp_path / "new").iterdir()] == [".safetensors"]
 
 
@@ -362,11 +373,14 @@ def drop_a_name(content):
 
 
 def halve_the_shapes(content):
-    return stored_with_fingerprint({name: x[: len(x) // 2].copy() for name, x in load(content).items()})
+    return stored_with_fingerprint(
+        {name: x[: len(x) // 2].copy() for name, x in load(content).items()}
+    )
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda content: content[:-20], lambda _: b"", flip_a_bit, drop_a_name, halve_the_shapes]
+    "damage",
+    [lambda content: content[:-20], lambda _: b"", flip_a_bit, drop_a_name, halve_the_shapes],
 )
 def test_a_damaged_cache_file_is_replaced_with_a_warning(cached, tmp_path, caplog, damage):
     fingerprint = cached().fingerprint
@@ -397,7 +411,9 @@ def test_bad_training_sets_are_refused(shape, labels, num_classes, message, tmp_
     with pytest.raises(BadInput, match=message):
         inspect.unwrap(metrics.train_classifier)(images, labels, num_classes)
     with pytest.raises(BadInput, match=message):
-        inspect.unwrap(metrics.cached_classifier)(images, labels, num_classes=num_classes, cache_dir=tmp_path)
+        inspect.unwrap(metrics.cached_classifier)(
+            images, labels, num_classes=num_classes, cache_dir=tmp_path
+        )
 
 
 def test_bad_images_are_refused(classifier):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.models import MLP, DiT, as_field, initial_params
 from mf_jax.models.dit import DECOUPLED, num_r_blocks
 from mf_jax.models.layers import TIME_CONDITIONINGS, sinusoidal_features
-from mf_jax.types import NO_LABEL, BadInput, Condition
 
 SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
 SMALL_MLP = {"depth": 2, "width": 16}
@@ -25,7 +26,9 @@ def _network(kind, **more):
 
 
 def _u(field, params, z, r=0.2, t=0.7, label=1):
-    return field(params, z, r=jnp.full(5, r), t=jnp.full(5, t), condition=Condition(jnp.full(5, label))).u
+    return field(
+        params, z, r=jnp.full(5, r), t=jnp.full(5, t), condition=Condition(jnp.full(5, label))
+    ).u
 
 
 @pytest.mark.parametrize("kind", [DiT, MLP])
@@ -107,9 +110,9 @@ def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r(r_blocks, last):
         changed = (_u(field, params, z, t=0.8), _u(field, params, z, r=0.1))
         return tuple(not np.array_equal(u, other) for other in changed)
 
-    assert [heard([name]) for name in modulations] == [(True, False)] * (5 - last) + [(False, True)] * (
-        last + 1
-    )
+    assert [heard([name]) for name in modulations] == [(True, False)] * (5 - last) + [
+        (False, True)
+    ] * (last + 1)
 
 
 def test_decoupled_dit_leaves_a_block_for_each_time():

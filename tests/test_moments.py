@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics import moments
-from mf_jax.metrics.moments import add_rows, from_arrays, mean_and_covariance, merge, start_sums, to_arrays
-from mf_jax.types import BadInput
+from mf_jax.metrics.moments import (
+    add_rows,
+    from_arrays,
+    mean_and_covariance,
+    merge,
+    start_sums,
+    to_arrays,
+)
 
 WIDTH = 24
 
@@ -73,7 +80,9 @@ def test_what_float32_would_drop_is_kept_by_the_compiled_program():
     rows = np.concatenate([[[4096.0]], np.ones((300, 1))]).astype(np.float32)
     sums = summed(rows, 1, start_sums(1, centre=np.zeros(1)))
     assert float(sums.scatter[0, 0]) + float(sums.scatter_rest[0, 0]) == 2**24 + 300
-    sums = summed(np.concatenate([[[2.0**25]], rows[1:]]).astype(np.float32), 1, start_sums(1, np.zeros(1)))
+    sums = summed(
+        np.concatenate([[[2.0**25]], rows[1:]]).astype(np.float32), 1, start_sums(1, np.zeros(1))
+    )
     assert float(sums.total[0]) + float(sums.total_rest[0]) == 2**25 + 300
 
 
@@ -92,7 +101,9 @@ def test_a_large_batch_is_not_added_in_float32_alone():
     rows[0] = 4096
     sums = add_rows(start_sums(1, centre=np.zeros(1)), rows, np.ones(len(rows)))
     exact = 2**24 + 4095
-    assert float(sums.scatter[0, 0]) + float(sums.scatter_rest[0, 0]) == pytest.approx(exact, abs=256)
+    assert float(sums.scatter[0, 0]) + float(sums.scatter_rest[0, 0]) == pytest.approx(
+        exact, abs=256
+    )
 
 
 def test_the_first_rows_choose_the_centre_unless_one_is_given(rows):
@@ -141,7 +152,13 @@ def test_what_cannot_be_is_refused(rows):
     with pytest.raises(BadInput, match="of 3 features cannot be added to sums over rows of 24"):
         inspect.unwrap(merge)(start_sums(WIDTH), start_sums(3))
     with pytest.raises(BadInput, match="lack scatter, total_rest"):
-        from_arrays({k: v for k, v in to_arrays(start_sums(2)).items() if k not in ("scatter", "total_rest")})
+        from_arrays(
+            {
+                k: v
+                for k, v in to_arrays(start_sums(2)).items()
+                if k not in ("scatter", "total_rest")
+            }
+        )
 
 
 MESH = """
@@ -168,5 +185,7 @@ np.testing.assert_allclose(covariance, np.cov(kept, rowvar=False), atol=1e-7)
 def test_rows_may_be_split_over_a_mesh():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    result = subprocess.run([sys.executable, "-c", MESH], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MESH], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr

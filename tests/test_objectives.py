@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from oracle import STD, exact_rows, gaussian_field
 
-from mf_jax.draws import condition_of
-from mf_jax.guidance import Guidance
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.paths import interpolate, per_row, velocity
+from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
 from mf_jax.models import DiT, as_field, initial_params
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.objectives.alpha_flow import AlphaFlow
@@ -22,8 +25,6 @@ from mf_jax.objectives.evaluations import with_derivative
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.meanflow import TANGENTS, MeanFlow
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.paths import interpolate, per_row, velocity
-from mf_jax.types import NO_LABEL, BadInput, Condition, Draws, GuidanceScale, Rows
 
 PLAIN, GUIDED, SCALED = Guidance(), Guidance(omega=1.5, kappa=0.5), Guidance(omega=2.0)
 STEP = jnp.int32(0)
@@ -48,7 +49,9 @@ def _guided_mean(guidance):
 
     def mean(condition):
         labels, told = condition.labels, condition.guidance
-        omega, kappa = (guidance.omega, guidance.kappa) if told is None else (1.0, 1 - 1 / told.omega)
+        omega, kappa = (
+            (guidance.omega, guidance.kappa) if told is None else (1.0, 1 - 1 / told.omega)
+        )
         null = _class_mean(jnp.full_like(labels, NO_LABEL))
         guided = (omega * _class_mean(labels) + (1 - omega - kappa) * null) / (1 - kappa)
         return jnp.where(labels == NO_LABEL, null, guided)
@@ -117,7 +120,8 @@ def _mean_gradient(objective, guidance, drawn_omega=None, label=2):
     gradient = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, None, None)))
     pairs = [(0.1, 0.7), (0.0, 1.0), (0.45, 0.5)]
     means = [
-        mass @ np.asarray(gradient(jnp.zeros(4), x, e, jnp.float64(r), jnp.float64(t))) for r, t in pairs
+        mass @ np.asarray(gradient(jnp.zeros(4), x, e, jnp.float64(r), jnp.float64(t)))
+        for r, t in pairs
     ]
     return float(np.abs(means).max())
 
@@ -184,7 +188,9 @@ def test_residual_of_alpha_flow_falls_linearly_with_alpha():
     """The target is exact up to the first order of the step, and u_error is (residual / alpha)^2."""
 
     def residual(alpha):
-        objective = AlphaFlow(alpha_start=alpha, alpha_end=alpha, derivative_below=0.0, target_clip=1e9)
+        objective = AlphaFlow(
+            alpha_start=alpha, alpha_end=alpha, derivative_below=0.0, target_clip=1e9
+        )
         return _residual(objective, PLAIN) ** 0.5
 
     residuals = [residual(alpha) for alpha in (0.08, 0.04, 0.02, 0.01)]
@@ -269,12 +275,14 @@ def _departure(module, name, setting, *, with_teacher=False):
         for i, (predict, target) in enumerate(pairs):
             a = scale if i > 0 else 1.0
             error = jnp.sum((predict(p) - target) ** 2, axis=1) / a**2
-            total += a * jnp.sum(error * jax.lax.stop_gradient((error + objective.weight.c) ** -0.75))
+            total += a * jnp.sum(
+                error * jax.lax.stop_gradient((error + objective.weight.c) ** -0.75)
+            )
         return total / 9
 
-    ours = jax.grad(lambda p: objective.loss(field, p, draws, STEP, teacher if with_teacher else None)[0])(
-        params
-    )
+    ours = jax.grad(
+        lambda p: objective.loss(field, p, draws, STEP, teacher if with_teacher else None)[0]
+    )(params)
     theirs = jax.grad(plain)(params)
     return float(jnp.abs(ours - theirs).max() / jnp.abs(theirs).max())
 
@@ -285,7 +293,8 @@ def test_gradient_is_that_of_constant_targets(name, setting):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("alpha_flow", "step"), ("split_meanflow", "uniform"), ("terminal_velocity", "")]
+    ("name", "setting"),
+    [("alpha_flow", "step"), ("split_meanflow", "uniform"), ("terminal_velocity", "")],
 )
 def test_targets_use_the_teachers_parameters(name, setting):
     assert _departure(_module(name), name, setting, with_teacher=True) < 1e-6
@@ -294,20 +303,20 @@ def test_targets_use_the_teachers_parameters(name, setting):
 _STOP = ("objectives.weighting", "jax.lax.stop_gradient(target)", "(target)")
 _STOP_WEIGHT = ("objectives.weighting", "jax.lax.stop_gradient((error", "((error")
 _GUIDANCE = [
-    ("guidance", "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
-    ("guidance", "guidance.kappa * v_class", "guidance.omega * v_class"),
-    ("guidance", "& ~rows.dropped", "& rows.dropped"),
-    ("guidance", "jnp.full_like(rows.labels, NO_LABEL)", "jnp.full_like(rows.labels, 1)"),
+    ("flow.guidance", "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
+    ("flow.guidance", "guidance.kappa * v_class", "guidance.omega * v_class"),
+    ("flow.guidance", "& ~rows.dropped", "& rows.dropped"),
+    ("flow.guidance", "jnp.full_like(rows.labels, NO_LABEL)", "jnp.full_like(rows.labels, 1)"),
     (
-        "guidance",
+        "flow.guidance",
         "_teacher_condition(interval, labelled=True)",
         "_teacher_condition(interval, labelled=False)",
     ),
 ]
 _DRAWN = [
-    ("guidance", "1 - 1 / rows.guidance.omega", "1 + 1 / rows.guidance.omega"),
-    ("guidance", "(v_class - v_null)", "(v_class + v_null)"),
-    ("guidance", "jnp.where(inside, told.omega, 1)", "jnp.where(inside, 1, told.omega)"),
+    ("flow.guidance", "1 - 1 / rows.guidance.omega", "1 + 1 / rows.guidance.omega"),
+    ("flow.guidance", "(v_class - v_null)", "(v_class + v_null)"),
+    ("flow.guidance", "jnp.where(inside, told.omega, 1)", "jnp.where(inside, 1, told.omega)"),
 ]
 MUTATIONS = [
     *(("meanflow", "", GUIDED, None, *mutation) for mutation in _GUIDANCE),
@@ -317,18 +326,34 @@ MUTATIONS = [
     *(
         ("meanflow", "", GUIDED, None, *mutation)
         for mutation in [
-            ("paths", "(1 - t) * x", "(1 + t) * x"),
-            ("paths", "return e - x", "return x - e"),
+            ("flow.paths", "(1 - t) * x", "(1 + t) * x"),
+            ("flow.paths", "return e - x", "return x - e"),
             ("objectives.meanflow", "v.interval - per_row(", "v.interval + per_row("),
-            ("objectives.meanflow", "interval.t - draws.interval.r", "interval.t + draws.interval.r"),
+            (
+                "objectives.meanflow",
+                "interval.t - draws.interval.r",
+                "interval.t + draws.interval.r",
+            ),
             ("objectives.meanflow", '"v01": (1.0, 0.0, 1.0)', '"v01": (1.0, 1.0, 1.0)'),
             ("objectives.meanflow", '"v01": (1.0, 0.0, 1.0)', '"v01": (1.0, 0.0, 0.0)'),
-            ("objectives.meanflow", "interval, v.interval, tangent", "interval, draws.interval.e, tangent"),
+            (
+                "objectives.meanflow",
+                "interval, v.interval, tangent",
+                "interval, draws.interval.e, tangent",
+            ),
             ("objectives.evaluations", "r=rows.t, t=rows.t", "r=rows.t * 0, t=rows.t"),
             ("objectives.evaluations", "dz * velocity", "dr * velocity"),
         ]
     ),
-    ("flow_matching", "", PLAIN, None, "objectives.flow_matching", "rows.x, rows.e", "rows.e, rows.x"),
+    (
+        "flow_matching",
+        "",
+        PLAIN,
+        None,
+        "objectives.flow_matching",
+        "rows.x, rows.e",
+        "rows.e, rows.x",
+    ),
     (
         "flow_matching",
         "",
@@ -343,8 +368,16 @@ MUTATIONS = [
         for setting, old, new in [
             ("boundary", "v.interval - per_row(", "v.interval + per_row("),
             ("boundary", "interval, v.own)", "interval, v.interval)"),
-            ("head", "squared_error(read(at_t), v.instant)", "squared_error(read(at_t), v.instant * 2)"),
-            ("head", "squared_error(read(at_r), v.interval)", "squared_error(read(at_r), v.interval * 2)"),
+            (
+                "head",
+                "squared_error(read(at_t), v.instant)",
+                "squared_error(read(at_t), v.instant * 2)",
+            ),
+            (
+                "head",
+                "squared_error(read(at_r), v.interval)",
+                "squared_error(read(at_r), v.interval * 2)",
+            ),
             ("head", "squared_error(at_r.u, target)", "squared_error(at_r.v, target)"),
         ]
     ),
@@ -397,9 +430,9 @@ MUTATIONS = [
 def _load_mutated(monkeypatch, name, target, old, new):
     """Return the objective's module, built on copies of its modules, in one of which a token is replaced."""
     shared = (
-        "paths",
-        "draws",
-        "guidance",
+        "flow.paths",
+        "flow.draws",
+        "flow.guidance",
         "objectives.weighting",
         "objectives.errors",
         "objectives.evaluations",
@@ -426,7 +459,9 @@ def _load_mutated(monkeypatch, name, target, old, new):
     MUTATIONS,
     ids=lambda v: str(v).replace(" ", "") if isinstance(v, str) else "",
 )
-def test_oracle_catches_mutation(monkeypatch, name, setting, guidance, drawn_omega, target, old, new):
+def test_oracle_catches_mutation(
+    monkeypatch, name, setting, guidance, drawn_omega, target, old, new
+):
     """The cheapest measure that sees it is enough."""
     module = _load_mutated(monkeypatch, name, target, old, new)
     objective = _make(module, name, guidance, setting)
@@ -463,7 +498,8 @@ def _dit(time_conditioning="t,t-r"):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     drawn = [
-        0.3 * jax.random.normal(k, leaf.shape, jnp.float64) for k, leaf in zip(keys, leaves, strict=True)
+        0.3 * jax.random.normal(k, leaf.shape, jnp.float64)
+        for k, leaf in zip(keys, leaves, strict=True)
     ]
     return as_field(network), jax.tree.unflatten(tree, drawn)
 
@@ -491,7 +527,11 @@ def _plain_reading(field, params, draws, guidance, weight):
     z, v, t, r = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e), rows.t, rows.r
     u_class = field(params, z, r=t, t=t, condition=Condition(rows.labels)).u
     u_null = field(params, z, r=t, t=t, condition=Condition(jnp.full_like(rows.labels, NO_LABEL))).u
-    guided = guidance.omega * v + guidance.kappa * u_class + (1 - guidance.omega - guidance.kappa) * u_null
+    guided = (
+        guidance.omega * v
+        + guidance.kappa * u_class
+        + (1 - guidance.omega - guidance.kappa) * u_null
+    )
     inside = (t >= guidance.t_start) & (t <= guidance.t_end) & ~rows.dropped
     v_g = jax.lax.stop_gradient(jnp.where(per_row(inside, v), guided, v))
 
@@ -520,10 +560,12 @@ def _plain_reading(field, params, draws, guidance, weight):
 def test_split_equals_plain_reading(sizes, guidance):
     field, params = _dit()
     draws, weight = _image_draws(*sizes), AdaptiveWeight(p=0.75, c=1e-3)
-    ours = jax.jit(jax.value_and_grad(lambda p: MeanFlow(guidance, weight).loss(field, p, draws, STEP)[0]))(
-        params
-    )
-    plain = jax.jit(jax.value_and_grad(lambda p: _plain_reading(field, p, draws, guidance, weight)))(params)
+    ours = jax.jit(
+        jax.value_and_grad(lambda p: MeanFlow(guidance, weight).loss(field, p, draws, STEP)[0])
+    )(params)
+    plain = jax.jit(
+        jax.value_and_grad(lambda p: _plain_reading(field, p, draws, guidance, weight))
+    )(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, plain)
 
 
@@ -547,7 +589,10 @@ def test_rows_without_label_need_no_teacher(sizes, drop_sizes):
 def test_flow_matching_is_meanflow_where_all_rows_have_r_equal_t():
     field, params = _dit()
     draws, weight = _image_draws(4, 0), AdaptiveWeight()
-    losses = [o.loss(field, params, draws, STEP)[0] for o in (FlowMatching(weight), MeanFlow(weight=weight))]
+    losses = [
+        o.loss(field, params, draws, STEP)[0]
+        for o in (FlowMatching(weight), MeanFlow(weight=weight))
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-12)
 
 
@@ -558,7 +603,9 @@ def test_jvp_equals_central_differences(time_conditioning):
     z, v = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e)
 
     def u(shift):
-        return field(params, z + shift * v, r=rows.r, t=rows.t + shift, condition=Condition(rows.labels)).u
+        return field(
+            params, z + shift * v, r=rows.r, t=rows.t + shift, condition=Condition(rows.labels)
+        ).u
 
     _, derivative = with_derivative(field, params, rows.replace(dropped=rows.dropped & False), v)
     np.testing.assert_allclose(derivative, (u(step) - u(-step)) / (2 * step), rtol=1e-5, atol=1e-7)
@@ -589,7 +636,9 @@ def test_metrics_are_unweighted_and_apart():
     for i in range(4):
         inside = (t >= i / 4) & (t < (i + 1) / 4)
         assert metrics[f"v_error_t{i}"].count == inside.sum()
-        np.testing.assert_allclose(metrics[f"v_error_t{i}"].total, error[inside].sum(), rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(
+            metrics[f"v_error_t{i}"].total, error[inside].sum(), rtol=1e-5, atol=1e-12
+        )
     assert metrics["u_error"].count == 2
     assert metrics["du_dt"].compute() > 0
 

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from recorded import FOLDER
 
 from mf_jax.build import choose_ema, ema_names
+from mf_jax.errors import BadInput
 from mf_jax.models import DiT, InContextDiT, UNet, initial_params
 from mf_jax.models.blocks import stack_blocks
 from mf_jax.optim import (
@@ -22,8 +23,7 @@ from mf_jax.optim import (
     start_averages,
     update_averages,
 )
-from mf_jax.reference.names import our_name
-from mf_jax.types import BadInput
+from mf_jax.published.names import our_name
 
 
 def test_warmup_then_constant():
@@ -42,10 +42,14 @@ def test_extreme_warmups(warmup_steps):
     assert all(np.isfinite(float(rate(i))) and rate(i) <= 1.0 for i in range(12))
 
 
-@pytest.mark.parametrize(("clip_norm", "seen"), [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])])
+@pytest.mark.parametrize(
+    ("clip_norm", "seen"), [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])]
+)
 def test_clipping_bounds_the_gradient_that_adam_sees(clip_norm, seen):
     params, gradient = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}
-    optimizer = make_optimizer(lambda step: 0.1, b1=0.0, b2=0.5, weight_decay=0.0, clip_norm=clip_norm)
+    optimizer = make_optimizer(
+        lambda step: 0.1, b1=0.0, b2=0.5, weight_decay=0.0, clip_norm=clip_norm
+    )
     _, state = optimizer.update(gradient, optimizer.init(params), params)
     np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], seen, rtol=1e-6)
 
@@ -74,7 +78,9 @@ def test_a_half_life_halves_the_distance_in_that_many_images():
     for _ in range(5):
         averages = update_averages(averages, {"w": jnp.array(0.0)}, batch_size=100)
     np.testing.assert_allclose(averages[name]["w"], 0.5, rtol=1e-6)
-    np.testing.assert_allclose(decay_of("2000kimg", batch_size=1024) ** (2e6 / 1024), 0.5, rtol=1e-9)
+    np.testing.assert_allclose(
+        decay_of("2000kimg", batch_size=1024) ** (2e6 / 1024), 0.5, rtol=1e-9
+    )
     assert decay_of("0.9999", batch_size=1024) == 0.9999
 
 
@@ -113,7 +119,11 @@ def test_muon_moves_what_is_a_matrix_in_the_published_code():
     moved = {name for name, dimensions in ours.items() if dimensions is not None}
     assert moved == {name for name in matrices if name in ours}
     assert len(moved) > 20
-    assert {"u_head/final/kernel", "h_tokens/embedding/out/kernel", "block_0/contract/kernel"} <= moved
+    assert {
+        "u_head/final/kernel",
+        "h_tokens/embedding/out/kernel",
+        "block_0/contract/kernel",
+    } <= moved
     assert not {"bottleneck/kernel", "positions", "class_tokens/embedding/embedding"} & moved
 
 
@@ -171,7 +181,9 @@ def test_blocks_in_a_loop_move_as_blocks_one_after_another(name):
 
 def test_fused_projections_are_three_matrices():
     rng = np.random.default_rng(0)
-    parts = [jnp.asarray(rng.standard_normal((6, 6)) * scale, jnp.float32) for scale in (1, 1e-3, 10)]
+    parts = [
+        jnp.asarray(rng.standard_normal((6, 6)) * scale, jnp.float32) for scale in (1, 1e-3, 10)
+    ]
     fused = {"attention": {"qkv": {"kernel": jnp.concatenate(parts, axis=1)}}}
     update = _step(fused, fused)["attention"]["qkv"]["kernel"]
     apart = [_step({"layer": {"kernel": part}}, {"layer": {"kernel": part}}) for part in parts]
@@ -185,7 +197,9 @@ def test_what_muon_leaves_moves_as_under_adam_with_nesterov_momentum():
     gradient = {"norm": {"scale": jnp.array([0.1, -2.0, 0.0])}, "layer": {"kernel": jnp.eye(3)}}
     adam = optax.nadam(1.0, b1=0.9, b2=0.95)
     expected, _ = adam.update(gradient["norm"], adam.init(params["norm"]), params["norm"])
-    np.testing.assert_allclose(_step(params, gradient)["norm"]["scale"], expected["scale"], rtol=1e-6)
+    np.testing.assert_allclose(
+        _step(params, gradient)["norm"]["scale"], expected["scale"], rtol=1e-6
+    )
 
 
 def test_an_optimiser_that_is_not_known():

@@ -21,7 +21,7 @@ from mf_jax.bench.predict import predicted, ring_rate, timed
 from mf_jax.bench.topologies import TOPOLOGIES
 from mf_jax.build import make_network
 from mf_jax.models import parameter_shapes
-from mf_jax.sharding import state_sharding
+from mf_jax.runtime.sharding import state_sharding
 
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
 SCALARS = 200
@@ -83,7 +83,9 @@ def test_collectives_are_those_of_the_step(planned, name):
         (each["kind"], each["axis"]): (each["payload_bytes"], each["devices"])
         for each in planned[name]["result"]["collectives"]
     }
-    expected = {("all-reduce", {"data": "data", "both": "data fsdp", "fsdp": "fsdp"}[name]): (4 * whole, 8)}
+    expected = {
+        ("all-reduce", {"data": "data", "both": "data fsdp", "fsdp": "fsdp"}[name]): (4 * whole, 8)
+    }
     if fsdp > 1:
         expected |= {(kind, "fsdp"): (4 * split, fsdp) for kind in ("all-gather", "reduce-scatter")}
     if name == "both":
@@ -96,14 +98,29 @@ def test_collectives_are_those_of_the_step(planned, name):
 
 def test_it_is_printed_as_it_is_written(planned):
     out, result = (planned["both"][key] for key in ("out", "result"))
-    for key in ("topology", "num_devices", "processes", "memory", "peak", "link", "outside", "utilisation"):
+    for key in (
+        "topology",
+        "num_devices",
+        "processes",
+        "memory",
+        "peak",
+        "link",
+        "outside",
+        "utilisation",
+    ):
         assert key in result, key
     assert (result["topology"], result["num_devices"], result["memory"]) == ("cpu-8", 8, 4e9)
     (row,) = result["rows"]
     assert row["gflop"] > 0
     assert row["collective_seconds"] == sum(each["seconds"] for each in result["collectives"])
-    assert row["efficiency"] == row["compute_seconds"] / (row["compute_seconds"] + row["collective_seconds"])
-    for text in ("on 8 x cpu (planned on 1 hosts)", "fits as configured", "multiplies bfloat16 as float32"):
+    assert row["efficiency"] == row["compute_seconds"] / (
+        row["compute_seconds"] + row["collective_seconds"]
+    )
+    for text in (
+        "on 8 x cpu (planned on 1 hosts)",
+        "fits as configured",
+        "multiplies bfloat16 as float32",
+    ):
         assert text in out
     for value in (row["params_bytes"] / 1e9, row["temporary_bytes"] / 1e9, row["gflop"]):
         assert f"│ {value:.4g} " in out
@@ -127,7 +144,10 @@ def test_it_says_when_nothing_fits(planned):
     result = planned["nothing"]["result"]
     assert [row["fits"] for row in result["rows"]] == [False] * 4
     assert result["collectives"] == []
-    assert "nor with anything that changes no result: use a smaller train.batch_size" in result["notes"][0]
+    assert (
+        "nor with anything that changes no result: use a smaller train.batch_size"
+        in result["notes"][0]
+    )
 
 
 def test_what_computes_again_is_tried_before_what_splits_more():
@@ -138,7 +158,9 @@ def test_what_computes_again_is_tried_before_what_splits_more():
     meshes = [{}, *({"mesh": {"data": 0, "fsdp": size}} for size in (4, 8))]
     late = [{"gather": "block"}, *({"data": 0, "fsdp": size, "gather": "block"} for size in (4, 8))]
     last = [{"mesh": mesh, **models[-1]} for mesh in late]
-    assert list(_candidates(config, 8)) == [mesh | model for mesh in meshes for model in models] + last
+    assert (
+        list(_candidates(config, 8)) == [mesh | model for mesh in meshes for model in models] + last
+    )
     config.mesh.gather = "block"
     assert list(_candidates(config, 8)) == [mesh | model for mesh in meshes for model in models]
     config.model.name, config.mesh.gather = "unet", "step"
@@ -150,7 +172,10 @@ def test_what_computes_again_is_tried_before_what_splits_more():
     [
         ("batch", ["train.batch_size=12", "8 devices"]),
         ("mesh", ["mesh.fsdp=3", "must multiply to the 8 devices"]),
-        ("started", ["bench.topology='v5e-16'", "needs 16", "started with 8", "a process of its own"]),
+        (
+            "started",
+            ["bench.topology='v5e-16'", "needs 16", "started with 8", "a process of its own"],
+        ),
     ],
 )
 def test_what_the_devices_cannot_share_is_one_line(planned, name, words):
@@ -163,7 +188,10 @@ def test_what_the_devices_cannot_share_is_one_line(planned, name, words):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("topology=v5e-61", ["bench.topology='v5e-61'", ", ".join(TOPOLOGIES), "did you mean v5e-16?"]),
+        (
+            "topology=v5e-61",
+            ["bench.topology='v5e-61'", ", ".join(TOPOLOGIES), "did you mean v5e-16?"],
+        ),
         ("utilisation=0.0", ["bench.utilisation=0.0", "above 0 and at most 1"]),
         ("utilisation=1.5", ["bench.utilisation=1.5", "above 0 and at most 1"]),
     ],
@@ -201,7 +229,8 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 def test_what_a_program_exchanges_is_read_from_its_text():
     found = {each.kind: each for each in exchanges(PROGRAM, {"data": 4, "fsdp": 2})}
     values = {
-        kind: (each.axis, each.group, each.count, each.numbers, each.payload) for kind, each in found.items()
+        kind: (each.axis, each.group, each.count, each.numbers, each.payload)
+        for kind, each in found.items()
     }
     everyone = tuple(range(8))
     assert values == {
@@ -230,7 +259,12 @@ def test_products_of_a_compiled_program():
         return looped, out
 
     shapes = [(3, 16), (16, 16), (1, 6, 6, 2), (3, 3, 2, 5)]
-    text = jax.jit(function).lower(*(np.ones(shape, np.float32) for shape in shapes)).compile().as_text()
+    text = (
+        jax.jit(function)
+        .lower(*(np.ones(shape, np.float32) for shape in shapes))
+        .compile()
+        .as_text()
+    )
     assert product_flops(text) == 7 * 2 * 3 * 16 * 16 + 2 * 36 * 5 * 9 * 2
 
 
@@ -251,7 +285,10 @@ def test_the_time_of_a_step_by_hand():
         "  %r = f32[250000000]{0} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add\n"
         "  %g = f32[500000000]{0} all-gather(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}\n}"
     )
-    rows = {row["kind"]: row for row in (timed(e, topology) for e in exchanges(text, {"data": 2, "fsdp": 4}))}
+    rows = {
+        row["kind"]: row
+        for row in (timed(e, topology) for e in exchanges(text, {"data": 2, "fsdp": 4}))
+    }
     assert rows["all-reduce"]["seconds"] == pytest.approx(2 * 7 / 8 * 1e9 / 1e10)
     assert rows["all-gather"]["seconds"] == pytest.approx(3 / 4 * 2e9 / 1e10)
     step = predicted(4e11, list(rows.values()), topology, 0.4)

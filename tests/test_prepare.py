@@ -25,13 +25,14 @@ from launch.faults.job import Job
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents
-from mf_jax.data.pictures_in import list_pictures
-from mf_jax.files import replace_file
+from mf_jax.data.picture_list import list_pictures
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL
 from mf_jax.metrics.inception import Inception
 from mf_jax.metrics.reference_file import read_reference
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare import latent_shards, pictures, reference
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.runtime.files import replace_file
 
 VAE = FOLDER / "vae"
 SIZE = 16
@@ -243,8 +244,15 @@ def test_a_tfds_set_is_read_as_it_is_stored(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     pictures = list_pictures("tfds:tiny", tfds_split="train")
-    assert (len(pictures), pictures.class_names, pictures.name(1)) == (2, ("cat", "dog"), "train[1]")
-    assert [pictures.read(i) for i in range(2)] == [(CONTENTS[NAMES[0]], 1), (CONTENTS[NAMES[1]], 0)]
+    assert (len(pictures), pictures.class_names, pictures.name(1)) == (
+        2,
+        ("cat", "dog"),
+        "train[1]",
+    )
+    assert [pictures.read(i) for i in range(2)] == [
+        (CONTENTS[NAMES[0]], 1),
+        (CONTENTS[NAMES[1]], 0),
+    ]
     with pytest.raises(BadInput, match="dataset='tiny' split 'test'"):
         list_pictures("tfds:tiny", tfds_split="test")
 
@@ -308,7 +316,9 @@ def test_inputs_that_are_none_are_refused(tmp_path, how, message):
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(prepared, tree, tmp_path):
+def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(
+    prepared, tree, tmp_path
+):
     code, told, _ = prepared("latents")
     assert code == 0
     assert f"{len(NAMES)} pictures in {SHARDS} shards, 0 skipped" in told
@@ -320,7 +330,9 @@ def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(pr
     expected = np.stack(autoencoder.encode(jnp.asarray(both)), axis=1)
     np.testing.assert_allclose(stored.x, expected, rtol=2e-3, atol=2e-3)
     assert np.abs(expected[: len(NAMES)] - expected[len(NAMES) :]).max() > 0.1
-    np.testing.assert_array_equal(stored.labels, [sorted(CLASSES).index(name[:3]) for name in NAMES] * 2)
+    np.testing.assert_array_equal(
+        stored.labels, [sorted(CLASSES).index(name[:3]) for name in NAMES] * 2
+    )
 
 
 def test_the_manifest_says_what_the_latents_are(prepared, tmp_path):
@@ -330,9 +342,19 @@ def test_the_manifest_says_what_the_latents_are(prepared, tmp_path):
     assert manifest["crop"] == "adm"
     assert manifest["mirrors"] is True
     sha256 = hashlib.sha256((VAE / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    assert manifest["autoencoder"] == {"name": str(VAE), "sha256": sha256, "scaling_factor": 0.18215}
-    assert manifest["classes"] == [{"name": name, "count": CLASSES[name]} for name in sorted(CLASSES)]
-    assert sum(shard["count"] for shard in manifest["shards"]) == manifest["num_pictures"] == len(NAMES)
+    assert manifest["autoencoder"] == {
+        "name": str(VAE),
+        "sha256": sha256,
+        "scaling_factor": 0.18215,
+    }
+    assert manifest["classes"] == [
+        {"name": name, "count": CLASSES[name]} for name in sorted(CLASSES)
+    ]
+    assert (
+        sum(shard["count"] for shard in manifest["shards"])
+        == manifest["num_pictures"]
+        == len(NAMES)
+    )
     assert manifest["skipped"] == []
 
 
@@ -352,7 +374,11 @@ def test_any_number_of_processes_writes_the_same_files(prepared, tmp_path):
 
 def test_the_processes_of_a_jax_job_share_the_work(prepared, tree, tmp_path):
     prepared("alone")
-    arguments = [*TOGETHER, f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'job'}"]
+    arguments = [
+        *TOGETHER,
+        f"--config.prepare.input={tree}",
+        f"--config.data.path={tmp_path / 'job'}",
+    ]
     first, second = Job(2, *arguments).finish()
     assert (first.code, second.code) == (0, 0), (first, second)
     assert f"12 pictures in {SHARDS} shards" in first.output  # it has waited for the other
@@ -361,19 +387,23 @@ def test_the_processes_of_a_jax_job_share_the_work(prepared, tree, tmp_path):
 
 def test_a_bucket_gets_the_same_files(prepared, tmp_path, monkeypatch):
     prepared("alone")
-    monkeypatch.setattr("mf_jax.files.in_bucket", lambda path: True)
+    monkeypatch.setattr("mf_jax.runtime.files.in_bucket", lambda path: True)
     assert prepared("bucket")[0] == 0
     assert files(tmp_path / "bucket") == files(tmp_path / "alone")
 
 
-def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(prepared, tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(
+    prepared, tmp_path, monkeypatch
+):
     prepared("latents")
     folder = tmp_path / "latents"
     done = files(folder)
     first, second = sorted(folder.glob("*.array_record"))[:2]
     begun = []
     begin = prepare.LatentShards.begin
-    monkeypatch.setattr(prepare.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1])
+    monkeypatch.setattr(
+        prepare.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1]
+    )
     assert prepared("latents")[0] == 0
     assert begun == []
     first.unlink()
@@ -409,7 +439,11 @@ def until_the_second_shard(*arguments):
 setattr(place, name, until_the_second_shard)
 sys.exit(main())
 """
-    arguments = [*TOGETHER, f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'killed'}"]
+    arguments = [
+        *TOGETHER,
+        f"--config.prepare.input={tree}",
+        f"--config.data.path={tmp_path / 'killed'}",
+    ]
     process = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, check=False
     )
@@ -435,7 +469,10 @@ def test_broken_pictures_are_counted_named_and_skipped(prepared, tree, tmp_path,
     assert all(name in caplog.text for name in broken)
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert manifest["skipped"] == broken
-    latents, good = open_latents(tmp_path / "latents"), [name for name in NAMES if name not in broken]
+    latents, good = (
+        open_latents(tmp_path / "latents"),
+        [name for name in NAMES if name not in broken],
+    )
     labels = latents.gather(np.arange(len(latents))).labels
     np.testing.assert_array_equal(labels, [sorted(CLASSES).index(name[:3]) for name in good])
     assert manifest["classes"][0] == {"name": "n01", "count": CLASSES["n01"] - 1}
@@ -463,7 +500,7 @@ def test_a_picture_that_cannot_be_opened_is_not_taken_for_a_broken_one(prepared,
             raise OSError("connection lost")
         return read(index)
 
-    monkeypatch.setattr("mf_jax.data.pictures_in.Listed.read", fail_once)
+    monkeypatch.setattr("mf_jax.data.picture_list.Listed.read", fail_once)
     code, _, told = prepared("latents")
     assert code == 2
     assert f"{NAMES[5]} cannot be opened (connection lost)" in told
@@ -506,7 +543,10 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(prepared, tmp_path, 
         ({"data.path": ""}, "data.path='' is not set"),
         ({"data.path": "/proc/nowhere"}, "data.path='/proc/nowhere' cannot be written"),
         ({"data.autoencoder": "sd-vae"}, "data.autoencoder='sd-vae'"),
-        ({"prepare.reference": "statistics.txt"}, "prepare.reference='statistics.txt': must end in .npz"),
+        (
+            {"prepare.reference": "statistics.txt"},
+            "prepare.reference='statistics.txt': must end in .npz",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(
@@ -664,7 +704,9 @@ def test_latents_and_statistics_come_from_one_pass_over_any_number_of_processes(
         np.testing.assert_allclose(found["features"], rows, atol=1e-6)
 
 
-def test_statistics_continue_after_a_stop_with_the_same_bytes(prepared, features, tmp_path, monkeypatch):
+def test_statistics_continue_after_a_stop_with_the_same_bytes(
+    prepared, features, tmp_path, monkeypatch
+):
     path, stopped = tmp_path / "undisturbed.npz", tmp_path / "stopped.npz"
     prepared("none", **only_reference(path))
     add, calls = reference.ReferenceStatistics.add, []
@@ -681,18 +723,24 @@ def test_statistics_continue_after_a_stop_with_the_same_bytes(prepared, features
     assert not stopped.exists()
     with monkeypatch.context() as patch:
         patch.setattr(
-            reference.ReferenceStatistics, "begin", lambda self, shard: calls.append(f"shard {shard}")
+            reference.ReferenceStatistics,
+            "begin",
+            lambda self, shard: calls.append(f"shard {shard}"),
         )
         assert prepared("none", **only_reference(stopped))[0] == 0
     assert calls[3:] == ["shard 1", "shard 2"]
     assert stopped.read_bytes() == path.read_bytes()
 
 
-def test_too_many_broken_pictures_stop_statistics_even_over_restarts(prepared, features, tree, tmp_path):
+def test_too_many_broken_pictures_stop_statistics_even_over_restarts(
+    prepared, features, tree, tmp_path
+):
     for name in (NAMES[0], NAMES[11]):
         (tree / name).write_bytes(b"no picture")
     for _ in range(2):  # the second time the first two shards are in the sums already
-        code, _, told = prepared("none", **only_reference(tmp_path / "a.npz"), **{"prepare.max_bad": 1})
+        code, _, told = prepared(
+            "none", **only_reference(tmp_path / "a.npz"), **{"prepare.max_bad": 1}
+        )
         assert code == 2
         assert "prepare.max_bad=1: 2 pictures are broken" in told
 

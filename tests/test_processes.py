@@ -10,8 +10,8 @@ from conftest import ROOT, TINY
 
 import mf_jax
 from launch.faults.job import Job, free_port
-from mf_jax import processes
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.runtime import processes
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SHARDED = (
@@ -113,11 +113,15 @@ def test_the_others_end_when_a_process_dies(tmp_path):
     job.send(signal.SIGKILL, 1)
     (code, _, errors), _ = job.finish(timeout=60)
     assert code not in (0, 2)
-    assert "another process" in errors or "another task died" in errors  # ours, or what JAX says as it aborts
+    assert (
+        "another process" in errors or "another task died" in errors
+    )  # ours, or what JAX says as it aborts
 
 
 def test_processes_with_other_settings_are_named(tmp_path):
-    said = Job(2, *SHARDED, f"--workdir={tmp_path / 'run'}", own=lambda i: [f"--config.seed={i}"]).finish()
+    said = Job(
+        2, *SHARDED, f"--workdir={tmp_path / 'run'}", own=lambda i: [f"--config.seed={i}"]
+    ).finish()
     for index, (code, _, errors) in enumerate(said):
         assert (code, errors) == (
             2,
@@ -166,7 +170,9 @@ def test_what_one_host_lacks_is_told_by_every_process(continued, tmp_path):
     mf_jax.load(workdir).export(hosts(0) / "weights.npz", kind="meanflow")
     start = ("--config.init.from=weights.npz", "--config.init.kind=meanflow")
     config = f"--config={ROOT}/configs/digits.py"
-    said = Job(2, config, *SHARDED[1:], "--workdir=run", "--mode=sample", *start, cwd=hosts).finish()
+    said = Job(
+        2, config, *SHARDED[1:], "--workdir=run", "--mode=sample", *start, cwd=hosts
+    ).finish()
     assert [code for code, _, _ in said] == [2, 2], said
     lacks = f"{hosts(1) / 'weights.npz'}: no such file or folder"
     assert said[1][2].startswith(f"mf_jax: process 1: {lacks}")
@@ -193,7 +199,10 @@ def test_a_coordinator_that_does_not_answer(spawn):
             dict(zip(VARIABLES, ("host", "2", "0"), strict=True)),
             "JAX_COORDINATOR_ADDRESS=host: must be host:port",
         ),
-        (dict(zip(VARIABLES, ("host:1", "2", "2"), strict=True)), "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"),
+        (
+            dict(zip(VARIABLES, ("host:1", "2", "2"), strict=True)),
+            "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES",
+        ),
         (dict(zip(VARIABLES, ("host:1", "two", "0"), strict=True)), "must be whole numbers"),
     ],
 )

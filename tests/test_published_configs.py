@@ -20,13 +20,15 @@ from configs.imagenet_b4 import IMAGES
 from mf_jax.bench.step import Noise
 from mf_jax.build import ema_names, make_network
 from mf_jax.config import validate
-from mf_jax.grid import cells
 from mf_jax.models import parameter_shapes
-from mf_jax.state import NEVER, initial_state, make_train_step
+from mf_jax.scoring.grid import cells
+from mf_jax.step import NEVER, initial_state, make_train_step
 from mf_jax.train import step_parts
 
 CONFIGS = sorted(
-    path.stem for kind in ("imagenet*", "cifar10*") for path in (ROOT / "configs").glob(f"{kind}.py")
+    path.stem
+    for kind in ("imagenet*", "cifar10*")
+    for path in (ROOT / "configs").glob(f"{kind}.py")
 )
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
 EDM_UNET = 55_733_891 - 9 * 128
@@ -133,7 +135,9 @@ def _side(config):
 def _reduced(name):
     """Return a config's copy whose network is tiny, and data to fit."""
     config = load(name)
-    config.model.update(depth=1, width=16, num_heads=2, channels=8, channel_multipliers=(1,), num_blocks=1)
+    config.model.update(
+        depth=1, width=16, num_heads=2, channels=8, channel_multipliers=(1,), num_blocks=1
+    )
     config.model.update(dtype="float32", patch_size=2, scan=False, remat="none")
     if config.model.name == "in_context_dit":
         config.model.head_depth = 1
@@ -146,10 +150,23 @@ def _reduced(name):
 def _random(shapes):
     """Return parameters drawn without compiling anything."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype), shapes
+    )
 
 
-PROGRAM = ("data", "model", "objective", "guidance", "weight", "controls", "times", "draws", "optim", "ema")
+PROGRAM = (
+    "data",
+    "model",
+    "objective",
+    "guidance",
+    "weight",
+    "controls",
+    "times",
+    "draws",
+    "optim",
+    "ema",
+)
 NO_MATTER = ("path", "image_size", "size", "anneal_from", "anneal_to")
 """The reduced copies are of one size."""
 
@@ -163,7 +180,10 @@ def _program(config):
         return value == 0 if isinstance(value, float) else value
 
     return tuple(
-        (key, kind(value)) for part in PROGRAM for key, value in config[part].items() if key not in NO_MATTER
+        (key, kind(value))
+        for part in PROGRAM
+        for key, value in config[part].items()
+        if key not in NO_MATTER
     )
 
 

@@ -12,15 +12,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from recorded import FOLDER
 
-from mf_jax.guidance import Guidance
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.paths import interpolate
+from mf_jax.flow.records import Condition, Draws, GuidanceScale, Rows
 from mf_jax.models import DIT_SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.weighting import AdaptiveWeight
-from mf_jax.paths import interpolate
-from mf_jax.reference.names import from_published
-from mf_jax.types import Condition, Draws, GuidanceScale, Rows
+from mf_jax.published.names import from_published
 
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
 TOLERANCE = 1e-5  # relative to the norm
@@ -66,9 +66,15 @@ def _draws(meta, case):
     n = meta["batch"]["num_instant"]
     told = None
     if "in/omega" in case:
-        told = GuidanceScale(*(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max")))
-    rows = Rows(**{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()}, guidance=told)
-    return Draws(instant=jax.tree.map(lambda a: a[:n], rows), interval=jax.tree.map(lambda a: a[n:], rows))
+        told = GuidanceScale(
+            *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
+        )
+    rows = Rows(
+        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()}, guidance=told
+    )
+    return Draws(
+        instant=jax.tree.map(lambda a: a[:n], rows), interval=jax.tree.map(lambda a: a[n:], rows)
+    )
 
 
 def _objective(meta):
@@ -97,10 +103,12 @@ def test_recorded_case(path):
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     with jax.default_matmul_precision(meta["matmul_precision"]):
         z = interpolate(rows.x, rows.e, t=rows.t)
-        outputs = field(params, z, r=rows.r, t=rows.t, condition=Condition(rows.labels, rows.guidance))
-        loss, ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(field, p, draws, jnp.int32(0))[0]))(
-            params
+        outputs = field(
+            params, z, r=rows.r, t=rows.t, condition=Condition(rows.labels, rows.guidance)
         )
+        loss, ours = jax.jit(
+            jax.value_and_grad(lambda p: objective.loss(field, p, draws, jnp.int32(0))[0])
+        )(params)
     for name, output in outputs._asdict().items():
         if f"out/{name}" in case:
             _assert_close(output, case[f"out/{name}"], name)
@@ -122,11 +130,17 @@ def test_recorded_case(path):
 def test_parameter_count(name, count):
     _, size, patch = name.split("_")
     depth, width, heads = DIT_SIZES[size]
-    network = DiT(patch_size=int(patch), depth=depth, width=width, num_heads=heads, num_classes=1000)
-    params = jax.eval_shape(lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0))
+    network = DiT(
+        patch_size=int(patch), depth=depth, width=width, num_heads=heads, num_classes=1000
+    )
+    params = jax.eval_shape(
+        lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0)
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 def test_every_published_dit_size_is_counted():
-    counted = {name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())}
+    counted = {
+        name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())
+    }
     assert set(DIT_SIZES) - {"digits"} <= counted

@@ -10,10 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics import reference_file
 from mf_jax.metrics.reference_file import Statistics, read_pictures, read_reference, write_reference
 from mf_jax.metrics.row_store import RowArray, RowFile
-from mf_jax.types import BadInput
 
 
 def gaussian(rng, width):
@@ -89,7 +89,15 @@ def test_large_arrays_are_not_held(path, rng):
 def test_other_tools_read_what_is_written(path, statistics, pictures):
     write_reference(path, statistics, pictures=[pictures], num_pictures=23)
     with np.load(path) as file:
-        assert set(file.files) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "features", "num_images"}
+        assert set(file.files) == {
+            "mu",
+            "sigma",
+            "mu_s",
+            "sigma_s",
+            "arr_0",
+            "features",
+            "num_images",
+        }
         np.testing.assert_array_equal(file["sigma_s"], statistics.covariance_spatial)
         np.testing.assert_array_equal(file["arr_0"], pictures)
         assert file["arr_0"].dtype == np.uint8
@@ -177,7 +185,11 @@ def test_a_write_that_fails_leaves_the_old_file(path, statistics, pictures):
     before = path.read_bytes()
     for blocks, number, message in (
         ([pictures], 22, "num_pictures=22: there were 23"),
-        ([pictures[:5], pictures[5:, :3]], 23, r"a block is uint8 \[3, 5, 3\]; must be uint8 \[4, 5, 3\]"),
+        (
+            [pictures[:5], pictures[5:, :3]],
+            23,
+            r"a block is uint8 \[3, 5, 3\]; must be uint8 \[4, 5, 3\]",
+        ),
         ([pictures / 255.0], 23, "a block is float64"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -221,7 +233,9 @@ def nan_in(array):
 def test_bad_statistics_are_named_in_one_line(path, statistics, change, message):
     arrays = {"mu": statistics.mean, "sigma": statistics.covariance}
     arrays |= {"mu_s": statistics.mean_spatial, "sigma_s": statistics.covariance_spatial}
-    np.savez(path, **{name: array for name, array in (arrays | change).items() if array is not None})
+    np.savez(
+        path, **{name: array for name, array in (arrays | change).items() if array is not None}
+    )
     with pytest.raises(BadInput, match=f"^{path}: .*{message}") as error:
         read_reference(path)
     assert "\n" not in str(error.value)
@@ -243,7 +257,8 @@ def as_npy(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda p: cut(p, 0.5), lambda p: cut(p, 0.98), lambda p: p.write_bytes(b""), as_npy, flip]
+    "damage",
+    [lambda p: cut(p, 0.5), lambda p: cut(p, 0.98), lambda p: p.write_bytes(b""), as_npy, flip],
 )
 def test_damaged_files_are_named_in_one_line(path, statistics, damage):
     write_reference(path, statistics)

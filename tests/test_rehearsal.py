@@ -108,12 +108,16 @@ class Rehearsal:
             "--config.prepare.batch_size=8",
             f"--config.prepare.process_count={count}",
         )
-        all_of = (self.start(*arguments, f"--config.prepare.process_index={index}") for index in range(count))
+        all_of = (
+            self.start(*arguments, f"--config.prepare.process_index={index}")
+            for index in range(count)
+        )
         return self.finish(*all_of)
 
     def rows(self, workdir=None):
         return [
-            json.loads(line) for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()
         ]
 
 

@@ -12,15 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mf_jax import pictures, plots, report, report_page
-from mf_jax.report import RunLog, read_metrics
-from mf_jax.report_page import write_report
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.reporting import page as report_page
+from mf_jax.reporting import plots
+from mf_jax.reporting import run_log as report
+from mf_jax.reporting import sample_grid as pictures
+from mf_jax.reporting.page import write_report
+from mf_jax.reporting.run_log import RunLog, read_metrics
 
 
 def _log(workdir, start_step=0, **options):
     return RunLog(
-        workdir, num_steps=10, start_step=start_step, batch_size=4, **{"show_progress": False} | options
+        workdir,
+        num_steps=10,
+        start_step=start_step,
+        batch_size=4,
+        **{"show_progress": False} | options,
     )
 
 
@@ -58,7 +65,9 @@ def test_a_resumed_run_writes_the_same_bytes_as_one_never_stopped(tmp_path):
     with _log(tmp_path / "resumed", start_step=5) as log:
         assert [row["step"] for row in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5]
         _write(log, range(6, 11))
-    whole, resumed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "resumed"))
+    whole, resumed = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "resumed")
+    )
     assert len(whole.splitlines()) == 10
     assert resumed == whole
     assert not list(tmp_path.glob("*/.*"))
@@ -67,7 +76,9 @@ def test_a_resumed_run_writes_the_same_bytes_as_one_never_stopped(tmp_path):
 def test_a_row_is_on_disk_at_once_with_sorted_names_and_shortest_floats(tmp_path):
     with _log(tmp_path) as log:
         log.write(3, {"loss": 0.1, "du_dt": np.float64(2)})
-        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "du_dt": 2.0, "loss": 0.1}\n'
+        assert (
+            tmp_path / "metrics.jsonl"
+        ).read_text() == '{"step": 3, "du_dt": 2.0, "loss": 0.1}\n'
 
 
 def test_a_fresh_start_empties_the_file(tmp_path):
@@ -240,7 +251,9 @@ def test_grid_writes_a_class_once_a_row_or_under_each_image(tmp_path):
     assert left > 20
     assert rows[4:60, : left - 4].min() < 128
     assert rows[64:120, : left - 4].min() < 128
-    pictures.save_grid(tmp_path / "tiles.png", images, labels=np.array([0, 1, 0, 2, -1, 0]), columns=3)
+    pictures.save_grid(
+        tmp_path / "tiles.png", images, labels=np.array([0, 1, 0, 2, -1, 0]), columns=3
+    )
     tiles = _read(tmp_path / "tiles.png")
     assert tiles.shape[:2] == (4 + 2 * 77, 4 + 3 * 60)
     assert tiles[61:77, 4:60].min() < 200
@@ -263,7 +276,9 @@ def test_transport_moves_the_noise_by_the_whole_interval(tmp_path, monkeypatch):
 
     scatter = plots.Axes.scatter
     monkeypatch.setattr(
-        plots.Axes, "scatter", lambda ax, x, y, **how: (drawn.append((x, y)), scatter(ax, x, y, **how))[1]
+        plots.Axes,
+        "scatter",
+        lambda ax, x, y, **how: (drawn.append((x, y)), scatter(ax, x, y, **how))[1],
     )
     data = np.random.default_rng(0).normal(size=(50, 2))
     plots.save_transport(tmp_path / "transport.png", evaluate_u, data, limits=(-2.0, 2.0))
@@ -288,7 +303,9 @@ def test_field_asks_for_each_interval_and_draws_u_not_its_transpose(tmp_path, mo
         "streamplot",
         lambda ax, *grid, **how: (streams.append(grid), plot(ax, *grid, **how))[1],
     )
-    plots.save_field(tmp_path / "field.png", evaluate_u, limits=(-1.0, 1.0), times=((0.0, 1.0), (0.5, 0.5)))
+    plots.save_field(
+        tmp_path / "field.png", evaluate_u, limits=(-1.0, 1.0), times=((0.0, 1.0), (0.5, 0.5))
+    )
     assert asked == [(0.0, 1.0), (0.5, 0.5)]
     x, _, across, up = streams[0]
     np.testing.assert_allclose(across, np.broadcast_to(x, across.shape), atol=1e-6)
@@ -429,7 +446,7 @@ def test_report_names_a_broken_file_or_folder(tmp_path):
 
 def test_importing_touches_no_backend_and_no_other_framework():
     code = (
-        "import sys, mf_jax.report_page, jax._src.xla_bridge as bridge\n"
+        "import sys, mf_jax.reporting.page, jax._src.xla_bridge as bridge\n"
         "assert not bridge._backends, 'a backend is initialised'\n"
         "print(*{'torch', 'tensorflow', 'matplotlib.pyplot'} & set(sys.modules))"
     )

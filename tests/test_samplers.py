@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from oracle import STD, gaussian_field
 
-from mf_jax.samplers import sample, time_grid
-from mf_jax.types import BadInput, Condition, Prediction
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import Condition, Prediction
+from mf_jax.flow.sampler import sample, time_grid
 
 MEAN = 0.3
 
@@ -43,7 +44,14 @@ def test_as_many_evaluations_as_steps_each_over_its_own_interval(steps):
         return Prediction(u=jnp.ones_like(z))
 
     e = jnp.zeros((2, 1))
-    x = sample(field, {}, e, Condition(jnp.zeros(2, jnp.int32)), times=time_grid(steps), learns_average=True)
+    x = sample(
+        field,
+        {},
+        e,
+        Condition(jnp.zeros(2, jnp.int32)),
+        times=time_grid(steps),
+        learns_average=True,
+    )
     jax.effects_barrier()
     edges = [1 - i / steps for i in range(steps + 1)]
     np.testing.assert_allclose(seen, list(zip(edges[1:], edges[:-1], strict=True)), atol=1e-6)

@@ -14,8 +14,8 @@ from conftest import ROOT
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from launch.faults.job import free_port
-from mf_jax import sharding
-from mf_jax.sharding import make_mesh
+from mf_jax.runtime import sharding
+from mf_jax.runtime.sharding import make_mesh
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(spawn, tmp_path):
@@ -118,7 +118,7 @@ def test_eight_devices_compute_what_one_computes(compiled, gather):
 
 IN_A_JOB = """
 import sys, jax, numpy as np
-from mf_jax.sharding import batch_sharding, make_mesh, per_device, state_sharding
+from mf_jax.runtime.sharding import batch_sharding, make_mesh, per_device, state_sharding
 jax.distributed.initialize("127.0.0.1:" + sys.argv[1], num_processes=1, process_id=0)
 mesh = make_mesh(data=2, fsdp=2)
 params = (np.arange(2**15, dtype=np.float32).reshape(2**13, 4) % 7,)

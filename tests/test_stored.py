@@ -10,11 +10,11 @@ from steps import parts_of
 
 from mf_jax.data import Batch, Stored, make_batches
 from mf_jax.data.pipeline import stream_flips, stream_indices
-from mf_jax.guidance import Guidance
+from mf_jax.errors import BadInput
+from mf_jax.flow.guidance import Guidance
 from mf_jax.models.dit import DiT
 from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.state import initial_state, make_train_step
-from mf_jax.types import BadInput
+from mf_jax.step import initial_state, make_train_step
 
 SHAPE = (4, 4, 1)
 
@@ -41,7 +41,9 @@ class Numbered:
         return 7
 
     def gather(self, indices):
-        x = np.broadcast_to(indices[:, None, None, None], (len(indices), 4, 4, 2)).astype(np.float16)
+        x = np.broadcast_to(indices[:, None, None, None], (len(indices), 4, 4, 2)).astype(
+            np.float16
+        )
         return Batch(x, np.full(len(indices), -1, np.int32))
 
 

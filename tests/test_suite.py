@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from mf_jax import metrics
+from mf_jax.errors import BadInput
 from mf_jax.metrics import frechet_noise, row_pairs
 from mf_jax.metrics.frechet_noise import frechet_with_error, noise_line
 from mf_jax.metrics.inception_score import add_logits, inception_score, start_scores
@@ -20,7 +21,6 @@ from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import compare, own_pairs
 from mf_jax.metrics.row_store import RowArray, RowStore
 from mf_jax.metrics.suite import SampleScores
-from mf_jax.types import BadInput
 
 SCORES = {"fid", "sfid", "fid_standard_error", "precision", "recall", "kid"}
 
@@ -73,7 +73,9 @@ def made(tmp_path, rng):
 
     def score(batch, **more):
         scores = add_all(SampleScores(203, tmp_path, least=10), features, batch, **more)
-        return scores.against(reference) | dict(zip(("mean", "std"), scores.inception_score(), strict=True))
+        return scores.against(reference) | dict(
+            zip(("mean", "std"), scores.inception_score(), strict=True)
+        )
 
     return features, reference, score
 
@@ -108,8 +110,12 @@ def test_recorded_kernel_distance(recorded_scores):
     reference = RowArray(recorded_scores["in/reference"])
     generated = RowArray(recorded_scores["in/generated"][: len(reference)])
     centre = recorded_scores["in/reference"].mean(0)
-    found = compare(generated, reference, centre, own_pairs(generated, centre), own_pairs(reference, centre))
-    assert found.kernel_distance == pytest.approx(float(recorded_scores["out/kid_first500"]), rel=1e-5)
+    found = compare(
+        generated, reference, centre, own_pairs(generated, centre), own_pairs(reference, centre)
+    )
+    assert found.kernel_distance == pytest.approx(
+        float(recorded_scores["out/kid_first500"]), rel=1e-5
+    )
 
 
 def test_scores_are_those_in_memory(made):
@@ -139,7 +145,12 @@ def test_neither_batches_nor_order_nor_padding_matter(made):
     _, _, score = made
     expected = score(203)
     assert expected.keys() == SCORES | {"mean", "std"}
-    for more in ({}, {"order": np.random.default_rng(1).permutation(203)}, {"junk": 1e30}, {"junk": np.inf}):
+    for more in (
+        {},
+        {"order": np.random.default_rng(1).permutation(203)},
+        {"junk": 1e30},
+        {"junk": np.inf},
+    ):
         assert score(64, **more) == pytest.approx(expected, rel=1e-6)
 
 
@@ -149,7 +160,9 @@ def test_what_a_reference_lacks_is_left_out(made, tmp_path):
     scores = add_all(SampleScores(203, tmp_path, least=10), features, 203)
     assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
     assert scores.against(reference).keys() == SCORES  # any number of references
-    without = add_all(SampleScores(203, tmp_path / "none", with_rows=False, least=10), features, 203)
+    without = add_all(
+        SampleScores(203, tmp_path / "none", with_rows=False, least=10), features, 203
+    )
     assert without.against(reference).keys() == {"fid", "sfid"}
     assert not (tmp_path / "none").exists()
 
@@ -188,7 +201,9 @@ def test_too_few_samples_are_refused(made, tmp_path):
 
 def test_references_of_other_features_are_refused(made, tmp_path, rng):
     scores = add_all(SampleScores(203, tmp_path, least=10), made[0], 203)
-    with pytest.raises(BadInput, match=r"far.npz: mu has 64 features, as of the first pool.*; must have 8"):
+    with pytest.raises(
+        BadInput, match=r"far.npz: mu has 64 features, as of the first pool.*; must have 8"
+    ):
         scores.against(reference_of(rng.standard_normal((99, 64)), path="far.npz"))
     with pytest.raises(BadInput, match="mu_s has 3 features; must have 5"):
         scores.against(reference_of(rng.standard_normal((99, 8)), rng.standard_normal((99, 3))))
@@ -207,7 +222,9 @@ def test_parts_are_cut_as_published(count, splits, rng):
     values = [np.exp((x * np.log(x / x.mean(0))).sum(1).mean()) for x in parts]
     order = rng.permutation(count)
     sums = add_logits(start_scores(count, 5, splits), logits[order], order, np.ones(count))
-    assert inception_score(sums) == pytest.approx((np.mean(values), np.std(values)), rel=1e-5, abs=1e-6)
+    assert inception_score(sums) == pytest.approx(
+        (np.mean(values), np.std(values)), rel=1e-5, abs=1e-6
+    )
 
 
 def test_certain_and_even_classes_have_their_number_as_score():
@@ -222,7 +239,9 @@ def test_what_has_no_inception_score_is_refused():
     with pytest.raises(BadInput, match="a part without samples"):
         inception_score(sums)
     with pytest.raises(BadInput, match="NaN or infinite"):
-        inception_score(add_logits(start_scores(20, 3), logits * np.nan, np.arange(20), np.ones(20)))
+        inception_score(
+            add_logits(start_scores(20, 3), logits * np.nan, np.arange(20), np.ones(20))
+        )
 
 
 # Pairs of rows
@@ -274,7 +293,9 @@ def test_what_fills_a_block_up_has_no_ball(rng):
 
 
 def test_too_few_rows_for_k_are_refused(rng):
-    with pytest.raises(BadInput, match="3 rows have no 3 nearest neighbours; there must be at least 4"):
+    with pytest.raises(
+        BadInput, match="3 rows have no 3 nearest neighbours; there must be at least 4"
+    ):
         inspect.unwrap(own_pairs)(RowArray(rng.standard_normal((3, 2))), np.zeros(2))
 
 

@@ -11,10 +11,10 @@ import pytest
 from conftest import TINY
 from etils import epath
 
-from mf_jax import state as state_module
+from mf_jax import step as state_module
 from mf_jax import train
-from mf_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from mf_jax.main import parse
+from mf_jax.runtime.checkpoint import Checkpoints, DamagedCheckpoint
 
 EVERY_STEP = (
     *TINY,
@@ -92,7 +92,9 @@ def test_killed_at_random_moments_ends_bit_identical(undisturbed, tmp_path, spaw
 
 def test_sigterm_saves_the_step_at_hand_and_exits_0(undisturbed, tmp_path, spawn):
     workdir = tmp_path / "run"
-    seldom = [a for a in EVERY_STEP if "checkpoint" not in a] + ["--config.checkpoint.every_steps=1000"]
+    seldom = [a for a in EVERY_STEP if "checkpoint" not in a] + [
+        "--config.checkpoint.every_steps=1000"
+    ]
     process = spawn(*_args(workdir, *seldom))
     assert "parameters" in process.stdout.readline()
     assert "step 2/30" in process.stdout.readline()
@@ -111,7 +113,9 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(undisturbed, tmp_path, spawn
 
 def test_a_run_without_moving_averages(tmp_path, command):
     assert command(*_args(tmp_path / "run", *TINY, "--config.ema.decays=()"))[0] == 0
-    code, out, _ = command(*_args(tmp_path / "run", *TINY, "--config.ema.decays=()", "--mode=sample"))
+    code, out, _ = command(
+        *_args(tmp_path / "run", *TINY, "--config.ema.decays=()", "--mode=sample")
+    )
     assert (code, "ema none" in out) == (0, True)
 
 
@@ -119,11 +123,16 @@ def test_a_finished_run_is_left_as_it_is(copy_of_trained, command):
     before = (copy_of_trained / "metrics.jsonl").read_bytes(), _arrays(copy_of_trained, 12)
     code, out, _ = command(*_args(copy_of_trained, *TINY))
     assert (code, "12 steps" in out) == (0, True)
-    assert before == ((copy_of_trained / "metrics.jsonl").read_bytes(), _arrays(copy_of_trained, 12))
+    assert before == (
+        (copy_of_trained / "metrics.jsonl").read_bytes(),
+        _arrays(copy_of_trained, 12),
+    )
 
 
 def _array_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 2000)
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 2000
+    )
 
 
 def _cut_short(checkpoint):
@@ -150,7 +159,9 @@ def _empty_index(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [_cut_short, _flip_a_bit, _lose_an_item, _empty_index])
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of_trained, command, damage):
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    copy_of_trained, command, damage
+):
     """The run goes on from step 8 and ends where it ended before."""
     whole = _arrays(copy_of_trained, 12)
     damage(copy_of_trained / "checkpoints" / "12")
@@ -173,7 +184,8 @@ def test_fingerprints_notice_what_the_format_does_not(copy_of_trained, monkeypat
         state.ema.values() if len(state.ema) > 1 else (state.params, next(iter(state.ema.values())))
     )
     assert any(
-        bool((a != b).any()) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+        bool((a != b).any())
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     )
     index = copy_of_trained / "checkpoints" / "12" / "index" / "metadata"
     entries = json.loads(index.read_text())
@@ -219,7 +231,9 @@ def test_one_compilation_per_run(tmp_path, monkeypatch):
     assert len(traced) == 1
 
 
-def test_divergence_names_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_path, command, monkeypatch):
+def test_divergence_names_step_and_metric_and_keeps_the_last_good_checkpoint(
+    tmp_path, command, monkeypatch
+):
     make = train.make_train_step
 
     def poisoned(parts, mesh):
@@ -238,7 +252,10 @@ def test_divergence_names_step_and_metric_and_keeps_the_last_good_checkpoint(tmp
     assert "v_error" in errors
     assert "checkpoint of step 4 is intact" in errors
     assert Checkpoints(tmp_path / "run", read_only=True).steps == [4]
-    assert all(np.isfinite(json.loads(line)["loss"]) for line in (tmp_path / "run" / "metrics.jsonl").open())
+    assert all(
+        np.isfinite(json.loads(line)["loss"])
+        for line in (tmp_path / "run" / "metrics.jsonl").open()
+    )
 
 
 def test_metrics_that_stand_still_name_the_first_bad_metric_only(monkeypatch, tmp_path):
@@ -253,7 +270,9 @@ def test_metrics_that_stand_still_name_the_first_bad_metric_only(monkeypatch, tm
     after = state.replace(metrics=collected, first_bad_step=first, step=state.step + 1)
     collected, first = state_module._collect(parts, after, worse)
     assert int(first) == 1
-    assert [name for name, metric in collected.items() if not np.isfinite(metric.total)] == ["grad_norm"]
+    assert [name for name, metric in collected.items() if not np.isfinite(metric.total)] == [
+        "grad_norm"
+    ]
 
 
 def test_constant_schedule_may_be_continued_for_more_steps(tmp_path, command):

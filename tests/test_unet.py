@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.models import UNet, as_field, initial_params
 from mf_jax.models.unet import Block, check_unet, double, drop_out, halve
-from mf_jax.types import NO_LABEL, BadInput, Condition
 
 SHAPE = (4, 8, 3)
-SMALL = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_resolutions": (2,)}
+SMALL = {
+    "channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_blocks": 1,
+    "attention_resolutions": (2,),
+}
 QUICK = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """Most of the time of these tests goes into compiling."""
 
@@ -111,7 +117,10 @@ def test_every_output_sees_opposite_corners(drawn):
 
 def test_rows_do_not_see_one_another(drawn):
     z, field = _z(), _field(dropout=0.3)
-    u, other = _u(field, drawn, z, seeds=[1, 2, 3]), _u(field, drawn, z.at[1].add(1), seeds=[1, 9, 3])
+    u, other = (
+        _u(field, drawn, z, seeds=[1, 2, 3]),
+        _u(field, drawn, z.at[1].add(1), seeds=[1, 9, 3]),
+    )
     np.testing.assert_allclose(u[0], other[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(u[2], other[2], rtol=1e-5, atol=1e-5)
     assert float(jnp.abs(u[1] - other[1]).max()) > 1e-3
@@ -126,7 +135,9 @@ def test_dropout_is_a_function_of_the_seed(drawn):
     whole = _u(_field(), drawn, z)
     assert float(jnp.abs(u - whole).max()) > 1e-3
     np.testing.assert_array_equal(_u(field, drawn, z), whole, "no seeds, no dropout")
-    np.testing.assert_array_equal(_u(_field(), drawn, z, seeds=[5, 5, 6]), whole, "rate 0 drops nothing")
+    np.testing.assert_array_equal(
+        _u(_field(), drawn, z, seeds=[5, 5, 6]), whole, "rate 0 drops nothing"
+    )
 
 
 def test_masks_drop_the_share_keep_the_mean_and_differ():
@@ -145,7 +156,9 @@ def test_every_block_has_its_own_mask(monkeypatch):
     from mf_jax.models import unet
 
     layers = []
-    monkeypatch.setattr(unet, "drop_out", lambda x, seeds, *, layer, rate: layers.append(layer) or x)
+    monkeypatch.setattr(
+        unet, "drop_out", lambda x, seeds, *, layer, rate: layers.append(layer) or x
+    )
     _count(**SMALL)
     assert layers == list(range(10))
 
@@ -167,7 +180,10 @@ def test_derivative_agrees_with_differences(drawn):
         point, one, step = (z, r, t), jnp.ones(2), 1e-5
         for direction in [(dz, 0 * one, 0 * one), (0 * dz, one, 0 * one), (0 * dz, 0 * one, one)]:
             value, slope = derivative(point, direction)
-            ends = [tuple(p + s * d for p, d in zip(point, direction, strict=True)) for s in (step, -step)]
+            ends = [
+                tuple(p + s * d for p, d in zip(point, direction, strict=True))
+                for s in (step, -step)
+            ]
             ahead, behind = (derivative(end, direction)[0] for end in ends)
             np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
             assert float(jnp.abs(slope).max()) > 1e-3
@@ -186,18 +202,27 @@ def test_every_parameter_receives_a_gradient(drawn):
     condition = Condition(jnp.array([0, 1, 2, NO_LABEL]), dropout=jnp.arange(4, dtype=jnp.uint32))
 
     def loss(params):
-        u = field(params, z, r=jnp.linspace(0, 0.3, 4), t=jnp.linspace(0.4, 1, 4), condition=condition).u
+        u = field(
+            params, z, r=jnp.linspace(0, 0.3, 4), t=jnp.linspace(0.4, 1, 4), condition=condition
+        ).u
         return jnp.mean((u - z) ** 2)
 
     for path, slope in jax.tree_util.tree_leaves_with_path(QUICK(jax.grad(loss))(drawn)):
         dead = float(jnp.mean(slope == 0))
-        assert dead == 0 or "qkv" in str(path), f"{jax.tree_util.keystr(path)}: {dead:.0%} without a gradient"
+        assert dead == 0 or "qkv" in str(path), (
+            f"{jax.tree_util.keystr(path)}: {dead:.0%} without a gradient"
+        )
         assert dead < 0.5, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("channels", [2, 12, 36])
 def test_takes_any_number_of_channels(channels):
-    assert _shapes(**{**SMALL, "channels": channels})["first"]["kernel"].shape == (3, 3, 3, channels)
+    assert _shapes(**{**SMALL, "channels": channels})["first"]["kernel"].shape == (
+        3,
+        3,
+        3,
+        channels,
+    )
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 3), (8, 6, 3)])

@@ -15,14 +15,14 @@ from recorded import FOLDER
 import mf_jax
 from configs.digits import get_config
 from mf_jax.build import make_network
-from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import validate
+from mf_jax.errors import BadInput
 from mf_jax.loading import load_initial
 from mf_jax.models import parameter_shapes
-from mf_jax.sharding import make_mesh
-from mf_jax.state import initial_state, make_train_step
+from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.sharding import make_mesh
+from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import _first_state, step_parts
-from mf_jax.types import BadInput
 from mf_jax.warm_start import load_weights
 
 LABELS = [3, 1, 4, 1]
@@ -88,7 +88,12 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, tmp_path, 
 
 
 def test_a_run_that_loops_over_its_blocks(command, tmp_path):
-    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}/run", *TINY, "--config.model.scan=True")
+    flags = (
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path}/run",
+        *TINY,
+        "--config.model.scan=True",
+    )
     flags += ("--config.model.depth=2", "--config.model.remat=block", "--config.train.num_steps=4")
     for mode in ("train", "sample"):
         code, _, errors = command(*flags, f"--mode={mode}")
@@ -98,9 +103,13 @@ def test_a_run_that_loops_over_its_blocks(command, tmp_path):
 
 def test_a_flow_matching_network_is_a_flow_map_when_its_last_blocks_see_r(tmp_path):
     """Their parameters have the same names, so one is the other's warm start."""
-    told = {name: _config(**{"model.depth": 2, "model.time_conditioning": name}) for name in ("t", "t|r")}
+    told = {
+        name: _config(**{"model.depth": 2, "model.time_conditioning": name})
+        for name in ("t", "t|r")
+    }
     shapes = [
-        {name: leaf.shape for name, leaf in flatten_dict(_like(config)).items()} for config in told.values()
+        {name: leaf.shape for name, leaf in flatten_dict(_like(config)).items()}
+        for config in told.values()
     ]
     assert shapes[0] == shapes[1]
 
@@ -109,7 +118,11 @@ def test_command_line_samples_and_scores_weights_without_a_run(trained, tmp_path
     mf_jax.load(trained).export(tmp_path / "weights.npz", kind="meanflow")
     start = (f"--config.init.from={tmp_path / 'weights.npz'}", "--config.init.kind=meanflow")
     for mode in ("sample", "eval"):
-        arguments = ("--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", f"--mode={mode}")
+        arguments = (
+            "--config=configs/digits.py",
+            f"--workdir={tmp_path / 'run'}",
+            f"--mode={mode}",
+        )
         code, _, errors = command(*arguments, *TINY, *start)
         assert code == 0, errors
     assert (tmp_path / "run" / "eval.json").exists()
@@ -159,7 +172,9 @@ def test_a_run_on_other_latents_is_refused(trained, tmp_path, more):
         stored["data"]["name"] = "latents"
         (theirs / "config.json").write_text(json.dumps(stored))
     config = _config(**{"init.path": str(theirs), "data.name": "latents", **more})
-    with pytest.raises(BadInput, match=r"its run was trained on .*latents.*set data.name, data.latent_mean"):
+    with pytest.raises(
+        BadInput, match=r"its run was trained on .*latents.*set data.name, data.latent_mean"
+    ):
         load_weights(config, _like(config))
 
 
@@ -181,7 +196,9 @@ def test_training_from_published_names_and_from_a_wrong_place(trained, tmp_path,
 
 
 def test_parameters_that_do_not_fit_are_listed(trained):
-    config = _config(**{"init.path": str(trained), "model.depth": 2, "model.time_conditioning": "t"})
+    config = _config(
+        **{"init.path": str(trained), "model.depth": 2, "model.time_conditioning": "t"}
+    )
     config.model.num_heads, config.model.patch_size = 2, 2
     with pytest.raises(BadInput) as error:
         load_weights(config, _like(config))
@@ -256,7 +273,11 @@ GOOD_CONFIGS = [
     },
     {"model.name": "affine"},
     {"model.name": "low_rank"},
-    {"model.prediction": "data", "objective.name": "pixel_meanflow", "objective.velocity": "boundary"},
+    {
+        "model.prediction": "data",
+        "objective.name": "pixel_meanflow",
+        "objective.velocity": "boundary",
+    },
     {"model.time_conditioning": "t|r", "model.depth": 2},
     {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
 ]

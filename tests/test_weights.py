@@ -12,15 +12,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from recorded import FOLDER
 from safetensors.numpy import save_file
 
-from mf_jax.reference.names import KINDS, from_published, our_name, published_name, to_published
-from mf_jax.reference.weights import (
+from mf_jax.errors import BadInput
+from mf_jax.published.checkpoints import (
     describe_published,
     fit_published,
     load_published,
     read_published,
     write_published,
 )
-from mf_jax.types import BadInput
+from mf_jax.published.names import KINDS, from_published, our_name, published_name, to_published
 
 CASES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}_*.npz"))
 OF_CHECKPOINT = {"meanflow": "meanflow_cfg_kappa", "imf": "imf_default", "pmf": "pmf_no_perceptual"}
@@ -111,7 +111,10 @@ def test_block_numbers_of_many_digits():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: our_name("imf", "x_embedder/proj1/bias"), "'x_embedder/proj1/bias': not a name of.* imf"),
+        (
+            lambda: our_name("imf", "x_embedder/proj1/bias"),
+            "'x_embedder/proj1/bias': not a name of.* imf",
+        ),
         (lambda: our_name("pmf", "x_embedder/proj/bias"), "'x_embedder/proj/bias'"),
         (lambda: our_name("imf", "shared_blocks_0/attn/q_norm/kernel/more"), "kernel/more"),
         (lambda: our_name("imf", "time_tokenses"), "'time_tokenses'"),
@@ -123,13 +126,20 @@ def test_block_numbers_of_many_digits():
             lambda: from_published("imf", {"x_embedder/proj/kernel": np.ones((4, 8))}),
             r"\(4, 8\).*p, p, C, width",
         ),
-        (lambda: from_published("pmf", {"pos_embed": np.ones((2, 4, 8))}), r"\(2, 4, 8\).*first axis of one"),
         (
-            lambda: to_published("imf", {"patch_embedding": {"kernel": np.ones((12, 8))}}, patch_size=4),
+            lambda: from_published("pmf", {"pos_embed": np.ones((2, 4, 8))}),
+            r"\(2, 4, 8\).*first axis of one",
+        ),
+        (
+            lambda: to_published(
+                "imf", {"patch_embedding": {"kernel": np.ones((12, 8))}}, patch_size=4
+            ),
             r"patch_size=4: patch_embedding/kernel of shape \(12, 8\)",
         ),
         (
-            lambda: to_published("imf", {"patch_embedding": {"kernel": np.ones((12, 8))}}, patch_size=0),
+            lambda: to_published(
+                "imf", {"patch_embedding": {"kernel": np.ones((12, 8))}}, patch_size=0
+            ),
             "patch_size=0",
         ),
     ],
@@ -164,7 +174,8 @@ def test_params_on_request_are_other_numbers(kind):
 @each_kind
 def test_load_published_is_the_tree_of_the_network(kind):
     _assert_equal(
-        load_published(_checkpoint(kind), kind, _like(kind)), from_published(kind, _published(kind)[0])
+        load_published(_checkpoint(kind), kind, _like(kind)),
+        from_published(kind, _published(kind)[0]),
     )
 
 
@@ -209,7 +220,9 @@ def test_one_of_several_averages_is_chosen_by_name(tmp_path):
     for name, value in (("500", 5), ("1000", 10)):
         flat = read_published(path, "imf", section=f"ema_params/{name}")
         assert np.all(flat["class_tokens"] == value)
-    with pytest.raises(BadInput, match="must be one of its averages: ema_params/1000, ema_params/500"):
+    with pytest.raises(
+        BadInput, match="must be one of its averages: ema_params/1000, ema_params/500"
+    ):
         read_published(path, "imf")
     with pytest.raises(BadInput, match="holds no ema_params/7, but ema_params"):
         read_published(path, "imf", section="ema_params/7")
@@ -228,7 +241,9 @@ def test_a_checkpoint_tells_its_channels_and_classes(kind, tmp_path):
     np.savez(tmp_path / "all.npz", **flat)
     assert describe_published(tmp_path / "all.npz", kind) == wanted
     table = next(name for name in flat if name.startswith("y_embedder"))
-    np.savez(tmp_path / "no_labels.npz", **{name: array for name, array in flat.items() if name != table})
+    np.savez(
+        tmp_path / "no_labels.npz", **{name: array for name, array in flat.items() if name != table}
+    )
     assert describe_published(tmp_path / "no_labels.npz", kind) == (wanted[0], 0)
     rest = {name: array for name, array in flat.items() if "x_embedder" not in name}
     np.savez(tmp_path / "rest.npz", **rest)
@@ -267,7 +282,9 @@ def test_written_names_are_the_published_ones(tmp_path, suffix):
 
 
 @each_suffix
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32], ids=lambda t: np.dtype(t).name)
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, np.float16, np.float32], ids=lambda t: np.dtype(t).name
+)
 def test_narrow_numbers_become_float32(tmp_path, suffix, dtype):
     flat = {name: array.astype(dtype) for name, array in _published("imf")[0].items()}
     ours = read_published(_save_file(tmp_path / f"weights{suffix}", flat), "imf")
@@ -331,7 +348,9 @@ def test_an_array_without_the_axes_of_its_layout_is_of_another_shape():
     flat["x_embedder/proj2/kernel"] = flat["x_embedder/proj2/kernel"][0]
     with pytest.raises(BadInput, match="of another shape") as problem:
         fit_published("pmf", {**flat, "class_tokens": np.ones((2, 8, 32))}, _like("pmf"))
-    assert "class_tokens (class_tokens/tokens) is [2, 8, 32], must become [8, 32]" in str(problem.value)
+    assert "class_tokens (class_tokens/tokens) is [2, 8, 32], must become [8, 32]" in str(
+        problem.value
+    )
     assert "x_embedder/proj2/kernel (patch_embedding/kernel) is [1, 128, 32]" in str(problem.value)
 
 
@@ -389,8 +408,14 @@ DAMAGED = "cannot be read as a published checkpoint"
             "class_tokens is int64; must be",
         ),
         (lambda d: _save_file(d / "w.npz", {"conv.weight": np.ones(3)}), "none of its parameters"),
-        (lambda d: _save_file(d / "w.npz", _published("pmf")[0]), "kind='imf': its parameters .* kind='pmf'"),
-        (lambda d: _checkpoint("meanflow"), "kind='imf': its parameters are those of kind='meanflow'"),
+        (
+            lambda d: _save_file(d / "w.npz", _published("pmf")[0]),
+            "kind='imf': its parameters .* kind='pmf'",
+        ),
+        (
+            lambda d: _checkpoint("meanflow"),
+            "kind='imf': its parameters are those of kind='meanflow'",
+        ),
     ],
 )
 def test_bad_paths_are_one_clear_line(tmp_path, make, message, capfd):

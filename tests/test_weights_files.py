@@ -9,9 +9,9 @@ import threading
 import pytest
 from etils import epath
 
-from mf_jax import weights
-from mf_jax.types import BadInput
-from mf_jax.weights import PUBLISHED, PublishedFile, find_weights, verify
+from mf_jax.errors import BadInput
+from mf_jax.published import fetch as weights
+from mf_jax.published.fetch import PUBLISHED, PublishedFile, find_weights, verify
 
 CONTENT = {"/inception": b"features" * 1000, "/vae": b"pictures" * 700_000, "/config": b"{}"}
 """What the server holds; the second is longer than a chunk."""
@@ -25,7 +25,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        if not self.path.endswith("config"):  # without a length only the end of the connection ends a file
+        if not self.path.endswith(
+            "config"
+        ):  # without a length only the end of the connection ends a file
             self.send_header("Content-Length", str(len(body) + self.server.cut))
         self.end_headers()
         self.server.asked.append(self.path)  # before the client has all of it
@@ -48,8 +50,13 @@ def server(monkeypatch):
             where = f"http://127.0.0.1:{made.server_port}{address}"
             return PublishedFile(path, len(body), hashlib.sha256(body).hexdigest(), where)
 
-        monkeypatch.setitem(PUBLISHED, "inception-2015-12-05", (file("inception.pth", "/inception"),))
-        pair = file("sd-vae-ft-mse/vae.safetensors", "/vae"), file("sd-vae-ft-mse/config.json", "/config")
+        monkeypatch.setitem(
+            PUBLISHED, "inception-2015-12-05", (file("inception.pth", "/inception"),)
+        )
+        pair = (
+            file("sd-vae-ft-mse/vae.safetensors", "/vae"),
+            file("sd-vae-ft-mse/config.json", "/config"),
+        )
         monkeypatch.setitem(PUBLISHED, "sd-vae-ft-mse", pair)
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -77,7 +84,9 @@ def test_the_table_is_of_whole_checksums_and_plain_addresses():
             assert file.address.rsplit("/", 1)[1] == file.path.rsplit("/", 1)[-1]
             assert len(files) == 1 or file.path.startswith(f"{name}/")
     assert REAL["inception-2015-12-05"][0].sha256.startswith("6726825d")
-    everything = [file.sha256 for files in REAL.values() for file in files if "config" not in file.path]
+    everything = [
+        file.sha256 for files in REAL.values() for file in files if "config" not in file.path
+    ]
     assert len(set(everything)) == len(everything)
 
 
@@ -109,7 +118,9 @@ def test_fetches_what_the_config_names_once(fetch, server, tmp_path):
 def test_the_folder_may_be_named_by_the_environment(command, server, tmp_path, monkeypatch):
     monkeypatch.setenv("MF_WEIGHTS", str(tmp_path / "there"))
     assert command("--config=configs/digits.py", "--mode=weights")[0] == 0
-    assert find_weights("inception-2015-12-05", "") == epath.Path(tmp_path / "there" / "inception.pth")
+    assert find_weights("inception-2015-12-05", "") == epath.Path(
+        tmp_path / "there" / "inception.pth"
+    )
     with pytest.raises(BadInput, match="elsewhere"):
         find_weights("inception-2015-12-05", str(tmp_path / "elsewhere"))
 
@@ -158,7 +169,9 @@ def test_a_bad_download_leaves_nothing(body, cut, words, fetch, server, tmp_path
     assert not (folder / "inception.pth").exists()
 
 
-def test_without_internet_each_file_has_its_line_and_the_others_are_fetched(fetch, server, tmp_path):
+def test_without_internet_each_file_has_its_line_and_the_others_are_fetched(
+    fetch, server, tmp_path
+):
     del server.content["/vae"]
     (file,) = PUBLISHED["inception-2015-12-05"]
     dead = file._replace(address="http://127.0.0.1:9/inception")  # a port where nothing listens
@@ -175,7 +188,13 @@ def test_without_internet_each_file_has_its_line_and_the_others_are_fetched(fetc
 
 def test_a_folder_that_cannot_be_written(fetch, server, tmp_path):
     (tmp_path / "weights").write_bytes(b"")
-    _refused(fetch(), tmp_path, f"weights_dir={tmp_path / 'weights'}", "cannot be written", "choose another")
+    _refused(
+        fetch(),
+        tmp_path,
+        f"weights_dir={tmp_path / 'weights'}",
+        "cannot be written",
+        "choose another",
+    )
 
 
 def test_a_folder_must_be_named(command, server, tmp_path):
@@ -193,8 +212,15 @@ def test_paths_need_no_fetching(command, server, tmp_path):
 
 def test_an_unknown_name_lists_the_known_ones(fetch, server, tmp_path):
     wrong = "--config.eval.inception=inception-2015"
-    _refused(fetch(wrong), tmp_path, "eval.inception='inception-2015'", "did you mean inception-2015-12-05?")
-    with pytest.raises(BadInput, match=r"data.autoencoder='':.*one of inception-2015-12-05, sd-vae-ft-mse"):
+    _refused(
+        fetch(wrong),
+        tmp_path,
+        "eval.inception='inception-2015'",
+        "did you mean inception-2015-12-05?",
+    )
+    with pytest.raises(
+        BadInput, match=r"data.autoencoder='':.*one of inception-2015-12-05, sd-vae-ft-mse"
+    ):
         find_weights("", str(tmp_path), key="data.autoencoder")
 
 

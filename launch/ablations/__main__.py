@@ -9,7 +9,7 @@ from launch.ablations.analysis import read_results
 from launch.ablations.document import write_document
 from launch.ablations.runs import Flops, Stopped, run_all
 from launch.ablations.settings import GROUPS, all_runs
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 RUNS = Path("runs/ablations")
 DOCUMENT, PICTURES = Path("docs/ablations.md"), Path("docs/ablations")
@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The paper's ablations in miniature on the digits, and all objectives at equal training FLOPs.",
     )
     names = ", ".join(group.name for group in GROUPS)
-    parser.add_argument("--only", default="", metavar="GROUP", help=f"the runs of one group: {names}")
+    parser.add_argument(
+        "--only", default="", metavar="GROUP", help=f"the runs of one group: {names}"
+    )
     parser.add_argument("--document", action="store_true", help="write the document alone")
     arguments = parser.parse_args(argv)
     try:

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from launch.ablations.runs import finished
 from launch.ablations.settings import BASELINE, SEEDS, Group, all_runs
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 Results = Mapping[str, Mapping[str, Any]]
 """Name of a run -> its `result.json`."""
@@ -31,11 +31,15 @@ def read_results(folder: Path) -> Results:
     found = {run.name: finished(run, folder) for run in all_runs()}
     results = {name: result for name, result in found.items() if result is not None}
     if not results:
-        raise BadInput(f"{folder} holds no finished run; run launch/ablations.sh without --document first")
+        raise BadInput(
+            f"{folder} holds no finished run; run launch/ablations.sh without --document first"
+        )
     return results
 
 
-def score(results: Results, run: str, steps: int = 1, column: str = "frechet_distance") -> float | None:
+def score(
+    results: Results, run: str, steps: int = 1, column: str = "frechet_distance"
+) -> float | None:
     """Return a score of a run's samples; None where the run is not finished or the score was not computed."""
     result = results.get(run)
     if result is None:
@@ -87,8 +91,15 @@ Compared = Sequence[tuple[str, float, float]]
 
 def compared(group: Group, results: Results) -> Compared:
     """Return the settings of a group that have a published figure and one of ours."""
-    pairs = ((setting.label, setting.published, score(results, setting.run)) for setting in group.settings)
-    return [(label, theirs, ours) for label, theirs, ours in pairs if theirs is not None and ours is not None]
+    pairs = (
+        (setting.label, setting.published, score(results, setting.run))
+        for setting in group.settings
+    )
+    return [
+        (label, theirs, ours)
+        for label, theirs, ours in pairs
+        if theirs is not None and ours is not None
+    ]
 
 
 def _best(rows: Compared, column: int) -> str:
@@ -144,7 +155,9 @@ def agreement(rows: Compared, noise: Noise) -> str:
     if len(rows) < 3 or len(set(theirs)) == 1 or len(set(ours)) == 1:
         return f"{first} {second}"
     correlation = spearmanr(theirs, ours).statistic
-    return f"{first} {second} Rank correlation (Spearman) {correlation:.2f} over {len(rows)} settings."
+    return (
+        f"{first} {second} Rank correlation (Spearman) {correlation:.2f} over {len(rows)} settings."
+    )
 
 
 def disagreements(rows: Compared, noise: Noise) -> str:

@@ -18,13 +18,25 @@ from launch.ablations.analysis import (
     score,
 )
 from launch.ablations.plots import save_plot
-from launch.ablations.settings import EQUAL_FLOPS, GROUPS, NUM_STEPS, Group, Run, all_runs, make_config
-from mf_jax.report import replace_file
+from launch.ablations.settings import (
+    EQUAL_FLOPS,
+    GROUPS,
+    NUM_STEPS,
+    Group,
+    Run,
+    all_runs,
+    make_config,
+)
+from mf_jax.reporting.run_log import replace_file
 
 
 def table(group: Group, results: Results) -> list[str]:
     """Return the lines of a group's table, the best of each column in bold."""
-    header = "published FID (1-NFE, XL/2)" if group.equal_flops else "published FID (1-NFE, B/4, 80 epochs)"
+    header = (
+        "published FID (1-NFE, XL/2)"
+        if group.equal_flops
+        else "published FID (1-NFE, B/4, 80 epochs)"
+    )
     columns = [(header, [setting.published for setting in group.settings], "g", min)]
     if group.equal_flops:
         found = [results.get(setting.run, {}) for setting in group.settings]
@@ -72,7 +84,12 @@ def document(results: Results) -> str:
         if group.equal_flops:
             lines += ["", ranking(group, results, noise)]
         lines += ["", f"![{group.title}](ablations/{group.name}.png)"]
-    lines += ["", "## Where digits do not agree with the paper", "", *_contradictions(results, noise)]
+    lines += [
+        "",
+        "## Where digits do not agree with the paper",
+        "",
+        *_contradictions(results, noise),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -167,9 +184,16 @@ def _contradictions(results: Results, noise: Noise) -> list[str]:
     lines = [f"- **{title}**: {text}." for title, text in found.items() if text]
     rest = [title for title, text in found.items() if not text]
     if lines:
-        lines = ["Pairs of settings in the opposite order, by more than the seed explains:", "", *lines, ""]
+        lines = [
+            "Pairs of settings in the opposite order, by more than the seed explains:",
+            "",
+            *lines,
+            "",
+        ]
     if rest:
-        lines.append("No pair of settings is in the opposite order by more than the seed explains in: ")
+        lines.append(
+            "No pair of settings is in the opposite order by more than the seed explains in: "
+        )
         lines[-1] += "; ".join(rest) + "."
     return lines or ["Too few settings are finished to compare."]
 

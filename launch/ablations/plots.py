@@ -30,12 +30,18 @@ def save_plot(path: Path, group: Group, results: Results) -> None:
     seeds = noise_of(results).values
     for i, setting in enumerate(group.settings):
         if setting.run == BASELINE:
-            left.plot(seeds, [i] * len(seeds), "|", color=_INK, markersize=9, label=f"{len(seeds)} seeds")
+            left.plot(
+                seeds, [i] * len(seeds), "|", color=_INK, markersize=9, label=f"{len(seeds)} seeds"
+            )
     floor = real_data(results)
     if floor is not None and any(value is not None for value in ours):
-        left.axvline(floor, color=_INK, linewidth=1, linestyle=(0, (3, 3)), label="held-out real data")
+        left.axvline(
+            floor, color=_INK, linewidth=1, linestyle=(0, (3, 3)), label="held-out real data"
+        )
     if left.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=2, labelcolor=_MUTED)
+        figure.legend(
+            loc="outside lower left", fontsize=8, frameon=False, ncols=2, labelcolor=_MUTED
+        )
     _bars(right, labels, [setting.published for setting in group.settings])
     what = "XL/2, own recipes" if group.equal_flops else "B/4, 80 epochs"
     right.set_title(f"published FID, ImageNet, {what}", fontsize=9.5, color=_MUTED)
@@ -59,7 +65,15 @@ def _bars(ax: Axes, labels: Sequence[str], values: Sequence[float | None]) -> bo
         color = _BLUE if known and value == min(known) else _PALE
         ax.barh(i, end - first, left=first, height=0.66, color=color)
         text = "" if value is None else as_text(value, ".4g")
-        ax.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
+        ax.annotate(
+            text,
+            (end, i),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+        )
     ax.set(ylim=(len(labels) - 0.4, -0.6))
     if is_log:
         ax.set(xscale="log", xlim=(first, 2.2 * top))

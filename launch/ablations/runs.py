@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from launch.ablations.settings import EQUAL_FLOPS, GROUPS, NUM_STEPS, Run, make_config
 from mf_jax import evaluate, train
-from mf_jax.checkpoint import Checkpoints
 from mf_jax.config import SECTIONS_OF_A_RUN, as_json, validate
-from mf_jax.files import replace_file
-from mf_jax.state import initial_state, make_train_step
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.files import replace_file
+from mf_jax.step import initial_state, make_train_step
 
 
 def step_flops(config: ConfigDict) -> float:
@@ -70,14 +70,18 @@ def planned_steps(run: Run, flops: Flops) -> int:
     if not run.equal_flops:
         return NUM_STEPS
     first = next(group for group in GROUPS if group.equal_flops).settings[0]
-    budget = NUM_STEPS * flops.of(Run(first.run, {**EQUAL_FLOPS, **first.overrides}, equal_flops=True))
+    budget = NUM_STEPS * flops.of(
+        Run(first.run, {**EQUAL_FLOPS, **first.overrides}, equal_flops=True)
+    )
     return affordable_steps(budget, flops.of(run))
 
 
 def decisive_sections(config: ConfigDict) -> dict[str, Any]:
     """Return what decides a run's numbers, as JSON keeps it."""
     return {
-        name: section for name, section in json.loads(as_json(config)).items() if name in SECTIONS_OF_A_RUN
+        name: section
+        for name, section in json.loads(as_json(config)).items()
+        if name in SECTIONS_OF_A_RUN
     }
 
 
@@ -154,7 +158,13 @@ def run_all(runs: Sequence[Run], folder: Path, flops: Flops) -> None:
         done = [(folder / later.name / "result.json").exists() for later in runs[i:]]
         known = done[0]
         left = np.mean(seconds) * done.count(False) / 60 if seconds else math.nan
-        about = "already finished" if known else f"about {left:.0f} minutes left" if seconds else "starts"
+        about = (
+            "already finished"
+            if known
+            else f"about {left:.0f} minutes left"
+            if seconds
+            else "starts"
+        )
         print(f"[{i + 1}/{len(runs)}] {run.name}: {about}", flush=True)
         result = execute(run, folder, flops)
         if not known:
@@ -162,9 +172,13 @@ def run_all(runs: Sequence[Run], folder: Path, flops: Flops) -> None:
             scores = (
                 "diverged"
                 if result["diverged"]
-                else ", ".join(f"{row['name']} {row['frechet_distance']:.2f}" for row in result["rows"])
+                else ", ".join(
+                    f"{row['name']} {row['frechet_distance']:.2f}" for row in result["rows"]
+                )
             )
-            print(f"    {result['num_steps']} steps, {result['seconds']:.0f} s: {scores}", flush=True)
+            print(
+                f"    {result['num_steps']} steps, {result['seconds']:.0f} s: {scores}", flush=True
+            )
 
 
 def machine() -> str:
@@ -172,8 +186,12 @@ def machine() -> str:
     device = jax.devices()[0]
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+    )
     kind = f"{os.cpu_count()} CPU cores ({model or platform.machine()})"
     if device.platform != "cpu":
         kind = f"{device.device_kind}, {kind}"
-    return f"{kind}; Python {platform.python_version()}, JAX {jax.__version__}, NumPy {np.__version__}"
+    return (
+        f"{kind}; Python {platform.python_version()}, JAX {jax.__version__}, NumPy {np.__version__}"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.digits import get_config as digits
-from mf_jax.types import BadInput, nearest
+from mf_jax.errors import BadInput, nearest
 
 NUM_STEPS = 1000  # of every run but those of `objectives`, which get what these cost
 Overrides = Mapping[str, Any]
@@ -85,7 +85,9 @@ _PLAIN: Overrides = {"weight.p": 0.0}
 BASELINE = "baseline"
 SEEDS = (BASELINE, "baseline_seed_1", "baseline_seed_2")
 """Runs that differ in nothing but the seed."""
-_ANY_ROW: Overrides = {"draws.label_drop": "any_row"}  # where no row has r = t, others must lose their label
+_ANY_ROW: Overrides = {
+    "draws.label_drop": "any_row"
+}  # where no row has r = t, others must lose their label
 
 # In the order in which they are run; published: MeanFlow (arXiv 2505.13447) table 1, B/4, 80 epochs, 1-NFE.
 GROUPS: tuple[Group, ...] = (
@@ -149,7 +151,12 @@ GROUPS: tuple[Group, ...] = (
                 "objective_terminal_uniform",
                 {**_TERMINAL, **_PLAIN, "times.name": "uniform"},
             ),
-            Setting("terminal velocity, p = 0", None, "objective_terminal_plain", {**_TERMINAL, **_PLAIN}),
+            Setting(
+                "terminal velocity, p = 0",
+                None,
+                "objective_terminal_plain",
+                {**_TERMINAL, **_PLAIN},
+            ),
             Setting("terminal velocity", None, "objective_terminal", _TERMINAL),
             Setting("consistency", None, "objective_consistency", {"times.name": "consistency"}),
             Setting(
@@ -173,7 +180,9 @@ GROUPS: tuple[Group, ...] = (
         (
             Setting("t, r", 61.75, "conditioning_t_r", {"model.time_conditioning": "t,r"}),
             Setting("t, t-r", 61.06, BASELINE),
-            Setting("t, r, t-r", 63.98, "conditioning_t_r_h", {"model.time_conditioning": "t,r,t-r"}),
+            Setting(
+                "t, r, t-r", 63.98, "conditioning_t_r_h", {"model.time_conditioning": "t,r,t-r"}
+            ),
             Setting("t-r", 63.13, "conditioning_h", {"model.time_conditioning": "t-r"}),
         ),
     ),
@@ -182,10 +191,16 @@ GROUPS: tuple[Group, ...] = (
         "Distribution of the times",
         (
             Setting("uniform", 65.90, "times_uniform", _times("uniform")),
-            Setting("logit-normal(-0.2, 1.0)", 63.83, "times_m02_10", _times("logit_normal", -0.2, 1.0)),
-            Setting("logit-normal(-0.2, 1.2)", 64.72, "times_m02_12", _times("logit_normal", -0.2, 1.2)),
+            Setting(
+                "logit-normal(-0.2, 1.0)", 63.83, "times_m02_10", _times("logit_normal", -0.2, 1.0)
+            ),
+            Setting(
+                "logit-normal(-0.2, 1.2)", 64.72, "times_m02_12", _times("logit_normal", -0.2, 1.2)
+            ),
             Setting("logit-normal(-0.4, 1.0)", 61.06, BASELINE),
-            Setting("logit-normal(-0.4, 1.2)", 61.79, "times_m04_12", _times("logit_normal", -0.4, 1.2)),
+            Setting(
+                "logit-normal(-0.4, 1.2)", 61.79, "times_m04_12", _times("logit_normal", -0.4, 1.2)
+            ),
         ),
     ),
     Group(

@@ -51,7 +51,11 @@ def _topologies(path: Path) -> None:
         difference = largest_difference(losses(folder, *shape), first)
         _append(
             path,
-            {"shape": shape, "difference": difference, "batches": batches_are_alike(source, shape[0], 32)},
+            {
+                "shape": shape,
+                "difference": difference,
+                "batches": batches_are_alike(source, shape[0], 32),
+            },
         )
         remove(folder)
 
@@ -86,7 +90,10 @@ def _scaling(path: Path) -> None:
     for processes in track([count for count in COUNTS if count not in done], "weak scaling"):
         folder = FOLDER / f"scaling_{processes}"
         remove(folder)
-        _append(path, {"processes": processes, "images_per_second": images_per_second(folder, processes)})
+        _append(
+            path,
+            {"processes": processes, "images_per_second": images_per_second(folder, processes)},
+        )
         remove(folder)
 
 

@@ -17,7 +17,9 @@ def write_document(
     text = path.read_text()
     writers = ((_faults, faults), (_topologies, topologies), (_scaling, scaling))
     for name, (write, rows) in zip(TABLES, writers, strict=True):
-        table = write(rows) if rows else f"Not measured yet: `bash launch/faults.sh --only={name}`\n"
+        table = (
+            write(rows) if rows else f"Not measured yet: `bash launch/faults.sh --only={name}`\n"
+        )
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = mark.sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text)
     path.write_text(text)
@@ -46,7 +48,9 @@ def _faults(rows: Sequence[dict]) -> str:
         span = f"{steps[0]} to {steps[-1]}" if steps else ""
         same = sum(row["identical"] for row in own)
         damaged = sum(row["damaged"] for row in own)
-        lines.append(f"| {name} | {len(own)} | {codes} | {span} | {damaged} | {same} of {len(own)} |")
+        lines.append(
+            f"| {name} | {len(own)} | {codes} | {span} | {damaged} | {same} of {len(own)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.faults.job import Ended, Job
-from mf_jax.checkpoint import fingerprint, saved_steps
+from mf_jax.runtime.checkpoint import fingerprint, saved_steps
 
 PROCESSES = 2
 RUN = (
@@ -79,7 +79,9 @@ def left_in(folder: Path) -> tuple[str, bytes, list]:
 def _all_well(ended: list[Ended]) -> None:
     for index, process in enumerate(ended):
         if process.code:
-            raise RuntimeError(f"process {index} ended with {process.code}: {process.errors[-2000:]}")
+            raise RuntimeError(
+                f"process {index} ended with {process.code}: {process.errors[-2000:]}"
+            )
 
 
 def kill_one(folder: Path, chance: random.Random, before: Undisturbed) -> list[Ended]:

@@ -43,7 +43,9 @@ class Job:
         cwd: Callable[[int], Path] = lambda index: ROOT,
         env: Mapping[str, str] | None = None,
     ):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
         shared = {
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
@@ -51,7 +53,10 @@ class Job:
             "XLA_FLAGS": flags,
         }
         if num > 1:
-            shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num)}
+            shared |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+                "JAX_NUM_PROCESSES": str(num),
+            }
         # files, as nobody empties pipes while the job runs; the last reference closes them
         self._said = [[tempfile.TemporaryFile() for _ in range(2)] for _ in range(num)]  # noqa: SIM115
         self.processes = [
@@ -76,7 +81,9 @@ class Job:
         """Wait until something is there; return whether it came before the first process ended, or in time."""
         end = time.monotonic() + timeout
         while not is_there():
-            if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
+            if time.monotonic() > end or any(
+                process.poll() is not None for process in self.processes
+            ):
                 return False
             time.sleep(0.002)
         return True

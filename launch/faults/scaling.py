@@ -25,5 +25,7 @@ def images_per_second(folder: Path, processes: int) -> float:
     first, *others = Job(processes, *RUN, *settings, f"--workdir={folder}").finish()
     if any(ended.code for ended in (first, *others)):
         raise RuntimeError(f"{processes} processes: {first.errors[-2000:]}")
-    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d.,]+) images/s", first.output)]
+    rates = [
+        float(rate.replace(",", "")) for rate in re.findall(r"([\d.,]+) images/s", first.output)
+    ]
     return statistics.median(rates[1:])

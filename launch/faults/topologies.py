@@ -33,13 +33,17 @@ def losses(folder: Path, processes: int, devices: int, fsdp: int) -> list[float]
         "--config.train.log_every_steps=1",
         "--config.log.sample_every_steps=0",
     )
-    job = Job(processes, *RUN, *more, f"--config.mesh.fsdp={fsdp}", f"--workdir={folder}", devices=devices)
+    job = Job(
+        processes, *RUN, *more, f"--config.mesh.fsdp={fsdp}", f"--workdir={folder}", devices=devices
+    )
     for ended in job.finish():
         if ended.code:
             raise RuntimeError(
                 f"{processes} processes of {devices} devices, fsdp {fsdp}: {ended.errors[-2000:]}"
             )
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def largest_difference(ours: list[float], theirs: list[float]) -> float:

@@ -12,8 +12,6 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mf_jax import processes
-from mf_jax import workdir as run_folder
 from mf_jax.bench.attention import bench_attention, heads
 from mf_jax.bench.input import bench_input
 from mf_jax.bench.measure import Result, Say, counting_device
@@ -26,10 +24,12 @@ from mf_jax.bench.topologies import find_topology
 from mf_jax.build import make_network
 from mf_jax.config import validate
 from mf_jax.data import Source
-from mf_jax.files import replace_file
+from mf_jax.errors import BadInput, check_known
 from mf_jax.models import parameter_shapes
-from mf_jax.sharding import make_mesh
-from mf_jax.types import BadInput, check_known
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.sharding import make_mesh
 
 BENCHMARKS: dict[str, Callable[[ConfigDict, Source, Say], Result]] = {
     "step": bench_step,
@@ -83,7 +83,8 @@ def _check(config: ConfigDict) -> None:
     wrong = {
         f"bench.repeats={bench.repeats}: must be at least {least}; try 20": bench.repeats < least,
         f"bench.dropped={bench.dropped}: must be at least 0; try 3": bench.dropped < 0,
-        f"bench.num_classes={bench.num_classes}: must be at least 0; 0 is no classes": bench.num_classes < 0,
+        f"bench.num_classes={bench.num_classes}: must be at least 0; 0 is no classes": bench.num_classes
+        < 0,
         f"bench.shape={tuple(bench.shape)}: must be (height, width, channels), (size,) for vectors, or () for the "
         "shape of the data": len(bench.shape) not in (0, 1, 3),
         f"bench.utilisation={bench.utilisation}: must be above 0 and at most 1; try 0.4": not (

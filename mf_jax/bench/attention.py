@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 from mf_jax.bench.measure import Contender, Result, Say, compile_program, spread, take_turns
 from mf_jax.build import make_network
 from mf_jax.data import Source
+from mf_jax.errors import BadInput
 from mf_jax.models import DataPrediction, DiT, InContextDiT
 from mf_jax.models.attention import ATTENTIONS, attend
-from mf_jax.types import BadInput
 
-_INTERPRETED = "fused: interpreted on cpu, in a few repeats; its times say nothing about a GPU or TPU"
+_INTERPRETED = (
+    "fused: interpreted on cpu, in a few repeats; its times say nothing about a GPU or TPU"
+)
 _INTERPRETED_REPEATS = 3
 
 
@@ -45,7 +47,9 @@ def bench_attention(config: ConfigDict, source: Source, say: Say) -> Result:
     Returns:
       A row for each length and pass, and notes.
     """
-    num_heads, width = heads(make_network(config, shape=source.shape, num_classes=source.num_classes))
+    num_heads, width = heads(
+        make_network(config, shape=source.shape, num_classes=source.num_classes)
+    )
     is_interpreted = jax.default_backend() == "cpu"
     turns = {key: config.bench[key] for key in ("repeats", "dropped")}
     if is_interpreted:
@@ -75,13 +79,20 @@ def _compare(
     turns: Mapping[str, int],
 ) -> Result:
     """Return a row about one pass of both kinds of attention."""
-    programs = [compile_program(jax.jit(functools.partial(function, kind)), *inputs) for kind in ATTENTIONS]
+    programs = [
+        compile_program(jax.jit(functools.partial(function, kind)), *inputs) for kind in ATTENTIONS
+    ]
     contenders = [
-        Contender(lambda: inputs, lambda inputs, run=program.executable: run(*inputs)) for program in programs
+        Contender(lambda: inputs, lambda inputs, run=program.executable: run(*inputs))
+        for program in programs
     ]
     row = {}
-    for kind, program, seconds in zip(ATTENTIONS, programs, take_turns(contenders, **turns), strict=True):
-        row |= spread(kind, seconds) | {f"{kind}_{key}": value for key, value in program.memory.items()}
+    for kind, program, seconds in zip(
+        ATTENTIONS, programs, take_turns(contenders, **turns), strict=True
+    ):
+        row |= spread(kind, seconds) | {
+            f"{kind}_{key}": value for key, value in program.memory.items()
+        }
     row["seconds_ratio"] = row["fused_seconds_median"] / row["xla_seconds_median"]
     if row["xla_temp_bytes"]:
         row["temp_ratio"] = row["fused_temp_bytes"] / row["xla_temp_bytes"]

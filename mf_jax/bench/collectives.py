@@ -66,7 +66,9 @@ def _groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
         return [tuple(map(int, group.split(","))) for group in listed[1].split("},{")]
     if not (made := _MADE.search(line)):  # all of them, or pairs
         return [tuple(range(num_devices))]
-    shape, source, order = (tuple(map(int, part.split(","))) if part else () for part in made.groups())
+    shape, source, order = (
+        tuple(map(int, part.split(","))) if part else () for part in made.groups()
+    )
     ids = np.arange(math.prod(source)).reshape(source)
     ids = ids.transpose(order) if order else ids
     return [tuple(group) for group in ids.reshape(shape).tolist()]
@@ -77,6 +79,8 @@ def _axis(groups: list[tuple[int, ...]], mesh: Mapping[str, int]) -> str:
     first, second = mesh
     along = {first: ids.T, second: ids, f"{first} {second}": ids.reshape(1, -1)}
     for name, rows in along.items():
-        if rows.shape[1] > 1 and {frozenset(row) for row in rows.tolist()} == set(map(frozenset, groups)):
+        if rows.shape[1] > 1 and {frozenset(row) for row in rows.tolist()} == set(
+            map(frozenset, groups)
+        ):
             return name
     return "other"

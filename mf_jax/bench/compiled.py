@@ -49,11 +49,16 @@ def _bits(kind: str) -> int:
 
 def product_flops(text: str) -> int:
     """Return the operations of a program's matrix products and convolutions, 2 a multiplication, loops unrolled."""
-    shapes = {name: arrays(kind)[0][0] for name, kind in re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text)}
+    shapes = {
+        name: arrays(kind)[0][0]
+        for name, kind in re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text)
+    }
     total = 0
     for line, times in executed_lines(text):
         if found := _PRODUCT.search(line):
-            total += 2 * times * math.prod(arrays(found["out"])[0][0]) * _summed(found, shapes, line)
+            total += (
+                2 * times * math.prod(arrays(found["out"])[0][0]) * _summed(found, shapes, line)
+            )
     return total
 
 

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import Result, Say, spread, time_stream
 from mf_jax.data import Source, make_batches
-from mf_jax.sharding import make_mesh, put_batch
+from mf_jax.runtime.sharding import make_mesh, put_batch
 
 LEAST_SECONDS = 1.0
 """What the batches that count take together, so that those held ready at the start matter little."""
@@ -42,6 +42,11 @@ def bench_input(config: ConfigDict, source: Source, say: Say) -> Result:
             least_seconds=LEAST_SECONDS,
         )
         rate = len(seconds) / sum(seconds)
-        row = {"into": into, "batches": len(seconds), **spread("batch", seconds), "batches_per_second": rate}
+        row = {
+            "into": into,
+            "batches": len(seconds),
+            **spread("batch", seconds),
+            "batches_per_second": rate,
+        }
         rows.append(row | {"images_per_second": rate * config.train.batch_size})
     return {"batch_size": config.train.batch_size, "notes": [], "rows": rows}

@@ -20,9 +20,9 @@ from mf_jax.bench.predict import predicted, timed
 from mf_jax.bench.step import changed, placed_step
 from mf_jax.bench.topologies import Topology, find_topology
 from mf_jax.data import Source
-from mf_jax.sharding import make_mesh
+from mf_jax.errors import BadInput
+from mf_jax.runtime.sharding import make_mesh
 from mf_jax.train import step_parts
-from mf_jax.types import BadInput
 
 Changes = dict[str, dict[str, Any]]
 _REMATS = ("none", "dots", "block")
@@ -81,7 +81,9 @@ def bench_plan(config: ConfigDict, source: Source, say: Say) -> Result:
     for changes in _candidates(config, topology.devices):
         each = changed(config, changes)
         say(f"compiling for {name}: {_spelled(changes)}")
-        row, found = _plan(changed(each, {"model": {"attention": "xla"}}), source, devices, topology)
+        row, found = _plan(
+            changed(each, {"model": {"attention": "xla"}}), source, devices, topology
+        )
         rows.append({"settings": _spelled(changes), **row})
         if row["fits"]:
             break
@@ -114,7 +116,9 @@ def _notes(config: ConfigDict, rows: Sequence[Result]) -> list[str]:
 
 
 def _spelled(changes: Changes) -> str:
-    settings = [f"{part}.{key}={value}" for part, keys in changes.items() for key, value in keys.items()]
+    settings = [
+        f"{part}.{key}={value}" for part, keys in changes.items() for key, value in keys.items()
+    ]
     return " ".join(settings) or "as configured"
 
 
@@ -131,7 +135,9 @@ def _candidates(config: ConfigDict, num_devices: int) -> Iterator[Changes]:
         same = [{"model": model}] if model and first else []
         remats += same + [{"model": {**model, "remat": remat}} for remat in _REMATS[first + 1 :]]
     fsdp = config.mesh.fsdp
-    sizes = [size for size in range(fsdp + 1, num_devices + 1) if num_devices % size == size % fsdp == 0]
+    sizes = [
+        size for size in range(fsdp + 1, num_devices + 1) if num_devices % size == size % fsdp == 0
+    ]
     meshes: list[Changes] = [{}, *({"mesh": {"data": 0, "fsdp": size}} for size in sizes)]
     yield from ({**mesh, **remat} for mesh, remat in itertools.product(meshes, remats))
     if config.model.name in _CAN_REMAT and config.mesh.gather == "step":
@@ -167,7 +173,10 @@ def _held(state: PyTree, batch: PyTree) -> Result:
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     named = {name: parts.pop(name) for name in ("params", "ema", "opt_state")}
     trees = named | {"rest": parts, "batch": batch}
-    return {f"{name}_bytes": sum(map(_on_a_device, jax.tree.leaves(tree))) for name, tree in trees.items()}
+    return {
+        f"{name}_bytes": sum(map(_on_a_device, jax.tree.leaves(tree)))
+        for name, tree in trees.items()
+    }
 
 
 def _on_a_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -38,7 +38,9 @@ def timed(exchange: Exchange, topology: Topology) -> Result:
     }
 
 
-def predicted(flops: float, collectives: Sequence[Result], topology: Topology, utilisation: float) -> Result:
+def predicted(
+    flops: float, collectives: Sequence[Result], topology: Topology, utilisation: float
+) -> Result:
     """Return how long a step takes if nothing is hidden behind anything else.
 
     Args:

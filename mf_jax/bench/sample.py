@@ -21,11 +21,11 @@ from mf_jax.bench.measure import (
 from mf_jax.bench.step import in_the_open
 from mf_jax.build import make_network
 from mf_jax.data import Source
+from mf_jax.flow.records import Condition, GuidanceScale
+from mf_jax.flow.sampler import time_grid
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
-from mf_jax.samplers import time_grid
-from mf_jax.sharding import make_mesh
-from mf_jax.types import Condition, GuidanceScale
+from mf_jax.runtime.sharding import make_mesh
 
 _NOTES = (
     "GFLOP is XLA's count of one evaluation of the network before it is compiled",
@@ -54,7 +54,9 @@ def bench_sample(config: ConfigDict, source: Source, say: Say) -> Result:
     generator.sample_raw(labels, **how)
     say(f"timing {sum(turns.values())} batches")
     seeds = itertools.count()
-    contender = Contender(lambda: next(seeds), lambda seed: generator.sample_raw(labels, seed=seed, **how))
+    contender = Contender(
+        lambda: next(seeds), lambda seed: generator.sample_raw(labels, seed=seed, **how)
+    )
     (seconds,) = take_turns([contender], **turns)
     row = spread("batch", seconds)
     median = row["batch_seconds_median"]
@@ -74,13 +76,17 @@ def _fresh_generator(config: ConfigDict, source: Source) -> Generator:
     about = (source.shape, source.num_classes)
     network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(initial_params(network, source.shape, jax.random.key(config.seed)), everywhere)
+    params = jax.device_put(
+        initial_params(network, source.shape, jax.random.key(config.seed)), everywhere
+    )
     return Generator(config, network, params, *about, source.class_names, 0, "none")
 
 
 def _count_forward(config: ConfigDict, source: Source) -> float:
     """Return the operations of one evaluation of a batch."""
-    network = make_network(config, shape=source.shape, num_classes=source.num_classes, for_sampling=True)
+    network = make_network(
+        config, shape=source.shape, num_classes=source.num_classes, for_sampling=True
+    )
     times = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.float32)
     z = jax.ShapeDtypeStruct((*times.shape, *source.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct(times.shape, jnp.int32)

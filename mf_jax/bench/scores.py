@@ -50,7 +50,9 @@ def bench_scores(config: ConfigDict, source: Source, say: Say) -> Result:
         )
         path = _write_reference(folder, WIDTHS, _REFERENCE_ROWS)
         before = _resident_bytes()
-        measured = _score(path, folder, WIDTHS, num=num, size=size, least=config.eval.least_samples, say=say)
+        measured = _score(
+            path, folder, WIDTHS, num=num, size=size, least=config.eval.least_samples, say=say
+        )
     row = {"samples": num, "reference_rows": _REFERENCE_ROWS, "peak_bytes": _peak_bytes() - before}
     return {
         "batch_size": size,
@@ -69,7 +71,8 @@ def _score(
         for first in range(0, num, size):
             index = np.arange(first, first + size)
             features = {
-                name: _rows([first, i], size, width) for i, (name, width) in enumerate(widths.items())
+                name: _rows([first, i], size, width)
+                for i, (name, width) in enumerate(widths.items())
             }
             start = time.perf_counter()
             samples.add(features, index, index < num)
@@ -105,7 +108,11 @@ def _write_reference(folder: str, widths: Mapping[str, int], num_rows: int) -> s
 def _resident_bytes() -> int:
     """Return what the process holds in memory; where the system does not tell, the most that it ever held."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _peak_bytes()
+    return (
+        int(statm.read_text().split()[1]) * resource.getpagesize()
+        if statm.exists()
+        else _peak_bytes()
+    )
 
 
 def _peak_bytes() -> int:

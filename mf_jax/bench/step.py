@@ -25,10 +25,10 @@ from mf_jax.bench.measure import (
     take_turns,
 )
 from mf_jax.data import Batch, Source, Stored
-from mf_jax.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
-from mf_jax.state import StepParts, TrainState, initial_state, make_train_step
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.runtime.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
+from mf_jax.step import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
-from mf_jax.types import NO_LABEL
 
 _FLOW_MATCHING = {
     "objective": {"name": "flow_matching"},
@@ -124,9 +124,13 @@ def bench_step(config: ConfigDict, source: Source, say: Say) -> Result:
         turns = {key: config.bench[key] for key in ("repeats", "dropped")}
         say(f"timing {sum(turns.values())} steps of each")
         for row, seconds in zip(rows, take_turns(contenders, **turns), strict=True):
-            row |= _speed(row["gflop"], seconds, config.train.batch_size, peak["matmul_peak_gflops"])
+            row |= _speed(
+                row["gflop"], seconds, config.train.batch_size, peak["matmul_peak_gflops"]
+            )
     hidden = ", ".join(hidden_work(config))
-    notes = [f"GFLOP is XLA's count of the unrolled network before it is compiled: {hidden}"] * bool(hidden)
+    notes = [
+        f"GFLOP is XLA's count of the unrolled network before it is compiled: {hidden}"
+    ] * bool(hidden)
     return {
         "batch_size": config.train.batch_size,
         **peak,
@@ -145,7 +149,9 @@ def _speed(gflop: float, seconds: list[float], batch_size: int, peak_gflops: flo
     return times | {"images_per_second": batch_size / median, "peak_share": share}
 
 
-def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> tuple[Result, Program]:
+def _compile_step(
+    config: ConfigDict, source: Source, mesh: Mesh, say: Say
+) -> tuple[Result, Program]:
     """Return what the step of a config costs, and the compiled step; no state is made yet."""
     say(f"counting the operations of {config.objective.name}")
     lowered = _count_step(in_the_open(config), source) / 1e9
@@ -164,7 +170,9 @@ def _compile_step(config: ConfigDict, source: Source, mesh: Mesh, say: Say) -> t
     return row, program
 
 
-def placed_step(parts: StepParts, mesh: Mesh) -> tuple[jax.stages.Wrapped, TrainState, PyTree, PyTree]:
+def placed_step(
+    parts: StepParts, mesh: Mesh
+) -> tuple[jax.stages.Wrapped, TrainState, PyTree, PyTree]:
     """Return the step as training runs it on a mesh, not compiled, and the shapes of its arguments where they lie."""
     state = jax.eval_shape(functools.partial(initial_state, parts))
     shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)

@@ -36,14 +36,23 @@ def _text(value: str | int | float | Sequence[float], scale: float = 1.0) -> str
 
 
 def _timing(name: str) -> Column:
-    return Column(f"{name} ms (quartiles)", (f"{name}_seconds_median", f"{name}_seconds_quartiles"), 1e3)
+    return Column(
+        f"{name} ms (quartiles)", (f"{name}_seconds_median", f"{name}_seconds_quartiles"), 1e3
+    )
 
 
 def _attention_columns() -> tuple[Column, ...]:
     times = [_timing(kind) for kind in ATTENTIONS]
     memory = [Column(f"{kind} temp MB", (f"{kind}_temp_bytes",), 1e-6) for kind in ATTENTIONS]
     ratio = (Column("ratio", ("seconds_ratio",)), Column("ratio", ("temp_ratio",)))
-    return (Column("tokens", ("tokens",)), Column("pass", ("pass",)), *times, ratio[0], *memory, ratio[1])
+    return (
+        Column("tokens", ("tokens",)),
+        Column("pass", ("pass",)),
+        *times,
+        ratio[0],
+        *memory,
+        ratio[1],
+    )
 
 
 COLUMNS = {
@@ -141,7 +150,10 @@ def show(result: Mapping[str, Any]) -> None:
 def _how(result: Mapping[str, Any]) -> str:
     if "topology" not in result:
         return f"{result['repeats']} repeats after {result['dropped']} dropped"
-    limits = ((result[key], unit) for key, unit in (("memory", "GB"), ("peak", "GFLOP/s"), ("link", "GB/s")))
+    limits = (
+        (result[key], unit)
+        for key, unit in (("memory", "GB"), ("peak", "GFLOP/s"), ("link", "GB/s"))
+    )
     return "a device: " + ", ".join(f"{_text(value, 1e-9)} {unit}" for value, unit in limits)
 
 

@@ -9,7 +9,7 @@ both directions, and a node has one network adapter a GPU.
 
 from typing import NamedTuple
 
-from mf_jax.types import check_known
+from mf_jax.errors import check_known
 
 
 class Topology(NamedTuple):
@@ -29,7 +29,9 @@ class Topology(NamedTuple):
 
 
 TOPOLOGIES = {
-    "v5e-16": Topology(16, 4, 16e9, 197e12, 200e9, 200e9),  # 16 GB, 197 TFLOP/s, 400 GB/s both ways; 2D mesh
+    "v5e-16": Topology(
+        16, 4, 16e9, 197e12, 200e9, 200e9
+    ),  # 16 GB, 197 TFLOP/s, 400 GB/s both ways; 2D mesh
     "v5e-256": Topology(
         256, 64, 16e9, 197e12, 200e9, 200e9
     ),  # the whole pod, a torus: 51.2 TB/s of all-reduce
@@ -40,8 +42,12 @@ TOPOLOGIES = {
     "v5p-64": Topology(
         32, 8, 95e9, 459e12, 600e9, 600e9
     ),  # 32 chips of 95 GB, 459 TFLOP/s, 1,200 GB/s both ways
-    "a100-8": Topology(8, 1, 80e9, 312e12, 300e9, 300e9),  # 80 GB, 312 TFLOP/s, NVLink 600 GB/s both ways
-    "h100-8": Topology(8, 1, 80e9, 989e12, 450e9, 450e9),  # 80 GB, 989 TFLOP/s, NVLink 900 GB/s both ways
+    "a100-8": Topology(
+        8, 1, 80e9, 312e12, 300e9, 300e9
+    ),  # 80 GB, 312 TFLOP/s, NVLink 600 GB/s both ways
+    "h100-8": Topology(
+        8, 1, 80e9, 989e12, 450e9, 450e9
+    ),  # 80 GB, 989 TFLOP/s, NVLink 900 GB/s both ways
     "h100-64": Topology(64, 8, 80e9, 989e12, 450e9, 50e9),  # eight of these; adapters of 400 Gbit/s
     "h200-8": Topology(8, 1, 141e9, 989e12, 450e9, 450e9),  # 141 GB, else as the H100
     "cpu-8": Topology(

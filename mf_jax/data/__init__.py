@@ -12,11 +12,17 @@ from mf_jax.data.latents import Latents
 from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
 from mf_jax.data.tfds_source import Tfds
 from mf_jax.data.toy2d import Toy2D
-from mf_jax.types import BadInput, check_known
+from mf_jax.errors import BadInput, check_known
 
 __all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]
 
-SOURCES = {"digits": Digits, "toy2d": Toy2D, "image_folder": ImageFolder, "tfds": Tfds, "latents": Latents}
+SOURCES = {
+    "digits": Digits,
+    "toy2d": Toy2D,
+    "image_folder": ImageFolder,
+    "tfds": Tfds,
+    "latents": Latents,
+}
 
 
 def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Source:
@@ -39,5 +45,7 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     wanted = [key for key in inspect.signature(constructor).parameters if key != "split"]
     missing = [key for key in wanted if key not in section]
     if missing:
-        raise BadInput(f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name")
+        raise BadInput(
+            f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name"
+        )
     return constructor(**{key: section[key] for key in wanted}, split=split)

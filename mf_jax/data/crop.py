@@ -11,9 +11,13 @@ CROP = "adm"
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return the picture upright and in RGB; what is transparent becomes white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255 instead of scaling it
+    if image.mode.startswith(
+        "I;16"
+    ):  # convert() would clip 16-bit grey at 255 instead of scaling it
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden under the transparency
+    if (
+        image.has_transparency_data
+    ):  # convert("RGB") would reveal the colours hidden under the transparency
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

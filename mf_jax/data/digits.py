@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from mf_jax.data.pipeline import SPLITS, Batch
-from mf_jax.types import BadInput, check_known
+from mf_jax.errors import BadInput, check_known
 
 IMAGE_SIZE = 8
 HELD_OUT_SHARE = 0.2
@@ -42,7 +42,10 @@ class Digits:
             )
         pixels, labels = load_digits(return_X_y=True)
         parts = train_test_split(
-            np.arange(len(labels)), test_size=HELD_OUT_SHARE, random_state=SPLIT_SEED, stratify=labels
+            np.arange(len(labels)),
+            test_size=HELD_OUT_SHARE,
+            random_state=SPLIT_SEED,
+            stratify=labels,
         )
         chosen = np.sort(parts[SPLITS.index(split)])
         self._x = (pixels[chosen] / 8 - 1).astype(np.float32).reshape(-1, *self.shape)

@@ -16,10 +16,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from mf_jax import processes
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
-from mf_jax.types import NO_LABEL, BadInput, check_known
+from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.runtime import processes
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CACHE_BYTES = 2**30
@@ -32,7 +33,9 @@ _SHOWN_FROM = 10_000  # pictures; fewer are checked in seconds
 class Pictures:
     """Decoded pictures and labels by index, kept as uint8 if all of them fit into `CACHE_BYTES`."""
 
-    def __init__(self, decode: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, decode: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, ...]
+    ) -> None:
         """Wrap a decoder.
 
         Args:
@@ -92,7 +95,9 @@ class ImageFolder:
         check_known("split", split, SPLITS)
         check_at_least("image_size", image_size, 1)
         if not 0 < held_out_share < 1:
-            raise BadInput(f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1")
+            raise BadInput(
+                f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1"
+            )
         if not path:  # Path("") would be the current directory
             raise BadInput("path='' is not set: set path to a folder of pictures")
         if "://" in path:
@@ -142,7 +147,11 @@ class ImageFolder:
             )
         if broken:
             logging.warning(
-                "%s: skipped %d broken of %d pictures: %s", self._root, len(broken), len(listed), named
+                "%s: skipped %d broken of %d pictures: %s",
+                self._root,
+                len(broken),
+                len(listed),
+                named,
             )
         return items, broken
 
@@ -155,7 +164,9 @@ class ImageFolder:
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
     # Sorted, because the order of a listing differs between hosts and file systems.
     with os.scandir(folder) as listing:
-        entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda entry: entry.name)
+        entries = sorted(
+            (e for e in listing if not e.name.startswith(".")), key=lambda entry: entry.name
+        )
     folders = [entry.name for entry in entries if entry.is_dir()]
     pictures = [e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.is_dir()]
     return pictures, folders
@@ -167,7 +178,9 @@ def _list_classes(root: Path) -> dict[str, list[str]]:
         state = "is not a folder" if root.exists() else "does not exist"
         raise BadInput(f"path={str(root)!r} {state}: set path to a folder of pictures")
     pictures, folders = _scan(root)
-    classes = {folder: [f"{folder}/{name}" for name in _scan(root / folder)[0]] for folder in folders}
+    classes = {
+        folder: [f"{folder}/{name}" for name in _scan(root / folder)[0]] for folder in folders
+    }
     if pictures and any(classes.values()):
         raise BadInput(
             f"path={str(root)!r} holds pictures both directly and in sub-folders, which are classes: "

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float16
 
 from mf_jax.data.crop import CROP
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -73,7 +73,9 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
             f"{path} says {found}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: prepare them again"
         )
     if missing := _KEYS - set(manifest):
-        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: delete it and run --mode=prepare again")
+        raise BadInput(
+            f"{path} lacks {', '.join(sorted(missing))}: delete it and run --mode=prepare again"
+        )
     return manifest
 
 

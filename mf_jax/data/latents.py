@@ -18,9 +18,9 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
 from mf_jax.data.local_copy import local_copy
 from mf_jax.data.pipeline import SPLITS, Batch, Stored
-from mf_jax.files import in_bucket
-from mf_jax.types import BadInput, check_known
-from mf_jax.weights import PUBLISHED
+from mf_jax.errors import BadInput, check_known
+from mf_jax.published.fetch import PUBLISHED
+from mf_jax.runtime.files import in_bucket
 
 _READER_OPTIONS = {
     "options": "readahead_buffer_size:0,max_parallelism:0",
@@ -81,7 +81,9 @@ class Latents:
         origin = manifest["autoencoder"]["sha256"]
         self.stored = Stored(rows, self._draw, has_mirrors=True, origin=origin)
         self._shards = manifest["shards"]
-        self._starts = np.array([0, *itertools.accumulate(shard["count"] for shard in self._shards)])
+        self._starts = np.array(
+            [0, *itertools.accumulate(shard["count"] for shard in self._shards)]
+        )
         self._is_copy = bool(copy_to)
         for shard in self._shards:
             self._check_length(shard)
@@ -103,7 +105,9 @@ class Latents:
         mirrored, pictures = np.divmod(indices, len(self))
         shards = np.searchsorted(self._starts, pictures, side="right") - 1
         positions = 2 * (pictures - self._starts[shards]) + mirrored
-        batch = Batch(np.empty((len(indices), 2, *self.shape), NUMBER), np.empty(len(indices), np.int32))
+        batch = Batch(
+            np.empty((len(indices), 2, *self.shape), NUMBER), np.empty(len(indices), np.int32)
+        )
         order = np.argsort(shards, kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if rows.size:  # all that one shard gives in one call, which does not hold Python's lock
@@ -115,7 +119,9 @@ class Latents:
         try:
             for row, record in zip(rows, self._reader(shard).read(positions), strict=True):
                 batch.labels[row] = np.frombuffer(record, LABEL, 1)[0]
-                batch.x[row] = np.frombuffer(record, NUMBER, offset=LABEL.itemsize).reshape(batch.x.shape[1:])
+                batch.x[row] = np.frombuffer(record, NUMBER, offset=LABEL.itemsize).reshape(
+                    batch.x.shape[1:]
+                )
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             self._refuse(self._shards[shard], f"is damaged ({_first_line(error)})", error)
 
@@ -151,7 +157,9 @@ class Latents:
 
 def _checked_folder(path: str, copy_to: str) -> epath.Path:
     if not path:
-        raise BadInput("path='' is not set; must be the folder that --mode=prepare has filled: set path")
+        raise BadInput(
+            "path='' is not set; must be the folder that --mode=prepare has filled: set path"
+        )
     folder = epath.Path(path).expanduser()
     if in_bucket(folder) and not copy_to:
         raise BadInput(
@@ -159,7 +167,9 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
             "which they are copied first"
         )
     if not folder.is_dir():
-        raise BadInput(f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path")
+        raise BadInput(
+            f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path"
+        )
     return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
 
 

@@ -9,10 +9,10 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
-from mf_jax import processes
 from mf_jax.data.latent_records import MANIFEST, read_manifest
-from mf_jax.files import in_bucket, locked, replace_file, written_aside
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
 
 _AT_ONCE = 8
 _CHUNK_BYTES = 2**24
@@ -42,12 +42,18 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
         with locked(target / ".lock", wait=True), ThreadPoolExecutor(_AT_ONCE) as pool:
             _claim(target, manifest, str(source))
             names = [
-                shard["name"] for shard in shards if not _is_there(target / shard["name"], shard["bytes"])
+                shard["name"]
+                for shard in shards
+                if not _is_there(target / shard["name"], shard["bytes"])
             ]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
             is_quiet = not names or not processes.is_first()
             for _ in track(
-                copied, "copying latents", len(names), console=Console(stderr=True), disable=is_quiet
+                copied,
+                "copying latents",
+                len(names),
+                console=Console(stderr=True),
+                disable=is_quiet,
             ):
                 pass
     except OSError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 SPLITS = ("train", "held_out")
 
@@ -84,7 +84,9 @@ def check_at_least(argument: str, value: int, least: int) -> None:
         )
 
 
-def stream_indices(positions: Int[np.ndarray, "n"], *, length: int, seed: int) -> Int[np.ndarray, "n"]:
+def stream_indices(
+    positions: Int[np.ndarray, "n"], *, length: int, seed: int
+) -> Int[np.ndarray, "n"]:
     """Map positions of the endless stream to elements; every epoch holds each element exactly once.
 
     Args:
@@ -190,19 +192,28 @@ def make_batches(
     _check_stream(source, batch_size, start_step, flip, process_index, process_count)
     for argument, value in (("seed", seed), ("threads", threads), ("prefetch", prefetch)):
         check_at_least(argument, value, 0)
-    steps = grain.MapDataset.source(_Steps(source, batch_size, seed, flip, process_index, process_count))
+    steps = grain.MapDataset.source(
+        _Steps(source, batch_size, seed, flip, process_index, process_count)
+    )
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     return iter(steps[start_step:].to_iter_dataset(options))
 
 
 def _check_stream(
-    source: Source, batch_size: int, start_step: int, flip: bool, process_index: int, process_count: int
+    source: Source,
+    batch_size: int,
+    start_step: int,
+    flip: bool,
+    process_index: int,
+    process_count: int,
 ) -> None:
     check_at_least("batch_size", batch_size, 1)
     check_at_least("start_step", start_step, 0)
     check_at_least("process_count", process_count, 1)
     if not 0 <= process_index < process_count:
-        raise BadInput(f"process_index={process_index} must lie in [0, process_count={process_count})")
+        raise BadInput(
+            f"process_index={process_index} must lie in [0, process_count={process_count})"
+        )
     if batch_size % process_count:
         nearest = process_count * max(1, round(batch_size / process_count))
         raise BadInput(
@@ -231,5 +242,7 @@ def read(source: Source, n: int = 0) -> Batch:
     """
     check_at_least("n", n, 0)
     if n > len(source):
-        raise BadInput(f"n={n} must be at most {len(source)}, the elements there are: lower it, or 0 for all")
+        raise BadInput(
+            f"n={n} must be at most {len(source)}, the elements there are: lower it, or 0 for all"
+        )
     return source.gather(np.arange(n or len(source)))

@@ -11,7 +11,8 @@ from PIL import Image
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.image_folder import Pictures
 from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
-from mf_jax.types import NO_LABEL, BadInput, check_known
+from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.records import NO_LABEL
 
 
 class Tfds:
@@ -21,7 +22,14 @@ class Tfds:
     """
 
     def __init__(
-        self, *, path: str, image_size: int, dataset: str, split_train: str, split_held_out: str, split: str
+        self,
+        *,
+        path: str,
+        image_size: int,
+        dataset: str,
+        split_train: str,
+        split_held_out: str,
+        split: str,
     ) -> None:
         """Open one split.
 
@@ -60,7 +68,11 @@ class Tfds:
         return adm_crop(self._to_image(record["image"]), self.shape[0]), int(label)
 
     def _to_image(self, pixels: np.ndarray) -> Image.Image:
-        return Image.fromarray(pixels[..., 0]) if self.shape[-1] == 1 else as_rgb(Image.fromarray(pixels))
+        return (
+            Image.fromarray(pixels[..., 0])
+            if self.shape[-1] == 1
+            else as_rgb(Image.fromarray(pixels))
+        )
 
 
 def open_tfds(dataset: str, tfds_split: str, path: str, *, encoded: bool = False) -> Any:
@@ -86,8 +98,12 @@ def open_tfds(dataset: str, tfds_split: str, path: str, *, encoded: bool = False
             dataset, split=tfds_split, data_dir=path or None, download=False, decoders=decoders
         )
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(dataset, tfds.list_builders(with_community_datasets=False), n=1)
-        suggestion = f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
+        near = difflib.get_close_matches(
+            dataset, tfds.list_builders(with_community_datasets=False), n=1
+        )
+        suggestion = (
+            f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
+        )
         raise BadInput(
             f"dataset={dataset!r} is unknown to TFDS and not prepared in path={path!r}: {suggestion}"
         ) from error

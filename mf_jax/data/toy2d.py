@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from sklearn.datasets import make_blobs, make_moons
 
 from mf_jax.data.pipeline import SPLITS, Batch
-from mf_jax.types import NO_LABEL, check_known
+from mf_jax.errors import check_known
+from mf_jax.flow.records import NO_LABEL
 
 COUNT = 2**16
 """Points in each split."""
@@ -55,9 +56,9 @@ def spirals(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
     rng = np.random.default_rng(seed)
     angle = 3 * np.pi * np.sqrt(rng.random(n))
     radius = angle * rng.choice([-1, 1], size=n)
-    points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1) + noise * rng.standard_normal(
-        (n, 2)
-    )
+    points = np.stack(
+        [radius * np.cos(angle), radius * np.sin(angle)], axis=1
+    ) + noise * rng.standard_normal((n, 2))
     # angle^2 is uniform on [0, 9 pi^2], hence E[angle^2 cos^2 angle] = 9 pi^2 / 4 + 3/4, and - 3/4 for the sine.
     return points / np.sqrt(9 * np.pi**2 / 4 + np.array([3 / 4, -3 / 4]) + noise**2)
 

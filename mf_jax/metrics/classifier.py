@@ -24,10 +24,13 @@ from jaxtyping import Float, Float32, Int, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mf_jax.files import on_disk, replace_file
-from mf_jax.types import NO_LABEL, BadInput
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL
+from mf_jax.runtime.files import on_disk, replace_file
 
-_VERSION = 1  # raise it with any change that alters the trained parameters, to leave old files unused
+_VERSION = (
+    1  # raise it with any change that alters the trained parameters, to leave old files unused
+)
 _FEATURES = 64
 _ROTATIONS = 4
 _SMALLEST_SIDE = 8
@@ -92,7 +95,9 @@ class Classifier:
         for start in range(0, len(images), _INFERENCE_BATCH):
             rows = images[start : start + _INFERENCE_BATCH]
             missing = _INFERENCE_BATCH - len(rows)  # filled up: one shape, one compilation
-            outputs = _infer(self.num_classes, self.params, np.pad(rows, [(0, missing), *[(0, 0)] * 3]))
+            outputs = _infer(
+                self.num_classes, self.params, np.pad(rows, [(0, missing), *[(0, 0)] * 3])
+            )
             for target, output in zip((features, logits), outputs, strict=True):
                 target[start : start + len(rows)] = np.asarray(output)[: len(rows)]
         return features, logits
@@ -127,7 +132,9 @@ def train_classifier(
     # A Python loop around one compiled step: inside lax.scan, XLA runs convolutions on a CPU several times slower.
     for batch in _batches(images, labels if num_classes else None, recipe):
         state = _train_step(outputs, recipe, state, *batch)
-    return Classifier(jax.device_get(state[0]), images.shape[1:], outputs, is_self_supervised=not num_classes)
+    return Classifier(
+        jax.device_get(state[0]), images.shape[1:], outputs, is_self_supervised=not num_classes
+    )
 
 
 def cached_classifier(
@@ -151,14 +158,19 @@ def cached_classifier(
         BadInput: like `train_classifier`.
     """
     images = _checked_training_set(images, labels, num_classes)
-    path = Path(cache_dir) / f"classifier_{_cache_key(images, labels, num_classes, recipe)}.safetensors"
+    path = (
+        Path(cache_dir)
+        / f"classifier_{_cache_key(images, labels, num_classes, recipe)}.safetensors"
+    )
     outputs = num_classes or _ROTATIONS
     if path.exists():
         try:
             params = _load(path, outputs, images.shape[1:])
             return Classifier(params, images.shape[1:], outputs, is_self_supervised=not num_classes)
         except (SafetensorError, OSError, ValueError) as error:
-            logging.warning("The cached classifier %s is damaged (%s); training it again.", path, error)
+            logging.warning(
+                "The cached classifier %s is damaged (%s); training it again.", path, error
+            )
     classifier = train_classifier(images, labels, num_classes, recipe)
     try:
         _store(path, classifier)
@@ -200,7 +212,9 @@ def _optimiser(recipe: Recipe) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_state(outputs: int, recipe: Recipe, images: jax.Array) -> tuple[PyTree, optax.OptState]:
+def _initial_state(
+    outputs: int, recipe: Recipe, images: jax.Array
+) -> tuple[PyTree, optax.OptState]:
     params = _Network(outputs).init(jax.random.key(recipe.seed), images)
     return params, _optimiser(recipe).init(params)
 
@@ -212,7 +226,9 @@ def _train_step(outputs: int, recipe: Recipe, state, images: jax.Array, labels: 
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     params, optimiser_state = state
-    updates, optimiser_state = _optimiser(recipe).update(jax.grad(loss)(params), optimiser_state, params)
+    updates, optimiser_state = _optimiser(recipe).update(
+        jax.grad(loss)(params), optimiser_state, params
+    )
     return optax.apply_updates(params, updates), optimiser_state
 
 
@@ -230,7 +246,10 @@ def _batches(
         shifted = _shifted(images[batch], reach, generator)
         if labels is None:
             turns = generator.integers(_ROTATIONS, size=len(batch))
-            yield np.stack([np.rot90(x, turn) for x, turn in zip(shifted, turns, strict=True)]), turns
+            yield (
+                np.stack([np.rot90(x, turn) for x, turn in zip(shifted, turns, strict=True)]),
+                turns,
+            )
         else:
             yield shifted, labels[batch]
 
@@ -239,7 +258,9 @@ def _shifted(images: np.ndarray, reach: int, generator: np.random.Generator) -> 
     _, height, width, _ = images.shape
     padded = np.pad(images, [(0, 0), (reach, reach), (reach, reach), (0, 0)], mode="edge")
     corners = generator.integers(2 * reach + 1, size=(len(images), 2))
-    return np.stack([x[i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)])
+    return np.stack(
+        [x[i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)]
+    )
 
 
 def _checked_images(images: np.ndarray) -> Float32[np.ndarray, "n h w c"]:
@@ -251,7 +272,9 @@ def _checked_images(images: np.ndarray) -> Float32[np.ndarray, "n h w c"]:
         )
     images = np.asarray(images, np.float32)
     if not np.isfinite(images).all():
-        raise BadInput("images hold NaN or infinite values; all must be finite: look for a diverged network")
+        raise BadInput(
+            "images hold NaN or infinite values; all must be finite: look for a diverged network"
+        )
     return images
 
 
@@ -284,7 +307,9 @@ def _checked_training_set(images: np.ndarray, labels: np.ndarray, num_classes: i
 
 def _cache_key(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe) -> str:
     settings = {"version": _VERSION, "num_classes": num_classes, "shape": images.shape}
-    digest = hashlib.sha256(json.dumps(settings | dataclasses.asdict(recipe), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(settings | dataclasses.asdict(recipe), sort_keys=True).encode()
+    )
     digest.update(np.ascontiguousarray(images, "<f4"))
     digest.update(np.ascontiguousarray(labels, "<i8"))
     return digest.hexdigest()
@@ -300,7 +325,9 @@ def _fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
 
 def _store(path: Path, classifier: Classifier) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(flatten_dict(classifier.params, sep="/"), {"fingerprint": classifier.fingerprint})
+    content = save(
+        flatten_dict(classifier.params, sep="/"), {"fingerprint": classifier.fingerprint}
+    )
     replace_file(path, content)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Float64
 
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 _ROUNDING = 1e-6  # asymmetry and negative eigenvalues up to this share of the largest are rounding
 
@@ -40,7 +40,9 @@ def checked_features(
             "use one feature extractor for both"
         )
     if shape[0] < at_least:
-        raise BadInput(f"{name} has {shape[0]} rows; it must have at least {at_least}: use more samples")
+        raise BadInput(
+            f"{name} has {shape[0]} rows; it must have at least {at_least}: use more samples"
+        )
     rows = np.asarray(features, np.float64)
     _require_finite(rows, name)
     return rows
@@ -116,7 +118,9 @@ def distance_from_cross(
     # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G. Taken so, rounding errors enter once; under
     # the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16 becoming 1e-8.
     # The transpose is laid out as LAPACK wants it: else it would work on a copy.
-    nuclear = scipy.linalg.svd(cross.T, compute_uv=False, overwrite_a=True, check_finite=False).sum()
+    nuclear = scipy.linalg.svd(
+        cross.T, compute_uv=False, overwrite_a=True, check_finite=False
+    ).sum()
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * nuclear
     return max(float(distance), 0.0)
 
@@ -145,10 +149,14 @@ def factor(covariance: Float64[np.ndarray, "d d"], name: str) -> Float64[np.ndar
 
 def asymmetry(matrix: Float64[np.ndarray, "d d"]) -> float:
     """Return the largest difference between a matrix and its transpose."""
-    return float(max((np.abs(row - matrix[:, i]).max() for i, row in enumerate(matrix)), default=0.0))
+    return float(
+        max((np.abs(row - matrix[:, i]).max() for i, row in enumerate(matrix)), default=0.0)
+    )
 
 
-def _checked_gaussian(mean: np.ndarray, covariance: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray]:
+def _checked_gaussian(
+    mean: np.ndarray, covariance: np.ndarray, side: str
+) -> tuple[np.ndarray, np.ndarray]:
     if np.ndim(mean) != 1 or np.shape(covariance) != (np.size(mean), np.size(mean)):
         raise BadInput(
             f"mean_{side} and cov_{side} have shapes {np.shape(mean)} and {np.shape(covariance)}; they must be "

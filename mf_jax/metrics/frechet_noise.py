@@ -60,7 +60,9 @@ def frechet_with_error(
     for start in range(0, len(rows), _BLOCK):
         block = rows.read(start, start + _BLOCK)
         filled = np.pad(block, ((0, _BLOCK - len(block)), (0, 0)))
-        influence[start : start + _BLOCK] = _influence(filled, mean, difference, carrier)[: len(block)]
+        influence[start : start + _BLOCK] = _influence(filled, mean, difference, carrier)[
+            : len(block)
+        ]
     return distance, float(influence.std(ddof=1) / np.sqrt(len(rows)))
 
 
@@ -76,7 +78,9 @@ def _directions(squared: Float64[np.ndarray, "d d"]) -> Float32[np.ndarray, "d r
     Args:
       squared: (F^T G)^T (F^T G), which is overwritten.
     """
-    squares, vectors = scipy.linalg.eigh(squared.T, overwrite_a=True, check_finite=False, driver="evr")
+    squares, vectors = scipy.linalg.eigh(
+        squared.T, overwrite_a=True, check_finite=False, driver="evr"
+    )
     first = np.searchsorted(squares, _SINGULAR**2 * squares[-1])  # ascending
     vectors /= squares.clip(min=squares[first]) ** 0.25
     return vectors[:, first:].astype(np.float32)
@@ -93,5 +97,7 @@ def _influence(
     y = rows - mean
     carried = jnp.matmul(y, carrier, precision="highest")
     return (
-        2 * jnp.matmul(y, difference, precision="highest") + jnp.sum(y * y, 1) - jnp.sum(carried * carried, 1)
+        2 * jnp.matmul(y, difference, precision="highest")
+        + jnp.sum(y * y, 1)
+        - jnp.sum(carried * carried, 1)
     )

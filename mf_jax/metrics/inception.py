@@ -18,8 +18,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree, UInt8
 
-from mf_jax.reference.torch_file import fit_state_dict, read_state_dict
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.published.torch_file import fit_state_dict, read_state_dict
 
 FEATURES = {
     "64": 64,
@@ -66,7 +66,9 @@ def load_inception(path: epath.PathLike) -> Inception:
       BadInput: if the file cannot be read, or its parameters are not those of this network; names them.
     """
     state = read_state_dict(path)
-    state = state._replace(arrays={k: v for k, v in state.arrays.items() if not k.endswith(_IGNORED)})
+    state = state._replace(
+        arrays={k: v for k, v in state.arrays.items() if not k.endswith(_IGNORED)}
+    )
     image = jnp.zeros((1, _SIDE, _SIDE, 3))
     shapes = flatten_dict(jax.eval_shape(_Network().init, jax.random.key(0), image)["params"])
     arrays = fit_state_dict(state, _published_shapes(shapes))
@@ -129,7 +131,9 @@ def _features(params: PyTree, x: Float32[Array, "b h w c"]) -> dict[str, Float32
         return _Network().apply({"params": params}, x)
 
 
-def _published_shapes(ours: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[str, tuple[int, ...]]:
+def _published_shapes(
+    ours: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+) -> dict[str, tuple[int, ...]]:
     """Return the published names and shapes behind our parameters."""
     wanted = {"fc.weight": ours["fc", "kernel"].shape[::-1], "fc.bias": ours["fc_bias",].shape}
     for (name, *leaf), array in ours.items():
@@ -145,7 +149,9 @@ def _folded(
 ) -> tuple[Float32[np.ndarray, "h w c f"], Float32[np.ndarray, "f"]]:
     """Return kernel and bias of a convolution that includes the batch norm after it."""
     scale = weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
-    return (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32), (bias - mean * scale).astype(np.float32)
+    return (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32), (bias - mean * scale).astype(
+        np.float32
+    )
 
 
 def _conv(
@@ -255,7 +261,15 @@ class _Network(nn.Module):
         features["768"] = jnp.mean(x, (1, 2))
         x = _join(
             _chain(x, "Mixed_7a.branch3x3", (192, 1), (320, 3), halve=True),
-            _chain(x, "Mixed_7a.branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3), halve=True),
+            _chain(
+                x,
+                "Mixed_7a.branch7x7x3",
+                (192, 1),
+                (192, (1, 7)),
+                (192, (7, 1)),
+                (192, 3),
+                halve=True,
+            ),
             _halved(x),
         )
         x = _block_8(x, "Mixed_7b", _averaged(x))

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, Shaped
 from scipy.special import xlogy
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.moments import accumulate, two_sum
-from mf_jax.types import BadInput
 
 
 @flax.struct.dataclass
@@ -88,7 +88,9 @@ def inception_score(sums: ScoreSums) -> tuple[float, float]:
     certainty = _exact(sums.certainty, sums.certainty_rest) / counts
     scores = np.exp(certainty - xlogy(marginal, marginal).sum(1))
     if not np.isfinite(scores).all():
-        raise BadInput("logits hold NaN or infinite values; all must be finite: look for a diverged network")
+        raise BadInput(
+            "logits hold NaN or infinite values; all must be finite: look for a diverged network"
+        )
     return float(scores.mean()), float(scores.std())
 
 
@@ -112,7 +114,9 @@ def _add(
     classes, classes_left = two_sum(sums.classes, jnp.matmul(chosen, p, precision="highest"))
     # p log p of a logit of minus infinity is 0
     own = jnp.sum(jnp.where(p > 0, p * log_p, 0), 1)
-    certainty, certainty_left = two_sum(sums.certainty, jnp.matmul(chosen, own, precision="highest"))
+    certainty, certainty_left = two_sum(
+        sums.certainty, jnp.matmul(chosen, own, precision="highest")
+    )
     return ScoreSums(
         sums.starts,
         sums.counts + jnp.sum(member, 0, dtype=jnp.int32),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Float64, Int32, Shaped
 from scipy.linalg import blas
 
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 Sums = TypeVar("Sums")
 _ROWS_AT_ONCE = 256
@@ -47,13 +47,18 @@ def start_sums(width: int, centre: Shaped[Array | np.ndarray, "d"] | None = None
       width: features of a row, d.
       centre: `[d]`, any point near the mean, finite; None takes the mean of the first batch.
     """
-    vector, matrix = functools.partial(jnp.zeros, width), functools.partial(jnp.zeros, (width, width))
+    vector, matrix = (
+        functools.partial(jnp.zeros, width),
+        functools.partial(jnp.zeros, (width, width)),
+    )
     start = jnp.full(width, jnp.nan) if centre is None else jnp.array(centre, jnp.float32)
     return FeatureSums(jnp.zeros((), jnp.int32), start, vector(), vector(), matrix(), matrix())
 
 
 def add_rows(
-    sums: FeatureSums, rows: Shaped[Array | np.ndarray, "b d"], weights: Shaped[Array | np.ndarray, "b"]
+    sums: FeatureSums,
+    rows: Shaped[Array | np.ndarray, "b d"],
+    weights: Shaped[Array | np.ndarray, "b"],
 ) -> FeatureSums:
     """Return the sums with more rows in them; compiled, and the sums given are used up.
 
@@ -78,7 +83,9 @@ def mean_and_covariance(
     """
     count, mean, covariance = _mean_and_scatter(sums)
     if count < 2:
-        raise BadInput(f"{count} feature rows have no covariance; there must be at least 2: use more samples")
+        raise BadInput(
+            f"{count} feature rows have no covariance; there must be at least 2: use more samples"
+        )
     if not np.isfinite(np.sum(covariance)):
         raise BadInput(
             f"some of {count} feature rows hold NaN or infinite values; all must be finite: look for a diverged network"
@@ -136,7 +143,9 @@ def from_arrays(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> FeatureSums:
         raise BadInput(
             f"sums lack {', '.join(sorted(missing))}; they must be those of to_arrays: compute them again"
         )
-    return FeatureSums(**{name: jnp.array(arrays[name]) for name in FeatureSums.__dataclass_fields__})
+    return FeatureSums(
+        **{name: jnp.array(arrays[name]) for name in FeatureSums.__dataclass_fields__}
+    )
 
 
 def two_sum(
@@ -242,6 +251,10 @@ def _mean_and_scatter(sums: FeatureSums) -> tuple[int, np.ndarray, np.ndarray]:
     return count, np.asarray(sums.centre, np.float64) + shift, scatter
 
 
-def _add_outer(matrix: Float64[np.ndarray, "d d"], vector: Float64[np.ndarray, "d"], factor: int) -> None:
+def _add_outer(
+    matrix: Float64[np.ndarray, "d d"], vector: Float64[np.ndarray, "d"], factor: int
+) -> None:
     """Add factor * vector vector^T to a symmetric matrix, in place."""
-    blas.dger(factor, vector, vector, a=matrix.T, overwrite_x=False, overwrite_y=False, overwrite_a=True)
+    blas.dger(
+        factor, vector, vector, a=matrix.T, overwrite_x=False, overwrite_y=False, overwrite_a=True
+    )

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.metrics import pairwise_distances_chunked
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import checked_features
-from mf_jax.types import BadInput
 
 _CHUNK_MIB = 256  # memory for one chunk of distances
 # Distances come from |a|^2 + |b|^2 - 2ab, exact to about 1e-8 of the rows' norms: copies must still count as inside.
@@ -50,10 +50,14 @@ def _share_inside(rows: np.ndarray, manifold: np.ndarray, k: int) -> float:
     slack = _SLACK * max(np.linalg.norm(rows, axis=1).max(), np.linalg.norm(manifold, axis=1).max())
     # Entry 0 of a sorted row is the distance of a point to itself.
     radii = _reduce_distances(manifold, None, lambda block, _: np.partition(block, k, axis=1)[:, k])
-    inside = _reduce_distances(rows, manifold, lambda block, _: (block <= radii + slack).any(axis=1))
+    inside = _reduce_distances(
+        rows, manifold, lambda block, _: (block <= radii + slack).any(axis=1)
+    )
     return float(inside.mean())
 
 
 def _reduce_distances(rows: np.ndarray, others: np.ndarray | None, reduce_func) -> np.ndarray:
-    chunks = pairwise_distances_chunked(rows, others, reduce_func=reduce_func, working_memory=_CHUNK_MIB)
+    chunks = pairwise_distances_chunked(
+        rows, others, reduce_func=reduce_func, working_memory=_CHUNK_MIB
+    )
     return np.concatenate(list(chunks))

@@ -21,9 +21,9 @@ from etils import epath
 from jaxtyping import Float, Float64, Shaped, UInt8
 from numpy.lib import format as npy
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import asymmetry
 from mf_jax.metrics.row_store import RowArray, RowFile, RowSource
-from mf_jax.types import BadInput
 
 _PICTURES = "arr_0"
 _LEAST_FEATURES = 4  # of precision and recall with three neighbours
@@ -67,7 +67,9 @@ class Reference:
     load: Callable[[str], Float64[np.ndarray, "_ _"]]
 
     @classmethod
-    def of(cls, statistics: Statistics, *, path: str, sha256: str = "", num_pictures: int = 0) -> "Reference":
+    def of(
+        cls, statistics: Statistics, *, path: str, sha256: str = "", num_pictures: int = 0
+    ) -> "Reference":
         """Return statistics that are in memory as a reference."""
         covariances = {"sigma": statistics.covariance, "sigma_s": statistics.covariance_spatial}
         return cls(
@@ -254,7 +256,9 @@ _KEYS = ("num_images", "mu", "sigma", "mu_s", "sigma_s", "features")
 """Of the fields of `Statistics`."""
 
 
-def _write_pictures(archive: zipfile.ZipFile, pictures: Iterable[np.ndarray], expected: int) -> None:
+def _write_pictures(
+    archive: zipfile.ZipFile, pictures: Iterable[np.ndarray], expected: int
+) -> None:
     written, shape = 0, None
     with archive.open(f"{_PICTURES}.npy", "w", force_zip64=True) as member:
         for block in pictures:
@@ -270,20 +274,30 @@ def _write_pictures(archive: zipfile.ZipFile, pictures: Iterable[np.ndarray], ex
             written += len(block)
             member.write(np.ascontiguousarray(block).data)
     if written != expected:
-        raise BadInput(f"num_pictures={expected}: there were {written}; must be the number of pictures given")
+        raise BadInput(
+            f"num_pictures={expected}: there were {written}; must be the number of pictures given"
+        )
 
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
     """Open an `.npz`, and say in one line what is wrong with it as far as anything in it is read."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; must be an .npz of reference statistics or of pictures")
+        raise BadInput(
+            f"{path}: no such file; must be an .npz of reference statistics or of pictures"
+        )
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except BadInput:
         raise
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zipfile.zlib.error, EOFError, KeyError) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        zipfile.zlib.error,
+        EOFError,
+        KeyError,
+    ) as error:
         raise BadInput(
             f"{path}: cannot be read as .npz ({' '.join(str(error).split())[:120]}); check the file, or fetch it again"
         ) from error
@@ -321,7 +335,9 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str], path: str) -> St
             f"{path}: lacks {', '.join(missing or half)}; it has {', '.join(sorted(names)) or 'nothing'}, and must "
             "have mu and sigma, mu_s and sigma_s both or neither: use a file of FID reference statistics"
         )
-    values: list[Any] = [int(_array(archive, "num_images", np.int64).sum()) if "num_images" in names else 0]
+    values: list[Any] = [
+        int(_array(archive, "num_images", np.int64).sum()) if "num_images" in names else 0
+    ]
     for name in _KEYS[1:]:
         dtype = np.float32 if name == "features" else np.float64
         values.append(_array(archive, name, dtype) if name in names else None)
@@ -333,7 +349,9 @@ def _checked(statistics: Statistics, path: str) -> Statistics:
     if (statistics.mean_spatial is None) != (statistics.covariance_spatial is None):
         raise BadInput(f"{path}: mean_spatial and covariance_spatial must be given both or neither")
     if statistics.mean_spatial is not None:
-        _check_gaussian(statistics.mean_spatial, statistics.covariance_spatial, path, "mu_s", "sigma_s")
+        _check_gaussian(
+            statistics.mean_spatial, statistics.covariance_spatial, path, "mu_s", "sigma_s"
+        )
     features = statistics.features
     if features is not None:
         if features.ndim != 2 or features.shape[1] != statistics.mean.size:
@@ -346,7 +364,11 @@ def _checked(statistics: Statistics, path: str) -> Statistics:
 
 
 def _check_gaussian(
-    mean: Float[np.ndarray, "..."], covariance: Float[np.ndarray, "..."], path: str, first: str, second: str
+    mean: Float[np.ndarray, "..."],
+    covariance: Float[np.ndarray, "..."],
+    path: str,
+    first: str,
+    second: str,
 ) -> None:
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
         raise BadInput(
@@ -356,7 +378,9 @@ def _check_gaussian(
     _require_finite(mean, path, first)
     _require_finite(covariance, path, second)
     if asymmetry(covariance) > _ROUNDING * max(covariance.max(), -covariance.min()):
-        raise BadInput(f"{path}: {second} is not symmetric; must be a covariance: compute the file again")
+        raise BadInput(
+            f"{path}: {second} is not symmetric; must be a covariance: compute the file again"
+        )
     shifted = covariance + _ROUNDING * (np.trace(covariance) or 1) * np.eye(len(covariance))
     try:
         np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues

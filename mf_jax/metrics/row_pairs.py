@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.row_store import RowSource
-from mf_jax.types import BadInput
 
 _BLOCK = 1024
 _NOISE = 4 * np.finfo(np.float32).eps
@@ -64,7 +64,9 @@ def own_pairs(rows: RowSource, centre: Float[np.ndarray, "d"], *, k: int = 3) ->
         for j in range(i, n, _BLOCK):
             b = a if i == j else _block(rows, j)
             own, other = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-            near_a, near_b, sums = _own(a, b, middle, nearest[own], nearest[other], n - i, n - j, i == j)
+            near_a, near_b, sums = _own(
+                a, b, middle, nearest[own], nearest[other], n - i, n - j, i == j
+            )
             nearest[other] = near_b
             nearest[own] = near_a
             kernel += (1 if i == j else 2) * float(np.asarray(sums).sum(dtype=np.float64))
@@ -95,7 +97,9 @@ def compare(
         a, rows = _block(generated, i), slice(i, i + _BLOCK)
         for j in range(0, m, _BLOCK):
             others = slice(j, j + _BLOCK)
-            in_a, in_b, sums = _cross(a, _block(reference, j), middle, radii_a[rows], radii_b[others])
+            in_a, in_b, sums = _cross(
+                a, _block(reference, j), middle, radii_a[rows], radii_b[others]
+            )
             inside_a[rows] |= np.asarray(in_a)
             inside_b[others] |= np.asarray(in_b)
             kernel += float(np.asarray(sums).sum(dtype=np.float64))
@@ -110,7 +114,9 @@ def _padded(n: int) -> int:
 def _block(rows: RowSource, start: int) -> Float32[Array, "block d"]:
     """Return a block on the device, filled up with zeros, whose kernel minus 1 is 0: one shape, one compilation."""
     block = rows.read(start, start + _BLOCK)
-    return jnp.asarray(np.pad(block, ((0, _BLOCK - len(block)), (0, 0))) if len(block) < _BLOCK else block)
+    return jnp.asarray(
+        np.pad(block, ((0, _BLOCK - len(block)), (0, 0))) if len(block) < _BLOCK else block
+    )
 
 
 def _filled(radii: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "padded"]:
@@ -127,7 +133,9 @@ def _squared_distances(
     return jnp.where(distances <= _NOISE * a.shape[1] ** 0.5 * norms, 0, distances)
 
 
-def _kernel(a: Float32[Array, "block d"], b: Float32[Array, "block d"]) -> Float32[Array, "block block"]:
+def _kernel(
+    a: Float32[Array, "block d"], b: Float32[Array, "block d"]
+) -> Float32[Array, "block block"]:
     """Return (a·b / d + 1)^3 - 1: the 1 cancels in the kernel distance, and would round the rest."""
     x = jnp.matmul(a, b.T, precision="highest") / a.shape[1]
     return x * (x * (x + 3) + 3)
@@ -155,7 +163,9 @@ def _own(
     return near_a, near_a if same else _smallest(nearest_b, distances.T), kernel
 
 
-def _smallest(known: Float32[Array, "block k"], more: Float32[Array, "block n"]) -> Float32[Array, "block k"]:
+def _smallest(
+    known: Float32[Array, "block k"], more: Float32[Array, "block n"]
+) -> Float32[Array, "block k"]:
     return -jax.lax.top_k(-jnp.concatenate([known, more], 1), known.shape[1])[0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int, Shaped
 
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float64, Shaped
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import frechet_distance
 from mf_jax.metrics.frechet_noise import frechet_with_error
 from mf_jax.metrics.inception_score import ScoreSums, add_logits, inception_score, start_scores
@@ -16,8 +17,7 @@ from mf_jax.metrics.moments import FeatureSums, add_rows, mean_and_covariance, s
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import OwnPairs, compare, own_pairs
 from mf_jax.metrics.row_store import RowStore
-from mf_jax.processes import is_first, on_host
-from mf_jax.types import BadInput
+from mf_jax.runtime.processes import is_first, on_host
 
 _POOLED, _SPATIAL, _LOGITS = "2048", "spatial", "logits_unbiased"
 _NETWORKS = {
@@ -57,7 +57,12 @@ class SampleScores:
         least: int = 0,
         splits: int = 10,
     ):
-        self._num_samples, self._folder, self._least, self._splits = num_samples, folder, least, splits
+        self._num_samples, self._folder, self._least, self._splits = (
+            num_samples,
+            folder,
+            least,
+            splits,
+        )
         self._seen = np.zeros(num_samples, bool)
         self._with_rows = with_rows
         self._rows: RowStore | None = None
@@ -92,7 +97,9 @@ class SampleScores:
         for name, sums in self._sums.items():
             self._sums[name] = add_rows(sums, features[name], weights)
         self._scores = add_logits(self._scores, features[_LOGITS], index, weights)
-        rows = on_host(features[_POOLED]) if self._with_rows else None  # gathering takes every process
+        rows = (
+            on_host(features[_POOLED]) if self._with_rows else None
+        )  # gathering takes every process
         if self._rows is not None:
             self._rows.write(numbers[keep], rows[keep])
 
@@ -156,7 +163,9 @@ class SampleScores:
                 f"samples {index.min()} to {index.max()} were added; numbers must be in [0, {self._num_samples})"
             )
         if self._seen[index].any() or len(np.unique(index)) < len(index):
-            raise ValueError(f"a sample of {index.min()} to {index.max()} was added before; each counts once")
+            raise ValueError(
+                f"a sample of {index.min()} to {index.max()} was added before; each counts once"
+            )
         self._seen[index] = True
 
     def _require_all(self) -> None:
@@ -178,7 +187,11 @@ class SampleScores:
         if self._rows is None:
             return {"fid": frechet_distance(*gaussians)}
         return dict(
-            zip(("fid", "fid_standard_error"), frechet_with_error(*gaussians, self._rows), strict=True)
+            zip(
+                ("fid", "fid_standard_error"),
+                frechet_with_error(*gaussians, self._rows),
+                strict=True,
+            )
         )
 
     def _pairs(self, reference: Reference) -> dict[str, float]:
@@ -186,7 +199,11 @@ class SampleScores:
         if self._own is None:
             self._own = own_pairs(rows, centre)
         scores = compare(rows, others, centre, self._own, own_pairs(others, centre))
-        return {"precision": scores.precision, "recall": scores.recall, "kid": scores.kernel_distance}
+        return {
+            "precision": scores.precision,
+            "recall": scores.recall,
+            "kid": scores.kernel_distance,
+        }
 
 
 def _return_freed_memory() -> None:
@@ -203,7 +220,10 @@ def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
       pooled, spatial: features of a sample.
     """
     found_spatial = spatial if reference.mean_spatial is None else reference.mean_spatial.size
-    for key, found, wanted in (("mu", reference.mean.size, pooled), ("mu_s", found_spatial, spatial)):
+    for key, found, wanted in (
+        ("mu", reference.mean.size, pooled),
+        ("mu_s", found_spatial, spatial),
+    ):
         if found == wanted:
             continue
         maker = f", as of {_NETWORKS[found]}" if found in _NETWORKS else ""

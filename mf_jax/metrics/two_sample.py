@@ -13,8 +13,8 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.utils import gen_batches
 
+from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import checked_features
-from mf_jax.types import BadInput
 
 _CHUNK_ENTRIES = 2**24  # 128 MiB of float64
 _Pairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -40,7 +40,9 @@ def energy_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
         Székely and Rizzo 2013, "Energy statistics", equation 2.1; Euclidean norm, exponent 1.
     """
     a, b = _checked_pair(a, b)
-    own = _sum_of_pairs(cdist, a, a) / _ordered_pairs(a) + _sum_of_pairs(cdist, b, b) / _ordered_pairs(b)
+    own = _sum_of_pairs(cdist, a, a) / _ordered_pairs(a) + _sum_of_pairs(
+        cdist, b, b
+    ) / _ordered_pairs(b)
     return 2 * _sum_of_pairs(cdist, a, b) / (len(a) * len(b)) - own
 
 
@@ -63,12 +65,18 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
         Bińkowski et al. 2018 (arXiv:1801.01401), equation 4 and section 3; Gretton et al. 2012, equation 3.
     """
     a, b = _checked_pair(a, b)
-    own = sum((_sum_of_pairs(_kernel, x, x) - _kernel_with_self(x)) / _ordered_pairs(x) for x in (a, b))
+    own = sum(
+        (_sum_of_pairs(_kernel, x, x) - _kernel_with_self(x)) / _ordered_pairs(x) for x in (a, b)
+    )
     return own - 2 * _sum_of_pairs(_kernel, a, b) / (len(a) * len(b))
 
 
 def sliced_wasserstein(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, num_projections: int = 128, seed: int = 0
+    a: Float[np.ndarray, "n d"],
+    b: Float[np.ndarray, "m d"],
+    *,
+    num_projections: int = 128,
+    seed: int = 0,
 ) -> float:
     """Return the sliced 2-Wasserstein distance: the root mean square of W2 over random directions.
 
@@ -126,7 +134,9 @@ def _directions(width: int, count: int, seed: int) -> Iterator[Float64[np.ndarra
         yield np.linalg.qr(generator.standard_normal((width, chunk.stop - chunk.start)))[0]
 
 
-def _squared_wasserstein(a: Float64[np.ndarray, "n p"], b: Float64[np.ndarray, "m p"]) -> np.ndarray:
+def _squared_wasserstein(
+    a: Float64[np.ndarray, "n p"], b: Float64[np.ndarray, "m p"]
+) -> np.ndarray:
     """Integrate the squared difference of the quantile functions, column by column: exact for any n and m."""
     n, m = len(a), len(b)
     # Both quantile functions are constant between these levels, counted in steps of 1 / (n m).

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from mf_jax.flow.records import Condition, Field
 from mf_jax.models.affine import Affine, LowRank
 from mf_jax.models.data_prediction import DataPrediction
 from mf_jax.models.dit import DIT_SIZES, DiT
 from mf_jax.models.in_context_dit import IN_CONTEXT_SIZES, InContextDiT
 from mf_jax.models.mlp import MLP
 from mf_jax.models.unet import UNet
-from mf_jax.types import Condition, Field
 
 NETWORKS = {
     "dit": DiT,
@@ -61,7 +61,9 @@ def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray
     """
     time = jnp.zeros((1,))
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
-    variables = jax.jit(network.init)(key, jnp.zeros((1, *shape)), r=time, t=time, condition=condition)
+    variables = jax.jit(network.init)(
+        key, jnp.zeros((1, *shape)), r=time, t=time, condition=condition
+    )
     return variables["params"]
 
 

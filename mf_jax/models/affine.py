@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
-from mf_jax.types import Condition, Prediction
 
 
 class Perceptron(nn.Module):
@@ -35,7 +35,9 @@ class Perceptron(nn.Module):
         self, *, r: Float[Array, "b"], t: Float[Array, "b"], labels: Int[Array, "b"]
     ) -> Float[Array, "b n"]:
         """Return the numbers `[B, size]`."""
-        embed = ConditionEmbedding(self.width, self.time_conditioning, self.num_classes, name="condition")
+        embed = ConditionEmbedding(
+            self.width, self.time_conditioning, self.num_classes, name="condition"
+        )
         c = nn.silu(embed(r=r, t=t, labels=labels))
         hidden = nn.silu(xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
         make = zero_dense if self.zero else xavier_dense
@@ -61,13 +63,20 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b ..."], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b ..."],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the average velocity, float32 like z `[B, ...]`."""
         flat = z.reshape(z.shape[0], -1).astype(self.dtype)
         size, more = flat.shape[1], (self.time_conditioning, self.dtype)
         told = {"r": r, "t": t, "labels": condition.labels}
-        matrix = Perceptron(size**2, self.width, 0, *more, name="matrix")(**told).reshape(-1, size, size)
+        matrix = Perceptron(size**2, self.width, 0, *more, name="matrix")(**told).reshape(
+            -1, size, size
+        )
         offset = Perceptron(size, self.width, self.num_classes, *more, name="offset")(**told)
         u = jnp.einsum("bij,bj->bi", matrix, flat) + offset
         return Prediction(u=at_least_float32(u).reshape(z.shape))
@@ -92,7 +101,12 @@ class LowRank(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b ..."], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b ..."],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the average velocity, float32 like z `[B, ...]`."""
         flat = z.reshape(z.shape[0], -1).astype(self.dtype)

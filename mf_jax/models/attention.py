@@ -23,7 +23,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from mf_jax.types import check_known
+from mf_jax.errors import check_known
 
 ATTENTIONS = ("xla", "fused")
 
@@ -55,7 +55,9 @@ def attend(
     if kind == "fused":
         return (_with_tangent if forward_mode else _fused)(q, k, v)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(q.dtype)
+    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(
+        q.dtype
+    )
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -99,7 +101,9 @@ def _held_tangent(primals: tuple, tangents: tuple) -> Array:
 
     def run(primals: tuple, tangents: tuple) -> Array:
         zero = jnp.zeros_like(primals[0])
-        return _on_each_device(attention_tangent, 6)(*primals, *(zero if t is None else t for t in tangents))
+        return _on_each_device(attention_tangent, 6)(
+            *primals, *(zero if t is None else t for t in tangents)
+        )
 
     def transpose(primals: tuple, gradient: Array) -> tuple:
         gradients = jax.vjp(_fused, *primals)[1](gradient)
@@ -160,10 +164,13 @@ def _heads_first(x: Array, length: int) -> Array:
 def _with_gradient(attention: Callable) -> Callable:
     """Return an attention that computes its weights once more for its gradient, to keep none of them in between."""
     forward = _on_each_device(attention, 3)
-    backward = _on_each_device(lambda q, k, v, gradient: jax.vjp(attention, q, k, v)[1](gradient), 4, 3)
+    backward = _on_each_device(
+        lambda q, k, v, gradient: jax.vjp(attention, q, k, v)[1](gradient), 4, 3
+    )
     both = jax.custom_vjp(forward)
     both.defvjp(
-        lambda *inputs: (forward(*inputs), inputs), lambda inputs, gradient: backward(*inputs, gradient)
+        lambda *inputs: (forward(*inputs), inputs),
+        lambda inputs, gradient: backward(*inputs, gradient),
     )
     return both
 
@@ -254,12 +261,23 @@ def _on_tpu(*inputs: Array, interpret: bool) -> Array:
 def _run(kernel: Callable, inputs: Any, *, spec: pl.BlockSpec, **more: Any) -> Array:
     like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
     return pl.pallas_call(
-        kernel, in_specs=[spec] * 6, out_specs=spec, out_shape=like, name="attention_tangent", **more
+        kernel,
+        in_specs=[spec] * 6,
+        out_specs=spec,
+        out_shape=like,
+        name="attention_tangent",
+        **more,
     )(*inputs)
 
 
 def _kernel(
-    axis: int, length: int, num_queries: int, num_keys: int, read: Callable, write: Callable, *refs: Any
+    axis: int,
+    length: int,
+    num_queries: int,
+    num_keys: int,
+    read: Callable,
+    write: Callable,
+    *refs: Any,
 ) -> None:
     """Write the tangent of a block of queries; each ref holds all tokens of one head of one row."""
     q_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, out_ref = refs

@@ -17,12 +17,17 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree
 
+from mf_jax.errors import BadInput
 from mf_jax.models.unet import double
-from mf_jax.reference.torch_file import StateDict, fit_state_dict, read_state_dict
-from mf_jax.types import BadInput
+from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
 
 _FILE = "diffusion_pytorch_model.safetensors"
-_DEFAULTS = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32, "scaling_factor": 0.18215}
+_DEFAULTS = {
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
 """What a config.json that does not say means."""
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """What a config.json must not set: latents would then be scaled by more than a factor."""
@@ -101,7 +106,9 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
     state = _with_new_names(read_state_dict(path))
     network, scaling_factor = _network(path, state)
     shapes = {keys: leaf.shape for keys, leaf in flatten_dict(network.parameter_shapes()).items()}
-    arrays = fit_state_dict(state, {_published(keys): _turned(shape) for keys, shape in shapes.items()})
+    arrays = fit_state_dict(
+        state, {_published(keys): _turned(shape) for keys, shape in shapes.items()}
+    )
     params = {}
     for keys in shapes:
         array = arrays[_published(keys)]
@@ -125,7 +132,11 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
 
     def setup(self):
-        channels, layers, groups = self.block_out_channels, self.layers_per_block, self.norm_num_groups
+        channels, layers, groups = (
+            self.block_out_channels,
+            self.layers_per_block,
+            self.norm_num_groups,
+        )
         self.encoder = _Encoder(channels, layers, groups, 2 * self.latent_channels)
         self.decoder = _Decoder(channels, layers + 1, groups)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1))
@@ -200,7 +211,9 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(groups, epsilon=_EPSILON, use_fast_variance=False, name=name)
 
 
-def _residual(x: Float[Array, "b h w c"], features: int, groups: int, name: str) -> Float[Array, "b h w f"]:
+def _residual(
+    x: Float[Array, "b h w c"], features: int, groups: int, name: str
+) -> Float[Array, "b h w f"]:
     hidden = _conv(features, 3, f"{name}.conv1")(nn.silu(_norm(groups, f"{name}.norm1")(x)))
     hidden = _conv(features, 3, f"{name}.conv2")(nn.silu(_norm(groups, f"{name}.norm2")(hidden)))
     if x.shape[-1] != features:
@@ -224,7 +237,12 @@ def _attention(x: Float[Array, "b h w c"], groups: int, name: str) -> Float[Arra
 
 
 def _check_batch(name: str, x: Array, *, channels: int, factor: int) -> None:
-    fits = x.ndim == 4 and x.shape[-1] == channels and not x.shape[1] % factor and not x.shape[2] % factor
+    fits = (
+        x.ndim == 4
+        and x.shape[-1] == channels
+        and not x.shape[1] % factor
+        and not x.shape[2] % factor
+    )
     if not fits or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise BadInput(
             f"{name} is {x.dtype} {list(x.shape)}; must be floating point [B, H, W, {channels}], H and W divisible by"
@@ -246,8 +264,12 @@ def _with_new_names(state: StateDict) -> StateDict:
     """Return the parameters with attention as newer files name and shape it."""
     arrays = {}
     for name, array in state.arrays.items():
-        new = re.sub(r"(?<=\.attentions\.0\.)\w+", lambda match: _OLD_NAMES.get(match[0], match[0]), name)
-        squeezed = array[..., 0, 0] if ".attentions." in name and array.shape[2:] == (1, 1) else array
+        new = re.sub(
+            r"(?<=\.attentions\.0\.)\w+", lambda match: _OLD_NAMES.get(match[0], match[0]), name
+        )
+        squeezed = (
+            array[..., 0, 0] if ".attentions." in name and array.shape[2:] == (1, 1) else array
+        )
         arrays[name if new in state.arrays else new] = squeezed
     return state._replace(arrays=arrays)
 
@@ -256,7 +278,11 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
     """Return the network and the scaling factor that the config beside the weights says, or the weights themselves."""
     beside = path.parent / "config.json"
     config = _DEFAULTS | (_read_config(beside) if beside.exists() else _sizes(state))
-    sizes = {key: config.get(key) for key in ("block_out_channels", *_DEFAULTS) if key != "scaling_factor"}
+    sizes = {
+        key: config.get(key)
+        for key in ("block_out_channels", *_DEFAULTS)
+        if key != "scaling_factor"
+    }
     channels, *others = sizes.values()
     counts = [*channels, *others] if channels and isinstance(channels, list) else []
     fits = counts and all(isinstance(n, int) and n > 0 for n in counts)
@@ -265,7 +291,9 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
             f"{path}: its sizes are {sizes}; must be above 0, and block_out_channels divisible by norm_num_groups:"
             " put the config.json that belongs to the weights beside them"
         )
-    return AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)}), float(config["scaling_factor"])
+    return AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)}), float(
+        config["scaling_factor"]
+    )
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
@@ -273,7 +301,9 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         config = dict(json.loads(path.read_text()))
         float(config.get("scaling_factor", 1))
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: is no config of an autoencoder ({error}); fetch it again") from error
+        raise BadInput(
+            f"{path}: is no config of an autoencoder ({error}); fetch it again"
+        ) from error
     if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
         raise BadInput(
             f"{path}: sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1 or 2"
@@ -286,6 +316,12 @@ def _sizes(state: StateDict) -> dict[str, Any]:
 
     def channels(block: str) -> list[int]:
         names = (f"encoder.down_blocks.{block.format(i)}.conv1.weight" for i in itertools.count())
-        return [state.arrays[name].shape[0] for name in itertools.takewhile(state.arrays.__contains__, names)]
+        return [
+            state.arrays[name].shape[0]
+            for name in itertools.takewhile(state.arrays.__contains__, names)
+        ]
 
-    return {"block_out_channels": channels("{}.resnets.0"), "layers_per_block": len(channels("0.resnets.{}"))}
+    return {
+        "block_out_channels": channels("{}.resnets.0"),
+        "layers_per_block": len(channels("0.resnets.{}")),
+    }

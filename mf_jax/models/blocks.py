@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.types import check_known
+from mf_jax.errors import check_known
 
 REMATS = {
     "none": None,
@@ -29,7 +29,9 @@ REMATS = {
 
 _LOOP = "blocks"
 _PreparesBlock = Callable[[tuple[str, ...], PyTree], PyTree]
-_prepares: contextvars.ContextVar[_PreparesBlock | None] = contextvars.ContextVar("prepares", default=None)
+_prepares: contextvars.ContextVar[_PreparesBlock | None] = contextvars.ContextVar(
+    "prepares", default=None
+)
 
 
 @contextlib.contextmanager
@@ -84,7 +86,9 @@ def run_blocks(
         made, prepare = block, _prepares.get()
         if prepare:
             made = nn.map_variables(
-                made, "params", lambda variables: {"params": prepare((*path, name), variables["params"])}
+                made,
+                "params",
+                lambda variables: {"params": prepare((*path, name), variables["params"])},
             )
         if remat != "none":
             # a loop keeps its computing-again apart by itself; without a loop XLA would merge it with the first time
@@ -119,7 +123,9 @@ def stack_blocks(params: PyTree) -> PyTree:
     if not isinstance(params, dict):
         return params
     numbered = {int(name[6:]): name for name in params if re.fullmatch(r"block_\d+", name)}
-    rest = {name: stack_blocks(value) for name, value in params.items() if name not in numbered.values()}
+    rest = {
+        name: stack_blocks(value) for name, value in params.items() if name not in numbered.values()
+    }
     if not numbered:
         return rest
     each = [params[numbered[i]] for i in sorted(numbered)]
@@ -134,7 +140,9 @@ def unstack_blocks(params: PyTree) -> PyTree:
     if _LOOP not in params:
         return rest
     depth = len(jax.tree.leaves(params[_LOOP])[0])
-    return rest | {f"block_{i}": jax.tree.map(lambda a, i=i: a[i], params[_LOOP]) for i in range(depth)}
+    return rest | {
+        f"block_{i}": jax.tree.map(lambda a, i=i: a[i], params[_LOOP]) for i in range(depth)
+    }
 
 
 def laid_out_like(params: PyTree, like: PyTree) -> PyTree:

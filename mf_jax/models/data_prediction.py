@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.types import Condition, Prediction
+from mf_jax.flow.records import Condition, Prediction
 
 
 class DataPrediction(nn.Module):
@@ -26,7 +26,12 @@ class DataPrediction(nn.Module):
         nn.share_scope(self, self.network)
 
     def __call__(
-        self, z: Float[Array, "b ..."], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b ..."],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the velocities like z `[B, ...]`."""
         clipped = jnp.maximum(t, self.t_clip).reshape(-1, *[1] * (z.ndim - 1))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.attention import attend
 from mf_jax.models.blocks import run_blocks
 from mf_jax.models.layers import (
@@ -23,7 +25,6 @@ from mf_jax.models.layers import (
     xavier_dense,
     zero_dense,
 )
-from mf_jax.types import BadInput, Condition, Prediction
 
 DIT_SIZES = {  # depth, width, heads
     "digits": (4, 128, 2),
@@ -53,7 +54,11 @@ def num_r_blocks(depth: int, r_blocks: int) -> int:
     """
     last = r_blocks or -(-depth // 4)
     if not 0 < last < depth:
-        fix = f"use 1 to {depth - 1}, or 0 for a quarter" if depth > 1 else "use a model.depth of 2 or more"
+        fix = (
+            f"use 1 to {depth - 1}, or 0 for a quarter"
+            if depth > 1
+            else "use a model.depth of 2 or more"
+        )
         raise BadInput(
             f"model.r_blocks={r_blocks}: with model.time_conditioning={DECOUPLED} the last {last} of {depth} blocks"
             f" are told r, and one or more must be left for t; {fix}"
@@ -90,8 +95,12 @@ class Block(nn.Module):
         attention = Attention(self.num_heads, self.dtype, self.attend, name="attention")
         attended = attention(_modulate(x, shift1, scale1))
         x = x + gate1[:, None] * attended
-        hidden = xavier_dense(4 * width, dtype=self.dtype, name="expand")(_modulate(x, shift2, scale2))
-        return x + gate2[:, None] * xavier_dense(width, dtype=self.dtype, name="contract")(nn.gelu(hidden))
+        hidden = xavier_dense(4 * width, dtype=self.dtype, name="expand")(
+            _modulate(x, shift2, scale2)
+        )
+        return x + gate2[:, None] * xavier_dense(width, dtype=self.dtype, name="contract")(
+            nn.gelu(hidden)
+        )
 
 
 class DiT(nn.Module):
@@ -125,7 +134,12 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b h w c"], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b h w c"],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the average velocity, float32 like z `[B, H, W, C]`."""
         batch, height, width, channels = z.shape
@@ -137,7 +151,10 @@ class DiT(nn.Module):
         x = x + jnp.asarray(sine_cosine_positions(rows, columns, self.width), self.dtype)
         decoupled = self.time_conditioning == DECOUPLED
         embed = ConditionEmbedding(
-            self.width, "t" if decoupled else self.time_conditioning, self.num_classes, name="condition"
+            self.width,
+            "t" if decoupled else self.time_conditioning,
+            self.num_classes,
+            name="condition",
         )
         c = embed(r=r, t=t, labels=condition.labels)
         conditions = [c] * self.depth
@@ -148,12 +165,20 @@ class DiT(nn.Module):
         fields = {
             "num_heads": self.num_heads,
             "dtype": self.dtype,
-            "attend": functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
+            "attend": functools.partial(
+                attend, kind=self.attention, forward_mode=condition.forward_mode
+            ),
         }
-        x = run_blocks(Block, x, conditions, path=self.path, remat=self.remat, scan=self.scan, **fields)
-        shift, scale = jnp.split(
-            zero_dense(2 * self.width, dtype=self.dtype, name="final_modulation")(nn.silu(c)), 2, axis=-1
+        x = run_blocks(
+            Block, x, conditions, path=self.path, remat=self.remat, scan=self.scan, **fields
         )
-        out = zero_dense(p * p * channels, dtype=self.dtype, name="final")(_modulate(x, shift, scale))
+        shift, scale = jnp.split(
+            zero_dense(2 * self.width, dtype=self.dtype, name="final_modulation")(nn.silu(c)),
+            2,
+            axis=-1,
+        )
+        out = zero_dense(p * p * channels, dtype=self.dtype, name="final")(
+            _modulate(x, shift, scale)
+        )
         out = out.reshape(batch, rows, columns, p, p, channels).swapaxes(2, 3).reshape(z.shape)
         return Prediction(u=at_least_float32(out))

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.records import Condition, GuidanceScale, Prediction
 from mf_jax.models.attention import attend
 from mf_jax.models.blocks import run_blocks
 from mf_jax.models.layers import ScalarEmbedding, at_least_float32, xavier_dense, zero_dense
-from mf_jax.types import BadInput, Condition, GuidanceScale, Prediction, check_known
 
 IN_CONTEXT_SIZES = {  # depth, width, heads, head depth, bottleneck, positions
     "digits": (4, 128, 2, 2, 0, "sequence"),
@@ -66,7 +67,9 @@ def rotary_angles(
     return np.pad(angles, ((num_prefix, 0), (0, 0)))
 
 
-def _rotate(x: Float[Array, "b n heads d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n heads d"]:
+def _rotate(
+    x: Float[Array, "b n heads d"], turns: Float[Array, "2 n f"]
+) -> Float[Array, "b n heads d"]:
     """Turn each pair of neighbouring features by angles of this cosine and sine, in float32."""
     cos, sin = turns.astype(x.dtype)[:, :, None]
     a, b = x[..., 0::2], x[..., 1::2]
@@ -85,10 +88,14 @@ class RotaryAttention(nn.Module):
     attend: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]
+    ) -> Float[Array, "b n d"]:
         """Return the attended values, like x, in dtype."""
         q, k, v = (
-            _linear(x.shape[-1], dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], self.num_heads, -1)
+            _linear(x.shape[-1], dtype=self.dtype, name=name)(x).reshape(
+                *x.shape[:2], self.num_heads, -1
+            )
             for name in ("query", "key", "value")
         )
         q = _rotate(nn.RMSNorm(name="query_norm")(q), turns) * q.shape[-1] ** -0.5
@@ -105,7 +112,9 @@ class GatedBlock(nn.Module):
     attend: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], turns: Float[Array, "2 n f"]
+    ) -> Float[Array, "b n d"]:
         """Return x `[B, tokens, width]` after the block."""
         width = x.shape[-1]
         gates = [
@@ -116,9 +125,12 @@ class GatedBlock(nn.Module):
         x = x + gates[0] * attention(nn.RMSNorm(name="attention_norm")(x), turns)
         normal = nn.RMSNorm(name="perceptron_norm")(x)
         switch, value = (
-            _linear(int(width * 8 / 3), dtype=self.dtype, name=name)(normal) for name in ("switch", "expand")
+            _linear(int(width * 8 / 3), dtype=self.dtype, name=name)(normal)
+            for name in ("switch", "expand")
         )
-        return x + gates[1] * _linear(width, dtype=self.dtype, name="contract")(nn.silu(switch) * value)
+        return x + gates[1] * _linear(width, dtype=self.dtype, name="contract")(
+            nn.silu(switch) * value
+        )
 
 
 class Head(nn.Module):
@@ -152,7 +164,9 @@ class ScalarTokens(nn.Module):
         init = nn.initializers.normal(self.width**-0.5)
         tokens = self.param("tokens", init, (self.num_tokens, self.width))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        return tokens + ScalarEmbedding(self.width, kernel_init=init, name="embedding")(value)[:, None]
+        return (
+            tokens + ScalarEmbedding(self.width, kernel_init=init, name="embedding")(value)[:, None]
+        )
 
 
 class ClassTokens(nn.Module):
@@ -205,7 +219,12 @@ class InContextDiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b h w c"], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b h w c"],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the velocities u and, with a second head, v, float32 like z `[B, H, W, C]`.
 
@@ -231,9 +250,16 @@ class InContextDiT(nn.Module):
             scan=self.scan,
             num_heads=self.num_heads,
             dtype=self.dtype,
-            attend=functools.partial(attend, kind=self.attention, forward_mode=condition.forward_mode),
+            attend=functools.partial(
+                attend, kind=self.attention, forward_mode=condition.forward_mode
+            ),
         )
-        x = run(GatedBlock, x.astype(self.dtype), [turns] * (self.depth - self.head_depth), path=self.path)
+        x = run(
+            GatedBlock,
+            x.astype(self.dtype),
+            [turns] * (self.depth - self.head_depth),
+            path=self.path,
+        )
 
         def predict(name: str) -> Float[Array, "b h w c"]:
             head = Head(self.head_depth, p * p * channels, self.dtype, run, name=name)
@@ -272,7 +298,9 @@ class InContextDiT(nn.Module):
                 f"model.patch_size={self.patch_size}: must divide the image size {shape[1]}x{shape[2]}"
             )
         if not 0 <= self.head_depth <= self.depth:
-            raise BadInput(f"model.head_depth={self.head_depth}: must be from 0 to depth={self.depth}")
+            raise BadInput(
+                f"model.head_depth={self.head_depth}: must be from 0 to depth={self.depth}"
+            )
         multiple = self.num_heads * (4 if self.positions == "grid" else 2)
         if self.num_heads <= 0 or self.width <= 0 or self.width % multiple:
             raise BadInput(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mf_jax.types import check_known
+from mf_jax.errors import check_known
 
 TIME_CONDITIONINGS = {
     "t,r": ("t", "r"),

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
-from mf_jax.types import Condition, Prediction
 
 _FREQUENCIES = (1.0, 2.0, 4.0)
 """Of the sines and cosines of z that enter beside z: a perceptron of z alone is slow to learn sharp edges.
@@ -33,12 +33,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b d"], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b d"],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the average velocity, float32 like z `[B, D]`."""
-        c = ConditionEmbedding(self.width, self.time_conditioning, self.num_classes, name="condition")(
-            r=r, t=t, labels=condition.labels
-        )
+        c = ConditionEmbedding(
+            self.width, self.time_conditioning, self.num_classes, name="condition"
+        )(r=r, t=t, labels=condition.labels)
         c = nn.silu(c).astype(self.dtype)
         waves = [wave(k * z) for k in _FREQUENCIES for wave in (jnp.sin, jnp.cos)]
         x = xavier_dense(self.width, dtype=self.dtype, name="embedding")(
@@ -46,7 +51,9 @@ class MLP(nn.Module):
         )
         for i in range(self.depth):
             scale, shift = jnp.split(
-                xavier_dense(2 * self.width, dtype=self.dtype, name=f"modulation_{i}")(c), 2, axis=-1
+                xavier_dense(2 * self.width, dtype=self.dtype, name=f"modulation_{i}")(c),
+                2,
+                axis=-1,
             )
             hidden = xavier_dense(self.width, dtype=self.dtype, name=f"hidden_{i}")(
                 nn.silu(x * (1 + scale) + shift)

@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.attention import attend
-from mf_jax.models.layers import Attention, ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
-from mf_jax.types import BadInput, Condition, Prediction
+from mf_jax.models.layers import (
+    Attention,
+    ConditionEmbedding,
+    at_least_float32,
+    xavier_dense,
+    zero_dense,
+)
 
 _RESIDUAL_SCALE = 0.5**0.5
 """Of the sum of a block's input and output, which so keeps its variance."""
@@ -89,7 +96,9 @@ def drop_out(
         return x
 
     def keep(seed):
-        return jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), layer), 1 - rate, x.shape[1:])
+        return jax.random.bernoulli(
+            jax.random.fold_in(jax.random.key(seed), layer), 1 - rate, x.shape[1:]
+        )
 
     return jnp.where(jax.vmap(keep)(seeds), x / (1 - rate), 0)
 
@@ -122,7 +131,10 @@ class Block(nn.Module):
         zero = nn.initializers.zeros
         hidden = resample(nn.silu(_norm(x, "norm_1")))
         hidden = _conv(self.features, 3, dtype=self.dtype, name="conv_1")(hidden)
-        hidden = hidden + xavier_dense(self.features, dtype=self.dtype, name="condition")(c)[:, None, None]
+        hidden = (
+            hidden
+            + xavier_dense(self.features, dtype=self.dtype, name="condition")(c)[:, None, None]
+        )
         hidden = nn.silu(_norm(hidden, "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
         hidden = _conv(self.features, 3, dtype=self.dtype, name="conv_2", init=zero)(hidden)
@@ -163,12 +175,21 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "b h w c"], *, r: Float[Array, "b"], t: Float[Array, "b"], condition: Condition
+        self,
+        z: Float[Array, "b h w c"],
+        *,
+        r: Float[Array, "b"],
+        t: Float[Array, "b"],
+        condition: Condition,
     ) -> Prediction:
         """Return the average velocity, float32 like z `[B, H, W, C]`."""
         check_unet(z.shape[1:], self.channel_multipliers)
         embed = ConditionEmbedding(
-            4 * self.channels, self.time_conditioning, self.num_classes, self.channels, name="condition"
+            4 * self.channels,
+            self.time_conditioning,
+            self.num_classes,
+            self.channels,
+            name="condition",
         )
         c = nn.silu(embed(r=r, t=t, labels=condition.labels))
         layers = itertools.count()
@@ -179,7 +200,9 @@ class UNet(nn.Module):
 
         x = _conv(self.channels, 3, dtype=self.dtype, name="first")(z)
         skipped = [x]
-        levels = list(enumerate(self.channels * multiplier for multiplier in self.channel_multipliers))
+        levels = list(
+            enumerate(self.channels * multiplier for multiplier in self.channel_multipliers)
+        )
         for level, features in levels:
             if level > 0:
                 x = block(x, x.shape[-1], f"halve_{level}", resample=halve)
@@ -196,6 +219,8 @@ class UNet(nn.Module):
             attends = x.shape[1] in self.attention_resolutions
             for i in range(self.num_blocks + 1):
                 x = jnp.concatenate([x, skipped.pop()], axis=-1)
-                x = block(x, features, f"up_{level}_{i}", attention=attends and i == self.num_blocks)
+                x = block(
+                    x, features, f"up_{level}_{i}", attention=attends and i == self.num_blocks
+                )
         last = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", init=nn.initializers.zeros)
         return Prediction(u=at_least_float32(last(nn.silu(_norm(x, "norm")))))

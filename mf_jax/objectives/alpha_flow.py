@@ -26,20 +26,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of
-from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.objectives.errors import Metrics, average_over, step_metrics
 from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, row_mean, squared_error
-from mf_jax.paths import advance, interpolate, per_row
-from mf_jax.types import BadInput, Draws, Field, Rows
 
 
-def _sigmoid(start: float, end: float, sharpness: float, progress: Float[Array, ""]) -> Float[Array, ""]:
+def _sigmoid(
+    start: float, end: float, sharpness: float, progress: Float[Array, ""]
+) -> Float[Array, ""]:
     return start + (end - start) * jax.nn.sigmoid(sharpness * (progress - 0.5))
 
 
-def _exponential(start: float, end: float, sharpness: float, progress: Float[Array, ""]) -> Float[Array, ""]:
+def _exponential(
+    start: float, end: float, sharpness: float, progress: Float[Array, ""]
+) -> Float[Array, ""]:
     return start * (end / start) ** jnp.clip(progress, 0, 1)
 
 
@@ -80,7 +85,9 @@ class AlphaFlow:
 
     def __post_init__(self) -> None:
         if self.annealing not in ANNEALINGS:
-            raise BadInput(f"objective.annealing={self.annealing!r}: must be one of {', '.join(ANNEALINGS)}")
+            raise BadInput(
+                f"objective.annealing={self.annealing!r}: must be one of {', '.join(ANNEALINGS)}"
+            )
         for name in ("alpha_start", "alpha_end", "derivative_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"objective.{name}={getattr(self, name)}: must be within [0, 1]")
@@ -96,15 +103,21 @@ class AlphaFlow:
                 "0 <= anneal_from < anneal_to"
             )
         if not 0 < self.sharpness < math.inf:
-            raise BadInput(f"objective.sharpness={self.sharpness}: must be above 0; alpha-Flow uses 25")
+            raise BadInput(
+                f"objective.sharpness={self.sharpness}: must be above 0; alpha-Flow uses 25"
+            )
         if not self.target_clip > 0:
-            raise BadInput(f"objective.target_clip={self.target_clip}: must be above 0; alpha-Flow uses 4")
+            raise BadInput(
+                f"objective.target_clip={self.target_clip}: must be above 0; alpha-Flow uses 4"
+            )
         check_target_ema(self.target_ema)
 
     def alpha(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """Return a at a training step."""
         progress = (step - self.anneal_from) / (self.anneal_to - self.anneal_from)
-        return ANNEALINGS[self.annealing](self.alpha_start, self.alpha_end, self.sharpness, progress)
+        return ANNEALINGS[self.annealing](
+            self.alpha_start, self.alpha_end, self.sharpness, progress
+        )
 
     def loss(
         self,
@@ -153,7 +166,12 @@ class AlphaFlow:
 
 
 def _finite_step(
-    field: Field, params: PyTree, teacher: PyTree, rows: Rows, v: Float[Array, "b ..."], a: Float[Array, ""]
+    field: Field,
+    params: PyTree,
+    teacher: PyTree,
+    rows: Rows,
+    v: Float[Array, "b ..."],
+    a: Float[Array, ""],
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
     """Return u(z_t, r, t), its target over a share a of the interval, and the difference quotient of u."""
     if rows.t.shape[0] == 0:

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.objectives.errors import Metrics, average
 from mf_jax.objectives.interface import Objective
-from mf_jax.paths import interpolate, per_row
-from mf_jax.types import BadInput, Draws, Field, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +45,22 @@ class Controls:
     def __post_init__(self) -> None:
         for name in ("lipschitz", "monotone"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0; 0 = off")
+                raise BadInput(
+                    f"controls.{name}={getattr(self, name)}: must be at least 0; 0 = off"
+                )
         if not 0 < self.lipschitz_bound < float("inf"):
-            raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0; try 1.0")
+            raise BadInput(
+                f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0; try 1.0"
+            )
 
     @property
     def are_off(self) -> bool:
         """Whether neither term is used."""
         return self.lipschitz == 0 and self.monotone == 0
 
-    def penalty(self, field: Field, params: PyTree, draws: Draws) -> tuple[Float[Array, ""], Metrics]:
+    def penalty(
+        self, field: Field, params: PyTree, draws: Draws
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Return the sum of the terms, and the mean of each over the rows with r < t (of all, where there are none).
 
         Args:
@@ -71,7 +78,9 @@ class Controls:
         return self.lipschitz * jnp.mean(steep) + self.monotone * jnp.mean(folded), metrics
 
 
-def _slope(field: Field, params: PyTree, rows: Rows) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+def _slope(
+    field: Field, params: PyTree, rows: Rows
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
     """Return a unit direction n of each row, and du/dz n."""
     axes = tuple(range(1, rows.x.ndim))
     n = rows.direction / per_row(jnp.sqrt(jnp.sum(rows.direction**2, axis=axes)), rows.x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from clu.metrics import Average
 from jaxtyping import Array, Bool, Float
 
-from mf_jax.types import Draws, Rows
+from mf_jax.flow.records import Draws, Rows
 
 NUM_BINS = 4
 Metrics = dict[str, Average]

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.draws import condition_of
-from mf_jax.paths import interpolate
-from mf_jax.types import Field, Prediction, Rows
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.paths import interpolate
+from mf_jax.flow.records import Field, Prediction, Rows
 
 
 def at_instant(field: Field, params: PyTree, rows: Rows) -> Prediction:

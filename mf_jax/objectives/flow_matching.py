@@ -13,12 +13,12 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import join_all
+from mf_jax.flow.draws import join_all
+from mf_jax.flow.paths import velocity
+from mf_jax.flow.records import Draws, Field
 from mf_jax.objectives.errors import Metrics, binned_errors
 from mf_jax.objectives.evaluations import at_instant
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
-from mf_jax.paths import velocity
-from mf_jax.types import Draws, Field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@
    (`velocity="boundary"`, without the second term).
 
 The gradient passes through u alone, so |V - v_g|^2 is computed as |u - sg[v_g - (t - r) JVP]|^2. Guidance v_g, where
-its scale is drawn for each row and told to the network, is chosen at sampling time (mf_jax/guidance.py).
+its scale is drawn for each row and told to the network, is chosen at sampling time (mf_jax/flow/guidance.py).
 
 Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 2 q; guidance adds 1.
 With a second head, a forward-equivalent of the 3 is one of the whole network, and of the others one of the blocks that
@@ -27,18 +27,19 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.guidance import (
+from mf_jax.errors import BadInput
+from mf_jax.flow.guidance import (
     Guidance,
     boundary_velocity,
     guided_velocities,
     over_whole_interval,
     sample_velocity,
 )
+from mf_jax.flow.paths import per_row
+from mf_jax.flow.records import Draws, Field, Prediction, Rows
 from mf_jax.objectives.errors import Metrics, average, step_metrics
 from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
-from mf_jax.paths import per_row
-from mf_jax.types import BadInput, Draws, Field, Prediction, Rows
 
 
 def _head_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
@@ -75,7 +76,9 @@ class ImprovedMeanFlow:
 
     def __post_init__(self) -> None:
         if self.velocity not in VELOCITIES:
-            raise BadInput(f"objective.velocity={self.velocity!r}: must be one of {', '.join(VELOCITIES)}")
+            raise BadInput(
+                f"objective.velocity={self.velocity!r}: must be one of {', '.join(VELOCITIES)}"
+            )
 
     def loss(
         self,

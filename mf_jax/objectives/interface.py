@@ -4,8 +4,8 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PyTree
 
+from mf_jax.flow.records import Draws, Field
 from mf_jax.objectives.errors import Metrics
-from mf_jax.types import Draws, Field
 
 
 @runtime_checkable

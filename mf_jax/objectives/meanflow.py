@@ -8,7 +8,7 @@
     loss = w |u - sg[v_g - (t - r) JVP]|^2,   tangent (v_g, 0, 1)
 
 where sg is stop_gradient (`squared_error` applies it to every target, and nothing else has to) and
-v_g is v = e - x or its guided form (mf_jax/guidance.py). On rows with r = t the target is v_g and needs
+v_g is v = e - x or its guided form (mf_jax/flow/guidance.py). On rows with r = t the target is v_g and needs
 no derivative, so only the rows with r < t pay for one.
 
 Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q without
@@ -23,14 +23,20 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.errors import BadInput
+from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.paths import per_row
+from mf_jax.flow.records import Draws, Field
 from mf_jax.objectives.errors import Metrics, step_metrics
 from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
-from mf_jax.paths import per_row
-from mf_jax.types import BadInput, Draws, Field
 
-TANGENTS = {"v01": (1.0, 0.0, 1.0), "v00": (1.0, 0.0, 0.0), "v10": (1.0, 1.0, 0.0), "v11": (1.0, 1.0, 1.0)}
+TANGENTS = {
+    "v01": (1.0, 0.0, 1.0),
+    "v00": (1.0, 0.0, 0.0),
+    "v10": (1.0, 1.0, 0.0),
+    "v11": (1.0, 1.0, 1.0),
+}
 """Tangents (dz, dr, dt) in units of (v, 1, 1). All but `v01` are wrong, for table 1b of the paper."""
 
 
@@ -55,7 +61,9 @@ class MeanFlow:
 
     def __post_init__(self) -> None:
         if self.tangent not in TANGENTS:
-            raise BadInput(f"objective.tangent={self.tangent!r}: must be one of {', '.join(TANGENTS)}")
+            raise BadInput(
+                f"objective.tangent={self.tangent!r}: must be one of {', '.join(TANGENTS)}"
+            )
 
     def loss(
         self,

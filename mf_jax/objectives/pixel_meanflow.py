@@ -17,13 +17,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import join_rows, num_groups
-from mf_jax.guidance import Guidance
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import join_rows, num_groups
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.objectives.errors import Metrics, average
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.weighting import AdaptiveWeight, row_mean
-from mf_jax.paths import interpolate, per_row
-from mf_jax.types import BadInput, Draws, Field, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ class PixelMeanFlow:
     def __post_init__(self) -> None:
         ImprovedMeanFlow(velocity=self.velocity)
         if not 0 < self.t_clip < 1:
-            raise BadInput(f"model.t_clip={self.t_clip}: must be within (0, 1); pixel MeanFlow uses 0.05")
+            raise BadInput(
+                f"model.t_clip={self.t_clip}: must be within (0, 1); pixel MeanFlow uses 0.05"
+            )
 
     def loss(
         self,
@@ -89,12 +92,17 @@ class PixelMeanFlow:
         """
         del step, target_params
         improved = ImprovedMeanFlow(self.guidance, self.weight, self.velocity)
-        loss, metrics, predictions = improved.loss_and_predictions(field, params, draws, self._given)
+        loss, metrics, predictions = improved.loss_and_predictions(
+            field, params, draws, self._given
+        )
         pairs = list(zip((draws.instant, draws.interval), predictions, strict=True))
         for term in self.perceptual:
             groups = num_groups(draws)
             x_hat = join_rows([self._data(rows, u) for rows, (u, _) in pairs], groups=groups)
-            x, t = (join_rows([getattr(rows, name) for rows, _ in pairs], groups=groups) for name in "xt")
+            x, t = (
+                join_rows([getattr(rows, name) for rows, _ in pairs], groups=groups)
+                for name in "xt"
+            )
             distance = jnp.where(t < term.t_max, term.distance(x_hat, x), 0.0)
             loss += term.factor * row_mean(self.weight(distance))
             metrics |= {term.name: average(distance, t < term.t_max)}

@@ -22,13 +22,14 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of
-from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.objectives.errors import Metrics, step_metrics
 from mf_jax.objectives.evaluations import at_instant
 from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, squared_error
-from mf_jax.paths import advance, interpolate, per_row
-from mf_jax.types import BadInput, Draws, Field, Rows
 
 SPLITS = ("uniform", "midpoint")
 
@@ -96,11 +97,15 @@ class SplitMeanFlow:
         if rows.t.shape[0] == 0:
             return rows.x, rows.x, rows.x
         condition = condition_of(rows)
-        share = 0.5 if self.split == "midpoint" else 1 - rows.fraction  # in (0, 1]: the first part's
+        share = (
+            0.5 if self.split == "midpoint" else 1 - rows.fraction
+        )  # in (0, 1]: the first part's
         s = rows.t - share * (rows.t - rows.r)
         z = interpolate(rows.x, rows.e, t=rows.t)
         first = field(teacher, z, r=s, t=rows.t, condition=condition).u
-        second = field(teacher, advance(z, first, r=s, t=rows.t), r=rows.r, t=s, condition=condition).u
+        second = field(
+            teacher, advance(z, first, r=s, t=rows.t), r=rows.r, t=s, condition=condition
+        ).u
         u = field(params, z, r=rows.r, t=rows.t, condition=condition).u
         weight = per_row((rows.t - s) / (rows.t - rows.r), z)
         return u, weight * first + (1 - weight) * second, (u - second) / per_row(rows.t - s, u)

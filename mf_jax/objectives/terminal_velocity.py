@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.draws import condition_of, join_all
-from mf_jax.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.draws import condition_of, join_all
+from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.objectives.errors import Metrics, step_metrics
 from mf_jax.objectives.evaluations import at_instant, with_derivative
 from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, squared_error
-from mf_jax.paths import advance, interpolate, per_row
-from mf_jax.types import Draws, Field, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,14 @@ class TerminalVelocity:
             with_gradient=True,
         )
         gap = per_row(interval.t - interval.r, u)
-        target = self._velocity_at_end(field, params if target_params is None else target_params, interval, u)
+        target = self._velocity_at_end(
+            field, params if target_params is None else target_params, interval, u
+        )
         u_error = squared_error(u - gap * du_dr, target)
         loss = (jnp.sum(self.weight(v_error)) + jnp.sum(self.weight(u_error))) / rows.t.shape[0]
-        metrics = step_metrics(draws.replace(instant=rows), v_error=v_error, u_error=u_error, du_dt=du_dr)
+        metrics = step_metrics(
+            draws.replace(instant=rows), v_error=v_error, u_error=u_error, du_dt=du_dr
+        )
         return loss, metrics
 
     def _velocity_at_end(

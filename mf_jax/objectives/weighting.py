@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
 
 
-def squared_error(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, "b"]:
+def squared_error(
+    prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]
+) -> Float[Array, "b"]:
     """Return each row's |prediction - stop_gradient(target)|^2, summed over its axes.
 
     Args:
@@ -69,4 +71,6 @@ def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
 def check_target_ema(decay: float) -> None:
     """Raise BadInput unless a decay of the target's moving average is within [0, 1)."""
     if not 0 <= decay < 1:
-        raise BadInput(f"objective.target_ema={decay}: must be within [0, 1); 0 = the parameters themselves")
+        raise BadInput(
+            f"objective.target_ema={decay}: must be within [0, 1); 0 = the parameters themselves"
+        )

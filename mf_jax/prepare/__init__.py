@@ -20,19 +20,19 @@ from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from mf_jax import processes
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
-from mf_jax.data.pictures_in import PicturesIn, list_pictures
+from mf_jax.data.picture_list import PicturesIn, list_pictures
+from mf_jax.errors import BadInput
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
 from mf_jax.prepare.folder import claim
 from mf_jax.prepare.latent_shards import LatentShards
-from mf_jax.prepare.pictures import PictureStream, Pixels
-from mf_jax.prepare.progress import PictureProgress
-from mf_jax.prepare.reference import ReferenceStatistics, parts_folder
-from mf_jax.types import BadInput
-from mf_jax.weights import find_weights, verify
+from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
+from mf_jax.prepare.stream import PictureStream, Pixels
+from mf_jax.published.fetch import find_weights, verify
+from mf_jax.reporting.progress import PictureProgress
+from mf_jax.runtime import processes
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
@@ -72,7 +72,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
     if pending:
-        _work(config, pictures, pending, _already_skipped(outputs, [s for s in mine if s not in pending]))
+        _work(
+            config,
+            pictures,
+            pending,
+            _already_skipped(outputs, [s for s in mine if s not in pending]),
+        )
     if not config.prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
     with processes.together():
@@ -102,7 +107,9 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
         "prepare.process_count": (count, 0),
         "data.image_size": (data.image_size, 1),
     }
-    wrong = {f"{key}={value}: must be at least {low}": value < low for key, (value, low) in least.items()} | {
+    wrong = {
+        f"{key}={value}: must be at least {low}": value < low for key, (value, low) in least.items()
+    } | {
         "prepare.latents=False and prepare.reference='': nothing to make; must set one of them": (
             not prepare.latents and not prepare.reference
         ),
@@ -161,7 +168,11 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
             f"data.image_size={size}: autoencoder {name!r} narrows pictures by {autoencoder.network.factor}; must be "
             f"divisible by that: try {max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
         )
-    about = {"name": name, "sha256": autoencoder.sha256, "scaling_factor": autoencoder.scaling_factor}
+    about = {
+        "name": name,
+        "sha256": autoencoder.sha256,
+        "scaling_factor": autoencoder.scaling_factor,
+    }
     settings = common | {
         "mirrors": True,
         "latent_shape": _latent_shape(autoencoder, size),
@@ -170,7 +181,9 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     folder = epath.Path(config.data.path).expanduser()
     claim(folder, settings, key="data.path")
     everywhere = NamedSharding(_local_mesh(), PartitionSpec())
-    return LatentShards(folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere))
+    return LatentShards(
+        folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere)
+    )
 
 
 def _reference(
@@ -178,14 +191,18 @@ def _reference(
 ) -> ReferenceStatistics:
     name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
     if path.suffix != ".npz":
-        raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so")
+        raise BadInput(
+            f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so"
+        )
     if path.exists() and not parts_folder(path).exists():
         raise BadInput(
             f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete this one"
         )
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
     verify(name, inception.sha256)
-    claim(parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference")
+    claim(
+        parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference"
+    )
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
     return ReferenceStatistics(
         path,
@@ -194,7 +211,9 @@ def _reference(
         num_listed=common["num_listed"],
         process_index=process[0],
         process_count=process[1],
-        crop=functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None,
+        crop=functools.partial(_crop, config, pictures)
+        if config.prepare.reference_pictures
+        else None,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from etils import epath
 
 from mf_jax.data.latent_records import SETTINGS, read_json
-from mf_jax.files import replace_file
-from mf_jax.types import BadInput
+from mf_jax.errors import BadInput
+from mf_jax.runtime.files import replace_file
 
 
 def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
@@ -38,10 +38,14 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     _check_same(folder, read_json(path, "settings file"), settings, key)
 
 
-def _check_same(folder: epath.Path, stored: dict[str, Any], settings: dict[str, Any], key: str) -> None:
+def _check_same(
+    folder: epath.Path, stored: dict[str, Any], settings: dict[str, Any], key: str
+) -> None:
     differing = sorted(name for name in stored | settings if stored.get(name) != settings.get(name))
     if differing:
-        told = ", ".join(f"{name} {stored.get(name)!r} -> {settings.get(name)!r}" for name in differing)
+        told = ", ".join(
+            f"{name} {stored.get(name)!r} -> {settings.get(name)!r}" for name in differing
+        )
         raise BadInput(
             f"{key}={str(folder)!r} holds files of other settings ({told}): choose another folder, or set these back"
         )

@@ -20,10 +20,10 @@ from mf_jax.data.latent_records import (
     side_name,
     to_record,
 )
-from mf_jax.files import replace_file, written_aside
+from mf_jax.errors import BadInput
 from mf_jax.models.autoencoder import Autoencoder
-from mf_jax.prepare.pictures import Pixels
-from mf_jax.types import BadInput
+from mf_jax.prepare.stream import Pixels
+from mf_jax.runtime.files import replace_file, written_aside
 
 
 class LatentShards:
@@ -116,7 +116,9 @@ class LatentShards:
                 f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
             )
         with self._room():
-            for label, *rows in zip(pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False):
+            for label, *rows in zip(
+                pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False
+            ):
                 self._counts[label] += 1
                 for row in rows:
                     self._writer.write(to_record(label, row))
@@ -146,10 +148,15 @@ class LatentShards:
             )
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
         classes = [
-            {"name": name, "count": counts[str(label)]} for label, name in enumerate(self._class_names)
+            {"name": name, "count": counts[str(label)]}
+            for label, name in enumerate(self._class_names)
         ]
         shards = [
-            {"name": shard_name(shard, self._shards), "count": side["count"], "bytes": side["bytes"]}
+            {
+                "name": shard_name(shard, self._shards),
+                "count": side["count"],
+                "bytes": side["bytes"],
+            }
             for shard, side in enumerate(sides)
         ]
         return self._settings | {

@@ -1,0 +1,29 @@
+"""What bad input is, and how it is told."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(ValueError):
+    """Raise for anything a user can get wrong: names the argument, its value, what is allowed, and the fix.
+
+    A `ValueError` to a caller from Python; one line on stderr and exit code 2 at the command line.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for the known name nearest to an unknown one, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def check_known(key: str, name: str, known: Iterable[str]) -> None:
+    """Raise BadInput unless a name is one of the known ones; the error lists them and the nearest.
+
+    Args:
+      key: what the user sets to the name, for the error.
+      name: the name given.
+      known: the names there are.
+    """
+    if name not in known:
+        raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")

@@ -1,0 +1,80 @@
+"""How well a network obeys the identities of an average velocity, on real draws.
+
+All figures are root mean squares per number of an array, so they are in units of the velocity (about 1 to 1.5 for data
+of unit scale).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.paths import advance, interpolate, per_row, velocity
+from mf_jax.flow.records import Field, Rows
+
+
+def _rms(a: Float[Array, "b ..."]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.mean(a**2))
+
+
+def velocity_error(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
+    """Return the size of u(z, t, t) - v, v = e - x.
+
+    A perfect network does not reach 0: what remains is the spread of v given z.
+
+    Args:
+      field, params: the network.
+      rows: draws of any times.
+    """
+    u = field(
+        params,
+        interpolate(rows.x, rows.e, t=rows.t),
+        r=rows.t,
+        t=rows.t,
+        condition=condition_of(rows),
+    ).u
+    return _rms(u - velocity(rows.x, rows.e))
+
+
+def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
+    """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t); 0 is perfect.
+
+    Args:
+      field, params: the network.
+      rows: draws with r <= t.
+
+    Source: MeanFlow, arXiv 2505.13447, equation 6.
+    """
+    condition = condition_of(rows).replace(forward_mode=True)
+
+    def u(z: Array, r: Array, t: Array) -> Array:
+        return field(params, z, r=r, t=t, condition=condition).u
+
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    v = u(z, rows.t, rows.t)
+    value, derivative = jax.jvp(
+        u, (z, rows.r, rows.t), (v, jnp.zeros_like(rows.r), jnp.ones_like(rows.t))
+    )
+    return _rms(value - (v - per_row(rows.t - rows.r, z) * derivative))
+
+
+def additivity_gap(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
+    """Return how far one step from t to r ends from two steps by way of the middle s; 0 is perfect.
+
+    It is the size of (t - r) u(z_t, r, t) - (t - s) u(z_t, s, t) - (s - r) u(z_s, r, s), s = (r + t) / 2, where z_s
+    is the end of the network's own first step.
+
+    Args:
+      field, params: the network.
+      rows: draws with r <= t.
+
+    Source: MeanFlow, arXiv 2505.13447, section 4.1 (consistency of the average velocity).
+    """
+    condition = condition_of(rows)
+
+    def step(z: Array, *, r: Array, t: Array) -> Array:
+        return advance(z, field(params, z, r=r, t=t, condition=condition).u, r=r, t=t)
+
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    s = (rows.r + rows.t) / 2
+    return _rms(step(z, r=rows.r, t=rows.t) - step(step(z, r=s, t=rows.t), r=rows.r, t=s))

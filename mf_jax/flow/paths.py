@@ -1,0 +1,79 @@
+"""The path between data and noise, and the conventions that every other module follows.
+
+1. t = 0 is data, t = 1 is noise, and 0 <= r <= t <= 1.
+2. The path is z_t = (1 - t) x + t e, with x data and e standard normal noise.
+3. The velocity along it is v = dz_t/dt = e - x.
+4. The average velocity is u(z_t, r, t) = 1/(t - r) * (integral of v from r to t), and u(z_t, t, t) = v.
+5. A step from t down to r is z_r = z_t - (t - r) u(z_t, r, t); from noise in one step, x = e - u(e, 0, 1).
+
+Arrays are `[B, ...]` (images `[B, H, W, C]`), times are `[B]`; r and t are keyword-only so that they
+cannot be swapped.
+
+Source: MeanFlow, arXiv 2505.13447, section 4.1.
+"""
+
+from jaxtyping import Array, Float, Shaped
+
+
+def per_row(t: Shaped[Array, "b"], z: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+    """Give times the number of axes of z, so that they broadcast over its non-batch axes.
+
+    Args:
+      t: one number per row, `[B]`.
+      z: `[B, ...]`.
+
+    Returns:
+      t as `[B, 1, ...]`.
+    """
+    return t.reshape(t.shape + (1,) * (z.ndim - 1))
+
+
+def interpolate(
+    x: Float[Array, "b ..."], e: Float[Array, "b ..."], *, t: Float[Array, "b"]
+) -> Float[Array, "b ..."]:
+    """Return the point z_t = (1 - t) x + t e.
+
+    Args:
+      x: data `[B, ...]`.
+      e: noise like x.
+      t: times in [0, 1], `[B]`.
+
+    Returns:
+      z_t like x.
+    """
+    t = per_row(t, x)
+    return (1 - t) * x + t * e
+
+
+def velocity(x: Float[Array, "b ..."], e: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Return the velocity v = e - x of the straight path through x and e.
+
+    Args:
+      x: data `[B, ...]`.
+      e: noise like x.
+
+    Returns:
+      v like x.
+    """
+    return e - x
+
+
+def advance(
+    z: Float[Array, "b ..."],
+    u: Float[Array, "b ..."],
+    *,
+    r: Float[Array, "b"],
+    t: Float[Array, "b"],
+) -> Float[Array, "b ..."]:
+    """Move from time t down to time r: z_r = z_t - (t - r) u.
+
+    Args:
+      z: the points at time t, `[B, ...]`.
+      u: the average velocity over [r, t], like z.
+      r: end times, `[B]`.
+      t: start times, `[B]`.
+
+    Returns:
+      z_r like z.
+    """
+    return z - per_row(t - r, z) * u

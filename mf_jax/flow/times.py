@@ -1,0 +1,121 @@
+"""Distributions of the time pair (r, t), 0 <= r <= t <= 1.
+
+Both times are drawn, and the larger one is called t. Rows that are to have r = t take this t too, as the
+published recipes do, so their times lean towards noise.
+
+Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mf_jax.errors import BadInput
+
+TimePair = tuple[Float[Array, "b"], Float[Array, "b"]]
+
+
+def _ordered(a: Float[Array, "b"], b: Float[Array, "b"]) -> TimePair:
+    return jnp.minimum(a, b), jnp.maximum(a, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformTimes:
+    """Draw both times uniformly from [0, 1)."""
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r and t, each `[num_rows]`, r <= t."""
+        return _ordered(*jax.random.uniform(key, (2, num_rows)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormalTimes:
+    """Draw each time as sigmoid(mean + std * n), n standard normal.
+
+    Args:
+      t_mean, t_std: of the draw that is usually t; std > 0.
+      r_mean, r_std: of the draw that is usually r. The two change places where they come out in the wrong
+        order. Equal parameters give the published MeanFlow scheme.
+    """
+
+    t_mean: float = -0.4
+    t_std: float = 1.0
+    r_mean: float = -0.4
+    r_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("t_mean", "t_std", "r_mean", "r_std"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or (name.endswith("std") and value <= 0):
+                raise BadInput(
+                    f"times.{name}={value}: must be finite, a standard deviation above 0; try 1.0"
+                )
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r and t, each `[num_rows]`, r <= t."""
+        normal = jax.random.normal(key, (2, num_rows))
+        t = jax.nn.sigmoid(self.t_mean + self.t_std * normal[0])
+        r = jax.nn.sigmoid(self.r_mean + self.r_std * normal[1])
+        return _ordered(r, t)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyTimes:
+    """Draw t as sigmoid(t_mean + t_std * n), n standard normal, and let every interval end at r = 0.
+
+    An objective on the identity in t is then consistency training: u(z, 0, t) moves any point of a path to its data.
+
+    Args:
+      t_mean, t_std: of logit t; t_std > 0.
+
+    Source: consistency models, arXiv 2303.01469; the case r = 0 of MeanFlow, arXiv 2505.13447, section 4.1.
+    """
+
+    t_mean: float = -0.4
+    t_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        LogitNormalTimes(t_mean=self.t_mean, t_std=self.t_std)
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r = 0 and t, each `[num_rows]`."""
+        t = jax.nn.sigmoid(self.t_mean + self.t_std * jax.random.normal(key, (num_rows,)))
+        return jnp.zeros_like(t), t
+
+
+@dataclasses.dataclass(frozen=True)
+class DyadicTimes:
+    """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform: every step of a halving ladder.
+
+    Args:
+      levels: the shortest interval is 2^-levels, in [0, 20].
+
+    Source: Shortcut models, arXiv 2410.12557, section 3 (levels 7: 128 steps).
+    """
+
+    levels: int = 7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.levels <= 20:
+            raise BadInput(
+                f"times.levels={self.levels}: must be within [0, 20]; Shortcut models use 7"
+            )
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r and t, each `[num_rows]`, r < t."""
+        level_key, place_key = jax.random.split(key)
+        steps = 2.0 ** jax.random.randint(level_key, (num_rows,), 0, self.levels + 1)
+        place = jnp.floor(steps * jax.random.uniform(place_key, (num_rows,)))
+        return place / steps, (place + 1) / steps
+
+
+Times = UniformTimes | LogitNormalTimes | ConsistencyTimes | DyadicTimes
+TIMES = {
+    "uniform": UniformTimes,
+    "logit_normal": LogitNormalTimes,
+    "consistency": ConsistencyTimes,
+    "dyadic": DyadicTimes,
+}

@@ -1,0 +1,236 @@
+"""Reference statistics of the pictures, as the crop leaves them: not mirrored, and not through the autoencoder.
+
+A process keeps one file of its sums and of the shards that are in them, written anew after each shard; the process that
+finds all shards in these files adds them up. Sums are kept in pairs of float32, so that a restart loses nothing.
+"""
+
+import io
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Int, UInt8
+
+from mf_jax.errors import BadInput
+from mf_jax.metrics.inception import FEATURES, Inception, inception_features
+from mf_jax.metrics.moments import (
+    FeatureSums,
+    add_rows,
+    from_arrays,
+    mean_and_covariance,
+    merge,
+    start_sums,
+    to_arrays,
+)
+from mf_jax.metrics.reference_file import Statistics, write_reference
+from mf_jax.prepare.stream import Pixels
+from mf_jax.runtime.files import replace_file
+
+KEPT_FEATURES = 10_000
+"""Feature rows that are kept for precision and recall, spread evenly over the pictures."""
+_POOLED, _SPATIAL = "2048", "spatial"
+Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
+
+
+class _Part(NamedTuple):
+    """What one process has done.
+
+    shards: in the sums. skipped: names of their broken pictures. sums: by the name of the features. kept_indices,
+    kept_features: numbers of some pictures in the input, and their pooled features.
+    """
+
+    shards: list[int]
+    skipped: list[str]
+    sums: dict[str, FeatureSums]
+    kept_indices: list[int]
+    kept_features: list[np.ndarray]
+
+
+def parts_folder(path: epath.Path) -> epath.Path:
+    """Return the folder, beside the file of statistics, that processes keep their sums in."""
+    return path.with_name(f"{path.name}.parts")
+
+
+class ReferenceStatistics:
+    """The statistics in one file, to which this process adds some shards.
+
+    Args:
+      path: of the `.npz`; its `parts_folder` is claimed.
+      inception: gives features; its parameters are on the devices that pictures are given on.
+      num_shards: of all processes.
+      num_listed: pictures of all shards, broken ones included.
+      process_index: which process this is.
+      process_count: of how many.
+      crop: from numbers of pictures to blocks of them, which go into the file too; None leaves them out.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path,
+        inception: Inception,
+        *,
+        num_shards: int,
+        num_listed: int,
+        process_index: int,
+        process_count: int,
+        crop: Crop | None = None,
+    ) -> None:
+        self._path, self._params, self._num_shards = path, inception.params, num_shards
+        self._crop = crop
+        kept = min(KEPT_FEATURES, num_listed)
+        self._wanted = np.arange(kept) * num_listed // kept
+        self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
+        self._part = _read_part(self._own) if self._own.exists() else _no_part()
+        self._done = set(self._shards())
+        self._waiting: tuple[Pixels, Array] | None = None
+
+    def has(self, shard: int) -> bool:
+        """Return whether a shard is in the sums of any process."""
+        return shard in self._done
+
+    def skipped(self, shards: Sequence[int]) -> list[str]:
+        """Return the names of the pictures that this process has skipped so far."""
+        return self._part.skipped
+
+    def begin(self, shard: int) -> None:
+        """Start a shard: nothing to do."""
+
+    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
+        """Add a batch of pictures to the sums.
+
+        Args:
+          pixels: the batch.
+          images: its images on the devices.
+        """
+        features = inception_features(self._params, images)
+        weights = jax.device_put(np.arange(len(images)) < pixels.count, images.sharding)
+        for name, sums in self._part.sums.items():
+            self._part.sums[name] = add_rows(sums, features[name], weights)
+        self._keep()
+        self._waiting = pixels, features[_POOLED]
+
+    def end(self, shard: int, skipped: Sequence[str]) -> None:
+        """Store the sums with a shard in them."""
+        self._keep()
+        self._part.shards.append(shard)
+        self._part.skipped.extend(skipped)
+        self._done.add(shard)
+        replace_file(self._own, _as_bytes(self._part))
+
+    def finish(self) -> str:
+        """Write the file of statistics if all shards are in sums; return what to tell the user.
+
+        Raises:
+          BadInput: if a shard is in the sums of two processes.
+        """
+        shards = self._shards()
+        if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
+            raise BadInput(
+                f"{parts_folder(self._path)} holds shards {twice[:5]} twice, from runs with different "
+                "prepare.process_count at once; must hold each once: delete the folder and run again"
+            )
+        if len(shards) < self._num_shards:
+            return (
+                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the process that finishes "
+                "the last one writes the file"
+            )
+        statistics, kept = _statistics(map(_read_part, self._part_paths()))
+        if self._crop is None:
+            write_reference(self._path, statistics)
+        else:
+            write_reference(
+                self._path, statistics, pictures=self._crop(kept), num_pictures=len(kept)
+            )
+        return f"{self._path}: statistics of {statistics.num_images:,} pictures"
+
+    def _keep(self) -> None:
+        """Fetch the features of the batch that was given last, if some are wanted; the next is computed meanwhile."""
+        if self._waiting is None:
+            return
+        pixels, features = self._waiting
+        rows = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
+        if rows.size:
+            self._part.kept_indices.extend(pixels.indices[rows].tolist())
+            self._part.kept_features.extend(np.asarray(features)[rows])
+        self._waiting = None
+
+    def _part_paths(self) -> list[epath.Path]:
+        """Return the files of all processes, in their order."""
+        return sorted(parts_folder(self._path).glob("sums-*.npz"))
+
+    def _shards(self) -> list[int]:
+        """Return the shards in the sums of any process."""
+        return [
+            shard
+            for path in self._part_paths()
+            for shard in _read(path, lambda a: a["shards"].tolist())
+        ]
+
+
+def _no_part() -> _Part:
+    return _Part([], [], {name: start_sums(FEATURES[name]) for name in (_POOLED, _SPATIAL)}, [], [])
+
+
+def _as_bytes(part: _Part) -> bytes:
+    arrays = {
+        "shards": np.array(part.shards, np.int64),
+        "skipped": np.array(part.skipped, np.str_),
+        "kept_indices": np.array(part.kept_indices, np.int64),
+        "kept_features": np.array(part.kept_features, np.float32).reshape(-1, FEATURES[_POOLED]),
+    }
+    for name, sums in part.sums.items():
+        arrays |= {f"{name}/{key}": array for key, array in to_arrays(sums).items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def _read_part(path: epath.Path) -> _Part:
+    return _read(path, _as_part)
+
+
+def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
+    """Return what a function reads of the arrays in a file, which are loaded only as far as it does."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return read(arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(
+            f"{path} is no file of sums ({error}); must be whole: delete it and run again"
+        ) from error
+
+
+def _as_part(arrays: Mapping[str, np.ndarray]) -> _Part:
+    sums = {name: _sums_of(arrays, name) for name in (_POOLED, _SPATIAL)}
+    shards, skipped, kept = (
+        arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")
+    )
+    return _Part(shards, skipped, sums, kept, list(arrays["kept_features"]))
+
+
+def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> FeatureSums:
+    prefix = f"{name}/"
+    return from_arrays(
+        {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
+    )
+
+
+def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
+    """Return the statistics of all pictures, and the numbers of those whose features are kept.
+
+    Holds the sums of two processes at once, not of all.
+    """
+    whole = next(parts := iter(parts))
+    for part in parts:
+        for name in whole.sums:
+            whole.sums[name] = merge(whole.sums[name], part.sums[name])
+        whole.kept_indices.extend(part.kept_indices)
+        whole.kept_features.extend(part.kept_features)
+    count, *pooled = mean_and_covariance(whole.sums[_POOLED])
+    _, *spatial = mean_and_covariance(whole.sums[_SPATIAL])
+    order = np.argsort(whole.kept_indices)
+    statistics = Statistics(count, *pooled, *spatial, np.stack(whole.kept_features)[order])
+    return statistics, np.array(whole.kept_indices)[order]

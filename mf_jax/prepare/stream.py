@@ -1,0 +1,152 @@
+"""Decode and crop pictures in threads, ahead of the device, and pack the good ones into batches."""
+
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from mf_jax.data.crop import adm_crop, as_rgb
+from mf_jax.data.picture_list import PicturesIn
+from mf_jax.errors import BadInput
+
+_NAMED = 5
+_AHEAD = 2
+"""Batches of decoded pictures that wait for the device."""
+
+
+class Pixels(NamedTuple):
+    """A batch of cropped pictures, filled up to its fixed size with zeros.
+
+    images: `[B, S, S, 3]`. labels: `[B]`. indices: their numbers in the input `[B]`. count: how many are pictures.
+    """
+
+    images: UInt8[np.ndarray, "b s s 3"]
+    labels: Int[np.ndarray, "b"]
+    indices: Int[np.ndarray, "b"]
+    count: int
+
+
+class _Decoded(NamedTuple):
+    index: int
+    label: int
+    image: np.ndarray
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """Random access to decoded pictures, for Grain."""
+
+    pictures: PicturesIn
+    indices: np.ndarray
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> _Decoded:
+        index = int(self.indices[position])
+        try:
+            content, label = self.pictures.read(index)
+        except (
+            Exception
+        ) as error:  # not the picture is broken but the way to it: a second try may find it
+            raise BadInput(
+                f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to its permissions or the "
+                "connection, and run the same command again, which continues"
+            ) from error
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return _Decoded(index, label, adm_crop(as_rgb(image), self.image_size))
+        except MemoryError as error:
+            raise BadInput(
+                f"prepare.input: there is no memory to decode {self.pictures.name(index)}: lower prepare.batch_size "
+                "and run the same command again, which continues"
+            ) from error
+        except Exception as error:  # the decoders of Pillow raise anything
+            return _Decoded(index, label, np.empty(0), str(error) or type(error).__name__)
+
+
+class PictureStream:
+    """The pictures of some shards, one shard after the other, decoded ahead across their borders.
+
+    Args:
+      pictures: the input.
+      indices: of the pictures, in the order in which they will be asked for.
+      image_size: pixels of the crop.
+      batch_size: pictures of a batch.
+      max_bad: unreadable pictures that are skipped; one more is an error.
+      skipped: names of those that a run before this one has skipped.
+    """
+
+    def __init__(
+        self,
+        pictures: PicturesIn,
+        indices: Int[np.ndarray, "n"],
+        *,
+        image_size: int,
+        batch_size: int,
+        max_bad: int,
+        skipped: tuple[str, ...] = (),
+    ) -> None:
+        Image.init()  # once, before the threads: a race in Pillow's own call would reject a good picture
+        threads = len(os.sched_getaffinity(0)) + 1
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
+        )
+        decoder = grain.MapDataset.source(_Decoder(pictures, indices, image_size))
+        self._decoded = iter(decoder.to_iter_dataset(options))
+        self._name = pictures.name
+        self._batch_size, self._max_bad = batch_size, max_bad
+        self._all_skipped = list(skipped)
+        self.skipped: list[str] = []
+
+    def shard(self, count: int) -> Iterator[Pixels]:
+        """Yield the next `count` pictures in batches; afterwards `skipped` names those of them that are broken.
+
+        Raises:
+          BadInput: if a picture cannot be opened, or too many are broken.
+        """
+        self.skipped = []
+        waiting: list[_Decoded] = []
+        for _ in range(count):
+            decoded = next(self._decoded)
+            if decoded.problem:
+                self._skip(decoded)
+                continue
+            waiting.append(decoded)
+            if len(waiting) == self._batch_size:
+                yield _packed(waiting, self._batch_size)
+                waiting = []
+        if waiting:
+            yield _packed(waiting, self._batch_size)
+
+    def _skip(self, decoded: _Decoded) -> None:
+        name = self._name(decoded.index)
+        logging.warning("%s is broken and skipped: %s", name, decoded.problem)
+        self.skipped.append(name)
+        self._all_skipped.append(name)
+        if len(self._all_skipped) > self._max_bad:
+            named = ", ".join(self._all_skipped[:_NAMED]) + ", ..." * (
+                len(self._all_skipped) > _NAMED
+            )
+            raise BadInput(
+                f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken ({named}); must not be "
+                "more than that: replace them, or raise prepare.max_bad; what is done is kept"
+            )
+
+
+def _packed(decoded: list[_Decoded], batch_size: int) -> Pixels:
+    images = np.zeros((batch_size, *decoded[0].image.shape), np.uint8)
+    numbers = np.zeros((2, batch_size), np.int64)
+    for row, picture in enumerate(decoded):
+        images[row] = picture.image
+        numbers[:, row] = picture.label, picture.index
+    return Pixels(images, numbers[0], numbers[1], len(decoded))

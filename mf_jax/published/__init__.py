@@ -1,0 +1,1 @@
+"""Published weights: fetched, and read into the parameters of our networks."""

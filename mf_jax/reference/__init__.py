@@ -1,1 +1,0 @@
-"""Names and weights of published checkpoints, as our parameters."""

@@ -1,0 +1,1 @@
+"""What a run shows: its log, its page, sample grids and plots."""

@@ -1,0 +1,224 @@
+"""One self-contained HTML page of a run: opens from a disk or an attachment, without a server or a network."""
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from etils.epath import Path
+from PIL import Image
+
+from mf_jax.errors import BadInput
+from mf_jax.reporting.plots import curve_panels, save_curves
+from mf_jax.reporting.run_log import read_metrics
+from mf_jax.runtime.files import replace_file
+
+_MOST_GRIDS = 24
+_LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
+# A plot has its colours inverted on a dark page; a grid keeps them, as its colours mean something.
+_PICTURES = {
+    "samples.png": ("Samples", "grid"),
+    "scatter.png": ("Data and samples", "plot"),
+    "transport.png": ("One-step transport of the noise", "grid"),
+    "field.png": ("Learned average velocity", "plot"),
+}
+_STYLE = """
+:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1f2933;--muted:#66727f;--line:#e3e7ec;--accent:#2563eb}
+@media(prefers-color-scheme:dark){:root{--page:#111315;--card:#1a1a1a;--ink:#e6e8eb;--muted:#98a2ad;--line:#2f3439;
+--accent:#6ea2ff}.plot{filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}
+*{box-sizing:border-box}[hidden]{display:none!important}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}h1{font-size:28px;line-height:1.2;margin:0;
+letter-spacing:-.01em}
+.state{color:var(--muted);margin:6px 0 28px;font-variant-numeric:tabular-nums}h2{font-size:16px;margin:0 0 12px}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin:0 0 18px}
+img{display:block;max-width:100%;height:auto;margin:0 auto;border-radius:6px}.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}
+th{color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;margin:0 0 10px}
+h2+.note{margin-top:-8px}h3{font-size:14px;margin:22px 0 6px}
+input[type=range]{width:100%;accent-color:var(--accent);margin:0}
+.slider{display:flex;gap:16px;align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7.5em;
+text-align:right;font-variant-numeric:tabular-nums}summary{cursor:pointer;font-weight:600;font-size:16px}
+pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:14px 0 0}
+"""
+_SCRIPT = """
+const slider=document.getElementById("when"),shots=[...document.querySelectorAll(".shot")];
+function show(){shots.forEach((shot,i)=>{shot.hidden=i!=slider.value});
+document.getElementById("step").textContent=shots[slider.value].dataset.step}
+if(slider){slider.oninput=show;show()}
+"""
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Write `report.html` (and `curves.png`) of a run from whatever its folder holds so far.
+
+    Args:
+        workdir: the run's folder. Shown where present: metrics.jsonl, samples/step_*.png (at most 24, evenly thinned),
+            samples.png, scatter.png, transport.png, field.png, eval.json, config.json.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BadInput: the folder does not exist, or one of its JSON files is unreadable.
+    """
+    folder = Path(workdir)
+    if not folder.is_dir():
+        raise BadInput(
+            f"workdir is {str(folder)!r}, which is not a folder; pass the folder of a run"
+        )
+    rows = read_metrics(folder)
+    grids = sorted(folder.glob("samples/step_*.png"), key=_step_of)
+    title = escape(folder.resolve().name)
+    sections = [
+        _evaluation(_read_json(folder / "eval.json")),
+        *(_picture(folder / name, caption, kind) for name, (caption, kind) in _PICTURES.items()),
+        _training_samples(grids),
+        _curves(folder / "curves.png", rows),
+        _config(_read_json(folder / "config.json")),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
+        f'<p class="state">{escape(_state(rows, grids))}</p>\n'
+        f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
+    )
+    path = folder / "report.html"
+    replace_file(path, page.encode())
+    return path
+
+
+def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
+    steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]
+    if not steps:
+        return "No step recorded yet."
+    latest: dict[str, Any] = {}
+    for row in rows:
+        latest.update(row)
+    shown = [
+        f"{name} {_cell(latest[name])}" for name in ("loss", "u_error", "v_error") if name in latest
+    ]
+    return " · ".join([f"Step {max(steps):,}", *shown])
+
+
+def _training_samples(grids: Sequence[Path]) -> str:
+    if not grids:
+        return ""
+    places = np.unique(
+        np.linspace(0, len(grids) - 1, min(len(grids), _MOST_GRIDS)).round().astype(int)
+    )
+    last = len(places) - 1
+    shots = "".join(
+        f'<img class="shot grid" data-step="step {_step_of(grids[i]):,}" alt="samples at step {_step_of(grids[i])}"'
+        f' src="{_data_uri(grids[i])}"{"" if n == last else " hidden"}>\n'
+        for n, i in enumerate(places)
+    )
+    slider = (
+        f'<div class="slider"><input id="when" type="range" min="0" max="{last}" value="{last}"'
+        f' aria-label="training step"><output id="step">step {_step_of(grids[-1]):,}</output></div>\n'
+    )
+    return _section("Samples during training", slider + shots)
+
+
+def _picture(path: Path, caption: str, kind: str) -> str:
+    if not path.exists():
+        return ""
+    return _section(
+        caption, f'<img class="{kind}" alt="{escape(caption)}" src="{_data_uri(path)}">\n'
+    )
+
+
+def _curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    if not curve_panels(rows):
+        return ""
+    save_curves(path, rows)
+    return _picture(path, "Training curves", "plot")
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> str:
+    rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
+    body = f'<p class="note">{escape(str(evaluation.get("protocol", "")))}</p>\n'
+    if rows:
+        cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
+        body += _table(["", *columns], cells)
+    if diagnostics := evaluation.get("diagnostics"):
+        body += (
+            f"<h3>Diagnostics</h3>\n{_table([], [[_words(k), x] for k, x in diagnostics.items()])}"
+        )
+    return _section("Evaluation", body) if rows or diagnostics else ""
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    text = escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return (
+        f"<section><details><summary>Configuration</summary><pre>{text}</pre></details></section>\n"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    top = "".join(f"<th>{escape(_words(name))}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_cell(x))}</td>" for x in row) + "</tr>\n" for row in rows
+    )
+    return f'<div class="scroll"><table><tr>{top}</tr>\n{body}</table></div>\n'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}</section>\n"
+
+
+def _cell(value: Any) -> str:
+    """Return a number to 4 significant digits, counts in full, anything missing as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value) or (value != 0 and not 1e-4 <= abs(value) < 1e7):
+        return f"{value:.3e}"
+    value = float(f"{value:.3e}")
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:#.4g}".rstrip(".")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _step_of(path: Path) -> int:
+    digits = path.stem.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _data_uri(path: Path) -> str:
+    """Return a picture as text; a large one is first made smaller, so that the page stays one to mail around."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > _LARGE_BYTES:
+        with Image.open(io.BytesIO(content)) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS))
+        packed = io.BytesIO()
+        small.save(packed, "JPEG", quality=88)
+        content, kind = packed.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise BadInput(
+            f"{path} is not a JSON object ({error}); write it again or delete it, as the report works without it"
+        ) from None

@@ -1,0 +1,116 @@
+"""Files that are written whole or not at all, on a file system or in a bucket."""
+
+import contextlib
+import fcntl
+import glob
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+_ABANDONED_SECONDS = 24 * 60 * 60
+
+
+def replace_file(path: epath.PathLike, content: bytes) -> None:
+    """Write a whole file or nothing.
+
+    Args:
+      path: the file, in an existing folder, on a file system or in a bucket.
+      content: its new bytes.
+    """
+    with written_aside(epath.Path(path)) as aside:
+        Path(aside).write_bytes(content)
+
+
+def in_bucket(path: epath.Path) -> bool:
+    """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def on_disk(path: epath.Path) -> Iterator[str]:
+    """Yield a path of the local file system where a file can be read: its own, or that of a copy while it is needed.
+
+    Args:
+      path: the file, on a file system or in a bucket.
+    """
+    if not in_bucket(path):
+        yield str(path)
+        return
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        yield copy.name
+
+
+@contextlib.contextmanager
+def written_aside(path: epath.Path) -> Iterator[str]:
+    """Yield a path of the local file system to write to; what is there afterwards becomes the file.
+
+    Args:
+      path: the file, in an existing folder, on a file system or in a bucket.
+    """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            aside = Path(folder) / path.name
+            yield str(aside)
+            path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
+        return
+    final = Path(path)
+    aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        yield str(aside)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
+    try:
+        aside.replace(final)
+    except FileNotFoundError:  # another process has made the same file, and tidied up
+        if not final.exists():
+            raise
+    _tidy_up(final)
+
+
+def _tidy_up(final: Path) -> None:
+    """Delete what killed processes have left of a file: those of this host at once, of others after a day."""
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):
+        host, _, process = (
+            left.name.removeprefix(f".{final.name}.").removesuffix(".part").rpartition(".")
+        )
+        with contextlib.suppress(FileNotFoundError):  # another process has tidied up
+            is_old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+            if is_old or (host == socket.gethostname() and not _is_running(int(process))):
+                left.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
+    """Hold a file against other processes of this machine, or of a network file system; buckets know no locks.
+
+    Args:
+      path: the file, made if missing.
+      wait: for another process to let it go.
+
+    Raises:
+      BlockingIOError: if another process holds it and `wait` is False.
+    """
+    if in_bucket(path):
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

@@ -1,0 +1,246 @@
+"""Several processes as one job: JAX's own multi-controller runtime, started where the environment describes a job.
+
+A job is described by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what
+JAX knows by itself: TPU pods, SLURM, Open MPI. Everything here also works, and does nothing, in a single process.
+
+Whatever only some processes can see, a missing folder or a damaged file, is told to all before they compute
+together: a process that waits in a collective for one that has given up would wait for ever.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Shaped
+
+from mf_jax.errors import BadInput
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ALONE = ("coordinator_address should be defined", "must be called before")
+"""How JAX says that it knows of no job, or that this process has begun to compute by itself."""
+_LAST_TO_LEAVE_SECONDS = 3
+_BAD_INPUT = 2
+_LOST = (
+    "gloo",
+    "connection reset",
+    "connection closed",
+    "coordination service",
+    "heartbeat",
+    "socket closed",
+)
+"""What errors of computations say when another process has gone."""
+
+
+def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool) -> None:
+    """Become a process of a job, if the environment describes one; before anything else of JAX.
+
+    Args:
+      start_timeout: seconds within which all processes must come.
+      heartbeat_timeout: seconds after which a silent process counts as dead and the others end.
+      stops_together: whether SIGTERM to one process is told to all, for `Stop`; else it ends that process.
+
+    Raises:
+      BadInput: if the job is described in part or in a wrong way.
+    """
+    if jax.distributed.is_initialized():  # by the program that calls this one
+        return
+    about = _described()
+    jax.config.update("jax_enable_preemption_service", stops_together)
+    with _gives_up_after(start_timeout, about):
+        try:
+            jax.distributed.initialize(
+                **about,
+                # one that gives up says so itself, in one line; JAX aborts
+                initialization_timeout=int(start_timeout + 4 * _LAST_TO_LEAVE_SECONDS),
+                heartbeat_timeout_seconds=heartbeat_timeout,
+            )
+        except (ValueError, RuntimeError) as error:
+            if about or not any(reason in str(error) for reason in _ALONE):
+                raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
+
+
+def _described() -> dict[str, Any]:
+    """Return what the environment says of a job, as arguments of JAX; nothing if it does not."""
+    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if not given:
+        return {}
+    said = ", ".join(f"{name}={value}" for name, value in given.items())
+    if missing := [name for name in _VARIABLES if name not in given]:
+        raise BadInput(f"{said}: {' and '.join(missing)} must be set too, or none of the three")
+    address, num, index = given.values()
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise BadInput(
+            f"JAX_COORDINATOR_ADDRESS={address}: must be host:port, for example 10.0.0.1:1234"
+        )
+    if not num.isdecimal() or not index.isdecimal() or not int(index) < int(num):
+        raise BadInput(
+            f"{said}: must be whole numbers with 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
+        )
+    return {"coordinator_address": address, "num_processes": int(num), "process_id": int(index)}
+
+
+@contextlib.contextmanager
+def _gives_up_after(seconds: float, about: dict[str, Any]) -> Iterator[None]:
+    """End the process with one line if the body, which cannot be interrupted, takes longer."""
+    expected = about.get("num_processes", "all")
+    # process 0 goes last: the others lose their connection with it
+    patience = seconds + _LAST_TO_LEAVE_SECONDS * (about.get("process_id") == 0)
+
+    def give_up() -> None:
+        address = about.get("coordinator_address", "the address that JAX has found")
+        with contextlib.suppress(
+            AttributeError
+        ):  # JAX tells nobody what it has found, but keeps it here
+            address = jax._src.distributed.global_state.coordinator_address or address
+        print(
+            f"mf_jax: {address}: {expected} processes have not met there within {seconds:g} s; check that each was "
+            "started, that the address is that of process 0, and that its port is open (in a SLURM script: srun)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(_BAD_INPUT)
+
+    watch = threading.Timer(patience, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
+def are_several() -> bool:
+    """Return whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Return whether this is the process that writes and talks."""
+    return not are_several() or jax.process_index() == 0
+
+
+def name() -> str:
+    """Return how messages call this process: nothing where it is the only one."""
+    return f"process {jax.process_index()}: " if are_several() else ""
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return what each process gives, in their order; all must call it.
+
+    Args:
+      value: whatever JSON can say.
+    """
+    if not are_several():
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(content.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: content.size] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Return what the first process gives; all must call it."""
+    return from_all(value if is_first() else None)[0]
+
+
+def on_host(x: Shaped[Array | np.ndarray, "*_"]) -> Shaped[np.ndarray, "*_"]:
+    """Return an array that may be spread over all processes; all must call it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise the BadInput of any process on all; the body must not compute with the others.
+
+    Raises:
+      BadInput: of this process, or else of the first that has one.
+    """
+    own = None
+    try:
+        yield
+    except BadInput as error:
+        own = error
+    if not are_several():
+        if own:
+            raise own
+        return
+    told = from_all(str(own) if own else "")
+    if own:
+        raise own
+    for index, problem in enumerate(told):
+        if problem:
+            raise BadInput(f"process {index} has: {problem}")
+
+
+def check_alike(what: dict[str, Any]) -> None:
+    """Check that all processes were started with the same settings.
+
+    Args:
+      what: {name: value} of all settings.
+
+    Raises:
+      BadInput: on all processes, naming the settings that differ, and both values.
+    """
+    every = from_all(what)
+    lines = [
+        f"process {index} has {setting}={theirs.get(setting)!r}, process 0 {every[0].get(setting)!r}"
+        for index, theirs in enumerate(every)
+        for setting in dict.fromkeys([*every[0], *theirs])
+        if theirs.get(setting) != every[0].get(setting)
+    ]
+    if lines:
+        raise BadInput(f"{'; '.join(lines)}: start all processes of a job with the same command")
+
+
+def told_of(error: Exception) -> str:
+    """Return what to print of an error in a job: one line where another process has gone, else the traceback."""
+    if any(sign in str(error).lower() for sign in _LOST):
+        reason = " ".join(str(error).split())[:160]
+        return (
+            f"{name()}another process of the job has ended, and its output says why; the same command continues from "
+            f"the newest checkpoint ({reason})"
+        )
+    return f"{name()}{''.join(traceback.format_exception(error))}"
+
+
+def leave(code: int, *, patience: float = 10) -> int:
+    """Leave the job, whose processes have met after all they had to do; return the exit code.
+
+    After an error the others may not come to leave together, and JAX waits for ever where SIGTERM has come after the
+    last step that the processes agreed on: then this process ends alone, and they notice.
+
+    Args:
+      code: the exit code.
+      patience: seconds to wait for the others.
+    """
+    if not are_several():
+        return code
+    sys.stdout.flush()
+    alone = threading.Timer(patience, lambda: os._exit(code))
+    alone.daemon = True
+    alone.start()
+    jax.distributed.shutdown()
+    return code
+
+
+@contextlib.contextmanager
+def only_first_talks() -> Iterator[None]:
+    """Keep standard output to the first process: one progress bar, one log; errors are told by all."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

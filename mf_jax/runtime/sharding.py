@@ -1,0 +1,229 @@
+"""Where arrays live: one mesh with the axes `data` and `fsdp`, the batch split over both, parameters over `fsdp`.
+
+A step computes its gradient from each device's own rows, on parameters gathered once before and with one reduction
+after: `per_device`. Nothing else crosses from device to device, whatever the network and the objective do with rows.
+Where not all parameters fit a device, blocks can gather their own as they come (`gather_late`).
+
+Source: parameters split over devices, arXiv 1910.02054 (stage 3) and arXiv 2004.13336.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_map_with_path
+from jaxtyping import Array, PyTree, Shaped
+
+from mf_jax.errors import BadInput
+
+_REPLICATE_BELOW = 2**14
+"""Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
+_WHOLE, _WHOLE_FROM_END = -1, 0
+"""The axis that a parameter is split along, counted from the front and from the end, where it is not split."""
+GATHERS = ("step", "block")
+"""When a device gathers split parameters: all of them once a step, or those of each block where it is computed."""
+Names = tuple[str, ...]
+Late = Callable[[Names, int], bool]
+"""From the names on the path to a parameter and the axis that it is split along to whether it is gathered late."""
+
+
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh over all devices, those of a process beside one another.
+
+    Rows of the batch lie along the mesh, so that those of a process are the ones it reads, in the order of one process.
+    `jax.make_mesh` would follow the torus of a TPU slice instead, on which processes alternate.
+
+    Args:
+      data: devices along `data`; 0 = all that remain.
+      fsdp: devices along `fsdp`, at least 1.
+      devices: in the place of all.
+
+    Raises:
+      BadInput: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if data < 0 or fsdp < 1 or count % fsdp or (data and data * fsdp != count):
+        raise BadInput(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; use 0 and 1"
+        )
+    in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(in_order).reshape(count // fsdp, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays `[B, ...]` whose rows are split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
+    """Return shardings for parameters and whatever is shaped like them: the largest axis that divides over `fsdp`.
+
+    Args:
+      mesh: the mesh.
+      state: a tree of arrays or of their shapes.
+
+    Returns:
+      The same tree of shardings.
+    """
+    size = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
+        if size == 1 or not axes or np.prod(leaf.shape) < _REPLICATE_BELOW:
+            return NamedSharding(mesh, PartitionSpec())
+        largest = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(
+            mesh, PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
+        )
+
+    return jax.tree.map(rule, state)
+
+
+def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Return the shapes of arrays that will lie where shardings say, for compiling and restoring."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def per_device(
+    gradient: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    mesh: Mesh,
+    params: PyTree,
+    rows: PyTree,
+    *,
+    late: Late = lambda path, axis: False,
+) -> tuple[PyTree, PyTree]:
+    """Return the gradient of a mean over all rows, and sums over all rows, from each device's own rows.
+
+    Args:
+      gradient: from whole parameters and some rows to (gradient of the mean over these rows with respect to the first
+        entry of the parameters, sums over these rows).
+      mesh: the mesh.
+      params: a tuple of trees of parameters, placed by `state_sharding`.
+      rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
+      late: which parameters `gradient` is given as this device's part, to gather them itself with `gather_late`.
+
+    Returns:
+      (gradient placed like the parameters, sums on every device).
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
+    axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
+
+    def local(params: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+        def gather_now(param: Array, axis: int, is_late: bool) -> Array:
+            whole = axis == _WHOLE or is_late
+            return param if whole else jax.lax.all_gather(param, "fsdp", axis=axis, tiled=True)
+
+        def reduce(part: Array, axis: int, is_late: bool) -> Array:
+            summed = _sum_over_data(part, mesh) if is_late else _reduce(part, axis, mesh)
+            return summed / mesh.size
+
+        own, sums = gradient(jax.tree.map(gather_now, params, axes, are_late), rows)
+        own = jax.tree.map(reduce, own, axes[0], are_late[0])
+        return own, jax.lax.psum(sums, ("data", "fsdp"))
+
+    rows_spec = batch_sharding(mesh).spec
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, rows_spec),
+        out_specs=(specs[0], PartitionSpec()),
+        check_vma=False,  # `_reduce` makes the gradients alike, which differ from device to device before
+    )
+    return split(params, rows)
+
+
+def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTree], PyTree]:
+    """Return what gathers parameters within the gradient of `per_device`.
+
+    Args:
+      mesh: as `per_device` takes it.
+      params: nested dicts of whole parameters, placed by `state_sharding`, or their shapes.
+      late: as `per_device` takes it.
+
+    Returns:
+      (path, this device's part of the parameters under it) -> the whole ones. A loop over blocks may have taken axes
+      away in front. Its derivative sums over `fsdp` and leaves each device its part.
+    """
+    # from the end, which a loop does not move
+    axes = jax.tree.map(
+        lambda leaf, axis, is_late: axis - leaf.ndim if is_late else _WHOLE_FROM_END,
+        params,
+        _split_axes(mesh, params),
+        _are_late(mesh, params, late),
+    )
+
+    def gather(path: Names, part: PyTree) -> PyTree:
+        under = axes
+        for name in path:
+            under = under[name]
+        return jax.tree.map(
+            lambda leaf, axis: (
+                leaf if axis == _WHOLE_FROM_END else _gather(leaf, leaf.ndim + axis, mesh)
+            ),
+            part,
+            under,
+        )
+
+    return gather
+
+
+def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
+    """Return the axis that each parameter is split along, or `_WHOLE`."""
+    return jax.tree.map(lambda sharding: len(sharding.spec) - 1, state_sharding(mesh, params))
+
+
+def _are_late(mesh: Mesh, params: PyTree, late: Late) -> PyTree:
+    def is_late(path: Sequence[Any], axis: int) -> bool:
+        names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
+        return axis != _WHOLE and late(names, axis)
+
+    return tree_map_with_path(is_late, _split_axes(mesh, params))
+
+
+def _gather(part: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
+    if not _scatters_wrongly(mesh):
+        return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+    # the sum, whose derivative is a sum, not one that scatters
+    size, count = part.shape[axis], mesh.shape["fsdp"]
+    zeros = jnp.zeros((*part.shape[:axis], size * count, *part.shape[axis + 1 :]), part.dtype)
+    own = jax.lax.dynamic_update_slice_in_dim(zeros, part, size * jax.lax.axis_index("fsdp"), axis)
+    return jax.lax.psum(own, "fsdp")
+
+
+def _reduce(gradient: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
+    if axis == _WHOLE:
+        return jax.lax.psum(gradient, ("data", "fsdp"))
+    if _scatters_wrongly(mesh):
+        whole = jax.lax.psum(gradient, ("data", "fsdp"))
+        size = whole.shape[axis] // mesh.shape["fsdp"]
+        return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
+    return _sum_over_data(
+        jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True), mesh
+    )
+
+
+def _sum_over_data(part: Shaped[Array, "..."], mesh: Mesh) -> Shaped[Array, "..."]:
+    return jax.lax.psum(part, "data") if mesh.shape["data"] > 1 else part
+
+
+def _scatters_wrongly(mesh: Mesh) -> bool:
+    """Return whether sums that are scattered may be wrong: those of gloo, between CPUs of a job.
+
+    Now and then the first process gets the end of its part before it has been summed (jax-ml/jax#40830).
+    """
+    return jax.distributed.is_initialized() and mesh.devices.flat[0].platform == "cpu"
+
+
+def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
+    """Return this process's rows of a batch as part of the global batch on the devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,0 +1,184 @@
+"""The folder of a run: whose it is, and where in it everything lies."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from etils.epath import Path
+from ml_collections import ConfigDict
+
+from mf_jax.config import as_json, check_same_run
+from mf_jax.data import Source
+from mf_jax.errors import BadInput
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket, locked, replace_file
+
+_CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
+
+
+@contextlib.contextmanager
+def own(workdir: Path, config: ConfigDict, source: Source) -> Iterator[None]:
+    """Hold a workdir for a training run: make it, keep other runs out, check and store the config.
+
+    Args:
+      workdir: the folder; made if missing.
+      config: of the run; one stored there must describe the same run.
+      source: the run's data, whose shape and classes are stored for sampling.
+
+    Raises:
+      BadInput: if the folder cannot be written, another process trains in it, or it holds another run.
+    """
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_first():
+                held.enter_context(_locked(workdir))
+                if (workdir / _CONFIG).exists():
+                    check(workdir, config)
+                    _check_same_data(workdir, source)
+                replace_file(workdir / _DATA, json.dumps(_about(source)).encode())
+                replace_file(workdir / _CONFIG, as_json(config).encode())
+        _check_shared(workdir)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(workdir / _LOCK, wait=False))
+    except BlockingIOError as error:
+        raise BadInput(
+            f"--workdir={workdir}: another process is training in it; choose another"
+        ) from error
+    except OSError as error:
+        raise BadInput(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    with lock:
+        yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise BadInput on all processes of a job unless each sees what the first writes."""
+    mark = workdir / f".seen_{processes.from_first(uuid.uuid4().hex)}"
+    if processes.is_first():
+        mark.touch()
+    processes.from_first(None)
+    with processes.together():
+        if not mark.exists():
+            raise BadInput(
+                f"--workdir={workdir}: does not show what process 0 writes there; must be one folder for all hosts: a "
+                "shared file system or a bucket"
+            )
+    if processes.is_first():
+        mark.unlink()
+
+
+def _about(source: Source) -> dict[str, Any]:
+    """Return what a run stores about its data, as JSON keeps it."""
+    return {
+        "shape": list(source.shape),
+        "num_classes": source.num_classes,
+        "class_names": list(source.class_names),
+        "size": len(source),
+        "origin": source.stored.origin if source.stored else "",
+    }
+
+
+def _check_same_data(workdir: Path, source: Source) -> None:
+    # batches are a function of the number of examples and their order, labels one of the class names
+    stored, ours = _read(workdir, _DATA), _about(source)
+    for name, value in ours.items():
+        if stored.get(name, value) != value:
+            raise BadInput(
+                f"--workdir={workdir}: its run was trained on other data ({name} {stored.get(name)} -> {value}); "
+                "restore the data, or choose another --workdir"
+            )
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Check that a workdir holds a run, and that a config describes this run.
+
+    Raises:
+      BadInput: if there is no run, or it is another one.
+    """
+    check_same_run(config, _read(workdir, _CONFIG), str(workdir))
+
+
+def exists(workdir: Path) -> bool:
+    """Return whether a workdir holds a run."""
+    return (workdir / _CONFIG).exists()
+
+
+def make(workdir: Path) -> None:
+    """Make a workdir that results can be written to.
+
+    Raises:
+      BadInput: if it cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    check_writable(workdir)
+
+
+def check_writable(workdir: Path) -> None:
+    """Raise BadInput if results cannot be written to a workdir, before they are computed."""
+    if not in_bucket(workdir) and not os.access(workdir, os.W_OK):
+        raise BadInput(f"--workdir={workdir}: cannot be written; change its permissions")
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+    """Return the config of the run in a workdir.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    return ConfigDict(_read(workdir, _CONFIG), convert_dict=True)
+
+
+def stored_data(workdir: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
+    """Return the shape of one data element, the number of classes and their names.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    about = _read(workdir, _DATA)
+    return tuple(about["shape"]), about["num_classes"], tuple(about["class_names"])
+
+
+def stored_origin(workdir: Path) -> str:
+    """Return the SHA-256 of the autoencoder that made a run's latents, "" where its data are no latents.
+
+    Raises:
+      BadInput: if there is no run.
+    """
+    return _read(workdir, _DATA).get("origin", "")
+
+
+def _read(workdir: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((workdir / name).read_text())
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"--workdir={workdir}: holds no run ({name} is missing); train first: --mode=train with this --workdir"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"--workdir={workdir}: its {name} cannot be read ({error}); restore it or train anew"
+        ) from error
+
+
+def tell(workdir: Path, **places: str) -> None:
+    """Print where the results of a run are, those that exist, one line each."""
+    for what, name in places.items():
+        if (workdir / name).exists():
+            path = workdir / name
+            print(f"  {what:<12}{path if in_bucket(path) else os.path.relpath(path)}")

@@ -1,0 +1,91 @@
+"""--mode=sample: samples.npz in the convention of the field's evaluators, and pictures."""
+
+import io
+
+import numpy as np
+from etils.epath import Path
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from mf_jax.build import choose_ema, make_objective
+from mf_jax.config import check_tuples
+from mf_jax.data import make_source, read
+from mf_jax.flow.sampler import time_grid
+from mf_jax.generator import Generator
+from mf_jax.loading import load_for
+from mf_jax.reporting.page import write_report
+from mf_jax.reporting.plots import save_field, save_scatter, save_transport
+from mf_jax.reporting.sample_grid import save_sample_grid
+from mf_jax.runtime import processes
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.files import replace_file
+
+_SCATTER_POINTS = 5000
+_INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
+"""Where (r, t) the velocity of a network that never saw r < t is plotted."""
+
+
+def _plot_vectors(
+    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n 2"]
+) -> None:
+    """Write the scatter plot of samples beside the data, the learned field, and one-step transport."""
+    data = read(make_source(config.data, split="held_out"), _SCATTER_POINTS).x
+    steps = len(time_grid(config.sample.steps, config.sample.times)) - 1
+    title = f"{steps}-step samples after {generator.step:,} training steps"
+    save_scatter(workdir / "scatter.png", samples[:_SCATTER_POINTS], data, title=title)
+    reach = 1.25 * float(np.abs(data).max())
+    limits = (-reach, reach)
+    if make_objective(config).learns_average:
+        save_field(workdir / "field.png", generator.average_velocity, limits=limits)
+        save_transport(workdir / "transport.png", generator.average_velocity, data, limits=limits)
+    else:
+        save_field(
+            workdir / "field.png", generator.average_velocity, limits=limits, times=_INSTANTS
+        )
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Write `samples.npz` and a picture of them.
+
+    `arr_0` holds the samples (uint8 `[N, H, W, C]`, or float32 `[N, D]` for vectors), `arr_1` their int32 labels where
+    the model has classes, as the evaluators of the field read them.
+
+    Args:
+      config: of the command; `sample` says what to draw.
+      workdir: of the run.
+    """
+    check_tuples(config)
+    wanted = config.sample
+    generator = load_for(workdir, config, ema=choose_ema(config, "sample.ema", config.sample.ema))
+    labels = generator.labels_for(wanted.labels or None, wanted.num)
+    samples = generator.sample(
+        labels,
+        steps=wanted.steps,
+        times=wanted.times,
+        guidance=wanted.guidance,
+        seed=wanted.seed,
+        batch_size=wanted.batch_size,
+    )
+    if not processes.is_first():
+        return
+    arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.num_classes else {})
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    replace_file(workdir / "samples.npz", content.getvalue())
+    if samples.ndim == 4:
+        save_sample_grid(workdir / "samples.png", samples, labels, generator.class_names)
+    else:
+        _plot_vectors(config, workdir, generator, samples)
+    write_report(workdir)
+    print(
+        f"{len(samples)} samples from step {generator.step}, ema {generator.ema}, seed {wanted.seed}:"
+    )
+    run_folder.tell(
+        workdir,
+        samples="samples.npz",
+        picture="samples.png",
+        scatter="scatter.png",
+        field="field.png",
+        transport="transport.png",
+        report="report.html",
+    )

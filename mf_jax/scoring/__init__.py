@@ -1,0 +1,1 @@
+"""What an evaluation computes: its grid, its scorers, its rows."""

@@ -1,0 +1,92 @@
+"""The grid of an evaluation: every combination of checkpoint, moving average, number of steps and guidance."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mf_jax.build import check_guidance, choose_ema
+from mf_jax.errors import BadInput
+from mf_jax.flow.sampler import time_grid
+
+NEWEST = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One model, sampled in one way.
+
+    checkpoint: its step, or `NEWEST`. ema: a moving average of the run, or `none`. steps: network evaluations a sample.
+    omega, t_min, t_max: the guidance that the network is told.
+    """
+
+    checkpoint: int
+    ema: str
+    steps: int
+    omega: float
+    t_min: float
+    t_max: float
+
+    @property
+    def guidance(self) -> tuple[float, float, float]:
+        """Return (omega, t_min, t_max)."""
+        return self.omega, self.t_min, self.t_max
+
+
+def cells(config: ConfigDict) -> list[Cell]:
+    """Return the cells that `eval` asks for, one checkpoint after the other; each once.
+
+    Args:
+      config: of the command.
+
+    Raises:
+      BadInput: if a list is empty, or has an entry that this run cannot be sampled with.
+    """
+    section = config.eval
+    for key in ("steps", "omegas", "intervals", "emas"):
+        if not section[key]:
+            raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
+    for steps in section.steps:
+        time_grid(steps, key="eval")
+    emas = [choose_ema(config, "eval.emas", name) for name in section.emas]
+    guidances = [
+        _guidance(omega, interval, config)
+        for omega in section.omegas
+        for interval in section.intervals
+    ]
+    checkpoints = section.checkpoints or (NEWEST,)
+    if wrong := [step for step in section.checkpoints if step < 0]:
+        raise BadInput(f"eval.checkpoints: {wrong[0]} is no step; use () for the newest checkpoint")
+    every = itertools.product(checkpoints, emas, section.steps, guidances)
+    found = (Cell(checkpoint, ema, steps, *guidance) for checkpoint, ema, steps, guidance in every)
+    return list(dict.fromkeys(found))
+
+
+def _guidance(omega: float, interval: Any, config: ConfigDict) -> tuple[float, float, float]:
+    if not isinstance(interval, tuple | list) or not all(
+        isinstance(t, int | float) for t in interval
+    ):
+        raise BadInput(
+            f"eval.intervals: {interval!r} is not (t_min, t_max); write for example eval.intervals='((0.4, 0.6),)'"
+        )
+    guidance = (float(omega), *map(float, interval))
+    check_guidance(guidance, config, key="eval.omegas, eval.intervals")
+    return guidance if omega != 1 else (1.0, 0.0, 1.0)  # no guidance has no interval
+
+
+def names(grid: Sequence[Cell]) -> list[str]:
+    """Return what to call each cell in a table: the number of steps, and what else is not the same for all."""
+    about = {
+        "checkpoint": lambda cell: f"step {cell.checkpoint}",
+        "ema": lambda cell: "raw parameters" if cell.ema == "none" else f"EMA {cell.ema}",
+        "guidance": lambda cell: f"omega {cell.omega:g} in [{cell.t_min:g}, {cell.t_max:g}]",
+    }
+    differs = [key for key in about if len({getattr(cell, key) for cell in grid}) > 1]
+    return [
+        ", ".join(
+            [f"{cell.steps} step{'s' * (cell.steps > 1)}", *(about[key](cell) for key in differs)]
+        )
+        for cell in grid
+    ]

@@ -1,0 +1,188 @@
+"""The training state and the one pure step that advances it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu.metrics import Average
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from mf_jax.data import Stored
+from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.records import Draws
+from mf_jax.models import as_field, initial_params
+from mf_jax.models.blocks import is_axis_of_block, preparing_blocks
+from mf_jax.objectives import Objective
+from mf_jax.objectives.errors import average, average_over
+from mf_jax.optim import average_name, start_averages, update_averages
+from mf_jax.runtime.sharding import gather_late, per_device
+
+NEVER = -1
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; all of it is in a checkpoint.
+
+    step: steps done, int32. params: float32. ema: parameters by decay. opt_state: of the optimiser.
+    metrics: sums and counts since the last row of metrics.jsonl. first_bad_step: the first step (counted from 1)
+    with a metric that is not finite, or `NEVER`, int32; from then on the metrics stand still, so that they name it.
+    Fields may hold shapes or shardings in the place of arrays.
+    """
+
+    step: PyTree
+    params: PyTree
+    ema: dict[str, PyTree]
+    opt_state: PyTree
+    metrics: dict[str, Average]
+    first_bad_step: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """What a training step is made of, fixed for a run.
+
+    network, shape: the network, and the shape of one data element. stored: how batches become elements, where the data
+    draw them anew at every visit. objective, scheme: the loss, and how its random
+    numbers are drawn. optimizer, ema_names: how parameters and their averages move. seed: of all random numbers.
+    log_every_steps: steps over which metrics are averaged. batch_size: rows of a step. gather: one of
+    `sharding.GATHERS`.
+    """
+
+    network: nn.Module
+    shape: tuple[int, ...]
+    objective: Objective
+    scheme: DrawScheme
+    optimizer: optax.GradientTransformation
+    ema_names: tuple[str, ...]
+    seed: int
+    log_every_steps: int
+    batch_size: int
+    stored: Stored | None = None
+    gather: str = "step"
+
+    @property
+    def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The shapes of what a step is given: rows as the data have them, and their labels."""
+        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, jnp.float32)
+        return (
+            jax.ShapeDtypeStruct((self.batch_size, *row.shape), row.dtype),
+            jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
+        )
+
+
+def _keys(seed: int) -> tuple[Array, Array]:
+    """Return the key of the initial parameters and the key of the steps."""
+    return tuple(jax.random.split(jax.random.key(seed)))
+
+
+def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
+    """Return the state before the first step, a pure function of the parts and the parameters to start from.
+
+    Args:
+      parts: of the step.
+      params: to start from; None = what the seed gives.
+    """
+    if params is None:
+        params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
+    ema = start_averages(params, parts.ema_names)
+    _, metrics = jax.eval_shape(
+        lambda *inputs: _gradient(parts, *inputs), params, ema, jnp.int32(0), *parts.batch
+    )
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        ema=ema,
+        opt_state=parts.optimizer.init(params),
+        metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
+        first_bad_step=jnp.int32(NEVER),
+    )
+
+
+def _gradient(
+    parts: StepParts,
+    params: PyTree,
+    ema: dict[str, PyTree],
+    step: Int[Array, ""],
+    x: Float[Array, "b ..."],
+    labels: Int[Array, "b"],
+    mesh: Mesh | None = None,
+) -> tuple[PyTree, dict[str, Average]]:
+    """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
+    target_ema = parts.objective.target_ema
+    target_params = ema[average_name(target_ema)] if target_ema else None
+    key = jax.random.fold_in(_keys(parts.seed)[1], step)
+    if parts.stored:
+        key, stored_key = jax.random.split(key)
+        x = parts.stored.draw(stored_key, x)
+    draws = parts.scheme.draw(key, x, labels)
+    field = as_field(parts.network)
+
+    def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
+        params, target_params = both
+
+        def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
+            loss, metrics = parts.objective.loss(field, params, draws, step, target_params)
+            return loss, {"loss": average_over(loss, draws), **metrics}
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    both = (params, target_params)
+    if mesh is None or mesh.size == 1:
+        gradient, metrics = of_rows(both, draws)
+    elif parts.gather == "step":
+        gradient, metrics = per_device(of_rows, mesh, both, draws)
+    else:
+        with preparing_blocks(gather_late(mesh, params, is_axis_of_block)):
+            gradient, metrics = per_device(of_rows, mesh, both, draws, late=is_axis_of_block)
+    return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
+
+
+def make_train_step(
+    parts: StepParts, mesh: Mesh | None = None
+) -> Callable[[TrainState, Array, Array], TrainState]:
+    """Return the pure function (state, x, labels) -> state of one optimisation step.
+
+    x: data rows `[B, ...]`, stored or not. labels: `[B]`. The caller compiles it and donates the state.
+
+    Args:
+      parts: what the step is made of.
+      mesh: that state and batch are placed on; None for a single device.
+    """
+
+    def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
+        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels, mesh)
+        updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        collected, first_bad_step = _collect(parts, state, metrics)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=update_averages(state.ema, params, batch_size=parts.batch_size),
+            opt_state=opt_state,
+            metrics=collected,
+            first_bad_step=first_bad_step,
+        )
+
+    return train_step
+
+
+def _collect(
+    parts: StepParts, state: TrainState, metrics: dict[str, Average]
+) -> tuple[dict[str, Average], Int[Array, ""]]:
+    """Add a step's metrics to those since the last log, and note the first step that is not finite."""
+    starts_anew = state.step % parts.log_every_steps == 0
+    stands_still = state.first_bad_step != NEVER
+    # one array of all sums and counts, where an operation on each would be a small program of its own
+    before, unravel = ravel_pytree(state.metrics)
+    more, _ = ravel_pytree(metrics)
+    collected = unravel(jnp.where(stands_still, before, more + jnp.where(starts_anew, 0, before)))
+    is_bad = jnp.any(jnp.stack([~jnp.isfinite(metric.total) for metric in metrics.values()]))
+    first_bad_step = jnp.where(~stands_still & is_bad, state.step + 1, state.first_bad_step)
+    return collected, first_bad_step
