@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import glob
+import hashlib
 import os
 import socket
 import tempfile
@@ -29,6 +30,12 @@ def replace_file(path: epath.PathLike, content: bytes) -> None:
 def in_bucket(path: epath.Path) -> bool:
     """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
     return "://" in str(path)
+
+
+def sha256_of(path: epath.PathLike) -> str:
+    """Return the SHA-256 of the bytes of a file, in hex digits."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
