@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mf_jax import fid, metrics
-from mf_jax.build import make_objective, make_scheme
-from mf_jax.config import check_numbers, check_tuples, validate
+from mf_jax.config import check_numbers, check_tuples, make_objective, make_scheme, validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.decoding import to_pixels
 from mf_jax.errors import BadInput

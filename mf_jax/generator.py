@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from mf_jax.build import check_guidance, check_labels, make_objective
+from mf_jax.config import check_guidance, check_labels, make_objective
 from mf_jax.decoding import Decoder, load_decoder, pixels_of
 from mf_jax.errors import BadInput
 from mf_jax.flow import sampler as samplers

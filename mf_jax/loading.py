@@ -7,11 +7,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from mf_jax.build import choose_ema, make_network
+from mf_jax.config import averages, make_network
 from mf_jax.decoding import load_decoder
 from mf_jax.errors import check_known
 from mf_jax.generator import Generator
 from mf_jax.models import parameter_shapes
+from mf_jax.optim import choose_ema
 from mf_jax.published.checkpoints import describe_published
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -35,7 +36,7 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
     """
     folder = Path(workdir)
     config = run_folder.stored_config(folder)
-    return load_as(folder, config, ema=choose_ema(config, "ema", ema))
+    return load_as(folder, config, ema=choose_ema("ema", ema, averages(config)))
 
 
 def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:

@@ -7,7 +7,9 @@ Every key of configs/default.py can be set, for example --config.optim.lr=1e-3. 
 the same command on each; docs/pods.md.
 """
 
+import errno
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,7 +28,14 @@ MODES = {
     "weights": "mf_jax.published.fetch",
     "prepare": "mf_jax.prepare",
 }
-_OK, _BAD_INPUT = 0, 2
+_OK, _FAILED, _BAD_INPUT = 0, 1, 2
+_NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""What errors say, whatever their type: checkpoints are written by a library in another language."""
+_OF_BUCKETS = "gcsfs"
+"""The package that a path in a bucket of Google needs."""
+_FIX_OF_BUCKETS = 'pip install "etils[epath-gcs]"'
+_OF_ONE_PROCESS = ("prepare.process_index",)
+"""Settings in which the processes of a job may differ."""
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
@@ -119,8 +128,56 @@ def main() -> int:
     except BadInput as error:
         print(f"mf_jax: {error}", file=sys.stderr)
         return _BAD_INPUT
-    # brings JAX, for which a typing error need not wait
-    return importlib.import_module("mf_jax.job").run(MODES[mode], config, mode, workdir)
+    return _mode(mode, config, workdir)
+
+
+def _check_place(workdir: Path) -> None:
+    """Raise BadInput for a bucket that cannot be reached."""
+    try:
+        "://" in str(workdir) and workdir.exists()
+    except ImportError as error:
+        raise BadInput(f"--workdir={workdir}: {error}; {_FIX_OF_BUCKETS}") from error
+
+
+def _mode(mode: str, config: ConfigDict, workdir: Path) -> int:
+    """Run a mode, alone or as one process of a job on many machines; return the exit code."""
+    # these bring JAX, for which a typing error need not wait
+    from mf_jax.runtime import processes
+    from mf_jax.runtime.workdir import flat
+
+    def failed(text: str, code: int = _FAILED) -> int:
+        print(f"mf_jax: {processes.name()}{text}", file=sys.stderr, flush=True)
+        return code
+
+    try:
+        processes.start(
+            start_timeout=config.job.start_timeout_seconds,
+            heartbeat_timeout=config.job.heartbeat_timeout_seconds,
+            stops_together=mode == "train",
+        )
+        settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
+        processes.check_alike({k: v for k, v in settings.items() if k not in _OF_ONE_PROCESS})
+        with processes.together():
+            _check_place(workdir)
+        with processes.only_first_talks():
+            code = importlib.import_module(MODES[mode]).run(config, workdir) or _OK
+        # those that wait have not left before the first has written its last file
+        processes.from_all(code)
+        return processes.leave(code)
+    except BadInput as error:
+        return processes.leave(failed(str(error), _BAD_INPUT))
+    except FloatingPointError as error:
+        return processes.leave(failed(str(error)))
+    except Exception as error:
+        if isinstance(error, ImportError) and _OF_BUCKETS in str(error):
+            return processes.leave(failed(f"{error}; {_FIX_OF_BUCKETS}", _BAD_INPUT))
+        if reason := next((reason for reason in _NO_ROOM if reason in str(error)), ""):
+            text = f"--workdir={workdir}: {reason}; make room, and the same command continues"
+            return processes.leave(failed(text))
+        if not processes.are_several():
+            raise
+        print(f"mf_jax: {processes.told_of(error)}", file=sys.stderr, flush=True)
+        return processes.leave(_FAILED)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import optax
 import optax.contrib
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
-from mf_jax.errors import check_known
+from mf_jax.errors import BadInput, check_known
 
 SCHEDULES = ("constant", "cosine")
 
@@ -162,6 +163,29 @@ def decay_of(name: str, *, batch_size: int) -> float:
     if name.endswith(_KIMG):
         return 0.5 ** (batch_size / (1000 * float(name.removesuffix(_KIMG))))
     return float(name)
+
+
+def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
+    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg"); the targets' average comes last.
+
+    Args:
+      ema: the section of the config.
+      target_ema: decay of the objective's own average; 0 = none.
+    """
+    names = [average_name(decay) for decay in ema.decays]
+    names += [halflife_name(halflife) for halflife in ema.halflives_kimg]
+    names += [average_name(target_ema)] if target_ema else []
+    return tuple(dict.fromkeys(names))
+
+
+def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
+    """Return which of a run's `ema_names` a name selects: "" the first, `none` the raw parameters."""
+    allowed = (*names, "none")
+    if name == "":
+        return allowed[0]
+    if name not in allowed:
+        raise BadInput(f"{key}={name!r}: this run has {', '.join(allowed)}")
+    return name
 
 
 def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:

@@ -7,12 +7,12 @@ from etils.epath import Path
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from mf_jax.build import choose_ema, make_objective
-from mf_jax.config import check_tuples
+from mf_jax.config import averages, check_tuples, make_objective
 from mf_jax.data import make_source, read
 from mf_jax.flow.sampler import time_grid
 from mf_jax.generator import Generator
 from mf_jax.loading import load_for
+from mf_jax.optim import choose_ema
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_transport
 from mf_jax.reporting.sample_grid import save_sample_grid
@@ -56,7 +56,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     check_tuples(config)
     wanted = config.sample
-    generator = load_for(workdir, config, ema=choose_ema(config, "sample.ema", config.sample.ema))
+    generator = load_for(
+        workdir, config, ema=choose_ema("sample.ema", config.sample.ema, averages(config))
+    )
     labels = generator.labels_for(wanted.labels or None, wanted.num)
     samples = generator.sample(
         labels,

@@ -25,15 +25,15 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.build import (
-    ema_names,
+from mf_jax.config import (
+    averages,
     from_section,
     make_network,
     make_objective,
     make_schedule,
     make_scheme,
+    validate,
 )
-from mf_jax.config import validate
 from mf_jax.data import Source, make_batches, read
 from mf_jax.decoding import load_decoder
 from mf_jax.errors import BadInput
@@ -116,7 +116,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         objective=make_objective(config),
         scheme=make_scheme(config),
         optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
-        ema_names=ema_names(config),
+        ema_names=averages(config),
         seed=config.seed,
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,

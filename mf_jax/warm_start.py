@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.build import choose_ema, ema_names, make_network
+from mf_jax.config import averages, make_network
 from mf_jax.errors import BadInput, check_known
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
+from mf_jax.optim import choose_ema
 from mf_jax.published.checkpoints import listed, load_published
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
@@ -97,8 +98,9 @@ def restore_run(
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     like = placed(like, jax.tree.map(lambda _: everywhere, like))
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        name = choose_ema(config, "ema", ema)
-        return checkpoints.restore_params(like, ema=name, names=ema_names(config), step=step)
+        names = averages(config)
+        name = choose_ema("ema", ema, names)
+        return checkpoints.restore_params(like, ema=name, names=names, step=step)
 
 
 def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:

@@ -9,17 +9,15 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["main", "job", "bench", "train", "evaluate", "fid", "sampling", "prepare"],
+    ["main", "bench", "train", "evaluate", "fid", "sampling", "prepare"],
     ["loading", "generator", "warm_start", "scoring"],
-    ["step", "config", "build", "decoding"],
+    ["step", "config", "decoding"],
     ["data", "metrics", "models", "objectives", "reporting", "published"],
     ["optim", "runtime"],
     ["flow", "errors"],
 ]
 """Imports go down, or within a layer to the right."""
 PENDING = {
-    ("config", "scoring"),
-    ("runtime", "config"),
     ("runtime", "data"),
     ("runtime", "step"),
     ("scoring", "loading"),

@@ -24,8 +24,7 @@ from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench import step as step_benchmark
 from mf_jax.bench.attention import PASSES, heads
 from mf_jax.bench.step import Noise, flow_matching_of, fresh_batches, hidden_work
-from mf_jax.build import make_network, make_objective
-from mf_jax.config import validate
+from mf_jax.config import make_network, make_objective, validate
 from mf_jax.data import Source
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from recorded import FOLDER
 
 from configs.digits import get_config
-from mf_jax.build import make_network
+from mf_jax.config import make_network
 from mf_jax.decoding import load_decoder, to_pixels
 from mf_jax.errors import BadInput
 from mf_jax.generator import Generator

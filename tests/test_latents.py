@@ -14,13 +14,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs.default import get_config
 from mf_jax import data
-from mf_jax.config import as_json, check_same_run
 from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import written_aside
+from mf_jax.runtime.workdir import as_json, check_same_run
 
 SHAPE = (3, 5, 2)
 COUNTS = (4, 0, 1, 6)

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from recorded import FOLDER
 
-from mf_jax.build import choose_ema, ema_names
+from mf_jax.config import averages
 from mf_jax.errors import BadInput
 from mf_jax.models import DiT, InContextDiT, UNet, initial_params
 from mf_jax.models.blocks import stack_blocks
@@ -88,12 +88,12 @@ def test_averages_are_named_by_decay_or_half_life():
     config = _config()
     config.ema.decays, config.ema.halflives_kimg = (0.99,), (500.0, 1e6, 0.25)
     config.objective.name, config.objective.target_ema = "terminal_velocity", 0.95
-    assert ema_names(config) == ("0.99", "500kimg", "1000000kimg", "0.25kimg", "0.95")
-    assert choose_ema(config, "sample.ema", "500kimg") == "500kimg"
+    assert averages(config) == ("0.99", "500kimg", "1000000kimg", "0.25kimg", "0.95")
+    assert choose_ema("sample.ema", "500kimg", averages(config)) == "500kimg"
     config.ema.decays = ()
-    assert choose_ema(config, "sample.ema", "") == "500kimg"
+    assert choose_ema("sample.ema", "", averages(config)) == "500kimg"
     with pytest.raises(BadInput, match=r"sample.ema='1000kimg': this run has 500kimg, 1000000kimg"):
-        choose_ema(config, "sample.ema", "1000kimg")
+        choose_ema("sample.ema", "1000kimg", averages(config))
 
 
 SHAPE = (8, 8, 3)

@@ -19,7 +19,7 @@ from mf_jax.bench.compiled import product_flops
 from mf_jax.bench.plan import _candidates
 from mf_jax.bench.predict import predicted, ring_rate, timed
 from mf_jax.bench.topologies import TOPOLOGIES
-from mf_jax.build import make_network
+from mf_jax.config import make_network
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime.sharding import state_sharding
 

@@ -18,8 +18,7 @@ from recorded import FOLDER
 
 from configs.imagenet_b4 import IMAGES
 from mf_jax.bench.step import Noise
-from mf_jax.build import ema_names, make_network
-from mf_jax.config import validate
+from mf_jax.config import averages, make_network, validate
 from mf_jax.models import parameter_shapes
 from mf_jax.scoring.grid import cells
 from mf_jax.step import NEVER, initial_state, make_train_step
@@ -118,7 +117,7 @@ def test_it_is_valid_on_8_devices_and_so_is_its_evaluation(name, monkeypatch):
     validate(config, num_devices=8, source=stand_in(name, config))
     grid = cells(config)
     assert {cell.steps for cell in grid} == set(config.eval.steps)
-    assert {cell.ema for cell in grid} <= set(ema_names(config))
+    assert {cell.ema for cell in grid} <= set(averages(config))
     assert config.eval.num_samples == 50_000
     assert config.eval.references == (
         f"data/{'cifar10' if 'cifar10' in name else _side(config)}_reference.npz",

@@ -14,8 +14,7 @@ from recorded import FOLDER
 
 import mf_jax
 from configs.digits import get_config
-from mf_jax.build import make_network
-from mf_jax.config import validate
+from mf_jax.config import make_network, validate
 from mf_jax.errors import BadInput
 from mf_jax.loading import load_initial
 from mf_jax.models import parameter_shapes

@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 
 from launch.ablations.settings import EQUAL_FLOPS, GROUPS, NUM_STEPS, Run, make_config
 from mf_jax import evaluate, train
-from mf_jax.config import SECTIONS_OF_A_RUN, as_json, validate
+from mf_jax.config import validate
 from mf_jax.errors import BadInput
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json
 from mf_jax.step import initial_state, make_train_step
 
 

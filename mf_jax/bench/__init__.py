@@ -21,8 +21,7 @@ from mf_jax.bench.scores import bench_scores
 from mf_jax.bench.step import Noise, bench_step
 from mf_jax.bench.table import show
 from mf_jax.bench.topologies import find_topology
-from mf_jax.build import make_network
-from mf_jax.config import validate
+from mf_jax.config import make_network, validate
 from mf_jax.data import Source
 from mf_jax.errors import BadInput, check_known
 from mf_jax.models import parameter_shapes

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import Contender, Result, Say, compile_program, spread, take_turns
-from mf_jax.build import make_network
+from mf_jax.config import make_network
 from mf_jax.data import Source
 from mf_jax.errors import BadInput
 from mf_jax.models import DataPrediction, DiT, InContextDiT

@@ -19,7 +19,7 @@ from mf_jax.bench.measure import (
     take_turns,
 )
 from mf_jax.bench.step import in_the_open
-from mf_jax.build import make_network
+from mf_jax.config import make_network
 from mf_jax.data import Source
 from mf_jax.flow.records import Condition, GuidanceScale
 from mf_jax.flow.sampler import time_grid

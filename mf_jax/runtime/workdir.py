@@ -4,19 +4,86 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils.epath import Path
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.config import as_json, check_same_run
 from mf_jax.data import Source
 from mf_jax.errors import BadInput
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket, locked, replace_file
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
+SECTIONS_OF_A_RUN = (
+    "seed",
+    "data",
+    "model",
+    "objective",
+    "guidance",
+    "weight",
+    "controls",
+    "times",
+    "draws",
+    "init",
+    "train",
+    "optim",
+    "ema",
+)
+"""What decides a run's numbers; the other sections may change when a run is continued."""
+_PLACES = ("data.copy_to",)
+"""Keys of these sections that decide nothing."""
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Return {"section.key": value} of a config, as JSON keeps values."""
+    return flatten_dict(json.loads(as_json(config)), sep=".")
+
+
+def as_json(config: ConfigDict) -> str:
+    """Return a config as JSON, keys in their own order."""
+    return json.dumps(config.to_dict(), indent=1)
+
+
+def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) -> None:
+    """Check that a config continues the run of a workdir.
+
+    A run under a constant schedule may be continued for more steps; nothing else that decides its numbers may change.
+
+    Args:
+      config: of the command.
+      stored: the workdir's config, as read from JSON.
+      workdir: named in the error.
+
+    Raises:
+      BadInput: naming each key that differs, and both values.
+    """
+    ours = json.loads(as_json(config))
+    if (
+        ours["optim"]["schedule"] == "constant"
+        and ours["train"]["num_steps"] >= stored["train"]["num_steps"]
+    ):
+        ours["train"]["num_steps"] = stored["train"]["num_steps"]
+    differences = [
+        f"{section}.{key} {theirs!r} -> {mine!r}" if key else f"{section} {theirs!r} -> {mine!r}"
+        for section in SECTIONS_OF_A_RUN
+        for key, theirs, mine in _differences(stored.get(section), ours[section])
+        if f"{section}.{key}" not in _PLACES
+    ]
+    if differences:
+        raise BadInput(
+            f"workdir {workdir} holds a run of another config ({', '.join(differences)}); "
+            "choose another --workdir, or set these back"
+        )
+
+
+def _differences(stored: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+    if not isinstance(stored, dict) or not isinstance(ours, dict):
+        return [] if stored == ours else [("", stored, ours)]
+    keys = list(dict.fromkeys([*stored, *ours]))
+    return [(k, stored.get(k), ours.get(k)) for k in keys if stored.get(k) != ours.get(k)]
 
 
 @contextlib.contextmanager

@@ -3,13 +3,11 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.build import check_guidance, choose_ema
-from mf_jax.errors import BadInput
-from mf_jax.flow.sampler import time_grid
+from mf_jax.config import averages, check_grid
+from mf_jax.optim import choose_ema
 
 NEWEST = -1
 
@@ -44,36 +42,19 @@ def cells(config: ConfigDict) -> list[Cell]:
     Raises:
       BadInput: if a list is empty, or has an entry that this run cannot be sampled with.
     """
-    section = config.eval
-    for key in ("steps", "omegas", "intervals", "emas"):
-        if not section[key]:
-            raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
-    for steps in section.steps:
-        time_grid(steps, key="eval")
-    emas = [choose_ema(config, "eval.emas", name) for name in section.emas]
+    check_grid(config)
+    section, known = config.eval, averages(config)
+    emas = [choose_ema("eval.emas", name, known) for name in section.emas]
     guidances = [
-        _guidance(omega, interval, config)
+        # no guidance has no interval
+        (float(omega), *map(float, interval)) if omega != 1 else (1.0, 0.0, 1.0)
         for omega in section.omegas
         for interval in section.intervals
     ]
     checkpoints = section.checkpoints or (NEWEST,)
-    if wrong := [step for step in section.checkpoints if step < 0]:
-        raise BadInput(f"eval.checkpoints: {wrong[0]} is no step; use () for the newest checkpoint")
     every = itertools.product(checkpoints, emas, section.steps, guidances)
     found = (Cell(checkpoint, ema, steps, *guidance) for checkpoint, ema, steps, guidance in every)
     return list(dict.fromkeys(found))
-
-
-def _guidance(omega: float, interval: Any, config: ConfigDict) -> tuple[float, float, float]:
-    if not isinstance(interval, tuple | list) or not all(
-        isinstance(t, int | float) for t in interval
-    ):
-        raise BadInput(
-            f"eval.intervals: {interval!r} is not (t_min, t_max); write for example eval.intervals='((0.4, 0.6),)'"
-        )
-    guidance = (float(omega), *map(float, interval))
-    check_guidance(guidance, config, key="eval.omegas, eval.intervals")
-    return guidance if omega != 1 else (1.0, 0.0, 1.0)  # no guidance has no interval
 
 
 def names(grid: Sequence[Cell]) -> list[str]:
