@@ -2,19 +2,19 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import Source, make_source
-from mf_jax.errors import BadInput, check_known, nearest
+from mf_jax.data import Source, make_source, spec_of
+from mf_jax.errors import BadInput, check_known, in_section, nearest
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.guidance import Guidance
-from mf_jax.flow.records import NO_LABEL
-from mf_jax.flow.sampler import time_grid
+from mf_jax.flow.records import DataSpec
+from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
 from mf_jax.models import DIT_SIZES, IN_CONTEXT_SIZES, NETWORKS, DataPrediction, parameter_shapes
 from mf_jax.models.attention import ATTENTIONS
@@ -72,15 +72,12 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     return from_section(DrawScheme, config.draws, times=from_section(times, config.times))
 
 
-def make_network(
-    config: ConfigDict, *, shape: tuple[int, ...], num_classes: int, for_sampling: bool = False
-) -> nn.Module:
+def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = False) -> nn.Module:
     """Return the network that a config names.
 
     Args:
       config: the run's config.
-      shape: of one data element, (H, W, C) or (D,).
-      num_classes: of the data; 0 makes an unconditional network.
+      spec: of the data; without classes the network is unconditional.
       for_sampling: leave out what only training needs, the second head.
 
     Raises:
@@ -96,17 +93,17 @@ def make_network(
     look_up("model.attention", model.attention, dict.fromkeys(ATTENTIONS))
     look_up("model.remat", model.remat, REMATS)
     kinds = ("images", "vectors")
-    kind = kinds[len(shape) != 3]
+    kind = kinds[not spec.is_picture]
     if kind not in DATA_OF_NETWORK.get(model.name, kinds):
         fit = ", ".join(name for name in NETWORKS if kind in DATA_OF_NETWORK.get(name, kinds))
         raise BadInput(
-            f"model.name={model.name!r}: the data are {kind} of shape {shape}; use one of {fit}"
+            f"model.name={model.name!r}: the data are {kind} of shape {spec.shape}; use one of {fit}"
         )
     sizes = _sizes(config) | ({"second_head": False} if for_sampling else {})
-    made = from_section(network, ConfigDict({**model, **sizes}), num_classes=num_classes)
+    made = from_section(network, ConfigDict({**model, **sizes}), num_classes=spec.num_classes)
     if model.prediction == "data":
         made = DataPrediction(made, t_clip=model.t_clip)
-    _check_network(config, sizes, shape)
+    _check_network(config, sizes, spec.shape)
     return made
 
 
@@ -174,55 +171,13 @@ def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[in
             )
 
 
-def check_labels(labels: Iterable[int], num_classes: int, config: ConfigDict) -> None:
-    """Check that a model can be sampled with these labels.
-
-    Args:
-      labels: wanted.
-      num_classes: of the model; 0 for an unconditional one.
-      config: of the run; without dropped labels a conditional model does not know `NO_LABEL`.
-
-    Raises:
-      BadInput: naming the first label that is no class, and what is allowed.
-    """
-    has_null = num_classes == 0 or config.draws.label_drop_share > 0
-    wrong = [label for label in labels if not (NO_LABEL if has_null else 0) <= label < num_classes]
-    if wrong and num_classes == 0:
-        raise BadInput(
-            f"sample.labels={tuple(labels)}: this model has no classes; leave labels out"
-        )
-    if wrong:
-        null = (
-            "-1 for none"
-            if has_null
-            else "it was trained with draws.label_drop_share=0, so -1 means nothing to it"
-        )
-        raise BadInput(
-            f"sample.labels: {wrong[0]} is not a class; they go from 0 to {num_classes - 1}, {null}"
-        )
-
-
-def check_guidance(guidance: Sequence[float], config: ConfigDict, *, key: str) -> None:
-    """Check that a model can be sampled with this guidance.
-
-    Args:
-      guidance: (omega, t_min, t_max).
-      config: of the run; only a network that was told guidance knows it.
-      key: the setting that the error names.
-
-    Raises:
-      BadInput: if it is no scale and interval, or the model does not know it.
-    """
-    if len(guidance) != 3 or not (
-        1 <= guidance[0] < float("inf") and 0 <= guidance[1] <= guidance[2] <= 1
-    ):
-        raise BadInput(
-            f"{key}={tuple(guidance)}: must be (omega, t_min, t_max) with omega at least 1, 0 <= t_min <= t_max <= 1"
-        )
-    if guidance[0] != 1 and config.draws.omega_max == 1:
-        raise BadInput(
-            f"{key}={tuple(guidance)}: this run's network was told no guidance (draws.omega_max=1); use (1.0, 0.0, 1.0)"
-        )
+def sample_plan(config: ConfigDict) -> SamplePlan:
+    """Return the plan of the section `sample`, which the run's network must be able to follow."""
+    keys = ("steps", "times", "guidance", "seed", "batch_size")
+    with in_section("sample"):
+        plan = ONE_STEP.replace(**{key: config.sample[key] for key in keys})
+        plan.check_guidable(config.draws.omega_max)
+    return plan
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
@@ -310,7 +265,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     problems += _problems(config)
     if source is not None:
         check(lambda: _check_fit(config, source))
-        check(lambda: check_labels(config.sample.labels, source.num_classes, config))
+        check(lambda: _check_labels(config, source))
         check(lambda: _check_conditioning(config, source))
     for build in _sampling_checks(config):
         check(build)
@@ -320,10 +275,14 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
 
 
 def _training_split(config: ConfigDict) -> Source:
-    try:
+    with in_section("data"):
         return make_source(config.data, split="train")
-    except BadInput as problem:  # a source names its argument, which is a key of this section
-        raise BadInput(f"data.{problem}") from problem
+
+
+def _check_labels(config: ConfigDict, source: Source) -> None:
+    with in_section("sample"):
+        has_null = config.draws.label_drop_share > 0
+        spec_of(source).check_labels(config.sample.labels, has_null=has_null)
 
 
 def _check_batch(config: ConfigDict, num_devices: int) -> None:
@@ -376,7 +335,7 @@ def _check_conditioning(config: ConfigDict, source: Source) -> None:
 
 
 def _check_fit(config: ConfigDict, source: Source) -> None:
-    network = make_network(config, shape=source.shape, num_classes=source.num_classes)
+    network = make_network(config, spec_of(source))
     parameter_shapes(network, source.shape)  # finds what does not fit
     objective, model = config.objective, config.model
     if model.attention == "fused" and (
@@ -478,7 +437,8 @@ def check_grid(config: ConfigDict) -> None:
         if not section[key]:
             raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
     for steps in section.steps:
-        time_grid(steps, key="eval")
+        with in_section("eval"):
+            SamplePlan(steps)
     for name in section.emas:
         choose_ema("eval.emas", name, names)
     for interval in section.intervals:
@@ -490,15 +450,16 @@ def check_grid(config: ConfigDict) -> None:
                 "write for example eval.intervals='((0.4, 0.6),)'"
             )
         for omega in section.omegas:
-            check_guidance((omega, *interval), config, key="eval.omegas, eval.intervals")
+            with in_section("eval.omegas, eval.intervals"):
+                plan = ONE_STEP.replace(guidance=(omega, *interval))
+                plan.check_guidable(config.draws.omega_max)
     if wrong := [step for step in section.checkpoints if step < 0]:
         raise BadInput(f"eval.checkpoints: {wrong[0]} is no step; use () for the newest checkpoint")
 
 
 def _sampling_checks(config: ConfigDict) -> list[Callable[[], Any]]:
     return [
-        lambda: time_grid(config.sample.steps, config.sample.times, key="sample"),
+        lambda: sample_plan(config),
         lambda: choose_ema("sample.ema", config.sample.ema, averages(config)),
         lambda: check_grid(config),
-        lambda: check_guidance(config.sample.guidance, config, key="sample.guidance"),
     ]

@@ -1,7 +1,8 @@
 """What bad input is, and how it is told."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class BadInput(ValueError):
@@ -15,6 +16,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the known name nearest to an unknown one, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+@contextlib.contextmanager
+def in_section(name: str) -> Iterator[None]:
+    """Put the config section in front of the argument that a BadInput of the body names."""
+    try:
+        yield
+    except BadInput as problem:
+        raise BadInput(f"{name}.{problem}") from problem
 
 
 def check_known(key: str, name: str, known: Iterable[str]) -> None:

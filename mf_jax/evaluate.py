@@ -181,17 +181,17 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         grid = cells(config)
         held_out = make_source(config.data, split="held_out")
     score, rows = _floor(config, workdir, train, held_out)
-    settings = {key: config.eval[key] for key in ("seed", "batch_size")}
+    seed, size = config.eval.seed, config.eval.batch_size
     # cells of one model are neighbours
     load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
     for cell, name in zip(grid, names(grid), strict=True):
         generator = load(cell.checkpoint, cell.ema)
         _check_same_kind(generator, train)
         labels = labels_of(config, generator)
-        x = generator.sample_raw(labels, steps=cell.steps, guidance=cell.guidance, **settings)
+        x = generator.sample_raw(labels, plan=cell.plan(seed=seed, batch_size=size))
         rows.append({"name": name, "steps": cell.steps, "samples": len(x), **score(x, labels)})
     order = {"balanced": "all classes in turn", "random": "random classes"}[config.eval.labels]
-    told = order if generator.num_classes else "no labels"
+    told = order if generator.spec.num_classes else "no labels"
     ema = "raw parameters" if generator.ema == "none" else f"EMA {generator.ema}"
     is_one = len({(cell.checkpoint, cell.ema) for cell in grid}) == 1
     one_model = f"checkpoint of step {generator.step}, {ema}, " * is_one
@@ -207,7 +207,7 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _check_same_kind(generator: Generator, train: Source) -> None:
     """Raise BadInput if a model, of weights from elsewhere, generates other things than the data are."""
     ours, theirs = (
-        f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator, train)
+        f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator.spec, train)
     )
     if ours != theirs:
         raise BadInput(

@@ -188,14 +188,14 @@ def _score_cell(
 
     def score() -> list[dict[str, float]]:
         generator = load(cell.checkpoint, cell.ema)
-        if len(generator.shape) != 3:
+        if not generator.spec.is_picture:
             raise BadInput(
-                f"eval.references: are of pictures, and the run generates vectors of shape {generator.shape}; "
+                f"eval.references: are of pictures, and the run generates vectors of shape {generator.spec.shape}; "
                 "leave eval.references out"
             )
         labels = labels_of(config, generator)
-        settings = {"seed": section.seed, "batch_size": section.batch_size}
-        batches = generator.batches(labels, steps=cell.steps, guidance=cell.guidance, **settings)
+        plan = cell.plan(seed=section.seed, batch_size=section.batch_size)
+        batches = generator.batches(labels, plan)
         first: list[np.ndarray] = []
 
         def pictures() -> Batches:
@@ -213,7 +213,7 @@ def _score_cell(
             )
             path.parent.mkdir(exist_ok=True)
             save_sample_grid(
-                path, shown[: len(labels)], labels[: len(shown)], generator.class_names
+                path, shown[: len(labels)], labels[: len(shown)], generator.spec.class_names
             )
         return scores
 
@@ -226,7 +226,9 @@ def _protocol(
     """Return whatever decides the samples of a cell."""
     is_run = run_folder.exists(workdir)
     with processes.together():
-        decoder = load_decoder(config, origin=run_folder.stored_origin(workdir) if is_run else "")
+        decoder = load_decoder(
+            config, origin=run_folder.stored_data(workdir).origin if is_run else ""
+        )
     if is_run:
         weights = fingerprint(workdir, cell.checkpoint)
     else:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,19 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from mf_jax.config import check_guidance, check_labels, make_objective
+from mf_jax.config import make_objective
 from mf_jax.decoding import Decoder, load_decoder, pixels_of
 from mf_jax.errors import BadInput
 from mf_jax.flow import sampler as samplers
-from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale
-from mf_jax.flow.sampler import time_grid
+from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale
+from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
 from mf_jax.models.blocks import unstack_blocks
 from mf_jax.published.checkpoints import write_published
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
-
-NO_GUIDANCE = (1.0, 0.0, 1.0)
 
 
 def all_classes_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
@@ -43,120 +42,82 @@ class Generator:
       config: of its run.
       network: the network.
       params: its parameters.
-      shape: of one sample, (H, W, C) or (D,).
-      num_classes: 0 for an unconditional model.
-      class_names: of the classes.
+      spec: of one sample.
       step: training steps behind the parameters.
       ema: which moving average they are, or `none`.
-      origin: SHA-256 of the autoencoder whose latents it generates; "" where there is none, or it is not known.
     """
 
     config: ConfigDict
     network: nn.Module
     params: PyTree
-    shape: tuple[int, ...]
-    num_classes: int
-    class_names: tuple[str, ...]
+    spec: DataSpec
     step: int
     ema: str
-    origin: str = ""
 
     def sample(
         self,
         labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
         *,
         num: int | None = None,
-        steps: int = 1,
-        times: Sequence[float] = (),
-        guidance: Sequence[float] = NO_GUIDANCE,
-        seed: int = 0,
-        batch_size: int = 256,
+        plan: SamplePlan = ONE_STEP,
+        **changes: Any,
     ) -> Shaped[np.ndarray, "n ..."]:
-        """Return samples; sample i depends on (seed, i, its label) and the time grid alone.
+        """Return images uint8 `[N, H, W, C]`, or vectors float32 `[N, D]`.
+
+        Sample i depends on (seed, i, its label), the times and the guidance alone.
 
         Args:
           labels: classes, one for each sample, -1 for none; by default all classes in turn.
           num: number of samples; by default one for each label. Labels are repeated to reach it.
-          steps: network evaluations of one sample, at least 1.
-          times: the time grid instead, falling from 1.0 to 0.0.
-          guidance: (omega, t_min, t_max) for a network that is told guidance.
-          seed: of the noise.
-          batch_size: samples computed at once.
-
-        Returns:
-          Images uint8 `[N, H, W, C]` in [0, 255], or vectors float32 `[N, D]`.
-
-        Raises:
-          BadInput: for labels that are no classes, or a number of samples or steps below 1.
+          plan: how to sample.
+          changes: to the plan, by the names of its fields, e.g. `steps=2, seed=1`; or guidance=(omega, t_min, t_max).
         """
-        labels = self.labels_for(labels, num)
-        convert = self.pixels if len(self.shape) == 3 else on_host
-        how = {
-            "steps": steps,
-            "times": times,
-            "guidance": guidance,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        return np.concatenate([on_host(convert(x)) for x, _ in self.batches(labels, **how)])[
-            : len(labels)
-        ]
+        convert = self.pixels if self.spec.is_picture else on_host
+        return self._gather(convert, labels, num, plan.replace(**changes))
 
     def sample_raw(
         self,
         labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
         *,
         num: int | None = None,
-        steps: int = 1,
-        times: Sequence[float] = (),
-        guidance: Sequence[float] = NO_GUIDANCE,
-        seed: int = 0,
-        batch_size: int = 256,
+        plan: SamplePlan = ONE_STEP,
+        **changes: Any,
     ) -> Float[np.ndarray, "n ..."]:
         """Return samples as `sample` does, but float32 as in training: not rounded, latents as they are."""
+        return self._gather(on_host, labels, num, plan.replace(**changes))
+
+    def _gather(
+        self,
+        convert: Callable[[Array], Array],
+        labels: Sequence[int] | Int[np.ndarray, "n"] | None,
+        num: int | None,
+        plan: SamplePlan,
+    ) -> np.ndarray:
         labels = self.labels_for(labels, num)
-        how = {
-            "steps": steps,
-            "times": times,
-            "guidance": guidance,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        return np.concatenate([on_host(x) for x, _ in self.batches(labels, **how)])[: len(labels)]
+        samples = [on_host(convert(x)) for x, _ in self.batches(labels, plan)]
+        return np.concatenate(samples)[: len(labels)]
 
     def batches(
-        self,
-        labels: Int[np.ndarray, "n"],
-        *,
-        steps: int = 1,
-        times: Sequence[float] = (),
-        guidance: Sequence[float] = NO_GUIDANCE,
-        seed: int = 0,
-        batch_size: int = 256,
+        self, labels: Int[np.ndarray, "n"], plan: SamplePlan
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers; see `sample`.
 
         All batches have the same size, a multiple of the number of devices. In the last one rows with a number of
         len(labels) or more are padding.
         """
-        grid = time_grid(steps, times)
-        check_guidance(guidance, self.config, key="guidance")
-        if batch_size < 1:
-            raise BadInput(f"batch_size={batch_size}: must be at least 1")
-        if not 0 <= seed < 2**31:
-            raise BadInput(f"seed={seed}: must be within [0, 2^31)")
-        size = -(-min(batch_size, len(labels)) // self.mesh.size) * self.mesh.size
+        plan.check_guidable(self.config.draws.omega_max)
+        size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
         sharding = batch_sharding(self.mesh)
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
             x = _sample(
                 self.network,
                 make_objective(self.config).learns_average,
-                self.shape,
+                self.spec.shape,
                 self.params,
-                seed,
-                jnp.asarray(grid, jnp.float32),
-                jnp.asarray(guidance, jnp.float32),
+                plan.seed,
+                jnp.asarray(plan.grid, jnp.float32),
+                jnp.asarray(plan.guidance, jnp.float32),
                 jax.device_put(index, sharding),
                 jax.device_put(labels[np.minimum(index, len(labels) - 1)], sharding),
             )
@@ -170,7 +131,7 @@ class Generator:
     @functools.cached_property
     def decoder(self) -> Decoder | None:
         """What turns its latents into pictures; None where the network generates pictures or vectors."""
-        return load_decoder(self.config, origin=self.origin)
+        return load_decoder(self.config, origin=self.spec.origin)
 
     def pixels(self, x: Float[Array, "b ..."]) -> UInt8[Array, "b h w c"]:
         """Return samples of `batches` as pictures of bytes, on the devices.
@@ -188,8 +149,10 @@ class Generator:
         num = len(given) if num is None and len(given) else num
         if num is None or num < 1:
             raise BadInput(f"num={num}: must be at least 1; give num or labels")
-        check_labels(given.tolist(), self.num_classes, self.config)
-        return np.resize(given, num) if len(given) else all_classes_in_turn(num, self.num_classes)
+        has_null = self.config.draws.label_drop_share > 0
+        self.spec.check_labels(given.tolist(), has_null=has_null)
+        classes = self.spec.num_classes
+        return np.resize(given, num) if len(given) else all_classes_in_turn(num, classes)
 
     def average_velocity(
         self,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import averages, make_network
 from mf_jax.decoding import load_decoder
 from mf_jax.errors import check_known
+from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import choose_ema
@@ -41,12 +42,11 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
 
 def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
     """Load a checkpoint of a workdir, by default the newest, as the model that a config describes; see `load`."""
-    shape, num_classes, class_names = run_folder.stored_data(folder)
-    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
+    spec = run_folder.stored_data(folder)
+    network = make_network(config, spec, for_sampling=True)
     step, params = restore_run(folder, config, ema, step)
-    params = fit(params, parameter_shapes(network, shape), where=str(folder))
-    origin = run_folder.stored_origin(folder)
-    return Generator(config, network, params, shape, num_classes, class_names, step, ema, origin)
+    params = fit(params, parameter_shapes(network, spec.shape), where=str(folder))
+    return Generator(config, network, params, spec, step, ema)
 
 
 def load_initial(config: ConfigDict) -> Generator:
@@ -64,27 +64,23 @@ def load_initial(config: ConfigDict) -> Generator:
     path = config.init.path
     check_known("init.kind", config.init.kind, INIT_KINDS)
     with processes.together():
-        if config.init.kind == "run":
-            shape, num_classes, class_names = run_folder.stored_data(Path(path))
-            origin = run_folder.stored_origin(Path(path))
-        else:
-            shape, num_classes = _data_of_published(config)
-            class_names, origin = tuple(map(str, range(num_classes))), ""
-    network = make_network(config, shape=shape, num_classes=num_classes, for_sampling=True)
+        is_run = config.init.kind == "run"
+        spec = run_folder.stored_data(Path(path)) if is_run else _data_of_published(config)
+    network = make_network(config, spec, for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(load_weights(config, parameter_shapes(network, shape)), everywhere)
-    return Generator(config, network, params, shape, num_classes, class_names, 0, path, origin)
+    params = jax.device_put(load_weights(config, parameter_shapes(network, spec.shape)), everywhere)
+    return Generator(config, network, params, spec, 0, path)
 
 
-def _data_of_published(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
-    """Return the shape of what a published network generates, and its number of classes."""
+def _data_of_published(config: ConfigDict) -> DataSpec:
+    """Return what a published network generates; its classes are called by their numbers."""
     init = config.init
     channels, num_classes = describe_published(
         init.path, init.kind, section=init.which or "ema_params"
     )
     decoder = load_decoder(config, origin="")
     side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
-    return (side, side, channels), num_classes
+    return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
 
 
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
@@ -118,7 +114,7 @@ def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> G
 
 def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
     """Return the label of each sample of an evaluation: exactly balanced, or drawn from its seed."""
-    num, classes = config.eval.num_samples, generator.num_classes
+    num, classes = config.eval.num_samples, generator.spec.num_classes
     if config.eval.labels == "random" and classes:
         return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
     return generator.labels_for(None, num)

@@ -7,9 +7,8 @@ from etils.epath import Path
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, check_tuples, make_objective
+from mf_jax.config import averages, check_tuples, make_objective, sample_plan
 from mf_jax.data import make_source, read
-from mf_jax.flow.sampler import time_grid
 from mf_jax.generator import Generator
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
@@ -30,7 +29,7 @@ def _plot_vectors(
 ) -> None:
     """Write the scatter plot of samples beside the data, the learned field, and one-step transport."""
     data = read(make_source(config.data, split="held_out"), _SCATTER_POINTS).x
-    steps = len(time_grid(config.sample.steps, config.sample.times)) - 1
+    steps = len(sample_plan(config).grid) - 1
     title = f"{steps}-step samples after {generator.step:,} training steps"
     save_scatter(workdir / "scatter.png", samples[:_SCATTER_POINTS], data, title=title)
     reach = 1.25 * float(np.abs(data).max())
@@ -60,22 +59,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
         workdir, config, ema=choose_ema("sample.ema", config.sample.ema, averages(config))
     )
     labels = generator.labels_for(wanted.labels or None, wanted.num)
-    samples = generator.sample(
-        labels,
-        steps=wanted.steps,
-        times=wanted.times,
-        guidance=wanted.guidance,
-        seed=wanted.seed,
-        batch_size=wanted.batch_size,
-    )
+    samples = generator.sample(labels, plan=sample_plan(config))
     if not processes.is_first():
         return
-    arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.num_classes else {})
+    arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(workdir / "samples.npz", content.getvalue())
     if samples.ndim == 4:
-        save_sample_grid(workdir / "samples.png", samples, labels, generator.class_names)
+        save_sample_grid(workdir / "samples.png", samples, labels, generator.spec.class_names)
     else:
         _plot_vectors(config, workdir, generator, samples)
     write_report(workdir)

@@ -32,9 +32,10 @@ from mf_jax.config import (
     make_objective,
     make_schedule,
     make_scheme,
+    sample_plan,
     validate,
 )
-from mf_jax.data import Source, make_batches, read
+from mf_jax.data import Source, make_batches, read, spec_of
 from mf_jax.decoding import load_decoder
 from mf_jax.errors import BadInput
 from mf_jax.generator import Generator
@@ -84,7 +85,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     with processes.together():
         can_draw = _can_draw(config, source)
     can_draw = all(processes.from_all(can_draw))  # drawing takes every process
-    with run_folder.own(workdir, config, source), _stop_signal() as stop:
+    with run_folder.own(workdir, config, spec_of(source), len(source)), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = _first_state(config, parts, mesh, checkpoints, weights)
             _describe(workdir, source, state)
@@ -111,7 +112,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
     """Return what the training step of a config on a data source is made of."""
     return StepParts(
-        network=make_network(config, shape=source.shape, num_classes=source.num_classes),
+        network=make_network(config, spec_of(source)),
         shape=source.shape,
         objective=make_objective(config),
         scheme=make_scheme(config),
@@ -267,21 +268,17 @@ def _draw(
     """Write the picture of this step's samples, drawn with the first moving average (or else the raw parameters)."""
     ema = parts.ema_names[0] if parts.ema_names else "none"
     params = state.ema[ema] if parts.ema_names else state.params
-    about = (source.shape, source.num_classes, source.class_names)
-    origin = source.stored.origin if source.stored else ""
-    generator = Generator(config, parts.network, params, *about, step=done, ema=ema, origin=origin)
+    generator = Generator(config, parts.network, params, spec_of(source), step=done, ema=ema)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    how = {
-        name: config.sample[name] for name in ("steps", "times", "guidance", "seed", "batch_size")
-    }
+    plan = sample_plan(config)
     if len(source.shape) == 3:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
-        samples = generator.sample(labels, **how)
+        samples = generator.sample(labels, plan=plan)
         if processes.is_first():
             save_sample_grid(path, samples, labels, source.class_names)
     else:
-        points = generator.sample(num=_SCATTER_SAMPLES, **how)
+        points = generator.sample(num=_SCATTER_SAMPLES, plan=plan)
         if processes.is_first():
             save_scatter(
                 path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}"

@@ -92,9 +92,8 @@ def restore_run(
     Raises:
       BadInput: if there is no such checkpoint, or no such average.
     """
-    shape, num_classes, _ = run_folder.stored_data(folder)
-    network = make_network(config, shape=shape, num_classes=num_classes)
-    like = parameter_shapes(network, shape)
+    spec = run_folder.stored_data(folder)
+    like = parameter_shapes(make_network(config, spec), spec.shape)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     like = placed(like, jax.tree.map(lambda _: everywhere, like))
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:

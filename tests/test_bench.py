@@ -27,7 +27,7 @@ from mf_jax.bench.step import Noise, flow_matching_of, fresh_batches, hidden_wor
 from mf_jax.config import make_network, make_objective, validate
 from mf_jax.data import Source
 from mf_jax.errors import BadInput
-from mf_jax.flow.records import NO_LABEL, Condition
+from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, parameter_shapes
 from mf_jax.models.attention import ATTENTIONS
@@ -133,7 +133,7 @@ def _check_output(run, what, config, shape, num_classes):
     assert code == 0, errors
     assert [key for key in EVERYWHERE if key not in result] == []
     assert (result["what"], result["platform"], result["num_devices"]) == (what, "cpu", 1)
-    network = make_network(config, shape=shape, num_classes=num_classes)
+    network = make_network(config, DataSpec(shape, num_classes))
     num = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(network, shape)))
     assert (result["num_parameters"], result["network"]) == (num, config.model.name)
     assert (result["shape"], result["num_classes"]) == (list(shape), num_classes)
@@ -294,7 +294,7 @@ def test_sample_prints_what_it_writes(bench):
         _shown(row["images_per_second"]),
         _shown(row["peak_share"]),
     ]
-    network = make_network(_config(), shape=(8, 8, 1), num_classes=10)
+    network = make_network(_config(), DataSpec((8, 8, 1), 10))
     z, t = (
         jax.ShapeDtypeStruct((24, 8, 8, 1), jnp.float32),
         jax.ShapeDtypeStruct((24,), jnp.float32),
@@ -314,8 +314,8 @@ def test_sample_prints_what_it_writes(bench):
 def test_each_batch_is_sampled_from_other_noise(bench, monkeypatch):
     seen = []
 
-    def sample(self, labels, *, seed=0, **how):
-        seen.append((len(labels), seed, how["steps"], self.network.second_head))
+    def sample(self, labels, *, plan, seed=0):
+        seen.append((len(labels), seed, plan.steps, self.network.second_head))
         return np.zeros(())
 
     monkeypatch.setattr(Generator, "sample_raw", sample)
@@ -392,13 +392,13 @@ def test_both_kinds_of_attention_compute_the_same():
 def test_heads_are_those_of_the_network():
     config = _config()
     config.model.prediction = "data"
-    assert heads(make_network(config, shape=(8, 8, 1), num_classes=10)) == (2, 32)
+    assert heads(make_network(config, DataSpec((8, 8, 1), 10))) == (2, 32)
     config.model.name, config.model.size = "in_context_dit", "B"
     config.model.width = 0
-    assert heads(make_network(config, shape=(8, 8, 1), num_classes=10)) == (12, 64)
+    assert heads(make_network(config, DataSpec((8, 8, 1), 10))) == (12, 64)
     config.model.name = "unet"
     with pytest.raises(BadInput, match="dit and in_context_dit have it"):
-        heads(make_network(config, shape=(8, 8, 1), num_classes=10))
+        heads(make_network(config, DataSpec((8, 8, 1), 10)))
 
 
 def test_a_given_shape_needs_no_data(bench):

@@ -11,13 +11,14 @@ from configs.digits import get_config
 from mf_jax.config import make_network
 from mf_jax.decoding import load_decoder, to_pixels
 from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator
 from mf_jax.models import initial_params
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.runtime.sharding import make_mesh
 
 VAE = FOLDER / "vae"
-SHAPE = (4, 4, 4)
+SPEC = DataSpec((4, 4, 4), 10, tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,16 @@ def config():
 
 @pytest.fixture(scope="module")
 def generator(config):
-    network = make_network(config, shape=SHAPE, num_classes=10)
-    params = initial_params(network, SHAPE, jax.random.key(0))
+    network = make_network(config, SPEC)
+    params = initial_params(network, SPEC.shape, jax.random.key(0))
     params = jax.device_put(params, NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec()))
-    return Generator(config, network, params, SHAPE, 10, tuple("0123456789"), step=0, ema="none")
+    return Generator(config, network, params, SPEC, step=0, ema="none")
 
 
 def test_pictures_are_the_decoded_latents(config, generator):
     labels = np.arange(11) % 10
     latents = generator.sample_raw(labels)
-    assert latents.shape == (11, *SHAPE)
+    assert latents.shape == (11, *SPEC.shape)
     unscaled = latents * np.asarray(config.data.latent_std) + np.asarray(config.data.latent_mean)
     decoded = load_autoencoder(VAE).decode(jnp.asarray(unscaled, jnp.float32))
     pictures = generator.sample(labels, batch_size=6)
@@ -77,8 +78,8 @@ def test_pictures_need_no_decoder():
 def test_a_decoder_that_is_missing_is_named_when_pictures_are_wanted(config, generator):
     config = config.copy_and_resolve_references()
     config.data.autoencoder = "sd-vae-ft-mse"
-    lost = Generator(config, generator.network, generator.params, SHAPE, 10, (), step=0, ema="none")
-    assert lost.sample_raw(num=1).shape == (1, *SHAPE)
+    lost = Generator(config, generator.network, generator.params, SPEC, step=0, ema="none")
+    assert lost.sample_raw(num=1).shape == (1, *SPEC.shape)
     with pytest.raises(BadInput, match="sd-vae-ft-mse"):
         lost.sample(num=1)
 

@@ -174,7 +174,7 @@ def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_def
     numbers = (np.float32([1, 0]), np.float32(module.NO_GUIDANCE))
     arrays = (*numbers, np.arange(4, dtype=np.int32), np.zeros(4, np.int32))
     trace = module._sample.trace(
-        generator.network, True, generator.shape, generator.params, 0, *arrays
+        generator.network, True, generator.spec.shape, generator.params, 0, *arrays
     )
     text = str(trace.jaxpr)
     assert text.count("precision=") > 3

@@ -20,6 +20,7 @@ from mf_jax.bench.plan import _candidates
 from mf_jax.bench.predict import predicted, ring_rate, timed
 from mf_jax.bench.topologies import TOPOLOGIES
 from mf_jax.config import make_network
+from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime.sharding import state_sharding
 
@@ -46,7 +47,7 @@ def _numbers(mesh):
     """Return the numbers in the parameters that a mesh splits, and in those that it does not."""
     config = toy2d()
     config.model.depth, config.model.width = 1, plans.WIDTH
-    shapes = parameter_shapes(make_network(config, shape=(2,), num_classes=0), (2,))
+    shapes = parameter_shapes(make_network(config, DataSpec((2,))), (2,))
     shardings = state_sharding(AbstractMesh(mesh, ("data", "fsdp")), shapes)
     pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
     return sum(a.size for a, s in pairs if s.spec), sum(a.size for a, s in pairs if not s.spec)

@@ -8,7 +8,7 @@ from oracle import STD, gaussian_field
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.flow.sampler import sample, time_grid
+from mf_jax.flow.sampler import SamplePlan, sample
 
 MEAN = 0.3
 
@@ -21,7 +21,13 @@ def _run(times, learns_average=True):
 
 
 @pytest.mark.parametrize(
-    "times", [time_grid(1), time_grid(2), time_grid(8), time_grid(0, (1.0, 0.9, 0.2, 0.0))]
+    "times",
+    [
+        SamplePlan(1).grid,
+        SamplePlan(2).grid,
+        SamplePlan(8).grid,
+        SamplePlan(times=(1.0, 0.9, 0.2, 0.0)).grid,
+    ],
 )
 def test_average_velocity_lands_on_the_data_in_any_number_of_steps(times):
     e, x = _run(times)
@@ -29,8 +35,8 @@ def test_average_velocity_lands_on_the_data_in_any_number_of_steps(times):
 
 
 def test_euler_needs_many_steps():
-    e, coarse = _run(time_grid(2), learns_average=False)
-    _, fine = _run(time_grid(2000), learns_average=False)
+    e, coarse = _run(SamplePlan(2).grid, learns_average=False)
+    _, fine = _run(SamplePlan(2000).grid, learns_average=False)
     assert np.abs(coarse - (MEAN + STD * e)).max() > 0.05
     np.testing.assert_allclose(fine, MEAN + STD * e, atol=2e-3)
 
@@ -49,7 +55,7 @@ def test_as_many_evaluations_as_steps_each_over_its_own_interval(steps):
         {},
         e,
         Condition(jnp.zeros(2, jnp.int32)),
-        times=time_grid(steps),
+        times=SamplePlan(steps).grid,
         learns_average=True,
     )
     jax.effects_barrier()
@@ -71,5 +77,5 @@ def test_as_many_evaluations_as_steps_each_over_its_own_interval(steps):
     ],
 )
 def test_bad_grids_are_refused(steps, times):
-    with pytest.raises(BadInput, match=r"sample\.(steps|times)"):
-        time_grid(steps, times)
+    with pytest.raises(BadInput, match=r"(steps|times)="):
+        SamplePlan(steps, times)

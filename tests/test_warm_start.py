@@ -16,6 +16,7 @@ import mf_jax
 from configs.digits import get_config
 from mf_jax.config import make_network, validate
 from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 from mf_jax.loading import load_initial
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime.checkpoint import Checkpoints
@@ -35,7 +36,7 @@ def _config(**more) -> ConfigDict:
 
 
 def _like(config):
-    return parameter_shapes(make_network(config, shape=(8, 8, 1), num_classes=10), (8, 8, 1))
+    return parameter_shapes(make_network(config, DataSpec((8, 8, 1), 10)), (8, 8, 1))
 
 
 def test_training_starts_from_another_run(trained, tmp_path):

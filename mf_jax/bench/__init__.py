@@ -22,7 +22,7 @@ from mf_jax.bench.step import Noise, bench_step
 from mf_jax.bench.table import show
 from mf_jax.bench.topologies import find_topology
 from mf_jax.config import make_network, validate
-from mf_jax.data import Source
+from mf_jax.data import Source, spec_of
 from mf_jax.errors import BadInput, check_known
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime import processes
@@ -108,7 +108,7 @@ def _source(config: ConfigDict) -> Source:
 
 def _describe(config: ConfigDict, source: Source) -> Result:
     """Return what every result says about the machine and the network."""
-    network = make_network(config, shape=source.shape, num_classes=source.num_classes)
+    network = make_network(config, spec_of(source))
     if config.bench.what == "attention":
         heads(network)  # before anything is written
     shapes = jax.tree.leaves(parameter_shapes(network, source.shape))

@@ -19,10 +19,9 @@ from mf_jax.bench.measure import (
     take_turns,
 )
 from mf_jax.bench.step import in_the_open
-from mf_jax.config import make_network
-from mf_jax.data import Source
+from mf_jax.config import make_network, sample_plan
+from mf_jax.data import Source, spec_of
 from mf_jax.flow.records import Condition, GuidanceScale
-from mf_jax.flow.sampler import time_grid
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
 from mf_jax.runtime.sharding import make_mesh
@@ -49,18 +48,18 @@ def bench_sample(config: ConfigDict, source: Source, say: Say) -> Result:
     wanted, turns = config.sample, {key: config.bench[key] for key in ("repeats", "dropped")}
     generator = _fresh_generator(config, source)
     labels = generator.labels_for(wanted.labels or None, wanted.batch_size)
-    how = {key: wanted[key] for key in ("steps", "times", "guidance", "batch_size")}
+    plan = sample_plan(config)
     say("compiling the sampler")
-    generator.sample_raw(labels, **how)
+    generator.sample_raw(labels, plan=plan)
     say(f"timing {sum(turns.values())} batches")
     seeds = itertools.count()
     contender = Contender(
-        lambda: next(seeds), lambda seed: generator.sample_raw(labels, seed=seed, **how)
+        lambda: next(seeds), lambda seed: generator.sample_raw(labels, plan=plan, seed=seed)
     )
     (seconds,) = take_turns([contender], **turns)
     row = spread("batch", seconds)
     median = row["batch_seconds_median"]
-    evaluations = len(time_grid(wanted.steps, wanted.times)) - 1
+    evaluations = len(plan.grid) - 1
     gflop = _count_forward(in_the_open(config), source) / 1e9
     share = peak_share(evaluations * gflop, seconds=median, peak_gflops=peak["matmul_peak_gflops"])
     row |= {
@@ -73,20 +72,17 @@ def bench_sample(config: ConfigDict, source: Source, say: Say) -> Result:
 
 
 def _fresh_generator(config: ConfigDict, source: Source) -> Generator:
-    about = (source.shape, source.num_classes)
-    network = make_network(config, shape=about[0], num_classes=about[1], for_sampling=True)
+    network = make_network(config, spec_of(source), for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = jax.device_put(
         initial_params(network, source.shape, jax.random.key(config.seed)), everywhere
     )
-    return Generator(config, network, params, *about, source.class_names, 0, "none")
+    return Generator(config, network, params, spec_of(source), 0, "none")
 
 
 def _count_forward(config: ConfigDict, source: Source) -> float:
     """Return the operations of one evaluation of a batch."""
-    network = make_network(
-        config, shape=source.shape, num_classes=source.num_classes, for_sampling=True
-    )
+    network = make_network(config, spec_of(source), for_sampling=True)
     times = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.float32)
     z = jax.ShapeDtypeStruct((*times.shape, *source.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct(times.shape, jnp.int32)

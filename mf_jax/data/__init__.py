@@ -9,12 +9,22 @@ from ml_collections import ConfigDict
 from mf_jax.data.digits import Digits
 from mf_jax.data.image_folder import ImageFolder
 from mf_jax.data.latents import Latents
-from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
+from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read, spec_of
 from mf_jax.data.tfds_source import Tfds
 from mf_jax.data.toy2d import Toy2D
 from mf_jax.errors import BadInput, check_known
 
-__all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]
+__all__ = [
+    "SOURCES",
+    "SPLITS",
+    "Batch",
+    "Source",
+    "Stored",
+    "make_batches",
+    "make_source",
+    "read",
+    "spec_of",
+]
 
 SOURCES = {
     "digits": Digits,

@@ -20,6 +20,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 
 SPLITS = ("train", "held_out")
 
@@ -70,6 +71,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch: ...
+
+
+def spec_of(source: Source) -> DataSpec:
+    """Return what one element of a source is."""
+    origin = source.stored.origin if source.stored else ""
+    return DataSpec(source.shape, source.num_classes, source.class_names, origin)
 
 
 def check_at_least(argument: str, value: int, least: int) -> None:

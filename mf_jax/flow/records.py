@@ -1,12 +1,58 @@
 """Records shared by every part: what one training row holds, and what a network is told and predicts."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from mf_jax.errors import BadInput
+
 NO_LABEL = -1
 """The label of a row without a class; a network maps it to its null embedding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What one element of the data is.
+
+    shape: `(H, W, C)` of a picture, `(D,)` of a vector. num_classes: 0 without labels. class_names: in the order of
+    the labels, where they have names. origin: SHA-256 of the autoencoder behind latents, "" where it is not known.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
+            raise BadInput(f"shape={self.shape}: must be (height, width, channels) or (size,)")
+        if self.num_classes < 0:
+            raise BadInput(f"num_classes={self.num_classes}: must be at least 0; 0 is no classes")
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether an element is a picture, or the latent of one."""
+        return len(self.shape) == 3
+
+    def check_labels(self, labels: Iterable[int], *, has_null: bool) -> None:
+        """Raise BadInput unless all labels are classes, or `NO_LABEL`.
+
+        Args:
+          labels: wanted.
+          has_null: whether `NO_LABEL` means something to the network.
+        """
+        lowest = NO_LABEL if has_null or not self.num_classes else 0
+        wrong = [label for label in labels if not lowest <= label < self.num_classes]
+        if wrong and not self.num_classes:
+            raise BadInput(f"labels={wrong[0]}: this model has no classes; leave labels out")
+        if wrong:
+            null = "-1 for none" if has_null else "-1 means nothing: draws.label_drop_share was 0"
+            raise BadInput(
+                f"labels: {wrong[0]} is not a class; they go from 0 to {self.num_classes - 1}, {null}"
+            )
 
 
 @flax.struct.dataclass

@@ -3,8 +3,10 @@
 Source: MeanFlow, arXiv 2505.13447, equation 12.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +16,79 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.paths import advance
 from mf_jax.flow.records import Condition, Field
 
+NO_GUIDANCE = (1.0, 0.0, 1.0)
 
-def time_grid(steps: int, times: Sequence[float] = (), *, key: str = "sample") -> tuple[float, ...]:
-    """Return the times that a sampler visits.
+
+@dataclasses.dataclass(frozen=True)
+class SamplePlan:
+    """How samples are drawn.
 
     Args:
-      steps: number of equal steps from 1 to 0, at least 1; not used where times are given.
-      times: the grid itself, strictly falling from 1 to 0.
-      key: the config section that the error names.
-
-    Returns:
-      The grid, one longer than the number of steps.
-
-    Raises:
-      BadInput: if steps is below 1, or the times do not fall from 1 to 0.
+      steps: network evaluations of a sample, equally spaced from t = 1 to 0; at least 1.
+      times: the grid itself, falling strictly from 1.0 to 0.0; takes the place of `steps` unless empty.
+      omega: guidance that a network is told, at least 1; 1 is none.
+      t_min, t_max: guidance holds for t in [t_min, t_max], 0 <= t_min <= t_max <= 1.
+      seed: of the noise, in [0, 2^31).
+      batch_size: samples computed at once, at least 1.
     """
-    if not times:
-        if steps < 1:
-            raise BadInput(f"{key}.steps={steps}: must be at least 1")
-        return tuple(1 - i / steps for i in range(steps + 1))
-    grid = tuple(float(time) for time in times)
-    falls = all(a > b for a, b in itertools.pairwise(grid))
-    if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not falls:
-        raise BadInput(
-            f"sample.times={grid}: must fall strictly from 1.0 to 0.0, for example (1.0, 0.5, 0.0)"
-        )
-    return grid
+
+    steps: int = 1
+    times: tuple[float, ...] = ()
+    omega: float = 1.0
+    t_min: float = 0.0
+    t_max: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        grid = self.times
+        falls = all(a > b for a, b in itertools.pairwise(grid))
+        if grid and not (len(grid) > 1 and grid[0] == 1 and grid[-1] == 0 and falls):
+            raise BadInput(
+                f"times={grid}: must fall strictly from 1.0 to 0.0, for example (1.0, 0.5, 0.0)"
+            )
+        for key in ("batch_size",) if grid else ("steps", "batch_size"):
+            if getattr(self, key) < 1:
+                raise BadInput(f"{key}={getattr(self, key)}: must be at least 1")
+        if not 1 <= self.omega < float("inf") or not 0 <= self.t_min <= self.t_max <= 1:
+            raise BadInput(
+                f"guidance={self.guidance}: must be (omega, t_min, t_max) with omega at least 1, "
+                "0 <= t_min <= t_max <= 1"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise BadInput(f"seed={self.seed}: must be within [0, 2^31)")
+
+    @property
+    def guidance(self) -> tuple[float, float, float]:
+        """Return (omega, t_min, t_max)."""
+        return self.omega, self.t_min, self.t_max
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """Return the times visited, one more than there are evaluations."""
+        return self.times or tuple(1 - i / self.steps for i in range(self.steps + 1))
+
+    def replace(self, *, guidance: Sequence[float] | None = None, **changes: Any) -> "SamplePlan":
+        """Return the plan with other values; guidance is (omega, t_min, t_max)."""
+        if "times" in changes:
+            changes["times"] = tuple(map(float, changes["times"]))
+        if guidance is not None:
+            if len(guidance) != 3:
+                raise BadInput(f"guidance={tuple(guidance)}: must be (omega, t_min, t_max)")
+            changes |= zip(("omega", "t_min", "t_max"), map(float, guidance), strict=True)
+        return dataclasses.replace(self, **changes)
+
+    def check_guidable(self, omega_max: float) -> None:
+        """Raise BadInput if there is guidance, and the network was told none: `draws.omega_max` was 1."""
+        if self.omega != 1 and omega_max == 1:
+            raise BadInput(
+                f"guidance={self.guidance}: this run's network was told no guidance (draws.omega_max=1); "
+                f"use {NO_GUIDANCE}"
+            )
+
+
+ONE_STEP = SamplePlan()
+"""One evaluation a sample, without guidance."""
 
 
 def sample(
@@ -57,7 +106,7 @@ def sample(
       field, params: the network.
       e: noise `[B, ...]`.
       condition: what the network is told.
-      times: a grid of `time_grid`.
+      times: `SamplePlan.grid`.
       learns_average: whether to step with u(z, r, t), or (Euler's method) with the velocity u(z, t, t) of a network
         that never saw r < t.
 

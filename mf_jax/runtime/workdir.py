@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and where in it everything lies."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import uuid
@@ -11,8 +12,8 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.data import Source
 from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket, locked, replace_file
 
@@ -87,25 +88,26 @@ def _differences(stored: Any, ours: Any) -> list[tuple[str, Any, Any]]:
 
 
 @contextlib.contextmanager
-def own(workdir: Path, config: ConfigDict, source: Source) -> Iterator[None]:
+def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterator[None]:
     """Hold a workdir for a training run: make it, keep other runs out, check and store the config.
 
     Args:
       workdir: the folder; made if missing.
       config: of the run; one stored there must describe the same run.
-      source: the run's data, whose shape and classes are stored for sampling.
+      spec, size: of the run's data, and the number of its elements; stored for sampling.
 
     Raises:
       BadInput: if the folder cannot be written, another process trains in it, or it holds another run.
     """
+    about = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
                 held.enter_context(_locked(workdir))
                 if (workdir / _CONFIG).exists():
                     check(workdir, config)
-                    _check_same_data(workdir, source)
-                replace_file(workdir / _DATA, json.dumps(_about(source)).encode())
+                    _check_same_data(workdir, about)
+                replace_file(workdir / _DATA, json.dumps(about).encode())
                 replace_file(workdir / _CONFIG, as_json(config).encode())
         _check_shared(workdir)
         yield
@@ -145,20 +147,9 @@ def _check_shared(workdir: Path) -> None:
         mark.unlink()
 
 
-def _about(source: Source) -> dict[str, Any]:
-    """Return what a run stores about its data, as JSON keeps it."""
-    return {
-        "shape": list(source.shape),
-        "num_classes": source.num_classes,
-        "class_names": list(source.class_names),
-        "size": len(source),
-        "origin": source.stored.origin if source.stored else "",
-    }
-
-
-def _check_same_data(workdir: Path, source: Source) -> None:
+def _check_same_data(workdir: Path, ours: dict[str, Any]) -> None:
     # batches are a function of the number of examples and their order, labels one of the class names
-    stored, ours = _read(workdir, _DATA), _about(source)
+    stored = _read(workdir, _DATA)
     for name, value in ours.items():
         if stored.get(name, value) != value:
             raise BadInput(
@@ -211,23 +202,11 @@ def stored_config(workdir: Path) -> ConfigDict:
     return ConfigDict(_read(workdir, _CONFIG), convert_dict=True)
 
 
-def stored_data(workdir: Path) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
-    """Return the shape of one data element, the number of classes and their names.
-
-    Raises:
-      BadInput: if there is no run.
-    """
+def stored_data(workdir: Path) -> DataSpec:
+    """Return what one element of a run's data is; BadInput if there is no run."""
     about = _read(workdir, _DATA)
-    return tuple(about["shape"]), about["num_classes"], tuple(about["class_names"])
-
-
-def stored_origin(workdir: Path) -> str:
-    """Return the SHA-256 of the autoencoder that made a run's latents, "" where its data are no latents.
-
-    Raises:
-      BadInput: if there is no run.
-    """
-    return _read(workdir, _DATA).get("origin", "")
+    classes = about["num_classes"], tuple(about["class_names"])
+    return DataSpec(tuple(about["shape"]), *classes, about.get("origin", ""))
 
 
 def _read(workdir: Path, name: str) -> dict[str, Any]:

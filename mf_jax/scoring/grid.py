@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, check_grid
+from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.optim import choose_ema
 
 NEWEST = -1
@@ -32,6 +33,10 @@ class Cell:
         """Return (omega, t_min, t_max)."""
         return self.omega, self.t_min, self.t_max
 
+    def plan(self, *, seed: int, batch_size: int) -> SamplePlan:
+        """Return how samples of this cell are drawn."""
+        return SamplePlan(self.steps, (), *self.guidance, seed, batch_size)
+
 
 def cells(config: ConfigDict) -> list[Cell]:
     """Return the cells that `eval` asks for, one checkpoint after the other; each once.
@@ -47,7 +52,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     emas = [choose_ema("eval.emas", name, known) for name in section.emas]
     guidances = [
         # no guidance has no interval
-        (float(omega), *map(float, interval)) if omega != 1 else (1.0, 0.0, 1.0)
+        (float(omega), *map(float, interval)) if omega != 1 else NO_GUIDANCE
         for omega in section.omegas
         for interval in section.intervals
     ]
