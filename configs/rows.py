@@ -1,0 +1,27 @@
+"""What the tables of configs share: how a row is chosen, and the settings of SoFlow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mf_jax.errors import check_known
+
+
+def choose(file: str, row: str, rows: Mapping[str, Any]) -> Any:
+    """Return the row that the command line names after the colon of `--config=configs/FILE:ROW`."""
+    check_known(f"--config={file}:ROW, ROW", row, rows)
+    return rows[row]
+
+
+def soflow(num_steps: int) -> dict[str, Any]:
+    """Return the settings of SoFlow: alpha-Flow from 0.1 to 0.002, without derivative.
+
+    Source: SoFlow, arXiv 2512.15657.
+    """
+    return {
+        "objective.name": "alpha_flow",
+        "objective.annealing": "exponential",
+        "objective.alpha_start": 0.1,
+        "objective.alpha_end": 0.002,
+        "objective.derivative_below": 0.0,
+        "objective.anneal_to": num_steps,
+    }
