@@ -29,12 +29,9 @@ def get_config() -> ConfigDict:
         toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
         autoencoder="sd-vae-ft-mse",  # latents: the autoencoder, by its published name or as a path
         copy_to="",  # latents: folder of each host that they are copied to before they are read; a bucket needs it
-        latent_mean=(
-            0.0,
-        ),  # latents: taken from each latent before training, one number or one a channel
-        latent_std=(
-            1 / 0.18215,
-        ),  # latents: divided by after that, one number or one a channel; above 0
+        # latents: taken from each latent, and what it is divided by then (above 0); one number or one a channel
+        latent_mean=(0.0,),  # as published for Stable Diffusion
+        latent_std=(1 / 0.18215,),  # as published for Stable Diffusion
     )
     config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
         input="",  # folder of class folders (train/ above or not), .tar or a folder of them, tfds:NAME (split_train)
@@ -63,11 +60,7 @@ def get_config() -> ConfigDict:
         prediction="velocity",  # what the network puts out: velocity | data (read as u = (z - x) / max(t, t_clip))
         t_clip=0.05,  # prediction=data: smallest time divided by, in (0, 1)
         channels=128,  # unet: channels of the first convolution
-        channel_multipliers=(
-            2,
-            2,
-            2,
-        ),  # unet: one for each level; each after the first halves the image
+        channel_multipliers=(2, 2, 2),  # unet: of each level; each after the first halves the image
         num_blocks=4,  # unet: residual blocks of a level
         attention_resolutions=(16,),  # unet: heights, in pixels, of the levels with attention
         dropout=0.0,  # unet: rate, in [0, 1)
@@ -123,7 +116,7 @@ def get_config() -> ConfigDict:
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     )
     config.init = section(
-        path="",  # --config.init.from: a run's workdir, or a published checkpoint; "" = start from the seed
+        path="",  # a run's workdir, or a published checkpoint; "" = start from the seed
         kind="run",  # what lies there: run | meanflow | imf | pmf
         which="",  # run: a decay of its ema.decays or none; published: params or ema_params; "" = the average
     )
@@ -144,9 +137,7 @@ def get_config() -> ConfigDict:
         clip_norm=0.0,  # clip gradients to this global norm; 0 = off
     )
     config.ema = section(
-        decays=(
-            0.9999,
-        ),  # one moving average of the parameters for each, all kept at once; each in [0, 1)
+        decays=(0.9999,),  # each in [0, 1): one moving average of the parameters for each
         halflives_kimg=(),  # and one for each half-life, in thousands of images; 500.0 is called 500kimg in sample.ema
     )
     config.log = section(
@@ -182,9 +173,7 @@ def get_config() -> ConfigDict:
         steps=(1, 2, 4, 8),  # network evaluations of a sample
         omegas=(1.0,),  # guidance scales, for a network that was told them
         intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
-        emas=(
-            "",
-        ),  # averages: decays, half-lives (500kimg), none = the raw parameters, "" = the first
+        emas=("",),  # averages: decays, half-lives (500kimg), none = raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
@@ -205,10 +194,6 @@ def get_config() -> ConfigDict:
         topology="v5e-16",  # plan: the machine, a key of mf_jax.bench.topologies.TOPOLOGIES
         utilisation=0.4,  # plan: share of the peak that a device reaches while it computes, in (0, 1]
     )
-    config.weights_dir = (
-        ""  # folder of published weights (--mode=weights fetches them); "" = $MF_WEIGHTS
-    )
-    config.cache_dir = (
-        ".cache"  # folder of the evaluation's classifiers, shared by runs; "" = the workdir
-    )
-    return config
+    config.weights_dir = ""  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
+    config.cache_dir = ".cache"  # of the evaluation's classifiers, shared by runs; "" = the workdir
+    return config.lock()  # a key that is not here is refused in a config file too

@@ -211,7 +211,7 @@ def _check_same_kind(generator: Generator, train: Source) -> None:
     )
     if ours != theirs:
         raise BadInput(
-            f"init.from={generator.ema}: its samples have {ours}, the data {theirs}; use the config of its own data"
+            f"init.path={generator.ema}: its samples have {ours}, the data {theirs}; use the config of its own data"
         )
 
 

@@ -152,7 +152,7 @@ def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> li
     if config.init.path and not run_folder.exists(workdir):
         if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
             raise BadInput(
-                "eval.checkpoints, eval.emas: the weights of init.from are one model; leave both out, or name another "
+                "eval.checkpoints, eval.emas: the weights of init.path are one model; leave both out, or name another "
                 "with --config.init.which"
             )
         return [dataclasses.replace(cell, checkpoint=0, ema="init") for cell in cells(config)]
@@ -170,7 +170,7 @@ def _with_steps(config: ConfigDict, workdir: epath.Path, steps: list[int]) -> li
 
 def _name(cell: Cell) -> str:
     """Return what a cell is called, in full."""
-    ema = {"init": "init.from", "none": "raw parameters"}.get(cell.ema, f"EMA {cell.ema}")
+    ema = {"init": "init.path", "none": "raw parameters"}.get(cell.ema, f"EMA {cell.ema}")
     guided = (
         f", omega {cell.omega:g} in [{cell.t_min:g}, {cell.t_max:g}]" if cell.omega != 1 else ""
     )

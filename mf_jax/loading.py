@@ -86,7 +86,7 @@ def _data_of_published(config: ConfigDict) -> DataSpec:
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
     """Load the run of a workdir for a command's config, which must describe the same run.
 
-    Where the workdir holds no run and `init.from` is set, the model is those weights as they are.
+    Where the workdir holds no run and `init.path` is set, the model is those weights as they are.
 
     Args:
       workdir: the run's folder.

@@ -1,6 +1,6 @@
 """Start from weights that exist: a published checkpoint, or another run of ours.
 
-`init.from` names the place and `init.kind` says what lies there: `run` for a workdir (a flow-matching run among them),
+`init.path` names the place and `init.kind` says what lies there: `run` for a workdir (a flow-matching run among them),
 or the kind of a published checkpoint (mf_jax/published). Parameters must fit the network by name and shape.
 """
 
@@ -33,7 +33,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     """Return the parameters that `init` names.
 
     Args:
-      config: `init.from` is not empty.
+      config: `init.path` is not empty.
       like: shapes of the parameters wanted; a second head that is not wanted is left out.
 
     Returns:
@@ -61,7 +61,7 @@ def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
     ours, others = (_scale(data) for data in (config.data, theirs.data))
     if ours != others:
         raise BadInput(
-            f"init.from={config.init.path}: its run was trained on {_told(others)}, this config is of {_told(ours)}; "
+            f"init.path={config.init.path}: its run was trained on {_told(others)}, this config is of {_told(ours)}; "
             "set data.name, data.latent_mean and data.latent_std as they were"
         )
 
@@ -127,6 +127,6 @@ def fit(params: PyTree, like: PyTree, *, where: str) -> PyTree:
     parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if parts:
         raise BadInput(
-            f"init.from={where}: its parameters do not fit the network; {'; '.join(parts)}"
+            f"init.path={where}: its parameters do not fit the network; {'; '.join(parts)}"
         )
     return unflatten_dict({name: found[name] for name in wanted}, sep="/")

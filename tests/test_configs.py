@@ -1,64 +1,221 @@
-"""Every config is small, explained and sound."""
+"""Every row of every config is sound, has the published network, and is what the docs print."""
 
 import ast
+import functools
 import importlib
+import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_published_configs import CONFIGS as PUBLISHED
-from test_published_configs import stand_in
+from recorded import FOLDER
 
-from mf_jax.config import validate
+from configs import cifar10, digits, imagenet
+from configs.default import get_config as defaults
+from mf_jax.bench.step import Noise
+from mf_jax.config import averages, make_network, validate
+from mf_jax.data import spec_of
+from mf_jax.models import parameter_shapes
+from mf_jax.scoring.grid import cells
+from mf_jax.step import NEVER, initial_state, make_train_step
+from mf_jax.train import step_parts
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "default")
-HARDLY_A_DELTA = 25
+ALONE = ("imagenet_b2", "pictures", "toy2d")
+PUBLISHED = {
+    **{f"imagenet:{row}": functools.partial(imagenet.get_config, row) for row in imagenet.ROWS},
+    **{f"cifar10:{row}": functools.partial(cifar10.get_config, row) for row in cifar10.ROWS},
+}
+CONFIGS = {
+    **PUBLISHED,
+    **{f"digits:{row}": functools.partial(digits.get_config, row) for row in digits.ROWS},
+    **{name: importlib.import_module(f"configs.{name}").get_config for name in ALONE},
+}
+COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
+EDM_UNET = 55_733_891 - 9 * 128
+"""What EDM prints for its U-Net, less its augmentation labels."""
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_is_a_small_delta_that_says_what_it_is_for(path):
-    tree = ast.parse(path.read_text())
-    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert function.end_lineno - function.lineno < HARDLY_A_DELTA
-    for word in ("Hardware:", "Command:"):
-        assert word in ast.get_docstring(tree)
+def stand_in(config):
+    """Return noise with the shape and the classes of the data of a published result."""
+    side = config.data.image_size
+    shape = (side // 8, side // 8, 4) if config.data.name == "latents" else (side, side, 3)
+    return Noise(shape, num_classes=0 if side == 32 else 1000)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_is_valid(path, tmp_path):
+_shapes_of = functools.cache(parameter_shapes)
+"""Several configs have the same network."""
+
+
+def _shapes(config, *, for_sampling=False):
+    source = stand_in(config)
+    network = make_network(config, spec_of(source), for_sampling=for_sampling)
+    return _shapes_of(network, source.shape)
+
+
+def _count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_every_config_is_valid_and_so_is_its_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("mf_jax.config.parameter_shapes", _shapes_of)
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    config = importlib.import_module(f"configs.{path.stem}").get_config()
-    config.data.path = str(tmp_path)
-    source = (
-        stand_in(path.stem, config) if path.stem in PUBLISHED else None
-    )  # their data are not here
-    assert len(validate(config, num_devices=1, source=source)) > 0
+    for name, get_config in CONFIGS.items():
+        config = get_config()
+        config.data.path = str(tmp_path)
+        is_published = name in PUBLISHED or name == "imagenet_b2"
+        source = stand_in(config) if is_published else None  # their data are not here
+        assert len(validate(config, num_devices=8 if is_published else 1, source=source)) > 0, name
+        grid = cells(config)
+        assert {cell.steps for cell in grid} == set(config.eval.steps), name
+        assert {cell.ema for cell in grid} <= set(averages(config)), name
+        if is_published:
+            data = "cifar10" if name.startswith("cifar10") else f"imagenet{config.data.image_size}"
+            assert config.eval.references == (f"data/{data}_reference.npz",), name
+            assert config.eval.num_samples == 50_000, name
+            if config.draws.omega_max > 1:  # the pictures of a run are drawn as it is evaluated
+                assert [cell.guidance for cell in grid] == [config.sample.guidance], name
+                assert config.sample.ema in ("", *config.eval.emas), name
 
 
-def test_every_key_has_a_comment():
+def test_every_config_file_says_what_it_is_for():
+    files = [p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("default", "rows")]
+    assert {path.stem for path in files} == {name.split(":")[0] for name in CONFIGS}
+    for path in files:
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert "Hardware:" in text, path
+        assert f"configs/{path.stem}.py" in text or path.stem == "digits", path
+
+
+def test_networks_have_the_published_size_and_rows_say_it():
+    for row in cifar10.ROWS:  # and an embedding of t - r beside that of t
+        second_time = 128 * 512 + 512 + 512 * 512 + 512
+        assert _count(_shapes(cifar10.get_config(row))) == EDM_UNET + second_time
+    for name, row in imagenet.ROWS.items():
+        config = imagenet.get_config(name)
+        kind, size, patch = re.split("[-/]", row.network)
+        sampled = _count(_shapes(config, for_sampling=True))
+        published = {"DiT": "DiT", "iMF": "imfDiT", "pMF": "pmfDiT"}[kind]
+        published = f"{published}_{size}_{patch}"
+        if kind == "DiT":
+            assert sampled == COUNTS[published], name
+        else:
+            trained = _shapes(config)
+            assert _count(trained) == COUNTS[f"{published}:training"], name
+            head = trained["v_head"] if kind == "iMF" else {}  # published in part, never read
+            dead = [head[key] for key in ("norm", "final") if key in head]
+            assert sampled + _count(dead) == COUNTS[f"{published}:sampling"], name
+        assert round(sampled / 1e6) == row.millions, name
+
+
+def test_rows_say_what_their_config_does():
+    for name, row in imagenet.ROWS.items():
+        config = imagenet.get_config(name)
+        epochs = config.train.num_steps * config.train.batch_size / imagenet.IMAGES
+        assert epochs == pytest.approx(row.epochs, abs=1e-3), name
+        guidance = config.guidance
+        if config.draws.omega_max > 1:
+            assert row.guidance == (config.eval.omegas[0], *config.eval.intervals[0]), name
+        elif guidance.kappa:
+            scale = guidance.omega / (1 - guidance.kappa)
+            assert row.guidance == pytest.approx((scale, 0.0, guidance.t_end)), name
+        else:
+            assert row.guidance == (), name
+        assert row.one or "No figure is published" in imagenet.NOTES[name], name
+    assert CONFIGS["imagenet_b2"]().to_dict() == imagenet.get_config("b2").to_dict()
+
+
+def test_the_docs_print_the_rows():
+    text = (ROOT / "docs" / "imagenet.md").read_text()
+    assert imagenet.page(text) == text, "stale; python -m configs.imagenet --write"
+    assert imagenet.page(text.replace("| 3.43 |", "| 3.34 |")) == text
+
+
+def test_a_misspelt_row_lists_the_nearest_and_all(command):
+    code, _, errors = command("--config=configs/imagenet.py:imf_xl")
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "did you mean imf_xl2?" in errors
+    assert ", ".join(imagenet.ROWS) in errors
+    code, _, errors = command("--config=configs/imagenet.py")
+    assert code == 2
+    assert ", ".join(imagenet.ROWS) in errors
+
+
+def _reduced(config):
+    """Return a config whose network is tiny, and data to fit."""
+    full = stand_in(config)
+    config.model.update(
+        depth=1, width=16, num_heads=2, channels=8, channel_multipliers=(1,), num_blocks=1
+    )
+    config.model.update(dtype="float32", patch_size=2, scan=False, remat="none")
+    if config.model.name == "in_context_dit":
+        config.model.head_depth = 1
+        config.model.bottleneck = 5 if config.model.size.startswith("pixel") else 0
+    config.train.batch_size = 4
+    return config, Noise((4, 4, full.shape[-1]), num_classes=full.num_classes and 3)
+
+
+def _step(config):
+    """Return the step of a tiny copy, its state and its batch."""
+    config, source = _reduced(config)
+    parts, rng = step_parts(config, source), np.random.default_rng(0)
+    drawn = jax.tree.map(  # without compiling anything
+        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype),
+        parameter_shapes(parts.network, parts.shape),
+    )
+    batch = source.gather(np.arange(4))
+    return make_train_step(parts), initial_state(parts, drawn), batch
+
+
+def test_a_step_of_a_tiny_copy_has_the_shapes_of_its_state():
+    for name in ("b2", "fm_b2", "soflow_b2", "alphaflow_xl2", "imf_b2"):
+        step, state, batch = _step(imagenet.get_config(name))
+        after = jax.eval_shape(step, state, batch.x, batch.labels)
+        like = jax.eval_shape(lambda state: state, state)
+        assert after.params == like.params, name
+        assert after.ema == like.ema, name
+        assert after.opt_state == like.opt_state, name
+
+
+@pytest.mark.parametrize("name", ["imagenet:pmf_b16", "cifar10:"])
+def test_a_step_of_a_tiny_copy_trains(name):
+    step, before, batch = _step(PUBLISHED[name]())
+    after = jax.jit(step)(before, batch.x, batch.labels)
+    assert int(after.first_bad_step) == NEVER
+    assert jnp.isfinite(after.metrics["loss"].total)
+    for moved in (after.params, *after.ema.values()):
+        assert any(
+            jnp.any(a != b)
+            for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(moved), strict=True)
+        )
+
+
+def test_every_key_has_a_comment_and_a_default_that_the_command_line_can_override():
     lines = (ROOT / "configs" / "default.py").read_text().splitlines()
     inside = [line for line in lines if line.startswith("        ") and "=" in line]
     assert len(inside) > 40
     assert [line for line in inside if "#" not in line] == []
-
-
-def test_no_default_is_none():
-    """The command line could not override it."""
-    config = importlib.import_module("configs.default").get_config()
-    assert all(
-        value is not None
-        for section in config.to_dict().values()
-        if isinstance(section, dict)
-        for value in section.values()
-    )
+    sections = [v for v in defaults().to_dict().values() if isinstance(v, dict)]
+    assert all(value is not None for section in sections for value in section.values())
 
 
 def test_no_dead_option():
-    """Every key is read somewhere: as an attribute of the config, or as an argument of what its section builds."""
+    """Every key is read: as an attribute of the config, or as an argument of what a section builds."""
     code = "\n".join(path.read_text() for path in (ROOT / "mf_jax").rglob("*.py"))
-    config = importlib.import_module("configs.default").get_config()
-    keys = [key for section in config.values() if hasattr(section, "keys") for key in section]
+    keys = [
+        key
+        for section in defaults().to_dict().values()
+        if isinstance(section, dict)
+        for key in section
+    ]
     assert [key for key in keys if not re.search(rf"\b{key}\b", code)] == []
+
+
+def test_a_config_file_cannot_add_a_key():
+    with pytest.raises(AttributeError, match="lrr"):
+        defaults().optim.lrr = 1.0

@@ -275,7 +275,7 @@ def test_rows_of_a_job_beside_are_kept(few_features, copy_of_trained, command, m
 
 
 def test_other_weights_are_another_row(few_features, copy_of_trained, command, tmp_path):
-    """Of a run that was trained anew, and of init.from whatever it stands for."""
+    """Of a run that was trained anew, and of init.path whatever it stands for."""
     looks, reference = few_features
     one = (*ARGUMENTS, _references(reference), "--config.eval.steps=1,")
     assert command(*one, f"--workdir={copy_of_trained}")[0] == 0
@@ -293,7 +293,7 @@ def test_other_weights_are_another_row(few_features, copy_of_trained, command, t
     assert len({row["fid"] for row in _rows(copy_of_trained)}) == 2
 
     elsewhere = tmp_path / "elsewhere"
-    started = (*one, f"--workdir={elsewhere}", f"--config.init.from={copy_of_trained}")
+    started = (*one, f"--workdir={elsewhere}", f"--config.init.path={copy_of_trained}")
     for more in ((), ("--config.init.which=none",), ("--config.model.prediction=data",)):
         code, _, errors = command(*started, *more)
         assert code == 0, errors

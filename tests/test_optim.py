@@ -16,6 +16,7 @@ from mf_jax.errors import BadInput
 from mf_jax.models import DiT, InContextDiT, UNet, initial_params
 from mf_jax.models.blocks import stack_blocks
 from mf_jax.optim import (
+    choose_ema,
     decay_of,
     learning_rate,
     make_optimizer,

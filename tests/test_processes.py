@@ -168,7 +168,7 @@ def test_what_one_host_lacks_is_told_by_every_process(continued, tmp_path):
     for index in range(2):
         hosts(index).mkdir()
     mf_jax.load(workdir).export(hosts(0) / "weights.npz", kind="meanflow")
-    start = ("--config.init.from=weights.npz", "--config.init.kind=meanflow")
+    start = ("--config.init.path=weights.npz", "--config.init.kind=meanflow")
     config = f"--config={ROOT}/configs/digits.py"
     said = Job(
         2, config, *SHARDED[1:], "--workdir=run", "--mode=sample", *start, cwd=hosts

@@ -116,7 +116,7 @@ def test_a_flow_matching_network_is_a_flow_map_when_its_last_blocks_see_r(tmp_pa
 
 def test_command_line_samples_and_scores_weights_without_a_run(trained, tmp_path, command):
     mf_jax.load(trained).export(tmp_path / "weights.npz", kind="meanflow")
-    start = (f"--config.init.from={tmp_path / 'weights.npz'}", "--config.init.kind=meanflow")
+    start = (f"--config.init.path={tmp_path / 'weights.npz'}", "--config.init.kind=meanflow")
     for mode in ("sample", "eval"):
         arguments = (
             "--config=configs/digits.py",
@@ -146,7 +146,7 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path, comma
         "--config=configs/digits.py",
         "--mode=sample",
         f"--workdir={tmp_path}",
-        f"--config.init.from={FOLDER / 'official_checkpoint_meanflow'}",
+        f"--config.init.path={FOLDER / 'official_checkpoint_meanflow'}",
         "--config.init.kind=meanflow",
         "--config.data.name=latents",
         f"--config.data.autoencoder={FOLDER / 'vae'}",
@@ -187,11 +187,11 @@ def test_training_from_published_names_and_from_a_wrong_place(trained, tmp_path,
         *TINY,
         "--config.init.kind=meanflow",
     )
-    code, _, errors = command(*arguments, f"--config.init.from={tmp_path / 'weight.npz'}")
+    code, _, errors = command(*arguments, f"--config.init.path={tmp_path / 'weight.npz'}")
     assert code == 2
     assert "weight.npz" in errors
     assert not (tmp_path / "run").exists()
-    code, _, errors = command(*arguments, f"--config.init.from={tmp_path / 'weights.npz'}")
+    code, _, errors = command(*arguments, f"--config.init.path={tmp_path / 'weights.npz'}")
     assert code == 0, errors
 
 
