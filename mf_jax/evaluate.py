@@ -23,7 +23,7 @@ from rich.table import Table
 from mf_jax import fid, metrics
 from mf_jax.config import check_numbers, check_tuples, make_objective, make_scheme, validate
 from mf_jax.data import Batch, Source, make_source, read
-from mf_jax.decoding import to_pixels
+from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.errors import BadInput
 from mf_jax.flow import diagnostics
 from mf_jax.flow.records import NO_LABEL, Rows
@@ -115,7 +115,7 @@ class VectorScores:
 
 def _as_quantised(x: Shaped[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
     """Return images as they are after being stored in bytes, so that real and generated ones are treated alike."""
-    return to_pixels(x).astype(np.float32) / np.float32(127.5) - 1
+    return from_pixels(to_pixels(x))
 
 
 def diagnose(generator: Generator, source: Source, *, seed: int) -> Scores:

@@ -19,9 +19,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.decoding import QUANTISATION, load_decoder
+from mf_jax.data.pixels import QUANTISATION
 from mf_jax.errors import BadInput
-from mf_jax.generator import Generator
+from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.metrics.inception import load_inception
 from mf_jax.metrics.reference_file import count_pictures, read_pictures

@@ -1,4 +1,4 @@
-"""A trained model that can be sampled: what sampling, evaluation, sample grids and notebooks share."""
+"""A trained model that can be sampled, and the decoder that turns its latents into pictures."""
 
 import dataclasses
 import functools
@@ -7,31 +7,78 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
+from etils import epath
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax.config import make_objective
-from mf_jax.decoding import Decoder, load_decoder, pixels_of
+from mf_jax.data.pixels import to_pixels
 from mf_jax.errors import BadInput
-from mf_jax.flow import sampler as samplers
+from mf_jax.flow import sampler
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
+from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
 from mf_jax.models.blocks import unstack_blocks
 from mf_jax.published.checkpoints import write_published
+from mf_jax.published.fetch import find_weights, verify
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
+_ROWS_AT_ONCE = 8
+"""Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
+Labels = Sequence[int] | Int[np.ndarray, "n"] | None
 
-def all_classes_in_turn(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
-    """Return labels 0, 1, ..., 0, 1, ... `[num]`, as balanced as can be; `NO_LABEL` without classes."""
-    return (np.arange(num) % num_classes if num_classes else np.full(num, NO_LABEL)).astype(
-        np.int32
-    )
+
+@flax.struct.dataclass
+class Decoder:
+    """An autoencoder, and the scale of its latents.
+
+    mean, std: taken from latents and divided by before training, `[C]` or `[1]`.
+    """
+
+    autoencoder: Autoencoder
+    mean: Float32[Array, "_"]
+    std: Float32[Array, "_"]
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 3"]:
+        """Return the pictures, about in [-1, 1], of latents as a network generates them."""
+
+        def decode(row: Array) -> Array:
+            return self.autoencoder.decode((row * self.std + self.mean)[None])[0]
+
+        return jax.lax.map(decode, x, batch_size=_ROWS_AT_ONCE)
+
+
+def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
+    """Return the decoder of a run's latents, or None if its network generates pictures or vectors.
+
+    Args:
+      config: of the run.
+      origin: SHA-256 of the autoencoder that made the latents, "" where it is not known.
+    """
+    if config.data.name != "latents":
+        return None
+    path = find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
+    autoencoder = _read(str(path))
+    verify(config.data.autoencoder, autoencoder.sha256)
+    if origin not in ("", autoencoder.sha256):
+        raise BadInput(
+            f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 {autoencoder.sha256}, "
+            f"but the run's latents come from {origin}; use the autoencoder that made them"
+        )
+    scale = (config.data.latent_mean, config.data.latent_std)
+    return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
+
+
+@functools.lru_cache(1)
+def _read(path: str) -> Autoencoder:
+    return load_autoencoder(epath.Path(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +91,7 @@ class Generator:
       params: its parameters.
       spec: of one sample.
       step: training steps behind the parameters.
-      ema: which moving average they are, or `none`.
+      ema: name of the moving average that they are, or `none`.
     """
 
     config: ConfigDict
@@ -56,7 +103,7 @@ class Generator:
 
     def sample(
         self,
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
+        labels: Labels = None,
         *,
         num: int | None = None,
         plan: SamplePlan = ONE_STEP,
@@ -69,30 +116,26 @@ class Generator:
         Args:
           labels: classes, one for each sample, -1 for none; by default all classes in turn.
           num: number of samples; by default one for each label. Labels are repeated to reach it.
-          plan: how to sample.
-          changes: to the plan, by the names of its fields, e.g. `steps=2, seed=1`; or guidance=(omega, t_min, t_max).
+          plan: steps, times, guidance, seed and batch size.
+          changes: fields of the plan, such as steps=2 or seed=1, and guidance=(omega, t_min, t_max).
         """
         convert = self.pixels if self.spec.is_picture else on_host
-        return self._gather(convert, labels, num, plan.replace(**changes))
+        return self._collect(convert, labels, num, plan.replace(**changes))
 
     def sample_raw(
         self,
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
+        labels: Labels = None,
         *,
         num: int | None = None,
         plan: SamplePlan = ONE_STEP,
         **changes: Any,
     ) -> Float[np.ndarray, "n ..."]:
-        """Return samples as `sample` does, but float32 as in training: not rounded, latents as they are."""
-        return self._gather(on_host, labels, num, plan.replace(**changes))
+        """Return samples as the network makes them, float32, not rounded, not decoded; see `sample`."""
+        return self._collect(on_host, labels, num, plan.replace(**changes))
 
-    def _gather(
-        self,
-        convert: Callable[[Array], Array],
-        labels: Sequence[int] | Int[np.ndarray, "n"] | None,
-        num: int | None,
-        plan: SamplePlan,
-    ) -> np.ndarray:
+    def _collect(
+        self, convert: Callable[[Array], Array], labels: Labels, num: int | None, plan: SamplePlan
+    ) -> Shaped[np.ndarray, "n ..."]:
         labels = self.labels_for(labels, num)
         samples = [on_host(convert(x)) for x, _ in self.batches(labels, plan)]
         return np.concatenate(samples)[: len(labels)]
@@ -100,14 +143,13 @@ class Generator:
     def batches(
         self, labels: Int[np.ndarray, "n"], plan: SamplePlan
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
-        """Yield samples on the devices, batch by batch, and their numbers; see `sample`.
+        """Yield samples on the devices, batch by batch, and their numbers.
 
-        All batches have the same size, a multiple of the number of devices. In the last one rows with a number of
-        len(labels) or more are padding.
+        All batches have one size, a multiple of the number of devices. Numbers from len(labels) on are padding.
         """
         plan.check_guidable(self.config.draws.omega_max)
         size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
-        sharding = batch_sharding(self.mesh)
+        place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
             x = _sample(
@@ -118,8 +160,8 @@ class Generator:
                 plan.seed,
                 jnp.asarray(plan.grid, jnp.float32),
                 jnp.asarray(plan.guidance, jnp.float32),
-                jax.device_put(index, sharding),
-                jax.device_put(labels[np.minimum(index, len(labels) - 1)], sharding),
+                place(index),
+                place(labels[np.minimum(index, len(labels) - 1)]),
             )
             yield x, index
 
@@ -130,20 +172,14 @@ class Generator:
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
-        """What turns its latents into pictures; None where the network generates pictures or vectors."""
+        """The decoder of its latents; None where the network generates pictures or vectors."""
         return load_decoder(self.config, origin=self.spec.origin)
 
     def pixels(self, x: Float[Array, "b ..."]) -> UInt8[Array, "b h w c"]:
-        """Return samples of `batches` as pictures of bytes, on the devices.
+        """Return samples of `batches` as pictures of bytes, on the devices."""
+        return _pixels(self.mesh, self.decoder, x)
 
-        Raises:
-          BadInput: if the autoencoder of latents is missing, or another one than that of the run.
-        """
-        return pixels_of(self.mesh, self.decoder, x)
-
-    def labels_for(
-        self, labels: Sequence[int] | Int[np.ndarray, "n"] | None, num: int | None = None
-    ) -> Int[np.ndarray, "n"]:
+    def labels_for(self, labels: Labels, num: int | None = None) -> Int[np.ndarray, "n"]:
         """Return the label of each of num samples, int32 `[num]`; see `sample`."""
         given = np.asarray([] if labels is None else labels, np.int32).ravel()
         num = len(given) if num is None and len(given) else num
@@ -151,8 +187,9 @@ class Generator:
             raise BadInput(f"num={num}: must be at least 1; give num or labels")
         has_null = self.config.draws.label_drop_share > 0
         self.spec.check_labels(given.tolist(), has_null=has_null)
-        classes = self.spec.num_classes
-        return np.resize(given, num) if len(given) else all_classes_in_turn(num, classes)
+        if not len(given):
+            given = np.arange(self.spec.num_classes) if self.spec.num_classes else [NO_LABEL]
+        return np.resize(given, num).astype(np.int32)
 
     def average_velocity(
         self,
@@ -162,7 +199,7 @@ class Generator:
         t: float,
         labels: Int[np.ndarray, "n"] | None = None,
     ) -> Float[np.ndarray, "n ..."]:
-        """Return u(z, r, t) for points z `[N, ...]`, without labels by default."""
+        """Return u(z, r, t), without labels by default."""
         labels = np.full(len(z), NO_LABEL, np.int32) if labels is None else labels
         r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
         return np.asarray(
@@ -170,14 +207,11 @@ class Generator:
         )
 
     def export(self, path: str | Path, *, kind: str) -> None:
-        """Write the parameters under the names of a published checkpoint, for programs that read those.
+        """Write the parameters under the names of a published checkpoint.
 
         Args:
           path: a `.npz` or `.safetensors` file.
           kind: `meanflow` (a dit), `imf` or `pmf` (an in_context_dit), as the network is.
-
-        Raises:
-          BadInput: if the network is of another kind, or the path is no such file.
         """
         params = unstack_blocks(jax.device_get(self.params))
         write_published(path, kind, params, patch_size=self.config.model.patch_size)
@@ -197,16 +231,12 @@ def _sample(
 ) -> Array:
     key = jax.random.key(seed)
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
-    told = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
+    scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
+    condition = Condition(labels, guidance=scale)
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
-        return samplers.sample(
-            as_field(network),
-            params,
-            e,
-            Condition(labels, guidance=told),
-            times=times,
-            learns_average=learns_average,
+        return sampler.sample(
+            as_field(network), params, e, condition, times=times, learns_average=learns_average
         )
 
 
@@ -216,3 +246,19 @@ def _evaluate(
 ) -> Array:
     with jax.default_matmul_precision("highest"):
         return as_field(network)(params, z, r=r, t=t, condition=Condition(labels)).u
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> Array:
+    """Return bytes; each device decodes its own rows."""
+    if decoder is not None:
+        rows = batch_sharding(mesh).spec
+        decode = jax.shard_map(
+            lambda decoder, x: decoder(x),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows),
+            out_specs=rows,
+            check_vma=False,
+        )
+        x = decode(decoder, x)
+    return to_pixels(x)

@@ -1,25 +1,34 @@
-"""From a workdir, or from weights that exist, to a model that can be sampled."""
+"""From weights that exist to a model: those of a run, or published ones that `init` names.
+
+`init.path` names the place. `init.kind` says what lies there: `run` for a workdir, or the kind of a published
+checkpoint. Parameters must fit the network by name and shape.
+"""
+
+import contextlib
 
 import jax
 import numpy as np
 from etils.epath import Path, PathLike
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_network
-from mf_jax.decoding import load_decoder
-from mf_jax.errors import check_known
+from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
-from mf_jax.generator import Generator
+from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
+from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.optim import choose_ema
-from mf_jax.published.checkpoints import describe_published
+from mf_jax.published.checkpoints import describe_published, listed, load_published
+from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.sharding import make_mesh
+from mf_jax.runtime.sharding import make_mesh, placed
 from mf_jax.scoring.grid import NEWEST
-from mf_jax.warm_start import INIT_KINDS, fit, load_weights, restore_run
+
+INIT_KINDS = ("run", *KINDS)
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
@@ -28,59 +37,9 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
     Args:
       workdir: the run's folder.
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
-
-    Returns:
-      The generator.
-
-    Raises:
-      BadInput: if there is no run or no checkpoint, or the run has no such moving average.
     """
     folder = Path(workdir)
-    config = run_folder.stored_config(folder)
-    return load_as(folder, config, ema=choose_ema("ema", ema, averages(config)))
-
-
-def load_as(folder: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
-    """Load a checkpoint of a workdir, by default the newest, as the model that a config describes; see `load`."""
-    spec = run_folder.stored_data(folder)
-    network = make_network(config, spec, for_sampling=True)
-    step, params = restore_run(folder, config, ema, step)
-    params = fit(params, parameter_shapes(network, spec.shape), where=str(folder))
-    return Generator(config, network, params, spec, step, ema)
-
-
-def load_initial(config: ConfigDict) -> Generator:
-    """Return the weights that `init` names as a model that no run of ours has trained, at step 0.
-
-    What they were trained on need not be there: a run tells the shape of its data, published weights tell theirs
-    together with `data.image_size`.
-
-    Args:
-      config: describes the network, and the data that it was trained on.
-
-    Raises:
-      BadInput: if the weights cannot be read, or do not fit the network.
-    """
-    path = config.init.path
-    check_known("init.kind", config.init.kind, INIT_KINDS)
-    with processes.together():
-        is_run = config.init.kind == "run"
-        spec = run_folder.stored_data(Path(path)) if is_run else _data_of_published(config)
-    network = make_network(config, spec, for_sampling=True)
-    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(load_weights(config, parameter_shapes(network, spec.shape)), everywhere)
-    return Generator(config, network, params, spec, 0, path)
-
-
-def _data_of_published(config: ConfigDict) -> DataSpec:
-    """Return what a published network generates; its classes are called by their numbers."""
-    init = config.init
-    channels, num_classes = describe_published(
-        init.path, init.kind, section=init.which or "ema_params"
-    )
-    decoder = load_decoder(config, origin="")
-    side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
-    return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
+    return _load_run(folder, run_folder.stored_config(folder), ema)
 
 
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
@@ -91,11 +50,8 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
     Args:
       workdir: the run's folder.
       config: of the command.
-      ema: a name of `choose_ema`.
+      ema: as `load` takes it.
       step: of the checkpoint; None for the newest.
-
-    Raises:
-      BadInput: as `load`, or if the config describes another run.
     """
     if config.init.path and not run_folder.exists(workdir):
         generator = load_initial(config)
@@ -104,7 +60,7 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
     with processes.together():
         run_folder.check(workdir, config)
         run_folder.check_writable(workdir)
-    return load_as(workdir, config, ema=ema, step=step)
+    return _load_run(workdir, config, ema, step)
 
 
 def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> Generator:
@@ -118,3 +74,120 @@ def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
     if config.eval.labels == "random" and classes:
         return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
     return generator.labels_for(None, num)
+
+
+def load_initial(config: ConfigDict) -> Generator:
+    """Return the weights that `init` names as a model at step 0; their data need not be there."""
+    path = config.init.path
+    check_known("init.kind", config.init.kind, INIT_KINDS)
+    with processes.together():
+        is_run = config.init.kind == "run"
+        spec = run_folder.stored_data(Path(path)) if is_run else _published_spec(config)
+    network = make_network(config, spec, for_sampling=True)
+    params = load_weights(config, parameter_shapes(network, spec.shape))
+    return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
+
+
+def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
+    """Return the parameters that `init` names, float32.
+
+    Args:
+      config: with an `init.path`.
+      like: shapes of the parameters wanted; a second head that is not wanted is left out.
+    """
+    path, kind, which = config.init.path, config.init.kind, config.init.which
+    check_known("init.kind", kind, INIT_KINDS)
+    if kind != "run":
+        plain = jax.eval_shape(unstack_blocks, like)
+        with processes.together():
+            published = load_published(path, kind, plain, section=which or "ema_params")
+        return laid_out_like(published, like)
+    with processes.together():
+        theirs = run_folder.stored_config(Path(path))
+        _check_latents(config, theirs)
+    ema = choose_ema("init.which", which, averages(theirs))
+    return _fit(_restore(Path(path), theirs, ema)[1], like, path)
+
+
+def _load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:
+    ema, spec = choose_ema("ema", ema, averages(config)), run_folder.stored_data(folder)
+    network = make_network(config, spec, for_sampling=True)
+    step, params = _restore(folder, config, ema, step)
+    params = _fit(params, parameter_shapes(network, spec.shape), str(folder))
+    return Generator(config, network, params, spec, step, ema)
+
+
+def _published_spec(config: ConfigDict) -> DataSpec:
+    """Return what a published network generates; its classes are called by their numbers."""
+    init = config.init
+    channels, num_classes = describe_published(
+        init.path, init.kind, section=init.which or "ema_params"
+    )
+    decoder = load_decoder(config, origin="")
+    side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
+    return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
+
+
+def _everywhere() -> NamedSharding:
+    return NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+
+
+def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
+    """Raise BadInput if only one of two runs is on latents, or theirs have another scale."""
+    ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
+    if ours != others:
+        raise BadInput(
+            f"init.path={config.init.path}: its run was trained on {others}, this config is of {ours}; "
+            "set data.name, data.latent_mean and data.latent_std as they were"
+        )
+
+
+def _latent_scale(data: ConfigDict) -> str:
+    if data.name != "latents":
+        return "no latents"
+    # one number where all channels have the same
+    mean, std = (
+        [float(x) for x in (values[:1] if len(set(values)) == 1 else values)]
+        for values in (data.latent_mean, data.latent_std)
+    )
+    return f"latents, mean {mean}, std {std}"
+
+
+def _restore(
+    folder: Path, config: ConfigDict, ema: str, step: int | None = None
+) -> tuple[int, PyTree]:
+    """Return the step and the parameters of a run's checkpoint, on every device."""
+    from mf_jax.runtime.checkpoint import Checkpoints  # brings Orbax
+
+    spec, names = run_folder.stored_data(folder), averages(config)
+    like = parameter_shapes(make_network(config, spec), spec.shape)
+    like = placed(like, jax.tree.map(lambda _: _everywhere(), like))
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        return checkpoints.restore_params(like, ema=ema, names=names, step=step)
+
+
+def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
+    """Return the parameters that a network has, its blocks laid out as it has them.
+
+    Args:
+      params: found; a second head may be left over.
+      like: shapes of those wanted.
+      where: they were found, for the error, which lists missing, extra and misshapen ones.
+    """
+    params = laid_out_like(params, like)
+    found, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "extra": [name for name in found if name not in wanted and not name.startswith("v_head/")],
+        "misshapen": [
+            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in found and np.shape(found[name]) != wanted[name].shape
+        ],
+    }
+    parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if parts:
+        raise BadInput(
+            f"init.path={where}: its parameters do not fit the network; {'; '.join(parts)}"
+        )
+    return unflatten_dict({name: found[name] for name in wanted}, sep="/")

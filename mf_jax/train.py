@@ -1,11 +1,11 @@
 """--mode=train: from a config to a trained model in a workdir.
 
-1. Everything that can be wrong with the config is said before anything is written.
-2. The newest undamaged checkpoint is restored; without one, the state starts from the seed.
-3. Each step's batch and random numbers are pure functions of (seed, step), so a continued run repeats the one that was
+1. Everything wrong with the config is reported before anything is written.
+2. The newest undamaged checkpoint is restored; without one, the state starts from the seed or from `init`.
+3. Each step's batch and random numbers are pure functions of (seed, step). A continued run repeats the run that was
    never stopped bit for bit, its metrics included.
-4. One compiled step, with the state donated, until the last step or SIGTERM; the host waits for the device only to log,
-   to draw sample grids and to save.
+4. One compiled step runs, with the state donated, until the last step or SIGTERM. The host waits for the device only
+   to log, to draw sample grids and to save.
 5. A metric that is not finite stops the run before anything is saved.
 """
 
@@ -36,22 +36,21 @@ from mf_jax.config import (
     validate,
 )
 from mf_jax.data import Source, make_batches, read, spec_of
-from mf_jax.decoding import load_decoder
 from mf_jax.errors import BadInput
-from mf_jax.generator import Generator
+from mf_jax.generator import Generator, load_decoder
+from mf_jax.loading import load_weights
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import make_optimizer
 from mf_jax.published.fetch import find_weights
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_scatter
-from mf_jax.reporting.run_log import NoLog, RunLog
+from mf_jax.reporting.run_log import RunLog
 from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
-from mf_jax.warm_start import load_weights
 
 _GRID_SAMPLES = 100
 _SCATTER_SAMPLES = 5000
@@ -69,22 +68,17 @@ def run(config: ConfigDict, workdir: Path) -> int:
       workdir: its folder, made if missing; one for all processes of a job.
 
     Returns:
-      The exit code: 0, or `job.stopped_exit_code` if it was told to stop.
-
-    Raises:
-      BadInput: for anything wrong with the config, the data or the workdir; nothing has been written then.
-      TrainingDiverged: if a metric stops being finite.
+      The exit code: 0, or `job.stopped_exit_code` after a signal to stop.
     """
     with processes.together():
         source = validate(config, num_devices=jax.device_count())
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        can_draw = _can_draw(config, source)
+    can_draw = all(processes.from_all(can_draw))  # drawing takes every process
     parts = step_parts(config, source)
     weights = None
     if config.init.path and not run_folder.exists(workdir):  # before anything is written
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-    with processes.together():
-        can_draw = _can_draw(config, source)
-    can_draw = all(processes.from_all(can_draw))  # drawing takes every process
     with run_folder.own(workdir, config, spec_of(source), len(source)), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = _first_state(config, parts, mesh, checkpoints, weights)
@@ -92,12 +86,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop, can_draw)
         if processes.is_first():
             write_report(workdir)
-    complete = done == config.train.num_steps
-    print(
-        f"trained {done} steps"
-        if complete
-        else f"stopped at step {done}; the same command continues"
-    )
+    is_complete = done == config.train.num_steps
+    stopped = f"stopped at step {done}; the same command continues"
+    print(f"trained {done} steps" if is_complete else stopped)
     run_folder.tell(
         workdir,
         metrics="metrics.jsonl",
@@ -106,11 +97,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
         pictures="samples",
         report="report.html",
     )
-    return 0 if complete else config.job.stopped_exit_code
+    return 0 if is_complete else config.job.stopped_exit_code
 
 
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
-    """Return what the training step of a config on a data source is made of."""
+    """Return the parts of the training step of a config on a data source."""
     return StepParts(
         network=make_network(config, spec_of(source)),
         shape=source.shape,
@@ -133,7 +124,7 @@ def _first_state(
     checkpoints: Checkpoints,
     weights: PyTree | None = None,
 ) -> TrainState:
-    """Return the newest undamaged state, or that of the weights of `init` (read already, or not), or of the seed."""
+    """Return the newest undamaged state, or one from the weights of `init` (perhaps read already), or the seed's."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
     restored = checkpoints.restore_state(placed(shapes, shardings))
@@ -171,50 +162,52 @@ def _loop(
     stop: Callable[[int], bool],
     can_draw: bool,
 ) -> int:
-    """Train to the last step or until told to stop; return the number of steps done."""
-    num_steps = config.train.num_steps
-    start = done = int(state.step)
+    """Train to the last step or a signal to stop; return the number of steps done."""
+    train, start, num_steps = config.train, int(state.step), config.train.num_steps
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
     schedule = make_schedule(config)
     batches = make_batches(
         source,
-        batch_size=config.train.batch_size,
+        batch_size=train.batch_size,
         seed=config.seed,
         start_step=start,
         flip=config.data.flip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    open_log = RunLog if processes.is_first() else NoLog
-    with open_log(
-        workdir,
-        num_steps=num_steps,
-        start_step=start,
-        batch_size=config.train.batch_size,
-        show_progress=config.log.progress,
-    ) as log:
+    with contextlib.ExitStack() as stack:
+        log = None
+        if processes.is_first():
+            log = RunLog(
+                workdir,
+                num_steps=num_steps,
+                start_step=start,
+                batch_size=train.batch_size,
+                show_progress=config.log.progress,
+            )
+            stack.enter_context(log)
+        done = start
         for done in range(start + 1, num_steps + 1):
-            batch = next(batches)
-            state = train_step(state, *put_batch(mesh, (batch.x, batch.labels)))
-            log.advance(done)
-            is_last = done == num_steps
-            if done % config.train.log_every_steps == 0 or is_last:
-                metrics = _read_metrics(state, checkpoints) | {
-                    "learning_rate": float(schedule(done - 1))
-                }
-                log.write(done, metrics)
-                log.advance(done, metrics=metrics)
+            state = train_step(state, *put_batch(mesh, tuple(next(batches))))
+            is_last, is_stopped = done == num_steps, stop(done)
+            if log:
+                log.advance(done)
+            if is_last or done % train.log_every_steps == 0:
+                metrics = _read_metrics(state, checkpoints)
+                if log:
+                    log.write(done, metrics | {"learning_rate": float(schedule(done - 1))})
             every = config.log.sample_every_steps
             if can_draw and (is_last or (every and done % every == 0)):
                 picture = _draw(config, workdir, source, parts, state, done)
-                log.picture("samples", done, picture)
-            is_stopped = stop(done)
+                if log:
+                    log.picture("samples", done, picture)
             if is_last or is_stopped or done % config.checkpoint.every_steps == 0:
                 _check_finite(state, checkpoints)
                 checkpoints.save(state)
             if is_stopped and not is_last:
-                log.message(f"told to stop: saving step {done}")
+                if log:
+                    log.message(f"told to stop: saving step {done}")
                 break
     return done
 
@@ -225,13 +218,11 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
         return
     metrics = jax.device_get(state.metrics)
     names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))
-    saved = (
-        f"the checkpoint of step {checkpoints.steps[-1]} is intact"
-        if checkpoints.steps
-        else "no checkpoint yet"
-    )
+    intact = "no checkpoint yet"
+    if checkpoints.steps:
+        intact = f"the checkpoint of step {checkpoints.steps[-1]} is intact"
     raise TrainingDiverged(
-        f"step {step}: {names} not finite; {saved}; try a lower optim.lr, a longer optim.warmup_steps or "
+        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer optim.warmup_steps or "
         "optim.clip_norm=1 in another workdir"
     )
 
@@ -244,16 +235,14 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
 
 
 def _can_draw(config: ConfigDict, source: Source) -> bool:
-    """Return whether samples can be shown: those of latents need the autoencoder, without which training goes on."""
+    """Return whether samples can be shown: latents need their autoencoder, without which training goes on."""
     if source.stored:
         try:
             find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
         except BadInput as problem:
             print(f"no pictures of samples while training: {problem}")
             return False
-        load_decoder(
-            config, origin=source.stored.origin
-        )  # raises for another autoencoder than that of the latents
+        load_decoder(config, origin=source.stored.origin)  # raises for another autoencoder
     return True
 
 
@@ -265,14 +254,14 @@ def _draw(
     state: TrainState,
     done: int,
 ) -> Path:
-    """Write the picture of this step's samples, drawn with the first moving average (or else the raw parameters)."""
+    """Write the picture of this step's samples, of the first moving average if there is one."""
     ema = parts.ema_names[0] if parts.ema_names else "none"
     params = state.ema[ema] if parts.ema_names else state.params
     generator = Generator(config, parts.network, params, spec_of(source), step=done, ema=ema)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
     plan = sample_plan(config)
-    if len(source.shape) == 3:
+    if generator.spec.is_picture:
         labels = few_classes(_GRID_SAMPLES, source.num_classes)
         samples = generator.sample(labels, plan=plan)
         if processes.is_first():
@@ -280,9 +269,8 @@ def _draw(
     else:
         points = generator.sample(num=_SCATTER_SAMPLES, plan=plan)
         if processes.is_first():
-            save_scatter(
-                path, points, read(source, _SCATTER_SAMPLES).x, title=f"samples at step {done}"
-            )
+            data = read(source, _SCATTER_SAMPLES).x
+            save_scatter(path, points, data, title=f"samples at step {done}")
     return path
 
 
@@ -290,13 +278,10 @@ def _draw(
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
     """Turn SIGTERM, and the first Ctrl-C, into the wish to end after the step at hand and to save.
 
-    Yields:
-      What says after each step, called with the number of steps done, whether to stop; at the same on all processes.
+    Yields a function that says after each step, given the steps done, whether to stop; the same on all processes.
     """
     stop = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may catch signals
+    if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
         yield lambda done: stop.is_set()
         return
 
@@ -308,17 +293,14 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
         signal.signal(number, before[number])
         os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
 
-    several = processes.are_several()
-    caught = (
-        {signal.SIGINT: ask_all}
-        if several
-        else dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
-    )
+    if processes.are_several():
+        caught, asked = {signal.SIGINT: ask_all}, multihost_utils.reached_preemption_sync_point
+    else:
+        caught = dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
+        asked = lambda done: stop.is_set()  # noqa: E731
     before = {number: signal.signal(number, handler) for number, handler in caught.items()}
     try:
-        yield (
-            multihost_utils.reached_preemption_sync_point if several else lambda done: stop.is_set()
-        )
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

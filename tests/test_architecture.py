@@ -10,16 +10,14 @@ from conftest import ROOT
 
 LAYERS = [
     ["main", "bench", "train", "evaluate", "fid", "sampling", "prepare"],
-    ["loading", "generator", "warm_start", "scoring"],
-    ["step", "config", "decoding"],
+    ["loading", "generator", "scoring"],
+    ["step", "config"],
     ["data", "metrics", "models", "objectives", "reporting", "published"],
     ["optim", "runtime"],
     ["flow", "errors"],
 ]
 """Imports go down, or within a layer to the right."""
 PENDING = {
-    ("runtime", "data"),
-    ("runtime", "step"),
     ("scoring", "loading"),
 }
 APART = ("models", "metrics", "objectives")

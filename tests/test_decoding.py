@@ -9,10 +9,10 @@ from recorded import FOLDER
 
 from configs.digits import get_config
 from mf_jax.config import make_network
-from mf_jax.decoding import load_decoder, to_pixels
+from mf_jax.data.pixels import to_pixels
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
-from mf_jax.generator import Generator
+from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import initial_params
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.runtime.sharding import make_mesh

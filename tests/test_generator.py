@@ -7,9 +7,8 @@ import pytest
 from conftest import TINY
 
 import mf_jax
-from mf_jax.decoding import to_pixels
+from mf_jax.data.pixels import to_pixels
 from mf_jax.errors import BadInput
-from mf_jax.generator import all_classes_in_turn
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,6 @@ def test_seed_label_and_average_matter(generator, trained):
 
 
 def test_labels(generator):
-    np.testing.assert_array_equal(all_classes_in_turn(7, 3), [0, 1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
     np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
     for bad in ([10], [-2]):

@@ -17,13 +17,12 @@ from configs.digits import get_config
 from mf_jax.config import make_network, validate
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
-from mf_jax.loading import load_initial
+from mf_jax.loading import load_initial, load_weights
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import _first_state, step_parts
-from mf_jax.warm_start import load_weights
 
 LABELS = [3, 1, 4, 1]
 

@@ -1,55 +1,53 @@
-"""Checkpoints of a run: written in the background, chosen only if every bit of them is what was saved.
+"""Checkpoints of a run: written in the background, read only if every bit is what was saved.
 
 A checkpoint holds the items `params`, `ema` and `rest` of the training state, so that sampling reads no more than it
-needs, and an index: the name, shape, type and fingerprint of every array. A fingerprint is a sum of the array's bits
-modulo 2^32, weighted by position; it does not depend on how the array is spread over devices. The format's own
-checks notice a file that is cut short, fingerprints notice the rest.
+needs, and an index of their arrays. The format's own checks notice a file that is cut short. Fingerprints notice the
+rest.
 
-Orbax writes into a temporary folder and renames it when all is there, so that a process may be killed at any moment.
+Orbax writes into a temporary folder and renames it at the end, so a process may be killed at any moment.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.errors import BadInput
 from mf_jax.runtime import processes
-from mf_jax.step import TrainState
+from mf_jax.runtime.fingerprints import check_same_model, index_of
 
 FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
-_NAMED_IN_ERROR = 4
-_Found = TypeVar("_Found")
-_NOT_OF_FILES = (
-    MemoryError,
-    PermissionError,
-    ConnectionError,
-    TimeoutError,
-    jax.errors.JaxRuntimeError,
-)
-_PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-}
+_Result = TypeVar("_Result")
+_State = TypeVar("_State")
+"""A flax.struct dataclass with the fields `params` and `ema`, and any others."""
+_Items = dict[str, PyTree]
+_Index = dict[str, dict[str, list]]
+"""{item: {name of an array: [shape, type, fingerprint]}}."""
+_NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, JaxRuntimeError)
+_PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
 _PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""What is said, by number or in words, where storage cannot be reached: another attempt may find it in order."""
+"""Numbers and words of errors where storage cannot be reached: another attempt may find it in order."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not what was saved."""
+
+
+class UnreadableCheckpoint(BadInput):
+    """The checkpoint that was asked for is damaged or not there."""
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -59,84 +57,33 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def fingerprint(workdir: epath.PathLike, step: int) -> str:
-    """Return hex digits that differ for any two checkpoints of different arrays; reads the index alone.
-
-    Raises:
-      UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
-    """
+    """Return hex digits that differ for any two checkpoints of different arrays; reads the index alone."""
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         index = json.dumps(checkpoints.index(step), sort_keys=True)
     return hashlib.sha256(index.encode()).hexdigest()
 
 
-class DamagedCheckpoint(Exception):
-    """A checkpoint is not what was saved."""
-
-
-class UnreadableCheckpoint(BadInput):
-    """The checkpoint that was asked for is damaged or not there (any more)."""
-
-
-def _items(state: TrainState) -> dict[str, PyTree]:
-    rest = {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics}
-    items = {
-        "params": state.params,
-        "ema": state.ema,
-        "rest": rest | {"first_bad_step": state.first_bad_step},
-    }
-    return {
-        name: item for name, item in items.items() if item
-    }  # a run without averages has no item for them
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-@jax.jit
-def _fingerprints(tree: PyTree) -> list[jax.Array]:
-    def fingerprint(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-    return [fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _index(item: PyTree) -> dict[str, list]:
-    """Return {name: [shape, type, fingerprint]} of an item's arrays."""
-    prints = jax.device_get(_fingerprints(item))
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), int(value)]
-        for (name, leaf), value in zip(_named_leaves(item).items(), prints, strict=True)
-    }
+def _items(state: _State) -> _Items:
+    """Return the items of a state; a run without averages has no item for them."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    items = {name: rest.pop(name) for name in ("params", "ema")} | {"rest": rest}
+    return {name: item for name, item in items.items() if item}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir, on a file system or in a bucket.
 
     Args:
-      workdir: of the run, a local path or a bucket.
+      workdir: of the run.
       keep: newest checkpoints kept.
       read_only: never change anything, for processes beside the one that trains.
-      report: called with one line about each damaged checkpoint.
-
-    Raises:
-      BadInput: if the folder cannot be made.
     """
 
-    def __init__(
-        self,
-        workdir: epath.PathLike,
-        *,
-        keep: int = 1,
-        read_only: bool = False,
-        report: Callable[[str], None] = print,
-    ) -> None:
+    def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = epath.Path(workdir).absolute() / FOLDER
         self._read_only = read_only
-        self._report = report
+        if self._folder.exists() and not self._folder.is_dir():
+            raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
@@ -144,8 +91,6 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         )
-        if self._folder.exists() and not self._folder.is_dir():
-            raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # each process reads by itself: one that cannot leaves no other waiting
         alone = ocp.options.MultiprocessingOptions(
@@ -161,16 +106,15 @@ class Checkpoints:
         """The steps of the finished checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState) -> None:
-        """Save a state in the background; the state may be donated as soon as this returns."""
+    def save(self, state: _State) -> None:
+        """Save a state by its `step` in the background; it may be donated as soon as this returns."""
         step, items = int(state.step), _items(state)
         if step in self._manager.all_steps():
             return
-        index = {name: _index(item) for name, item in items.items()}
+        index = {name: index_of(item) for name, item in items.items()}
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._manager.save(
-            step, args=ocp.args.Composite(index=ocp.args.JsonSave(index), **arguments)
-        )
+        arguments["index"] = ocp.args.JsonSave(index)
+        self._manager.save(step, args=ocp.args.Composite(**arguments))
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -178,20 +122,16 @@ class Checkpoints:
         self._manager.close()
         self._reader.close()
 
-    def restore_state(self, like: TrainState) -> TrainState | None:
+    def restore_state(self, like: _State) -> _State | None:
         """Return the newest undamaged state, or None where there is no checkpoint.
 
         Args:
-          like: the shapes, types and shardings wanted.
-
-        Raises:
-          BadInput: if the newest checkpoint is of another model, or all checkpoints are damaged.
+          like: a state of the shapes, types and shardings wanted.
         """
-        restored = self._restore(_items(like))
-        if restored is None:
+        if (restored := self._newest(_items(like))) is None:
             return None
         _, items = restored
-        return TrainState(params=items["params"], ema=items.get("ema", {}), **items["rest"])
+        return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
     def restore_params(
         self, like: PyTree, *, ema: str, names: tuple[str, ...], step: int | None = None
@@ -206,14 +146,13 @@ class Checkpoints:
 
         Raises:
           UnreadableCheckpoint: if the step has no checkpoint, or a damaged one.
-          BadInput: if there is no checkpoint, it is of another model, or all checkpoints are damaged.
         """
         item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
         if step is None:
-            restored = self._restore(item)
+            restored = self._newest(item)
         else:
-            with self._chosen(step):
-                restored = step, self._restore_step(step, item)
+            with self._asked_for(step):
+                restored = step, self._restore(step, item)
         if restored is None:
             raise BadInput(
                 f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
@@ -221,14 +160,20 @@ class Checkpoints:
         step, items = restored
         return step, items["params"] if ema == "none" else items["ema"][ema]
 
-    def _restore(self, like: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+    def index(self, step: int) -> _Index:
+        """Return the index of a checkpoint, or raise UnreadableCheckpoint."""
+        with self._asked_for(step):
+            return _agreed(lambda: self._read_index(step))
+
+    def _newest(self, like: _Items) -> tuple[int, _Items] | None:
+        """Return the newest undamaged checkpoint's step and items; damaged ones are moved away."""
         damaged = []
         for step in reversed(processes.from_first(self.steps)):
             try:
-                items = self._restore_step(step, like)
+                items = self._restore(step, like)
             except DamagedCheckpoint as problem:
                 damaged.append(step)
-                self._report(f"checkpoint {step} is damaged ({problem}); trying the one before it")
+                print(f"checkpoint {step} is damaged ({problem}); trying the one before it")
                 continue
             self._set_aside(damaged)
             return step, items
@@ -238,26 +183,13 @@ class Checkpoints:
             )
         return None
 
-    def index(self, step: int) -> dict[str, dict[str, list]]:
-        """Return the index of a checkpoint.
-
-        Raises:
-          UnreadableCheckpoint: if there is no such checkpoint, or its index is damaged.
-        """
-        with self._chosen(step):
-            return _together(lambda: self._read_index(step))
-
     @contextlib.contextmanager
-    def _chosen(self, step: int) -> Iterator[None]:
-        """Raise UnreadableCheckpoint, on all processes of a job, where a step is missing or turns out damaged."""
+    def _asked_for(self, step: int) -> Iterator[None]:
+        """Raise UnreadableCheckpoint, on all processes of a job, where a step is missing or damaged."""
         kept = ", ".join(map(str, self.steps)) or "none"
         missing = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
-        if told := [
-            problem
-            for problem in processes.from_all("" if step in self.steps else missing)
-            if problem
-        ]:
-            raise UnreadableCheckpoint(told[0])
+        if problem := _first_problem("" if step in self.steps else missing):
+            raise UnreadableCheckpoint(problem)
         try:
             yield
         except DamagedCheckpoint as problem:
@@ -265,33 +197,30 @@ class Checkpoints:
                 f"{self._folder / str(step)} is damaged ({problem}); choose another step"
             ) from problem
 
-    def _read_index(self, step: int) -> dict[str, dict[str, list]]:
-        with _damage():
-            arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
-            return self._reader.restore(step, args=arguments)["index"]
-
-    def _restore_step(self, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+    def _restore(self, step: int, like: _Items) -> _Items:
         """Return the items of a checkpoint; all processes of a job find it damaged, or none."""
-        index, items = _together(lambda: self._read_step(step, like))
+        index, items = _agreed(lambda: self._read(step, like))
         for name in like:  # fingerprints take every process
-            if _index(items[name]) != index[name]:
+            if index_of(items[name]) != index[name]:
                 raise DamagedCheckpoint(f"fingerprints of {name} differ")
         return items
 
-    def _read_step(
-        self, step: int, like: dict[str, PyTree]
-    ) -> tuple[dict[str, dict], dict[str, PyTree]]:
+    def _read(self, step: int, like: _Items) -> tuple[_Index, _Items]:
         """Return the index and this process's part of the items of a checkpoint."""
         index = self._read_index(step)
-        missing = set(like) - set(index)
-        if missing:
+        if missing := set(like) - set(index):
             raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
         for name, item in like.items():
-            _check_same_model(self._folder / str(step), index[name], item)
+            check_same_model(str(self._folder / str(step)), index[name], item)
         with _damage():
             arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
             items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
         return index, {name: items[name] for name in like}
+
+    def _read_index(self, step: int) -> _Index:
+        with _damage():
+            arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
+            return self._reader.restore(step, args=arguments)["index"]
 
     def _set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints away, so that their steps can be saved again and nothing is lost."""
@@ -301,10 +230,10 @@ class Checkpoints:
             aside = self._folder.parent / _DAMAGED_FOLDER
             aside.mkdir(parents=True, exist_ok=True)
             for step in steps:
-                number = sum(1 for path in aside.iterdir() if path.name.split(".")[0] == str(step))
+                number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
                 (self._folder / str(step)).rename(target)
-                self._report(f"moved damaged checkpoint {step} to {target}")
+                print(f"moved damaged checkpoint {step} to {target}")
         processes.from_first(None)  # the others look when it is done
         self._manager.reload()
 
@@ -312,34 +241,35 @@ class Checkpoints:
 def _meet(*, key: str, timeout_ms: int) -> None:
     """Wait for the other processes of a job at the end of a save, unless this one has failed to write its part.
 
-    Orbax would wait for them with its error in hand, and they for this process, as long as the time-out: 20 minutes. So
-    the error is raised, this process ends, and the others notice.
+    Orbax would wait with its error in hand, and the others for this process, for 20 minutes. Raising the error ends
+    this process, which the others notice.
     """
     if error := sys.exc_info()[1]:
         raise error
     get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def _together(read: Callable[[], _Found]) -> _Found:
-    """Return what this process reads; if one process of a job finds damage, raise DamagedCheckpoint on all of them.
+def _first_problem(problem: str) -> str:
+    """Return the first problem that a process of the job has, "" if none has one; all must call it."""
+    return next(filter(None, processes.from_all(problem)), "")
 
-    Args:
-      read: does not compute with the others.
-    """
-    problem, found = "", None
+
+def _agreed(read: Callable[[], _Result]) -> _Result:
+    """Return what this process reads, computing nothing; damage that one process finds is raised on all."""
+    problem, result = "", None
     try:
-        found = read()
+        result = read()
     except DamagedCheckpoint as error:
         problem = str(error)
-    if told := [problem for problem in processes.from_all(problem) if problem]:
-        raise DamagedCheckpoint(told[0])
-    return found
+    if problem := _first_problem(problem):
+        raise DamagedCheckpoint(problem)
+    return result
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    # what a reader of damaged files raises depends on where it stumbles: any error means damage, unless it says that
-    # this machine or the way to the file, not the file, is at fault
+    """Turn errors of reading into DamagedCheckpoint, unless this machine or the way to the file is at fault."""
+    # the type of an error depends on where a reader of damaged files stumbles
     try:
         yield
     except _NOT_OF_FILES:
@@ -347,24 +277,9 @@ def _damage() -> Iterator[None]:
     except Exception as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
-        if number in _PASSING or any(word in str(error) for word in _PASSING_WORDS):
+        if errno.errorcode.get(number) in _PASSING or any(
+            word in str(error) for word in _PASSING_WORDS
+        ):
             raise
-        raise DamagedCheckpoint(
-            f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        ) from error
-
-
-def _check_same_model(path: epath.Path, index: dict[str, list], like: PyTree) -> None:
-    ours = {name: list(leaf.shape) for name, leaf in _named_leaves(like).items()}
-    theirs = {name: entry[0] for name, entry in index.items()}
-    wrong = [
-        f"{name} is {theirs.get(name, 'missing')}, not {ours.get(name, 'expected')}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - _NAMED_IN_ERROR} more" * (len(wrong) > _NAMED_IN_ERROR)
-        raise BadInput(
-            f"checkpoint {path} is of another model: {'; '.join(wrong[:_NAMED_IN_ERROR])}{more}; "
-            "use its own config, or another --workdir"
-        )
+        text = " ".join(str(error).split())[:120]
+        raise DamagedCheckpoint(f"{type(error).__name__}: {text}") from error

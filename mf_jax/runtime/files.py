@@ -16,17 +16,6 @@ from etils import epath
 _ABANDONED_SECONDS = 24 * 60 * 60
 
 
-def replace_file(path: epath.PathLike, content: bytes) -> None:
-    """Write a whole file or nothing.
-
-    Args:
-      path: the file, in an existing folder, on a file system or in a bucket.
-      content: its new bytes.
-    """
-    with written_aside(epath.Path(path)) as aside:
-        Path(aside).write_bytes(content)
-
-
 def in_bucket(path: epath.Path) -> bool:
     """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
     return "://" in str(path)
@@ -38,13 +27,15 @@ def sha256_of(path: epath.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def replace_file(path: epath.PathLike, content: bytes) -> None:
+    """Write a whole file, in an existing folder, or nothing."""
+    with written_aside(epath.Path(path)) as aside:
+        Path(aside).write_bytes(content)
+
+
 @contextlib.contextmanager
 def on_disk(path: epath.Path) -> Iterator[str]:
-    """Yield a path of the local file system where a file can be read: its own, or that of a copy while it is needed.
-
-    Args:
-      path: the file, on a file system or in a bucket.
-    """
+    """Yield a path of the local file system where a file can be read: its own, or a copy's while it is needed."""
     if not in_bucket(path):
         yield str(path)
         return
@@ -56,11 +47,7 @@ def on_disk(path: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def written_aside(path: epath.Path) -> Iterator[str]:
-    """Yield a path of the local file system to write to; what is there afterwards becomes the file.
-
-    Args:
-      path: the file, in an existing folder, on a file system or in a bucket.
-    """
+    """Yield a path of the local file system to write to; its content becomes the file at the end."""
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
             aside = Path(folder) / path.name
@@ -85,9 +72,8 @@ def written_aside(path: epath.Path) -> Iterator[str]:
 def _tidy_up(final: Path) -> None:
     """Delete what killed processes have left of a file: those of this host at once, of others after a day."""
     for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):
-        host, _, process = (
-            left.name.removeprefix(f".{final.name}.").removesuffix(".part").rpartition(".")
-        )
+        name = left.name.removeprefix(f".{final.name}.").removesuffix(".part")
+        host, _, process = name.rpartition(".")
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
             is_old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
             if is_old or (host == socket.gethostname() and not _is_running(int(process))):
@@ -100,7 +86,7 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # it is somebody else's
-        return True
+        pass
     return True
 
 
@@ -110,10 +96,7 @@ def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
 
     Args:
       path: the file, made if missing.
-      wait: for another process to let it go.
-
-    Raises:
-      BlockingIOError: if another process holds it and `wait` is False.
+      wait: for another process to let it go; else raise BlockingIOError.
     """
     if in_bucket(path):
         yield

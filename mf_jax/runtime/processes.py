@@ -1,10 +1,10 @@
 """Several processes as one job: JAX's own multi-controller runtime, started where the environment describes a job.
 
-A job is described by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what
-JAX knows by itself: TPU pods, SLURM, Open MPI. Everything here also works, and does nothing, in a single process.
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a job, or JAX knows it
+by itself: TPU pods, SLURM, Open MPI. Everything here also works, and does nothing, in a single process.
 
-Whatever only some processes can see, a missing folder or a damaged file, is told to all before they compute
-together: a process that waits in a collective for one that has given up would wait for ever.
+A problem that only some processes see, such as a missing folder, goes to all before they compute together. A process
+that waits in a collective for one that has given up would wait for ever.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from mf_jax.errors import BadInput
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
-"""How JAX says that it knows of no job, or that this process has begun to compute by itself."""
+"""What JAX says where it knows of no job, or this process has begun to compute by itself."""
 _LAST_TO_LEAVE_SECONDS = 3
 _BAD_INPUT = 2
 _LOST = (
@@ -36,7 +36,7 @@ _LOST = (
     "heartbeat",
     "socket closed",
 )
-"""What errors of computations say when another process has gone."""
+"""Words in errors of computations where another process has gone."""
 
 
 def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool) -> None:
@@ -45,36 +45,33 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
     Args:
       start_timeout: seconds within which all processes must come.
       heartbeat_timeout: seconds after which a silent process counts as dead and the others end.
-      stops_together: whether SIGTERM to one process is told to all, for `Stop`; else it ends that process.
-
-    Raises:
-      BadInput: if the job is described in part or in a wrong way.
+      stops_together: tell SIGTERM to one process to all; else it ends that process.
     """
     if jax.distributed.is_initialized():  # by the program that calls this one
         return
-    about = _described()
+    job = _described()
     jax.config.update("jax_enable_preemption_service", stops_together)
-    with _gives_up_after(start_timeout, about):
+    with _gives_up_after(start_timeout, job):
         try:
             jax.distributed.initialize(
-                **about,
+                **job,
                 # one that gives up says so itself, in one line; JAX aborts
                 initialization_timeout=int(start_timeout + 4 * _LAST_TO_LEAVE_SECONDS),
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
         except (ValueError, RuntimeError) as error:
-            if about or not any(reason in str(error) for reason in _ALONE):
+            if job or not any(reason in str(error) for reason in _ALONE):
                 raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
 
 
 def _described() -> dict[str, Any]:
-    """Return what the environment says of a job, as arguments of JAX; nothing if it does not."""
+    """Return the job that the environment describes, as arguments of JAX; nothing if it does not."""
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if not given:
         return {}
-    said = ", ".join(f"{name}={value}" for name, value in given.items())
+    settings = ", ".join(f"{name}={value}" for name, value in given.items())
     if missing := [name for name in _VARIABLES if name not in given]:
-        raise BadInput(f"{said}: {' and '.join(missing)} must be set too, or none of the three")
+        raise BadInput(f"{settings}: {' and '.join(missing)} must be set too, or none of the three")
     address, num, index = given.values()
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -83,39 +80,39 @@ def _described() -> dict[str, Any]:
         )
     if not num.isdecimal() or not index.isdecimal() or not int(index) < int(num):
         raise BadInput(
-            f"{said}: must be whole numbers with 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
+            f"{settings}: must be whole numbers with 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
         )
     return {"coordinator_address": address, "num_processes": int(num), "process_id": int(index)}
 
 
 @contextlib.contextmanager
-def _gives_up_after(seconds: float, about: dict[str, Any]) -> Iterator[None]:
+def _gives_up_after(seconds: float, job: dict[str, Any]) -> Iterator[None]:
     """End the process with one line if the body, which cannot be interrupted, takes longer."""
-    expected = about.get("num_processes", "all")
-    # process 0 goes last: the others lose their connection with it
-    patience = seconds + _LAST_TO_LEAVE_SECONDS * (about.get("process_id") == 0)
 
     def give_up() -> None:
-        address = about.get("coordinator_address", "the address that JAX has found")
-        with contextlib.suppress(
-            AttributeError
-        ):  # JAX tells nobody what it has found, but keeps it here
-            address = jax._src.distributed.global_state.coordinator_address or address
+        address = job.get("coordinator_address", "the coordinator of the job")
         print(
-            f"mf_jax: {address}: {expected} processes have not met there within {seconds:g} s; check that each was "
-            "started, that the address is that of process 0, and that its port is open (in a SLURM script: srun)",
+            f"mf_jax: {address}: {job.get('num_processes', 'all')} processes have not met there within {seconds:g} s; "
+            "check that each was started, that the address is that of process 0, and that its port is open (in a "
+            "SLURM script: srun)",
             file=sys.stderr,
             flush=True,
         )
         os._exit(_BAD_INPUT)
 
-    watch = threading.Timer(patience, give_up)
-    watch.daemon = True
-    watch.start()
+    # process 0 goes last: the others lose their connection with it
+    watch = _timer(seconds + _LAST_TO_LEAVE_SECONDS * (job.get("process_id") == 0), give_up)
     try:
         yield
     finally:
         watch.cancel()
+
+
+def _timer(seconds: float, call: Any) -> threading.Timer:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def are_several() -> bool:
@@ -129,16 +126,12 @@ def is_first() -> bool:
 
 
 def name() -> str:
-    """Return how messages call this process: nothing where it is the only one."""
+    """Return the prefix of messages of this process: nothing where it is the only one."""
     return f"process {jax.process_index()}: " if are_several() else ""
 
 
 def from_all(value: Any) -> list[Any]:
-    """Return what each process gives, in their order; all must call it.
-
-    Args:
-      value: whatever JSON can say.
-    """
+    """Return the value, which JSON can hold, of each process, in their order; all must call it."""
     if not are_several():
         return [value]
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -150,7 +143,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return what the first process gives; all must call it."""
+    """Return the value of the first process; all must call it."""
     return from_all(value if is_first() else None)[0]
 
 
@@ -163,50 +156,35 @@ def on_host(x: Shaped[Array | np.ndarray, "*_"]) -> Shaped[np.ndarray, "*_"]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raise the BadInput of any process on all; the body must not compute with the others.
-
-    Raises:
-      BadInput: of this process, or else of the first that has one.
-    """
+    """Raise the BadInput of any process on all; the body must not compute with the others."""
     own = None
     try:
         yield
     except BadInput as error:
         own = error
-    if not are_several():
-        if own:
-            raise own
-        return
-    told = from_all(str(own) if own else "")
+    problems = from_all(str(own) if own else "")
     if own:
         raise own
-    for index, problem in enumerate(told):
+    for index, problem in enumerate(problems):
         if problem:
             raise BadInput(f"process {index} has: {problem}")
 
 
-def check_alike(what: dict[str, Any]) -> None:
-    """Check that all processes were started with the same settings.
-
-    Args:
-      what: {name: value} of all settings.
-
-    Raises:
-      BadInput: on all processes, naming the settings that differ, and both values.
-    """
-    every = from_all(what)
+def check_alike(settings: dict[str, Any]) -> None:
+    """Raise BadInput on all processes, naming settings that differ and their values."""
+    every = from_all(settings)
     lines = [
-        f"process {index} has {setting}={theirs.get(setting)!r}, process 0 {every[0].get(setting)!r}"
+        f"process {index} has {key}={theirs.get(key)!r}, process 0 {every[0].get(key)!r}"
         for index, theirs in enumerate(every)
-        for setting in dict.fromkeys([*every[0], *theirs])
-        if theirs.get(setting) != every[0].get(setting)
+        for key in dict.fromkeys([*every[0], *theirs])
+        if theirs.get(key) != every[0].get(key)
     ]
     if lines:
         raise BadInput(f"{'; '.join(lines)}: start all processes of a job with the same command")
 
 
 def told_of(error: Exception) -> str:
-    """Return what to print of an error in a job: one line where another process has gone, else the traceback."""
+    """Return the text of an error in a job: one line where another process has gone, else the traceback."""
     if any(sign in str(error).lower() for sign in _LOST):
         reason = " ".join(str(error).split())[:160]
         return (
@@ -217,28 +195,25 @@ def told_of(error: Exception) -> str:
 
 
 def leave(code: int, *, patience: float = 10) -> int:
-    """Leave the job, whose processes have met after all they had to do; return the exit code.
+    """Leave the job; return the exit code.
 
-    After an error the others may not come to leave together, and JAX waits for ever where SIGTERM has come after the
-    last step that the processes agreed on: then this process ends alone, and they notice.
+    After an error the others may not come to leave together. JAX also waits for ever where SIGTERM comes after the
+    last step that the processes agreed on. Then this process ends alone, and they notice.
 
     Args:
       code: the exit code.
       patience: seconds to wait for the others.
     """
-    if not are_several():
-        return code
-    sys.stdout.flush()
-    alone = threading.Timer(patience, lambda: os._exit(code))
-    alone.daemon = True
-    alone.start()
-    jax.distributed.shutdown()
+    if are_several():
+        sys.stdout.flush()
+        _timer(patience, lambda: os._exit(code))
+        jax.distributed.shutdown()
     return code
 
 
 @contextlib.contextmanager
 def only_first_talks() -> Iterator[None]:
-    """Keep standard output to the first process: one progress bar, one log; errors are told by all."""
+    """Keep standard output to the first process; errors are told by all."""
     if is_first():
         yield
         return

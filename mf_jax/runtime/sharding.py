@@ -1,8 +1,8 @@
 """Where arrays live: one mesh with the axes `data` and `fsdp`, the batch split over both, parameters over `fsdp`.
 
-A step computes its gradient from each device's own rows, on parameters gathered once before and with one reduction
-after: `per_device`. Nothing else crosses from device to device, whatever the network and the objective do with rows.
-Where not all parameters fit a device, blocks can gather their own as they come (`gather_late`).
+A step computes its gradient from each device's own rows: `per_device`. Parameters are gathered once before, and
+gradients are reduced once after. Nothing else crosses from device to device, whatever the network and the objective
+do with rows. Where not all parameters fit a device, blocks can gather their own as they come (`gather_late`).
 
 Source: parameters split over devices, arXiv 1910.02054 (stage 3) and arXiv 2004.13336.
 """
@@ -22,27 +22,24 @@ from mf_jax.errors import BadInput
 _REPLICATE_BELOW = 2**14
 """Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
 _WHOLE, _WHOLE_FROM_END = -1, 0
-"""The axis that a parameter is split along, counted from the front and from the end, where it is not split."""
+"""The axis of a parameter that is not split, counted from the front and from the end."""
 GATHERS = ("step", "block")
-"""When a device gathers split parameters: all of them once a step, or those of each block where it is computed."""
+"""When a device gathers split parameters: all of them once a step, or each block's where it is computed."""
 Names = tuple[str, ...]
 Late = Callable[[Names, int], bool]
-"""From the names on the path to a parameter and the axis that it is split along to whether it is gathered late."""
+"""From a parameter's path and the axis that it is split along to whether it is gathered late."""
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh over all devices, those of a process beside one another.
 
-    Rows of the batch lie along the mesh, so that those of a process are the ones it reads, in the order of one process.
+    Rows of the batch lie along the mesh, so that a process holds the rows that it reads, in the order of one process.
     `jax.make_mesh` would follow the torus of a TPU slice instead, on which processes alternate.
 
     Args:
       data: devices along `data`; 0 = all that remain.
       fsdp: devices along `fsdp`, at least 1.
-      devices: in the place of all.
-
-    Raises:
-      BadInput: if the sizes do not multiply to the number of devices.
+      devices: all by default.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -60,16 +57,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
+    """Return this process's rows of a batch as part of the global batch on the devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
 def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
-    """Return shardings for parameters and whatever is shaped like them: the largest axis that divides over `fsdp`.
-
-    Args:
-      mesh: the mesh.
-      state: a tree of arrays or of their shapes.
-
-    Returns:
-      The same tree of shardings.
-    """
+    """Return the shardings of a tree of arrays or shapes: the largest axis that divides is split over `fsdp`."""
     size = mesh.shape["fsdp"]
 
     def rule(leaf: Any) -> NamedSharding:
@@ -77,9 +72,7 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
         if size == 1 or not axes or np.prod(leaf.shape) < _REPLICATE_BELOW:
             return NamedSharding(mesh, PartitionSpec())
         largest = max(axes, key=lambda i: leaf.shape[i])
-        return NamedSharding(
-            mesh, PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
-        )
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
 
     return jax.tree.map(rule, state)
 
@@ -101,18 +94,15 @@ def per_device(
     *,
     late: Late = lambda path, axis: False,
 ) -> tuple[PyTree, PyTree]:
-    """Return the gradient of a mean over all rows, and sums over all rows, from each device's own rows.
+    """Return a gradient, placed like the parameters, and sums over all rows, from each device's own rows.
 
     Args:
-      gradient: from whole parameters and some rows to (gradient of the mean over these rows with respect to the first
-        entry of the parameters, sums over these rows).
+      gradient: from whole parameters and some rows to the gradient of the mean over these rows with respect to the
+        first entry of the parameters, and sums over these rows.
       mesh: the mesh.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
       late: which parameters `gradient` is given as this device's part, to gather them itself with `gather_late`.
-
-    Returns:
-      (gradient placed like the parameters, sums on every device).
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
     axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
@@ -142,16 +132,15 @@ def per_device(
 
 
 def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTree], PyTree]:
-    """Return what gathers parameters within the gradient of `per_device`.
+    """Return a function that gathers parameters within the gradient of `per_device`.
+
+    The function takes a path and this device's part of the parameters under it, and returns them whole. A loop over
+    blocks may have taken axes away in front. Its derivative sums over `fsdp` and leaves each device its part.
 
     Args:
       mesh: as `per_device` takes it.
       params: nested dicts of whole parameters, placed by `state_sharding`, or their shapes.
       late: as `per_device` takes it.
-
-    Returns:
-      (path, this device's part of the parameters under it) -> the whole ones. A loop over blocks may have taken axes
-      away in front. Its derivative sums over `fsdp` and leaves each device its part.
     """
     # from the end, which a loop does not move
     axes = jax.tree.map(
@@ -221,9 +210,3 @@ def _scatters_wrongly(mesh: Mesh) -> bool:
     Now and then the first process gets the end of its part before it has been summed (jax-ml/jax#40830).
     """
     return jax.distributed.is_initialized() and mesh.devices.flat[0].platform == "cpu"
-
-
-def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
-    """Return this process's rows of a batch as part of the global batch on the devices."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils.epath import Path
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from mf_jax.errors import BadInput
@@ -18,24 +18,18 @@ from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket, locked, replace_file
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
-SECTIONS_OF_A_RUN = (
-    "seed",
-    "data",
-    "model",
-    "objective",
-    "guidance",
-    "weight",
-    "controls",
-    "times",
-    "draws",
-    "init",
-    "train",
-    "optim",
-    "ema",
-)
-"""What decides a run's numbers; the other sections may change when a run is continued."""
+SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
+SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
+"""Sections that decide a run's numbers; the others may change when a run is continued."""
 _PLACES = ("data.copy_to",)
 """Keys of these sections that decide nothing."""
+_RENAMED = {
+    "guidance.t_start": "guidance.t_min",
+    "guidance.t_end": "guidance.t_max",
+    "init.from": "init.path",
+}
+_WITHOUT: dict[str, Any] = {}
+"""What a config means that lacks a key, since an earlier version wrote it or today's has it no more."""
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -48,8 +42,14 @@ def as_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1)
 
 
+def _of_today(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"section.key": value} of a config.json, which an earlier version may have written."""
+    values = flatten_dict(stored, sep=".")
+    return _WITHOUT | {_RENAMED.get(key, key): value for key, value in values.items()}
+
+
 def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) -> None:
-    """Check that a config continues the run of a workdir.
+    """Raise BadInput, naming each key that differs, unless a config continues the run of a workdir.
 
     A run under a constant schedule may be continued for more steps; nothing else that decides its numbers may change.
 
@@ -57,34 +57,22 @@ def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) 
       config: of the command.
       stored: the workdir's config, as read from JSON.
       workdir: named in the error.
-
-    Raises:
-      BadInput: naming each key that differs, and both values.
     """
-    ours = json.loads(as_json(config))
-    if (
-        ours["optim"]["schedule"] == "constant"
-        and ours["train"]["num_steps"] >= stored["train"]["num_steps"]
-    ):
-        ours["train"]["num_steps"] = stored["train"]["num_steps"]
+    ours, theirs = _of_today(json.loads(as_json(config))), _of_today(stored)
+    steps = "train.num_steps"
+    if ours["optim.schedule"] == "constant" and ours[steps] >= theirs[steps]:
+        ours[steps] = theirs[steps]
     differences = [
-        f"{section}.{key} {theirs!r} -> {mine!r}" if key else f"{section} {theirs!r} -> {mine!r}"
-        for section in SECTIONS_OF_A_RUN
-        for key, theirs, mine in _differences(stored.get(section), ours[section])
-        if f"{section}.{key}" not in _PLACES
+        f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
+        for key in dict.fromkeys([*ours, *theirs])
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in _PLACES
+        if ours.get(key) != theirs.get(key)
     ]
     if differences:
         raise BadInput(
             f"workdir {workdir} holds a run of another config ({', '.join(differences)}); "
             "choose another --workdir, or set these back"
         )
-
-
-def _differences(stored: Any, ours: Any) -> list[tuple[str, Any, Any]]:
-    if not isinstance(stored, dict) or not isinstance(ours, dict):
-        return [] if stored == ours else [("", stored, ours)]
-    keys = list(dict.fromkeys([*stored, *ours]))
-    return [(k, stored.get(k), ours.get(k)) for k in keys if stored.get(k) != ours.get(k)]
 
 
 @contextlib.contextmanager
@@ -94,20 +82,18 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
     Args:
       workdir: the folder; made if missing.
       config: of the run; one stored there must describe the same run.
-      spec, size: of the run's data, and the number of its elements; stored for sampling.
-
-    Raises:
-      BadInput: if the folder cannot be written, another process trains in it, or it holds another run.
+      spec: of the run's data, stored for sampling.
+      size: number of its elements.
     """
-    about = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
+    data = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
                 held.enter_context(_locked(workdir))
-                if (workdir / _CONFIG).exists():
+                if exists(workdir):
                     check(workdir, config)
-                    _check_same_data(workdir, about)
-                replace_file(workdir / _DATA, json.dumps(about).encode())
+                    _check_same_data(workdir, data)
+                replace_file(workdir / _DATA, json.dumps(data).encode())
                 replace_file(workdir / _CONFIG, as_json(config).encode())
         _check_shared(workdir)
         yield
@@ -115,20 +101,26 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as lock:
+        with _writable(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.enter_context(locked(workdir / _LOCK, wait=False))
+            except BlockingIOError as error:
+                raise BadInput(
+                    f"--workdir={workdir}: another process is training in it; choose another"
+                ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(locked(workdir / _LOCK, wait=False))
-    except BlockingIOError as error:
-        raise BadInput(
-            f"--workdir={workdir}: another process is training in it; choose another"
-        ) from error
+        yield
     except OSError as error:
         raise BadInput(
             f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
         ) from error
-    with lock:
-        yield
 
 
 def _check_shared(workdir: Path) -> None:
@@ -159,11 +151,7 @@ def _check_same_data(workdir: Path, ours: dict[str, Any]) -> None:
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Check that a workdir holds a run, and that a config describes this run.
-
-    Raises:
-      BadInput: if there is no run, or it is another one.
-    """
+    """Check that a workdir holds a run, and that a config describes this run."""
     check_same_run(config, _read(workdir, _CONFIG), str(workdir))
 
 
@@ -173,17 +161,9 @@ def exists(workdir: Path) -> bool:
 
 
 def make(workdir: Path) -> None:
-    """Make a workdir that results can be written to.
-
-    Raises:
-      BadInput: if it cannot be made or written.
-    """
-    try:
+    """Make a workdir that results can be written to."""
+    with _writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
-        ) from error
     check_writable(workdir)
 
 
@@ -194,19 +174,16 @@ def check_writable(workdir: Path) -> None:
 
 
 def stored_config(workdir: Path) -> ConfigDict:
-    """Return the config of the run in a workdir.
-
-    Raises:
-      BadInput: if there is no run.
-    """
-    return ConfigDict(_read(workdir, _CONFIG), convert_dict=True)
+    """Return the config of the run in a workdir, in today's keys."""
+    values = _of_today(_read(workdir, _CONFIG))
+    return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
 
 
 def stored_data(workdir: Path) -> DataSpec:
-    """Return what one element of a run's data is; BadInput if there is no run."""
-    about = _read(workdir, _DATA)
-    classes = about["num_classes"], tuple(about["class_names"])
-    return DataSpec(tuple(about["shape"]), *classes, about.get("origin", ""))
+    """Return the spec of a run's data."""
+    stored = _read(workdir, _DATA)
+    classes = stored["num_classes"], tuple(stored["class_names"])
+    return DataSpec(tuple(stored["shape"]), *classes, stored.get("origin", ""))
 
 
 def _read(workdir: Path, name: str) -> dict[str, Any]:
