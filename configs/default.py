@@ -88,8 +88,8 @@ def get_config() -> ConfigDict:
     config.guidance = section(  # v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class), in the target
         omega=1.0,  # factor of the sample's own velocity
         kappa=0.0,  # factor of the network's conditional velocity, in [0, 1); scale = omega / (1 - kappa)
-        t_start=0.0,  # guide only for t in [t_start, t_end]
-        t_end=1.0,  # the window's end, at least t_start
+        t_min=0.0,  # guide only for t in [t_min, t_max]
+        t_max=1.0,  # the window's end, at least t_min
     )
     config.weight = section(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike

@@ -131,7 +131,7 @@ def _set_common(config: ConfigDict, row: Row, size: str) -> None:
 
 def _set_dit(config: ConfigDict, row: Row, size: str) -> None:
     if row.guidance:  # in the target: scale = omega / (1 - kappa)
-        scale, _, config.guidance.t_end = row.guidance
+        scale, _, config.guidance.t_max = row.guidance
         config.guidance.omega, config.guidance.kappa = {2.0: (1.0, 0.5), 2.5: (0.2, 0.92)}[scale]
 
 

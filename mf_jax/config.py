@@ -21,7 +21,7 @@ from mf_jax.models.attention import ATTENTIONS
 from mf_jax.models.blocks import REMATS
 from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.optim import OPTIMIZERS, SCHEDULES, choose_ema, ema_names, learning_rate
 from mf_jax.runtime.sharding import GATHERS
 

@@ -8,7 +8,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from clu.metrics import Average
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
@@ -19,7 +18,7 @@ from mf_jax.flow.records import Draws
 from mf_jax.models import as_field, initial_params
 from mf_jax.models.blocks import is_axis_of_block, preparing_blocks
 from mf_jax.objectives import Objective
-from mf_jax.objectives.errors import average, average_over
+from mf_jax.objectives.terms import Average, average, average_over
 from mf_jax.optim import average_name, start_averages, update_averages
 from mf_jax.runtime.sharding import gather_late, per_device
 

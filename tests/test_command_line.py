@@ -65,7 +65,7 @@ BAD_KEYS = [
     ("train.num_steps=0", "num_steps=0"),
     ("guidance.omega=-1.0", "omega"),
     ("guidance.kappa=1.0", "kappa"),
-    ("guidance.t_start=0.9 --config.guidance.t_end=0.1", "t_start=0.9", "t_end=0.1"),
+    ("guidance.t_min=0.9 --config.guidance.t_max=0.1", "t_min=0.9", "t_max=0.1"),
     ("weight.c=0.0", "weight.c"),
     ("weight.p=-1.0", "weight.p"),
     ("ema.decays=(1.0,)", "ema.decays"),

@@ -122,7 +122,7 @@ def test_rows_say_what_their_config_does():
             assert row.guidance == (config.eval.omegas[0], *config.eval.intervals[0]), name
         elif guidance.kappa:
             scale = guidance.omega / (1 - guidance.kappa)
-            assert row.guidance == pytest.approx((scale, 0.0, guidance.t_end)), name
+            assert row.guidance == pytest.approx((scale, 0.0, guidance.t_max)), name
         else:
             assert row.guidance == (), name
         assert row.one or "No figure is published" in imagenet.NOTES[name], name

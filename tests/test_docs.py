@@ -15,7 +15,7 @@ from test_family import _draws, _mean
 from mf_jax import objectives
 from mf_jax.config import validate
 from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
 

@@ -18,14 +18,13 @@ from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, UniformTimes
 from mf_jax.models import DataPrediction, as_field
 from mf_jax.objectives import Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow
-from mf_jax.objectives.evaluations import with_derivative
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PerceptualTerm, PixelMeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.objectives.terms import AdaptiveWeight, with_derivative
 
 STEP = jnp.int32(0)
 PARAMS = np.array([0.3, -0.2, 0.1, 0.4])

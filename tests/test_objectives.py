@@ -21,10 +21,9 @@ from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
 from mf_jax.models import DiT, as_field, initial_params
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.objectives.alpha_flow import AlphaFlow
-from mf_jax.objectives.evaluations import with_derivative
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.meanflow import TANGENTS, MeanFlow
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.objectives.terms import AdaptiveWeight, with_derivative
 
 PLAIN, GUIDED, SCALED = Guidance(), Guidance(omega=1.5, kappa=0.5), Guidance(omega=2.0)
 STEP = jnp.int32(0)
@@ -300,8 +299,8 @@ def test_targets_use_the_teachers_parameters(name, setting):
     assert _departure(_module(name), name, setting, with_teacher=True) < 1e-6
 
 
-_STOP = ("objectives.weighting", "jax.lax.stop_gradient(target)", "(target)")
-_STOP_WEIGHT = ("objectives.weighting", "jax.lax.stop_gradient((error", "((error")
+_STOP = ("objectives.terms", "jax.lax.stop_gradient(target)", "(target)")
+_STOP_WEIGHT = ("objectives.terms", "jax.lax.stop_gradient((error", "((error")
 _GUIDANCE = [
     ("flow.guidance", "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
     ("flow.guidance", "guidance.kappa * v_class", "guidance.omega * v_class"),
@@ -341,8 +340,8 @@ MUTATIONS = [
                 "interval, v.interval, tangent",
                 "interval, draws.interval.e, tangent",
             ),
-            ("objectives.evaluations", "r=rows.t, t=rows.t", "r=rows.t * 0, t=rows.t"),
-            ("objectives.evaluations", "dz * velocity", "dr * velocity"),
+            ("objectives.terms", "r=rows.t, t=rows.t", "r=rows.t * 0, t=rows.t"),
+            ("objectives.terms", "dz * velocity", "dr * velocity"),
         ]
     ),
     (
@@ -359,7 +358,7 @@ MUTATIONS = [
         "",
         PLAIN,
         None,
-        "objectives.evaluations",
+        "objectives.terms",
         "t=rows.t)\n    return",
         "t=rows.r)\n    return",
     ),
@@ -433,9 +432,7 @@ def _load_mutated(monkeypatch, name, target, old, new):
         "flow.paths",
         "flow.draws",
         "flow.guidance",
-        "objectives.weighting",
-        "objectives.errors",
-        "objectives.evaluations",
+        "objectives.terms",
     )
     chain = (
         *shared,
@@ -532,7 +529,7 @@ def _plain_reading(field, params, draws, guidance, weight):
         + guidance.kappa * u_class
         + (1 - guidance.omega - guidance.kappa) * u_null
     )
-    inside = (t >= guidance.t_start) & (t <= guidance.t_end) & ~rows.dropped
+    inside = (t >= guidance.t_min) & (t <= guidance.t_max) & ~rows.dropped
     v_g = jax.lax.stop_gradient(jnp.where(per_row(inside, v), guided, v))
 
     def u_of(z, r, t):
@@ -649,7 +646,7 @@ def test_metrics_are_unweighted_and_apart():
         (lambda: MeanFlow(tangent="v99"), "tangent"),
         (lambda: Guidance(kappa=1.0), "kappa"),
         (lambda: Guidance(omega=float("nan")), "omega"),
-        (lambda: Guidance(t_start=0.8, t_end=0.2), "t_start"),
+        (lambda: Guidance(t_min=0.8, t_max=0.2), "t_min"),
         (lambda: AdaptiveWeight(p=-1.0), "weight.p"),
         (lambda: AdaptiveWeight(c=0.0), "weight.c"),
     ],

@@ -19,7 +19,7 @@ from mf_jax.models import DIT_SIZES, DataPrediction, DiT, InContextDiT, as_field
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
-from mf_jax.objectives.weighting import AdaptiveWeight
+from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.published.names import from_published
 
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
@@ -85,8 +85,8 @@ def _objective(meta):
     guidance = Guidance(
         omega=settings["omega"],
         kappa=settings["kappa"],
-        t_start=settings["guidance_t_start"],
-        t_end=settings["guidance_t_end"],
+        t_min=settings["guidance_t_start"],
+        t_max=settings["guidance_t_end"],
     )
     off = settings["guidance"] == "none"
     return MeanFlow(guidance=Guidance() if off else guidance, weight=weight)

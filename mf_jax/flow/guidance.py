@@ -4,7 +4,7 @@ The guided velocity of a row is
 
     v_g = omega v + kappa v_hat(class) + (1 - omega - kappa) v_hat(no class)
 
-for t in [t_start, t_end], and v elsewhere and for rows that train without their label, where v_hat is the network's own
+for t in [t_min, t_max], and v elsewhere and for rows that train without their label, where v_hat is the network's own
 velocity: u(z, t, t), or its second head. The effective scale is omega / (1 - kappa).
 
 Where a scale w and an interval [t_min, t_max] were drawn for each row and are told to the network, improved MeanFlow's
@@ -41,7 +41,7 @@ class Guidance:
     Args:
       omega: factor of the sample's own velocity; finite. 1 with kappa 0 means no guidance.
       kappa: factor of the network's conditional velocity, in [0, 1).
-      t_start, t_end: guide only for t in this window, 0 <= t_start <= t_end <= 1.
+      t_min, t_max: guide only for t in this window, 0 <= t_min <= t_max <= 1.
 
     Raises:
       BadInput: for values out of range.
@@ -49,8 +49,8 @@ class Guidance:
 
     omega: float = 1.0
     kappa: float = 0.0
-    t_start: float = 0.0
-    t_end: float = 1.0
+    t_min: float = 0.0
+    t_max: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.omega < float("inf"):
@@ -61,9 +61,9 @@ class Guidance:
             raise BadInput(
                 f"guidance.kappa={self.kappa}: must be within [0, 1), since the scale is omega / (1 - kappa)"
             )
-        if not 0 <= self.t_start <= self.t_end <= 1:
+        if not 0 <= self.t_min <= self.t_max <= 1:
             raise BadInput(
-                f"guidance.t_start={self.t_start}, t_end={self.t_end}: must satisfy 0 <= t_start <= t_end <= 1"
+                f"guidance.t_min={self.t_min}, t_max={self.t_max}: must satisfy 0 <= t_min <= t_max <= 1"
             )
 
     @property
@@ -153,8 +153,8 @@ def guided_velocities(
 
 def _inside(guidance: Guidance, rows: Rows) -> Bool[Array, "b"]:
     told = rows.guidance
-    low, high = (guidance.t_start, guidance.t_end) if told is None else (told.t_min, told.t_max)
-    return (rows.t >= low) & (rows.t <= high)
+    window = guidance if told is None else told
+    return (rows.t >= window.t_min) & (rows.t <= window.t_max)
 
 
 def _guide(

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
+from mf_jax.models.layers import (
+    ConditionEmbedding,
+    Network,
+    at_least_float32,
+    xavier_dense,
+    zero_dense,
+)
 
 
 class Perceptron(nn.Module):
@@ -44,7 +50,7 @@ class Perceptron(nn.Module):
         return make(self.size, dtype=self.dtype, name="out")(hidden)
 
 
-class Affine(nn.Module):
+class Affine(Network):
     """Predict u = A(r, t) z + b(r, t, class) of vectors or images, z as one vector.
 
     A has as many entries as z has numbers, squared: for small images only.
@@ -82,7 +88,7 @@ class Affine(nn.Module):
         return Prediction(u=at_least_float32(u).reshape(z.shape))
 
 
-class LowRank(nn.Module):
+class LowRank(Network):
     """Predict u = U(r, t) V(r, t)^T z + b(r, t, class) of vectors or images, z as one vector.
 
     Args:

@@ -20,6 +20,7 @@ from mf_jax.models.layers import (
     TIME_CONDITIONINGS,
     Attention,
     ConditionEmbedding,
+    Network,
     at_least_float32,
     sine_cosine_positions,
     xavier_dense,
@@ -103,7 +104,7 @@ class Block(nn.Module):
         )
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Predict u(z, r, t) of images or latents.
 
     Args:

@@ -8,6 +8,7 @@ Source: improved MeanFlow, arXiv 2512.02012, section 4.3; the options for pixels
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +19,13 @@ from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
 from mf_jax.models.attention import attend
 from mf_jax.models.blocks import run_blocks
-from mf_jax.models.layers import ScalarEmbedding, at_least_float32, xavier_dense, zero_dense
+from mf_jax.models.layers import (
+    Network,
+    ScalarEmbedding,
+    at_least_float32,
+    xavier_dense,
+    zero_dense,
+)
 
 IN_CONTEXT_SIZES = {  # depth, width, heads, head depth, bottleneck, positions
     "digits": (4, 128, 2, 2, 0, "sequence"),
@@ -184,7 +191,7 @@ class ClassTokens(nn.Module):
         return tokens + table(jnp.where(labels < 0, self.num_classes, labels))[:, None]
 
 
-class InContextDiT(nn.Module):
+class InContextDiT(Network):
     """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents.
 
     Args:
@@ -209,6 +216,7 @@ class InContextDiT(nn.Module):
     num_heads: int
     head_depth: int
     num_classes: int
+    can_be_told_guidance: ClassVar[bool] = True
     second_head: bool = True
     bottleneck: int = 0
     positions: str = "sequence"

@@ -21,6 +21,13 @@ TIME_CONDITIONINGS = {
 _LONGEST_PERIOD = 10_000
 
 
+class Network(nn.Module):
+    """What a config can ask of a network: whether it can be told guidance, and whether it has a second head."""
+
+    can_be_told_guidance = False  # without annotations these are no fields
+    second_head = False
+
+
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x in float32, or in its own type where that is wider, for what must not be computed in bfloat16."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.layers import ConditionEmbedding, at_least_float32, xavier_dense, zero_dense
+from mf_jax.models.layers import (
+    ConditionEmbedding,
+    Network,
+    at_least_float32,
+    xavier_dense,
+    zero_dense,
+)
 
 _FREQUENCIES = (1.0, 2.0, 4.0)
 """Of the sines and cosines of z that enter beside z: a perceptron of z alone is slow to learn sharp edges.
@@ -14,7 +20,7 @@ Source: Tancik et al., arXiv 2006.10739.
 """
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Predict u(z, r, t) of vectors.
 
     Args:

@@ -19,6 +19,7 @@ from mf_jax.models.attention import attend
 from mf_jax.models.layers import (
     Attention,
     ConditionEmbedding,
+    Network,
     at_least_float32,
     xavier_dense,
     zero_dense,
@@ -149,7 +150,7 @@ class Block(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Predict u(z, r, t) of images.
 
     Args:

@@ -20,7 +20,6 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,18 @@ from mf_jax.flow.draws import condition_of
 from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.errors import Metrics, average_over, step_metrics
-from mf_jax.objectives.evaluations import at_instant, with_derivative
-from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, row_mean, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    average_over,
+    check_target_ema,
+    row_mean,
+    squared_error,
+    step_metrics,
+    with_derivative,
+)
 
 
 def _sigmoid(
@@ -52,7 +60,7 @@ ANNEALINGS = {"sigmoid": _sigmoid, "exponential": _exponential}
 
 
 @dataclasses.dataclass(frozen=True)
-class AlphaFlow:
+class AlphaFlow(Objective):
     """Regress the average velocity on a finite step along the path, whose length is annealed.
 
     Args:
@@ -81,7 +89,6 @@ class AlphaFlow:
     derivative_below: float = 5e-3
     target_clip: float = 4.0
     target_ema: float = 0.0
-    learns_average: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.annealing not in ANNEALINGS:

@@ -12,6 +12,7 @@ Source: the Lipschitz and monotone controls named beside MeanFlow's baselines in
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.draws import condition_of
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.errors import Metrics, average
-from mf_jax.objectives.interface import Objective
+from mf_jax.objectives.terms import Metrics, Objective, average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +103,27 @@ class Controlled:
 
     objective: Objective
     controls: Controls
+    second_order: ClassVar[bool] = True
 
     @property
     def learns_average(self) -> bool:
-        """Whether the network knows u(z, r, t) for r < t."""
+        """See `Objective`, as the properties below."""
         return self.objective.learns_average
 
     @property
+    def needs_second_head(self) -> bool:
+        return self.objective.needs_second_head
+
+    @property
+    def predicts(self) -> str:
+        return self.objective.predicts
+
+    @property
+    def guidable(self) -> bool:
+        return self.objective.guidable
+
+    @property
     def target_ema(self) -> float:
-        """Decay of the moving average that the objective's targets use."""
         return self.objective.target_ema
 
     def loss(

@@ -16,13 +16,18 @@ from jaxtyping import Array, Float, Int, PyTree
 from mf_jax.flow.draws import join_all
 from mf_jax.flow.paths import velocity
 from mf_jax.flow.records import Draws, Field
-from mf_jax.objectives.errors import Metrics, binned_errors
-from mf_jax.objectives.evaluations import at_instant
-from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    binned_errors,
+    squared_error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """Regress the velocity at r = t on every row, whichever sub-batch it was drawn for.
 
     Args:
@@ -31,7 +36,7 @@ class FlowMatching:
 
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     learns_average: ClassVar[bool] = False
-    target_ema: ClassVar[float] = 0.0
+    guidable: ClassVar[bool] = False
 
     def loss(
         self,

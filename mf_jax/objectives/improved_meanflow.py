@@ -22,7 +22,6 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
@@ -37,9 +36,16 @@ from mf_jax.flow.guidance import (
 )
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Prediction, Rows
-from mf_jax.objectives.errors import Metrics, average, step_metrics
-from mf_jax.objectives.evaluations import at_instant, with_derivative
-from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    average,
+    squared_error,
+    step_metrics,
+    with_derivative,
+)
 
 
 def _head_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
@@ -56,7 +62,7 @@ VELOCITIES = {"head": _head_velocity, "boundary": boundary_velocity}
 
 
 @dataclasses.dataclass(frozen=True)
-class ImprovedMeanFlow:
+class ImprovedMeanFlow(Objective):
     """Regress the velocity that the network's average velocity and its derivative make.
 
     Args:
@@ -71,14 +77,17 @@ class ImprovedMeanFlow:
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     velocity: str = "head"
-    learns_average: ClassVar[bool] = True
-    target_ema: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.velocity not in VELOCITIES:
             raise BadInput(
                 f"objective.velocity={self.velocity!r}: must be one of {', '.join(VELOCITIES)}"
             )
+
+    @property
+    def needs_second_head(self) -> bool:
+        """Whether the network's own velocity is a head of its own."""
+        return self.velocity == "head"
 
     def loss(
         self,

@@ -19,7 +19,6 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 """
 
 import dataclasses
-from typing import ClassVar
 
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -27,9 +26,15 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field
-from mf_jax.objectives.errors import Metrics, step_metrics
-from mf_jax.objectives.evaluations import at_instant, with_derivative
-from mf_jax.objectives.weighting import AdaptiveWeight, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    squared_error,
+    step_metrics,
+    with_derivative,
+)
 
 TANGENTS = {
     "v01": (1.0, 0.0, 1.0),
@@ -41,7 +46,7 @@ TANGENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Objective):
     """Regress the average velocity on the MeanFlow identity.
 
     Args:
@@ -56,8 +61,6 @@ class MeanFlow:
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     tangent: str = "v01"
-    learns_average: ClassVar[bool] = True
-    target_ema: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.tangent not in TANGENTS:

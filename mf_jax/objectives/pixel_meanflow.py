@@ -22,9 +22,8 @@ from mf_jax.flow.draws import join_rows, num_groups
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.errors import Metrics, average
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
-from mf_jax.objectives.weighting import AdaptiveWeight, row_mean
+from mf_jax.objectives.terms import AdaptiveWeight, Metrics, Objective, average, row_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class PerceptualTerm:
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelMeanFlow:
+class PixelMeanFlow(Objective):
     """Improved MeanFlow with a clipped velocity and perceptual terms.
 
     Args:
@@ -62,8 +61,7 @@ class PixelMeanFlow:
     velocity: str = "head"
     t_clip: float = 0.05
     perceptual: tuple[PerceptualTerm, ...] = ()
-    learns_average: ClassVar[bool] = True
-    target_ema: ClassVar[float] = 0.0
+    predicts: ClassVar[str] = "data"
 
     def __post_init__(self) -> None:
         ImprovedMeanFlow(velocity=self.velocity)
@@ -71,6 +69,11 @@ class PixelMeanFlow:
             raise BadInput(
                 f"model.t_clip={self.t_clip}: must be within (0, 1); pixel MeanFlow uses 0.05"
             )
+
+    @property
+    def needs_second_head(self) -> bool:
+        """Whether the network's own velocity is a head of its own."""
+        return self.velocity == "head"
 
     def loss(
         self,

@@ -17,7 +17,6 @@ Source: SplitMeanFlow, arXiv 2507.16884, equation 8; Shortcut models, arXiv 2410
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 from jaxtyping import Array, Float, Int, PyTree
@@ -27,15 +26,21 @@ from mf_jax.flow.draws import condition_of
 from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.errors import Metrics, step_metrics
-from mf_jax.objectives.evaluations import at_instant
-from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    check_target_ema,
+    squared_error,
+    step_metrics,
+)
 
 SPLITS = ("uniform", "midpoint")
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitMeanFlow:
+class SplitMeanFlow(Objective):
     """Regress the average velocity over an interval on those over its two parts.
 
     Args:
@@ -52,7 +57,6 @@ class SplitMeanFlow:
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     split: str = "uniform"
     target_ema: float = 0.0
-    learns_average: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

@@ -30,13 +30,20 @@ from mf_jax.flow.draws import condition_of, join_all
 from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.errors import Metrics, step_metrics
-from mf_jax.objectives.evaluations import at_instant, with_derivative
-from mf_jax.objectives.weighting import AdaptiveWeight, check_target_ema, squared_error
+from mf_jax.objectives.terms import (
+    AdaptiveWeight,
+    Metrics,
+    Objective,
+    at_instant,
+    check_target_ema,
+    squared_error,
+    step_metrics,
+    with_derivative,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class TerminalVelocity:
+class TerminalVelocity(Objective):
     """Regress the velocity of a step's end on the flow's velocity there.
 
     Args:
@@ -51,7 +58,7 @@ class TerminalVelocity:
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
     target_ema: float = 0.99
-    learns_average: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_target_ema(self.target_ema)

@@ -1,0 +1,208 @@
+"""What objectives share: their interface, what they ask of a network, errors, row weights and metrics.
+
+The weighted loss says little: an adaptive weight with p = 1 holds it near 1. So the metrics are
+unweighted errors, apart for r = t and r < t, and by quarter of t. A metric is a sum and a count:
+steps and devices add them, and a bin may be empty.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from mf_jax.errors import BadInput
+from mf_jax.flow.draws import condition_of
+from mf_jax.flow.paths import interpolate
+from mf_jax.flow.records import Draws, Field, Prediction, Rows
+
+NUM_BINS = 4
+Step = Int[Array, ""] | int
+
+
+@flax.struct.dataclass
+class Average:
+    """A mean in the making, its fields float32 scalars."""
+
+    total: Any
+    count: Any
+
+    def compute(self) -> Float[Array, ""]:
+        """Return the mean."""
+        return self.total / self.count
+
+
+Metrics = dict[str, Average]
+
+
+class Objective(abc.ABC):
+    """What training needs of a method; a frozen record that sees no module, no key and no mesh.
+
+    Its class attributes say what it needs of the network and the draws; a setting may make one of them a property.
+    """
+
+    learns_average: ClassVar[bool] = True
+    """Whether the network knows u(z, r, t) for r < t, or the velocity u(z, t, t) alone."""
+    needs_second_head: ClassVar[bool] = False
+    """Whether the network must return `Prediction.v`."""
+    predicts: ClassVar[str] = "velocity"
+    """`data` where the network must predict x."""
+    guidable: ClassVar[bool] = True
+    """Whether its target can hold guidance."""
+    second_order: ClassVar[bool] = False
+    """Whether its gradient passes through a derivative of the network, which fused attention does not have."""
+    target_ema: ClassVar[float] = 0.0
+    """Decay of the moving average of the parameters that its targets use, in [0, 1); 0 = the parameters themselves."""
+
+    @abc.abstractmethod
+    def loss(
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the scalar loss and the metrics of one step, deterministic given the draws.
+
+        The loss must be a mean over rows: each device computes the loss of its own rows, and the
+        gradients are averaged.
+
+        Args:
+          step: the training step, for objectives that change over training.
+          target_params: parameters of the targets, their moving average by `target_ema`; None = params.
+        """
+
+
+def at_instant(field: Field, params: PyTree, rows: Rows) -> Prediction:
+    """Return the prediction at (z_t, t, t), where u is a velocity; of no rows, no rows."""
+    if rows.t.shape[0] == 0:
+        return Prediction(u=rows.x, v=rows.x)
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    return field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows))
+
+
+def with_derivative(
+    field: Field,
+    params: PyTree,
+    rows: Rows,
+    velocity: Float[Array, "b ..."],
+    *,
+    tangent: tuple[float, float, float] = (1.0, 0.0, 1.0),
+    with_gradient: bool = False,
+) -> tuple[Prediction, Float[Array, "b ..."]]:
+    """Return the prediction at (z_t, r, t), and du/dt along a path of the given velocity dz_t/dt.
+
+    Args:
+      tangent: of (z, r, t), in units of (velocity, 1, 1); the total derivative in t is (1, 0, 1).
+      with_gradient: whether a gradient of the derivative will be taken, which a network with fused attention refuses.
+    """
+    if rows.t.shape[0] == 0:
+        return Prediction(u=rows.x, v=rows.x), rows.x
+    condition = condition_of(rows).replace(forward_mode=not with_gradient)
+
+    def u(z: Array, r: Array, t: Array) -> tuple[Array, Prediction]:
+        prediction = field(params, z, r=r, t=t, condition=condition)
+        return prediction.u, prediction
+
+    dz, dr, dt = tangent
+    point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
+    direction = dz * velocity, dr * jnp.ones_like(rows.r), dt * jnp.ones_like(rows.t)
+    _, derivative, prediction = jax.jvp(u, point, direction, has_aux=True)
+    return prediction, derivative
+
+
+def squared_error(
+    prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]
+) -> Float[Array, "b"]:
+    """Return each row's |prediction - stop_gradient(target)|^2, summed over its axes."""
+    error = prediction - jax.lax.stop_gradient(target)
+    return jnp.sum(error**2, axis=tuple(range(1, error.ndim)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveWeight:
+    """Weight a row's squared error l by stop_gradient((l + c)^-p).
+
+    Args:
+      p: power, at least 0; 0 weights all rows alike, 1 makes the loss nearly scale-free.
+      c: added to l before the power, above 0.
+
+    Source: MeanFlow, arXiv 2505.13447, equation 22.
+    """
+
+    p: float = 1.0
+    c: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < math.inf:
+            raise BadInput(f"weight.p={self.p}: must be at least 0; MeanFlow uses 1.0")
+        if not 0 < self.c < math.inf:
+            raise BadInput(f"weight.c={self.c}: must be above 0; MeanFlow uses 0.01")
+
+    def __call__(self, error: Float[Array, "_"]) -> Float[Array, "_"]:
+        """Return the weighted squared error of each row."""
+        return error * jax.lax.stop_gradient((error + self.c) ** -self.p)
+
+    def mean(self, *errors: Float[Array, "_"]) -> Float[Array, ""]:
+        """Return the `row_mean` of the weighted errors."""
+        return row_mean(*(self(error) for error in errors))
+
+
+def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
+    """Return the mean over the rows of all sub-batches together; some may have no rows, not all."""
+    return sum(jnp.sum(value) for value in values) / sum(value.shape[0] for value in values)
+
+
+def check_target_ema(decay: float) -> None:
+    """Raise BadInput unless a decay of the target's moving average is within [0, 1)."""
+    if not 0 <= decay < 1:
+        raise BadInput(
+            f"objective.target_ema={decay}: must be within [0, 1); 0 = the parameters themselves"
+        )
+
+
+def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> Average:
+    """Return the mean of values where mask is set, of all where it is None; there may be no rows."""
+    mask = jnp.ones(values.shape, bool) if mask is None else mask
+    return Average(
+        total=jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32),
+        count=jnp.sum(mask, dtype=jnp.float32),
+    )
+
+
+def average_over(value: Float[Array, ""], draws: Draws) -> Average:
+    """Return a number of all rows together as the mean of that many, so that it counts as each of them does."""
+    num = sum(rows.x.shape[0] for rows in (draws.instant, draws.interval))
+    return average(jnp.broadcast_to(value, (num,)))
+
+
+def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
+    """Report a sub-batch's mean squared error per number: `name` over all t, `name_t0` .. `name_t3` by quarter of t.
+
+    Args:
+      error: squared error of each row, summed over its axes.
+    """
+    per_number = error / math.prod(rows.x.shape[1:])
+    bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
+    metrics = {f"{name}_t{i}": average(per_number, bins == i) for i in range(NUM_BINS)}
+    return {name: average(per_number), **metrics}
+
+
+def step_metrics(
+    draws: Draws,
+    *,
+    v_error: Float[Array, "b1"],
+    u_error: Float[Array, "b2"],
+    du_dt: Float[Array, "b2 ..."],
+) -> Metrics:
+    """Return what every objective with rows r < t reports: the binned errors, and the root mean square of du/dt.
+
+    Args:
+      v_error, u_error: squared errors of the rows with r = t and of the rows with r < t, not weighted.
+      du_dt: the total derivative of the rows with r < t, or a difference quotient in its place.
+    """
+    return {
+        **binned_errors("u_error", u_error, draws.interval),
+        **binned_errors("v_error", v_error, draws.instant),
+        "du_dt": average(jnp.sqrt(jnp.mean(du_dt**2, axis=tuple(range(1, du_dt.ndim))))),
+    }
