@@ -1,11 +1,11 @@
-"""CIFAR-10, unconditional, the U-Net of 56M parameters: MeanFlow, 2.92 FID at one step (arXiv 2505.13447).
+"""MeanFlow on CIFAR-10, unconditional, U-Net of 56M parameters: 2.92 FID (arXiv 2505.13447).
 
-800,000 steps of batch 1024, three quarters of the rows with r < t. The published run also scales, moves and
-stretches pictures as EDM does; here they are only mirrored. data.path is a flat folder of the 50,000 training
-pictures. Later times give 2.8 to 2.9: times.t_mean=-0.6 t_std=1.6 r_mean=-4.0 r_std=1.6.
-Row soflow: SoFlow, 2.86 FID at one step, 2.28 at two (arXiv 2512.15657), no derivative. Batch, rates, times and
-weight are MeanFlow's but for the share of rows with r = t; the published ones were not found.
-Hardware: GPUs or TPUs; about 170 H100 hours (soflow 150), reckoned from the FLOPs at 40 % of the TF32 peak.
+800,000 steps of batch 1024, three quarters of the rows with r < t. The published run also scales,
+moves and stretches pictures as EDM does; here they are only mirrored. data.path is a flat folder of
+the 50,000 training pictures. Later times give 2.8 to 2.9: times.t_mean=-0.6 t_std=1.6 r_mean=-4.0
+r_std=1.6. Row soflow: SoFlow, 2.86 FID at one step, 2.28 at two (arXiv 2512.15657). Its batch,
+rates, times and weight were not found; here they are MeanFlow's.
+Hardware: GPUs or TPUs; 170 H100 hours (soflow 150), reckoned at 40 % of the TF32 peak.
 Evaluation: --mode=eval, 50,000 samples, at 1 and 2 steps.
 Command: python -m mf_jax.main --config=configs/cifar10.py (or configs/cifar10.py:soflow)
 """

@@ -1,7 +1,7 @@
 """Every key of a run, with its default, its meaning and its unit.
 
 The other files of this folder are small deltas of this one. Any key can be set on the command line:
-`--config.optim.lr=1e-3`. A key that a chosen part does not use (data.toy while data.name is digits) is ignored.
+`--config.optim.lr=1e-3`. A key that a chosen part does not use (data.toy for digits) is ignored.
 """
 
 from ml_collections import ConfigDict
@@ -19,45 +19,44 @@ def get_config() -> ConfigDict:
 
     config.data = section(
         name="digits",  # digits | toy2d | image_folder | tfds | latents (made by --mode=prepare)
-        path="",  # image_folder: the folder of pictures; tfds: its data folder, "" for TFDS's own; latents: theirs
+        path="",  # image_folder, latents: their folder; tfds: its data folder, "" for TFDS's own
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
         flip=False,  # mirror every other picture at random
         held_out_share=0.1,  # image_folder: share of the pictures of each class kept for evaluation
         dataset="cifar10",  # tfds: name of the data set
         split_train="train",  # tfds: the split to train on
         split_held_out="test",  # tfds: the split to evaluate against
-        toy="checkerboard",  # toy2d: checkerboard | two_moons | eight_gaussians | spirals | gaussian
+        toy="checkerboard",  # checkerboard | two_moons | eight_gaussians | spirals | gaussian
         autoencoder="sd-vae-ft-mse",  # latents: the autoencoder, by its published name or as a path
-        copy_to="",  # latents: folder of each host that they are copied to before they are read; a bucket needs it
-        # latents: taken from each latent, and what it is divided by then (above 0); one number or one a channel
-        latent_mean=(0.0,),  # as published for Stable Diffusion
-        latent_std=(1 / 0.18215,),  # as published for Stable Diffusion
+        copy_to="",  # latents: folder of each host to copy them to first; a bucket needs it
+        latent_mean=(0.0,),  # latents: taken from each, one number or one a channel
+        latent_std=(1 / 0.18215,),  # latents: each is divided by it then; above 0
     )
     config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
-        input="",  # folder of class folders (train/ above or not), .tar or a folder of them, tfds:NAME (split_train)
+        input="",  # folder of class folders, .tar or a folder of them, tfds:NAME (split_train)
         shards=128,  # files that the latents are spread over, whatever the number of processes
-        batch_size=32,  # pictures encoded at once on a device; changes the rounding of latents at most
-        max_bad=100,  # unreadable pictures of a process that are skipped and named; one more stops it
+        batch_size=32,  # pictures encoded at once on a device; changes rounding at most
+        max_bad=100,  # unreadable pictures that a process skips and names; one more stops it
         latents=True,  # write latents; False = only the reference
-        reference="",  # also write statistics of the pictures, by eval.inception, to this .npz file; "" = none
-        reference_pictures=False,  # keep 10,000 pictures in it too (2 GB at 256 pixels): ADM's evaluator needs them
+        reference="",  # also write statistics by eval.inception to this .npz file; "" = none
+        reference_pictures=False,  # keep 10,000 pictures in it, for ADM's evaluator
         process_index=0,  # which part of the work this process takes, in [0, process_count)
-        process_count=0,  # processes that share the work; 0 = those of the JAX job, which also say process_index
+        process_count=0,  # processes that share the work; 0 = the JAX job's own count and index
     )
     config.model = section(
-        name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank (either)
-        size="digits",  # dit: digits | S | B | M | L | XL; in_context_dit also pixel_B | pixel_L | pixel_H, but not S
+        name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank
+        size="digits",  # digits | S | B | M | L | XL; in_context_dit: pixel_B | pixel_L | pixel_H
         patch_size=4,  # dit, in_context_dit: pixels, divides data.image_size
         depth=0,  # blocks; 0 = as the size says
         width=0,  # width of a token or layer; 0 = as the size says
         num_heads=0,  # dit, in_context_dit: attention heads; 0 = as the size says
-        time_conditioning="t,t-r",  # t,r | t,t-r | t,r,t-r | t-r | t; dit also t|r; in_context_dit: t-r in any case
+        time_conditioning="t,t-r",  # t,r | t,t-r | t,r,t-r | t-r | t; dit: t|r; in_context_dit: t-r
         r_blocks=0,  # dit with t|r: the last blocks, told r instead of t; 0 = a quarter of them
         second_head=True,  # in_context_dit: a second head for the velocity, in training only
         head_depth=0,  # in_context_dit: blocks of each head; 0 = as the size says
-        bottleneck=0,  # in_context_dit: width of a patch embedding in two steps; 0 = as the size says
+        bottleneck=0,  # in_context_dit: width between two patch embeddings; 0 = as the size says
         positions="",  # in_context_dit: sequence | grid; "" = as the size says
-        prediction="velocity",  # what the network puts out: velocity | data (read as u = (z - x) / max(t, t_clip))
+        prediction="velocity",  # of the network: velocity | data, u = (z - x) / max(t, t_clip)
         t_clip=0.05,  # prediction=data: smallest time divided by, in (0, 1)
         channels=128,  # unet: channels of the first convolution
         channel_multipliers=(2, 2, 2),  # unet: of each level; each after the first halves the image
@@ -67,13 +66,13 @@ def get_config() -> ConfigDict:
         rank=8,  # low_rank: rank of the matrix
         dtype="float32",  # of the computation: float32 | bfloat16; parameters are float32
         attention="xla",  # dit, in_context_dit: xla | fused (kernels of GPU and TPU)
-        remat="none",  # dit, in_context_dit: computed again for the gradient: none | block | dots (all but products)
-        scan=False,  # dit, in_context_dit: one loop over the blocks, whose parameters are stacked; compiles fast
+        remat="none",  # dits: recompute for the gradient: none | block | dots (all but products)
+        scan=False,  # dits: one loop over the blocks, whose parameters are stacked; compiles fast
     )
     config.objective = section(
         name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
-        tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong on purpose
-        velocity="head",  # improved_meanflow, pixel_meanflow: the network's own velocity: head | boundary
+        tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong
+        velocity="head",  # improved_meanflow, pixel_meanflow: of the network: head | boundary
         annealing="sigmoid",  # alpha_flow: how alpha moves: sigmoid | exponential
         alpha_start=1.0,  # alpha_flow: first alpha, in [0, 1]; 1 is flow matching
         alpha_end=0.0,  # alpha_flow: last alpha, in [0, 1]; 0 is meanflow
@@ -83,11 +82,12 @@ def get_config() -> ConfigDict:
         derivative_below=5e-3,  # alpha_flow: meanflow's form for a smaller alpha; 0 = never
         target_clip=4.0,  # alpha_flow: bound of the target's entries
         split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
-        target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: decay of the average in the target; 0 = none
+        target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: of the targets
     )
-    config.guidance = section(  # v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class), in the target
+    # in the target: v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class)
+    config.guidance = section(
         omega=1.0,  # factor of the sample's own velocity
-        kappa=0.0,  # factor of the network's conditional velocity, in [0, 1); scale = omega / (1 - kappa)
+        kappa=0.0,  # factor of the conditional velocity, in [0, 1); scale = omega / (1 - kappa)
         t_min=0.0,  # guide only for t in [t_min, t_max]
         t_max=1.0,  # the window's end, at least t_min
     )
@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
         monotone=0.0,  # factor of the term that keeps z - (t - r) u monotone in z; 0 = off
     )
     config.times = section(
-        name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (steps of a halving ladder)
+        name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps)
         t_mean=-0.4,  # logit_normal, consistency: mean of logit t
         t_std=1.0,  # logit_normal, consistency: its standard deviation
         r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
@@ -111,14 +111,14 @@ def get_config() -> ConfigDict:
     config.draws = section(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
-        label_drop="instant_rows",  # which rows lose it: instant_rows (r = t) | any_row | fixed_rows (cheaper guidance)
-        omega_max=1.0,  # in_context_dit: guidance scales up to it are drawn and told to the network; 1 = none
+        label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row | fixed_rows
+        omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     )
     config.init = section(
         path="",  # a run's workdir, or a published checkpoint; "" = start from the seed
         kind="run",  # what lies there: run | meanflow | imf | pmf
-        which="",  # run: a decay of its ema.decays or none; published: params or ema_params; "" = the average
+        which="",  # run: an average or none; published: params or ema_params; "" = the average
     )
     config.train = section(
         num_steps=10_000,  # optimisation steps of the whole run
@@ -138,25 +138,25 @@ def get_config() -> ConfigDict:
     )
     config.ema = section(
         decays=(0.9999,),  # each in [0, 1): one moving average of the parameters for each
-        halflives_kimg=(),  # and one for each half-life, in thousands of images; 500.0 is called 500kimg in sample.ema
+        halflives_kimg=(),  # and for each half-life in thousands of images; 500.0 is named 500kimg
     )
     config.log = section(
         sample_every_steps=1000,  # steps between sample grids; 0 = only at the end
         progress=True,  # show progress on the terminal
     )
     config.checkpoint = section(
-        every_steps=1000,  # steps between checkpoints; the last step and SIGTERM save one in any case
+        every_steps=1000,  # steps between checkpoints; the last step and SIGTERM always save one
         keep=3,  # newest checkpoints kept
     )
     config.mesh = section(
         data=0,  # devices that split the batch alone; 0 = all that remain
         fsdp=1,  # devices that split the batch and the parameters
-        gather="step",  # step | block: gather split parameters at once, or those of a block when it comes
+        gather="step",  # step | block: gather split parameters at once, or block by block
     )
     config.job = section(  # of one or many processes
         start_timeout_seconds=300.0,  # within which all processes must have started
-        heartbeat_timeout_seconds=100,  # of silence after which a process counts as dead, and the others end
-        stopped_exit_code=0,  # of training told to stop; above 0 for schedulers that repeat only what failed
+        heartbeat_timeout_seconds=100,  # of silence after which the others end
+        stopped_exit_code=0,  # of stopped training; above 0 for schedulers that repeat failures
     )
     config.sample = section(
         num=100,  # samples to write, exactly
@@ -165,10 +165,11 @@ def get_config() -> ConfigDict:
         labels=(),  # classes, repeated over the samples, -1 = none; () = all classes in turn
         guidance=(1.0, 0.0, 1.0),  # (omega, t_min, t_max), for a network that was told them
         seed=0,  # of the noise
-        ema="",  # which moving average: a decay of ema.decays, none = the raw parameters, "" = the first
+        ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
     )
-    config.eval = section(  # every combination of checkpoints, emas, steps, omegas and intervals is scored
+    # every combination of checkpoints, emas, steps, omegas and intervals is scored
+    config.eval = section(
         num_samples=2000,  # samples of each row of the table, exactly
         steps=(1, 2, 4, 8),  # network evaluations of a sample
         omegas=(1.0,),  # guidance scales, for a network that was told them
@@ -178,21 +179,21 @@ def get_config() -> ConfigDict:
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them
-        references=(),  # .npz files of reference statistics: FID and the like instead of the small-data scores
-        inception="inception-2015-12-05",  # the network of features, by its published name or as a path
-        samples="",  # with references: score the pictures of this .npz (arr_0, uint8 [N, H, W, 3]), not a model's
-        least_samples=0,  # with references: refuse fewer samples; 0 = one more than a row has features, 2049
+        references=(),  # .npz files of reference statistics: FID instead of small-data scores
+        inception="inception-2015-12-05",  # published name, or a path
+        samples="",  # with references: score this .npz (arr_0, uint8 [N, H, W, 3]), no model
+        least_samples=0,  # with references: refuse fewer samples; 0 = 2049, features and one
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(
-        what="step",  # step | sample | input | attention | scores (of eval.num_samples random features) | plan
-        repeats=20,  # timed runs of each thing measured; step: 0 = only compile, which needs no memory for a state
+        what="step",  # step | sample | input | attention | scores (of random features) | plan
+        repeats=20,  # timed runs of each thing measured; step: 0 = only compile
         dropped=3,  # runs before them, not counted
-        shape=(),  # step, sample, plan: of one data element, e.g. (32, 32, 4), without reading data; () = as the data
+        shape=(),  # step, sample, plan: of one element, e.g. (32, 32, 4); () = read the data
         num_classes=1000,  # step, sample, plan: classes, where bench.shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
         topology="v5e-16",  # plan: the machine, a key of mf_jax.bench.topologies.TOPOLOGIES
-        utilisation=0.4,  # plan: share of the peak that a device reaches while it computes, in (0, 1]
+        utilisation=0.4,  # plan: share of the peak that a device reaches, in (0, 1]
     )
     config.weights_dir = ""  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
     config.cache_dir = ".cache"  # of the evaluation's classifiers, shared by runs; "" = the workdir

@@ -1,7 +1,8 @@
-"""MeanFlow on the 1,797 real 8x8 digits of scikit-learn, class-conditional, without guidance: the main job.
+"""MeanFlow on the 1,797 real 8x8 digits of scikit-learn, by class, unguided: the main job.
 
-Hardware: 2 CPU cores, about 4 minutes. Expected at one step: a Fréchet distance near the floor of real data, 98 % of
-the samples in their class. Times lean towards long intervals, which a single step needs most.
+Hardware: 2 CPU cores, about 4 minutes. Expected at one step: a Fréchet distance near the floor of
+real data, 98 % of the samples in their class. Times lean towards long intervals, which a single
+step needs most.
 Command: bash launch/local.sh
 Another method on the same data, minutes: bash launch/local.sh --config=configs/digits.py:shortcut
 """
@@ -14,7 +15,7 @@ from configs.rows import choose, soflow
 STEPS = 3600
 ROWS = {
     "": {},
-    # the multi-step baseline: it knows the velocity alone, so one step is poor and many steps are good
+    # the multi-step baseline: it knows the velocity alone, so one step is poor and many are good
     "flow_matching": {
         "objective.name": "flow_matching",
         "draws.instant_share": 1.0,
@@ -23,7 +24,7 @@ ROWS = {
     },
     # arXiv 2303.01469: MeanFlow whose intervals all end at the data; one step is all that it learns
     "consistency": {"times.name": "consistency", "eval.steps": (1,)},
-    # arXiv 2512.02012: a second head for the velocity, guidance chosen when sampling (sample.guidance).
+    # arXiv 2512.02012: a second head for the velocity, guidance chosen when sampling.
     # A quarter of an hour: 20 tokens of class, guidance and time stand before the 4 patches.
     "improved_meanflow": {
         "model.name": "in_context_dit",
@@ -32,7 +33,7 @@ ROWS = {
         "draws.label_drop_share": 0.1,
         "draws.omega_max": 4.0,
     },
-    # arXiv 2601.22158: the network predicts the picture, and u follows; times lean to noise, as published
+    # arXiv 2601.22158: the network predicts the picture; times lean to noise, as published
     "pixel_meanflow": {
         "model.name": "in_context_dit",
         "train.num_steps": 1500,
@@ -43,12 +44,12 @@ ROWS = {
         "times.r_mean": 0.8,
         "times.r_std": 0.8,
     },
-    # arXiv 2510.20771: from flow matching to MeanFlow along a sigmoid; until half of the run alpha is near 1
+    # arXiv 2510.20771: from flow matching to MeanFlow; until half of the run alpha is near 1
     "alpha_flow": {"objective.name": "alpha_flow", "objective.anneal_to": STEPS},
     # arXiv 2512.15657: no JVP is computed
     "soflow": soflow(STEPS),
-    # arXiv 2507.16884: an interval is the sum of its two parts, split anywhere. An adaptive weight (p > 0)
-    # favours rows of small error: here the rows that look at no data, which then agree with one another alone.
+    # arXiv 2507.16884: an interval is the sum of its two parts, split anywhere. An adaptive weight
+    # (p > 0) favours rows of small error: here the rows that look at no data.
     "split_meanflow": {"objective.name": "split_meanflow", "weight.p": 0.0},
     # arXiv 2410.12557: SplitMeanFlow at the midpoint of dyadic steps
     "shortcut": {

@@ -1,12 +1,13 @@
 """ImageNet: one row for each published result, with the figures that its paper gives.
 
 Command: python -m mf_jax.main --config=configs/imagenet.py:ROW
-Hardware: GPUs or TPUs; hours of an H100, reckoned from the FLOPs at 40 % of the bfloat16 peak, not measured.
-Evaluation: --mode=eval, 50,000 samples. Table of docs/imagenet.md: python -m configs.imagenet --write
+Hardware: GPUs or TPUs; hours of an H100, reckoned from the FLOPs at 40 % of the bfloat16 peak.
+Evaluation: --mode=eval. Table of docs/imagenet.md: python -m configs.imagenet --write
 """
 
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ class Row:
 
     Args:
       network: kind-size/patch; DiT and iMF are on latents, pMF is on pixels.
-      guidance: (scale, t_min, t_max), in the target of a DiT, chosen when sampling for the others; () = none.
+      guidance: (scale, t_min, t_max), in a DiT's target, chosen when sampling for the others.
       one, two: published FID at one step and at two; "" = none.
       millions: of parameters in sampling.
       hours: of an H100.
@@ -68,8 +69,8 @@ ROWS = {
     "imf_l2": Row("iMF-L/2", 256, 640, 1024, IMF, (10.5, 0.4, 0.6), "1.86", "", 409, 765),
     "imf_xl2": Row("iMF-XL/2", 256, 640, 1024, IMF, (8.0, 0.42, 0.62), "1.72", "1.54", 610, 1100),
     "imf_xl2_512": Row("iMF-XL/2", 512, 640, 1024, IMF, (8.0, 0.42, 0.62), "", "", 610, 4700),
-    # pixel MeanFlow, arXiv 2601.22158; the paper doubles or quadruples the noise of H/16 and of 512 pixels,
-    # whose intervals here are moved to the same signal to noise
+    # pixel MeanFlow, arXiv 2601.22158; the paper doubles or quadruples the noise of H/16 and of
+    # 512 pixels, whose intervals here are moved to the same signal to noise
     "pmf_b16": Row("pMF-B/16", 256, 320, 1024, PMF, (8.5, 0.1, 0.7), "3.12", "", 118, 140, 2000),
     "pmf_l16": Row("pMF-L/16", 256, 320, 1024, PMF, (7.0, 0.2, 0.7), "2.52", "", 410, 415, 1000),
     "pmf_h16": Row("pMF-H/16", 256, 360, 1024, PMF, (7.0, 0.33, 0.75), "2.22", "", 955, 1020, 1000),
@@ -79,16 +80,16 @@ ROWS = {
 }
 NOTES = {
     "b4": "80 epochs without guidance (train.num_steps=400365, guidance.kappa=0.0) give 61.06.",
-    "xl2": "1000 epochs (train.num_steps=5004558) give 2.20 at two steps. The objective of improved "
-    "MeanFlow on this network (objective.name=improved_meanflow, objective.velocity=boundary) gives 2.99.",
+    "xl2": "1000 epochs (train.num_steps=5004558) give 2.20 at two steps. With "
+    "objective.name=improved_meanflow and objective.velocity=boundary it is 2.99.",
     "xl2_512": "No figure is published.",
     "fm_b2": "No figure is published. It knows the velocity alone: it needs many steps.",
     "alphaflow_xl2": "The published two steps add noise in between, which is not done here.",
     "imf_b2": "240 epochs (train.num_steps=300273) give 3.82. The published run is in float32.",
     "imf_xl2": "Two steps want omega 4 in [0.36, 0.64] (eval.omegas, eval.intervals).",
     "imf_xl2_512": "No figure is published. Latents are taken to have the same mean and spread.",
-    "pmf_b16": "All pMF runs are published with LPIPS and ConvNeXt-V2 terms in the loss. Without them, "
-    "and without a bottleneck, the paper has 8.71, and 9.56 after 160 epochs. Its averages ramp up.",
+    "pmf_b16": "All pMF runs are published with LPIPS and ConvNeXt-V2 terms in the loss. Without "
+    "them, and without a bottleneck, the paper has 8.71, and 9.56 after 160 epochs.",
     "pmf_h16": "The published run draws a tenth of its times uniformly.",
 }
 
@@ -160,7 +161,7 @@ def _set_pmf(config: ConfigDict, row: Row, size: str) -> None:
     config.data.held_out_share = 1e-6  # a picture of each class: evaluation has its reference
     config.model.size, config.model.prediction = f"pixel_{size}", "data"
     config.draws.omega_power = 1.0 if size == "B" else 2.0
-    # at 512 pixels the paper doubles the noise: log 2 more in the logits has the same signal to noise
+    # at 512 pixels the paper doubles the noise: log 2 more in the logits is the same
     config.times.t_mean = config.times.r_mean = 0.8 if row.pixels == 256 else 1.49
     config.times.t_std = config.times.r_std = 0.8
     config.optim.name, config.optim.lr = "muon", 1e-3
@@ -181,7 +182,9 @@ def table() -> str:
         run = (f"{row.millions}M", row.epochs, row.batch)
         scores = (row.one, row.two, guidance, f"{row.hours:,}")
         lines.append([f"`{name}`", row.network, row.pixels, *run, *scores])
-    notes = [f"- `{name}`: {note}" for name, note in NOTES.items()]
+    notes = [
+        textwrap.fill(f"- `{name}`: {NOTES[name]}", 100, subsequent_indent="  ") for name in NOTES
+    ]
     return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), "", *notes])
 
 

@@ -1,6 +1,7 @@
-"""MeanFlow on a folder of pictures of one's own, 32x32: sub-folders are classes, a flat folder is unconditional.
+"""MeanFlow on your own pictures, 32x32: sub-folders are classes, a flat folder is unconditional.
 
-Hardware: a GPU; on 2 CPU cores a step takes seconds. Choose model.size and train.num_steps by the size of the folder.
+Hardware: a GPU; on 2 CPU cores a step takes seconds. Choose model.size and train.num_steps by the
+size of the folder.
 Command: python -m mf_jax.main --config=configs/pictures.py --config.data.path=FOLDER
 """
 

@@ -1,4 +1,4 @@
-"""MeanFlow on 2-D points: two moons by default; data.toy names four more, of which the checkerboard is the hardest.
+"""MeanFlow on 2-D points: two moons; data.toy names four more, the checkerboard is the hardest.
 
 Hardware: 2 CPU cores, under 2 minutes. Expected: one-step samples on both moons, see scatter.png.
 Command: bash launch/local.sh --config=configs/toy2d.py

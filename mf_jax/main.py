@@ -3,8 +3,8 @@
 python -m mf_jax.main --config=configs/NAME.py[:ROW] [--workdir=runs/NAME] [--config.KEY=VALUE ...]
   [--mode=train|eval|sample|bench|weights|prepare|config]
 
-Every key of configs/default.py can be set, for example --config.optim.lr=1e-3. --mode=config prints them all.
-A job on many machines is the same command on each; docs/pods.md.
+Every key of configs/default.py can be set, for example --config.optim.lr=1e-3. --mode=config prints
+them all. A job on many machines is the same command on each; docs/pods.md.
 """
 
 import errno
@@ -31,7 +31,7 @@ MODES = {
 }
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""What errors say, whatever their type: checkpoints are written by a library in another language."""
+"""What errors say, whatever their type: a library in another language writes checkpoints."""
 _OF_BUCKETS = "gcsfs"
 """The package that a path in a bucket of Google needs."""
 _FIX_OF_BUCKETS = 'pip install "etils[epath-gcs]"'

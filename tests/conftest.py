@@ -39,7 +39,7 @@ _QUICK_TO_COMPILE = (
 
 
 def pytest_configure(config):
-    """Let this process and its children share what they compile: most tests train the same few tiny networks."""
+    """Let this process and its children share what they compile: tests share their networks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
@@ -81,15 +81,23 @@ def recorded_scores():
     return dict(np.load(FOLDER / "metrics.npz"))
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Return a function that runs a command line in this process and returns (exit code, stdout, stderr)."""
+def run_main(*arguments):
+    """Run a command line in this process and return its exit code."""
     from mf_jax.main import main
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["mf_jax", *map(str, arguments)])
+        return main()
+
+
+@pytest.fixture
+def command(capsys):
+    """Return a function that runs a command line here and returns (exit code, stdout, stderr)."""
+
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mf_jax", *map(str, arguments)])
         capsys.readouterr()
-        code = main()
+        code = run_main(*arguments)
         return code, *capsys.readouterr()
 
     return run
@@ -113,12 +121,10 @@ def spawn():
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, spawn):
+def trained(tmp_path_factory):
     """Return the workdir of a tiny finished run of configs/digits.py; do not change it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    process = spawn("--config=configs/digits.py", f"--workdir={workdir}", *TINY)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert run_main("--config=configs/digits.py", f"--workdir={workdir}", *TINY) == 0
     return workdir
 
 

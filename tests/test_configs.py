@@ -173,7 +173,7 @@ def _step(config):
 
 
 def test_a_step_of_a_tiny_copy_has_the_shapes_of_its_state():
-    for name in ("b2", "fm_b2", "soflow_b2", "alphaflow_xl2", "imf_b2"):
+    for name in ("b2", "alphaflow_xl2", "imf_b2"):
         step, state, batch = _step(imagenet.get_config(name))
         after = jax.eval_shape(step, state, batch.x, batch.labels)
         like = jax.eval_shape(lambda state: state, state)
@@ -205,7 +205,7 @@ def test_every_key_has_a_comment_and_a_default_that_the_command_line_can_overrid
 
 
 def test_no_dead_option():
-    """Every key is read: as an attribute of the config, or as an argument of what a section builds."""
+    """Every key is read: as an attribute of the config, or as an argument of a record."""
     code = "\n".join(path.read_text() for path in (ROOT / "mf_jax").rglob("*.py"))
     keys = [
         key
