@@ -25,6 +25,7 @@ from mf_jax.published.checkpoints import describe_published, listed, load_publis
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh, placed
 from mf_jax.scoring.grid import NEWEST
 
@@ -157,8 +158,6 @@ def _restore(
     folder: Path, config: ConfigDict, ema: str, step: int | None = None
 ) -> tuple[int, PyTree]:
     """Return the step and the parameters of a run's checkpoint, on every device."""
-    from mf_jax.runtime.checkpoint import Checkpoints  # brings Orbax
-
     spec, names = run_folder.stored_data(folder), averages(config)
     like = parameter_shapes(make_network(config, spec), spec.shape)
     like = placed(like, jax.tree.map(lambda _: _everywhere(), like))

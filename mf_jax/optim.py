@@ -14,6 +14,9 @@ from optax.contrib import MuonDimensionNumbers
 from mf_jax.errors import BadInput, check_known
 
 SCHEDULES = ("constant", "cosine")
+_NOT_HIDDEN = ("patch_embedding", "bottleneck")
+"""Linear layers that see the data: convolutions, and so no matrices, in the published code."""
+_KIMG = "kimg"
 
 
 def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int) -> optax.Schedule:
@@ -24,15 +27,10 @@ def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int
       warmup_steps: steps of linear warm-up from 0 to the peak.
       schedule: `constant`, or `cosine` to 0 at the last step.
       num_steps: of the whole run, warm-up included.
-
-    Returns:
-      step -> learning rate.
     """
-    after = (
-        optax.constant_schedule(lr)
-        if schedule == "constant"
-        else optax.cosine_decay_schedule(lr, max(num_steps - warmup_steps, 1))
-    )
+    after = optax.constant_schedule(lr)
+    if schedule == "cosine":
+        after = optax.cosine_decay_schedule(lr, max(num_steps - warmup_steps, 1))
     if not warmup_steps:
         return after
     # the first step moves: step k of the warm-up uses (k + 1) / warmup_steps of the peak
@@ -59,22 +57,15 @@ def _fuse_qkv(tree: PyTree) -> PyTree:
     )
 
 
-_NOT_HIDDEN = ("patch_embedding", "bottleneck")
-"""Linear layers that see the data: convolutions, and so no matrices, in the published code."""
-
-
 def muon_dimensions(params: PyTree) -> PyTree:
-    """Return which parameters muon moves, and which of their axes are those of a matrix; None for those of adamw.
+    """Return the matrix axes of each parameter that muon moves, and None for those that adamw moves.
 
-    Muon moves the kernels of linear layers but those of the patch embedding. Tables, learned tokens and positions,
-    gates, norms, biases and convolutions are for adamw. Axes in front, of blocks in a loop (`model.scan`) and of the
-    three parts of a fused projection, count matrices, each of which is made orthogonal by itself.
+    Muon moves the kernels of linear layers, except the patch embedding. Tables, learned tokens and positions, gates,
+    norms, biases and convolutions are for adamw. Axes in front count matrices, each made orthogonal by itself: blocks
+    in a loop (`model.scan`), and the three parts of a fused projection.
 
     Args:
       params: nested dicts, fused projections as `_split_qkv` leaves them.
-
-    Returns:
-      Nested dicts like them, of `MuonDimensionNumbers` or None.
     """
 
     def dimensions(path: KeyPath, leaf: Any) -> MuonDimensionNumbers | None:
@@ -143,7 +134,7 @@ def make_optimizer(
 
 
 def average_name(decay: float) -> str:
-    """Return the name of the moving average with this decay: the decay as written, e.g. "0.9999"."""
+    """Return the name of the moving average with this decay, e.g. "0.9999"."""
     return repr(float(decay))
 
 
@@ -152,11 +143,8 @@ def halflife_name(halflife_kimg: float) -> str:
     return f"{halflife_kimg:.15g}{_KIMG}"
 
 
-_KIMG = "kimg"
-
-
 def decay_of(name: str, *, batch_size: int) -> float:
-    """Return the decay of a moving average, per step of this many images: what its name spells, or its half-life gives.
+    """Return the decay per step of a moving average: the one in its name, or the one of its half-life.
 
     Source: EDM, arXiv 2206.00364, appendix F.2; without its ramp-up, which matters for the first steps alone.
     """
@@ -196,13 +184,7 @@ def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
 def update_averages(
     averages: dict[str, PyTree], params: PyTree, *, batch_size: int
 ) -> dict[str, PyTree]:
-    """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name.
-
-    Args:
-      averages: name to average.
-      params: after the step.
-      batch_size: images of a step, for averages named by their half-life.
-    """
+    """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name."""
     return {
         name: optax.incremental_update(params, average, 1 - decay_of(name, batch_size=batch_size))
         for name, average in averages.items()

@@ -22,7 +22,6 @@ from clu import parameter_overview
 from etils.epath import Path
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import (
@@ -54,6 +53,8 @@ from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_
 
 _GRID_SAMPLES = 100
 _SCATTER_SAMPLES = 5000
+_RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
+_RESULTS |= {"pictures": "samples", "report": "report.html"}
 
 
 class TrainingDiverged(FloatingPointError):
@@ -61,27 +62,19 @@ class TrainingDiverged(FloatingPointError):
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
-    """Train, or continue, the run of a workdir.
-
-    Args:
-      config: of the run.
-      workdir: its folder, made if missing; one for all processes of a job.
-
-    Returns:
-      The exit code: 0, or `job.stopped_exit_code` after a signal to stop.
-    """
+    """Train, or continue, the run of a workdir; return 0, or `job.stopped_exit_code` after a signal to stop."""
     with processes.together():
         source = validate(config, num_devices=jax.device_count())
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
         can_draw = _can_draw(config, source)
     can_draw = all(processes.from_all(can_draw))  # drawing takes every process
     parts = step_parts(config, source)
-    weights = None
-    if config.init.path and not run_folder.exists(workdir):  # before anything is written
-        weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
+    if config.init.path and not run_folder.exists(workdir):
+        # says what is wrong before anything is written
+        load_weights(config, parameter_shapes(parts.network, parts.shape))
     with run_folder.own(workdir, config, spec_of(source), len(source)), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
-            state = _first_state(config, parts, mesh, checkpoints, weights)
+            state = _first_state(config, parts, mesh, checkpoints)
             _describe(workdir, source, state)
             done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop, can_draw)
         if processes.is_first():
@@ -89,14 +82,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     is_complete = done == config.train.num_steps
     stopped = f"stopped at step {done}; the same command continues"
     print(f"trained {done} steps" if is_complete else stopped)
-    run_folder.tell(
-        workdir,
-        metrics="metrics.jsonl",
-        tensorboard="tensorboard",
-        checkpoints="checkpoints",
-        pictures="samples",
-        report="report.html",
-    )
+    run_folder.tell(workdir, **_RESULTS)
     return 0 if is_complete else config.job.stopped_exit_code
 
 
@@ -118,21 +104,16 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
 
 
 def _first_state(
-    config: ConfigDict,
-    parts: StepParts,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    weights: PyTree | None = None,
+    config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints
 ) -> TrainState:
-    """Return the newest undamaged state, or one from the weights of `init` (perhaps read already), or the seed's."""
+    """Return the newest undamaged state, or one from the weights of `init`, or the seed's."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
     restored = checkpoints.restore_state(placed(shapes, shardings))
     if restored is not None:
         return restored
     if config.init.path:
-        weights = load_weights(config, shapes.params) if weights is None else weights
-        params = jax.device_put(weights, shardings.params)
+        params = jax.device_put(load_weights(config, shapes.params), shardings.params)
         return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
     return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
 
@@ -199,7 +180,7 @@ def _loop(
                     log.write(done, metrics | {"learning_rate": float(schedule(done - 1))})
             every = config.log.sample_every_steps
             if can_draw and (is_last or (every and done % every == 0)):
-                picture = _draw(config, workdir, source, parts, state, done)
+                picture = _draw(config, workdir, source, parts, state)
                 if log:
                     log.picture("samples", done, picture)
             if is_last or is_stopped or done % config.checkpoint.every_steps == 0:
@@ -247,14 +228,10 @@ def _can_draw(config: ConfigDict, source: Source) -> bool:
 
 
 def _draw(
-    config: ConfigDict,
-    workdir: Path,
-    source: Source,
-    parts: StepParts,
-    state: TrainState,
-    done: int,
+    config: ConfigDict, workdir: Path, source: Source, parts: StepParts, state: TrainState
 ) -> Path:
     """Write the picture of this step's samples, of the first moving average if there is one."""
+    done = int(state.step)
     ema = parts.ema_names[0] if parts.ema_names else "none"
     params = state.ema[ema] if parts.ema_names else state.params
     generator = Generator(config, parts.network, params, spec_of(source), step=done, ema=ema)

@@ -1,14 +1,31 @@
-"""Sampling and evaluation of a tiny finished run: from Python and from the command line."""
+"""Sampling a tiny finished run, from Python and from the command line, and decoding latents."""
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
+from jax.sharding import NamedSharding, PartitionSpec
+from jobs import here
+from recorded import FOLDER
 
 import mf_jax
-from mf_jax.data.pixels import to_pixels
+from configs.digits import get_config
+from mf_jax import generator as module
+from mf_jax.config import make_network
+from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
+from mf_jax.flow.sampler import SamplePlan
+from mf_jax.generator import Generator, load_decoder
+from mf_jax.models import initial_params
+from mf_jax.models.autoencoder import load_autoencoder
+from mf_jax.runtime.sharding import make_mesh
+
+VAE = FOLDER / "vae"
+LATENT = DataSpec((4, 4, 4), 10, tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +34,11 @@ def generator(trained):
 
 
 @pytest.fixture(scope="module")
-def toy_run(tmp_path_factory, spawn):
+def toy_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("toy") / "run"
-    process = spawn("--config=configs/toy2d.py", f"--workdir={workdir}", *TINY)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return workdir, out
+    ended = here(f"--config={ROOT}/configs/toy2d.py", f"--workdir={workdir}", *TINY)
+    assert ended.code == 0, ended
+    return workdir, ended.output
 
 
 def test_the_promised_two_lines(trained):
@@ -34,16 +50,17 @@ def test_the_promised_two_lines(trained):
 def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
     whole = generator.sample_raw(num=23)
     assert whole.shape == (23, 8, 8, 1)
-    for batch_size in (1, 7, 23, 100):
+    for batch_size in (7, 100):
         part = generator.sample_raw(num=23, batch_size=batch_size)
         np.testing.assert_allclose(part, whole, atol=1e-5)
     np.testing.assert_allclose(generator.sample_raw(num=9), whole[:9], atol=1e-5)
 
 
-def test_two_steps_are_not_one_step(generator):
+def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
     one, two, four = (generator.sample_raw(num=4, steps=steps) for steps in (1, 2, 4))
     assert np.abs(one - two).max() > 1e-4
     assert np.abs(two - four).max() > 1e-4
+    np.testing.assert_array_equal(generator.sample_raw(num=4, plan=SamplePlan(steps=2)), two)
     np.testing.assert_array_equal(generator.sample_raw(num=4, times=(1.0, 0.5, 0.0)), two)
     assert np.abs(generator.sample_raw(num=4, times=(1.0, 0.2, 0.0)) - two).max() > 1e-4
 
@@ -61,19 +78,45 @@ def test_seed_label_and_average_matter(generator, trained):
 def test_labels(generator):
     np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
     np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
-    for bad in ([10], [-2]):
+    none = Generator(generator.config, None, None, DataSpec((2,)), step=0, ema="none")
+    np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
+    with pytest.raises(BadInput, match="no classes"):
+        none.labels_for([0])
+    for labels, has_null in ([10], True), ([-2], True), ([-1], False):
         with pytest.raises(BadInput, match="not a class"):
-            generator.sample(labels=bad)
-    for arguments in ({}, {"num": 0}, {"num": 3, "steps": 0}, {"num": 3, "batch_size": 0}):
-        with pytest.raises(BadInput):
-            generator.sample(**arguments)
+            LATENT.check_labels(labels, has_null=has_null)
+    LATENT.check_labels([-1, 9], has_null=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"num": None}, "num=None"),
+        ({"num": 0}, "num=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"times": (0.0, 1.0)}, "times="),
+        ({"guidance": (0.5, 0.0, 1.0)}, "omega at least 1"),
+        ({"guidance": (2.0, 0.6, 0.5)}, "t_min <= t_max"),
+        ({"guidance": (2.0, 0.0)}, "guidance="),
+        ({"guidance": (2.0, 0.0, 1.0)}, "told no guidance"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused(generator, arguments, text):
+    with pytest.raises(BadInput, match=text):
+        generator.sample(**({"num": 3} | arguments))
 
 
 def test_pixels():
-    np.testing.assert_array_equal(
-        to_pixels(np.float32([[[[-1.5], [-1.0], [0.0], [1.0], [2.0]]]])).ravel(),
-        [0, 0, 128, 255, 255],
-    )
+    x = np.float32([[[[-1.5], [-1.0], [0.0], [1.0], [2.0]]]])
+    np.testing.assert_array_equal(to_pixels(x).ravel(), [0, 0, 128, 255, 255])
+    x = np.random.default_rng(0).uniform(-1.2, 1.2, (4, 3, 3, 3)).astype(np.float32)
+    on_device = jax.jit(to_pixels)(jnp.asarray(x))
+    assert on_device.dtype == jnp.uint8
+    np.testing.assert_array_equal(on_device, to_pixels(x))
+    pixels = np.arange(256, dtype=np.uint8)[None]
+    np.testing.assert_array_equal(to_pixels(from_pixels(pixels)), pixels)
 
 
 def test_load_names_what_is_wrong(tmp_path, trained):
@@ -83,36 +126,32 @@ def test_load_names_what_is_wrong(tmp_path, trained):
         mf_jax.load(trained, ema="0.5")
 
 
-def test_sample_mode_writes_the_fields_convention(copy_of_trained, command):
-    more = (
-        "--config.sample.num=21",
-        "--config.sample.labels=(3,7)",
-        "--config.sample.batch_size=8",
-    )
-    code, out, errors = command(
-        "--config=configs/digits.py", "--mode=sample", f"--workdir={copy_of_trained}", *TINY, *more
+def test_sample_mode_writes_the_fields_convention(copy_of_trained):
+    more = ("num=21", "labels=(3,7)", "batch_size=8")
+    code, output, errors = here(
+        "--config=configs/digits.py",
+        "--mode=sample",
+        f"--workdir={copy_of_trained}",
+        *TINY,
+        *(f"--config.sample.{setting}" for setting in more),
     )
     assert code == 0, errors
     arrays = np.load(copy_of_trained / "samples.npz")
-    assert arrays["arr_0"].shape == (21, 8, 8, 1)
     assert arrays["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(arrays["arr_1"], np.resize([3, 7], 21))
     expected = mf_jax.load(copy_of_trained).sample(labels=[3, 7], num=21)
     np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert (copy_of_trained / "samples.png").exists()
-    assert "samples.npz" in out
+    assert "samples.npz" in output
 
 
-def test_sample_mode_of_vectors(toy_run, command):
-    workdir, _ = toy_run
-    code, _, errors = command(
-        "--config=configs/toy2d.py",
-        "--mode=sample",
-        f"--workdir={workdir}",
-        *TINY,
-        "--config.sample.num=50",
-    )
-    assert code == 0, errors
+def test_sample_mode_of_vectors(toy_run):
+    workdir, output = toy_run
+    for name in ("metrics.jsonl", "checkpoints", "samples", "report.html"):
+        assert f"{workdir.name}/{name}" in output
+    toy = ("--config=configs/toy2d.py", "--mode=sample", f"--workdir={workdir}", *TINY)
+    ended = here(*toy, "--config.sample.num=50")
+    assert ended.code == 0, ended
     arrays = np.load(workdir / "samples.npz")
     assert arrays.files == ["arr_0"]
     assert arrays["arr_0"].shape == (50, 2)
@@ -120,60 +159,87 @@ def test_sample_mode_of_vectors(toy_run, command):
     assert all((workdir / f"{name}.png").exists() for name in ("scatter", "field", "transport"))
 
 
-def _evaluate(config, workdir, command, cache):
-    code, out, errors = command(
-        f"--config=configs/{config}.py",
-        "--mode=eval",
-        f"--workdir={workdir}",
-        *TINY,
-        f"--config.cache_dir={cache}",
-    )
+def _evaluate(config, workdir, cache):
+    arguments = (f"--config=configs/{config}.py", "--mode=eval", f"--workdir={workdir}", *TINY)
+    code, output, errors = here(*arguments, f"--config.cache_dir={cache}")
     assert code == 0, errors
-    return json.loads((workdir / "eval.json").read_text()), out
+    return json.loads((workdir / "eval.json").read_text()), output
 
 
-def test_eval_of_images(copy_of_trained, command, tmp_path):
-    result, out = _evaluate("digits", copy_of_trained, command, tmp_path / "cache")
+def test_eval_of_images(copy_of_trained, tmp_path):
+    result, output = _evaluate("digits", copy_of_trained, tmp_path / "cache")
     floor, *rows = result["rows"]
     assert "real data" in floor["name"]
     assert (floor["samples"], [row["samples"] for row in rows]) == (360, [80, 80])
     assert [row["steps"] for row in rows] == [1, 2]
     assert floor["class_accuracy"] > 0.97
-    assert all(row["frechet_distance"] > 3 * floor["frechet_distance"] for row in rows), (
-        "12 steps teach little"
-    )
+    # 12 steps teach little
+    assert all(row["frechet_distance"] > 3 * floor["frechet_distance"] for row in rows)
     for word in ("step 12", "EMA", "80 samples", "seed 1", "classes in turn", "features"):
         assert word in result["protocol"]
     assert set(result["diagnostics"]) == {"velocity_error", "identity_residual", "additivity_gap"}
-    assert "frechet" in out
-    again, _ = _evaluate("digits", copy_of_trained, command, tmp_path / "cache")
+    assert "frechet" in output
+    again, _ = _evaluate("digits", copy_of_trained, tmp_path / "cache")
     assert again == result
     assert len(list((tmp_path / "cache").iterdir())) == 1, "the classifier is trained once"
 
 
-def test_eval_of_vectors(toy_run, command, tmp_path):
-    workdir, _ = toy_run
-    result, _ = _evaluate("toy2d", workdir, command, tmp_path)
+def test_eval_of_vectors(toy_run, tmp_path):
+    result, _ = _evaluate("toy2d", toy_run[0], tmp_path)
     floor, *rows = result["rows"]
     assert len(rows) == 2
     assert {"energy_distance", "sliced_wasserstein"} <= set(floor)
     assert all(row["sliced_wasserstein"] > floor["sliced_wasserstein"] for row in rows)
 
 
-def test_a_run_says_where_its_results_are(toy_run):
-    workdir, out = toy_run
-    for name in ("metrics.jsonl", "checkpoints", "samples", "report.html"):
-        assert f"{workdir.name}/{name}" in out
-
-
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):
-    from mf_jax import generator as module
-
-    numbers = (np.float32([1, 0]), np.float32(module.NO_GUIDANCE))
-    arrays = (*numbers, np.arange(4, dtype=np.int32), np.zeros(4, np.int32))
-    trace = module._sample.trace(
-        generator.network, True, generator.spec.shape, generator.params, 0, *arrays
-    )
-    text = str(trace.jaxpr)
+    times, guidance = np.float32([1, 0]), np.float32([1, 0, 1])
+    rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
+    fixed = (generator.network, True, generator.spec.shape)
+    text = str(module._sample.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)
     assert text.count("precision=") > 3
     assert "precision=None" not in text
+
+
+@pytest.fixture(scope="module")
+def of_latents():
+    """Return an untrained generator of latents, which are decoded by a small autoencoder."""
+    config = get_config()
+    config.data.name, config.data.autoencoder = "latents", str(VAE)
+    config.data.latent_mean, config.data.latent_std = (0.5, -0.25, 0.0, 1.0), (2.0, 3.0, 4.0, 5.0)
+    sizes = {"depth": 1, "width": 16, "num_heads": 2, "patch_size": 2}
+    config.model.update(sizes)
+    network = make_network(config, LATENT)
+    params = initial_params(network, LATENT.shape, jax.random.key(0))
+    params = jax.device_put(params, NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec()))
+    return Generator(config, network, params, LATENT, step=0, ema="none")
+
+
+def test_pictures_are_the_decoded_latents_at_any_batch_size(of_latents):
+    data, labels = of_latents.config.data, np.arange(11) % 10
+    latents = of_latents.sample_raw(labels)
+    assert latents.shape == (11, *LATENT.shape)
+    unscaled = latents * np.asarray(data.latent_std) + np.asarray(data.latent_mean)
+    decoded = load_autoencoder(VAE).decode(jnp.asarray(unscaled, jnp.float32))
+    pictures = of_latents.sample(labels, batch_size=6)
+    assert pictures.dtype == np.uint8
+    # rounded the other way at a half
+    assert np.abs(pictures.astype(int) - np.asarray(to_pixels(decoded))).max() <= 1
+    np.testing.assert_array_equal(of_latents.sample(labels), pictures)
+
+
+def test_another_autoencoder_than_the_latents_have_is_refused(of_latents):
+    config, sha256 = of_latents.config, load_autoencoder(VAE).sha256
+    assert load_decoder(config, origin=sha256).autoencoder.sha256 == sha256
+    with pytest.raises(BadInput, match=f"data.autoencoder=.*{sha256}.*0123abc"):
+        load_decoder(config, origin="0123abc")
+    assert load_decoder(get_config(), origin="") is None
+
+
+def test_a_decoder_that_is_missing_is_named_when_pictures_are_wanted(of_latents):
+    config = of_latents.config.copy_and_resolve_references()
+    config.data.autoencoder = "sd-vae-ft-mse"
+    lost = Generator(config, of_latents.network, of_latents.params, LATENT, step=0, ema="none")
+    assert lost.sample_raw(num=1).shape == (1, *LATENT.shape)
+    with pytest.raises(BadInput, match="sd-vae-ft-mse"):
+        lost.sample(num=1)

@@ -1,4 +1,4 @@
-"""Several processes as one job: the numbers of one process, stopping together, and what each says when one fails."""
+"""Several processes as one job: the numbers of one, everything told by all, and none that waits for ever."""
 
 import json
 import shutil
@@ -7,176 +7,151 @@ import signal
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from jobs import Job, free_port, here
+from scenarios import WIDE, restore, save
 
 import mf_jax
-from launch.faults.job import Job, free_port
 from mf_jax.errors import BadInput
 from mf_jax.runtime import processes
+from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.sharding import make_mesh
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SHARDED = (
-    "--config=configs/digits.py",
-    *TINY,
-    "--config.model.width=128",
-    "--config.log.sample_every_steps=6",
-)
-"""Wide enough for parameters that are worth splitting."""
-SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.gather=block")
+DIGITS = (f"--config={ROOT}/configs/digits.py", *TINY, *WIDE)
 
 
 def _rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _assert_alike(ours, theirs, tolerance=1e-5):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=tolerance, atol=1e-7)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with `run`, a finished run in one process on one device, and its weights."""
+    folder = tmp_path_factory.mktemp("job")
+    ended = here(*DIGITS, f"--workdir={folder / 'run'}")
+    assert ended.code == 0, ended
+    mf_jax.load(folder / "run").export(folder / "weights.npz", kind="meanflow")
+    save(folder / "moved", make_mesh(data=0, fsdp=1), 1)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, spawn):
-    """Return the workdir of a run in one process on one device."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    process = spawn(*SHARDED, f"--workdir={workdir}")
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Return the workdir of a job that was stopped by a signal to the second of two processes, and what they said."""
-    workdir = tmp_path_factory.mktemp("job") / "run"
-    job = Job(2, *SHARDED, f"--workdir={workdir}", *SPLIT, devices=2)
-    assert job.wait_for(lambda: "parameters, " in job.output())
+def said(folder):
+    """Return what two processes of two devices say of the scenarios, and how a signal to the second stops them."""
+    job = Job(2, folder, *TINY, program=("tests/scenarios.py",), devices=2)
+    assert job.wait_for(lambda: "parameters, " in job.output()), job.finish()
     job.send(signal.SIGTERM, 1)
-    said = job.finish()
-    shutil.copytree(workdir, workdir.parent / "as_stopped")
-    return workdir, said
+    stopped = job.finish()
+    shutil.copytree(folder / "split", folder / "as_stopped")
+    both = [json.loads((folder / f"said_{index}.json").read_text()) for index in range(2)]
+    return both, stopped
 
 
-@pytest.fixture(scope="module")
-def continued(stopped):
-    """Return the workdir after the same command on other devices, to the end, and what the processes said.
-
-    The first one is told to stop when there is nothing left to stop: no step follows that all could agree on.
-    """
-    workdir, _ = stopped
-    job = Job(2, *SHARDED, f"--workdir={workdir}")
-    assert job.wait_for((workdir / "checkpoints" / "12").exists)
-    job.send(signal.SIGTERM, 0)
-    return workdir, job.finish(60)
-
-
-def test_a_signal_to_one_process_stops_all_at_one_step(stopped):
-    workdir, said = stopped
-    assert [code for code, _, _ in said] == [0, 0], said
-    (checkpoint,) = (workdir.parent / "as_stopped" / "checkpoints").iterdir()
-    assert 0 < int(checkpoint.name) < 12
-    assert f"stopped at step {checkpoint.name}; the same command continues" in said[0][1]
-
-
-def test_the_first_process_alone_talks(stopped):
-    _, ((_, first, _), (_, second, _)) = stopped
-    assert "4 cpu devices in 2 processes" in first
-    assert [line for line in second.splitlines() if line and "[Gloo]" not in line] == []
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("seeds", "process 1 has seed=1, process 0 0: start all processes of a job with the same"),
+        ("batch", "train.batch_size=10: must be a multiple of 8"),
+        ("mesh", "mesh.data=0, mesh.fsdp=3: must multiply to the 4 devices here"),
+        ("apart", "--workdir=apart: does not show what process 0 writes there"),
+        ("weights", "weights.npz: no such file or folder"),
+    ],
+)
+def test_bad_input_is_told_by_every_process_in_one_line(said, folder, scenario, text):
+    """Also where one host alone lacks the weights, or the hosts do not share the workdir."""
+    for index, every in enumerate(said[0]):
+        code, _, errors = every[scenario]
+        assert code == 2
+        assert errors.startswith(f"mf_jax: process {index}: ")
+        assert text in errors
+        assert len(errors.splitlines()) == 1
+    other = "process 0: process 1 has: " if scenario == "weights" else ""
+    assert other in said[0][0][scenario][2]
+    assert not (folder / "none").exists()
 
 
-def test_a_run_on_other_processes_and_devices_has_the_same_numbers(alone, continued):
-    """Begun on two processes of two devices that gather split parameters by block, continued on two of one."""
-    workdir, said = continued
-    assert [code for code, _, _ in said] == [0, 0], said
-    assert "continuing at step" in said[0][1]
-    _assert_alike(_rows(workdir), _rows(alone))
-
-
-def test_an_evaluation_on_two_processes_has_the_scores_of_one(continued, command):
-    workdir, _ = continued
-    arguments = (*SHARDED, f"--workdir={workdir}", "--mode=eval")
-    said = Job(2, *arguments).finish()
-    assert [code for code, _, _ in said] == [0, 0], said
-    ours = json.loads((workdir / "eval.json").read_text())
-    assert command(*arguments)[0] == 0
-    theirs = json.loads((workdir / "eval.json").read_text())
+def test_an_evaluation_on_two_processes_has_the_scores_of_one(said, folder):
+    assert [every["eval"][0] for every in said[0]] == [0, 0], said[0]
+    ours = json.loads((folder / "run" / "eval.json").read_text())
+    assert here(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval").code == 0
+    theirs = json.loads((folder / "run" / "eval.json").read_text())
     assert ours["protocol"] == theirs["protocol"]
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
         assert a.pop("name") == b.pop("name")
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_the_others_end_when_a_process_dies(tmp_path):
-    longer = ("--config.train.num_steps=100000", "--config.job.heartbeat_timeout_seconds=10")
-    job = Job(2, *SHARDED, f"--workdir={tmp_path / 'run'}", *longer)
-    assert job.wait_for(lambda: "step 6/" in job.output())
+def test_checkpoints_move_between_devices_and_processes(said, folder):
+    """From one device to two processes that split over four and over two, and back to one."""
+    assert restore(folder / "moved", make_mesh(data=0, fsdp=1)) == 2
+    assert Checkpoints(folder / "moved", read_only=True).steps == [1, 2]
+
+
+def test_damage_that_one_process_reads_is_damage_for_all(said, folder):
+    """The job goes on from the checkpoint before; a step that one process cannot have, none of them has."""
+    for every in said[0]:
+        (damaged, missing), step = every["damage"]
+        assert "is damaged" in damaged
+        assert "no checkpoint of step 2" in missing
+        assert step == 2
+    assert (folder / "moved" / "damaged_checkpoints" / "3").exists()
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(said, folder):
+    stopped = said[1]
+    assert [ended.code for ended in stopped] == [9, 9], stopped
+    (checkpoint,) = (folder / "as_stopped" / "checkpoints").iterdir()
+    assert 0 < int(checkpoint.name) < 12
+    assert f"stopped at step {checkpoint.name}; the same command continues" in stopped[0].output
+
+
+def test_the_first_process_alone_talks(said):
+    (first, second), stopped = said
+    assert "4 cpu devices in 2 processes" in stopped[0].output
+    assert "parameters, " not in stopped[1].output
+    assert "eval.json" in first["eval"][1]
+    assert second["eval"][1] == ""
+
+
+def test_a_run_on_other_processes_and_devices_has_the_same_numbers(said, folder):
+    """Begun on two processes of two devices that gather split parameters by block, continued on two of one.
+
+    The first one is told to stop when there is nothing left to stop: no step follows that all could agree on.
+    """
+    workdir = folder / "split"
+    job = Job(2, *DIGITS, f"--workdir={workdir}")
+    assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
+    job.send(signal.SIGTERM, 0)
+    ended = job.finish(60)
+    assert [process.code for process in ended] == [0, 0], ended
+    assert "continuing at step" in ended[0].output
+    for ours, theirs in zip(_rows(workdir), _rows(folder / "run"), strict=True):
+        assert ours.keys() == theirs.keys()
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_kill_and_a_full_disk_end_all_processes_and_the_run_goes_on(tmp_path):
+    """The second process takes no file above 4 KB; then it is killed; then nothing happens to it."""
+    limited = "import resource, runpy, signal, sys\n"
+    limited += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "if sys.argv.pop() == '1': resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    limited += "runpy.run_module('mf_jax.main', run_name='__main__')\n"
+    few = ("--config.mesh.fsdp=2", "--config.job.heartbeat_timeout_seconds=10")
+    arguments = (*DIGITS, *few, f"--workdir={tmp_path / 'run'}")
+    ended = Job(2, *arguments, program=("-c", limited), own=lambda i: [str(i)]).finish(90)
+    assert 0 not in [process.code for process in ended], ended
+    assert Checkpoints(tmp_path / "run", read_only=True).steps == []
+    job = Job(2, *arguments)
+    assert job.wait_for((tmp_path / "run" / "checkpoints" / "4").exists), job.finish()
     job.send(signal.SIGKILL, 1)
-    (code, _, errors), _ = job.finish(timeout=60)
+    (code, _, errors), _ = job.finish(90)
     assert code not in (0, 2)
-    assert (
-        "another process" in errors or "another task died" in errors
-    )  # ours, or what JAX says as it aborts
-
-
-def test_processes_with_other_settings_are_named(tmp_path):
-    said = Job(
-        2, *SHARDED, f"--workdir={tmp_path / 'run'}", own=lambda i: [f"--config.seed={i}"]
-    ).finish()
-    for index, (code, _, errors) in enumerate(said):
-        assert (code, errors) == (
-            2,
-            f"mf_jax: process {index}: process 1 has seed=1, process 0 0: start all processes of a job with the same "
-            "command\n",
-        )
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_workdir_that_the_hosts_do_not_share(tmp_path):
-    for index in range(2):
-        (tmp_path / f"host{index}").mkdir()
-    config = f"--config={ROOT}/configs/digits.py"
-    hosts = lambda index: tmp_path / f"host{index}"  # noqa: E731
-    said = Job(2, config, *SHARDED[1:], "--workdir=run", cwd=hosts).finish()
-    for index, (code, _, errors) in enumerate(said):
-        assert code == 2
-        assert f"mf_jax: process {index}: " in errors
-        assert "--workdir=run: does not show what process 0 writes there" in errors
-        assert len(errors.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("flag", "told"),
-    [
-        ("--config.train.batch_size=10", "train.batch_size=10: must be a multiple of 4"),
-        ("--config.mesh.fsdp=4", "mesh.data=0, mesh.fsdp=4: must multiply to the 2 devices here"),
-    ],
-)
-def test_bad_input_is_told_by_every_process(tmp_path, flag, told):
-    said = Job(2, *SHARDED, f"--workdir={tmp_path / 'run'}", flag).finish()
-    for index, (code, _, errors) in enumerate(said):
-        assert code == 2
-        assert errors.startswith(f"mf_jax: process {index}: ")
-        assert told in errors
-        assert len(errors.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_one_host_lacks_is_told_by_every_process(continued, tmp_path):
-    """Weights to start from, on the first of two hosts alone."""
-    workdir, _ = continued
-    hosts = lambda index: tmp_path / f"host{index}"  # noqa: E731
-    for index in range(2):
-        hosts(index).mkdir()
-    mf_jax.load(workdir).export(hosts(0) / "weights.npz", kind="meanflow")
-    start = ("--config.init.path=weights.npz", "--config.init.kind=meanflow")
-    config = f"--config={ROOT}/configs/digits.py"
-    said = Job(
-        2, config, *SHARDED[1:], "--workdir=run", "--mode=sample", *start, cwd=hosts
-    ).finish()
-    assert [code for code, _, _ in said] == [2, 2], said
-    lacks = f"{hosts(1) / 'weights.npz'}: no such file or folder"
-    assert said[1][2].startswith(f"mf_jax: process 1: {lacks}")
-    assert said[0][2].startswith(f"mf_jax: process 0: process 1 has: {lacks}")
+    # ours, or JAX's as it aborts
+    assert "another process" in errors or "another task died" in errors
+    ended = Job(2, *arguments).finish()
+    assert [process.code for process in ended] == [0, 0], ended
+    assert "continuing at step 4" in ended[0].output
+    assert _rows(tmp_path / "run")[-1]["step"] == 12
 
 
 def test_a_coordinator_that_does_not_answer(spawn):
@@ -185,34 +160,23 @@ def test_a_coordinator_that_does_not_answer(spawn):
     process = spawn("--config=configs/digits.py", "--config.job.start_timeout_seconds=0.5", **job)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert errors.startswith(
-        f"mf_jax: {address}: 2 processes have not met there within 0.5 s; check that each was"
-    )
+    assert errors.startswith(f"mf_jax: {address}: 2 processes have not met there within 0.5 s; ")
     assert len(errors.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("job", "message"),
-    [
-        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set too"),
-        (
-            dict(zip(VARIABLES, ("host", "2", "0"), strict=True)),
-            "JAX_COORDINATOR_ADDRESS=host: must be host:port",
-        ),
-        (
-            dict(zip(VARIABLES, ("host:1", "2", "2"), strict=True)),
-            "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES",
-        ),
-        (dict(zip(VARIABLES, ("host:1", "two", "0"), strict=True)), "must be whole numbers"),
-    ],
-)
-def test_a_job_described_wrongly(job, message, command, monkeypatch):
-    for name, value in job.items():
-        monkeypatch.setenv(name, value)
-    code, _, errors = command("--config=configs/digits.py")
-    assert code == 2
-    assert message in errors
-    assert len(errors.splitlines()) == 1
+def test_a_job_described_wrongly(monkeypatch):
+    cases = {
+        ("", "", "0"): "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set too",
+        ("host", "2", "0"): "JAX_COORDINATOR_ADDRESS=host: must be host:port",
+        ("host:1", "2", "2"): "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES",
+        ("host:1", "two", "0"): "must be whole numbers",
+    }
+    for values, message in cases.items():
+        for name, value in zip(processes._VARIABLES, values, strict=True):
+            monkeypatch.setenv(name, value)
+        code, _, errors = here("--config=configs/digits.py")
+        assert (code, len(errors.splitlines())) == (2, 1)
+        assert message in errors
 
 
 def test_alone_everything_is_the_process_itself():

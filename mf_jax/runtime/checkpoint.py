@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
-from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.errors import BadInput
 from mf_jax.runtime import processes
 from mf_jax.runtime.fingerprints import check_same_model, index_of
+
+with epy.lazy_imports():  # takes a second
+    import orbax.checkpoint as ocp
 
 FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
@@ -246,7 +247,7 @@ def _meet(*, key: str, timeout_ms: int) -> None:
     """
     if error := sys.exc_info()[1]:
         raise error
-    get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _first_problem(problem: str) -> str:

@@ -66,28 +66,10 @@ def written_aside(path: epath.Path) -> Iterator[str]:
     except FileNotFoundError:  # another process has made the same file, and tidied up
         if not final.exists():
             raise
-    _tidy_up(final)
-
-
-def _tidy_up(final: Path) -> None:
-    """Delete what killed processes have left of a file: those of this host at once, of others after a day."""
-    for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):
-        name = left.name.removeprefix(f".{final.name}.").removesuffix(".part")
-        host, _, process = name.rpartition(".")
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
-            is_old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
-            if is_old or (host == socket.gethostname() and not _is_running(int(process))):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 left.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is somebody else's
-        pass
-    return True
 
 
 @contextlib.contextmanager

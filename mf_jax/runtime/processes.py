@@ -10,6 +10,7 @@ that waits in a collective for one that has given up would wait for ever.
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import traceback
@@ -28,14 +29,7 @@ _ALONE = ("coordinator_address should be defined", "must be called before")
 """What JAX says where it knows of no job, or this process has begun to compute by itself."""
 _LAST_TO_LEAVE_SECONDS = 3
 _BAD_INPUT = 2
-_LOST = (
-    "gloo",
-    "connection reset",
-    "connection closed",
-    "coordination service",
-    "heartbeat",
-    "socket closed",
-)
+_LOST = "gloo|connection (reset|closed)|coordination service|heartbeat|socket closed"
 """Words in errors of computations where another process has gone."""
 
 
@@ -185,7 +179,7 @@ def check_alike(settings: dict[str, Any]) -> None:
 
 def told_of(error: Exception) -> str:
     """Return the text of an error in a job: one line where another process has gone, else the traceback."""
-    if any(sign in str(error).lower() for sign in _LOST):
+    if re.search(_LOST, str(error), re.IGNORECASE):
         reason = " ".join(str(error).split())[:160]
         return (
             f"{name()}another process of the job has ended, and its output says why; the same command continues from "
