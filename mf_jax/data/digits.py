@@ -1,12 +1,15 @@
 """The 1,797 handwritten digits that come with scikit-learn: real pictures without a download."""
 
 import numpy as np
+from etils import epy
 from jaxtyping import Int
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from mf_jax.data.pipeline import SPLITS, Batch
 from mf_jax.errors import BadInput, check_known
+
+with epy.lazy_imports():  # takes a second
+    import sklearn.datasets
+    import sklearn.model_selection
 
 IMAGE_SIZE = 8
 HELD_OUT_SHARE = 0.2
@@ -40,8 +43,8 @@ class Digits:
             raise BadInput(
                 f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set image_size={IMAGE_SIZE}"
             )
-        pixels, labels = load_digits(return_X_y=True)
-        parts = train_test_split(
+        pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+        parts = sklearn.model_selection.train_test_split(
             np.arange(len(labels)),
             test_size=HELD_OUT_SHARE,
             random_state=SPLIT_SEED,

@@ -7,12 +7,15 @@ the exact moments of the distribution, not of the sample, so that the two splits
 from collections.abc import Callable
 
 import numpy as np
+from etils import epy
 from jaxtyping import Float, Int
-from sklearn.datasets import make_blobs, make_moons
 
 from mf_jax.data.pipeline import SPLITS, Batch
 from mf_jax.errors import check_known
 from mf_jax.flow.records import NO_LABEL
+
+with epy.lazy_imports():  # takes a second
+    import sklearn.datasets
 
 COUNT = 2**16
 """Points in each split."""
@@ -34,7 +37,7 @@ def checkerboard(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
 def two_moons(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
     """Draw points near two interleaving half circles."""
     noise = 0.05
-    points, _ = make_moons(n, noise=noise, random_state=seed)
+    points, _ = sklearn.datasets.make_moons(n, noise=noise, random_state=seed)
     # The arcs are (cos a, sin a) and (1 - cos a, 1/2 - sin a), a in [0, pi]: means 1/2 and 1/4,
     # variances 3/4 and 9/16 - 1/pi, plus that of the noise.
     return (points - [0.5, 0.25]) / np.sqrt([3 / 4 + noise**2, 9 / 16 - 1 / np.pi + noise**2])
@@ -45,7 +48,7 @@ def eight_gaussians(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
     std = 0.1
     angles = np.arange(8) * np.pi / 4
     centers = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    points, _ = make_blobs(n, centers=centers, cluster_std=std, random_state=seed)
+    points, _ = sklearn.datasets.make_blobs(n, centers=centers, cluster_std=std, random_state=seed)
     # Eight equally spaced points of the unit circle have variance 1/2 in each coordinate.
     return points / np.sqrt(1 / 2 + std**2)
 

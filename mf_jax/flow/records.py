@@ -27,8 +27,10 @@ class DataSpec:
     origin: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
-            raise BadInput(f"shape={self.shape}: must be (height, width, channels) or (size,)")
+        if not self.shape or min(self.shape) < 1:
+            raise BadInput(
+                f"shape={self.shape}: must be whole numbers of at least 1, e.g. (8, 8, 1)"
+            )
         if self.num_classes < 0:
             raise BadInput(f"num_classes={self.num_classes}: must be at least 0; 0 is no classes")
 
