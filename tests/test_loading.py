@@ -259,12 +259,11 @@ def test_every_network_has_a_step():
         after = jax.eval_shape(make_train_step(parts), before, *parts.batch)
         assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, before)
         wants = parts.objective.target_ema
-        assert tuple(before.ema) == (("0.995", repr(wants)) if wants else ("0.995",))
+        assert set(before.ema) == ({"0.995", repr(wants)} if wants else {"0.995"})
 
 
-@pytest.mark.parametrize("more", [IN_CONTEXT, UNET], ids=["in_context_dit", "unet"])
-def test_a_step_moves_what_is_told_guidance_or_drops_out(more):
-    config = _config(**more)
+def test_a_step_moves_a_network_that_is_told_guidance():
+    config = _config(**IN_CONTEXT)
     parts = step_parts(config, validate(config, num_devices=1))
     state = initial_state(parts)
     x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
