@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from mf_jax.data import Stored
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.records import Draws
-from mf_jax.models import as_field, initial_params
-from mf_jax.models.blocks import is_axis_of_block, preparing_blocks
+from mf_jax.models import as_field, initial_params, with_gather
+from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives import Objective
 from mf_jax.objectives.terms import Average, average, average_over
 from mf_jax.optim import average_name, start_averages, update_averages
@@ -121,7 +121,11 @@ def _gradient(
         key, stored_key = jax.random.split(key)
         x = parts.stored.draw(stored_key, x)
     draws = parts.scheme.draw(key, x, labels)
-    field = as_field(parts.network)
+    network, late = parts.network, None
+    if mesh is not None and mesh.size > 1 and parts.gather == "block":
+        late = is_axis_of_block
+        network = with_gather(network, gather_late(mesh, params, late))
+    field = as_field(network)
 
     def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
         params, target_params = both
@@ -135,11 +139,8 @@ def _gradient(
     both = (params, target_params)
     if mesh is None or mesh.size == 1:
         gradient, metrics = of_rows(both, draws)
-    elif parts.gather == "step":
-        gradient, metrics = per_device(of_rows, mesh, both, draws)
     else:
-        with preparing_blocks(gather_late(mesh, params, is_axis_of_block)):
-            gradient, metrics = per_device(of_rows, mesh, both, draws, late=is_axis_of_block)
+        gradient, metrics = per_device(of_rows, mesh, both, draws, late=late)
     return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
 
 

@@ -1,4 +1,6 @@
-"""Pure networks, and how a network becomes the `Field` that objectives and samplers see."""
+"""Pure networks, and how one becomes the `Field` that objectives and samplers see."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,9 +10,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 from mf_jax.flow.records import Condition, Field
 from mf_jax.models.affine import Affine, LowRank
 from mf_jax.models.data_prediction import DataPrediction
-from mf_jax.models.dit import DIT_SIZES, DiT
-from mf_jax.models.in_context_dit import IN_CONTEXT_SIZES, InContextDiT
+from mf_jax.models.dit import DiT
+from mf_jax.models.in_context_dit import InContextDiT
 from mf_jax.models.mlp import MLP
+from mf_jax.models.sizes import SIZES as SIZES
 from mf_jax.models.unet import UNet
 
 NETWORKS = {
@@ -21,22 +24,6 @@ NETWORKS = {
     "affine": Affine,
     "low_rank": LowRank,
 }
-
-__all__ = [
-    "DIT_SIZES",
-    "IN_CONTEXT_SIZES",
-    "MLP",
-    "NETWORKS",
-    "Affine",
-    "DataPrediction",
-    "DiT",
-    "InContextDiT",
-    "LowRank",
-    "UNet",
-    "as_field",
-    "initial_params",
-    "parameter_shapes",
-]
 
 
 def as_field(network: nn.Module) -> Field:
@@ -52,21 +39,20 @@ def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray
     """Return a network's fresh float32 parameters.
 
     Args:
-      network: one of `NETWORKS`.
       shape: of one element, (H, W, C) or (D,).
-      key: for the random weights.
-
-    Returns:
-      The parameter tree.
     """
-    time = jnp.zeros((1,))
+    z, time = jnp.zeros((1, *shape)), jnp.zeros((1,))
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
-    variables = jax.jit(network.init)(
-        key, jnp.zeros((1, *shape)), r=time, t=time, condition=condition
-    )
-    return variables["params"]
+    return jax.jit(network.init)(key, z, r=time, t=time, condition=condition)["params"]
 
 
 def parameter_shapes(network: nn.Module, shape: tuple[int, ...]) -> PyTree:
-    """Return the shapes and types of a network's parameters, computing nothing; arguments as `initial_params`."""
+    """Return the shapes and types of a network's parameters, computing nothing."""
     return jax.eval_shape(lambda key: initial_params(network, shape, key), jax.random.key(0))
+
+
+def with_gather(network: nn.Module, gather: Callable) -> nn.Module:
+    """Return a network whose blocks, if it has any, gather their parameters (`run_blocks`)."""
+    if isinstance(network, DataPrediction):
+        return network.clone(network=with_gather(network.network, gather))
+    return network.clone(gather=gather) if hasattr(network, "gather") else network

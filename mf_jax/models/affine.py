@@ -1,7 +1,10 @@
-"""Baselines that are affine in z: what a network gains over them is what it owes to being nonlinear.
+"""Baselines that are affine in z: a network's gain over them is due to its nonlinearity.
 
-For Gaussian data the average velocity is affine in z, so that these are exact up to how well they follow the times.
+For Gaussian data the average velocity is affine in z. The baselines are then exact, up to how well
+they follow the times.
 """
+
+import abc
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.layers import (
     ConditionEmbedding,
     Network,
+    Time,
     at_least_float32,
     xavier_dense,
     zero_dense,
@@ -18,49 +22,31 @@ from mf_jax.models.layers import (
 
 
 class Perceptron(nn.Module):
-    """Numbers that depend on the times and perhaps on the class.
-
-    Args:
-      size: how many numbers.
-      width: of the perceptron.
-      num_classes: classes; 0 for numbers that do not depend on the class.
-      time_conditioning: a key of `layers.TIME_CONDITIONINGS`.
-      dtype: of the computation; the embedding is float32 in any case.
-      zero: whether all numbers start at zero.
-    """
+    """Return `size` numbers per row that depend on the times and, given classes, on the class."""
 
     size: int
     width: int
     num_classes: int
     time_conditioning: str
     dtype: str
-    zero: bool = True
+    starts_at_zero: bool = True
 
     @nn.compact
-    def __call__(
-        self, *, r: Float[Array, "b"], t: Float[Array, "b"], labels: Int[Array, "b"]
-    ) -> Float[Array, "b n"]:
-        """Return the numbers `[B, size]`."""
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b n"]:
+        """Return the numbers."""
         embed = ConditionEmbedding(
             self.width, self.time_conditioning, self.num_classes, name="condition"
         )
         c = nn.silu(embed(r=r, t=t, labels=labels))
         hidden = nn.silu(xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
-        make = zero_dense if self.zero else xavier_dense
-        return make(self.size, dtype=self.dtype, name="out")(hidden)
+        dense = zero_dense if self.starts_at_zero else xavier_dense
+        return dense(self.size, dtype=self.dtype, name="out")(hidden)
 
 
-class Affine(Network):
-    """Predict u = A(r, t) z + b(r, t, class) of vectors or images, z as one vector.
+class _AffineInZ(Network):
+    """Predict u = A(r, t) z + b(r, t, class) of vectors or images, z as one vector."""
 
-    A has as many entries as z has numbers, squared: for small images only.
-
-    Args:
-      width: of the perceptrons that make A and b.
-      num_classes: classes; 0 for an unconditional network.
-      time_conditioning: a key of `layers.TIME_CONDITIONINGS`.
-      dtype: of the computation, float32 or bfloat16; parameters and time embeddings are float32 in any case.
-    """
+    takes = ("images", "vectors")
 
     width: int
     num_classes: int
@@ -69,62 +55,45 @@ class Affine(Network):
 
     @nn.compact
     def __call__(
-        self,
-        z: Float[Array, "b ..."],
-        *,
-        r: Float[Array, "b"],
-        t: Float[Array, "b"],
-        condition: Condition,
+        self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
     ) -> Prediction:
-        """Return the average velocity, float32 like z `[B, ...]`."""
-        flat = z.reshape(z.shape[0], -1).astype(self.dtype)
-        size, more = flat.shape[1], (self.time_conditioning, self.dtype)
-        told = {"r": r, "t": t, "labels": condition.labels}
-        matrix = Perceptron(size**2, self.width, 0, *more, name="matrix")(**told).reshape(
-            -1, size, size
+        """Return the average velocity."""
+        flat = z.reshape(len(z), -1).astype(self.dtype)
+        row = {"r": r, "t": t, "labels": condition.labels}
+        offset = self._perceptron(flat.shape[1], "offset", num_classes=self.num_classes)(**row)
+        u = self._linear(flat, row) + offset
+        return Prediction(u=at_least_float32(u).reshape(z.shape))
+
+    @abc.abstractmethod
+    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
+        """Return A z, given times and labels of each row."""
+
+    def _perceptron(self, size: int, name: str, *, num_classes: int = 0, **more: bool):
+        return Perceptron(
+            size, self.width, num_classes, self.time_conditioning, self.dtype, name=name, **more
         )
-        offset = Perceptron(size, self.width, self.num_classes, *more, name="offset")(**told)
-        u = jnp.einsum("bij,bj->bi", matrix, flat) + offset
-        return Prediction(u=at_least_float32(u).reshape(z.shape))
 
 
-class LowRank(Network):
-    """Predict u = U(r, t) V(r, t)^T z + b(r, t, class) of vectors or images, z as one vector.
+class Affine(_AffineInZ):
+    """Predict with any A, as many numbers as z has, squared: for small images only."""
 
-    Args:
-      width: of the perceptrons that make U, V and b.
-      rank: columns of U and V.
-      num_classes: classes; 0 for an unconditional network.
-      time_conditioning: a key of `layers.TIME_CONDITIONINGS`.
-      dtype: of the computation, float32 or bfloat16; parameters and time embeddings are float32 in any case.
-    """
+    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
+        size = z.shape[1]
+        matrix = self._perceptron(size**2, "matrix")(**row).reshape(-1, size, size)
+        return jnp.einsum("bij,bj->bi", matrix, z)
 
-    width: int
-    rank: int
-    num_classes: int
-    time_conditioning: str = "t,t-r"
-    dtype: str = "float32"
 
-    @nn.compact
-    def __call__(
-        self,
-        z: Float[Array, "b ..."],
-        *,
-        r: Float[Array, "b"],
-        t: Float[Array, "b"],
-        condition: Condition,
-    ) -> Prediction:
-        """Return the average velocity, float32 like z `[B, ...]`."""
-        flat = z.reshape(z.shape[0], -1).astype(self.dtype)
-        size, more = flat.shape[1], (self.time_conditioning, self.dtype)
-        told = {"r": r, "t": t, "labels": condition.labels}
+class LowRank(_AffineInZ):
+    """Predict with A = U(r, t) V(r, t)^T, U and V of `rank` columns."""
 
-        def factor(name, zero):
-            made = Perceptron(size * self.rank, self.width, 0, *more, zero=zero, name=name)
-            return made(**told).reshape(-1, size, self.rank)
+    rank: int = 8
 
-        # one factor starts at zero so that u does; were both zero, neither would ever get a gradient
-        left, right = factor("left", True), factor("right", False)
-        offset = Perceptron(size, self.width, self.num_classes, *more, name="offset")(**told)
-        u = jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, flat)) + offset
-        return Prediction(u=at_least_float32(u).reshape(z.shape))
+    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
+        size = z.shape[1]
+        # One factor starts at zero so that u does. Were both zero, neither would get a gradient.
+        left, right = (
+            self._perceptron(size * self.rank, name, starts_at_zero=name == "left")(**row)
+            for name in ("left", "right")
+        )
+        left, right = (factor.reshape(-1, size, self.rank) for factor in (left, right))
+        return jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, z))

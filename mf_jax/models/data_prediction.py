@@ -5,16 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mf_jax.flow.records import Condition, Prediction
+from mf_jax.models.layers import Time
 
 
 class DataPrediction(nn.Module):
-    """Read a network's predictions x_hat as velocities: u = (z - x_hat) / max(t, t_clip), v likewise.
+    """Read a network's predictions x_hat as velocities: u = (z - x_hat) / max(t, t_clip).
 
-    Its parameters are the network's own, under the same names.
+    A second head is read likewise. The parameters are the network's own, under the same names.
 
     Args:
-      network: predicts x_hat in place of u, and of v where it has a second head.
-      t_clip: above 0, smallest time divided by; bounds the velocity near the data.
+      network: predicts x_hat instead of velocities.
+      t_clip: smallest time divided by, above 0; bounds the velocity near the data.
 
     Source: pixel MeanFlow, arXiv 2601.22158, section 3.
     """
@@ -26,14 +27,9 @@ class DataPrediction(nn.Module):
         nn.share_scope(self, self.network)
 
     def __call__(
-        self,
-        z: Float[Array, "b ..."],
-        *,
-        r: Float[Array, "b"],
-        t: Float[Array, "b"],
-        condition: Condition,
+        self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
     ) -> Prediction:
-        """Return the velocities like z `[B, ...]`."""
+        """Return the velocities."""
         clipped = jnp.maximum(t, self.t_clip).reshape(-1, *[1] * (z.ndim - 1))
         x, x_second = self.network(z, r=r, t=t, condition=condition)
         v = None if x_second is None else (z - x_second) / clipped

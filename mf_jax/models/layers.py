@@ -1,13 +1,18 @@
-"""Layers that more than one network uses."""
+"""Layers that more than one network uses, and what all networks have in common."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mf_jax.errors import check_known
+from mf_jax.errors import BadInput, check_known
+
+Time = Float[Array, "b"]
+Image = Float[Array, "b h w c"]
+Tokens = Float[Array, "b n d"]
 
 TIME_CONDITIONINGS = {
     "t,r": ("t", "r"),
@@ -16,9 +21,29 @@ TIME_CONDITIONINGS = {
     "t-r": ("t-r",),
     "t": ("t",),
 }
-"""Which of t, r and t - r a network is told; t alone is flow matching. Source: MeanFlow, arXiv 2505.13447, table 1c."""
+"""Which of t, r and t - r a network is told; t alone is flow matching.
 
-_LONGEST_PERIOD = 10_000
+Source: MeanFlow, arXiv 2505.13447, table 1c.
+"""
+
+LONGEST_PERIOD = 10_000
+
+
+class Network(nn.Module):
+    """A network predicts velocities from z, the times and the condition.
+
+    Fields that several networks have:
+      num_classes: of the data; 0 for an unconditional network.
+      time_conditioning: a key of `TIME_CONDITIONINGS`.
+      dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
+        normalisation and softmax are float32 in any case.
+      attention: one of `attention.ATTENTIONS`.
+      remat, scan, gather: see `blocks.run_blocks`.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("images",)
+    can_be_told_guidance: ClassVar[bool] = False
+    can_have_second_head: ClassVar[bool] = False
 
 
 class Network(nn.Module):
@@ -29,60 +54,46 @@ class Network(nn.Module):
 
 
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return x in float32, or in its own type where that is wider, for what must not be computed in bfloat16."""
+    """Return x in float32, or in its own type where that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def sinusoidal_features(t: Float[Array, "b"], num_features: int) -> Float[Array, "b d"]:
-    """Return cos and sin of t at frequencies from 1 down to 1 / 10,000, geometrically spaced.
+def sinusoidal_features(t: Time, num_features: int) -> Float[Array, "b d"]:
+    """Return cosines, then sines of t at an even number of frequencies, from 1 down to 1 / 10,000.
 
     t is not multiplied by 1,000 as diffusion codes do: that would multiply du/dt by 1,000 too.
-
-    Args:
-      t: times in [0, 1], `[B]`.
-      num_features: even.
-
-    Returns:
-      `[B, num_features]`, cosines first.
     """
     half = num_features // 2
-    frequencies = jnp.exp(-np.log(_LONGEST_PERIOD) * jnp.arange(half) / half)
+    frequencies = jnp.exp(-np.log(LONGEST_PERIOD) * jnp.arange(half) / half)
     angles = at_least_float32(t)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class ScalarEmbedding(nn.Module):
-    """Embed one number per row with a two-layer perceptron of its sinusoidal features, in float32.
-
-    Args:
-      width: size of the embedding.
-      num_features: size of the sinusoidal features.
-      kernel_init: of both layers.
-    """
+    """Embed one number per row by two layers on its sinusoidal features, in float32."""
 
     width: int
     num_features: int = 256
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
-        """Return the embedding `[B, width]` of t `[B]`."""
-        init = self.kernel_init
-        hidden = nn.Dense(self.width, kernel_init=init, name="hidden")(
-            sinusoidal_features(t, self.num_features)
-        )
-        return nn.Dense(self.width, kernel_init=init, name="out")(nn.silu(hidden))
+    def __call__(self, t: Time) -> Float[Array, "b d"]:
+        """Return the embedding."""
+        features = sinusoidal_features(t, self.num_features)
+        hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="hidden")(features)
+        return nn.Dense(self.width, kernel_init=self.kernel_init, name="out")(nn.silu(hidden))
+
+
+class ClassEmbedding(nn.Embed):
+    """Embed classes by a table whose last row serves negative labels."""
+
+    def __call__(self, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+        """Return the embedding."""
+        return super().__call__(jnp.where(labels < 0, self.num_embeddings - 1, labels))
 
 
 class ConditionEmbedding(nn.Module):
-    """Embed what a network is told besides z: the sum of its time embeddings and its class embedding.
-
-    Args:
-      width: size of the embedding.
-      time_conditioning: a key of `TIME_CONDITIONINGS`.
-      num_classes: number of classes; 0 for an unconditional network, which has no class embedding.
-      num_features: size of the sinusoidal features of a time.
-    """
+    """Embed times and class: the sum of the embeddings of each, in float32."""
 
     width: int
     time_conditioning: str
@@ -90,58 +101,63 @@ class ConditionEmbedding(nn.Module):
     num_features: int = 256
 
     @nn.compact
-    def __call__(
-        self, *, r: Float[Array, "b"], t: Float[Array, "b"], labels: Int[Array, "b"]
-    ) -> Float[Array, "b d"]:
-        """Return the embedding `[B, width]`; a negative label selects the null class."""
-        check_known("time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
-        times = {"t": t, "r": r, "t-r": t - r}
-        names = {"t": "t_embedding", "r": "r_embedding", "t-r": "h_embedding"}
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+        """Return the embedding; a negative label selects the null class."""
+        check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
+        times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
         embedding = sum(
-            ScalarEmbedding(self.width, self.num_features, name=names[which])(times[which])
-            for which in TIME_CONDITIONINGS[self.time_conditioning]
+            ScalarEmbedding(self.width, self.num_features, name=f"{letter}_embedding")(time)
+            for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])
         )
         if self.num_classes:
-            table = nn.Embed(
+            embedding += ClassEmbedding(
                 self.num_classes + 1,
                 self.width,
                 embedding_init=nn.initializers.normal(0.02),
                 name="label_embedding",
-            )
-            embedding += table(jnp.where(labels < 0, self.num_classes, labels))
+            )(labels)
         return embedding
 
 
 def sine_cosine_positions(height: int, width: int, num_features: int) -> Float[np.ndarray, "n d"]:
-    """Return the fixed position embedding of a grid of patches.
+    """Return the fixed position embedding of a grid of patches, rows one after another.
 
     Args:
-      height, width: of the grid, in patches.
+      height, width: in patches.
       num_features: divisible by 4; the first half encodes the column, the second the row.
-
-    Returns:
-      `[height * width, num_features]`, rows of the grid one after another.
 
     Source: MAE, arXiv 2111.06377, as used by DiT, arXiv 2212.09748.
     """
-    quarter = num_features // 4
-    frequencies = 1.0 / _LONGEST_PERIOD ** (np.arange(quarter, dtype=np.float64) / quarter)
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-
-    def encode(positions: np.ndarray) -> np.ndarray:
-        angles = positions.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+    frequencies = LONGEST_PERIOD ** -np.linspace(0, 1, num_features // 4, endpoint=False)
+    rows, columns = np.divmod(np.arange(height * width), width)
+    angles = [np.outer(place, frequencies) for place in (columns, rows)]
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def xavier_dense(features: int, *, dtype: str, name: str) -> Callable[[Array], Array]:
-    """Return a linear layer with Xavier-uniform weights and zero bias, float32 parameters, computing in dtype."""
+def patches_of(z: Image, size: int) -> Tokens:
+    """Cut images into patches of size x size pixels, row by row."""
+    batch, height, width, channels = z.shape
+    if size <= 0 or height % size or width % size:
+        raise BadInput(f"model.patch_size={size}: must divide the image size {height}x{width}")
+    z = z.reshape(batch, height // size, size, width // size, size, channels)
+    return z.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+
+
+def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image:
+    """Undo `patches_of`, given the shape of the images; at least float32."""
+    batch, height, width, channels = shape
+    x = patches.reshape(batch, height // size, width // size, size, size, channels)
+    return at_least_float32(x.swapaxes(2, 3).reshape(shape))
+
+
+def xavier_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
+    """Return a linear layer with Xavier-uniform weights that computes in dtype."""
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
-def zero_dense(features: int, *, dtype: str, name: str) -> Callable[[Array], Array]:
-    """Return a linear layer that starts at zero, float32 parameters, computing in dtype."""
+def zero_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
+    """Return a linear layer that starts at zero and computes in dtype."""
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
 
 
@@ -150,8 +166,7 @@ class Attention(nn.Module):
 
     Args:
       num_heads: divides the width.
-      dtype: of the computation.
-      attend: the attended values of queries, scaled already, keys and values, each `[B, tokens, heads, features]`.
+      attend: from scaled queries, keys and values `[B, tokens, heads, features]` to values.
       out: makes the last linear layer.
     """
 
@@ -161,8 +176,8 @@ class Attention(nn.Module):
     out: Callable = xavier_dense
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Return the attended values, like x."""
+    def __call__(self, x: Tokens) -> Tokens:
+        """Return the attended values."""
         width = x.shape[-1]
         qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)

@@ -1,12 +1,12 @@
 """The U-Net of the one-step CIFAR-10 results: DDPM++, about 55.7 million parameters as it comes.
 
-Source: score SDE, arXiv 2011.13456, appendix H (DDPM++), in the form of EDM, arXiv 2206.00364, table 7; as used by
-MeanFlow, arXiv 2505.13447, appendix A.
+Source: score SDE, arXiv 2011.13456, appendix H (DDPM++), in the form of EDM, arXiv 2206.00364,
+table 7; as used by MeanFlow, arXiv 2505.13447, appendix A.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -19,37 +19,21 @@ from mf_jax.models.attention import attend
 from mf_jax.models.layers import (
     Attention,
     ConditionEmbedding,
+    Image,
     Network,
+    Time,
     at_least_float32,
     xavier_dense,
     zero_dense,
 )
 
+Seeds = UInt32[Array, "b"]
 _RESIDUAL_SCALE = 0.5**0.5
-"""Of the sum of a block's input and output, which so keeps its variance."""
+"""Multiplies the sum of a block's input and output, which so keeps its variance."""
 
 
-def check_unet(shape: tuple[int, ...], channel_multipliers: Sequence[int]) -> None:
-    """Check that a picture can be halved once for every level after the first.
-
-    Args:
-      shape: of one picture, (H, W, C).
-      channel_multipliers: one for each level.
-
-    Raises:
-      BadInput: if there is no level, or a side cannot be halved that often.
-    """
-    factor = 2 ** (len(channel_multipliers) - 1)
-    if not channel_multipliers or shape[0] % factor or shape[1] % factor:
-        raise BadInput(
-            f"model.channel_multipliers={tuple(channel_multipliers)}: every level after the first halves the image,"
-            f" and there must be a first; fewer levels, or an image size divisible by {factor} where it is"
-            f" {shape[0]}x{shape[1]}"
-        )
-
-
-def _norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
-    """Apply GroupNorm in at least float32: 32 groups, or fewer so that a group has 4 channels or more."""
+def _norm(x: Image, name: str) -> Image:
+    """Apply GroupNorm in float32: 32 groups, or fewer so that each has 4 channels or more."""
     channels = x.shape[-1]
     most = max(1, min(32, channels // 4))
     num_groups = max(groups for groups in range(1, most + 1) if channels % groups == 0)
@@ -58,60 +42,56 @@ def _norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
 
 
 def _conv(
-    features: int, size: int, *, dtype: str, name: str, init: Callable | None = None
-) -> Callable[[Array], Array]:
-    """Return a convolution with a square kernel that keeps the image's size, Xavier-uniform unless init is given."""
-    init = init or nn.initializers.xavier_uniform()
-    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=init, name=name)
+    features: int,
+    size: int,
+    *,
+    dtype: str,
+    name: str,
+    kernel_init: Callable = nn.initializers.xavier_uniform(),
+) -> nn.Conv:
+    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=kernel_init, name=name)
 
 
-def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+def halve(x: Image) -> Float[Array, "b h2 w2 c"]:
     """Average each 2x2 pixels."""
     batch, height, width, channels = x.shape
     return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
 
 
-def double(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+def double(x: Image) -> Float[Array, "b h2 w2 c"]:
     """Repeat each pixel 2x2 times."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def drop_out(
-    x: Float[Array, "b ..."], seeds: UInt32[Array, "b"] | None, *, layer: int, rate: float
+    x: Float[Array, "b ..."], seeds: Seeds | None, *, layer: int, rate: float
 ) -> Float[Array, "b ..."]:
-    """Set a share of the numbers to zero and divide the rest by what remains.
+    """Set a share of the numbers to zero and divide the others by the remaining share.
 
-    The mask is a pure function of a row's seed and the layer, so that the network stays one function of (z, r, t)
-    within a training step, whatever it is evaluated for.
+    The mask is a pure function of a row's seed and the layer's number. Within a training step the
+    network thus stays one function of (z, r, t).
 
     Args:
-      x: `[B, ...]`.
-      seeds: of each row's masks, `[B]`; None drops nothing.
-      layer: number of the layer in its network.
+      seeds: of each row's masks; None drops nothing.
       rate: share to drop, in [0, 1).
-
-    Returns:
-      Like x.
     """
     if seeds is None or rate == 0:
         return x
 
-    def keep(seed):
-        return jax.random.bernoulli(
-            jax.random.fold_in(jax.random.key(seed), layer), 1 - rate, x.shape[1:]
-        )
+    def keep(seed: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
 
     return jnp.where(jax.vmap(keep)(seeds), x / (1 - rate), 0)
 
 
 class Block(nn.Module):
-    """One residual block, perhaps at half or twice the size of its input, perhaps with attention after it.
+    """One residual block, perhaps with another size than its input, perhaps with attention.
 
     Args:
       features: channels of the output.
       layer: number of the block, for its dropout mask.
       dropout: rate.
-      dtype: of the computation.
       resample: `halve`, `double`, or None.
       attention: whether the pixels attend to one another.
     """
@@ -125,25 +105,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], c: Float[Array, "b d"], seeds: UInt32[Array, "b"] | None
+        self, x: Image, c: Float[Array, "b d"], seeds: Seeds | None
     ) -> Float[Array, "b h2 w2 f"]:
         """Return x after the block, given the condition c and the seeds of dropout."""
+        conv = functools.partial(_conv, self.features, dtype=self.dtype)
         resample = self.resample or (lambda x: x)
-        zero = nn.initializers.zeros
-        hidden = resample(nn.silu(_norm(x, "norm_1")))
-        hidden = _conv(self.features, 3, dtype=self.dtype, name="conv_1")(hidden)
-        hidden = (
-            hidden
-            + xavier_dense(self.features, dtype=self.dtype, name="condition")(c)[:, None, None]
-        )
-        hidden = nn.silu(_norm(hidden, "norm_2"))
+        hidden = conv(3, name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))
+        told = xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
+        hidden = nn.silu(_norm(hidden + told[:, None, None], "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
-        hidden = _conv(self.features, 3, dtype=self.dtype, name="conv_2", init=zero)(hidden)
+        hidden = conv(3, name="conv_2", kernel_init=nn.initializers.zeros)(hidden)
         if self.resample or x.shape[-1] != self.features:
-            x = _conv(self.features, 1, dtype=self.dtype, name="shortcut")(resample(x))
+            x = conv(1, name="shortcut")(resample(x))
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
-            pixels = _norm(x, "norm_3").reshape(x.shape[0], -1, self.features)
+            pixels = _norm(x, "norm_3").reshape(len(x), -1, self.features)
             plain = functools.partial(attend, kind="xla")
             attended = Attention(1, self.dtype, plain, out=zero_dense, name="attention")(pixels)
             x = _RESIDUAL_SCALE * (x + attended.reshape(x.shape))
@@ -154,15 +130,11 @@ class UNet(Network):
     """Predict u(z, r, t) of images.
 
     Args:
-      channels: of the first convolution, and the unit of those of the levels.
+      channels: of the first convolution; the unit of a level's channels.
       channel_multipliers: one for each level; every level after the first halves the image.
       num_blocks: residual blocks of a level on the way down; one more on the way up.
-      attention_resolutions: heights in pixels of the levels with attention; the middle always has it.
+      attention_resolutions: heights in pixels of levels with attention; the middle always has it.
       dropout: rate, in [0, 1), where the condition has seeds for it.
-      num_classes: classes; 0 for an unconditional network.
-      time_conditioning: a key of `layers.TIME_CONDITIONINGS`.
-      dtype: of the computation, float32 or bfloat16; parameters, normalisation, softmax and time embeddings
-        are float32 in any case.
     """
 
     num_classes: int
@@ -175,16 +147,9 @@ class UNet(Network):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self,
-        z: Float[Array, "b h w c"],
-        *,
-        r: Float[Array, "b"],
-        t: Float[Array, "b"],
-        condition: Condition,
-    ) -> Prediction:
-        """Return the average velocity, float32 like z `[B, H, W, C]`."""
-        check_unet(z.shape[1:], self.channel_multipliers)
+    def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
+        """Return the average velocity."""
+        self._check_levels(z.shape)
         embed = ConditionEmbedding(
             4 * self.channels,
             self.time_conditioning,
@@ -195,15 +160,13 @@ class UNet(Network):
         c = nn.silu(embed(r=r, t=t, labels=condition.labels))
         layers = itertools.count()
 
-        def block(x, features, name, **more):
+        def block(x: Image, features: int, name: str, **more) -> Image:
             made = Block(features, next(layers), self.dropout, self.dtype, name=name, **more)
             return made(x, c, condition.dropout)
 
         x = _conv(self.channels, 3, dtype=self.dtype, name="first")(z)
         skipped = [x]
-        levels = list(
-            enumerate(self.channels * multiplier for multiplier in self.channel_multipliers)
-        )
+        levels = [(i, self.channels * each) for i, each in enumerate(self.channel_multipliers)]
         for level, features in levels:
             if level > 0:
                 x = block(x, x.shape[-1], f"halve_{level}", resample=halve)
@@ -220,8 +183,19 @@ class UNet(Network):
             attends = x.shape[1] in self.attention_resolutions
             for i in range(self.num_blocks + 1):
                 x = jnp.concatenate([x, skipped.pop()], axis=-1)
-                x = block(
-                    x, features, f"up_{level}_{i}", attention=attends and i == self.num_blocks
-                )
-        last = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", init=nn.initializers.zeros)
-        return Prediction(u=at_least_float32(last(nn.silu(_norm(x, "norm")))))
+                is_last = i == self.num_blocks
+                x = block(x, features, f"up_{level}_{i}", attention=attends and is_last)
+        x = nn.silu(_norm(x, "norm"))
+        zero = nn.initializers.zeros
+        u = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", kernel_init=zero)(x)
+        return Prediction(u=at_least_float32(u))
+
+    def _check_levels(self, shape: tuple[int, ...]) -> None:
+        _, height, width, _ = shape
+        factor = 2 ** (len(self.channel_multipliers) - 1)
+        if not self.channel_multipliers or height % factor or width % factor:
+            raise BadInput(
+                f"model.channel_multipliers={tuple(self.channel_multipliers)}: every level after"
+                " the first halves the image, and there must be a first; fewer levels, or an image"
+                f" size divisible by {factor} where it is {height}x{width}"
+            )

@@ -92,7 +92,7 @@ def per_device(
     params: PyTree,
     rows: PyTree,
     *,
-    late: Late = lambda path, axis: False,
+    late: Late | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Return a gradient, placed like the parameters, and sums over all rows, from each device's own rows.
 
@@ -102,7 +102,7 @@ def per_device(
       mesh: the mesh.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
-      late: which parameters `gradient` is given as this device's part, to gather them itself with `gather_late`.
+      late: which parameters `gradient` gathers itself with `gather_late`, given this device's part; None for none.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
     axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
@@ -170,10 +170,10 @@ def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
     return jax.tree.map(lambda sharding: len(sharding.spec) - 1, state_sharding(mesh, params))
 
 
-def _are_late(mesh: Mesh, params: PyTree, late: Late) -> PyTree:
+def _are_late(mesh: Mesh, params: PyTree, late: Late | None) -> PyTree:
     def is_late(path: Sequence[Any], axis: int) -> bool:
         names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
-        return axis != _WHOLE and late(names, axis)
+        return late is not None and axis != _WHOLE and late(names, axis)
 
     return tree_map_with_path(is_late, _split_axes(mesh, params))
 

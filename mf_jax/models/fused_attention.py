@@ -1,0 +1,283 @@
+"""Experimental: attention without the matrix of weights in memory, and a kernel for its tangent.
+
+The kernels have run interpreted on CPUs only. Nobody has measured them on a GPU or a TPU yet.
+
+With S = q k^T, P = softmax(S) and O = P v, the tangent of attention is
+
+    dS = dq k^T + q dk^T
+    dO = (P * (dS - rowsum(P * dS))) v + P dv
+
+One kernel sums it up over blocks of keys. It works with the largest S and the mean of dS so far
+until it knows the final ones. No gradient flows through a tangent, as MeanFlow wants it.
+
+Source: FlashAttention, arXiv 2205.14135; its tangent, sCM, arXiv 2410.11081.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+Heads = Float[Array, "b n heads d"]
+
+
+def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Heads:
+    """Return softmax(q k^T) v of each head.
+
+    Args:
+      q, k, v: see `attention.attend`.
+      forward_mode: whether `jax.jvp` can differentiate the result. Gradients then flow through
+        values alone. Where there is no jvp they cost one more attention than without.
+    """
+    return (_with_tangent if forward_mode else _fused)(q, k, v)
+
+
+def attention_tangent(
+    *inputs: Heads, backend: str | None = None, interpret: bool | None = None
+) -> Heads:
+    """Return the tangent of attention, which itself cannot be differentiated.
+
+    Args:
+      inputs: q, k, v and their tangents dq, dk, dv.
+      backend: whose kernel, gpu (Triton) or tpu (Mosaic); None for the default backend's, on a
+        CPU the TPU's.
+      interpret: whether to run the kernel as plain operations; None for on a CPU alone.
+
+    Source: sCM, arXiv 2410.11081.
+    """
+    here = jax.default_backend()
+    run = _on_gpu if (backend or here) == "gpu" else _on_tpu
+    return run(*inputs, interpret=here == "cpu" if interpret is None else interpret)
+
+
+@jax.custom_jvp
+def _with_tangent(q: Array, k: Array, v: Array) -> Array:
+    return _fused(q, k, v)
+
+
+@functools.partial(_with_tangent.defjvp, symbolic_zeros=True)
+def _tangent_of_fused(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    changing = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
+    return _fused(*primals), _held_tangent(primals, changing)
+
+
+@jax.custom_jvp
+def _held_tangent(primals: tuple, tangents: tuple) -> Array:
+    """Return the tangent by the kernel; its transpose serves reverse mode without forward mode.
+
+    Tangents are None where they are zero: all that a `linear_call` is linear in must change.
+    """
+
+    def run(primals: tuple, tangents: tuple) -> Array:
+        filled = (jnp.zeros_like(primals[0]) if t is None else t for t in tangents)
+        return _on_each_device(attention_tangent, 6)(*primals, *filled)
+
+    def transpose(primals: tuple, gradient: Array) -> tuple:
+        gradients = jax.vjp(_fused, *primals)[1](gradient)
+        return tuple(None if t is None else g for t, g in zip(tangents, gradients, strict=True))
+
+    return linear_call(run, transpose, primals, tangents)
+
+
+@_held_tangent.defjvp
+def _no_tangent(inputs: tuple, _: tuple) -> tuple[Array, Array]:
+    out = _held_tangent(*inputs)
+    return out, jnp.zeros_like(out)
+
+
+def _fused(q: Array, k: Array, v: Array) -> Array:
+    """Return the fastest attention with a gradient that backend, type and shape allow."""
+    backend, length, head_size = jax.default_backend(), q.shape[1], q.shape[3]
+    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and head_size <= 128:
+        return _cudnn(q, k, v)
+    # Padding by more than half of the length costs more than JAX's flash attention saves.
+    if backend == "tpu" and head_size <= 128 and _up(length, 128) <= 1.5 * length:
+        return _with_gradient(_flash_on_tpu)(q, k, v)
+    return _with_gradient(_dot_product)(q, k, v)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _dot_product(q: Array, k: Array, v: Array, implementation: str = "xla") -> Array:
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation=implementation)
+
+
+def _cudnn(*inputs: Array) -> Array:
+    size = inputs[0].shape[3]
+    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -size % 8))) for x in inputs)
+    return _dot_product(*padded, "cudnn")[..., :size]
+
+
+def _flash_on_tpu(q: Array, k: Array, v: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
+
+    batch, length = q.shape[:2]
+    padded = _up(length, 128)
+    # A token attends to its own segment alone; the padding is one.
+    segment = jnp.broadcast_to(jnp.arange(padded) >= length, (batch, padded)).astype(jnp.int32)
+    segments = SegmentIds(q=segment, kv=segment) if padded > length else None
+    out = flash_attention(*(_heads_first(x, padded) for x in (q, k, v)), segment_ids=segments)
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def _heads_first(x: Array, length: int) -> Array:
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
+
+
+@functools.cache
+def _with_gradient(attention: Callable) -> Callable:
+    """Return an attention that computes its weights again for its gradient, to keep none."""
+    forward = _on_each_device(attention, 3)
+    backward = _on_each_device(
+        lambda q, k, v, gradient: jax.vjp(attention, q, k, v)[1](gradient), 4, 3
+    )
+    both = jax.custom_vjp(forward)
+    both.defvjp(
+        lambda *inputs: (forward(*inputs), inputs),
+        lambda inputs, gradient: backward(*inputs, gradient),
+    )
+    return both
+
+
+@functools.cache
+def _on_each_device(function: Callable, num_in: int, num_out: int = 1) -> Callable:
+    """Return a function that each device computes for the rows and heads it has.
+
+    XLA cannot see into a kernel: it would give every device the whole batch.
+    """
+
+    def partition(mesh: Any, inputs: tuple, outputs: Any) -> tuple:
+        rows, _, heads, _ = inputs[0].sharding.spec
+        sharding = NamedSharding(mesh, PartitionSpec(rows, None, heads, None))
+        return mesh, function, jax.tree.map(lambda _: sharding, outputs), (sharding,) * num_in
+
+    rule = f"{', '.join(['b n h d'] * num_in)} -> {', '.join(['b n h d'] * num_out)}"
+    split = custom_partitioning(lambda *inputs: function(*inputs))
+    split.def_partition(partition, sharding_rule=rule, need_replication_factors=("n", "d"))
+    return split
+
+
+def _power_of_2(size: int) -> int:
+    """Return the next power of 2, at least 16: the smallest side of a matrix product in Triton."""
+    return max(16, pl.next_power_of_2(size))
+
+
+def _on_gpu(*inputs: Array, interpret: bool) -> Array:
+    """Read the inputs where they lie; masks stand in for padding.
+
+    A block has 64 queries and 32 keys, fewer where 64 rows of an input exceed 16 KiB. Triton keeps
+    as much nearly without spilling, and within the 99 KiB of shared memory of smaller GPUs.
+    """
+    from jax.experimental.pallas import triton
+
+    batch, length, heads, head_size = inputs[0].shape
+    wide, longest = _power_of_2(head_size), _power_of_2(length)
+    num_queries = min(64, longest, max(16, 2**14 // (wide * inputs[0].dtype.itemsize)))
+    num_keys = max(16, num_queries // 2)
+
+    def place(ref: Any, start: Array, size: int) -> tuple[Any, Array]:
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, wide), axis) for axis in (0, 1))
+        return ref.at[pl.ds(start, size), :], (start + row < length) & (column < head_size)
+
+    def read(ref: Any, start: Array, size: int) -> Array:
+        block, mask = place(ref, start, size)
+        return triton.load(block, mask=mask, other=0)
+
+    def write(ref: Any, start: Array, x: Array) -> None:
+        block, mask = place(ref, start, len(x))
+        triton.store(block, x, mask=mask)
+
+    return _run(
+        functools.partial(_kernel, 0, length, num_queries, num_keys, read, write),
+        inputs,
+        grid=(pl.cdiv(length, num_queries), heads, batch),
+        spec=pl.BlockSpec((None, length, None, wide), lambda i, head, row: (row, 0, head, 0)),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=4 if wide <= 64 else 8, num_stages=2),
+    )
+
+
+def _on_tpu(*inputs: Array, interpret: bool) -> Array:
+    """Lay the inputs out as Mosaic wants them: heads before tokens, padded to whole blocks.
+
+    All tokens of a head are in fast memory at once: 7 MiB for 1,024 tokens of 128 float32.
+    """
+    batch, length, heads, head_size = inputs[0].shape
+    block = min(128, _power_of_2(length))
+    padded = _up(length, block)
+
+    def read(ref: Any, start: Array, size: int) -> Array:
+        return ref[pl.ds(start, size), :]
+
+    def write(ref: Any, start: Array, x: Array) -> None:
+        ref[pl.ds(start, len(x)), :] = x
+
+    out = _run(
+        functools.partial(_kernel, 2, length, block, block, read, write),
+        [_heads_first(x, padded) for x in inputs],
+        grid=(batch, heads, padded // block),
+        spec=pl.BlockSpec((None, None, padded, head_size), lambda row, head, i: (row, head, 0, 0)),
+        interpret=interpret,
+    )
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def _run(kernel: Callable, inputs: Any, *, spec: pl.BlockSpec, **more: Any) -> Array:
+    like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
+    specs = {"in_specs": [spec] * 6, "out_specs": spec, "out_shape": like}
+    return pl.pallas_call(kernel, name="attention_tangent", **specs, **more)(*inputs)
+
+
+def _kernel(
+    axis: int,
+    length: int,
+    num_queries: int,
+    num_keys: int,
+    read: Callable,
+    write: Callable,
+    *refs: Any,
+) -> None:
+    """Write the tangent of a block of queries; each ref holds all tokens of a head of a row."""
+    q_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, out_ref = refs
+    first = pl.multiple_of(pl.program_id(axis) * num_queries, num_queries)
+    q, dq = read(q_ref, first, num_queries), read(dq_ref, first, num_queries)
+
+    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        top, total, mean, value, change = sums
+        start = pl.multiple_of(i * num_keys, num_keys)
+        k, v, dk, dv = (read(ref, start, num_keys) for ref in (k_ref, v_ref, dk_ref, dv_ref))
+        scores, slopes = _times(q, k, axis=1), _times(dq, k, axis=1) + _times(q, dk, axis=1)
+        key = start + jax.lax.broadcasted_iota(jnp.int32, (1, num_keys), 1)
+        scores = jnp.where(key < length, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+        weights, rescale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        total, value, change = rescale * total, rescale * value, rescale * change
+        new_total = total + weights.sum(axis=1, keepdims=True)
+        new_mean = (total * mean + (weights * slopes).sum(axis=1, keepdims=True)) / new_total
+        # Any number subtracted from all slopes leaves dO as it is; their mean keeps small numbers
+        # before they are rounded to v's type.
+        centred = (weights * (slopes - new_mean)).astype(v.dtype)
+        weights = weights.astype(v.dtype)
+        change += (mean - new_mean) * value + _times(centred, v) + _times(weights, dv)
+        return new_top, new_total, new_mean, value + _times(weights, v), change
+
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    per_query, like_q = jnp.zeros((num_queries, 1), wide), jnp.zeros(q.shape, wide)
+    sums = (per_query - jnp.inf, per_query, per_query, like_q, like_q)
+    _, total, _, _, change = jax.lax.fori_loop(0, pl.cdiv(length, num_keys), add, sums)
+    write(out_ref, first, (change / total).astype(q.dtype))
+
+
+def _times(a: Array, b: Array, *, axis: int = 0) -> Array:
+    """Return the product of two matrices, over the last axis of a and the given one of b."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=wide)
