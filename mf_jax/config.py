@@ -16,7 +16,7 @@ from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
-from mf_jax.models import DIT_SIZES, IN_CONTEXT_SIZES, NETWORKS, DataPrediction, parameter_shapes
+from mf_jax.models import NETWORKS, SIZES, DataPrediction, parameter_shapes
 from mf_jax.models.attention import ATTENTIONS
 from mf_jax.models.blocks import REMATS
 from mf_jax.models.dit import DECOUPLED, DIT_TIME_CONDITIONINGS
@@ -92,10 +92,9 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     look_up("model.prediction", model.prediction, dict.fromkeys(PREDICTIONS))
     look_up("model.attention", model.attention, dict.fromkeys(ATTENTIONS))
     look_up("model.remat", model.remat, REMATS)
-    kinds = ("images", "vectors")
-    kind = kinds[not spec.is_picture]
-    if kind not in DATA_OF_NETWORK.get(model.name, kinds):
-        fit = ", ".join(name for name in NETWORKS if kind in DATA_OF_NETWORK.get(name, kinds))
+    kind = "images" if spec.is_picture else "vectors"
+    if kind not in network.takes:
+        fit = ", ".join(name for name, other in NETWORKS.items() if kind in other.takes)
         raise BadInput(
             f"model.name={model.name!r}: the data are {kind} of shape {spec.shape}; use one of {fit}"
         )
@@ -103,41 +102,26 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     made = from_section(network, ConfigDict({**model, **sizes}), num_classes=spec.num_classes)
     if model.prediction == "data":
         made = DataPrediction(made, t_clip=model.t_clip)
-    _check_network(config, sizes, spec.shape)
+    _check_network(config, sizes)
     return made
 
 
 PREDICTIONS = ("velocity", "data")
-DATA_OF_NETWORK = {
-    "dit": ("images",),
-    "in_context_dit": ("images",),
-    "unet": ("images",),
-    "mlp": ("vectors",),
-}
-"""What kind of data a network takes; those not named take either."""
-_SIZE_TABLES = {
-    "dit": (DIT_SIZES, ("depth", "width", "num_heads")),
-    "in_context_dit": (
-        IN_CONTEXT_SIZES,
-        ("depth", "width", "num_heads", "head_depth", "bottleneck", "positions"),
-    ),
-}
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
     """Return the sizes of a network: those of the config that are not 0 or "", and else what `model.size` says."""
     model = config.model
-    if model.name not in _SIZE_TABLES:
+    if model.name not in SIZES:
         return {}
-    table, names = _SIZE_TABLES[model.name]
-    row = look_up("model.size", model.size, table)
-    sizes = {name: model[name] or default for name, default in zip(names, row, strict=True)}
+    row = look_up("model.size", model.size, SIZES[model.name])
+    sizes = {name: model[name] or default for name, default in row.items()}
     if "head_depth" in sizes and not model.head_depth:
         sizes["head_depth"] = min(sizes["head_depth"], sizes["depth"])
     return sizes
 
 
-def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+def _check_network(config: ConfigDict, sizes: Mapping[str, Any]) -> None:
     model = config.model
     if model.time_conditioning == DECOUPLED and model.name != "dit":
         raise BadInput(f"model.time_conditioning={DECOUPLED!r}: only a dit has it; use t,t-r")
@@ -159,16 +143,6 @@ def _check_network(config: ConfigDict, sizes: Mapping[str, Any], shape: tuple[in
             f"model.channels={model.channels}, num_blocks={model.num_blocks}, dropout={model.dropout}: the first two "
             "must be above 0, dropout within [0, 1)"
         )
-    if model.name == "dit":
-        p = model.patch_size
-        if p <= 0 or shape[0] % p or shape[1] % p:
-            raise BadInput(
-                f"model.patch_size={p}: must divide the image size {shape[0]}x{shape[1]}"
-            )
-        if sizes["width"] % 4 or sizes["width"] % sizes["num_heads"]:
-            raise BadInput(
-                f"model.width={sizes['width']}: must be divisible by 4 and by model.num_heads={sizes['num_heads']}"
-            )
 
 
 def sample_plan(config: ConfigDict) -> SamplePlan:

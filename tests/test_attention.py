@@ -14,8 +14,9 @@ from conftest import ROOT
 from jax.experimental.pallas import tpu as pltpu
 
 from mf_jax.errors import BadInput
-from mf_jax.models import attention
-from mf_jax.models.attention import attend, attention_tangent
+from mf_jax.models import fused_attention
+from mf_jax.models.attention import attend
+from mf_jax.models.fused_attention import attention_tangent
 
 SHAPES = [
     (4, 16),
@@ -277,7 +278,7 @@ def test_flash_attention_serves_lengths_near_a_multiple_of_128_on_tpus(
 def test_padded_flash_attention():
     q, k, v, weights, *_ = (x[:1, :, :1] for x in _inputs(100, 16))
     with pltpu.force_tpu_interpret_mode():
-        out, transpose = jax.vjp(attention._flash_on_tpu, q, k, v)
+        out, transpose = jax.vjp(fused_attention._flash_on_tpu, q, k, v)
         gradients = transpose(weights)
     plain, transpose = jax.vjp(lambda *x: attend(*x, kind="xla"), q, k, v)
     for a, b in zip((out, *gradients), (plain, *transpose(weights)), strict=True):

@@ -12,7 +12,8 @@ from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import Condition
 from mf_jax.flow.times import UniformTimes
-from mf_jax.models import DIT_SIZES, DiT, InContextDiT, as_field, initial_params
+from mf_jax.models import SIZES as PUBLISHED_SIZES
+from mf_jax.models import DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
@@ -151,8 +152,7 @@ def _program(network, objective, batch, **draws):
 
 
 def _dit(size, **more):
-    names = ("depth", "width", "num_heads")
-    return DiT(**dict(zip(names, DIT_SIZES[size], strict=True)), num_classes=1000, **more)
+    return DiT(**PUBLISHED_SIZES["dit"][size], num_classes=1000, **more)
 
 
 GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))

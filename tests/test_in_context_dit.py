@@ -14,7 +14,7 @@ from recorded import FOLDER
 from mf_jax.errors import BadInput
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale
-from mf_jax.models import IN_CONTEXT_SIZES, DataPrediction, InContextDiT, as_field, initial_params
+from mf_jax.models import SIZES, DataPrediction, InContextDiT, as_field, initial_params
 from mf_jax.models.in_context_dit import rotary_angles
 from mf_jax.published.names import from_published
 
@@ -132,19 +132,9 @@ def _published_network(name, *, second_head):
     """Return the network and data shape of a published name, e.g. pmfDiT_B_16."""
     kind, size, patch = name.split("_")
     pixel = kind == "pmfDiT"
-    depth, width, heads, head_depth, bottleneck, positions = IN_CONTEXT_SIZES[
-        "pixel_" * pixel + size
-    ]
+    sizes = SIZES["in_context_dit"]["pixel_" * pixel + size]
     network = InContextDiT(
-        patch_size=int(patch),
-        depth=depth,
-        width=width,
-        num_heads=heads,
-        head_depth=head_depth,
-        num_classes=1000,
-        second_head=second_head,
-        bottleneck=bottleneck,
-        positions=positions,
+        patch_size=int(patch), num_classes=1000, second_head=second_head, **sizes
     )
     return network, (16 * int(patch), 16 * int(patch), 3 if pixel else 4)
 
@@ -163,7 +153,7 @@ def test_parameter_counts(name):
 def test_every_size_is_counted():
     counted = {name.split("_")[1] for name in IN_CONTEXT_COUNTS if name.startswith("imf")}
     pixel = {"pixel_" + name.split("_")[1] for name in IN_CONTEXT_COUNTS if name.startswith("pmf")}
-    assert set(IN_CONTEXT_SIZES) - {"digits"} == counted | pixel
+    assert set(SIZES["in_context_dit"]) - {"digits"} == counted | pixel
 
 
 @each_variant

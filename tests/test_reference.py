@@ -15,7 +15,7 @@ from recorded import FOLDER
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Condition, Draws, GuidanceScale, Rows
-from mf_jax.models import DIT_SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
+from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
@@ -129,10 +129,7 @@ def test_recorded_case(path):
 )
 def test_parameter_count(name, count):
     _, size, patch = name.split("_")
-    depth, width, heads = DIT_SIZES[size]
-    network = DiT(
-        patch_size=int(patch), depth=depth, width=width, num_heads=heads, num_classes=1000
-    )
+    network = DiT(patch_size=int(patch), num_classes=1000, **SIZES["dit"][size])
     params = jax.eval_shape(
         lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0)
     )
@@ -143,4 +140,4 @@ def test_every_published_dit_size_is_counted():
     counted = {
         name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())
     }
-    assert set(DIT_SIZES) - {"digits"} <= counted
+    assert set(SIZES["dit"]) - {"digits"} <= counted

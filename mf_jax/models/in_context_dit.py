@@ -22,12 +22,12 @@ from mf_jax.models.attention import attend
 from mf_jax.models.blocks import Gather, run_blocks
 from mf_jax.models.layers import (
     LONGEST_PERIOD,
-    ClassEmbedding,
     Image,
     Network,
     ScalarEmbedding,
     Time,
     Tokens,
+    embed_class,
     image_of,
     patches_of,
     xavier_dense,
@@ -167,10 +167,8 @@ class ClassTokens(nn.Module):
     def __call__(self, labels: Int[Array, "b"]) -> Tokens:
         """Return the tokens; a negative label selects the null class."""
         init = nn.initializers.normal(self.width**-0.5)
-        embed = ClassEmbedding(
-            self.num_classes + 1, self.width, embedding_init=init, name="embedding"
-        )
-        return _learned_tokens(self, _NUM_CLASS_TOKENS, self.width) + embed(labels)[:, None]
+        embedding = embed_class(labels, self.num_classes, self.width, init=init, name="embedding")
+        return _learned_tokens(self, _NUM_CLASS_TOKENS, self.width) + embedding[:, None]
 
 
 class InContextDiT(Network):

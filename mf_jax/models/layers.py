@@ -84,12 +84,12 @@ class ScalarEmbedding(nn.Module):
         return nn.Dense(self.width, kernel_init=self.kernel_init, name="out")(nn.silu(hidden))
 
 
-class ClassEmbedding(nn.Embed):
-    """Embed classes by a table whose last row serves negative labels."""
-
-    def __call__(self, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
-        """Return the embedding."""
-        return super().__call__(jnp.where(labels < 0, self.num_embeddings - 1, labels))
+def embed_class(
+    labels: Int[Array, "b"], num_classes: int, width: int, *, init: Callable, name: str
+) -> Float[Array, "b d"]:
+    """Return rows of a learned table, its last one for negative labels."""
+    table = nn.Embed(num_classes + 1, width, embedding_init=init, name=name)
+    return table(jnp.where(labels < 0, num_classes, labels))
 
 
 class ConditionEmbedding(nn.Module):
@@ -110,12 +110,13 @@ class ConditionEmbedding(nn.Module):
             for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])
         )
         if self.num_classes:
-            embedding += ClassEmbedding(
-                self.num_classes + 1,
+            embedding += embed_class(
+                labels,
+                self.num_classes,
                 self.width,
-                embedding_init=nn.initializers.normal(0.02),
+                init=nn.initializers.normal(0.02),
                 name="label_embedding",
-            )(labels)
+            )
         return embedding
 
 

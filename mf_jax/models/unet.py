@@ -27,6 +27,7 @@ from mf_jax.models.layers import (
     zero_dense,
 )
 
+_XAVIER = nn.initializers.xavier_uniform()
 Seeds = UInt32[Array, "b"]
 _RESIDUAL_SCALE = 0.5**0.5
 """Multiplies the sum of a block's input and output, which so keeps its variance."""
@@ -41,15 +42,8 @@ def _norm(x: Image, name: str) -> Image:
     return norm(at_least_float32(x))
 
 
-def _conv(
-    features: int,
-    size: int,
-    *,
-    dtype: str,
-    name: str,
-    kernel_init: Callable = nn.initializers.xavier_uniform(),
-) -> nn.Conv:
-    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=kernel_init, name=name)
+def _conv(features: int, size: int, *, dtype: str, name: str, init: Callable = _XAVIER) -> nn.Conv:
+    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=init, name=name)
 
 
 def halve(x: Image) -> Float[Array, "b h2 w2 c"]:
@@ -114,7 +108,7 @@ class Block(nn.Module):
         told = xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
         hidden = nn.silu(_norm(hidden + told[:, None, None], "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
-        hidden = conv(3, name="conv_2", kernel_init=nn.initializers.zeros)(hidden)
+        hidden = conv(3, name="conv_2", init=nn.initializers.zeros)(hidden)
         if self.resample or x.shape[-1] != self.features:
             x = conv(1, name="shortcut")(resample(x))
         x = _RESIDUAL_SCALE * (x + hidden)
@@ -187,7 +181,7 @@ class UNet(Network):
                 x = block(x, features, f"up_{level}_{i}", attention=attends and is_last)
         x = nn.silu(_norm(x, "norm"))
         zero = nn.initializers.zeros
-        u = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", kernel_init=zero)(x)
+        u = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", init=zero)(x)
         return Prediction(u=at_least_float32(u))
 
     def _check_levels(self, shape: tuple[int, ...]) -> None:
