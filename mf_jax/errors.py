@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class BadInput(ValueError):
@@ -37,3 +37,14 @@ def check_known(key: str, name: str, known: Iterable[str]) -> None:
     """
     if name not in known:
         raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
+
+
+def list_problems(names_of: Mapping[str, list[str]]) -> str:
+    """Return "missing: a, b; left over: c" of names by problem, of many names only the first."""
+    return "; ".join(f"{problem}: {listed(names)}" for problem, names in names_of.items() if names)
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Return names separated by commas, of many only the first and how many more there are."""
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(names[:most]) + more

@@ -1,8 +1,9 @@
-"""Read the weights of published checkpoints, fit them to a network, and write ours under the published names.
+"""Read weights of published checkpoints, fit them to a network, write ours under published names.
 
-A published checkpoint is a folder `checkpoint_N` that a published training script wrote with Orbax: a tree of `params`,
-`ema_params`, `opt_state` and `step`, the parameters below `net`. Pixel MeanFlow keeps several averages: there
-`ema_params` holds one tree for each. A `.npz` or `.safetensors` file holds the same names, joined by "/".
+A published checkpoint is a folder `checkpoint_N` that a published training script wrote with
+Orbax: a tree of `params`, `ema_params`, `opt_state` and `step`, the parameters below `net`. Pixel
+MeanFlow keeps several averages: there `ema_params` holds one tree for each. A `.npz` or
+`.safetensors` file holds the same names, joined by "/".
 
 Source: the recorded checkpoints of the published implementations (tests/reference).
 """
@@ -23,37 +24,32 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.errors import BadInput, check_known, list_problems
 from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
-from mf_jax.runtime.files import on_disk
+from mf_jax.runtime.files import on_disk, written_aside
 
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
 _Choose = Callable[[Collection[str]], dict[str, str]]
+"""From the names that are stored to {short name: stored name} of the wanted ones."""
 _SECTIONS = ("ema_params", "params")
 _NETWORK = "net/"
 _SECOND_HEAD = "v_head/"
-_NAMED_IN_ERROR = 8
 _TELLING = {
     "meanflow": ("patch_embedding/kernel", "condition/label_embedding/embedding"),
     "imf": ("patch_embedding/kernel", "class_tokens/embedding/embedding"),
     "pmf": ("bottleneck/kernel", "class_tokens/embedding/embedding"),
 }
-"""Our names of what each image first meets, whose shape tells its channels, and of the table of classes."""
+"""Our names of the first layer, whose shape tells the channels, and of the table of classes."""
 
 
 def load_published(
     path: epath.PathLike, kind: str, like: PyTree, *, section: str = "ema_params"
 ) -> PyTree[Float[np.ndarray, "..."]]:
-    """Return the weights of a published checkpoint as the parameters of a network.
+    """Return the weights of a published checkpoint as the parameters of a network, on the host.
 
     Args:
-      path, kind, section: as for `read_published`.
-      like: as for `fit_published`.
-
-    Returns:
-      The parameter tree, float32, on the host.
-
-    Raises:
-      BadInput: if the checkpoint cannot be read or does not fit; names the path.
+      path, kind, section: see `read_published`.
+      like: see `fit_published`.
     """
     flat = read_published(path, kind, section=section)
     try:
@@ -65,46 +61,36 @@ def load_published(
 def describe_published(
     path: epath.PathLike, kind: str, *, section: str = "ema_params"
 ) -> tuple[int, int]:
-    """Return what data a published network takes, from the two arrays that tell; the others are not read.
+    """Return the channels and classes of a published network, 0 classes for one without labels.
 
     Args:
-      path, kind, section: as for `read_published`.
-
-    Returns:
-      Channels, and the number of classes, 0 for a network without labels.
-
-    Raises:
-      BadInput: as `read_published`, or if there is no patch embedding.
+      path, kind, section: see `read_published`.
     """
     check_known("kind", kind, KINDS)
     patches, table = (published_name(kind, ours)[0] for ours in _TELLING[kind])
-    found = read_published(path, kind, section=section, only=(patches, table))
-    if patches not in found or found[patches].ndim != 4:
+    arrays = read_published(path, kind, section=section, only=(patches, table))
+    if patches not in arrays or arrays[patches].ndim != 4:
         raise BadInput(
-            f"{path}: holds no {patches} [p, p, C, width] of a published {kind} network; check the kind"
+            f"{path}: holds no {patches} [p, p, C, width] of a published {kind} network; check the"
+            " kind"
         )
-    # the last row of the table is that of no label
-    return found[patches].shape[2], found[table].shape[-2] - 1 if table in found else 0
+    # The last row of the table stands for no label.
+    num_classes = arrays[table].shape[-2] - 1 if table in arrays else 0
+    return arrays[patches].shape[2], num_classes
 
 
 def read_published(
     path: epath.PathLike, kind: str, *, section: str = "ema_params", only: Collection[str] = ()
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """Return the parameters in a published checkpoint, and nothing else of it.
+    """Return the parameters in a published checkpoint: names without section and `net/`, float32.
 
     Args:
-      path: a folder `checkpoint_N`, or the folder around it (the largest N is taken), or a file `.npz` or
-        `.safetensors`.
+      path: a folder `checkpoint_N`, or the folder around it (the largest N is taken), or a file
+        `.npz` or `.safetensors`.
       kind: one of `names.KINDS`.
-      section: `ema_params`, `params`, or one of several averages, e.g. `ema_params/1000`. A file without sections
-        is taken as it is.
-      only: names of those wanted, where they are there; by default all.
-
-    Returns:
-      Published names, without section and `net/`, to float32 arrays.
-
-    Raises:
-      BadInput: if there is no such checkpoint, it is damaged, or its names are not those of the kind.
+      section: `ema_params`, `params`, or one of several averages, e.g. `ema_params/1000`. A file
+        without sections is taken as it is.
+      only: names to read, where they are there; empty for all.
     """
     check_known("kind", kind, KINDS)
     if section.split("/")[0] not in _SECTIONS:
@@ -114,15 +100,13 @@ def read_published(
     path = epath.Path(path).expanduser().absolute()
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    choose = functools.partial(_choose, path, section, only)
-    if path.is_dir():
-        flat = _read_folder(_newest(path), choose)
-    elif path.suffix in _READERS:
-        flat = _READERS[path.suffix](path, choose)
-    else:
+    if not path.is_dir() and path.suffix not in _FILES:
         raise BadInput(
-            f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_READERS)}"
+            f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_FILES)}"
         )
+    choose = functools.partial(_choose, path, section, only)
+    read = _read_folder if path.is_dir() else _FILES[path.suffix][0]
+    flat = _whole(read, _newest(path) if path.is_dir() else path, choose)
     if not only:
         _check_kind(path, flat, kind)
     return {name: _as_float32(path, name, array) for name, array in sorted(flat.items())}
@@ -136,15 +120,8 @@ def fit_published(
     Parameters of a second head are left out where the network is built without one.
 
     Args:
-      kind: one of `names.KINDS`.
       flat: published names to arrays, from `read_published`.
-      like: the shapes wanted, e.g. `jax.eval_shape` of `models.initial_params`.
-
-    Returns:
-      The parameter tree.
-
-    Raises:
-      BadInput: one error that names all parameters that are missing, unknown to the network or of another shape.
+      like: the shapes wanted, e.g. of `models.parameter_shapes`.
     """
     wanted = flatten_dict(like, sep="/")
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
@@ -161,54 +138,38 @@ def fit_published(
             unknown.append(f"{published} ({name})")
             continue
         fitting[name] = stored
-        with contextlib.suppress(
-            BadInput
-        ):  # an array that has not the axes for its layout has not the shape either
+        with contextlib.suppress(BadInput):  # axes that do not fit the layout: a wrong shape too
             fitting[name] = as_ours(published, stored, layout)
         if fitting[name].shape != wanted[name].shape:
             shapes = f"is {list(stored.shape)}, must become {list(wanted[name].shape)}"
             misshapen.append(f"{published} ({name}) {shapes}")
     missing = [_both_names(kind, name) for name in wanted if name not in fitting]
-    kinds_of_problem = {
-        "missing": missing,
-        "unknown to the network": unknown,
-        "of another shape": misshapen,
-    }
-    problems = [f"{what}: {listed(names)}" for what, names in kinds_of_problem.items() if names]
-    if problems:
+    names = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
+    if problems := list_problems(names):
         raise BadInput(
-            f"published {kind} parameters do not fit the network; {'; '.join(problems)}; "
+            f"published {kind} parameters do not fit the network; {problems}; "
             "build the network with the checkpoint's sizes"
         )
     return unflatten_dict(fitting, sep="/")
 
 
 def write_published(path: epath.PathLike, kind: str, params: PyTree, *, patch_size: int) -> None:
-    """Write parameters under their published names, so that published code and `read_published` can read them.
+    """Write parameters for published code and `read_published`.
 
     Args:
       path: of the file, ending in `.npz` or `.safetensors`; replaced if it exists.
-      kind: one of `names.KINDS`.
       params: of `models.DiT` or `models.InContextDiT`.
       patch_size: of the network.
-
-    Raises:
-      BadInput: if the path ends in anything else or cannot be written, or the kind has no such parameters.
     """
     path = epath.Path(path).expanduser().absolute()
-    if path.suffix not in _WRITERS:
-        raise BadInput(f"{path}: must end in {' or '.join(_WRITERS)}")
+    if path.suffix not in _FILES:
+        raise BadInput(f"{path}: must end in {' or '.join(_FILES)}")
     flat = to_published(kind, params, patch_size=patch_size)
-    unfinished = path.with_name(
-        f".{path.name}.unfinished"
-    )  # a file under its own name is a whole one
     try:
-        _WRITERS[path.suffix](unfinished, flat)
-        unfinished.replace(path)
+        with written_aside(path) as aside:
+            _FILES[path.suffix][1](aside, flat)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _newest(folder: epath.Path) -> epath.Path:
@@ -223,106 +184,98 @@ def _newest(folder: epath.Path) -> epath.Path:
     return folder / max((match for match in numbers if match), key=lambda match: int(match[1]))[0]
 
 
-@contextlib.contextmanager
-def _damage(path: epath.Path) -> Iterator[None]:
-    # what a reader of damaged files raises depends on where it stumbles
+def _whole(read: Callable[[epath.Path, _Choose], Arrays], path: epath.Path, choose: _Choose) -> Arrays:
+    """Read a file or a folder; whatever a reader raises about a damaged one becomes `BadInput`."""
     try:
-        yield
+        return read(path, choose)
     except (BadInput, MemoryError):
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise BadInput(
-            f"{path}: cannot be read as a published checkpoint ({what}); check the file, or fetch it again"
+            f"{path}: cannot be read as a published checkpoint ({reason}); check the file, or fetch"
+            " it again"
         ) from error
 
 
-def _read_folder(folder: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Read the arrays chosen, alone.
+def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
+    """Read the chosen arrays alone.
 
-    Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks about damaged files.
+    Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks
+    about damaged files.
     """
-    with _damage(folder):
-        about = json.loads((folder / "_METADATA").read_text())
-        keys = [
-            [key["key"] for key in entry["key_metadata"]]
-            for entry in about["tree_metadata"].values()
-        ]
-        dotted = {"/".join(parts): ".".join(parts) for parts in keys}
-        chosen = choose(dotted)
-        root = f"{folder}/" if "://" in str(folder) else f"file://{quote(str(folder))}/"
-        one_database = (folder / "manifest.ocdbt").exists()  # otherwise every array is a folder
-        driver = {
-            "driver": "zarr3" if about.get("use_zarr3") else "zarr",
-            "fill_missing_data_reads": False,
-        }
-        opened = {}
-        for short, name in chosen.items():
-            where = f"{dotted[name]}/"
-            kvstore = (
-                {"driver": "ocdbt", "base": root, "path": where} if one_database else root + where
-            )
-            opened[short] = ts.open(driver | {"kvstore": kvstore}, open=True, read=True)
-        reads = {short: array.result().read() for short, array in opened.items()}
-        return {short: read.result() for short, read in reads.items()}
+    metadata = json.loads((folder / "_METADATA").read_text())
+    entries = metadata["tree_metadata"].values()
+    keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
+    dotted = {"/".join(parts): ".".join(parts) for parts in keys}
+    root = f"{folder}/" if "://" in str(folder) else f"file://{quote(str(folder))}/"
+    one_database = (folder / "manifest.ocdbt").exists()  # otherwise every array is a folder
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+
+    def open_array(name: str) -> ts.Future:
+        where = f"{dotted[name]}/"
+        database = {"driver": "ocdbt", "base": root, "path": where}
+        kvstore = database if one_database else root + where
+        spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+        return ts.open(spec, open=True, read=True)
+
+    arrays = {short: open_array(name) for short, name in choose(dotted).items()}
+    reads = {short: array.result().read() for short, array in arrays.items()}
+    return {short: read.result() for short, read in reads.items()}
 
 
-def _read_npz(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
-    with _damage(path), path.open("rb") as file, np.load(file) as arrays:
+def _read_npz(path: epath.Path, choose: _Choose) -> Arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
         return {short: arrays[name] for short, name in choose(arrays.files).items()}
 
 
-def _read_safetensors(path: epath.Path, choose: _Choose) -> dict[str, Shaped[np.ndarray, "..."]]:
-    with _damage(path), on_disk(path) as place, safe_open(place, framework="np") as file:
+def _read_safetensors(path: epath.Path, choose: _Choose) -> Arrays:
+    with on_disk(path) as place, safe_open(place, framework="np") as file:
         return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
 
 
-def _write_npz(path: epath.Path, flat: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    with path.open("wb") as file:
+def _write_npz(path: str, flat: Arrays) -> None:
+    with open(path, "wb") as file:  # given a path, numpy would append .npz
         np.savez(file, **flat)
 
 
-def _write_safetensors(path: epath.Path, flat: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+def _write_safetensors(path: str, flat: Arrays) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
 
 
-_Reader = Callable[[epath.Path, _Choose], dict[str, Shaped[np.ndarray, "..."]]]
-_READERS: dict[str, _Reader] = {".npz": _read_npz, ".safetensors": _read_safetensors}
-_WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
+_FILES = {
+    ".npz": (_read_npz, _write_npz),
+    ".safetensors": (_read_safetensors, _write_safetensors),
+}
 
 
 def _choose(
     path: epath.Path, section: str, only: Collection[str], names: Collection[str]
 ) -> dict[str, str]:
-    """Return {name without section and net/: stored name} of a section's parameters, all or `only` some."""
+    """Return {name without section and net/: stored name} of a section's parameters."""
     sections = sorted({name.split("/")[0] for name in names} & set(_SECTIONS))
     start = f"{section}/" if sections else ""
     chosen = {name.removeprefix(start): name for name in names if name.startswith(start)}
     if not chosen:
-        raise BadInput(
-            f"{path}: holds no {section}, but {', '.join(sections) or 'no parameters at all'}"
-        )
-    averages = sorted(
-        {short.split(f"/{_NETWORK}")[0] for short in chosen if f"/{_NETWORK}" in short}
-    )
+        there = ", ".join(sections) or "no parameters at all"
+        raise BadInput(f"{path}: holds no {section}, but {there}")
+    inner = f"/{_NETWORK}"
+    averages = sorted({short.split(inner)[0] for short in chosen if inner in short})
     if len(averages) > 1:
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"{path}: section={section!r}: must be one of its averages: {choices}")
-    inner = f"{averages[0]}/{_NETWORK}" if averages else _NETWORK
-    chosen = {short.removeprefix(inner): name for short, name in chosen.items()}
+    prefix = averages[0] + inner if averages else _NETWORK
+    chosen = {short.removeprefix(prefix): name for short, name in chosen.items()}
     return {short: name for short, name in chosen.items() if not only or short in only}
 
 
 def _check_kind(path: epath.Path, names: Collection[str], kind: str) -> None:
     """Raise BadInput if all names are of another kind, or none is of this."""
-
-    def unknown(kind: str) -> int:
-        return sum(_is_unknown(kind, name) for name in names)
-
-    fitting = [other for other in KINDS if not unknown(other)]
-    if unknown(kind) and fitting:
+    unknown = {other: sum(_is_unknown(other, name) for name in names) for other in KINDS}
+    fitting = [other for other in KINDS if not unknown[other]]
+    if unknown[kind] and fitting:
         raise BadInput(f"{path}: kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
-    if unknown(kind) == len(names):
+    if unknown[kind] == len(names):
         raise BadInput(
             f"{path}: kind={kind!r}: none of its parameters has a published name of any kind"
         )
@@ -351,9 +304,3 @@ def _both_names(kind: str, ours: str) -> str:
         return f"{published_name(kind, ours)[0]} ({ours})"
     except BadInput:
         return f"{ours} (which no published {kind} network has)"
-
-
-def listed(names: list[str]) -> str:
-    """Return names separated by commas, of many only the first and how many more there are."""
-    more = f" and {len(names) - _NAMED_IN_ERROR} more" * (len(names) > _NAMED_IN_ERROR)
-    return ", ".join(names[:_NAMED_IN_ERROR]) + more

@@ -1,8 +1,9 @@
 """Parameter names and array shapes of published checkpoints, and how they become ours and back.
 
-Published trees are flat dictionaries `{"blocks/layers_0/attn/qkv/_flax_linear/kernel": array, ...}`, of three kinds:
-`meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`). They store patch embeddings as convolution kernels
-`[p, p, C, width]`, here matrices `[p * p * C, width]`, and `pmf` stores tables and tokens with a first axis of one.
+Published trees are flat dictionaries `{"blocks/layers_0/attn/qkv/_flax_linear/kernel": array, ...}`
+of three kinds: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`). They store patch
+embeddings as convolution kernels `[p, p, C, width]`, ours are matrices `[p * p * C, width]`. `pmf`
+stores tables and tokens with a first axis of one.
 
 Source: the recorded cases of the published implementations (tests/reference).
 """
@@ -17,12 +18,15 @@ from jaxtyping import PyTree, Shaped
 
 from mf_jax.errors import BadInput, check_known
 
+Leaf = Shaped[np.ndarray, "..."]
+
 
 class _Rule(NamedTuple):
-    """One parameter, or one block's, `{i}` its number; a name that ends in / stands for its kernel, bias, embedding.
+    """The names of one parameter, or of one in each block, `{i}` its number.
 
-    stored: how the published array is laid out: `same` as ours, `patch` a kernel [p, p, C, width], `pixel` a kernel
-    [1, 1, C, width], `row` with a first axis of one.
+    A name that ends in / stands for its kernel, bias and embedding. The published array is `stored`
+    as ours ("same"), as a kernel [p, p, C, width] ("patch") or [1, 1, C, width] ("pixel"), or with
+    a first axis of one ("row").
     """
 
     published: str
@@ -125,30 +129,10 @@ _RULES = {
 KINDS = tuple(_RULES)
 
 
-def _rename(name: str, source: str, target: str) -> str | None:
-    """Return a name after a rule, or None where the rule is about another name."""
-    pattern = r"(\d+)".join(re.escape(part) for part in source.split("{i}"))
-    leaf = r"(kernel|bias|embedding)" if source.endswith("/") else ""
-    match = re.fullmatch(pattern + leaf, name)
-    if match is None:
-        return None
-    *numbers, end = (*match.groups(), "") if not leaf else match.groups()
-    return (target.format(i=numbers[0]) if numbers else target) + end
-
-
 def our_name(kind: str, published: str) -> tuple[str, str]:
-    """Return our name of a published parameter.
+    """Return our name of a published parameter, and how the published array is stored (`_Rule`).
 
-    Args:
-      kind: one of `KINDS`.
-      published: e.g. `blocks/layers_0/attn/qkv/_flax_linear/kernel`.
-
-    Returns:
-      Our name, e.g. `block_0/attention/qkv/kernel`, and how the published array is laid out: `same`, `patch`, `pixel`
-      or `row`.
-
-    Raises:
-      BadInput: if the kind, or the name among those of the kind, is unknown.
+    For example `blocks/layers_0/attn/qkv/_flax_linear/kernel` is `block_0/attention/qkv/kernel`.
     """
     check_known("kind", kind, KINDS)
     for rule in _RULES[kind]:
@@ -160,18 +144,7 @@ def our_name(kind: str, published: str) -> tuple[str, str]:
 
 
 def published_name(kind: str, ours: str) -> tuple[str, str]:
-    """Return the published name of one of our parameters; the reverse of `our_name`.
-
-    Args:
-      kind: one of `KINDS`.
-      ours: e.g. `block_0/attention/qkv/kernel`.
-
-    Returns:
-      The published name, and how the published array is laid out.
-
-    Raises:
-      BadInput: if the kind, or the name among those of the kind, is unknown.
-    """
+    """Return the published name of one of our parameters, and how the array is stored there."""
     check_known("kind", kind, KINDS)
     for rule in _RULES[kind]:
         if name := _rename(ours, rule.ours, rule.published):
@@ -181,34 +154,25 @@ def published_name(kind: str, ours: str) -> tuple[str, str]:
     )
 
 
-def from_published(kind: str, flat: Mapping[str, Shaped[np.ndarray, "..."]]) -> PyTree:
-    """Return published parameters as ours.
+def _rename(name: str, source: str, target: str) -> str | None:
+    """Return a name after a rule, or None where the rule is for another name."""
+    pattern = re.escape(source).replace(re.escape("{i}"), r"(?P<i>\d+)")
+    leaf = r"(?P<leaf>kernel|bias|embedding)" if source.endswith("/") else "(?P<leaf>)"
+    match = re.fullmatch(pattern + leaf, name)
+    return match and target.format(**match.groupdict()) + match["leaf"]
 
-    Args:
-      kind: one of `KINDS`.
-      flat: published names to arrays.
 
-    Returns:
-      The parameter tree of `models.DiT` or `models.InContextDiT`.
-
-    Raises:
-      BadInput: if a name is unknown, or an array has not as many axes as its name says.
-    """
+def from_published(kind: str, flat: Mapping[str, Leaf]) -> PyTree:
+    """Return published parameters as the tree of `models.DiT` or `models.InContextDiT`."""
     renamed = {}
     for published, array in flat.items():
         name, stored = our_name(kind, published)
-        renamed[tuple(name.split("/"))] = as_ours(published, np.asarray(array), stored)
-    return unflatten_dict(renamed)
+        renamed[name] = as_ours(published, np.asarray(array), stored)
+    return unflatten_dict(renamed, sep="/")
 
 
-def as_ours(
-    published: str, array: Shaped[np.ndarray, "..."], stored: str
-) -> Shaped[np.ndarray, "..."]:
-    """Return a published array in our layout.
-
-    Raises:
-      BadInput: if the array has not the axes that its layout says.
-    """
+def as_ours(published: str, array: Leaf, stored: str) -> Leaf:
+    """Return a published array in our layout."""
     if stored in ("patch", "pixel"):
         if array.ndim != 4:
             raise BadInput(
@@ -224,32 +188,20 @@ def as_ours(
     return array
 
 
-def to_published(
-    kind: str, tree: PyTree, *, patch_size: int
-) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Return our parameters as published ones; the reverse of `from_published`.
+def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]:
+    """Return our parameters under their published names, sorted; undoes `from_published`.
 
     Args:
-      kind: one of `KINDS`.
-      tree: the parameters of `models.DiT` or `models.InContextDiT`.
       patch_size: of the network, which its parameters do not tell.
-
-    Returns:
-      Published names to arrays, sorted by name.
-
-    Raises:
-      BadInput: if the kind has no such parameter, or the patch size does not fit.
     """
     flat = {}
     for ours, leaf in flatten_dict(tree, sep="/").items():
-        (name, stored), array = published_name(kind, ours), np.asarray(leaf)
-        flat[name] = _as_published(ours, array, stored, patch_size)
+        name, stored = published_name(kind, ours)
+        flat[name] = _as_published(ours, np.asarray(leaf), stored, patch_size)
     return dict(sorted(flat.items()))
 
 
-def _as_published(
-    ours: str, array: Shaped[np.ndarray, "..."], stored: str, patch_size: int
-) -> Shaped[np.ndarray, "..."]:
+def _as_published(ours: str, array: Leaf, stored: str, patch_size: int) -> Leaf:
     if stored in ("patch", "pixel"):
         p = patch_size if stored == "patch" else 1
         if p <= 0 or array.shape[0] % p**2:

@@ -1,8 +1,9 @@
 """Read published PyTorch parameters without PyTorch, and without running what a file asks for.
 
-What `torch.save` writes is a pickle, that is a list of functions to call. Here it may name an ordered dictionary, a
-tensor and the types of numbers; anything else is refused before it is looked up. The pickle lies in a zip archive or,
-before PyTorch 1.6, in front of the numbers themselves. A `.safetensors` file of the same names is read too.
+`torch.save` writes a pickle, a list of functions to call. Here it may name an ordered dictionary, a
+tensor and the types of numbers. Anything else is refused before it is looked up. The pickle lies in
+a zip archive or, before PyTorch 1.6, in front of the numbers themselves. A `.safetensors` file of
+the same names is read too.
 
 Source: the format of `torch.save`, PyTorch documentation, "Serialization semantics".
 """
@@ -20,10 +21,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 from numpy.lib.stride_tricks import as_strided
-from safetensors import safe_open
+from safetensors import numpy as safetensors
 
-from mf_jax.errors import BadInput
-from mf_jax.published.checkpoints import listed
+from mf_jax.errors import BadInput, list_problems, listed
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """Is in the first pickle of a file without an archive."""
@@ -35,17 +35,15 @@ _DTYPES = {
     "LongStorage": np.dtype("<i8"),
     "IntStorage": np.dtype("<i4"),
 }
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
 class StateDict(NamedTuple):
-    """The parameters of a file.
-
-    path: of the file. sha256: of its bytes, in hex digits. arrays: its names to arrays, of the types it has.
-    """
+    """The parameters of a file, of the types it has, and the SHA-256 of its bytes."""
 
     path: str
     sha256: str
-    arrays: dict[str, Shaped[np.ndarray, "..."]]
+    arrays: Arrays
 
 
 class _Storage(NamedTuple):
@@ -57,7 +55,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """Which numbers of a storage are a tensor; offset and strides count numbers, not bytes."""
+    """The numbers of a storage that make a tensor; offset and strides count numbers, not bytes."""
 
     storage: _Storage
     offset: int
@@ -66,18 +64,7 @@ class _Tensor(NamedTuple):
 
 
 def read_state_dict(path: epath.PathLike) -> StateDict:
-    """Return the parameters in a `.pth` or `.safetensors` file.
-
-    Args:
-      path: of the file; what is in it decides how it is read, not its name.
-
-    Returns:
-      The parameters, on the host.
-
-    Raises:
-      BadInput: if there is no such file, it is damaged, asks for anything but tensors, or holds anything but names and
-        tensors.
-    """
+    """Return the parameters in a `.pth` or `.safetensors` file, told apart by their content."""
     path = epath.Path(path).expanduser().absolute()
     if not path.is_file():
         raise BadInput(
@@ -85,15 +72,14 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
         )
     content = path.read_bytes()
     try:
-        arrays = _read(path, content)
+        arrays = _read(content)
     except BadInput as problem:
         raise BadInput(f"{path}: {problem}") from problem
-    except (
-        Exception
-    ) as error:  # what is raised about a damaged file depends on where its reader stumbles
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    except Exception as error:  # its type depends on where a reader stumbles over the damage
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise BadInput(
-            f"{path}: cannot be read as .pth or .safetensors ({what}); check the file, or fetch it again"
+            f"{path}: cannot be read as .pth or .safetensors ({reason}); check the file, or fetch it"
+            " again"
         ) from error
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
 
@@ -101,22 +87,14 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
 def fit_state_dict(
     state: StateDict, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Return the parameters of a network, after checking that the file has just these.
+    """Return the wanted parameters in float32, after checking that the file has just these.
 
     Args:
-      state: from `read_state_dict`.
       wanted: names to shapes.
-
-    Returns:
-      The wanted names to float32 arrays.
-
-    Raises:
-      BadInput: one error that names all parameters that are missing, left over, of another shape or not floating
-        point.
     """
     arrays = state.arrays
     both = {name: (arrays[name], tuple(shape)) for name, shape in wanted.items() if name in arrays}
-    kinds_of_problem = {
+    problems = {
         "missing": [name for name in wanted if name not in arrays],
         "left over": [name for name in arrays if name not in wanted],
         "of another shape": [
@@ -130,11 +108,10 @@ def fit_state_dict(
             if not jnp.issubdtype(array.dtype, jnp.floating)
         ],
     }
-    problems = [f"{what}: {listed(names)}" for what, names in kinds_of_problem.items() if names]
-    if problems:
+    if found := list_problems(problems):
         raise BadInput(
-            f"{state.path}: its parameters do not fit the network; {'; '.join(problems)}; "
-            "use the published file, with the config.json beside it where it has one"
+            f"{state.path}: its parameters do not fit the network; {found}; use the published file,"
+            " with the config.json beside it where it has one"
         )
     return {name: arrays[name].astype(np.float32) for name in wanted}
 
@@ -142,8 +119,8 @@ def fit_state_dict(
 class _Unpickler(pickle.Unpickler):
     """Builds ordered dictionaries of tensors and plain values, and calls nothing else.
 
-    What it hands to the pickle the pickle cannot alter: a type of numbers is its name, and what rebuilds a tensor is a
-    bound method.
+    The pickle cannot alter anything that it is handed: a type of numbers is its name, and what
+    rebuilds a tensor is a bound method.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -154,8 +131,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._tensor
         raise BadInput(
-            f"asks for {module}.{name}, which is refused; may only hold tensors: save a state_dict(), or convert the"
-            " file to .safetensors"
+            f"asks for {module}.{name}, which is refused; may only hold tensors: save a"
+            " state_dict(), or convert the file to .safetensors"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -167,43 +144,42 @@ class _Unpickler(pickle.Unpickler):
         raise BadInput(f"refers to {str(pid)[:80]}, which is refused; must be numbers of a tensor")
 
     def _tensor(self, storage, offset, shape, strides, *_) -> _Tensor:
-        return _Tensor(storage, offset, shape, strides)  # what follows is about gradients
+        return _Tensor(storage, offset, shape, strides)  # the rest is about gradients
 
 
-def _read(path: epath.Path, content: bytes) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read(content: bytes) -> Arrays:
     if content.startswith(b"PK\x03\x04"):
         return _read_archive(content)
     if _MAGIC in content[:32]:
         return _read_pickles(content)
-    with safe_open(path, framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    return safetensors.load(content)
 
 
-def _read_archive(content: bytes) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read_archive(content: bytes) -> Arrays:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist():
             _check_byte_order(archive.read(f"{folder}byteorder") == b"little")
         tensors = _tensors(_Unpickler(io.BytesIO(archive.read(pickled))).load())
-        stored = {tensor.storage for tensor in tensors.values()}
-        return _arrays(
-            tensors,
-            {s: np.frombuffer(archive.read(f"{folder}data/{s.key}"), s.dtype) for s in stored},
-        )
+        rows = {
+            storage: np.frombuffer(archive.read(f"{folder}data/{storage.key}"), storage.dtype)
+            for storage in {tensor.storage for tensor in tensors.values()}
+        }
+        return _arrays(tensors, rows)
 
 
-def _read_pickles(content: bytes) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read_pickles(content: bytes) -> Arrays:
     file = io.BytesIO(content)
     _, _, system = (_Unpickler(file).load() for _ in range(3))
     _check_byte_order(system["little_endian"])
     tensors = _tensors(_Unpickler(file).load())
     stored = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    numbers = {}
+    rows = {}
     for key in _Unpickler(file).load():
         size, storage = int.from_bytes(file.read(8), "little"), stored[key]
-        numbers[storage] = np.frombuffer(file.read(size * storage.dtype.itemsize), storage.dtype)
-    return _arrays(tensors, numbers)
+        rows[storage] = np.frombuffer(file.read(size * storage.dtype.itemsize), storage.dtype)
+    return _arrays(tensors, rows)
 
 
 def _check_byte_order(little: bool) -> None:
@@ -214,7 +190,7 @@ def _check_byte_order(little: bool) -> None:
 
 
 def _tensors(saved: Any) -> dict[str, _Tensor]:
-    """Return what a pickle held, if that is names and tensors."""
+    """Return the content of a pickle, if that is names and tensors."""
     if not isinstance(saved, dict) or not saved:
         raise BadInput(
             f"holds a {type(saved).__name__}; must be names and tensors: save a state_dict()"
@@ -228,18 +204,19 @@ def _tensors(saved: Any) -> dict[str, _Tensor]:
 
 
 def _arrays(
-    tensors: Mapping[str, _Tensor], numbers: Mapping[_Storage, Shaped[np.ndarray, "n"]]
-) -> dict[str, Shaped[np.ndarray, "..."]]:
-    for storage, row in numbers.items():
+    tensors: Mapping[str, _Tensor], rows: Mapping[_Storage, Shaped[np.ndarray, "n"]]
+) -> Arrays:
+    for storage, row in rows.items():
         if row.size != storage.size:
             raise BadInput(
-                f"has {row.size} numbers in storage {storage.key}, must have {storage.size}; fetch it again"
+                f"has {row.size} numbers in storage {storage.key}, must have {storage.size}; fetch"
+                " it again"
             )
-    return {name: _array(name, tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
+    return {name: _array(name, tensor, rows[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _array(name: str, tensor: _Tensor, row: Shaped[np.ndarray, "n"]) -> Shaped[np.ndarray, "..."]:
-    """Return a copy of the numbers of a tensor; reading beside the storage would be reading other memory."""
+    """Return a copy of a tensor's numbers; beside the storage lies other memory."""
     _, offset, shape, strides = tensor
     end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     if min([offset, *shape, *strides]) < 0 or (0 not in shape and end > row.size):
