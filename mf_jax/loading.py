@@ -15,13 +15,13 @@ from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_network
-from mf_jax.errors import BadInput, check_known
+from mf_jax.errors import BadInput, check_known, list_problems
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.optim import choose_ema
-from mf_jax.published.checkpoints import describe_published, listed, load_published
+from mf_jax.published.checkpoints import describe_published, load_published
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -184,9 +184,6 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
             if name in found and np.shape(found[name]) != wanted[name].shape
         ],
     }
-    parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
-    if parts:
-        raise BadInput(
-            f"init.path={where}: its parameters do not fit the network; {'; '.join(parts)}"
-        )
+    if found_wrong := list_problems(problems):
+        raise BadInput(f"init.path={where}: its parameters do not fit the network; {found_wrong}")
     return unflatten_dict({name: found[name] for name in wanted}, sep="/")

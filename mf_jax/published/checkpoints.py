@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from urllib.parse import quote
 
 import numpy as np
@@ -184,7 +184,9 @@ def _newest(folder: epath.Path) -> epath.Path:
     return folder / max((match for match in numbers if match), key=lambda match: int(match[1]))[0]
 
 
-def _whole(read: Callable[[epath.Path, _Choose], Arrays], path: epath.Path, choose: _Choose) -> Arrays:
+def _whole(
+    read: Callable[[epath.Path, _Choose], Arrays], path: epath.Path, choose: _Choose
+) -> Arrays:
     """Read a file or a folder; whatever a reader raises about a damaged one becomes `BadInput`."""
     try:
         return read(path, choose)

@@ -83,8 +83,12 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
             problems.append(f"{problem}; {_where_to_get(file, place)}")
     if problems:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
-        command = f"python -m mf_jax.main --config=CONFIG --mode=weights --config.weights_dir={place}"
-        raise BadInput(f"{key}={name_or_path!r}: {'; '.join(problems)}; or run {command}{of_latents}")
+        command = (
+            f"python -m mf_jax.main --config=CONFIG --mode=weights --config.weights_dir={place}"
+        )
+        raise BadInput(
+            f"{key}={name_or_path!r}: {'; '.join(problems)}; or run {command}{of_latents}"
+        )
     return folder / files[0].path if len(files) == 1 else (folder / files[0].path).parent
 
 

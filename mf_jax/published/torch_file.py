@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 from numpy.lib.stride_tricks import as_strided
-from safetensors import numpy as safetensors
+from safetensors import safe_open
 
 from mf_jax.errors import BadInput, list_problems, listed
 
@@ -72,7 +72,7 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
         )
     content = path.read_bytes()
     try:
-        arrays = _read(content)
+        arrays = _read(path, content)
     except BadInput as problem:
         raise BadInput(f"{path}: {problem}") from problem
     except Exception as error:  # its type depends on where a reader stumbles over the damage
@@ -147,12 +147,13 @@ class _Unpickler(pickle.Unpickler):
         return _Tensor(storage, offset, shape, strides)  # the rest is about gradients
 
 
-def _read(content: bytes) -> Arrays:
+def _read(path: epath.Path, content: bytes) -> Arrays:
     if content.startswith(b"PK\x03\x04"):
         return _read_archive(content)
     if _MAGIC in content[:32]:
         return _read_pickles(content)
-    return safetensors.load(content)
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
 
 
 def _read_archive(content: bytes) -> Arrays:
