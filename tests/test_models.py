@@ -1,118 +1,206 @@
-"""Networks: shapes, types, what they are told, and that nothing in them is dead."""
+"""Networks: shapes, types, what they are told, that nothing in them is dead; then what is special."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from networks import (
+    CASES,
+    GUIDANCE,
+    IMAGE,
+    LABELS,
+    ORDER,
+    ROWS,
+    SMALL_DIT,
+    SMALL_IN_CONTEXT,
+    SMALL_UNET,
+    TIMES,
+    answers,
+    assert_apart,
+    draw,
+)
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition
-from mf_jax.models import MLP, DiT, as_field, initial_params
+from mf_jax.models import (
+    MLP,
+    NETWORKS,
+    SIZES,
+    DiT,
+    InContextDiT,
+    UNet,
+    as_field,
+    parameter_shapes,
+    unet,
+)
 from mf_jax.models.dit import DECOUPLED, num_r_blocks
-from mf_jax.models.layers import TIME_CONDITIONINGS, sinusoidal_features
+from mf_jax.models.layers import (
+    TIME_CONDITIONINGS,
+    ConditionEmbedding,
+    image_of,
+    patches_of,
+    sinusoidal_features,
+)
+from mf_jax.models.unet import Block, double, drop_out, halve
 
-SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
-SMALL_MLP = {"depth": 2, "width": 16}
-
-
-def _network(kind, **more):
-    shape = (4, 6, 3) if kind is DiT else (2,)
-    network = kind(**{**(SMALL_DIT if kind is DiT else SMALL_MLP), "num_classes": 3, **more})
-    params = initial_params(network, shape, jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 200))
-    drawn = jax.tree.map(lambda p: 0.3 * jax.random.normal(next(keys), p.shape), params)
-    return as_field(network), params, drawn, jax.random.normal(jax.random.key(2), (5, *shape))
+each_network = pytest.mark.parametrize("name", CASES)
 
 
-def _u(field, params, z, r=0.2, t=0.7, label=1):
-    return field(
-        params, z, r=jnp.full(5, r), t=jnp.full(5, t), condition=Condition(jnp.full(5, label))
-    ).u
+# ---- all networks
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_output_and_parameters_are_float32(kind, dtype):
-    field, params, drawn, z = _network(kind, dtype=dtype)
-    u = _u(field, drawn, z)
-    assert u.shape == z.shape
-    assert u.dtype == jnp.float32
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+@each_network
+def test_predictions_and_parameters_are_float32_and_bfloat16_is_used_and_close(name):
+    (network, shape), out = CASES[name], answers(name)
+    for exact, coarse in zip(out.exact, out.coarse, strict=True):
+        assert (exact is None) == (coarse is None)
+        if exact is not None:
+            assert exact.shape == coarse.shape == (len(ROWS), *shape)
+            assert exact.dtype == coarse.dtype == jnp.float32
+            assert 1e-4 < np.linalg.norm(exact - coarse) / np.linalg.norm(exact) < 0.05
+    for dtype in ("float32", "bfloat16"):
+        shapes = jax.tree.leaves(parameter_shapes(network.clone(dtype=dtype), shape))
+        assert all(leaf.dtype == jnp.float32 for leaf in shapes)
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-def test_bfloat16_is_really_used_and_close(kind):
-    (field, _, drawn, z), (rough, _, _, _) = _network(kind), _network(kind, dtype="bfloat16")
-    exact, coarse = _u(field, drawn, z), _u(rough, drawn, z)
-    error = float(jnp.linalg.norm(exact - coarse) / jnp.linalg.norm(exact))
-    assert 1e-4 < error < 0.05
+@each_network
+def test_a_fresh_network_predicts_zero(name):
+    assert not any(np.any(p) for p in answers(name).fresh if p is not None)
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-def test_a_fresh_network_predicts_zero(kind):
-    field, params, _, z = _network(kind)
-    assert jnp.all(_u(field, params, z) == 0)
+@each_network
+def test_everything_told_changes_what_is_predicted(name):
+    exact, in_context = answers(name).exact, name in ("in_context_dit", "pixel")
+    told = ["base", *LABELS, *TIMES, *(GUIDANCE if in_context else ()), "corner"]
+    assert_apart(exact, told)
+    if in_context:
+        assert_apart(exact, told, head="v")
+        assert np.abs(exact.u - exact.v).max() > 1e-3
+    blind = ["both times"] if in_context else [*GUIDANCE, "no guidance"]
+    for row in blind:
+        np.testing.assert_allclose(exact.u[ORDER[row]], exact.u[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-def test_labels_change_the_output_and_no_label_is_one_of_them(kind):
-    field, _, drawn, z = _network(kind)
-    outputs = [_u(field, drawn, z, label=label) for label in (0, 1, 2, NO_LABEL)]
-    for i, a in enumerate(outputs):
-        assert all(float(jnp.abs(a - b).max()) > 1e-3 for b in outputs[:i])
+@each_network
+def test_rows_do_not_see_one_another(name):
+    out = answers(name)
+    np.testing.assert_allclose(out.turned.u, out.exact.u, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-def test_unconditional_network_has_no_class_parameters(kind):
-    field, params, drawn, z = _network(kind, num_classes=0)
-    assert "label_embedding" not in params["condition"]
-    np.testing.assert_array_equal(_u(field, drawn, z, label=2), _u(field, drawn, z, label=NO_LABEL))
+@each_network
+def test_no_parameter_is_dead(name):
+    for path, slope in flatten_dict(answers(name).gradient, sep="/").items():
+        told_share = 0 if name == "unet" and "qkv" not in path else 0.5
+        dead = np.mean(np.asarray(slope) == 0)
+        assert dead <= told_share, f"{path}: {dead:.0%} without a gradient"
 
 
-@pytest.mark.parametrize("kind", [DiT, MLP])
-@pytest.mark.parametrize("conditioning", TIME_CONDITIONINGS)
-def test_time_conditioning_tells_what_its_name_says(kind, conditioning):
-    field, params, drawn, z = _network(kind, time_conditioning=conditioning)
-    told = {"t": "t_embedding", "r": "r_embedding", "t-r": "h_embedding"}
-    names = {told[name] for name in conditioning.split(",")}
-    assert {name for name in params["condition"] if name != "label_embedding"} == names
-    shifted = np.allclose(_u(field, drawn, z, 0.2, 0.7), _u(field, drawn, z, 0.3, 0.8), atol=1e-5)
-    assert shifted == (conditioning == "t-r"), (
-        "only the network that sees t - r alone is blind to a shift of both"
-    )
-    blind = np.array_equal(_u(field, drawn, z, 0.2, 0.7), _u(field, drawn, z, 0.3, 0.7))
-    assert blind == (conditioning == "t"), "only the network that sees t alone is blind to r"
-    assert not np.allclose(_u(field, drawn, z, 0.2, 0.7), _u(field, drawn, z, 0.2, 0.8), atol=1e-5)
+@pytest.mark.parametrize("name", ["dit", "in_context_dit", "pixel", "unet"])
+def test_every_output_sees_every_corner_in_its_place(name):
+    u = answers(name).exact.u
+    assert np.abs(u[ORDER["corner"]] - u[0]).min() > 0
+    swapped = u[ORDER["swapped"]]
+    assert not np.allclose(u[0, :2, :2], swapped[:2, 2:4], atol=1e-3)
 
 
-def test_decoupled_dit_is_a_flow_matching_dit_where_r_is_t():
-    field, params, drawn, z = _network(DiT, depth=2, time_conditioning=DECOUPLED)
-    flow, flow_params, _, _ = _network(DiT, depth=2, time_conditioning="t")
-    jax.tree.map(np.testing.assert_array_equal, params, flow_params)
-    np.testing.assert_array_equal(_u(field, drawn, z, 0.7, 0.7), _u(flow, drawn, z, 0.7, 0.7))
-    assert not np.allclose(_u(field, drawn, z, 0.2, 0.7), _u(flow, drawn, z, 0.2, 0.7), atol=1e-3)
+def test_networks_without_classes_have_no_parameters_for_them():
+    for network, shape in CASES.values():
+        names = set(flatten_dict(parameter_shapes(network, shape), sep="/"))
+        less = set(flatten_dict(parameter_shapes(network.clone(num_classes=0), shape), sep="/"))
+        assert {
+            n for n in names - less if "label_embedding" in n or "class_tokens" in n
+        } == names - less
+        assert names - less
 
 
-@pytest.mark.parametrize(("r_blocks", "last"), [(0, 2), (1, 1), (4, 4)])
-def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r(r_blocks, last):
+def test_classes_of_networks_say_what_they_can():
+    takes = {name: network.takes for name, network in NETWORKS.items()}
+    assert takes["mlp"] == ("vectors",)
+    assert takes["affine"] == takes["low_rank"] == ("images", "vectors")
+    assert takes["dit"] == takes["in_context_dit"] == takes["unet"] == ("images",)
+    for ability in ("can_be_told_guidance", "can_have_second_head"):
+        assert [name for name in NETWORKS if getattr(NETWORKS[name], ability)] == ["in_context_dit"]
+    for name, rows in SIZES.items():
+        for row in rows.values():
+            NETWORKS[name](patch_size=2, num_classes=0, **row)
+
+
+# ---- times and patches
+
+
+def test_time_conditioning_tells_what_its_name_says():
+    letters = {"t": "t_embedding", "r": "r_embedding", "t-r": "h_embedding"}
+    r, t = jnp.array([0.2, 0.3, 0.3, 0.2]), jnp.array([0.7, 0.8, 0.7, 0.8])
+    for conditioning in TIME_CONDITIONINGS:
+        names = {letters[name] for name in conditioning.split(",")}
+        embed = ConditionEmbedding(8, conditioning, 0, 16)
+        inputs = {"r": r, "t": t, "labels": jnp.zeros(4, int)}
+        out, variables = embed.init_with_output(jax.random.key(0), **inputs)
+        assert set(variables["params"]) == names
+        both, only_r, only_t = (np.abs(out[i] - out[0]).max() < 1e-6 for i in (1, 2, 3))
+        assert both == (conditioning == "t-r"), "only t - r alone is blind to a shift of both"
+        assert only_r == (conditioning == "t"), "only t alone is blind to r"
+        assert not only_t
+        for name in ("dit", "unet", "mlp"):
+            network, shape = CASES[name]
+            shapes = parameter_shapes(network.clone(time_conditioning=conditioning), shape)
+            assert set(shapes["condition"]) - {"label_embedding"} == names
+        for name, parts in (("affine", ["matrix"]), ("low_rank", ["left", "right"])):
+            network, shape = CASES[name]
+            shapes = parameter_shapes(network.clone(time_conditioning=conditioning), shape)
+            for part in parts:
+                assert set(shapes[part]["condition"]) == names, "a matrix is not told the class"
+            assert set(shapes["offset"]["condition"]) == names | {"label_embedding"}
+    with pytest.raises(BadInput, match=r"time_conditioning='t\|r': must be one of t,r"):
+        parameter_shapes(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
+
+
+def test_time_features_are_not_scaled_by_1000():
+    slope = jax.jacobian(lambda t: sinusoidal_features(t, 256))(jnp.array([0.3]))
+    assert float(jnp.abs(slope).max()) <= 1.0
+
+
+def test_patches_are_cut_row_by_row_and_put_back():
+    z = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    patches = patches_of(jnp.asarray(z), 2)
+    assert patches.shape == (2, 6, 12)
+    np.testing.assert_array_equal(patches[1, 2], z[1, :2, 4:].ravel())
+    np.testing.assert_array_equal(patches[1, 3], z[1, 2:, :2].ravel())
+    np.testing.assert_array_equal(image_of(patches, z.shape, 2), z)
+
+
+# ---- DiT
+
+
+def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
     """A block whose modulation is made constant is deaf to the times."""
-    field, _, drawn, z = _network(DiT, depth=5, time_conditioning=DECOUPLED, r_blocks=r_blocks)
-    modulations = [*((f"block_{i}", "modulation") for i in range(5)), ("final_modulation",)]
+    sizes = SMALL_DIT | {"depth": 3, "r_blocks": 2}
+    network = DiT(**sizes, time_conditioning=DECOUPLED)
+    run = jax.jit(as_field(network))
+    drawn, z = draw(network, IMAGE), jnp.ones((1, *IMAGE))
+    modulations = [*((f"block_{i}", "modulation") for i in range(3)), ("final_modulation",)]
+
+    def u(run, params, r, t):
+        return run(
+            params, z, r=jnp.full(1, r), t=jnp.full(1, t), condition=Condition(jnp.ones(1, int))
+        ).u
 
     def heard(names):
         """Return whether u depends on t, and on r, where only these modulations hear anything."""
         params = flatten_dict(drawn)
         for name in set(modulations) - set(names):
-            params[*name, "kernel"] = jnp.zeros_like(params[*name, "kernel"])
+            params[*name, "kernel"] = np.zeros_like(params[*name, "kernel"])
         params = unflatten_dict(params)
-        u = _u(field, params, z)
-        changed = (_u(field, params, z, t=0.8), _u(field, params, z, r=0.1))
-        return tuple(not np.array_equal(u, other) for other in changed)
+        first = u(run, params, 0.2, 0.7)
+        changed = (u(run, params, 0.2, 0.8), u(run, params, 0.1, 0.7))
+        return tuple(not np.array_equal(first, other) for other in changed)
 
-    assert [heard([name]) for name in modulations] == [(True, False)] * (5 - last) + [
-        (False, True)
-    ] * (last + 1)
+    t, r = (True, False), (False, True)
+    assert [heard([name]) for name in modulations] == [t, r, r, r]
+    flow = jax.jit(as_field(DiT(**sizes, time_conditioning="t")))
+    np.testing.assert_array_equal(u(run, drawn, 0.7, 0.7), u(flow, drawn, 0.7, 0.7))
+    assert not np.allclose(u(run, drawn, 0.2, 0.7), u(flow, drawn, 0.2, 0.7), atol=1e-3)
 
 
 def test_decoupled_dit_leaves_a_block_for_each_time():
@@ -122,37 +210,125 @@ def test_decoupled_dit_leaves_a_block_for_each_time():
             num_r_blocks(depth, r_blocks)
 
 
-def test_only_a_dit_can_be_decoupled():
-    with pytest.raises(BadInput, match=r"time_conditioning='t\|r': must be one of t,r"):
-        _network(MLP, time_conditioning=DECOUPLED)
+# ---- affine baselines
 
 
-def test_dit_sees_every_pixel_in_its_place():
-    """Each output depends on each input, and swapping two patches of the input is not swapping them in the output."""
-    field, _, drawn, z = _network(DiT)
-    jacobian = jax.jacobian(lambda z: _u(field, drawn, jnp.broadcast_to(z, (5, *z.shape)))[0])(z[0])
-    assert float(jnp.abs(jacobian).min()) > 0
-    swapped = z.at[:, :2, :2].set(z[:, :2, 2:4]).at[:, :2, 2:4].set(z[:, :2, :2])
-    u, u_swapped = _u(field, drawn, z), _u(field, drawn, swapped)
-    assert not np.allclose(u[:, :2, :2], u_swapped[:, :2, 2:4], atol=1e-3)
+@pytest.mark.parametrize(("name", "rank"), [("affine", 6), ("low_rank", 2)])
+def test_baselines_are_affine_in_z_of_their_rank_and_start_with_a_gradient(name, rank):
+    network, shape = CASES[name]
+    drawn, run = draw(network, shape), jax.jit(as_field(network))
+
+    def u(z, label, params=drawn):
+        rows = {"r": jnp.full(len(z), 0.2), "t": jnp.full(len(z), 0.7)}
+        return run(params, z, **rows, condition=Condition(jnp.full(len(z), label))).u.reshape(
+            len(z), -1
+        )
+
+    z = np.concatenate([np.zeros((1, 6)), np.eye(6), np.linspace(-2, 1, 6)[None]], dtype=np.float32)
+    z = jnp.asarray(z.reshape(8, *shape))
+    out = np.asarray(u(z, 1))
+    matrix = out[1:7] - out[0]
+    np.testing.assert_allclose(
+        out[7], out[0] + np.linspace(-2, 1, 6) @ matrix, rtol=1e-4, atol=1e-4
+    )
+    assert np.linalg.matrix_rank(matrix, tol=1e-4) == rank
+    assert np.abs(out[0]).max() > 0.01, "b is missing"
+    other = np.asarray(u(z, NO_LABEL))
+    np.testing.assert_allclose(other[1:7] - other[0], matrix, atol=1e-5)
+    slope = jax.grad(lambda params: jnp.sum(u(z, 1, params) ** 2 + u(z, 1, params)))(
+        answers(name).fresh_params
+    )
+    first = {"affine": "matrix", "low_rank": "left"}[name]
+    assert np.abs(slope[first]["out"]["kernel"]).max() > 1e-4
 
 
-def test_dit_writes_each_patch_where_it_read_it():
-    """With a linear map from patch to patch the output must be the input, pixel for pixel."""
-    network = DiT(patch_size=2, depth=0, width=16, num_heads=2, num_classes=0)
-    params = initial_params(network, (4, 6, 1), jax.random.key(0))
-    z = jax.random.normal(jax.random.key(1), (1, 4, 6, 1))
-    gradient = jax.grad(
-        lambda z, p: as_field(network)(
-            p, z, r=jnp.zeros(1), t=jnp.ones(1), condition=Condition(jnp.zeros(1, int))
-        ).u[0, 1, 4, 0],
-    )(z, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params))
-    touched = np.abs(gradient[0, :, :, 0]) > 1e-6
-    expected = np.zeros((4, 6), bool)
-    expected[0:2, 4:6] = True  # without attention an output pixel sees its own patch alone
-    np.testing.assert_array_equal(touched, expected)
+# ---- U-Net
 
 
-def test_time_features_are_not_scaled_by_1000():
-    slope = jax.jacobian(lambda t: sinusoidal_features(t, 256))(jnp.array([0.3]))
-    assert float(jnp.abs(slope).max()) <= 1.0
+def test_unet_has_the_size_of_the_published_network():
+    """EDM prints 55,733,891 for its unconditional DDPM++, 9 * 128 of them for augmentation."""
+
+    def count(**more):
+        shapes = parameter_shapes(UNet(**{"num_classes": 0, **more}), (32, 32, 3))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    assert count(time_conditioning="t") == 55_733_891 - 9 * 128
+    per_time = 128 * 512 + 512 + 512 * 512 + 512
+    assert count(time_conditioning="t,t-r") == count(time_conditioning="t") + per_time
+    assert count(num_classes=10) == count() + 11 * 512
+
+
+def test_a_fresh_block_adds_nothing_and_scales_its_input():
+    """By sqrt(1/2) for each sum in it: its last layers start at zero."""
+    blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
+    outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
+    assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
+    assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
+    x, c = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.ones((2, 5))
+    for attention, share in ((False, 0.5**0.5), (True, 0.5)):
+        block = Block(features=8, layer=0, dropout=0.0, dtype="float32", attention=attention)
+        out, _ = jax.jit(block.init_with_output)(jax.random.key(0, impl="rbg"), x, c, None)
+        np.testing.assert_allclose(out, share * x, rtol=1e-5)
+
+
+def test_halving_averages_and_doubling_repeats():
+    x = jnp.arange(32.0).reshape(1, 4, 8, 1)
+    small = halve(x)
+    np.testing.assert_array_equal(small[0, :, :, 0], np.add.outer([4.5, 20.5], [0, 2, 4, 6]))
+    np.testing.assert_array_equal(halve(double(small)), small)
+    np.testing.assert_array_equal(double(small)[0, 0, :4, 0], [4.5, 4.5, 6.5, 6.5])
+
+
+def test_dropout_is_a_function_of_the_seed_and_every_block_has_its_own_mask(monkeypatch):
+    assert_apart(answers("unet").exact, ["base", "seed"])  # rows that share a seed share its masks
+    layers = []
+    monkeypatch.setattr(
+        unet, "drop_out", lambda x, seeds, *, layer, rate: layers.append((layer, rate)) or x
+    )
+    parameter_shapes(*CASES["unet"])
+    assert layers == [(layer, 0.3) for layer in range(10)]
+
+
+def test_masks_drop_the_share_keep_the_mean_and_differ():
+    seeds, x = jnp.arange(4, dtype=jnp.uint32), jnp.full((4, 50, 50), 2.0)
+    out = np.asarray(drop_out(x, seeds, layer=1, rate=0.2))
+    kept = out != 0
+    np.testing.assert_allclose(out[kept], 2.0 / 0.8, rtol=1e-6)
+    np.testing.assert_allclose(kept.mean(axis=(1, 2)), 0.8, atol=0.04)  # five standard deviations
+    others = [np.asarray(drop_out(x, seeds, layer=2, rate=0.2)) != 0, np.roll(kept, 1, axis=0)]
+    for other in others:
+        np.testing.assert_allclose((kept & other).mean(axis=(1, 2)), 0.64, atol=0.05)
+    np.testing.assert_array_equal(out[2:3], drop_out(x[2:3], seeds[2:3], layer=1, rate=0.2))
+    assert drop_out(x, None, layer=1, rate=0.2) is drop_out(x, seeds, layer=1, rate=0) is x
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    def in_context(message, **sizes):
+        return InContextDiT(**{**SMALL_IN_CONTEXT, **sizes}), message
+
+    def with_levels(message, *levels):
+        return UNet(**SMALL_UNET | {"channel_multipliers": levels}), message
+
+    for shape, cases in {
+        (4, 6, 3): [
+            in_context("positions='gird'.*sequence, grid.*did you mean grid", positions="gird"),
+            in_context("patch_size=4: must divide the image size 4x6", patch_size=4),
+            in_context("patch_size=0", patch_size=0),
+            in_context("head_depth=3: must be from 0 to depth=2", head_depth=3),
+            in_context("head_depth=-1", head_depth=-1),
+            in_context("width=18: must be a multiple of 4 for num_heads=2", width=18),
+            in_context("width=12: must be a multiple of 8", width=12, positions="grid"),
+            in_context("num_heads=0", num_heads=0),
+            (DiT(**SMALL_DIT | {"width": 18}), "model.width=18: .* by 4 and by model.num_heads=2"),
+            (DiT(**SMALL_DIT | {"width": 20, "num_heads": 3}), "model.num_heads=3"),
+            (DiT(**SMALL_DIT | {"patch_size": 4}), "patch_size=4: must divide the image size 4x6"),
+            with_levels("channel_multipliers.*divisible by 4 where it is 4x6", 1, 2, 2),
+            with_levels("there must be a first"),
+        ],
+        (6, 4, 3): [with_levels("divisible by 4 where it is 6x4", 1, 2, 2)],
+    }.items():
+        for network, message in cases:
+            with pytest.raises(BadInput, match=message):
+                parameter_shapes(network, shape)
+    for channels in (2, 12, 36):
+        parameter_shapes(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))

@@ -1,7 +1,7 @@
-"""The autoencoder of Stable Diffusion, between images and the latents that latent-space networks are trained on.
+"""The autoencoder of Stable Diffusion, between images and the latents that networks train on.
 
-Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G; layers and names are those of `AutoencoderKL` of
-diffusers, whose weight files these are.
+Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G; layers and names as in
+`AutoencoderKL` of diffusers, whose weight files these are.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree
 
 from mf_jax.errors import BadInput
+from mf_jax.models.layers import Image
 from mf_jax.models.unet import double
 from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
 
@@ -28,9 +29,9 @@ _DEFAULTS = {
     "norm_num_groups": 32,
     "scaling_factor": 0.18215,
 }
-"""What a config.json that does not say means."""
+"""The values of keys that a config.json leaves out."""
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
-"""What a config.json must not set: latents would then be scaled by more than a factor."""
+"""Keys that a config.json must not set: latents would then be scaled by more than a factor."""
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _EPSILON = 1e-6  # of GroupNorm
 _LOG_VARIANCE = (-30.0, 20.0)
@@ -40,8 +41,8 @@ _LOG_VARIANCE = (-30.0, 20.0)
 class Autoencoder:
     """A trained autoencoder: a pytree of parameters and two pure, compiled functions of arrays.
 
-    params: the parameter tree. network: its layers. scaling_factor: what latents are multiplied by before a network is
-    trained on them, and divided by before they are decoded; neither function does it. sha256: of the weight file.
+    scaling_factor: multiplies latents before a network is trained on them, and divides them before
+    they are decoded; neither function does it. sha256: of the weight file.
     """
 
     params: PyTree
@@ -54,61 +55,33 @@ class Autoencoder:
         """Return mean and standard deviation of the latents of images.
 
         Args:
-          image: float `[B, H, W, 3]` in [-1, 1], as many as fit into memory; H and W divisible by 8 (by 2 for every
-            level after the first).
-
-        Returns:
-          Mean and standard deviation, each `[B, H/8, W/8, 4]`.
-
-        Raises:
-          BadInput: if images have another shape or are integers.
+          image: in [-1, 1], with 3 channels; height and width divisible by `network.factor`.
         """
-        # Not left to the platform: latents must not depend on how an accelerator rounds its inputs.
+        # Not left to the platform: latents must not depend on how an accelerator rounds.
         with jax.default_matmul_precision("highest"):
             return self.network.apply({"params": self.params}, image, method="encode")
 
     @jax.jit
     def decode(self, latent: Array) -> Float32[Array, "b h w 3"]:
-        """Return the images of latents.
-
-        Args:
-          latent: float `[B, H/8, W/8, 4]`, not scaled, as many as fit into memory.
-
-        Returns:
-          Images `[B, H, W, 3]`, about in [-1, 1] but not clipped.
-
-        Raises:
-          BadInput: if latents have another shape or are integers.
-        """
+        """Return the images of unscaled latents, about in [-1, 1] but not clipped."""
         with jax.default_matmul_precision("highest"):
             return self.network.apply({"params": self.params}, latent, method="decode")
 
 
 def load_autoencoder(path: epath.PathLike) -> Autoencoder:
-    """Read a published autoencoder.
-
-    The usual one is `stabilityai/sd-vae-ft-mse` of the Hugging Face hub, 334643276 bytes, SHA-256
-    a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815.
+    """Read a published autoencoder, for example `sd-vae-ft-mse` of `published.fetch`.
 
     Args:
-      path: of `diffusion_pytorch_model.safetensors`, or of the folder that holds it. Sizes come from the `config.json`
-        beside it; without one from the weights, with 32 groups in each norm and a scaling factor of 0.18215.
-
-    Returns:
-      The autoencoder.
-
-    Raises:
-      BadInput: if a file cannot be read, the config asks for another network, or the parameters are not those of the
-        network; names them.
+      path: of `diffusion_pytorch_model.safetensors` or its folder. Sizes come from the
+        `config.json` beside it; without one from the weights and `_DEFAULTS`.
     """
     path = epath.Path(path).expanduser().absolute()
     path = path / _FILE if path.is_dir() else path
     state = _with_new_names(read_state_dict(path))
     network, scaling_factor = _network(path, state)
-    shapes = {keys: leaf.shape for keys, leaf in flatten_dict(network.parameter_shapes()).items()}
-    arrays = fit_state_dict(
-        state, {_published(keys): _turned(shape) for keys, shape in shapes.items()}
-    )
+    shapes = flatten_dict(network.parameter_shapes())
+    wanted = {_published(keys): _published_shape(leaf.shape) for keys, leaf in shapes.items()}
+    arrays = fit_state_dict(state, wanted)
     params = {}
     for keys in shapes:
         array = arrays[_published(keys)]
@@ -120,10 +93,9 @@ class AutoencoderKL(nn.Module):
     """Convolutional encoder and decoder, their layers under the published names.
 
     Args:
-      block_out_channels: channels of each level; every level after the first halves the image.
+      block_out_channels: of each level; every level after the first halves the image.
       layers_per_block: residual blocks of a level of the encoder; one more in the decoder.
-      norm_num_groups: groups of every GroupNorm; divides all channels.
-      latent_channels: channels of a latent.
+      norm_num_groups: divides all channels.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -132,29 +104,25 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
 
     def setup(self):
-        channels, layers, groups = (
-            self.block_out_channels,
-            self.layers_per_block,
-            self.norm_num_groups,
-        )
-        self.encoder = _Encoder(channels, layers, groups, 2 * self.latent_channels)
-        self.decoder = _Decoder(channels, layers + 1, groups)
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        self.encoder = _Encoder(channels, self.layers_per_block, groups, 2 * self.latent_channels)
+        self.decoder = _Decoder(channels, self.layers_per_block + 1, groups)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1))
         self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1))
 
     @property
     def factor(self) -> int:
-        """Return by how much a latent is narrower than its image."""
+        """Return how many times narrower than its image a latent is."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def encode(self, image: Array) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Return mean and standard deviation; as `Autoencoder.encode`."""
+    def encode(self, image: Array) -> tuple[Image, Image]:
+        """See `Autoencoder.encode`."""
         _check_batch("image", image, channels=3, factor=self.factor)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)), 2, axis=-1)
         return mean, jnp.exp(jnp.clip(log_variance, *_LOG_VARIANCE) / 2)
 
     def decode(self, latent: Array) -> Float[Array, "b h w 3"]:
-        """Return images; as `Autoencoder.decode`."""
+        """See `Autoencoder.decode`."""
         _check_batch("latent", latent, channels=self.latent_channels, factor=1)
         return self.decoder(self.post_quant_conv(latent))
 
@@ -175,12 +143,12 @@ class _Encoder(nn.Module):
     num_out: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(self, x: Image) -> Float[Array, "b h2 w2 c2"]:
         x = _conv(self.channels[0], 3, "conv_in")(x)
         for level, features in enumerate(self.channels):
             if level > 0:  # padded at the end alone
-                halve = f"down_blocks.{level - 1}.downsamplers.0.conv"
-                x = _conv(x.shape[-1], 3, halve, strides=2, padding=((0, 1), (0, 1)))(x)
+                name = f"down_blocks.{level - 1}.downsamplers.0.conv"
+                x = _conv(x.shape[-1], 3, name, strides=2, padding=((0, 1), (0, 1)))(x)
             for i in range(self.layers):
                 x = _residual(x, features, self.groups, f"down_blocks.{level}.resnets.{i}")
         x = _middle(x, self.groups)
@@ -193,7 +161,7 @@ class _Decoder(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+    def __call__(self, x: Image) -> Float[Array, "b h2 w2 3"]:
         x = _middle(_conv(self.channels[-1], 3, "conv_in")(x), self.groups)
         for level, features in enumerate(reversed(self.channels)):
             if level > 0:
@@ -211,9 +179,7 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(groups, epsilon=_EPSILON, use_fast_variance=False, name=name)
 
 
-def _residual(
-    x: Float[Array, "b h w c"], features: int, groups: int, name: str
-) -> Float[Array, "b h w f"]:
+def _residual(x: Image, features: int, groups: int, name: str) -> Float[Array, "b h w f"]:
     hidden = _conv(features, 3, f"{name}.conv1")(nn.silu(_norm(groups, f"{name}.norm1")(x)))
     hidden = _conv(features, 3, f"{name}.conv2")(nn.silu(_norm(groups, f"{name}.norm2")(hidden)))
     if x.shape[-1] != features:
@@ -221,14 +187,14 @@ def _residual(
     return x + hidden
 
 
-def _middle(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b h w c"]:
+def _middle(x: Image, groups: int) -> Image:
     x = _residual(x, x.shape[-1], groups, "mid_block.resnets.0")
     x = x + _attention(x, groups, "mid_block.attentions.0")
     return _residual(x, x.shape[-1], groups, "mid_block.resnets.1")
 
 
-def _attention(x: Float[Array, "b h w c"], groups: int, name: str) -> Float[Array, "b h w c"]:
-    """Return what the pixels attend to, with one head."""
+def _attention(x: Image, groups: int, name: str) -> Image:
+    """Let the pixels attend to one another, with one head."""
     batch, height, width, channels = x.shape
     pixels = _norm(groups, f"{name}.group_norm")(x).reshape(batch, height * width, 1, channels)
     q, k, v = (nn.Dense(channels, name=f"{name}.to_{letter}")(pixels) for letter in "qkv")
@@ -238,15 +204,12 @@ def _attention(x: Float[Array, "b h w c"], groups: int, name: str) -> Float[Arra
 
 def _check_batch(name: str, x: Array, *, channels: int, factor: int) -> None:
     fits = (
-        x.ndim == 4
-        and x.shape[-1] == channels
-        and not x.shape[1] % factor
-        and not x.shape[2] % factor
+        x.ndim == 4 and x.shape[-1] == channels and x.shape[1] % factor == x.shape[2] % factor == 0
     )
     if not fits or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise BadInput(
-            f"{name} is {x.dtype} {list(x.shape)}; must be floating point [B, H, W, {channels}], H and W divisible by"
-            f" {factor}: scale and crop it first"
+            f"{name} is {x.dtype} {list(x.shape)}; must be floating point [B, H, W, {channels}],"
+            f" H and W divisible by {factor}: scale and crop it first"
         )
 
 
@@ -255,8 +218,7 @@ def _published(keys: tuple[str, ...]) -> str:
     return ".".join([*layer, "bias" if leaf == "bias" else "weight"])
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the published shape of a parameter of ours."""
+def _published_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
@@ -267,33 +229,28 @@ def _with_new_names(state: StateDict) -> StateDict:
         new = re.sub(
             r"(?<=\.attentions\.0\.)\w+", lambda match: _OLD_NAMES.get(match[0], match[0]), name
         )
-        squeezed = (
-            array[..., 0, 0] if ".attentions." in name and array.shape[2:] == (1, 1) else array
-        )
-        arrays[name if new in state.arrays else new] = squeezed
+        if ".attentions." in name and array.shape[2:] == (1, 1):
+            array = array[..., 0, 0]
+        arrays[name if new in state.arrays else new] = array
     return state._replace(arrays=arrays)
 
 
 def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
-    """Return the network and the scaling factor that the config beside the weights says, or the weights themselves."""
+    """Return the network and the scaling factor of the config beside the weights, or of these."""
     beside = path.parent / "config.json"
     config = _DEFAULTS | (_read_config(beside) if beside.exists() else _sizes(state))
-    sizes = {
-        key: config.get(key)
-        for key in ("block_out_channels", *_DEFAULTS)
-        if key != "scaling_factor"
-    }
+    scaling_factor = float(config["scaling_factor"])
+    sizes = {key: config.get(key) for key in ("block_out_channels", *_DEFAULTS)}
+    del sizes["scaling_factor"]
     channels, *others = sizes.values()
     counts = [*channels, *others] if channels and isinstance(channels, list) else []
     fits = counts and all(isinstance(n, int) and n > 0 for n in counts)
     if not fits or any(n % sizes["norm_num_groups"] for n in channels):
         raise BadInput(
-            f"{path}: its sizes are {sizes}; must be above 0, and block_out_channels divisible by norm_num_groups:"
-            " put the config.json that belongs to the weights beside them"
+            f"{path}: its sizes are {sizes}; must be above 0, and block_out_channels divisible by"
+            " norm_num_groups: put the config.json that belongs to the weights beside them"
         )
-    return AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)}), float(
-        config["scaling_factor"]
-    )
+    return AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)}), scaling_factor
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
@@ -306,20 +263,19 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         ) from error
     if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
         raise BadInput(
-            f"{path}: sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1 or 2"
+            f"{path}: sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1"
+            " or 2"
         )
     return config
 
 
 def _sizes(state: StateDict) -> dict[str, Any]:
-    """Return what the config of weights without one would say."""
+    """Return the sizes that a config of these weights would have."""
 
     def channels(block: str) -> list[int]:
         names = (f"encoder.down_blocks.{block.format(i)}.conv1.weight" for i in itertools.count())
-        return [
-            state.arrays[name].shape[0]
-            for name in itertools.takewhile(state.arrays.__contains__, names)
-        ]
+        there = itertools.takewhile(state.arrays.__contains__, names)
+        return [state.arrays[name].shape[0] for name in there]
 
     return {
         "block_out_channels": channels("{}.resnets.0"),

@@ -1,0 +1,139 @@
+"""Small networks, and what one compiled function for each says about a batch.
+
+The rows of the batch differ from its first row in one thing each.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale, Prediction
+from mf_jax.models import (
+    MLP,
+    Affine,
+    DiT,
+    InContextDiT,
+    LowRank,
+    UNet,
+    as_field,
+    initial_params,
+    parameter_shapes,
+)
+
+SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2, "num_classes": 3}
+SMALL_IN_CONTEXT = SMALL_DIT | {"depth": 2, "width": 32, "head_depth": 1}
+SMALL_UNET = {
+    "num_classes": 3,
+    "channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_blocks": 1,
+    "attention_resolutions": (2,),
+}
+IMAGE = (4, 8, 3)
+CASES = {
+    "dit": (DiT(**SMALL_DIT), IMAGE),
+    "in_context_dit": (InContextDiT(**SMALL_IN_CONTEXT), IMAGE),
+    "pixel": (InContextDiT(**SMALL_IN_CONTEXT, bottleneck=5, positions="grid"), IMAGE),
+    "unet": (UNet(**SMALL_UNET, dropout=0.3), IMAGE),
+    "mlp": (MLP(depth=2, width=16, num_classes=3), (2,)),
+    "affine": (Affine(width=16, num_classes=3), (2, 3, 1)),
+    "low_rank": (LowRank(width=16, num_classes=3, rank=2), (2, 3, 1)),
+}
+LABELS = {f"label {label}": {"label": label} for label in (0, 2, NO_LABEL)}
+TIMES = {"later t": {"t": 0.8}, "earlier r": {"r": 0.1}}
+GUIDANCE = {"omega": {"omega": 3.0}, "t_min": {"t_min": 0.3}, "t_max": {"t_max": 0.7}}
+BASE = {"label": 1, "r": 0.2, "t": 0.7, "omega": 2.0, "t_min": 0.1, "t_max": 0.9, "seed": 5}
+ROWS = {
+    "base": {},
+    **LABELS,
+    **TIMES,
+    **GUIDANCE,
+    "both times": {"r": 0.3, "t": 0.8},
+    "no guidance": {"omega": 1.0, "t_min": 0.0, "t_max": 1.0},
+    "corner": {},
+    "swapped": {},
+    "seed": {"seed": 6},
+}
+ORDER = {name: i for i, name in enumerate(ROWS)}
+
+
+class Answers(NamedTuple):
+    """What the compiled function of a network said: predictions of all rows, and a gradient."""
+
+    exact: Prediction
+    coarse: Prediction
+    fresh: Prediction
+    turned: Prediction
+    gradient: Any
+    fresh_params: Any
+
+
+def draw(network, shape):
+    """Return random parameters of a network, none of them zero, those of norms near 1."""
+    rng, shapes = np.random.default_rng(1), flatten_dict(parameter_shapes(network, shape), sep="/")
+    drawn = {
+        name: np.float32(name.endswith("scale") + 0.3 * rng.standard_normal(leaf.shape))
+        for name, leaf in shapes.items()
+    }
+    return unflatten_dict(drawn, sep="/")
+
+
+def make_z(shape):
+    """Return the same z in every row, but for one number, and for two patches that change places."""
+    z = np.tile(
+        np.random.default_rng(2).standard_normal(shape, np.float32), (len(ROWS), *[1] * len(shape))
+    )
+    z[ORDER["corner"]].flat[0] += 1
+    if shape == IMAGE:
+        i = ORDER["swapped"]
+        z[i, :2, :2], z[i, :2, 2:4] = z[0, :2, 2:4], z[0, :2, :2]
+    return z
+
+
+def inputs():
+    columns = {key: np.array([{**BASE, **row}[key] for row in ROWS.values()]) for key in BASE}
+    told = {key: jnp.asarray(column, jnp.float32) for key, column in columns.items()}
+    guidance = GuidanceScale(told["omega"], told["t_min"], told["t_max"])
+    condition = Condition(
+        jnp.asarray(columns["label"]), guidance, jnp.asarray(columns["seed"], jnp.uint32)
+    )
+    return told["r"], told["t"], condition
+
+
+@functools.cache
+def answers(name):
+    network, shape = CASES[name]
+    given = (make_z(shape), *inputs())
+
+    @jax.jit
+    def run(params, z, r, t, condition):
+        def value(network, params):
+            return as_field(network)(params, z, r=r, t=t, condition=condition)
+
+        def weighted(params):
+            prediction = value(network, params)
+            waves = jnp.cos(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
+            heads = [head for head in prediction if head is not None]
+            return sum(jnp.sum(head * waves**k) for k, head in enumerate(heads, 1)), prediction
+
+        gradient, exact = jax.grad(weighted, has_aux=True)(params)
+        return exact, value(network.clone(dtype="bfloat16"), params), gradient
+
+    params = draw(network, shape)
+    fresh_params = initial_params(network, shape, jax.random.key(0, impl="rbg"))
+    exact, coarse, gradient = run(params, *given)
+    turned = run(params, *jax.tree.map(lambda x: np.roll(x, 1, axis=0), given))[0]
+    turned = jax.tree.map(lambda x: np.roll(x, -1, axis=0), turned)
+    return Answers(exact, coarse, run(fresh_params, *given)[0], turned, gradient, fresh_params)
+
+
+def assert_apart(prediction, names, head="u"):
+    """Assert that a prediction differs between any two of these rows."""
+    rows = [getattr(prediction, head)[ORDER[name]] for name in names]
+    for i, a in enumerate(rows):
+        for name, b in zip(names, rows[:i], strict=False):
+            assert np.abs(a - b).max() > 1e-4, (names[i], name)
