@@ -126,8 +126,8 @@ def answers(name):
     params = draw(network, shape)
     fresh_params = initial_params(network, shape, jax.random.key(0, impl="rbg"))
     exact, coarse, gradient = run(params, *given)
-    turned = run(params, *jax.tree.map(lambda x: np.roll(x, 1, axis=0), given))[0]
-    turned = jax.tree.map(lambda x: np.roll(x, -1, axis=0), turned)
+    turned = run(params, *jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), given))[0]
+    turned = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), turned)
     return Answers(exact, coarse, run(fresh_params, *given)[0], turned, gradient, fresh_params)
 
 

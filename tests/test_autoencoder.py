@@ -1,4 +1,4 @@
-"""The autoencoder of latents: recorded numbers, published names and sizes, and what can be wrong with its files."""
+"""The autoencoder of latents: recorded numbers, published names and sizes, and wrong files."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from mf_jax.errors import BadInput
 from mf_jax.models.autoencoder import AutoencoderKL, _norm, load_autoencoder
-from mf_jax.models.unet import double
 
 VAE = FOLDER / "vae"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -34,11 +33,10 @@ def autoencoder():
 
 @pytest.fixture
 def rewrite(tmp_path):
-    """Return a function that writes the recorded file again after changing its arrays or its config."""
+    """Return a function that writes the recorded file anew, its arrays or its config changed."""
 
     def write(change=lambda arrays: arrays, **config):
-        shutil.copy(VAE / "config.json", tmp_path)
-        settings = json.loads((tmp_path / "config.json").read_text()) | config
+        settings = json.loads((VAE / "config.json").read_text()) | config
         (tmp_path / "config.json").write_text(json.dumps(settings))
         save_file(change(load_file(VAE / FILE)), tmp_path / FILE)
         return tmp_path
@@ -60,63 +58,34 @@ def _assert_same_params(ours, theirs):
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def _with(params, **changed):
-    """Return parameters of which some are replaced, "__" in the place of "/"."""
-    flat = flatten_dict(params, sep="/")
-    assert {name.replace("__", "/") for name in changed} <= flat.keys()
-    flat |= {name.replace("__", "/"): jnp.asarray(array) for name, array in changed.items()}
-    return unflatten_dict(flat, sep="/")
-
-
 # ---- the network
 
 
-def test_recorded_latents(autoencoder, recorded):
+def test_recorded_latents_and_images_of_the_reference(autoencoder, recorded):
     mean, std = autoencoder.encode(recorded["in/image"])
     _assert_close(mean, recorded["out/mean"])
     _assert_close(std, recorded["out/std"])
-
-
-def test_recorded_images(autoencoder, recorded):
     _assert_close(autoencoder.decode(recorded["in/latent"]), recorded["out/decoded"])
-
-
-def test_what_is_known_of_the_file(autoencoder):
-    assert (
-        autoencoder.scaling_factor
-        == json.loads((VAE / "config.json").read_text())["scaling_factor"]
-    )
-    assert autoencoder.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
 
 
 def test_deviation_is_clipped(autoencoder, recorded):
     channels = autoencoder.network.latent_channels
     bias = np.concatenate([np.zeros(channels), np.resize([-1e3, 1e3], channels)]).astype(np.float32)
-    clipped = autoencoder.replace(params=_with(autoencoder.params, quant_conv__bias=bias))
-    _, std = clipped.encode(recorded["in/image"])
+    flat = flatten_dict(autoencoder.params)
+    params = unflatten_dict(flat | {("quant_conv", "bias"): jnp.asarray(bias)})
+    _, std = autoencoder.replace(params=params).encode(recorded["in/image"])
     np.testing.assert_allclose(std[0, 0, 0, :2], np.exp([-15.0, 10.0]), rtol=1e-5)
 
 
 def test_groups_of_tiny_variance_are_normed_with_the_published_epsilon():
-    """Only where the variance is as small as the epsilon does it matter, which no recorded activation is."""
+    """The epsilon matters only where the variance is as small, which no recorded one is."""
     x = 1e-3 * np.random.default_rng(0).standard_normal((1, 4, 4, 6), np.float32)
     norm = _norm(2, "norm")
     grouped = x.astype(np.float64).reshape(16, 2, 3)
-    theirs = (grouped - grouped.mean((0, 2), keepdims=True)) / np.sqrt(
-        grouped.var((0, 2), keepdims=True) + 1e-6
-    )
-    np.testing.assert_allclose(
-        norm.apply(norm.init(jax.random.key(0), x), x),
-        theirs.reshape(x.shape),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-
-
-def test_pixels_are_repeated():
-    np.testing.assert_array_equal(
-        double(jnp.arange(2.0).reshape(1, 1, 2, 1))[0, :, :, 0], [[0, 0, 1, 1]] * 2
-    )
+    deviation = np.sqrt(grouped.var((0, 2), keepdims=True) + 1e-6)
+    theirs = (grouped - grouped.mean((0, 2), keepdims=True)) / deviation
+    ours = norm.apply(norm.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(ours, theirs.reshape(x.shape), rtol=1e-4, atol=1e-5)
 
 
 def test_every_product_is_of_the_highest_precision(autoencoder, recorded):
@@ -130,18 +99,36 @@ def test_the_published_network():
     network = AutoencoderKL()
     params = network.parameter_shapes()
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
+
+    def shapes(method, x):
+        return jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method=method), params, x)
+
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    mean, std = jax.eval_shape(
-        lambda p, x: network.apply({"params": p}, x, method="encode"), params, image
-    )
+    mean, std = shapes("encode", image)
     assert mean.shape == std.shape == (2, 32, 32, 4)
-    decoded = jax.eval_shape(
-        lambda p, x: network.apply({"params": p}, x, method="decode"), params, mean
-    )
-    assert decoded.shape == image.shape
+    assert shapes("decode", mean).shape == image.shape
+
+
+def test_other_images_and_latents_are_refused(autoencoder):
+    for shape in ((1, 30, 32, 3), (1, 32, 30, 3), (1, 32, 32, 1), (32, 32, 3)):
+        message = r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"
+        with pytest.raises(BadInput, match=message):
+            autoencoder.encode(np.zeros(shape, np.float32))
+    with pytest.raises(BadInput, match="image is uint8"):
+        autoencoder.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(BadInput, match=r"latent is float32 \[1, 8, 8, 3\]; must be .*4\]"):
+        autoencoder.decode(np.zeros((1, 8, 8, 3), np.float32))
 
 
 # ---- files
+
+
+def test_the_file_itself_may_be_named_and_is_known_by_its_hash(autoencoder):
+    same = load_autoencoder(VAE / FILE)
+    _assert_same_params(same.params, autoencoder.params)
+    config = json.loads((VAE / "config.json").read_text())
+    assert same.scaling_factor == config["scaling_factor"]
+    assert same.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("axes", [2, 4])
@@ -164,22 +151,15 @@ def test_old_names_of_attention(autoencoder, rewrite, axes):
 
 
 def test_half_precision_files_become_float32(autoencoder, rewrite):
-    half = load_autoencoder(
-        rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()})
-    )
+    half = rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()})
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), autoencoder.params)
-    _assert_same_params(half.params, rounded)
-
-
-def test_the_file_itself_may_be_named(autoencoder):
-    _assert_same_params(load_autoencoder(VAE / FILE).params, autoencoder.params)
+    _assert_same_params(load_autoencoder(half).params, rounded)
 
 
 def test_sizes_of_weights_without_a_config(tmp_path):
     network = AutoencoderKL((32, 64), 1, 32, 4)
-    flat = flatten_dict(network.parameter_shapes())
     arrays = {}
-    for (*layer, leaf), shape in flat.items():
+    for (*layer, leaf), shape in flatten_dict(network.parameter_shapes()).items():
         axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(shape.shape)]
         name = ".".join([*layer, "bias" if leaf == "bias" else "weight"])
         arrays[name] = np.zeros([shape.shape[axis] for axis in axes], np.float32)
@@ -212,9 +192,8 @@ def test_parameters_that_do_not_fit_are_named(rewrite):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+def test_configs_of_other_networks_are_refused(rewrite):
+    for config, message in (
         ({"shift_factor": 0.1}, r"sets shift_factor=0\.1; must not"),
         ({"norm_num_groups": 5}, "'norm_num_groups': 5.*divisible by norm_num_groups"),
         ({"layers_per_block": 0}, "must be above 0"),
@@ -222,42 +201,22 @@ def test_parameters_that_do_not_fit_are_named(rewrite):
         ({"block_out_channels": []}, r"'block_out_channels': \[\]"),
         ({"scaling_factor": "no"}, "is no config of an autoencoder"),
         ({"layers_per_block": 2}, "missing: .*resnets.2"),
-    ],
-)
-def test_configs_of_other_networks_are_refused(rewrite, config, message):
-    with pytest.raises(BadInput, match=message):
-        load_autoencoder(rewrite(**config))
+    ):
+        with pytest.raises(BadInput, match=message):
+            load_autoencoder(rewrite(**config))
 
 
-def test_files_that_are_not_there_or_damaged(rewrite, tmp_path):
+def test_files_that_are_not_there_or_damaged(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         load_autoencoder(tmp_path / "nowhere")
-    (rewrite() / "config.json").write_text("{")
+    shutil.copy(VAE / FILE, tmp_path)
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(BadInput, match="is no config"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").unlink()
+    # 16 channels cannot have the 32 groups of a file without a config.
     with pytest.raises(BadInput, match=r"put the config\.json"):
-        load_autoencoder(
-            tmp_path
-        )  # 16 channels cannot have the 32 groups that a file without a config has
+        load_autoencoder(tmp_path)
     (tmp_path / FILE).write_bytes(b"\x10" * 99)
     with pytest.raises(BadInput, match="cannot be read"):
         load_autoencoder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((1, 30, 32, 3), "f4"), ((1, 32, 30, 3), "f4"), ((1, 32, 32, 1), "f4"), ((32, 32, 3), "f4")],
-)
-def test_images_of_other_shapes_are_refused(autoencoder, shape, dtype):
-    with pytest.raises(
-        BadInput, match=r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"
-    ):
-        autoencoder.encode(np.zeros(shape, dtype))
-
-
-def test_integers_and_other_latents_are_refused(autoencoder):
-    with pytest.raises(BadInput, match="image is uint8"):
-        autoencoder.encode(np.zeros((1, 32, 32, 3), np.uint8))
-    with pytest.raises(BadInput, match=r"latent is float32 \[1, 8, 8, 3\]; must be .*4\]"):
-        autoencoder.decode(np.zeros((1, 8, 8, 3), np.float32))

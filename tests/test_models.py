@@ -239,7 +239,7 @@ def test_baselines_are_affine_in_z_of_their_rank_and_start_with_a_gradient(name,
         answers(name).fresh_params
     )
     first = {"affine": "matrix", "low_rank": "left"}[name]
-    assert np.abs(slope[first]["out"]["kernel"]).max() > 1e-4
+    assert np.abs(slope[first]["out"]["kernel"]).max() > 0
 
 
 # ---- U-Net

@@ -1,0 +1,203 @@
+"""Published weight files: the lookup and its errors, and --mode=weights against a local server."""
+
+import hashlib
+import http.server
+import re
+import threading
+
+import pytest
+from etils import epath
+
+from mf_jax.errors import BadInput
+from mf_jax.published.fetch import PUBLISHED, PublishedFile, find_weights, verify
+
+CONTENT = {"/inception": b"features" * 1000, "/vae": b"pictures" * 700_000, "/config": b"{}"}
+"""The files of the server; the second is longer than a chunk."""
+REAL = dict(PUBLISHED)
+INCEPTION, VAE = "inception-2015-12-05", "sd-vae-ft-mse"
+LATENTS = "--config.data.name=latents"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.server.content.get(self.path)
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if self.path != "/config":  # there only the end of the connection ends the file
+            self.send_header("Content-Length", str(len(body) + self.server.cut))
+        self.end_headers()
+        self.server.asked.append(self.path)  # before the client has all of it
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Yield a server of `content` that the published table points to; `asked` lists its files."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("MF_WEIGHTS", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as made:
+        made.content, made.asked, made.cut = dict(CONTENT), [], 0
+
+        def file(path, address):
+            body = CONTENT[address]
+            where = f"http://127.0.0.1:{made.server_port}{address}"
+            return PublishedFile(path, len(body), hashlib.sha256(body).hexdigest(), where)
+
+        pair = file(f"{VAE}/vae.safetensors", "/vae"), file(f"{VAE}/config.json", "/config")
+        monkeypatch.setitem(PUBLISHED, INCEPTION, (file("inception.pth", "/inception"),))
+        monkeypatch.setitem(PUBLISHED, VAE, pair)
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def fetch(command, tmp_path):
+    """Return a function that runs --mode=weights into tmp_path / "weights"."""
+    where = f"--config.weights_dir={tmp_path / 'weights'}"
+    return lambda *more: command("--config=configs/digits.py", "--mode=weights", where, *more)
+
+
+def _refused(result, folder, *words):
+    """Assert that a command failed in one line, and left no part of a file."""
+    code, _, errors = result
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith("mf_jax: ")
+    for word in words:
+        assert word in errors
+    left = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert set(left) <= {"inception.pth", "weights"}, "no part of a file"
+
+
+def test_the_table_is_of_whole_checksums_and_plain_addresses():
+    for name, files in REAL.items():
+        for file in files:
+            assert re.fullmatch("[0-9a-f]{64}", file.sha256)
+            assert file.num_bytes > 100
+            assert file.address.startswith("https://")
+            assert file.address.rsplit("/", 1)[1] == file.path.rsplit("/", 1)[-1]
+            assert len(files) == 1 or file.path.startswith(f"{name}/")
+    assert REAL[INCEPTION][0].sha256.startswith("6726825d")
+    weights = [f.sha256 for files in REAL.values() for f in files if "config" not in f.path]
+    assert len(set(weights)) == len(weights)
+
+
+def test_fetches_what_the_config_names_once(fetch, server, tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    code, out, _ = fetch()
+    assert (code, server.asked) == (0, ["/inception"])
+    assert "inception.pth: fetched" in out
+    code, out, _ = fetch(LATENTS)
+    assert (code, server.asked) == (0, ["/inception", "/vae", "/config"])
+    assert "inception.pth: already there" in out
+    code, out, _ = fetch(LATENTS)
+    assert (code, len(server.asked), out.count("already there")) == (0, 3, 3)
+    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "config.json": CONTENT["/config"],
+        "inception.pth": CONTENT["/inception"],
+        "vae.safetensors": CONTENT["/vae"],
+    }
+    assert find_weights(INCEPTION, str(folder)) == epath.Path(folder / "inception.pth")
+    assert find_weights(VAE, str(folder)) == epath.Path(folder / VAE)
+    monkeypatch.setenv("MF_WEIGHTS", str(folder))
+    assert find_weights(INCEPTION, "") == epath.Path(folder / "inception.pth")
+    with pytest.raises(BadInput, match="elsewhere"):
+        find_weights(INCEPTION, str(tmp_path / "elsewhere"))
+    (folder / VAE / "config.json").write_bytes(b"{")
+    with pytest.raises(BadInput, match=r"config.json has 1 bytes") as caught:
+        find_weights(VAE, str(folder))
+    assert "vae.safetensors" not in str(caught.value)
+
+
+def test_a_wrong_file_is_named_and_left_alone(fetch, server, tmp_path):
+    path = tmp_path / "weights" / "inception.pth"
+    path.parent.mkdir()
+    other = b"F" + CONTENT["/inception"][1:]
+    for wrong, word in ((b"features" * 999, "7992 bytes"), (other, "SHA-256")):
+        path.write_bytes(wrong)
+        _refused(fetch(), tmp_path, str(path), "delete or move it", word)
+        assert path.read_bytes() == wrong
+    assert server.asked == []
+
+
+def test_a_bad_download_leaves_nothing(fetch, server, tmp_path):
+    path, address = tmp_path / "weights" / "inception.pth", PUBLISHED[INCEPTION][0].address
+    for body, cut, word in (
+        (b"features" * 999, 8, "7992 bytes read"),
+        (b"features" * 999, 0, "SHA256"),
+        (b"F" + CONTENT["/inception"][1:], 0, "SHA256"),
+        (None, 0, "404"),
+    ):
+        server.content["/inception"], server.cut = body, cut
+        _refused(fetch(), tmp_path, "cannot be fetched", address, f"put it at {path}", word)
+        assert not path.exists()
+
+
+def test_each_file_that_cannot_be_had_has_its_line_and_the_others_are_fetched(
+    fetch, server, tmp_path
+):
+    del server.content["/vae"]
+    (file,) = PUBLISHED[INCEPTION]
+    dead = file._replace(address="http://127.0.0.1:9/inception")  # a port where nothing listens
+    PUBLISHED[INCEPTION] = (dead,)
+    code, out, errors = fetch(LATENTS, "--config.log.progress=False")
+    lines = errors.splitlines()
+    assert (code, len(lines)) == (2, 2)
+    for line, lost in zip(lines, [dead, PUBLISHED[VAE][0]], strict=True):
+        for word in (lost.address, lost.sha256, str(tmp_path / "weights" / lost.path)):
+            assert word in line
+    assert "config.json: fetched" in out
+
+
+def test_folders_and_names_that_are_wrong(command, fetch, server, tmp_path):
+    unnamed = command("--config=configs/digits.py", "--mode=weights")
+    _refused(unnamed, tmp_path, "weights_dir=''", "--config.weights_dir=DIR", "MF_WEIGHTS")
+    unknown = fetch("--config.eval.inception=inception-2015")
+    _refused(unknown, tmp_path, "eval.inception='inception-2015'", f"did you mean {INCEPTION}?")
+    (tmp_path / "weights").write_bytes(b"")
+    where = f"weights_dir={tmp_path / 'weights'}"
+    _refused(fetch(), tmp_path, where, "cannot be written", "choose another")
+    assert server.asked == []
+    message = rf"data.autoencoder='':.*one of {INCEPTION}, {VAE}"
+    with pytest.raises(BadInput, match=message):
+        find_weights("", str(tmp_path), key="data.autoencoder")
+
+
+def test_paths_need_no_fetching(command, server, tmp_path):
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(b"x")
+    code, out, _ = command(
+        "--config=configs/digits.py", "--mode=weights", f"--config.eval.inception={mine}"
+    )
+    assert (code, server.asked) == (0, [])
+    assert "nothing to fetch" in out
+    assert find_weights(str(mine), "") == epath.Path(mine)
+    verify(str(mine), "0" * 64)
+
+
+def test_a_missing_file_is_said_in_one_line_with_all_that_is_needed(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        find_weights(VAE, str(tmp_path), key="data.autoencoder")
+    message = str(caught.value)
+    assert "\n" not in message
+    for file in REAL[VAE]:
+        for word in (str(tmp_path / file.path), file.address, file.sha256, str(file.num_bytes)):
+            assert word in message
+    assert f"--mode=weights --config.weights_dir={tmp_path}" in message
+    assert message.startswith("data.autoencoder='sd-vae-ft-mse': ")
+
+
+def test_a_published_name_must_have_its_checksum():
+    (file,) = REAL[INCEPTION]
+    verify(INCEPTION, file.sha256)
+    verify(VAE, REAL[VAE][0].sha256)
+    with pytest.raises(BadInput, match=rf"SHA-256 {'0' * 64}; must be {file.sha256}"):
+        verify(INCEPTION, "0" * 64)
