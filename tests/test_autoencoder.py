@@ -101,7 +101,9 @@ def test_the_published_network():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
 
     def shapes(method, x):
-        return jax.eval_shape(lambda p, x: network.apply({"params": p}, x, method=method), params, x)
+        return jax.eval_shape(
+            lambda p, x: network.apply({"params": p}, x, method=method), params, x
+        )
 
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
     mean, std = shapes("encode", image)

@@ -119,8 +119,10 @@ def test_classes_of_networks_say_what_they_can():
     assert takes["mlp"] == ("vectors",)
     assert takes["affine"] == takes["low_rank"] == ("images", "vectors")
     assert takes["dit"] == takes["in_context_dit"] == takes["unet"] == ("images",)
-    for ability in ("can_be_told_guidance", "can_have_second_head"):
-        assert [name for name in NETWORKS if getattr(NETWORKS[name], ability)] == ["in_context_dit"]
+    told = [name for name, network in NETWORKS.items() if network.can_be_told_guidance]
+    assert told == ["in_context_dit"]
+    heads = [name for name, (network, _) in CASES.items() if network.second_head]
+    assert heads == ["in_context_dit", "pixel"]
     for name, rows in SIZES.items():
         for row in rows.values():
             NETWORKS[name](patch_size=2, num_classes=0, **row)

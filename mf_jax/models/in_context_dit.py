@@ -186,7 +186,6 @@ class InContextDiT(Network):
     """
 
     can_be_told_guidance = True
-    can_have_second_head = True
 
     patch_size: int
     depth: int

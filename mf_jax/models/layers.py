@@ -39,18 +39,12 @@ class Network(nn.Module):
         normalisation and softmax are float32 in any case.
       attention: one of `attention.ATTENTIONS`.
       remat, scan, gather: see `blocks.run_blocks`.
+      second_head: whether it predicts v too.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
     can_be_told_guidance: ClassVar[bool] = False
-    can_have_second_head: ClassVar[bool] = False
-
-
-class Network(nn.Module):
-    """What a config can ask of a network: whether it can be told guidance, and whether it has a second head."""
-
-    can_be_told_guidance = False  # without annotations these are no fields
-    second_head = False
+    second_head = False  # without an annotation it is no field
 
 
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:

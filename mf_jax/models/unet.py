@@ -154,7 +154,7 @@ class UNet(Network):
         c = nn.silu(embed(r=r, t=t, labels=condition.labels))
         layers = itertools.count()
 
-        def block(x: Image, features: int, name: str, **more) -> Image:
+        def block(x: Array, features: int, name: str, **more) -> Array:
             made = Block(features, next(layers), self.dropout, self.dtype, name=name, **more)
             return made(x, c, condition.dropout)
 
