@@ -66,6 +66,9 @@ def written_aside(path: epath.Path) -> Iterator[str]:
     except FileNotFoundError:  # another process has made the same file, and tidied up
         if not final.exists():
             raise
+    except OSError:
+        aside.unlink(missing_ok=True)  # a folder has the name, for example
+        raise
     for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
             if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
