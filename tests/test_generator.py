@@ -1,5 +1,6 @@
 """Sampling a tiny finished run, from Python and from the command line, and decoding latents."""
 
+import dataclasses
 import json
 
 import jax
@@ -78,7 +79,7 @@ def test_seed_label_and_average_matter(generator, trained):
 def test_labels(generator):
     np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
     np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
-    none = Generator(generator.config, None, None, DataSpec((2,)), step=0, ema="none")
+    none = dataclasses.replace(generator, spec=DataSpec((2,)))
     np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
     with pytest.raises(BadInput, match="no classes"):
         none.labels_for([0])
@@ -239,7 +240,7 @@ def test_another_autoencoder_than_the_latents_have_is_refused(of_latents):
 def test_a_decoder_that_is_missing_is_named_when_pictures_are_wanted(of_latents):
     config = of_latents.config.copy_and_resolve_references()
     config.data.autoencoder = "sd-vae-ft-mse"
-    lost = Generator(config, of_latents.network, of_latents.params, LATENT, step=0, ema="none")
+    lost = dataclasses.replace(of_latents, config=config)
     assert lost.sample_raw(num=1).shape == (1, *LATENT.shape)
     with pytest.raises(BadInput, match="sd-vae-ft-mse"):
         lost.sample(num=1)
