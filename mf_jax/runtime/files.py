@@ -58,16 +58,9 @@ def written_aside(path: epath.Path) -> Iterator[str]:
     aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield str(aside)
+        aside.replace(final)
     except BaseException:
         aside.unlink(missing_ok=True)  # it may be what fills the disk
-        raise
-    try:
-        aside.replace(final)
-    except FileNotFoundError:  # another process has made the same file, and tidied up
-        if not final.exists():
-            raise
-    except OSError:
-        aside.unlink(missing_ok=True)  # a folder has the name, for example
         raise
     for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from mf_jax.errors import BadInput
-
-_NAMED_IN_ERROR = 4
+from mf_jax.errors import BadInput, listed
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -54,8 +52,7 @@ def check_same_model(path: str, index: dict[str, list], like: PyTree) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if wrong:
-        more = f" and {len(wrong) - _NAMED_IN_ERROR} more" * (len(wrong) > _NAMED_IN_ERROR)
         raise BadInput(
-            f"checkpoint {path} is of another model: {'; '.join(wrong[:_NAMED_IN_ERROR])}{more}; "
+            f"checkpoint {path} is of another model: {listed(wrong, most=4)}; "
             "use its own config, or another --workdir"
         )
