@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mf_jax import fid, metrics
-from mf_jax.config import check_numbers, check_tuples, make_objective, make_scheme, validate
+from mf_jax.config import make_objective, make_scheme, validate
 from mf_jax.data import Batch, Source, make_source, read
 from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.errors import BadInput
@@ -30,6 +30,7 @@ from mf_jax.flow.records import NO_LABEL, Rows
 from mf_jax.generator import Generator
 from mf_jax.loading import labels_of, load_cell
 from mf_jax.models import as_field
+from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -159,8 +160,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       workdir: of the run.
     """
     with processes.together():
-        check_tuples(config)
-        check_numbers(config)
+        check_values(config)
         if not config.eval.samples and not config.eval.watch and not config.init.path:
             run_folder.check(workdir, config)
     against_references = config.eval.references or config.eval.samples or config.eval.watch

@@ -7,11 +7,12 @@ from etils.epath import Path
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, check_tuples, make_objective, sample_plan
+from mf_jax.config import averages, make_objective, sample_plan
 from mf_jax.data import make_source, read
 from mf_jax.generator import Generator
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
+from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_transport
 from mf_jax.reporting.sample_grid import save_sample_grid
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       config: of the command; `sample` says what to draw.
       workdir: of the run.
     """
-    check_tuples(config)
+    check_values(config)
     wanted = config.sample
     generator = load_for(
         workdir, config, ema=choose_ema("sample.ema", config.sample.ema, averages(config))

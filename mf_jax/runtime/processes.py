@@ -171,7 +171,7 @@ def check_alike(settings: dict[str, Any]) -> None:
         f"process {index} has {key}={theirs.get(key)!r}, process 0 {every[0].get(key)!r}"
         for index, theirs in enumerate(every)
         for key in dict.fromkeys([*every[0], *theirs])
-        if theirs.get(key) != every[0].get(key)
+        if repr(theirs.get(key)) != repr(every[0].get(key))  # nan is not nan
     ]
     if lines:
         raise BadInput(f"{'; '.join(lines)}: start all processes of a job with the same command")

@@ -1,0 +1,116 @@
+"""What single keys of a config may hold: one table of ranges."""
+
+import math
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mf_jax.errors import BadInput, check_known
+from mf_jax.optim import OPTIMIZERS, SCHEDULES
+from mf_jax.runtime.sharding import GATHERS
+
+RANGES = (
+    # key, low, high (or the key that holds it), which ends belong to it; of a tuple for each number
+    ("seed", 0, 2**31, "[)"),
+    ("model.dropout", 0, 1, "[)"),
+    ("train.num_steps", 1, math.inf, "[)"),
+    ("train.log_every_steps", 1, math.inf, "[)"),
+    ("optim.lr", 0, math.inf, "()"),
+    ("optim.warmup_steps", 0, "train.num_steps", "[]"),
+    ("optim.b1", 0, 1, "[)"),
+    ("optim.b2", 0, 1, "[)"),
+    ("optim.momentum", 0, 1, "[)"),
+    ("optim.weight_decay", 0, math.inf, "[)"),
+    ("optim.clip_norm", 0, math.inf, "[)"),
+    ("ema.decays", 0, 1, "[)"),
+    ("ema.halflives_kimg", 0, math.inf, "()"),
+    ("log.sample_every_steps", 0, math.inf, "[)"),
+    ("checkpoint.every_steps", 1, math.inf, "[)"),
+    ("checkpoint.keep", 1, math.inf, "[)"),
+    ("sample.num", 1, math.inf, "[)"),
+    ("eval.num_samples", 1, math.inf, "[)"),
+    ("eval.batch_size", 1, math.inf, "[)"),
+    ("eval.seed", 0, 2**31, "[)"),
+    ("eval.checkpoints", 0, math.inf, "[)"),
+    ("eval.least_samples", 0, math.inf, "[)"),
+)
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.prediction": ("velocity", "data"),
+    "optim.name": OPTIMIZERS,
+    "optim.schedule": SCHEDULES,
+    "mesh.gather": GATHERS,
+    "eval.labels": ("balanced", "random"),
+}
+_TUPLES = {
+    "data.latent_mean": float,
+    "data.latent_std": float,
+    "model.channel_multipliers": int,
+    "model.attention_resolutions": int,
+    "ema.decays": float,
+    "ema.halflives_kimg": float,
+    "sample.times": float,
+    "sample.labels": int,
+    "sample.guidance": float,
+    "eval.steps": int,
+    "eval.omegas": float,
+    "eval.intervals": tuple,
+    "eval.emas": str,
+    "eval.checkpoints": int,
+    "eval.references": str,
+}
+"""What they hold: the command line checks only that they are tuples."""
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raise BadInput, naming all of them, if keys have values that nothing could work with."""
+    check_tuples(config)
+    if problems := list(wrong_values(config)):
+        raise BadInput("; ".join(problems))
+
+
+def check_tuples(config: ConfigDict) -> None:
+    """Raise BadInput unless tuples hold what they must."""
+    words = {int: "a whole number", float: "a number", str: "a text", tuple: "(t_min, t_max)"}
+    examples = {int: "(1,)", float: "(1.0,)", str: "\"('a','b')\"", tuple: "'((0.4, 0.6),)'"}
+    for key, kind in _TUPLES.items():
+        for value in attrgetter(key)(config):
+            if not _fits(value, kind):
+                fix = f"write for example {key}={examples[kind]}"
+                raise BadInput(f"{key}: {value!r} is not {words[kind]}; {fix}")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(_fits(each, float) for each in value)
+    return not isinstance(value, bool) and isinstance(
+        value, (int, float) if kind is float else kind
+    )
+
+
+def wrong_values(config: ConfigDict) -> Iterator[str]:
+    """Yield what is wrong by `RANGES` and `CHOICES`."""
+    for key, low, high, brackets in RANGES:
+        value = attrgetter(key)(config)
+        end = attrgetter(high)(config) if isinstance(high, str) else high
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(_is_within(each, low, end, brackets) for each in values):
+            word = "at least" if brackets[0] == "[" else "above"
+            limits = f"within {brackets[0]}{low}, {end}{brackets[1]}"
+            yield f"{key}={value}: must be {f'{word} {low}' if end == math.inf else limits}"
+    for key in ("ema.decays", "ema.halflives_kimg"):
+        values = attrgetter(key)(config)
+        if len(set(values)) < len(values):
+            yield f"{key}={values}: must be different numbers"
+    for key, known in CHOICES.items():
+        try:
+            check_known(key, attrgetter(key)(config), known)
+        except BadInput as problem:
+            yield str(problem)
+
+
+def _is_within(value: float, low: float, high: float, brackets: str) -> bool:
+    above = value >= low if brackets[0] == "[" else value > low
+    return above and (value <= high if brackets[1] == "]" else value < high)
