@@ -13,14 +13,9 @@ from configs.default import get_config as defaults
 def get_config() -> ConfigDict:
     """Return the config."""
     config = defaults()
-    config.data.name = "image_folder"
-    config.data.image_size = 32
-    config.data.flip = True
-    config.model.size = "S"
-    config.model.patch_size = 4
-    config.train.num_steps = 100_000
-    config.train.batch_size = 256
-    config.optim.lr = 1e-4
-    config.optim.warmup_steps = 1000
+    config.data.name, config.data.image_size, config.data.flip = "image_folder", 32, True
+    config.model.size, config.model.patch_size = "S", 4
+    config.train.num_steps, config.train.batch_size = 100_000, 256
+    config.optim.lr, config.optim.warmup_steps = 1e-4, 1000
     config.eval.num_samples = 10_000
     return config

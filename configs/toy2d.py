@@ -12,22 +12,13 @@ from configs.default import get_config as defaults
 def get_config() -> ConfigDict:
     """Return the config."""
     config = defaults()
-    config.data.name = "toy2d"
-    config.data.toy = "two_moons"
-    config.model.name = "mlp"
-    config.model.depth = 3
-    config.model.width = 128
-    config.weight.p = 0.25
-    config.times.name = "uniform"
-    config.draws.instant_share = 0.5
-    config.draws.label_drop_share = 0.0
-    config.train.num_steps = 2500
-    config.train.batch_size = 512
-    config.optim.lr = 3e-3
-    config.optim.schedule = "cosine"
+    config.data.name, config.data.toy = "toy2d", "two_moons"
+    config.model.name, config.model.depth, config.model.width = "mlp", 3, 128
+    config.weight.p, config.times.name = 0.25, "uniform"
+    config.draws.instant_share, config.draws.label_drop_share = 0.5, 0.0
+    config.train.num_steps, config.train.batch_size = 2500, 512
+    config.optim.lr, config.optim.schedule = 3e-3, "cosine"
     config.ema.decays = (0.995,)
-    config.log.sample_every_steps = 500
-    config.checkpoint.every_steps = 1000
-    config.sample.num = 5000
-    config.eval.num_samples = 5000
+    config.log.sample_every_steps, config.checkpoint.every_steps = 500, 1000
+    config.sample.num = config.eval.num_samples = 5000
     return config
