@@ -198,7 +198,7 @@ def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
             f"model.attention='fused': {name}, with or without controls, takes the gradient of a "
             "derivative, which only model.attention=xla has"
         )
-    if objective.needs_second_head and not (network.can_have_second_head and model.second_head):
+    if objective.needs_second_head and not (network.second_head and model.second_head):
         yield (
             "objective.velocity='head': the network has no second head; use model.name="
             "in_context_dit with model.second_head=True, or objective.velocity=boundary"
