@@ -10,7 +10,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import Source, make_source, spec_of
+from mf_jax.data import Source, make_source
 from mf_jax.errors import BadInput, check_known, in_section
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.guidance import Guidance
@@ -142,7 +142,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     with collect():
         check_grid(config)
     if source is not None:
-        spec = spec_of(source)
+        spec = source.spec
         with collect():
             parameter_shapes(make_network(config, spec), spec.shape)  # finds what does not fit
         if objective and config.model.name in NETWORKS:

@@ -207,7 +207,8 @@ def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _check_same_kind(generator: Generator, train: Source) -> None:
     """Raise BadInput if a model, of weights from elsewhere, generates other things than the data are."""
     ours, theirs = (
-        f"shape {kind.shape} and {kind.num_classes} classes" for kind in (generator.spec, train)
+        f"shape {kind.shape} and {kind.num_classes} classes"
+        for kind in (generator.spec, train.spec)
     )
     if ours != theirs:
         raise BadInput(
@@ -219,9 +220,9 @@ def _floor(
     config: ConfigDict, workdir: Path, train: Source, held_out: Source
 ) -> tuple[ImageScores | VectorScores, list[dict]]:
     """Return the scores, and the table's first row: what real data score."""
-    if len(train.shape) == 3:
+    if len(train.spec.shape) == 3:
         cache_dir = Path(config.cache_dir) if config.cache_dir else workdir
-        score = ImageScores.against(read(train), train.num_classes, cache_dir)
+        score = ImageScores.against(read(train), train.spec.num_classes, cache_dir)
         real = read(held_out)
     else:
         score = VectorScores(read(held_out, config.eval.num_samples).x)

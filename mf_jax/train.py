@@ -34,7 +34,7 @@ from mf_jax.config import (
     sample_plan,
     validate,
 )
-from mf_jax.data import Source, make_batches, read, spec_of
+from mf_jax.data import Source, make_batches, read
 from mf_jax.errors import BadInput
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_weights
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.init.path and not run_folder.exists(workdir):
         # says what is wrong before anything is written
         load_weights(config, parameter_shapes(parts.network, parts.shape))
-    with run_folder.own(workdir, config, spec_of(source), len(source)), _stop_signal() as stop:
+    with run_folder.own(workdir, config, source.spec, len(source)), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = _first_state(config, parts, mesh, checkpoints)
             _describe(workdir, source, state)
@@ -89,8 +89,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
     """Return the parts of the training step of a config on a data source."""
     return StepParts(
-        network=make_network(config, spec_of(source)),
-        shape=source.shape,
+        network=make_network(config, source.spec),
+        shape=source.spec.shape,
         objective=make_objective(config),
         scheme=make_scheme(config),
         optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
@@ -125,7 +125,7 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
     print(
-        f"{count:,} parameters, {len(source):,} training examples of shape {source.shape}, "
+        f"{count:,} parameters, {len(source):,} training examples of shape {source.spec.shape}, "
         f"{jax.device_count()} {device.platform} device{'s' * (jax.device_count() > 1)}"
         + (f" in {jax.process_count()} processes" if processes.are_several() else "")
         + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
@@ -223,7 +223,7 @@ def _can_draw(config: ConfigDict, source: Source) -> bool:
         except BadInput as problem:
             print(f"no pictures of samples while training: {problem}")
             return False
-        load_decoder(config, origin=source.stored.origin)  # raises for another autoencoder
+        load_decoder(config, origin=source.spec.origin)  # raises for another autoencoder
     return True
 
 
@@ -234,15 +234,15 @@ def _draw(
     done = int(state.step)
     ema = parts.ema_names[0] if parts.ema_names else "none"
     params = state.ema[ema] if parts.ema_names else state.params
-    generator = Generator(config, parts.network, params, spec_of(source), step=done, ema=ema)
+    generator = Generator(config, parts.network, params, source.spec, step=done, ema=ema)
     path = workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
     plan = sample_plan(config)
     if generator.spec.is_picture:
-        labels = few_classes(_GRID_SAMPLES, source.num_classes)
+        labels = few_classes(_GRID_SAMPLES, source.spec.num_classes)
         samples = generator.sample(labels, plan=plan)
         if processes.is_first():
-            save_sample_grid(path, samples, labels, source.class_names)
+            save_sample_grid(path, samples, labels, source.spec.class_names)
     else:
         points = generator.sample(num=_SCATTER_SAMPLES, plan=plan)
         if processes.is_first():

@@ -612,7 +612,7 @@ def test_counting_needs_the_cpu_backend(bench, monkeypatch, tmp_path):
 
 
 def test_every_timed_step_has_another_batch():
-    batches = fresh_batches(_config(), Noise((8, 8, 1), 10), make_mesh(data=0, fsdp=1))
+    batches = fresh_batches(_config(), Noise(DataSpec((8, 8, 1), 10)), make_mesh(data=0, fsdp=1))
     (x, labels), (other, _), _ = itertools.islice(batches, 3)
     assert isinstance(x, jax.Array)
     assert (x.shape, labels.shape) == ((16, 8, 8, 1), (16,))
@@ -620,7 +620,7 @@ def test_every_timed_step_has_another_batch():
 
 
 def test_noise_is_a_source_of_any_shape():
-    noise = Noise((4, 4, 3), 5)
+    noise = Noise(DataSpec((4, 4, 3), 5))
     assert isinstance(noise, Source)
     batch = noise.gather(np.arange(1000))
     assert (batch.x.shape, batch.x.dtype, batch.labels.dtype) == (
@@ -631,4 +631,4 @@ def test_noise_is_a_source_of_any_shape():
     assert set(batch.labels) == set(range(5))
     np.testing.assert_array_equal(batch.x, noise.gather(np.arange(1000)).x)
     assert not np.any(batch.x == noise.gather(np.arange(1000, 2000)).x)
-    assert set(Noise((2,), 0).gather(np.arange(4)).labels) == {NO_LABEL}
+    assert set(Noise(DataSpec((2,))).gather(np.arange(4)).labels) == {NO_LABEL}

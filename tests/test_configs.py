@@ -18,7 +18,7 @@ from configs import cifar10, digits, imagenet
 from configs.default import get_config as defaults
 from mf_jax.bench.step import Noise
 from mf_jax.config import averages, make_network, validate
-from mf_jax.data import spec_of
+from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
 from mf_jax.scoring.grid import cells
 from mf_jax.step import NEVER, initial_state, make_train_step
@@ -43,7 +43,7 @@ def stand_in(config):
     """Return noise with the shape and the classes of the data of a published result."""
     side = config.data.image_size
     shape = (side // 8, side // 8, 4) if config.data.name == "latents" else (side, side, 3)
-    return Noise(shape, num_classes=0 if side == 32 else 1000)
+    return Noise(DataSpec(shape, 0 if side == 32 else 1000))
 
 
 _shapes_of = functools.cache(parameter_shapes)
@@ -52,8 +52,8 @@ _shapes_of = functools.cache(parameter_shapes)
 
 def _shapes(config, *, for_sampling=False):
     source = stand_in(config)
-    network = make_network(config, spec_of(source), for_sampling=for_sampling)
-    return _shapes_of(network, source.shape)
+    network = make_network(config, source.spec, for_sampling=for_sampling)
+    return _shapes_of(network, source.spec.shape)
 
 
 def _count(tree):
@@ -157,7 +157,7 @@ def _reduced(config):
         config.model.head_depth = 1
         config.model.bottleneck = 5 if config.model.size.startswith("pixel") else 0
     config.train.batch_size = 4
-    return config, Noise((4, 4, full.shape[-1]), num_classes=full.num_classes and 3)
+    return config, Noise(DataSpec((4, 4, full.spec.shape[-1]), full.spec.num_classes and 3))
 
 
 def _step(config):

@@ -1,5 +1,7 @@
-"""The data layer: what a batch holds is a pure function of (seed, step), and sources refuse what they cannot read."""
+"""The data layer: a batch is a pure function of (seed, step), and sources refuse what they cannot read."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +16,12 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import data
-from mf_jax.data import image_folder, toy2d
-from mf_jax.data.crop import adm_crop
+from mf_jax.data import pictures, toy2d
+from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pipeline import stream_flips, stream_indices
+from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.errors import BadInput
-from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.records import NO_LABEL, DataSpec
 
 SECTION = {
     "name": "digits",
@@ -35,9 +38,7 @@ SECTION = {
 class Numbered:
     """Pictures `[2, 3, 1]` whose label is their index and whose pixels tell left from right."""
 
-    shape = (2, 3, 1)
-    num_classes = 0
-    class_names = ()
+    spec = DataSpec((2, 3, 1))
     stored = None
 
     def __init__(self, length):
@@ -47,149 +48,140 @@ class Numbered:
         return self.length
 
     def gather(self, indices):
-        row = np.array([0.0, 0.25, 0.5], np.float32)
-        x = indices[:, None, None, None].astype(np.float32) + np.broadcast_to(
-            row[:, None], self.shape
-        )
+        row = np.array([0.0, 0.25, 0.5], np.float32)[:, None]
+        x = indices[:, None, None, None].astype(np.float32) + np.broadcast_to(row, (2, 3, 1))
         return data.Batch(x, indices.astype(np.int32))
 
 
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
+def take(source, count, **options):
+    """Return x and labels `[count, batch, ...]` of the first batches, prepared in this thread unless told otherwise."""
+    options = {"batch_size": 6, "seed": 5, "flip": True, "threads": 0, "prefetch": 0} | options
+    batches = list(itertools.islice(data.make_batches(source, **options), count))
+    return [np.stack(arrays) for arrays in zip(*batches, strict=True)]
 
 
-def labels_of(source, count, **options):
-    return np.concatenate(
-        [batch.labels for batch in take(data.make_batches(source, **options), count)]
-    )
+def make(name="digits", split="train", **changes):
+    return data.make_source(ConfigDict({**SECTION, "name": name, **changes}), split=split)
 
 
-def section(**changes):
-    return ConfigDict({**SECTION, **changes})
+def assert_same(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 100])
-def test_every_epoch_holds_every_element_once(length):
-    for epoch in range(4):
-        order = stream_indices(
-            np.arange(epoch * length, (epoch + 1) * length), length=length, seed=3
-        )
-        np.testing.assert_array_equal(np.sort(order), np.arange(length))
-
-
-def test_order_differs_between_epochs_and_seeds_and_repeats_for_the_same():
-    orders = [
-        stream_indices(np.arange(50) + 50 * epoch, length=50, seed=seed).tolist()
+def test_every_epoch_holds_every_element_once_in_an_order_of_its_own():
+    for length in (1, 2, 3, 7, 64, 100):
+        for epoch in range(4):
+            positions = np.arange(epoch * length, (epoch + 1) * length)
+            order = stream_indices(positions, length=length, seed=3)
+            np.testing.assert_array_equal(np.sort(order), np.arange(length))
+    orders = {
+        tuple(stream_indices(np.arange(50) + 50 * epoch, length=50, seed=seed).tolist())
         for seed in (0, 1, 2**40)
         for epoch in range(3)
-    ]
-    assert len({tuple(order) for order in orders}) == 9
-    assert list(range(50)) not in orders
-    assert stream_indices(np.arange(50, 100), length=50, seed=0).tolist() == orders[1]
+    }
+    assert len(orders) == 9
+    assert tuple(range(50)) not in orders
 
 
-def test_order_does_not_depend_on_where_reading_starts():
-    whole = stream_indices(np.arange(100), length=30, seed=0)
-    np.testing.assert_array_equal(stream_indices(np.arange(37, 100), length=30, seed=0), whole[37:])
+ORDER = [
+    1,
+    7,
+    9,
+    6,
+    8,
+    0,
+    5,
+    4,
+    10,
+    11,
+    2,
+    3,
+    10,
+    7,
+    11,
+    6,
+    5,
+    3,
+    8,
+    9,
+    1,
+    2,
+    4,
+    0,
+    9,
+    8,
+    10,
+    0,
+    7,
+    4,
+]
+FLIPS = "010010000000111110101001000111"
+"""Of runs that an earlier version began."""
 
 
-@pytest.mark.parametrize("batch_size", [4, 25])
-def test_batches_straddle_epochs_and_drop_nothing(batch_size):
-    seen = labels_of(Numbered(10), 50 // batch_size + 1, batch_size=batch_size, seed=0)
-    for epoch in range(5):
-        np.testing.assert_array_equal(np.sort(seen[10 * epoch : 10 * epoch + 10]), np.arange(10))
+def test_order_and_flips_are_those_of_older_runs_wherever_reading_starts():
+    order, flips = stream_indices(np.arange(30), length=12, seed=7), stream_flips(0, 30, seed=7)
+    assert order.tolist() == ORDER
+    assert "".join(str(int(flip)) for flip in flips) == FLIPS
+    np.testing.assert_array_equal(stream_indices(np.arange(17, 30), length=12, seed=7), order[17:])
+    np.testing.assert_array_equal(stream_flips(17, 10, seed=7), flips[17:27])
 
 
-@pytest.mark.parametrize("start_step", [1, 7])
-def test_a_resumed_stream_equals_the_uninterrupted_one(start_step):
-    options = {"batch_size": 6, "seed": 5, "flip": True}
-    whole = take(data.make_batches(Numbered(10), **options), 12)
-    resumed = take(
-        data.make_batches(Numbered(10), start_step=start_step, **options), 12 - start_step
-    )
-    for expected, got in zip(whole[start_step:], resumed, strict=True):
-        np.testing.assert_array_equal(got.x, expected.x)
-        np.testing.assert_array_equal(got.labels, expected.labels)
+def test_batches_straddle_epochs_and_drop_nothing():
+    for batch_size in (4, 25):
+        _, labels = take(Numbered(10), 50 // batch_size + 1, batch_size=batch_size)
+        epochs = labels.ravel()[:50].reshape(5, 10)
+        np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (5, 1)))
 
 
-def test_the_shares_of_the_processes_make_up_the_batch():
-    options = {"batch_size": 12, "seed": 5, "flip": True}
-    whole = take(data.make_batches(Numbered(10), **options), 5)
-    shares = [
-        take(data.make_batches(Numbered(10), process_index=i, process_count=3, **options), 5)
-        for i in range(3)
-    ]
-    for step, expected in enumerate(whole):
-        assert [share[step].x.shape[0] for share in shares] == [4, 4, 4]
-        np.testing.assert_array_equal(
-            np.concatenate([share[step].x for share in shares]), expected.x
-        )
-        np.testing.assert_array_equal(
-            np.concatenate([share[step].labels for share in shares]), expected.labels
-        )
-
-
-@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (0, 4), (4, 0), (1, 1), (8, 16)])
-def test_threads_change_nothing(threads, prefetch):
-    options = {"batch_size": 8, "seed": 1, "flip": True}
-    expected = take(data.make_batches(Numbered(20), **options), 10)
-    got = take(data.make_batches(Numbered(20), threads=threads, prefetch=prefetch, **options), 10)
-    for one, other in zip(expected, got, strict=True):
-        np.testing.assert_array_equal(one.x, other.x)
+def test_neither_resuming_nor_processes_nor_threads_change_the_stream():
+    x, labels = whole = take(Numbered(10), 12)
+    for start in (1, 7):
+        resumed = take(Numbered(10), 12 - start, start_step=start)
+        assert_same(resumed, (x[start:], labels[start:]))
+    shares = [take(Numbered(10), 12, process_index=i, process_count=3) for i in range(3)]
+    assert_same([np.concatenate(parts, axis=1) for parts in zip(*shares, strict=True)], whole)
+    for threads, prefetch in ((0, 4), (4, 0), (1, 1), (8, 16)):
+        assert_same(take(Numbered(10), 12, threads=threads, prefetch=prefetch), whole)
 
 
 def test_flip_mirrors_about_half_of_the_pictures_and_others_in_the_next_epoch():
     length, epochs = 500, 4
-    source = Numbered(length)
-    plain, flipped = (
-        take(data.make_batches(source, batch_size=length, seed=0, flip=flip), epochs)
-        for flip in (False, True)
+    (plain, labels), (flipped, same_labels) = (
+        take(Numbered(length), epochs, batch_size=length, flip=flip) for flip in (False, True)
     )
-    decisions = np.zeros((epochs, length), bool)
-    for epoch, (before, after) in enumerate(zip(plain, flipped, strict=True)):
-        np.testing.assert_array_equal(before.labels, after.labels)
-        mirrored = (after.x == before.x[:, :, ::-1]).all((1, 2, 3))
-        np.testing.assert_array_equal(mirrored, ~(after.x == before.x).all((1, 2, 3)))
-        decisions[epoch, after.labels] = mirrored
+    np.testing.assert_array_equal(labels, same_labels)
+    mirrored = (flipped == plain[:, :, :, ::-1]).all((2, 3, 4))
+    np.testing.assert_array_equal(mirrored, ~(flipped == plain).all((2, 3, 4)))
+    decisions = np.take_along_axis(mirrored, np.argsort(labels), axis=1)
     assert abs(decisions.mean() - 0.5) < 0.05
-    for epoch in range(1, epochs):
-        assert 0.35 < (decisions[epoch] != decisions[0]).mean() < 0.65
+    for other in decisions[1:]:
+        assert 0.35 < (other != decisions[0]).mean() < 0.65
+    first, second = (stream_flips(0, 1000, seed=seed) for seed in (0, 1))
+    assert 0.4 < (first != second).mean() < 0.6
+    assert 0.4 < (first[1:] != first[:-1]).mean() < 0.6
 
 
-def test_a_flip_depends_on_seed_and_position_alone():
-    whole = stream_flips(0, 1000, seed=0)
-    np.testing.assert_array_equal(stream_flips(123, 500, seed=0), whole[123:623])
-    assert 0.4 < (stream_flips(0, 1000, seed=1) != whole).mean() < 0.6
-    assert 0.4 < (whole[1:] != whole[:-1]).mean() < 0.6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_stream_options_are_refused():
+    points = make("toy2d")
+    for options, message in (
         ({"batch_size": 0}, "batch_size=0"),
-        (
-            {"batch_size": 10, "process_count": 4},
-            "batch_size=10 must be a multiple of process_count=4",
-        ),
+        ({"batch_size": 10, "process_count": 4}, "batch_size=10 must be .*process_count=4: try 8"),
         ({"process_index": 2, "process_count": 2}, "process_index=2"),
+        ({"process_count": 0}, "process_count=0"),
         ({"start_step": -1}, "start_step=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"threads": -1}, "threads=-1"),
-    ],
-)
-def test_bad_stream_options_are_refused(options, message):
-    with pytest.raises(BadInput, match=message):
-        data.make_batches(Numbered(10), **{"batch_size": 8, "seed": 0, **options})
-
-
-def test_flip_of_points_is_refused():
-    with pytest.raises(BadInput, match="flip=True"):
-        data.make_batches(
-            data.make_source(section(name="toy2d"), split="train"), batch_size=8, seed=0, flip=True
-        )
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"source": points}, "flip=True needs pictures"),
+    ):
+        source = options.pop("source", Numbered(10))
+        with pytest.raises(BadInput, match=message):
+            take(source, 1, **options)
 
 
 def test_read_returns_the_first_elements_in_order():
@@ -199,118 +191,145 @@ def test_read_returns_the_first_elements_in_order():
         data.read(Numbered(10), 11)
 
 
-# --- the table of sources --------------------------------------------------------------------------------------------
+# --- sources in memory -----------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
-    with pytest.raises(
-        BadInput, match=r"name='digit'.*digits, toy2d, image_folder, tfds.*did you mean digits"
+def test_sources_that_are_none_are_refused():
+    for arguments, message in (
+        ({"name": "digit"}, r"name='digit'.*digits, toy2d, image_folder, tfds.*mean digits"),
+        ({"split": "test"}, r"split='test'.*train, held_out"),
+        ({"image_size": 32}, "image_size=32 must be 8"),
+        ({"name": "toy2d", "toy": "two_moon"}, r"toy='two_moon'.*mean two_moons"),
     ):
-        data.make_source(section(name="digit"), split="train")
-
-
-def test_an_unknown_split_and_a_missing_key_are_refused():
-    with pytest.raises(BadInput, match=r"split='test'.*train, held_out"):
-        data.make_source(section(), split="test")
-    with pytest.raises(BadInput, match="image_size"):
+        with pytest.raises(BadInput, match=message):
+            make(**arguments)
+    with pytest.raises(BadInput, match="also needs image_size"):
         data.make_source({"name": "digits"}, split="train")
 
 
-@pytest.mark.parametrize("name", ["digits", "toy2d"])
-@pytest.mark.parametrize("split", data.SPLITS)
-def test_sources_in_memory_keep_the_protocol(name, split):
-    source = data.make_source(section(name=name), split=split)
-    assert isinstance(source, data.Source)
-    batch = source.gather(np.array([3, 1, 3]))
-    assert batch.x.shape == (3, *source.shape)
-    assert (batch.x.dtype, batch.labels.dtype) == (np.float32, np.int32)
-    np.testing.assert_array_equal(batch.x[0], batch.x[2])
-    np.testing.assert_array_equal(batch.x[1], data.read(source, 2).x[1])
-    assert len(source.class_names) == source.num_classes
+def test_sources_in_memory_keep_the_protocol():
+    for name, split in itertools.product(("digits", "toy2d"), data.SPLITS):
+        source = make(name, split)
+        assert isinstance(source, data.Source)
+        batch = source.gather(np.array([3, 1, 3]))
+        assert batch.x.shape == (3, *source.spec.shape)
+        assert (batch.x.dtype, batch.labels.dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(batch.x[0], batch.x[2])
+        np.testing.assert_array_equal(batch.x[1], data.read(source, 2).x[1])
 
 
-def test_digits_are_split_by_class_without_overlap():
-    train, held_out = (data.read(data.make_source(section(), split=split)) for split in data.SPLITS)
+def test_digits_are_split_by_class_without_overlap_and_keep_their_labels():
+    train, held_out = (data.read(make(split=split)) for split in data.SPLITS)
     assert (len(train.labels), len(held_out.labels)) == (1437, 360)
     every = np.concatenate([train.x, held_out.x])
     assert len(np.unique(every.reshape(1797, -1), axis=0)) == 1797
     assert (every.min(), every.max()) == (-1, 1)
-    np.testing.assert_allclose(
-        np.bincount(held_out.labels) / np.bincount(train.labels), 0.25, atol=0.02
-    )
-
-
-def test_digits_labels_belong_to_their_pictures():
-    train, held_out = (data.read(data.make_source(section(), split=split)) for split in data.SPLITS)
+    shares = np.bincount(held_out.labels) / np.bincount(train.labels)
+    np.testing.assert_allclose(shares, 0.25, atol=0.02)
     means = np.stack([train.x[train.labels == label].mean(0) for label in range(10)])
     nearest = np.square(held_out.x[:, None] - means).sum((2, 3, 4)).argmin(1)
     assert (nearest == held_out.labels).mean() > 0.85
 
 
-def test_digits_of_another_size_are_refused():
-    with pytest.raises(BadInput, match="image_size=32 must be 8"):
-        data.make_source(section(image_size=32), split="train")
+def test_toys_have_the_documented_moments_every_time_and_differ_between_splits():
+    for toy in toy2d.TOYS:
+        train, again, held_out = (
+            data.read(make("toy2d", split, toy=toy)) for split in ("train", *data.SPLITS)
+        )
+        np.testing.assert_array_equal(train.x, again.x)
+        assert not np.isin(train.x.view(np.int64), held_out.x.view(np.int64)).any()
+        mean, std = (toy2d.GAUSSIAN_MEAN, toy2d.GAUSSIAN_STD) if toy == "gaussian" else (0, 1)
+        for batch in (train, held_out):
+            assert batch.x.shape == (2**16, 2)
+            np.testing.assert_allclose(batch.x.mean(0), np.broadcast_to(mean, 2), atol=0.02)
+            np.testing.assert_allclose(batch.x.std(0), std, atol=0.01)
+            assert (batch.labels == NO_LABEL).all()
 
 
-@pytest.mark.parametrize("toy", toy2d.TOYS)
-@pytest.mark.parametrize("split", data.SPLITS)
-def test_toys_have_the_documented_moments(toy, split):
-    batch = data.read(data.make_source(section(name="toy2d", toy=toy), split=split))
-    mean, std = (toy2d.GAUSSIAN_MEAN, toy2d.GAUSSIAN_STD) if toy == "gaussian" else (0, 1)
-    assert batch.x.shape == (2**16, 2)
-    np.testing.assert_allclose(batch.x.mean(0), np.broadcast_to(mean, 2), atol=0.02)
-    np.testing.assert_allclose(batch.x.std(0), std, atol=0.01)
-    assert (batch.labels == NO_LABEL).all()
-
-
-@pytest.mark.parametrize("toy", toy2d.TOYS)
-def test_toys_are_the_same_every_time_and_differ_between_splits(toy):
-    first, again = (
-        data.read(data.make_source(section(name="toy2d", toy=toy), split="train")).x
-        for _ in range(2)
-    )
-    np.testing.assert_array_equal(first, again)
-    other = data.read(data.make_source(section(name="toy2d", toy=toy), split="held_out")).x
-    assert not np.isin(first.view(np.int64), other.view(np.int64)).any()
-
-
-def test_the_checkerboard_is_empty_on_every_other_square():
-    points = toy2d.checkerboard(4000, 0) * np.sqrt(16 / 12) + 2
-    squares = np.floor(points).astype(int)
+def test_toys_have_their_shapes():
+    squares = np.floor(toy2d.checkerboard(4000, 0) * np.sqrt(16 / 12) + 2).astype(int)
     assert (squares.sum(1) % 2 == 0).all()
     assert len(np.unique(squares, axis=0)) == 8
-
-
-def test_the_spirals_are_two_and_archimedean():
-    x, y = (toy2d.spirals(4000, 0) * np.sqrt(9 * np.pi**2 / 4 + np.array([0.75, -0.75]) + 0.3**2)).T
+    scale = np.sqrt(9 * np.pi**2 / 4 + np.array([0.75, -0.75]) + 0.3**2)
+    x, y = (toy2d.spirals(4000, 0) * scale).T
     # On one arm the radius is the angle, on the other it is the angle and half a turn.
     turn = np.hypot(x, y) - np.arctan2(y, x)
     assert np.abs(np.sin(turn)).mean() < 0.35
     assert 0.45 < (np.cos(turn) > 0).mean() < 0.55
-
-
-def test_the_eight_gaussians_are_eight_and_equal():
     x, y = toy2d.eight_gaussians(8000, 0).T
     counts = np.bincount(np.rint(np.arctan2(y, x) / (np.pi / 4)).astype(int) % 8)
     np.testing.assert_allclose(counts, 1000, atol=100)
     assert np.abs(np.sin(4 * np.arctan2(y, x))).mean() < 0.45
 
 
-def test_an_unknown_toy_is_refused():
-    with pytest.raises(BadInput, match=r"toy='two_moon'.*mean two_moons"):
-        data.make_source(section(name="toy2d", toy="two_moon"), split="train")
+# --- pixels and crops ------------------------------------------------------------------------------------------------
+
+
+def test_bytes_become_floats_in_minus_one_to_one_and_come_back():
+    pixels = np.arange(256, dtype=np.uint8)
+    x = from_pixels(pixels)
+    assert (x.dtype, x[0], x[-1]) == (np.float32, -1, 1)
+    np.testing.assert_array_equal(to_pixels(x), pixels)
+    assert to_pixels(np.float32([-1.5, -1, 0, 1, 2])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_every_mode_becomes_upright_rgb():
+    for mode, colour, expected in (
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("L", 51, (51, 51, 51)),
+        ("I;16", 51 * 257, (51, 51, 51)),
+        ("P", 0, (0, 0, 0)),
+        ("1", 1, (255, 255, 255)),
+    ):
+        image = as_rgb(Image.new(mode, (1, 1), colour))
+        assert (image.mode, image.getpixel((0, 0))) == ("RGB", expected), mode
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))
+    picture.getexif()[0x0112] = 6  # upright after a quarter turn clockwise: the top becomes right
+    upright = np.asarray(as_rgb(picture))
+    assert upright[:, :8].max() == 0
+    assert upright[:, 8:].min() == 255
+
+
+def crop(pixels, size):
+    return adm_crop(Image.fromarray(pixels), size).astype(int)
+
+
+def test_the_crop_is_that_of_adm(rng):
+    pixels = rng.integers(0, 256, (8, 13, 3), dtype=np.uint8)
+    turned = pixels.transpose(1, 0, 2)
+    np.testing.assert_array_equal(crop(pixels, 8), pixels[:, 2:10])  # fits: the centre is left
+    np.testing.assert_array_equal(crop(turned, 8), turned[2:10])
+    ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None], (40, 80, 3))
+    expected = 20 + 5 * np.arange(8)[2:-2, None] + 2  # centres of columns of five, in the middle
+    assert np.abs(crop(ramp, 8)[2:-2, 2:-2] - expected).max() <= 1
+    assert np.abs(crop(ramp.transpose(1, 0, 2), 8)[2:-2, 2:-2] - expected[:, None]).max() <= 1
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(crop(stripes, 8)[:, 1:-1] - 127).max() < 4  # antialiased
+    blocks = np.kron(rng.integers(0, 64, (16, 16, 3)) * 4, np.ones((2, 2, 1))).astype(np.uint8)
+    means = blocks.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))  # halved twice, with a box filter
+    assert np.abs(crop(blocks, 8) - means).max() <= 0.5
+    below = Image.fromarray(blocks[:31])  # too small to halve
+    scaled = below.resize((round(32 * 16 / 31), 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(adm_crop(below, 16), np.asarray(scaled)[:, :16])
+    small = np.full((7, 3, 3), (9, 8, 7), np.uint8)  # enlarged
+    np.testing.assert_array_equal(crop(small, 50), np.broadcast_to((9, 8, 7), (50, 50, 3)))
+    assert crop(small[..., 0], 8).shape == (8, 8, 1)
 
 
 # --- a folder of pictures --------------------------------------------------------------------------------------------
 
 
-def save(path, colour, size=(12, 12), mode="RGB", **options):
+def save(path, colour, size=(12, 12), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
+    Image.new(mode, size, colour).save(path)
 
 
 def folder(path, split="train", **changes):
-    return data.make_source(section(name="image_folder", path=str(path), **changes), split=split)
+    return make("image_folder", split, path=str(path), **changes)
 
 
 @pytest.fixture
@@ -323,287 +342,156 @@ def classes(tmp_path):
 
 
 def identities(source):
-    pixels = np.rint((data.read(source).x[:, 0, 0] + 1) * 127.5).astype(int)
-    return [tuple(row) for row in pixels]
+    return [tuple(row) for row in to_pixels(data.read(source).x[:, 0, 0]).tolist()]
 
 
-def test_sub_folders_are_classes_in_the_order_of_their_names(classes):
-    source = folder(classes)
-    assert source.class_names == ("Ape", "zebra")
-    assert source.num_classes == 2
-    assert isinstance(source, data.Source)
-    labels = data.read(source).labels
-    assert [green for _, green, _ in identities(source)] == [(100, 200)[label] for label in labels]
-    assert identities(source) == sorted(identities(source), key=lambda pixel: (pixel[1], pixel[0]))
+def both(path, **changes):
+    return [folder(path, split, **changes) for split in data.SPLITS]
 
 
-def test_the_splits_are_disjoint_cover_everything_and_keep_the_share_of_each_class(classes):
-    train, held_out = (folder(classes, split=split) for split in data.SPLITS)
-    assert np.bincount(data.read(held_out).labels).tolist() == [2, 3]
-    assert np.bincount(data.read(train).labels).tolist() == [6, 9]
-    assert len(set(identities(train)) | set(identities(held_out))) == 20
+HELD_OUT = [(3, 100), (5, 100), (2, 200), (4, 200), (5, 200)]
+"""Number and green of the pictures that an earlier version held out."""
 
 
-def test_a_class_of_two_gives_one_picture_to_each_split(tmp_path):
+def test_sub_folders_are_classes_split_by_a_hash_of_names(classes):
+    train, held_out = both(classes)
+    assert (train.spec.class_names, train.spec.num_classes) == (("Ape", "zebra"), 2)
+    assert isinstance(train, data.Source)
+    assert [(red // 10, green) for red, green, _ in identities(held_out)] == HELD_OUT
+    labels = data.read(train).labels
+    assert np.bincount(labels).tolist() == [6, 9]
+    assert [green for _, green, _ in identities(train)] == [(100, 200)[k] for k in labels]
+    assert identities(train) == sorted(identities(train), key=lambda pixel: (pixel[1], pixel[0]))
+    assert len({*identities(train), *identities(held_out)}) == 20
+
+
+def test_small_and_flat_folders(tmp_path):
     for number in range(2):
-        save(tmp_path / "few" / f"{number}.png", (number, 0, 0))
+        save(tmp_path / "few" / "class" / f"{number}.png", (number, 0, 0))
+        save(tmp_path / "flat" / f"{number}.png", (number, 0, 0))
     for share in (0.01, 0.99):
-        assert [
-            len(folder(tmp_path, split=split, held_out_share=share)) for split in data.SPLITS
-        ] == [1, 1]
+        assert [len(source) for source in both(tmp_path / "few", held_out_share=share)] == [1, 1]
+    (tmp_path / "flat" / "no class").mkdir()
+    source = folder(tmp_path / "flat")
+    assert source.spec == DataSpec((8, 8, 3))
+    assert data.read(source).labels.tolist() == [NO_LABEL]
 
 
-def test_a_flat_folder_is_unconditional(tmp_path):
-    for number in range(4):
-        save(tmp_path / f"{number}.png", (number, 0, 0))
-    source = folder(tmp_path)
-    assert (source.num_classes, source.class_names) == (0, ())
-    assert data.read(source).labels.tolist() == [NO_LABEL] * 3
-
-
-def test_the_order_of_the_listing_does_not_matter(classes, monkeypatch):
-    expected = [identities(folder(classes, split=split)) for split in data.SPLITS]
-    scandir = os.scandir
-
-    class Reversed(list):
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(
-        os, "scandir", lambda path: Reversed(sorted(scandir(path), key=lambda e: e.name)[::-1])
-    )
-    assert folder(classes).class_names == ("Ape", "zebra")
-    assert [identities(folder(classes, split=split)) for split in data.SPLITS] == expected
-
-
-def test_pictures_are_turned_upright(tmp_path):
-    picture = Image.new("RGB", (16, 16), "black")
-    picture.paste("white", (0, 0, 16, 8))
-    exif = Image.Exif()
-    exif[0x0112] = (
-        6  # upright after a quarter turn clockwise: the upper half becomes the right half
-    )
-    picture.save(tmp_path / "a.png", exif=exif)
-    picture.save(tmp_path / "b.png", exif=exif)
-    x = data.read(folder(tmp_path)).x[0, :, :, 0]
-    assert x[:, :3].max() < -0.8
-    assert x[:, 5:].min() > 0.8
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
-    [
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("L", 51, (51, 51, 51)),
-        ("I;16", 51 * 257, (51, 51, 51)),
-        ("P", 0, (0, 0, 0)),
-        ("1", 1, (255, 255, 255)),
-    ],
-)
-def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
-    for name in ("a.png", "b.png"):
-        save(tmp_path / name, colour, mode=mode)
-    assert identities(folder(tmp_path)) == [expected]
-
-
-def test_the_short_side_is_resized_and_the_centre_kept():
-    ramp = np.broadcast_to(
-        np.arange(80, dtype=np.uint8)[:, None], (40, 80, 3)
-    )  # the value is the column
-    expected = (
-        20 + 5 * np.arange(8) + 2
-    )  # the centres of eight columns of five pixels, in the middle of the picture
-    for pixels in (ramp, ramp.transpose(1, 0, 2)):
-        got = adm_crop(Image.fromarray(pixels), 8).astype(int)[2:-2, 2:-2]
-        along = got if pixels is ramp else got.transpose(1, 0, 2)
-        assert np.abs(along - expected[2:-2, None]).max() <= 1
-
-
-def test_resizing_is_antialiased():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(adm_crop(Image.fromarray(stripes), 8)[:, 1:-1].astype(int) - 127).max() < 4
+def test_the_order_of_the_listing_and_other_files_do_not_matter(classes, monkeypatch):
+    expected = [identities(source) for source in both(classes)]
+    (classes / ".cache").mkdir()
+    (classes / "Ape" / "._00.png").write_text("not a picture")
+    (classes / "Ape" / "notes.txt").write_text("not a picture")
+    monkeypatch.setattr(os, "listdir", lambda path, f=os.listdir: sorted(f(path), reverse=True))
+    assert [identities(source) for source in both(classes)] == expected
 
 
 def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
-    before = {name for split in data.SPLITS for name in identities(folder(classes, split=split))}
+    before = {name for source in both(classes) for name in identities(source)}
     assert not warnings
-    save(classes / "Ape" / "noise.jpg", (0, 0, 0))
     Image.effect_noise((64, 64), 90).save(classes / "zebra" / "cut.jpg")
-    for name in ("Ape/03.png", "zebra/05.png", "zebra/cut.jpg"):
+    (classes / "Ape" / "noise.jpg").write_bytes(b"no picture at all")
+    cut = ("Ape/03.png", "zebra/05.png", "zebra/cut.jpg")
+    for name in cut:
         whole = (classes / name).read_bytes()
         (classes / name).write_bytes(whole[: len(whole) // 2])
-    (classes / "Ape" / "noise.jpg").write_bytes(b"no picture at all")
-    sources = [folder(classes, split=split) for split in data.SPLITS]
-    assert {name for source in sources for name in source.broken} == {
-        "Ape/03.png",
-        "Ape/noise.jpg",
-        "zebra/05.png",
-        "zebra/cut.jpg",
-    }
+    sources = both(classes)
+    assert {name for source in sources for name in source.broken} == {*cut, "Ape/noise.jpg"}
     after = {name for source in sources for name in identities(source)}
     assert before - after == {(30, 100, 0), (50, 200, 0)}
     assert after < before
-    assert len(warnings) == sum(bool(source.broken) for source in sources)
-    for source, line in zip([source for source in sources if source.broken], warnings, strict=True):
-        assert (
-            f"skipped {len(source.broken)} broken of {len(source) + len(source.broken)} pictures"
-            in line
-        )
+    noted = [source for source in sources if source.broken]
+    for source, line in zip(noted, warnings, strict=True):
+        count = len(source.broken)
+        assert f"skipped {count} broken of {len(source) + count} pictures" in line
         assert all(name in line for name in source.broken)
         assert "\n" not in line
 
 
 def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
-    kept = folder(classes)
-    expected = identities(kept)
-    opened = []
+    kept, opened = folder(classes), []
+    expected, stream = identities(kept), take(kept, 5)
     image_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or image_open(path))
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or image_open(file))
     assert identities(kept) == expected
     assert not opened
-    monkeypatch.setattr(image_folder, "CACHE_BYTES", 15 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 15 * 8 * 8 * 3 - 1)
     on_demand = folder(classes)
     opened.clear()
     assert [identities(on_demand), identities(on_demand)] == [expected, expected]
     assert len(opened) == 30
+    monkeypatch.undo()
+    assert_same(take(folder(classes), 5, threads=8, prefetch=8), stream)  # threads share a cache
 
 
-def test_a_cached_folder_gives_the_same_stream_on_threads(classes):
-    options = {"batch_size": 7, "seed": 0, "flip": True}
-    slow = take(data.make_batches(folder(classes), threads=0, prefetch=0, **options), 12)
-    fast = take(data.make_batches(folder(classes), threads=8, prefetch=8, **options), 12)
-    for one, other in zip(slow, fast, strict=True):
-        np.testing.assert_array_equal(one.x, other.x)
-        np.testing.assert_array_equal(one.labels, other.labels)
-
-
-def test_an_unset_path_is_not_the_current_directory(classes, monkeypatch):
-    monkeypatch.chdir(classes)
-    assert folder(".").num_classes == 2
-    with pytest.raises(BadInput, match="path='' is not set"):
-        folder("")
-
-
-def test_bad_folders_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="does not exist"):
-        folder(tmp_path / "missing")
-    with pytest.raises(BadInput, match="holds no pictures"):
-        folder(tmp_path)
-    (tmp_path / "file.png").write_text("text")
-    with pytest.raises(BadInput, match="is not a folder"):
-        folder(tmp_path / "file.png")
-    (tmp_path / "other.png").write_text("text")
-    with pytest.raises(BadInput, match=r"none of 1 pictures is readable.*\.png"):
-        folder(tmp_path)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.png").write_text("text")
-    with pytest.raises(BadInput, match="both directly and in sub-folders"):
-        folder(tmp_path)
-
-
-def test_a_class_without_pictures_and_a_lone_picture_are_refused(classes, tmp_path):
-    (classes / "empty").mkdir()
-    with pytest.raises(BadInput, match="'empty'"):
+def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
+    empty, flat = tmp_path / "zzz", tmp_path / "flat"
+    empty.mkdir()
+    save(flat / "a.png", 0, mode="L")
+    with pytest.raises(BadInput, match=r"zzz holds no pictures.*a class must have one"):
         folder(classes)
-    save(tmp_path / "lone" / "a.png", 0, mode="L")
-    with pytest.raises(BadInput, match="held_out"):
-        folder(tmp_path / "lone", split="held_out")
-
-
-def test_bad_folder_options_are_refused(classes):
-    for share in (0.0, 1.0, -0.5):
-        with pytest.raises(BadInput, match="held_out_share"):
-            folder(classes, held_out_share=share)
-    with pytest.raises(BadInput, match="image_size=0"):
-        folder(classes, image_size=0)
-
-
-def test_hidden_files_and_other_files_are_ignored(classes):
-    expected = identities(folder(classes))
-    (classes / ".cache").mkdir()
-    (classes / "Ape" / "._00.png").write_text("not a picture")
-    (classes / "Ape" / "notes.txt").write_text("not a picture")
-    assert identities(folder(classes)) == expected
+    empty.rmdir()
+    for arguments, message in (
+        ({"path": ""}, "path='' is not set"),
+        ({"path": "gs://bucket/pictures"}, "in a bucket: copy the folder"),
+        ({"path": tmp_path / "missing"}, "does not exist"),
+        ({"path": flat / "a.png"}, "is a file but no .tar"),
+        ({"path": flat, "split": "held_out"}, "no picture for split='held_out'"),
+        ({"path": classes, "image_size": 0}, "image_size=0"),
+        *(({"path": classes, "held_out_share": x}, "held_out_share") for x in (0.0, 1.0, -0.5)),
+    ):
+        with pytest.raises(BadInput, match=message):
+            folder(**arguments)
+    (flat / "a.png").write_text("text")
+    with pytest.raises(BadInput, match=r"none of 1 pictures is readable.*a\.png"):
+        folder(flat)
+    monkeypatch.chdir(classes)
+    assert folder(".").spec.num_classes == 3  # an unset path is not the current directory
 
 
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 
 
-def prepare(root, pictures, labels, channels):
+def write_tfds(root, examples, channels):
     """Write a prepared TFDS set by hand, as `tfds build --file_format=array_record` lays it out."""
     home = root / "tiny" / "1.0.0"
     home.mkdir(parents=True)
-    shape = (None, None, channels)
-    features = {
-        "image": tfds.features.Image(shape=shape),
-        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-    }
-    tfds.features.FeaturesDict(features).save_config(home)
-    split = '{"name": "train", "shardLengths": ["%d"], "numBytes": "1", "filepathTemplate": "%s"}'
-    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    (home / "dataset_info.json").write_text(
-        '{"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [%s]}'
-        % (split % (len(labels), template))
-    )
+    label = tfds.features.ClassLabel(names=["cat", "dog"])
+    image = tfds.features.Image(shape=(None, None, channels))
+    tfds.features.FeaturesDict({"image": image, "label": label}).save_config(home)
+    split = {"name": "train", "shardLengths": [str(len(examples))], "numBytes": "1"}
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (home / "dataset_info.json").write_text(json.dumps(info))
     writer = ArrayRecordWriter(str(home / "tiny-train.array_record-00000-of-00001"), "group_size:1")
-    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        picture.save(root / f"{number}.png")
+    for content, number in examples:
         example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append(
-            (root / f"{number}.png").read_bytes()
-        )
-        example.features.feature["label"].int64_list.value.append(label)
+        example.features.feature["image"].bytes_list.value.append(content)
+        example.features.feature["label"].int64_list.value.append(number)
         writer.write(example.SerializeToString())
     writer.close()
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 def test_a_prepared_set_is_read_resized_and_labelled(tmp_path, mode, channels):
-    pictures = [
-        Image.new(mode, size, ("black", "white")[i % 2])
-        for i, size in enumerate([(8, 8), (30, 20), (9, 50)])
-    ]
-    prepare(tmp_path, pictures, [1, 0, 1], channels)
-    source = data.make_source(
-        section(name="tfds", path=str(tmp_path), dataset="tiny"), split="train"
-    )
-    assert (source.shape, source.class_names, source.num_classes) == (
-        (8, 8, channels),
-        ("cat", "dog"),
-        2,
-    )
+    examples, sizes = [], [(8, 8), (30, 20), (9, 50)]
+    for number, size in enumerate(sizes):
+        save(tmp_path / "a.png", ("black", "white")[number % 2], size, mode)
+        examples.append(((tmp_path / "a.png").read_bytes(), (number + 1) % 2))
+    write_tfds(tmp_path, examples, channels)
+    tiny = {"name": "tfds", "path": str(tmp_path), "dataset": "tiny"}
+    source = make(**tiny)
+    assert source.spec == DataSpec((8, 8, channels), 2, ("cat", "dog"))
     for _ in range(2):
-        batch = source.gather(np.array([2, 1, 0, 1]))
-        np.testing.assert_array_equal(
-            batch.x, np.broadcast_to(np.array([-1, 1, -1, 1])[:, None, None, None], batch.x.shape)
-        )
-        assert batch.labels.tolist() == [1, 0, 1, 0]
+        x, labels = source.gather(np.array([2, 1, 0, 1]))
+        np.testing.assert_array_equal(x, np.broadcast_to([[[[-1]]], [[[1]]]] * 2, x.shape))
+        assert labels.tolist() == [1, 0, 1, 0]
     with pytest.raises(BadInput, match=r"dataset='tiny' split 'train\[:0\]'"):
-        data.make_source(
-            section(name="tfds", path=str(tmp_path), dataset="tiny", split_train="train[:0]"),
-            split="train",
-        )
+        make(**tiny, split_train="train[:0]")
     with pytest.raises(BadInput, match=r"dataset='tiny' split 'test'"):
-        data.make_source(section(name="tfds", path=str(tmp_path), dataset="tiny"), split="held_out")
-
-
-def test_a_known_set_is_read_by_its_name():
-    with tfds.testing.mock_data(num_examples=5):
-        source = data.make_source(section(name="tfds", image_size=16), split="train")
-        batch = data.read(source)
-        expected = [record["label"] for record in tfds.data_source("cifar10", split="train")]
-    assert (batch.x.shape, source.num_classes, len(source)) == ((5, 16, 16, 3), 10, 5)
-    assert "airplane" in source.class_names or source.class_names == tuple("0123456789")
-    assert batch.labels.tolist() == expected
-    assert -1 <= batch.x.min() < -0.5 < 0.5 < batch.x.max() <= 1
+        make(**tiny, split="held_out")
 
 
 def test_bad_names_and_unprepared_sets_are_refused_without_a_download(tmp_path, monkeypatch):
@@ -611,37 +499,41 @@ def test_bad_names_and_unprepared_sets_are_refused_without_a_download(tmp_path, 
     monkeypatch.setattr(
         tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: pytest.fail("download")
     )
-
-    def source(**changes):
-        return data.make_source(section(name="tfds", path=str(tmp_path), **changes), split="train")
-
-    with pytest.raises(BadInput, match=r"dataset='cifra10'.*'cifar10'") as error:
-        source(dataset="cifra10")
-    assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="tfds build cifar10 --file_format=array_record") as error:
-        source(dataset="cifar10")
-    assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="dataset='not a name!'"):
-        source(dataset="not a name!")
+    for dataset, message in (
+        ("cifra10", r"dataset='cifra10'.*'cifar10'"),
+        ("cifar10", "tfds build cifar10 --file_format=array_record"),
+        ("not a name!", "dataset='not a name!'"),
+    ):
+        with pytest.raises(BadInput, match=message) as error:
+            make("tfds", path=str(tmp_path), dataset=dataset)
+        assert "\n" not in str(error.value)
     with tfds.testing.mock_data(), pytest.raises(BadInput, match="feature 'image'"):
-        source(dataset="ag_news_subset")
+        make("tfds", dataset="ag_news_subset")
 
 
-def test_nothing_imports_tensorflow_or_starts_a_backend():
+def test_a_known_set_is_read_without_tensorflow_or_a_backend_and_nothing_is_imported_early():
     program = """
 import sys
 from mf_jax import data
-assert "tensorflow_datasets" not in sys.modules
+early = {"grain", "orbax", "sklearn", "tensorflow_datasets", "PIL"} & set(sys.modules)
 import tensorflow_datasets as tfds
-with tfds.testing.mock_data(num_examples=4):
-    keys = dict(path="", image_size=8, dataset="mnist", split_train="train", split_held_out="test")
+with tfds.testing.mock_data(num_examples=5):
+    keys = dict(path="", image_size=16, dataset="cifar10", split_train="train", split_held_out="test")
     source = data.make_source(dict(name="tfds", **keys), split="train")
+    x, labels = data.read(source)
     batch = next(data.make_batches(source, batch_size=6, seed=0, flip=True))
-assert batch.x.shape == (6, 8, 8, 1), batch.x.shape
-assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+    expected = [record["label"] for record in tfds.data_source("cifar10", split="train")]
+assert (x.shape, source.spec.num_classes, len(source)) == ((5, 16, 16, 3), 10, 5)
+assert -1 <= x.min() < -0.5 < 0.5 < x.max() <= 1
+assert labels.tolist() == expected
+assert not {"tensorflow", "torch"} & set(sys.modules)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
+print(sorted(early))
 """
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"

@@ -12,6 +12,7 @@ from mf_jax.data import Batch, Stored, make_batches
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.errors import BadInput
 from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.records import DataSpec
 from mf_jax.models.dit import DiT
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.step import initial_state, make_train_step
@@ -33,9 +34,7 @@ class Numbered:
     """Elements that are their own index, with mirrors of their own."""
 
     stored: Stored
-    shape = SHAPE
-    num_classes = 0
-    class_names = ()
+    spec = DataSpec(SHAPE)
 
     def __len__(self):
         return 7

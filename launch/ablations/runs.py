@@ -32,7 +32,7 @@ def step_flops(config: ConfigDict) -> float:
     source = validate(config, num_devices=1)
     parts = train.step_parts(config, source)
     state = jax.eval_shape(lambda: initial_state(parts))
-    x = jax.ShapeDtypeStruct((parts.batch_size, *source.shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((parts.batch_size, *source.spec.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((parts.batch_size,), jnp.int32)
     compiled = jax.jit(make_train_step(parts), donate_argnums=0).lower(state, x, labels).compile()
     return float(compiled.cost_analysis()["flops"])

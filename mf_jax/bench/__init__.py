@@ -22,8 +22,9 @@ from mf_jax.bench.step import Noise, bench_step
 from mf_jax.bench.table import show
 from mf_jax.bench.topologies import find_topology
 from mf_jax.config import make_network, validate
-from mf_jax.data import Source, spec_of
+from mf_jax.data import Source
 from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -102,16 +103,16 @@ def _source(config: ConfigDict) -> Source:
     num_devices = find_topology(config.bench.topology).devices if is_plan else jax.device_count()
     if config.bench.what == "input" or not config.bench.shape:
         return validate(config, num_devices=num_devices)
-    noise = Noise(tuple(config.bench.shape), config.bench.num_classes)
+    noise = Noise(DataSpec(tuple(config.bench.shape), config.bench.num_classes))
     return validate(config, num_devices=num_devices, source=noise)
 
 
 def _describe(config: ConfigDict, source: Source) -> Result:
     """Return what every result says about the machine and the network."""
-    network = make_network(config, spec_of(source))
+    network = make_network(config, source.spec)
     if config.bench.what == "attention":
         heads(network)  # before anything is written
-    shapes = jax.tree.leaves(parameter_shapes(network, source.shape))
+    shapes = jax.tree.leaves(parameter_shapes(network, source.spec.shape))
     device = jax.devices()[0]
     return {
         "what": config.bench.what,
@@ -122,8 +123,8 @@ def _describe(config: ConfigDict, source: Source) -> Result:
         "network": config.model.name,
         "num_parameters": sum(leaf.size for leaf in shapes),
         "dtype": config.model.dtype,
-        "shape": list(source.shape),
-        "num_classes": source.num_classes,
+        "shape": list(source.spec.shape),
+        "num_classes": source.spec.num_classes,
         "repeats": config.bench.repeats,
         "dropped": config.bench.dropped,
     }

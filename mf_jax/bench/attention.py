@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import Contender, Result, Say, compile_program, spread, take_turns
 from mf_jax.config import make_network
-from mf_jax.data import Source, spec_of
+from mf_jax.data import Source
 from mf_jax.errors import BadInput
 from mf_jax.models import DataPrediction, DiT, InContextDiT
 from mf_jax.models.attention import ATTENTIONS, attend
@@ -47,7 +47,7 @@ def bench_attention(config: ConfigDict, source: Source, say: Say) -> Result:
     Returns:
       A row for each length and pass, and notes.
     """
-    num_heads, width = heads(make_network(config, spec_of(source)))
+    num_heads, width = heads(make_network(config, source.spec))
     is_interpreted = jax.default_backend() == "cpu"
     turns = {key: config.bench[key] for key in ("repeats", "dropped")}
     if is_interpreted:

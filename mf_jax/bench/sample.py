@@ -20,7 +20,7 @@ from mf_jax.bench.measure import (
 )
 from mf_jax.bench.step import in_the_open
 from mf_jax.config import make_network, sample_plan
-from mf_jax.data import Source, spec_of
+from mf_jax.data import Source
 from mf_jax.flow.records import Condition, GuidanceScale
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
@@ -72,23 +72,23 @@ def bench_sample(config: ConfigDict, source: Source, say: Say) -> Result:
 
 
 def _fresh_generator(config: ConfigDict, source: Source) -> Generator:
-    network = make_network(config, spec_of(source), for_sampling=True)
+    network = make_network(config, source.spec, for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = jax.device_put(
-        initial_params(network, source.shape, jax.random.key(config.seed)), everywhere
+        initial_params(network, source.spec.shape, jax.random.key(config.seed)), everywhere
     )
-    return Generator(config, network, params, spec_of(source), 0, "none")
+    return Generator(config, network, params, source.spec, 0, "none")
 
 
 def _count_forward(config: ConfigDict, source: Source) -> float:
     """Return the operations of one evaluation of a batch."""
-    network = make_network(config, spec_of(source), for_sampling=True)
+    network = make_network(config, source.spec, for_sampling=True)
     times = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.float32)
-    z = jax.ShapeDtypeStruct((*times.shape, *source.shape), jnp.float32)
+    z = jax.ShapeDtypeStruct((*times.shape, *source.spec.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct(times.shape, jnp.int32)
 
     def forward(params: PyTree, z: Array, times: Array, labels: Array) -> Array:
         condition = Condition(labels, guidance=GuidanceScale(times, times, times))
         return as_field(network)(params, z, r=times, t=times, condition=condition).u
 
-    return lowered_flops(forward, parameter_shapes(network, source.shape), z, times, labels)
+    return lowered_flops(forward, parameter_shapes(network, source.spec.shape), z, times, labels)

@@ -25,7 +25,7 @@ from mf_jax.bench.measure import (
     take_turns,
 )
 from mf_jax.data import Batch, Source, Stored
-from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
 from mf_jax.step import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
@@ -52,15 +52,11 @@ class Noise:
     """A source of elements that are noise, of any shape.
 
     Args:
-      shape: of one element.
-      num_classes: classes of the labels, which are as random; 0 for none.
-      class_names: of the classes, where they have names.
+      spec: of one element; labels are as random.
       stored: as that of the data in whose place it stands; its rows are noise then.
     """
 
-    shape: tuple[int, ...]
-    num_classes: int
-    class_names: tuple[str, ...] = ()
+    spec: DataSpec
     stored: Stored | None = None
 
     def __len__(self) -> int:
@@ -69,11 +65,11 @@ class Noise:
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """Return elements, a function of all the indices together."""
         rng = np.random.default_rng(indices)
-        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, np.float32)
+        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.spec.shape, np.float32)
         x = rng.standard_normal((len(indices), *row.shape), np.float32).astype(row.dtype)
-        if not self.num_classes:
+        if not self.spec.num_classes:
             return Batch(x, np.full(len(indices), NO_LABEL, np.int32))
-        return Batch(x, rng.integers(self.num_classes, size=len(indices), dtype=np.int32))
+        return Batch(x, rng.integers(self.spec.num_classes, size=len(indices), dtype=np.int32))
 
 
 def flow_matching_of(config: ConfigDict) -> ConfigDict:
@@ -213,7 +209,7 @@ def fresh_batches(config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tu
     Yields:
       x `[B, ...]` and labels `[B]`.
     """
-    noise = Noise(source.shape, source.num_classes, stored=source.stored)
+    noise = Noise(source.spec, source.stored)
     num = config.train.batch_size // jax.process_count()
     for step in itertools.count():
         batch = noise.gather(np.arange(step * num, (step + 1) * num))

@@ -1,4 +1,4 @@
-"""From a decoded picture to pixels: colours, and the centre crop of published latents and reference statistics."""
+"""From a decoded picture to RGB, and the centre crop of published latents and reference statistics."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,29 +9,18 @@ CROP = "adm"
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture upright and in RGB; what is transparent becomes white."""
+    """Return the picture upright and in RGB; transparent pixels become white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(
-        "I;16"
-    ):  # convert() would clip 16-bit grey at 255 instead of scaling it
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255, not scale it
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if (
-        image.has_transparency_data
-    ):  # convert("RGB") would reveal the colours hidden under the transparency
+    if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden underneath
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size c"]:
-    """Scale a picture so that its short side is `image_size`, and keep the centre.
-
-    Args:
-      image: RGB or grey, of any size.
-      image_size: pixels, at least 1.
-
-    Returns:
-      `[image_size, image_size, C]`, C = 3 or 1.
+    """Scale an RGB or grey picture so that its short side is `image_size`, and keep the centre.
 
     Source: Dhariwal and Nichol, arXiv 2105.05233; the pre-processing of their released code.
     """

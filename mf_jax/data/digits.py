@@ -5,7 +5,8 @@ from etils import epy
 from jaxtyping import Int
 
 from mf_jax.data.pipeline import SPLITS, Batch
-from mf_jax.errors import BadInput, check_known
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
@@ -18,27 +19,16 @@ SPLIT_SEED = 0
 
 
 class Digits:
-    """Grey 8x8 digits, `[8, 8, 1]`, with ten classes: 1,437 to train on and 360 held out, stratified by class.
+    """Grey digits `[8, 8, 1]` of ten classes: 1,437 to train on and 360 held out, stratified by class.
 
     The values 0..16 of the original become [-1, 1].
     """
 
-    shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
-    num_classes = 10
-    class_names = tuple("0123456789")
+    spec = DataSpec((IMAGE_SIZE, IMAGE_SIZE, 1), 10, tuple("0123456789"))
     stored = None
 
     def __init__(self, *, image_size: int, split: str) -> None:
-        """Load one split.
-
-        Args:
-          image_size: must be 8, the size that these pictures have.
-          split: `train` or `held_out`.
-
-        Raises:
-          BadInput: for another image_size or an unknown split.
-        """
-        check_known("split", split, SPLITS)
+        """Load one split; `image_size` must be 8."""
         if image_size != IMAGE_SIZE:
             raise BadInput(
                 f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set image_size={IMAGE_SIZE}"
@@ -51,12 +41,12 @@ class Digits:
             stratify=labels,
         )
         chosen = np.sort(parts[SPLITS.index(split)])
-        self._x = (pixels[chosen] / 8 - 1).astype(np.float32).reshape(-1, *self.shape)
+        self._x = (pixels[chosen] / 8 - 1).astype(np.float32).reshape(-1, *self.spec.shape)
         self._labels = labels[chosen].astype(np.int32)
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the digits `[n, 8, 8, 1]` at these indices, and their labels."""
+        """See `Source.gather`."""
         return Batch(self._x[indices], self._labels[indices])

@@ -1,7 +1,7 @@
 """The files in a folder of latents: shards of records, a small file beside each, settings, and a manifest.
 
-A record is a label (int32) and then mean and standard deviation of a latent (float16 `[2, h, w, C]`), little-endian.
-Records 2i and 2i + 1 of a shard are its picture i and the mirror image of it.
+A record is a label (int32), then the mean and standard deviation of a latent (float16 `[2, h, w, C]`), little-endian.
+Record 2i of a shard is of its picture i, and record 2i + 1 of the picture's mirror image.
 """
 
 import json
@@ -16,7 +16,7 @@ from mf_jax.errors import BadInput
 
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-"""What the folder holds, written when all is there; and what it is to hold, written first."""
+"""The manifest is written when all shards are there, the settings before the first."""
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """Each record can be read alone, and as fast as it lies there: noise does not compress."""
 LABEL = np.dtype("<i4")
@@ -25,13 +25,13 @@ _KEYS = {"image_size", "latent_shape", "autoencoder", "classes", "shards"}
 
 
 def shard_name(shard: int, shards: int) -> str:
-    """Return the file name of a shard; that of what is known about it ends in `.json` instead."""
+    """Return the file name of a shard."""
     return f"latents-{shard:05d}-of-{shards:05d}.array_record"
 
 
 def side_name(shard: int, shards: int) -> str:
     """Return the name of the small file beside a shard: its counts, and the pictures that were skipped."""
-    return f"latents-{shard:05d}-of-{shards:05d}.json"
+    return shard_name(shard, shards).replace(".array_record", ".json")
 
 
 def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
@@ -40,15 +40,7 @@ def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
 
 
 def read_json(path: epath.Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Args:
-      path: of the file, which exists.
-      what: it should be, for the error.
-
-    Raises:
-      BadInput: if it holds anything else.
-    """
+    """Return the object in a JSON file, which is a `what`."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -58,11 +50,7 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Return the manifest of a folder of latents.
-
-    Raises:
-      BadInput: if it is missing, with what is there instead, unreadable, or of another version of the format.
-    """
+    """Return the manifest of a folder of latents; for an unfinished folder, say how much is there."""
     path = folder / MANIFEST
     if not path.exists():
         _refuse_unfinished(folder)

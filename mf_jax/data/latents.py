@@ -1,7 +1,6 @@
 """Latents of an autoencoder as --mode=prepare leaves them; training draws mean + std * noise anew at every visit."""
 
 import functools
-import hashlib
 import itertools
 import math
 import threading
@@ -17,16 +16,16 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
 from mf_jax.data.local_copy import local_copy
-from mf_jax.data.pipeline import SPLITS, Batch, Stored
-from mf_jax.errors import BadInput, check_known
+from mf_jax.data.pipeline import Batch, Stored
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
-from mf_jax.runtime.files import in_bucket
+from mf_jax.runtime.files import in_bucket, sha256_of
 
 _READER_OPTIONS = {
     "options": "readahead_buffer_size:0,max_parallelism:0",
     "file_reader_buffer_size": 2**15,  # about a record; more is read for nothing
 }
-_HASH_BYTES = 2**24
 
 
 class Latents:
@@ -47,44 +46,36 @@ class Latents:
 
         Args:
           path: the folder.
-          image_size: pixels of the pictures that they are of.
-          autoencoder: theirs, by its published name or as a path.
+          image_size: pixels of the pictures that were encoded.
+          autoencoder: that encoded them, by its published name or as a path.
           latent_mean: taken from each latent, one number or one a channel.
           latent_std: what the rest is divided by, one number or one a channel, above 0.
-          copy_to: folder of this host that they are copied to and read from; "" reads them where they are, which
-            cannot be a bucket.
+          copy_to: folder of this host to copy them to and read from; "" reads them in place, which cannot be a bucket.
           split: `train`; there is no other.
-
-        Raises:
-          BadInput: if the latents are missing, not finished, cut short or others than these arguments say.
         """
-        check_known("split", split, SPLITS)
         if split != "train":
             raise BadInput(
                 "name='latents': has no held-out pictures; must be evaluated against reference statistics: set "
                 "eval.references"
             )
-        self._folder = _checked_folder(path, copy_to)
+        self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
         manifest = read_manifest(self._folder)
         _check_image_size(manifest, image_size)
         _check_autoencoder(manifest, autoencoder)
-        self.shape = tuple(manifest["latent_shape"])
-        self._mean = _per_channel("latent_mean", latent_mean, self.shape[-1])
-        self._std = _per_channel("latent_std", latent_std, self.shape[-1])
+        shape = tuple(manifest["latent_shape"])
+        self._mean = _per_channel("latent_mean", latent_mean, shape[-1])
+        self._std = _per_channel("latent_std", latent_std, shape[-1])
         if not (self._std > 0).all():
             raise BadInput(
                 f"latent_std={tuple(latent_std)}: must be above 0; the default is the usual scaling"
             )
-        self.class_names = tuple(entry["name"] for entry in manifest["classes"])
-        self.num_classes = len(self.class_names)
-        rows = jax.ShapeDtypeStruct((2, *self.shape), NUMBER)
-        origin = manifest["autoencoder"]["sha256"]
-        self.stored = Stored(rows, self._draw, has_mirrors=True, origin=origin)
+        names = tuple(entry["name"] for entry in manifest["classes"])
+        self.spec = DataSpec(shape, len(names), names, manifest["autoencoder"]["sha256"])
+        rows = jax.ShapeDtypeStruct((2, *shape), NUMBER)
+        self.stored = Stored(rows, self._draw, has_mirrors=True)
         self._shards = manifest["shards"]
-        self._starts = np.array(
-            [0, *itertools.accumulate(shard["count"] for shard in self._shards)]
-        )
-        self._is_copy = bool(copy_to)
+        counts = itertools.accumulate(shard["count"] for shard in self._shards)
+        self._starts = np.array([0, *counts])
         for shard in self._shards:
             self._check_length(shard)
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -94,20 +85,17 @@ class Latents:
         return int(self._starts[-1])
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the stored means and standard deviations `[n, 2, h, w, C]` at these indices, and their labels.
+        """Return stored means and standard deviations `[n, 2, h, w, C]`; see `Source.gather`.
 
         Args:
-          indices: in [0, len); len + i is the mirror image of i.
-
-        Raises:
-          BadInput: if a shard is damaged; names it.
+          indices: in [0, 2 len); len + i is the mirror image of i.
         """
         mirrored, pictures = np.divmod(indices, len(self))
         shards = np.searchsorted(self._starts, pictures, side="right") - 1
         positions = 2 * (pictures - self._starts[shards]) + mirrored
-        batch = Batch(
-            np.empty((len(indices), 2, *self.shape), NUMBER), np.empty(len(indices), np.int32)
-        )
+        rows = self.stored.rows
+        x = np.empty((len(indices), *rows.shape), rows.dtype)
+        batch = Batch(x, np.empty(len(indices), np.int32))
         order = np.argsort(shards, kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if rows.size:  # all that one shard gives in one call, which does not hold Python's lock
@@ -141,13 +129,11 @@ class Latents:
             self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
 
     def _refuse(self, shard: dict[str, Any], problem: str, cause: Exception | None = None) -> None:
-        again = (
-            "this command again, which copies"
-            if self._is_copy
-            else "the same --mode=prepare again, which makes"
-        )
+        command = "this command again, which copies"
+        if not self._is_copy:
+            command = "the same --mode=prepare again, which makes"
         raise BadInput(
-            f"{self._folder / shard['name']} {problem}: delete it and run {again} it anew"
+            f"{self._folder / shard['name']} {problem}: delete it and run {command} it anew"
         ) from cause
 
     def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
@@ -182,31 +168,22 @@ def _check_image_size(manifest: dict[str, Any], image_size: int) -> None:
 
 
 def _check_autoencoder(manifest: dict[str, Any], autoencoder: str) -> None:
-    theirs = manifest["autoencoder"]
-    ours = _sha256(autoencoder)
-    if (ours or autoencoder) != theirs["sha256" if ours else "name"]:
+    made_by = manifest["autoencoder"]
+    sha256 = _sha256(autoencoder)
+    if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(
-            f"autoencoder={autoencoder!r}: these latents are of {theirs['name']!r} (SHA-256 {theirs['sha256']}); must "
-            f"be the same: set autoencoder={theirs['name']!r}, or path to others"
+            f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 {made_by['sha256']}); "
+            f"must be the same: set autoencoder={made_by['name']!r}, or path to others"
         )
-
-
-def _sha256_of_file(path: epath.Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex digits."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_HASH_BYTES):
-            total.update(part)
-    return total.hexdigest()
 
 
 @functools.lru_cache
 def _sha256(autoencoder: str) -> str:
-    """Return the SHA-256 of an autoencoder's weights, or nothing where it is a path that is not there."""
+    """Return the SHA-256 of an autoencoder's weights, or "" for a path that is not there."""
     path = epath.Path(autoencoder).expanduser()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if autoencoder and path.exists():
-        return _sha256_of_file(path)
+        return sha256_of(path)
     return PUBLISHED[autoencoder][0].sha256 if autoencoder in PUBLISHED else ""
 
 

@@ -1,5 +1,6 @@
 """A folder of latents on a disk of this host: record by record, a bucket or a network file system is too slow."""
 
+import collections
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,19 +20,9 @@ _CHUNK_BYTES = 2**24
 
 
 def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
-    """Copy the shards of a folder of latents that its copy lacks.
+    """Copy the shards of a folder of latents that its copy lacks, and return the copy.
 
     Processes of one host may share a copy: one makes it, the others wait.
-
-    Args:
-      source: the folder, on a file system or in a bucket.
-      target: of the copy, made if missing.
-
-    Returns:
-      The target.
-
-    Raises:
-      BadInput: if the target holds other latents or cannot hold these, or there are none.
     """
     if in_bucket(target):
         raise BadInput(f"copy_to={str(target)!r}: is in a bucket; must be a folder of this host")
@@ -47,15 +38,9 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
                 if not _is_there(target / shard["name"], shard["bytes"])
             ]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
-            is_quiet = not names or not processes.is_first()
-            for _ in track(
-                copied,
-                "copying latents",
-                len(names),
-                console=Console(stderr=True),
-                disable=is_quiet,
-            ):
-                pass
+            quiet = not names or not processes.is_first()
+            shown = {"total": len(names), "console": Console(stderr=True), "disable": quiet}
+            collections.deque(track(copied, "copying latents", **shown), maxlen=0)
     except OSError as error:
         size = sum(shard["bytes"] for shard in shards)
         raise BadInput(
@@ -79,16 +64,16 @@ def _is_there(path: epath.Path, num_bytes: int) -> bool:
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    with written_aside(target) as aside, open(aside, "wb") as ours:
+    with written_aside(target) as aside, open(aside, "wb") as copy:
         for chunk in _chunks(source):
-            ours.write(chunk)
+            copy.write(chunk)
 
 
 def _chunks(path: epath.Path) -> Iterator[bytes]:
+    """Yield a file's bytes; only errors of reading it are caught here."""
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
     except OSError as error:
         raise BadInput(
             f"path={str(path.parent)!r}: {path.name} cannot be read ({error.strerror or error}); see to it, and "

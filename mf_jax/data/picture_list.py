@@ -1,48 +1,51 @@
 """Labelled pictures wherever they lie: in folders, in tar files that stay packed, or in a TFDS set.
 
-Classes and pictures are in the order of their names, whatever order a file system lists them in, so that a picture has
-the same number on every host; ImageNet's labels are the usual 0 to 999.
+Classes and pictures are in the order of their names, whatever order a file system lists them in. Hence a picture has
+the same number on every host, and ImageNet's labels are the usual 0 to 999.
 """
 
+import contextlib
 import hashlib
-import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
-from mf_jax.data.image_folder import SUFFIXES
-from mf_jax.data.tfds_source import open_tfds
+from mf_jax.data.tfds_source import TfdsPictures
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TFDS = "tfds:"
 """Begins the name of an input that is a TFDS set."""
 _TAR = ".tar"
-_SHOWN = 3
 
 
 @runtime_checkable
 class PicturesIn(Protocol):
-    """An ordered list of encoded pictures; `read` and `name` are safe to call from several threads.
+    """An ordered list of encoded pictures; its methods are safe to call from several threads.
 
-    class_names: in the order of the labels; () without labels. digest: differs between different lists.
+    class_names: in the order of the labels; () without labels.
     """
 
     class_names: tuple[str, ...]
-    digest: str
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Return a picture's name, with the folders it is in."""
 
-    def read(self, index: int) -> tuple[bytes, int]: ...
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Return a picture as it is stored, and its label."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield text that differs between different lists."""
 
 
 class _Found(NamedTuple):
-    """A picture of a listing: its class ("" for none), its name, and where in which file it lies (size -1: all)."""
+    """A picture of a listing: its class ("" for none), its name, and its place in a file (size -1: all of it)."""
 
     class_name: str
     name: str
@@ -55,119 +58,73 @@ class Listed:
     """Pictures in folders or in tar files, read by their place."""
 
     def __init__(self, found: Iterable[_Found]) -> None:
-        """Sort and number the pictures.
-
-        Args:
-          found: the pictures; those of the class "" have no label.
-        """
         found = sorted(found)
         self.class_names = tuple(sorted({picture.class_name for picture in found} - {""}))
-        labels = {name: label for label, name in enumerate(self.class_names)}
+        numbers = {name: label for label, name in enumerate(self.class_names)}
+        self.labels = [numbers.get(picture.class_name, NO_LABEL) for picture in found]
         self._names = [picture.name for picture in found]
-        self._labels = [labels.get(picture.class_name, NO_LABEL) for picture in found]
         self._files = [picture.file for picture in found]
-        self._places = np.array([(p.offset, p.size) for p in found], np.int64)
-        self.digest = _digest(f"{p.class_name}\0{p.name}\0{p.size}" for p in found)
+        self._places = np.array([(p.offset, p.size) for p in found], np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """Return the name of a picture, with the folders it is in."""
+        """See `PicturesIn.name`."""
         return self._names[index]
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """Return a picture as it is stored, and its label."""
+        """See `PicturesIn.read`."""
         offset, size = self._places[index].tolist()
         with epath.Path(self._files[index]).open("rb") as file:
             file.seek(offset)
-            return file.read(size), self._labels[index]
+            return file.read(size), self.labels[index]
+
+    def lines(self) -> Iterator[str]:
+        """See `PicturesIn.lines`."""
+        for label, name, size in zip(self.labels, self._names, self._places[:, 1], strict=True):
+            yield f"{self.class_names[label] if label != NO_LABEL else ''}\0{name}\0{size}"
 
 
-class TfdsPictures:
-    """The pictures of a split of a TFDS set."""
-
-    def __init__(self, dataset: str, split: str) -> None:
-        """Open the split; its folder is TFDS's own, or that of the variable TFDS_DATA_DIR.
-
-        Args:
-          dataset: TFDS name, such as `imagenet2012`.
-          split: TFDS name of the split.
-
-        Raises:
-          BadInput: if it cannot be read, or has no pictures.
-        """
-        self._data = open_tfds(dataset, split, "", encoded=True)
-        self._split = split
-        label = dict(self._data.dataset_info.features.items()).get("label")
-        self.class_names = tuple(label.names) if getattr(label, "num_classes", None) else ()
-        self.digest = _digest([self._data.dataset_info.full_name, split, str(len(self))])
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def name(self, index: int) -> str:
-        """Return the split and the number of a picture in it."""
-        return f"{self._split}[{index}]"
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return a picture as it is stored, and its label."""
-        record = self._data[index]
-        return record["image"], int(record["label"]) if self.class_names else NO_LABEL
+def list_pictures(path: str, *, key: str, tfds_split: str) -> PicturesIn:
+    """List the pictures of an input: of the TFDS set X for `tfds:X`, and else of `list_files`."""
+    if path.startswith(TFDS):
+        return TfdsPictures(path.removeprefix(TFDS), tfds_split, "", encoded=True)
+    return list_files(path, key=key)
 
 
-def list_pictures(path: str, *, tfds_split: str) -> PicturesIn:
-    """List the pictures of an input.
+def list_files(path: str, *, key: str) -> Listed:
+    """List pictures, at least one.
 
     Args:
       path: a folder whose sub-folders are classes, or with `train/` above them; a folder of pictures without classes; a
-        tar file of such folders or of one tar file a class; a folder of one tar file a class; or `tfds:NAME`.
-      tfds_split: the split of a TFDS set.
-
-    Returns:
-      The pictures, at least one.
-
-    Raises:
-      BadInput: if there is no such input, it has no pictures, a class without any, or both pictures and folders.
+        tar file of such folders or of one tar file a class; or a folder of one tar file a class.
+      key: config key that holds the path, for errors.
     """
-    if not path:
-        raise BadInput(
-            "input='' is not set; it must be a folder of pictures, a .tar file or tfds:NAME: set input"
-        )
-    if path.startswith(TFDS):
-        return TfdsPictures(path.removeprefix(TFDS), tfds_split)
+    allowed = "a folder of pictures or a .tar file"
+    if not path:  # Path("") would be the current directory
+        raise BadInput(f"{key}='' is not set; it must be {allowed}: set {key}")
     root = epath.Path(path).expanduser()
-    if root.is_dir():
-        return Listed(_in_folder(root))
     if not root.exists():
-        raise BadInput(
-            f"input={path!r} does not exist; must be a folder, a .tar file or tfds:NAME: set input"
-        )
+        raise BadInput(f"{key}={path!r} does not exist; must be {allowed}: set {key}")
+    if root.is_dir():
+        return Listed(_in_folder(root, key))
     if root.suffix != _TAR:
-        raise BadInput(
-            f"input={path!r} is a file but no .tar; it must be a folder, a .tar file or tfds:NAME"
-        )
-    return Listed(_in_tar(root))
+        raise BadInput(f"{key}={path!r} is a file but no .tar; it must be {allowed}")
+    return Listed(_in_tar(root, key))
 
 
-def _in_folder(root: epath.Path) -> list[_Found]:
-    listing = _listing(root)
-    if "train" in listing.folders and not listing.pictures:  # ImageNet's tree
-        inside = _listing(root / "train")
-        if not inside.pictures:  # a class called train would hold pictures itself
-            root, listing = root / "train", inside
-    present = [f"{kind} ({_some(names)})" for kind, names in listing._asdict().items() if names]
-    if len(present) != 1:
-        raise BadInput(
-            f"input={str(root)!r} holds {' and '.join(present) or 'nothing to read'}; must hold either class folders, "
-            f"or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the others away, or set input elsewhere"
-        )
-    found = [_Found("", name, str(root / name)) for name in listing.pictures]
-    for name in listing.tars:
-        found += _in_class_tar(root / name)
-    for name in listing.folders:
-        found += _in_class_folder(root, name)
-    return found
+def digest(pictures: PicturesIn) -> str:
+    """Return hex digits that tell lists of pictures apart."""
+    total = hashlib.sha256()
+    for line in pictures.lines():
+        total.update(line.encode(errors="surrogateescape") + b"\n")
+    return total.hexdigest()
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
 
 
 class _Listing(NamedTuple):
@@ -180,98 +137,103 @@ def _listing(folder: epath.Path) -> _Listing:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
     tars = [name for name in names if name.endswith(_TAR)]
-    # only what is left is asked whether it is a folder: a question for each picture would take hours on a network
+    # only the others are asked whether they are folders: asking each picture would take hours on a network
     others = [name for name in names if not name.lower().endswith((*SUFFIXES, _TAR))]
     return _Listing(pictures, tars, [name for name in others if (folder / name).is_dir()])
 
 
-def _in_class_folder(root: epath.Path, name: str) -> list[_Found]:
-    pictures, _, folders = _listing(root / name)
-    if not pictures:
-        _refuse_empty(f"{root / name}", f", only folders ({_some(folders)})" if folders else "")
-    return [_Found(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
-
-
-def _in_class_tar(path: epath.Path) -> list[_Found]:
-    with path.open("rb") as file, _opened(file, str(path)) as tar:
-        return _of_class(tar, str(path), path)
-
-
-def _in_tar(path: epath.Path) -> list[_Found]:
-    """List a tar file of one tar file a class, or else of pictures, whose class is the folder that they are in."""
-    with path.open("rb") as file, _opened(file, str(path)) as tar:
-        members = _members(tar, str(path))
-        class_tars = [member for member in members if member.name.endswith(_TAR)]
-        if not class_tars:
-            return _of_folders(members, path)
-        found = []
-        for member in class_tars:
-            name = f"{path}:{member.name}"
-            with _opened(tar.extractfile(member), name) as inside:
-                found += _of_class(inside, name, path, member.offset_data)
-        return found
-
-
-def _of_class(tar: tarfile.TarFile, name: str, path: epath.Path, offset: int = 0) -> list[_Found]:
-    class_name = epath.Path(name.rpartition(":")[2]).stem
-    pictures = [member for member in _members(tar, name) if member.name.lower().endswith(SUFFIXES)]
-    if not pictures:
-        _refuse_empty(name)
-    return [
-        _member(m, class_name, f"{class_name}/{epath.Path(m.name).name}", path, offset)
-        for m in pictures
+def _in_folder(root: epath.Path, key: str) -> list[_Found]:
+    listing = _listing(root)
+    if "train" in listing.folders and not listing.pictures:  # ImageNet's tree
+        inside = _listing(root / "train")
+        if not inside.pictures:  # a class called train would hold pictures itself
+            root, listing = root / "train", inside
+    if listing.pictures:  # folders beside pictures are classes only if they hold some
+        classes = [name for name in listing.folders if _listing(root / name).pictures]
+        listing = listing._replace(folders=classes)
+    present = [f"{kind} ({some(names, 3)})" for kind, names in listing._asdict().items() if names]
+    if len(present) != 1:
+        raise BadInput(
+            f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either class folders, "
+            f"or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the others away, or set {key}"
+        )
+    found = [_Found("", name, str(root / name)) for name in listing.pictures]
+    for name in listing.tars:
+        with (root / name).open("rb") as file:
+            found += _of_class(file, str(root / name), root / name, key)
+    return found + [
+        picture for name in listing.folders for picture in _in_class_folder(root, name, key)
     ]
 
 
-def _of_folders(members: list[tarfile.TarInfo], path: epath.Path) -> list[_Found]:
-    pictures = [member for member in members if member.name.lower().endswith(SUFFIXES)]
-    found = [_member(m, epath.Path(m.name).parent.name, m.name, path) for m in pictures]
+def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Found]:
+    pictures, _, folders = _listing(root / name)
+    if not pictures:
+        _refuse_empty(root / name, key, f", only folders ({some(folders, 3)})" if folders else "")
+    return [_Found(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
+
+
+def _in_tar(path: epath.Path, key: str) -> list[_Found]:
+    """List a tar file of one tar file a class, or else of pictures, whose class is the folder that they are in."""
+    with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
+        class_tars = [member for member in members if member.name.endswith(_TAR)]
+        found = []
+        for member in class_tars:
+            name, start = f"{path}:{member.name}", member.offset_data
+            found += _of_class(tar.extractfile(member), name, path, key, start)
+    if class_tars:
+        return found
+    found = [
+        _Found(epath.Path(m.name).parent.name, m.name, str(path), m.offset_data, m.size)
+        for m in members
+        if m.name.lower().endswith(SUFFIXES)
+    ]
     if not found:
-        _refuse_empty(str(path))
+        _refuse_empty(path, key)
     if len({picture.class_name == "" for picture in found}) == 2:
         raise BadInput(
-            f"input={str(path)!r} holds pictures both directly and in folders, which are classes: pack one kind"
+            f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: pack one kind"
         )
     return found
 
 
-def _member(
-    member: tarfile.TarInfo, class_name: str, name: str, path: epath.Path, offset: int = 0
-) -> _Found:
-    return _Found(class_name, name, str(path), offset + member.offset_data, member.size)
+def _of_class(
+    file: IO[bytes], name: str, path: epath.Path, key: str, start: int = 0
+) -> list[_Found]:
+    """List a class's tar file, which begins at byte `start` of the file at `path`."""
+    class_name = epath.Path(name.rpartition(":")[2]).stem
+    with _opened(file, name, key) as (_, members):
+        pictures = [member for member in members if member.name.lower().endswith(SUFFIXES)]
+    if not pictures:
+        _refuse_empty(name, key)
+    return [
+        _Found(
+            class_name,
+            f"{class_name}/{epath.Path(member.name).name}",
+            str(path),
+            start + member.offset_data,
+            member.size,
+        )
+        for member in pictures
+    ]
 
 
-def _opened(file: IO[bytes] | io.BufferedIOBase, name: str) -> tarfile.TarFile:
+@contextlib.contextmanager
+def _opened(
+    file: IO[bytes], name: str, key: str
+) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
+    """Yield a tar file and the files in it."""
     try:
-        return tarfile.open(fileobj=file, mode="r:")
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar, [member for member in tar if member.isfile()]
     except tarfile.TarError as error:
         raise BadInput(
-            f"input: {name} is no uncompressed tar file ({error}): fetch it again, or unpack it"
+            f"{key}: {name} is cut short, or no uncompressed tar file ({error}): fetch it again, or unpack it"
         ) from error
 
 
-def _members(tar: tarfile.TarFile, name: str) -> list[tarfile.TarInfo]:
-    try:
-        return [member for member in tar if member.isfile()]
-    except tarfile.TarError as error:
-        raise BadInput(
-            f"input: {name} is cut short or damaged ({error}): fetch it again"
-        ) from error
-
-
-def _refuse_empty(name: str, but: str = "") -> None:
+def _refuse_empty(place: epath.PathLike, key: str, but: str = "") -> None:
     raise BadInput(
-        f"input: {name} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: remove it, or set "
-        "input to the folder whose sub-folders hold pictures"
+        f"{key}: {place} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: remove it, or set "
+        f"{key} to the folder whose sub-folders hold pictures"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
-
-
-def _digest(texts: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for text in texts:
-        total.update(text.encode(errors="surrogateescape") + b"\n")
-    return total.hexdigest()

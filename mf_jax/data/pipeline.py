@@ -13,10 +13,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import grain
 import jax
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from mf_jax.errors import BadInput
@@ -33,8 +31,7 @@ _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fi
 class Batch(NamedTuple):
     """Some elements of a source.
 
-    x: float32 `[n, *shape]`; pictures lie in [-1, 1]; or what the source stores. labels: int32 `[n]`, a class or
-    `types.NO_LABEL`.
+    x: float32 `[n, *shape]`, pictures in [-1, 1]; or stored rows. labels: int32 `[n]`, a class or `NO_LABEL`.
     """
 
     x: Float[np.ndarray, "n ..."]
@@ -45,46 +42,33 @@ class Stored(NamedTuple):
     """What a source gathers where its elements are drawn anew at every visit, on the device.
 
     rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]` to elements
-    `[n, *source.shape]`, float32, row by row. has_mirrors: `gather` also takes the index len(source) + i, the mirror
-    image of element i. origin: SHA-256 of what made the stored rows.
+    `[n, *spec.shape]`, float32, row by row. has_mirrors: `gather` also takes the index len(source) + i, the mirror
+    image of element i.
     """
 
     rows: jax.ShapeDtypeStruct
     draw: Callable[[PRNGKeyArray, Array], Float32[Array, "n ..."]]
     has_mirrors: bool
-    origin: str = ""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A fixed, ordered collection of elements with random access; `gather` is safe to call from several threads.
+    """A fixed, ordered collection of elements with random access.
 
-    shape: of one element, `(H, W, C)` for pictures, `(2,)` for points. num_classes: 0 if there are no labels.
-    class_names: one for each class, in the order of the labels. stored: None where `gather` returns the elements.
+    spec: of its elements. stored: None where `gather` returns the elements themselves.
     """
 
-    shape: tuple[int, ...]
-    num_classes: int
-    class_names: tuple[str, ...]
+    spec: DataSpec
     stored: Stored | None
 
     def __len__(self) -> int: ...
 
-    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch: ...
-
-
-def spec_of(source: Source) -> DataSpec:
-    """Return what one element of a source is."""
-    origin = source.stored.origin if source.stored else ""
-    return DataSpec(source.shape, source.num_classes, source.class_names, origin)
+    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        """Return the elements at these indices and their labels; safe to call from several threads."""
 
 
 def check_at_least(argument: str, value: int, least: int) -> None:
-    """Raise unless `value` is an integer of at least `least`.
-
-    Raises:
-      BadInput: names the argument and what is allowed.
-    """
+    """Raise BadInput unless `value` is an integer of at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise BadInput(
             f"{argument}={value!r} must be an integer of at least {least}: set {argument}={least} or more"
@@ -94,16 +78,12 @@ def check_at_least(argument: str, value: int, least: int) -> None:
 def stream_indices(
     positions: Int[np.ndarray, "n"], *, length: int, seed: int
 ) -> Int[np.ndarray, "n"]:
-    """Map positions of the endless stream to elements; every epoch holds each element exactly once.
+    """Map positions of the endless stream to elements, a pure function of (seed, position, length).
 
-    Args:
-      positions: `[n]`, at least 0.
-      length: number of elements of the source, at least 1.
-      seed: at least 0.
-
-    Returns:
-      `[n]` indices of elements in [0, length), a pure function of (seed, position, length).
+    Every epoch holds each of the `length` elements exactly once.
     """
+    from grain.experimental import index_shuffle
+
     epochs, places = np.divmod(positions, length)
     seeds = {epoch: _epoch_seed(seed, epoch) for epoch in np.unique(epochs).tolist()}
     shuffled = (
@@ -118,15 +98,9 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
-    """Decide which of the stream positions first, first + 1, ... are mirrored, each with probability 1/2.
+    """Return which of the stream positions first, first + 1, ... are mirrored, each with probability 1/2.
 
-    Args:
-      first: the first position, at least 0.
-      count: how many positions.
-      seed: at least 0.
-
-    Returns:
-      `[count]`, True where the picture is mirrored; a pure function of (seed, position).
+    A pure function of (seed, position).
     """
     # A counter-based generator: position p owns counter p, which yields four words; the first one decides.
     generator = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)))
@@ -147,6 +121,26 @@ class _Steps:
     flip: bool
     process_index: int
     process_count: int
+
+    def __post_init__(self) -> None:
+        for argument, least in (("batch_size", 1), ("seed", 0), ("process_count", 1)):
+            check_at_least(argument, getattr(self, argument), least)
+        index, count = self.process_index, self.process_count
+        if not 0 <= index < count:
+            raise BadInput(f"process_index={index} must lie in [0, process_count={count})")
+        if self.batch_size % count:
+            nearest = count * max(1, round(self.batch_size / count))
+            raise BadInput(
+                f"batch_size={self.batch_size} must be a multiple of process_count={count}: try {nearest}"
+            )
+        if self.flip and not self.source.spec.is_picture:
+            raise BadInput(
+                f"flip=True needs pictures (H, W, C), but elements have shape {self.source.spec.shape}: set flip=False"
+            )
+        if self.flip and self.source.stored and not self.source.stored.has_mirrors:
+            raise BadInput(
+                "flip=True: these data were stored without mirror images; set flip=False"
+            )
 
     def __len__(self) -> int:
         return _STEPS
@@ -189,64 +183,22 @@ def make_batches(
       process_count: number of processes that share a batch.
       threads: batches prepared at the same time; 0 prepares each in the caller's thread.
       prefetch: batches held ready in memory.
-
-    Returns:
-      An endless iterator over batches of batch_size / process_count rows.
-
-    Raises:
-      BadInput: if a number is out of range, the batch does not divide, or flip is asked for elements without width.
     """
-    _check_stream(source, batch_size, start_step, flip, process_index, process_count)
-    for argument, value in (("seed", seed), ("threads", threads), ("prefetch", prefetch)):
+    import grain  # takes a second, which modes without a stream need not pay
+
+    steps = _Steps(source, batch_size, seed, flip, process_index, process_count)
+    for argument, value in (
+        ("start_step", start_step),
+        ("threads", threads),
+        ("prefetch", prefetch),
+    ):
         check_at_least(argument, value, 0)
-    steps = grain.MapDataset.source(
-        _Steps(source, batch_size, seed, flip, process_index, process_count)
-    )
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-    return iter(steps[start_step:].to_iter_dataset(options))
-
-
-def _check_stream(
-    source: Source,
-    batch_size: int,
-    start_step: int,
-    flip: bool,
-    process_index: int,
-    process_count: int,
-) -> None:
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("start_step", start_step, 0)
-    check_at_least("process_count", process_count, 1)
-    if not 0 <= process_index < process_count:
-        raise BadInput(
-            f"process_index={process_index} must lie in [0, process_count={process_count})"
-        )
-    if batch_size % process_count:
-        nearest = process_count * max(1, round(batch_size / process_count))
-        raise BadInput(
-            f"batch_size={batch_size} must be a multiple of process_count={process_count}: try {nearest}"
-        )
-    if flip and len(source.shape) != 3:
-        raise BadInput(
-            f"flip=True needs pictures (H, W, C), but elements have shape {source.shape}: set flip=False"
-        )
-    if flip and source.stored and not source.stored.has_mirrors:
-        raise BadInput("flip=True: these data were stored without mirror images; set flip=False")
+    return iter(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
 
 
 def read(source: Source, n: int = 0) -> Batch:
-    """Read the first n elements in order, unshuffled and unflipped.
-
-    Args:
-      source: the elements; stored ones are read as they are.
-      n: how many, at most len(source); 0 means all of them, in memory as float32.
-
-    Returns:
-      The first n elements of the source.
-
-    Raises:
-      BadInput: if the source has fewer than n elements.
-    """
+    """Read the first n elements in order, unshuffled and unflipped, stored ones as they are; 0 means all."""
     check_at_least("n", n, 0)
     if n > len(source):
         raise BadInput(

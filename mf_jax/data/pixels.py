@@ -1,18 +1,18 @@
-"""Pictures as networks see them, in [-1, 1], and as files hold them, in bytes."""
+"""Pictures as bytes, and as the floats in [-1, 1] that networks see."""
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 QUANTISATION = "round((x + 1) * 127.5), clipped to a byte"
-"""What `to_pixels` does, for the protocol of an evaluation."""
+"""Describes `to_pixels` in the protocol of an evaluation."""
 
 
-def to_pixels(x: Float[Array | np.ndarray, "*_ c"]) -> UInt8[Array | np.ndarray, "*_ c"]:
-    """Return pictures in [-1, 1] as bytes, in an array of the same library."""
+def from_pixels(pixels: UInt8[Array | np.ndarray, "..."]) -> Float32[Array | np.ndarray, "..."]:
+    """Return bytes as floats in [-1, 1]; an array of numpy stays one of numpy."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def to_pixels(x: Float[Array | np.ndarray, "..."]) -> UInt8[Array | np.ndarray, "..."]:
+    """Return floats as bytes, clipped where they leave [-1, 1]; an array of numpy stays one of numpy."""
     xp = x.__array_namespace__()
     return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(xp.uint8)
-
-
-def from_pixels(pixels: UInt8[np.ndarray, "*_ c"]) -> Float[np.ndarray, "*_ c"]:
-    """Return bytes as pictures in [-1, 1], float32."""
-    return pixels.astype(np.float32) / np.float32(127.5) - 1

@@ -1,25 +1,56 @@
 """Any image classification set of TensorFlow Datasets, read without TensorFlow."""
 
 import difflib
-import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.image_folder import Pictures
-from mf_jax.data.pipeline import SPLITS, Batch, check_at_least
-from mf_jax.errors import BadInput, check_known
-from mf_jax.flow.records import NO_LABEL
+from mf_jax.data.pictures import Pictures
+from mf_jax.data.pipeline import check_at_least
+from mf_jax.errors import BadInput
+from mf_jax.flow.records import NO_LABEL, DataSpec
 
 
-class Tfds:
-    """A prepared TFDS set with a feature `image`, resized and cropped to `[image_size, image_size, C]`.
+class TfdsPictures:
+    """A split of a prepared set with a feature `image`; the feature `label` gives the classes, if it is there.
 
-    C is 1 for grey sets and 3 otherwise. The feature `label` gives the classes, if it is there.
+    Args:
+      dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
+      split: TFDS name of the split; slices such as `train[:90%]` are allowed.
+      path: the TFDS data_dir; "" means the default of TFDS.
+      encoded: leave pictures as the bytes that are stored.
     """
+
+    def __init__(self, dataset: str, split: str, path: str, *, encoded: bool) -> None:
+        self._data, self._split = _open(dataset, split, path, encoded), split
+        features = dict(self._data.dataset_info.features.items())
+        label = features.get("label")
+        has_classes = bool(getattr(label, "num_classes", None))
+        self.class_names = tuple(label.names) if has_classes else ()
+        self.channels = 1 if features["image"].shape[-1] == 1 else 3
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def name(self, index: int) -> str:
+        """See `PicturesIn.name`."""
+        return f"{self._split}[{index}]"
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """See `PicturesIn.read`; a decoded picture is a uint8 array."""
+        record = self._data[index]
+        return record["image"], int(record["label"]) if self.class_names else NO_LABEL
+
+    def lines(self) -> Iterator[str]:
+        """See `PicturesIn.lines`."""
+        yield from (self._data.dataset_info.full_name, self._split, str(len(self)))
+
+
+class Tfds(Pictures):
+    """The pictures of a prepared set as `[image_size, image_size, C]`; C is 1 for grey sets and 3 otherwise."""
 
     def __init__(
         self,
@@ -31,87 +62,44 @@ class Tfds:
         split_held_out: str,
         split: str,
     ) -> None:
-        """Open one split.
-
-        Args:
-          path: the TFDS data_dir; "" means the default of TFDS.
-          image_size: height and width in pixels.
-          dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
-          split_train: TFDS name of the split `train`; slices such as `train[:90%]` are allowed.
-          split_held_out: TFDS name of the split `held_out`.
-          split: `train` or `held_out`.
-
-        Raises:
-          BadInput: if the set or split is unknown, is not prepared, or has no pictures.
-        """
-        check_known("split", split, SPLITS)
+        """Open the TFDS split `split_train` or `split_held_out`, as `split` says; see `TfdsPictures`."""
         check_at_least("image_size", image_size, 1)
-        self._data = open_tfds(dataset, split_train if split == "train" else split_held_out, path)
-        features = dict(self._data.dataset_info.features.items())
-        image, label = features["image"], features.get("label")
-        self.num_classes = getattr(label, "num_classes", None) or 0
-        self.class_names = tuple(label.names) if self.num_classes else ()
-        self.shape = (image_size, image_size, 1 if image.shape[-1] == 1 else 3)
-        self.stored = None
-        self._pictures = Pictures(self._decode, (len(self._data), *self.shape))
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the pictures `[n, H, W, C]` at these indices, and their labels."""
-        return self._pictures.gather(indices)
+        tfds_split = split_train if split == "train" else split_held_out
+        self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)
+        shape, names = (image_size, image_size, pictures.channels), pictures.class_names
+        super().__init__(DataSpec(shape, len(names), names), len(pictures))
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        record = self._data[index]
-        label = record["label"] if self.num_classes else NO_LABEL
-        return adm_crop(self._to_image(record["image"]), self.shape[0]), int(label)
-
-    def _to_image(self, pixels: np.ndarray) -> Image.Image:
-        return (
-            Image.fromarray(pixels[..., 0])
-            if self.shape[-1] == 1
-            else as_rgb(Image.fromarray(pixels))
-        )
+        pixels, label = self._pictures.read(index)
+        is_grey = self._pictures.channels == 1
+        image = Image.fromarray(pixels[..., 0]) if is_grey else as_rgb(Image.fromarray(pixels))
+        return adm_crop(image, self.spec.shape[0]), label
 
 
-def open_tfds(dataset: str, tfds_split: str, path: str, *, encoded: bool = False) -> Any:
-    """Open a split of a prepared set with a feature `image`.
+def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
+    """Return what TFDS calls a data source."""
+    import tensorflow_datasets as tfds  # takes most of a second, which other inputs need not pay
 
-    Args:
-      dataset: TFDS name.
-      tfds_split: TFDS name of the split.
-      path: the TFDS data_dir; "" means the default of TFDS.
-      encoded: leave pictures as the bytes that are stored.
-
-    Returns:
-      What TFDS calls a data source.
-
-    Raises:
-      BadInput: if the set or split is unknown, is not prepared, or has no pictures.
-    """
-    # Imported here: it takes most of a second, which the other sources need not pay.
-    tfds = importlib.import_module("tensorflow_datasets")
-    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     try:
         data = tfds.data_source(
-            dataset, split=tfds_split, data_dir=path or None, download=False, decoders=decoders
+            dataset,
+            split=split,
+            data_dir=path or None,
+            download=False,
+            decoders={"image": tfds.decode.SkipDecoding()} if encoded else None,
         )
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(
-            dataset, tfds.list_builders(with_community_datasets=False), n=1
-        )
-        suggestion = (
-            f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
-        )
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(dataset, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
         raise BadInput(
-            f"dataset={dataset!r} is unknown to TFDS and not prepared in path={path!r}: {suggestion}"
+            f"dataset={dataset!r} is unknown to TFDS and not prepared in path={path!r}: {hint}"
         ) from error
     except Exception as error:
         # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"dataset={dataset!r} split {tfds_split!r} cannot be read from path={path!r} ({reason}): check the names, "
+            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): check the names, "
             f"or prepare it where TensorFlow is installed with `tfds build {dataset} --file_format=array_record "
             "--data_dir=DIR` (download_and_prepare) and set path=DIR"
         ) from error

@@ -1,7 +1,7 @@
-"""Five distributions in the plane, on which a small network trains in seconds and a plot shows what it learned.
+"""Five distributions in the plane: a small network learns one in seconds, and a plot shows how well.
 
-Every set but the Gaussian has mean 0 and standard deviation 1 in each coordinate. The constants that achieve this are
-the exact moments of the distribution, not of the sample, so that the two splits share one distribution.
+Every set but the Gaussian has mean 0 and standard deviation 1 in each coordinate. It is scaled by the exact moments of
+the distribution. Moments of the sample would make the two splits differ.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import numpy as np
 from etils import epy
 from jaxtyping import Float, Int
 
-from mf_jax.data.pipeline import SPLITS, Batch
+from mf_jax.data.pipeline import Batch
 from mf_jax.errors import check_known
-from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.records import NO_LABEL, DataSpec
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
@@ -83,28 +83,17 @@ TOYS: dict[str, Callable[[int, int], np.ndarray]] = {
 class Toy2D:
     """2**16 unlabelled points `[2]` of one of `TOYS`; the splits are independent draws."""
 
-    shape = (2,)
-    num_classes = 0
-    class_names = ()
+    spec = DataSpec((2,))
     stored = None
 
     def __init__(self, *, toy: str, split: str) -> None:
-        """Draw one split; the same points every time.
-
-        Args:
-          toy: a name in `TOYS`.
-          split: `train` or `held_out`.
-
-        Raises:
-          BadInput: for an unknown toy or split.
-        """
+        """Draw one split; the same points every time."""
         check_known("toy", toy, TOYS)
-        check_known("split", split, SPLITS)
         self._x = TOYS[toy](COUNT, SPLIT_SEEDS[split]).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._x)
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the points `[n, 2]` at these indices, and `NO_LABEL` for each."""
+        """See `Source.gather`."""
         return Batch(self._x[indices], np.full(len(indices), NO_LABEL, np.int32))

@@ -22,7 +22,7 @@ from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
-from mf_jax.data.picture_list import PicturesIn, list_pictures
+from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
 from mf_jax.errors import BadInput
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
@@ -129,10 +129,9 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
 
 
 def _list(config: ConfigDict) -> PicturesIn:
-    try:
-        pictures = list_pictures(config.prepare.input, tfds_split=config.data.split_train)
-    except BadInput as problem:
-        raise BadInput(f"prepare.{problem}") from problem
+    pictures = list_pictures(
+        config.prepare.input, key="prepare.input", tfds_split=config.data.split_train
+    )
     if len(pictures) < config.prepare.shards:
         raise BadInput(
             f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures; must be at most as many: "
@@ -149,7 +148,7 @@ def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int])
         "crop": CROP,
         "num_shards": config.prepare.shards,
         "num_listed": len(pictures),
-        "input_sha256": pictures.digest,
+        "input_sha256": digest(pictures),
     }
     outputs: list[Output] = []
     if config.prepare.latents:

@@ -20,6 +20,7 @@ from mf_jax.data.latent_records import (
     side_name,
     to_record,
 )
+from mf_jax.data.pixels import from_pixels
 from mf_jax.errors import BadInput
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
@@ -169,5 +170,4 @@ class LatentShards:
 
 @jax.jit
 def _encode(autoencoder: Autoencoder, images: Array) -> Float16[Array, "b 2 h w c"]:
-    x = images.astype(np.float32) / 127.5 - 1
-    return jax.numpy.stack(autoencoder.encode(x), axis=1).astype(np.float16)
+    return jax.numpy.stack(autoencoder.encode(from_pixels(images)), axis=1).astype(np.float16)

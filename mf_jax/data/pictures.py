@@ -1,0 +1,59 @@
+"""What all sources of pictures share: they decode on all cores, and keep in memory what fits."""
+
+import abc
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from mf_jax.data.pipeline import Batch
+from mf_jax.data.pixels import from_pixels
+from mf_jax.flow.records import DataSpec
+
+CACHE_BYTES = 2**30
+"""Pictures that together take at most this many bytes as uint8 are decoded once and kept in memory."""
+THREADS = max(16, len(os.sched_getaffinity(0)))  # also where there are fewer cores: reading waits
+
+
+class Pictures(abc.ABC):
+    """Decoded pictures and labels by index."""
+
+    stored = None
+
+    def __init__(self, spec: DataSpec, count: int) -> None:
+        self.spec, self._count = spec, count
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._keep = count * int(np.prod(spec.shape)) <= CACHE_BYTES
+        if self._keep:
+            self._pixels, self._labels = self._empty(count)
+            self._kept = np.zeros(count, bool)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @abc.abstractmethod
+    def _decode(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], int]:
+        """Return a picture and its label; called from several threads."""
+
+    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        """See `Source.gather`."""
+        pixels, labels = self._gather_kept(indices) if self._keep else self._decode_all(indices)
+        return Batch(from_pixels(pixels), labels)
+
+    def _gather_kept(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        missing = np.unique(indices[~self._kept[indices]])
+        if missing.size:
+            # Two threads may decode the same picture; they write the same values. The mark comes last.
+            self._pixels[missing], self._labels[missing] = self._decode_all(missing)
+            self._kept[missing] = True
+        return self._pixels[indices], self._labels[indices]
+
+    def _decode_all(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels, labels = self._empty(len(indices))
+        for row, decoded in enumerate(self._pool.map(self._decode, indices.tolist())):
+            pixels[row], labels[row] = decoded
+        return pixels, labels
+
+    def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty((count, *self.spec.shape), np.uint8), np.empty(count, np.int32)
