@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -45,7 +46,7 @@ class ImageFolder(Pictures):
             raise BadInput(
                 f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1"
             )
-        if in_bucket(path):
+        if in_bucket(epath.Path(path)):
             raise BadInput(
                 f"path={path!r} is in a bucket: copy the folder to a disk of each host, and set path to that"
             )
