@@ -161,8 +161,10 @@ def _restore(
     spec, names = run_folder.stored_data(folder), averages(config)
     like = parameter_shapes(make_network(config, spec), spec.shape)
     like = placed(like, jax.tree.map(lambda _: _everywhere(), like))
+    wanted = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        return checkpoints.restore_params(like, ema=ema, names=names, step=step)
+        step, items = checkpoints.restore(wanted, step)
+    return step, items["params"] if ema == "none" else items["ema"][ema]
 
 
 def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:

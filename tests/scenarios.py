@@ -86,7 +86,7 @@ def damage(folder):
         hidden = step == 2 and not first
         with mock.patch.object(Checkpoints, "steps", [] if hidden else checkpoints.steps):
             try:
-                checkpoints.restore_params(like, ema="none", names=(), step=step)
+                checkpoints.restore({"params": like}, step)
             except UnreadableCheckpoint as error:
                 refused.append(str(error))
     return refused, restore(folder, mesh)

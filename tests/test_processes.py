@@ -121,7 +121,7 @@ def test_a_run_on_other_processes_and_devices_has_the_same_numbers(said, folder)
     job = Job(2, *DIGITS, f"--workdir={workdir}")
     assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
     job.send(signal.SIGTERM, 0)
-    ended = job.finish(60)
+    ended = job.finish()
     assert [process.code for process in ended] == [0, 0], ended
     assert "continuing at step" in ended[0].output
     for ours, theirs in zip(_rows(workdir), _rows(folder / "run"), strict=True):
@@ -138,13 +138,13 @@ def test_a_kill_and_a_full_disk_end_all_processes_and_the_run_goes_on(tmp_path):
     limited += "runpy.run_module('mf_jax.main', run_name='__main__')\n"
     few = ("--config.mesh.fsdp=2", "--config.job.heartbeat_timeout_seconds=10")
     arguments = (*DIGITS, *few, f"--workdir={tmp_path / 'run'}")
-    ended = Job(2, *arguments, program=("-c", limited), own=lambda i: [str(i)]).finish(90)
+    ended = Job(2, *arguments, program=("-c", limited), own=lambda i: [str(i)]).finish()
     assert 0 not in [process.code for process in ended], ended
     assert Checkpoints(tmp_path / "run", read_only=True).steps == []
     job = Job(2, *arguments)
     assert job.wait_for((tmp_path / "run" / "checkpoints" / "4").exists), job.finish()
     job.send(signal.SIGKILL, 1)
-    (code, _, errors), _ = job.finish(90)
+    (code, _, errors), _ = job.finish()
     assert code not in (0, 2)
     # ours, or JAX's as it aborts
     assert "another process" in errors or "another task died" in errors

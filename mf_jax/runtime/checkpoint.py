@@ -134,32 +134,21 @@ class Checkpoints:
         _, items = restored
         return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
-    def restore_params(
-        self, like: PyTree, *, ema: str, names: tuple[str, ...], step: int | None = None
-    ) -> tuple[int, PyTree]:
-        """Return the step and the parameters of a checkpoint.
+    def restore(self, like: _Items, step: int | None = None) -> tuple[int, _Items]:
+        """Return the step and some items of a checkpoint.
 
         Args:
-          like: the shapes, types and shardings of the parameters.
-          ema: a name of a moving average, or `none` for the raw parameters.
-          names: of all moving averages of the run.
-          step: of the checkpoint; None for the newest undamaged one.
-
-        Raises:
-          UnreadableCheckpoint: if the step has no checkpoint, or a damaged one.
+          like: the items wanted, of the shapes, types and shardings wanted.
+          step: None for the newest undamaged one; else UnreadableCheckpoint if it is damaged or not there.
         """
-        item = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
-        if step is None:
-            restored = self._newest(item)
-        else:
+        if step is not None:
             with self._asked_for(step):
-                restored = step, self._restore(step, item)
-        if restored is None:
+                return step, self._restore(step, like)
+        if (newest := self._newest(like)) is None:
             raise BadInput(
                 f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
             )
-        step, items = restored
-        return step, items["params"] if ema == "none" else items["ema"][ema]
+        return newest
 
     def index(self, step: int) -> _Index:
         """Return the index of a checkpoint, or raise UnreadableCheckpoint."""
