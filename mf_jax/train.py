@@ -187,8 +187,7 @@ def _loop(
                 _check_finite(state, checkpoints)
                 checkpoints.save(state)
             if is_stopped and not is_last:
-                if log:
-                    log.message(f"told to stop: saving step {done}")
+                print(f"told to stop: saving step {done}")
                 break
     return done
 

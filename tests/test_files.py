@@ -16,7 +16,7 @@ from mf_jax import train
 from mf_jax.reporting import run_log as report
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog, read_metrics
-from mf_jax.reporting.sample_grid import save_grid
+from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
 
 
@@ -59,7 +59,8 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
         log.write(2, {"loss": 1.0})
     assert events == ["gs://runs/first/tensorboard"] * 2
     assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}]
-    save_grid(path / "samples.png", np.zeros((4, 8, 8, 1), np.uint8))
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    save_sample_grid(path / "samples.png", images, few_classes(4, 0), ())
     replace_file(path / "config.json", b'{"seed": 0}')
     write_report(path)
     assert {"metrics.jsonl", "samples.png", "curves.png", "report.html"} <= {

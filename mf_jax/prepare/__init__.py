@@ -31,7 +31,7 @@ from mf_jax.prepare.latent_shards import LatentShards
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.reporting.progress import PictureProgress
+from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
@@ -222,8 +222,8 @@ def _crop(
     """Yield blocks of pictures, as they were cropped before."""
     size, batch = config.data.image_size, config.prepare.batch_size
     stream = PictureStream(pictures, indices, image_size=size, batch_size=batch, max_bad=0)
-    with PictureProgress(len(indices), is_wanted=config.log.progress) as progress:
-        progress.shard("pictures of the reference")
+    title = "pictures of the reference"
+    with ProgressBar(title, len(indices), is_wanted=config.log.progress) as progress:
         for pixels in stream.shard(len(indices)):
             yield pixels.images[: pixels.count]
             progress.advance(pixels.count)
@@ -257,9 +257,9 @@ def _work(
     )
     split = NamedSharding(mesh, PartitionSpec("batch"))
     total = sum(map(len, indices.values()))
-    with PictureProgress(total, is_wanted=config.log.progress) as progress:
+    with ProgressBar("pictures", total, is_wanted=config.log.progress) as progress:
         for shard, outputs in pending.items():
-            progress.shard(f"shard {shard} of {config.prepare.shards}")
+            progress.name(f"shard {shard} of {config.prepare.shards},")
             for output in outputs:
                 output.begin(shard)
             for pixels in stream.shard(len(indices[shard])):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: opens from a disk or an attachment, without a server or a network."""
+"""One HTML page of a run that opens from a disk or an attachment, without a server or a network."""
 
 import base64
 import io
@@ -13,14 +13,13 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from mf_jax.errors import BadInput
-from mf_jax.reporting.plots import curve_panels, save_curves
+from mf_jax.reporting.plots import save_curves
 from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime.files import replace_file
 
 _MOST_GRIDS = 24
 _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
-# A plot has its colours inverted on a dark page; a grid keeps them, as its colours mean something.
+# A dark page inverts the colours of a plot and keeps those of a grid, which mean something.
 _PICTURES = {
     "samples.png": ("Samples", "grid"),
     "scatter.png": ("Data and samples", "plot"),
@@ -57,31 +56,23 @@ if(slider){slider.oninput=show;show()}
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
-    """Write `report.html` (and `curves.png`) of a run from whatever its folder holds so far.
+    """Write `report.html` (and `curves.png`) from whatever the folder of a run holds so far.
 
     Args:
-        workdir: the run's folder. Shown where present: metrics.jsonl, samples/step_*.png (at most 24, evenly thinned),
-            samples.png, scatter.png, transport.png, field.png, eval.json, config.json.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        BadInput: the folder does not exist, or one of its JSON files is unreadable.
+      workdir: the run's folder. The page shows its metrics.jsonl, eval.json, config.json, pictures,
+        and at most 24 of samples/step_*.png.
     """
     folder = Path(workdir)
-    if not folder.is_dir():
-        raise BadInput(
-            f"workdir is {str(folder)!r}, which is not a folder; pass the folder of a run"
-        )
-    rows = read_metrics(folder)
     grids = sorted(folder.glob("samples/step_*.png"), key=_step_of)
     title = escape(folder.resolve().name)
+    rows = read_metrics(folder)
+    if rows:
+        save_curves(folder / "curves.png", rows)
     sections = [
         _evaluation(_read_json(folder / "eval.json")),
         *(_picture(folder / name, caption, kind) for name, (caption, kind) in _PICTURES.items()),
         _training_samples(grids),
-        _curves(folder / "curves.png", rows),
+        _picture(folder / "curves.png", "Training curves", "plot") if rows else "",
         _config(_read_json(folder / "config.json")),
     ]
     page = (
@@ -96,34 +87,37 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or a note where the file is damaged: a page never ends a run."""
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        return {"protocol": f"{path.name} is not a JSON object: {error}"}
+
+
 def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
     steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]
     if not steps:
         return "No step recorded yet."
-    latest: dict[str, Any] = {}
-    for row in rows:
-        latest.update(row)
-    shown = [
-        f"{name} {_cell(latest[name])}" for name in ("loss", "u_error", "v_error") if name in latest
-    ]
-    return " · ".join([f"Step {max(steps):,}", *shown])
+    latest = {name: value for row in rows for name, value in row.items()}
+    names = [name for name in ("loss", "u_error", "v_error") if name in latest]
+    return " · ".join([f"Step {max(steps):,}", *(f"{k} {_cell(latest[k])}" for k in names)])
 
 
 def _training_samples(grids: Sequence[Path]) -> str:
     if not grids:
         return ""
-    places = np.unique(
-        np.linspace(0, len(grids) - 1, min(len(grids), _MOST_GRIDS)).round().astype(int)
-    )
-    last = len(places) - 1
+    last = min(len(grids), _MOST_GRIDS) - 1
+    chosen = [grids[i] for i in np.linspace(0, len(grids) - 1, last + 1).round().astype(int)]
+    steps = [f"step {_step_of(grid):,}" for grid in chosen]
     shots = "".join(
-        f'<img class="shot grid" data-step="step {_step_of(grids[i]):,}" alt="samples at step {_step_of(grids[i])}"'
-        f' src="{_data_uri(grids[i])}"{"" if n == last else " hidden"}>\n'
-        for n, i in enumerate(places)
+        f'<img class="shot grid" data-step="{step}" alt="samples at {step}" src="{_data_uri(grid)}"'
+        f"{' hidden' if grid != chosen[-1] else ''}>\n"
+        for step, grid in zip(steps, chosen, strict=True)
     )
     slider = (
         f'<div class="slider"><input id="when" type="range" min="0" max="{last}" value="{last}"'
-        f' aria-label="training step"><output id="step">step {_step_of(grids[-1]):,}</output></div>\n'
+        f' aria-label="training step"><output id="step">{steps[-1]}</output></div>\n'
     )
     return _section("Samples during training", slider + shots)
 
@@ -131,20 +125,14 @@ def _training_samples(grids: Sequence[Path]) -> str:
 def _picture(path: Path, caption: str, kind: str) -> str:
     if not path.exists():
         return ""
-    return _section(
-        caption, f'<img class="{kind}" alt="{escape(caption)}" src="{_data_uri(path)}">\n'
-    )
-
-
-def _curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    if not curve_panels(rows):
-        return ""
-    save_curves(path, rows)
-    return _picture(path, "Training curves", "plot")
+    image = f'<img class="{kind}" alt="{escape(caption)}" src="{_data_uri(path)}">\n'
+    return _section(caption, image)
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
     rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
+    if not evaluation:
+        return ""
     body = f'<p class="note">{escape(str(evaluation.get("protocol", "")))}</p>\n'
     if rows:
         cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
@@ -153,23 +141,21 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         body += (
             f"<h3>Diagnostics</h3>\n{_table([], [[_words(k), x] for k, x in diagnostics.items()])}"
         )
-    return _section("Evaluation", body) if rows or diagnostics else ""
+    return _section("Evaluation", body)
 
 
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     text = escape(json.dumps(config, indent=2, ensure_ascii=False))
-    return (
-        f"<section><details><summary>Configuration</summary><pre>{text}</pre></details></section>\n"
-    )
+    details = f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
+    return f"<section>{details}</section>\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     top = "".join(f"<th>{escape(_words(name))}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(x))}</td>" for x in row) + "</tr>\n" for row in rows
-    )
+    cells = ("".join(f"<td>{escape(_cell(x))}</td>" for x in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>\n" for row in cells)
     return f'<div class="scroll"><table><tr>{top}</tr>\n{body}</table></div>\n'
 
 
@@ -201,7 +187,7 @@ def _step_of(path: Path) -> int:
 
 
 def _data_uri(path: Path) -> str:
-    """Return a picture as text; a large one is first made smaller, so that the page stays one to mail around."""
+    """Return a picture as text, a large one smaller, so that the page can be mailed."""
     content, kind = path.read_bytes(), "png"
     if len(content) > _LARGE_BYTES:
         with Image.open(io.BytesIO(content)) as picture:
@@ -211,14 +197,3 @@ def _data_uri(path: Path) -> str:
         small.save(packed, "JPEG", quality=88)
         content, kind = packed.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path} is not a JSON object ({error}); write it again or delete it, as the report works without it"
-        ) from None

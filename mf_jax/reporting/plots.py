@@ -1,65 +1,80 @@
 """Plots of a run as PNG files: 2-D toy data and training curves.
 
-Figures are objects drawn off screen: no pyplot, no global state, no display.
+Figures are drawn off screen, without pyplot. matplotlib is imported at the first plot.
 """
 
-import math
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, Normalize, hsv_to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from scipy.special import ndtri
 
-from mf_jax.errors import BadInput
 from mf_jax.runtime.files import written_aside
 
-EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
-"""The average velocity of 2-D points as `evaluate_u(z, r=r, t=t)`: z float `[N, 2]`, r and t numbers -> `[N, 2]`."""
+with epy.lazy_imports():
+    import matplotlib as mpl
+    from matplotlib import collections, colors, figure
+    from scipy import ndimage
 
-_INK, _MUTED, _FAINT = "#1f2933", "#66727f", "#d9dee4"
-_BLUE = "#2563eb"
-_LINES = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
-_SPEEDS = LinearSegmentedColormap.from_list("speeds", ["#bfdbfe", "#3b82f6", "#6d28d9", "#db2777"])
+EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
+"""The average velocity `evaluate_u(z, r=r, t=t)` of 2-D points z at two numbers r and t."""
+
+_INK, _MUTED, _FAINT, _BLUE = "#1f2933", "#66727f", "#d9dee4", "#2563eb"
+_BINS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
+_STYLE = {
+    "font.size": 8,
+    "text.color": _INK,
+    "figure.titlesize": 11,
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": _MUTED,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _MUTED,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")},
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
+    "legend.frameon": False,
+    "legend.labelcolor": _MUTED,
+    "legend.fontsize": 7.5,
+    "savefig.dpi": 130,
+}
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
+_INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 
 
 def save_scatter(
     path: str | os.PathLike[str],
-    samples: Float[np.ndarray, "n 2"],
-    data: Float[np.ndarray, "m 2"],
+    samples: Float[np.ndarray, "n d"],
+    data: Float[np.ndarray, "m d"],
     *,
     title: str,
 ) -> None:
-    """Save 2-D data and samples side by side on the same axes.
+    """Save the first two coordinates of data and samples side by side.
 
     Args:
-        path: PNG file to write.
-        samples: float `[N, 2]`.
-        data: float `[M, 2]`, M >= 1; its range sets the axes.
-        title: a line on top.
+      path: PNG file to write.
+      samples: any number of vectors.
+      data: at least one vector; its range sets the axes.
+      title: a line on top.
     """
-    figure, axes = _panels(1, 2, size=4.2, title=title)
-    center = (data.min(axis=0) + data.max(axis=0)) / 2
+    samples, data = (np.pad(points, ((0, 0), (0, 1)))[:, :2] for points in (samples, data))
+    middle = (data.min(axis=0) + data.max(axis=0)) / 2
     reach = 0.62 * np.ptp(data, axis=0).max()
-    x_limits, y_limits = ((float(middle - reach), float(middle + reach)) for middle in center)
-    for ax, points, name, color in zip(
-        axes, (data, samples), ("data", "samples"), (_MUTED, _BLUE), strict=True
-    ):
-        _square(ax, x_limits, y_limits, f"{name} ({len(points):,})")
-        ax.scatter(
-            *points.T, s=5, c=color, alpha=min(0.6, 1200 / max(len(points), 1)), linewidths=0
-        )
-    _save(figure, path)
+    limits = np.stack([middle - reach, middle + reach], axis=1).tolist()
+    panels = (("data", data, _MUTED), ("samples", samples, _BLUE))
+    with _figure(path, 1, 2, width=4.2, height=4.2, title=title) as (_, axes):
+        for ax, (name, points, color) in zip(axes, panels, strict=True):
+            _square(ax, *limits, f"{name} ({len(points):,})")
+            alpha = min(0.6, 1200 / max(len(points), 1))
+            ax.scatter(*points.T, s=5, c=color, alpha=alpha, linewidths=0)
 
 
 def save_field(
@@ -67,48 +82,35 @@ def save_field(
     evaluate_u: EvaluateU,
     *,
     limits: tuple[float | int, float | int],
-    times: Sequence[tuple[float, float]] = (
-        (0.0, 1.0),
-        (0.0, 0.5),
-        (0.5, 1.0),
-        (1.0, 1.0),
-        (0.5, 0.5),
-        (0.1, 0.1),
-    ),
+    times: Sequence[tuple[float, float]] = _INTERVALS,
 ) -> None:
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
 
     Args:
-        path: PNG file to write.
-        evaluate_u: u of points at the times r and t.
-        limits: (low, high) of both axes.
-        times: pairs (r, t), 0 <= r <= t <= 1, a panel each; r = t is the velocity v.
+      path: PNG file to write.
+      evaluate_u: u of points at the times r and t.
+      limits: (low, high) of both axes.
+      times: pairs (r, t), a panel each; r = t is the velocity v.
     """
     line = np.linspace(*limits, 41)
     points = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2).astype(np.float32)
     fields = [np.asarray(evaluate_u(points, r=r, t=t)).reshape(41, 41, 2) for r, t in times]
-    top = max(np.quantile(np.linalg.norm(u, axis=-1), 0.9) for u in fields)
-    title = "Average velocity u(z, r, t), from data towards noise: a sampling step moves against the arrows"
+    speeds = np.linalg.norm(fields, axis=-1)
+    norm = colors.Normalize(0, np.quantile(speeds, 0.9, axis=(1, 2)).max())
+    title = "Average velocity u(z, r, t): a sampling step moves against the arrows"
     columns = min(3, len(times))
-    figure, axes = _panels(-(-len(times) // columns), columns, size=3.3, title=title)
-    for ax, u, (r, t) in zip(axes, fields, times, strict=False):
-        _square(
-            ax,
-            limits,
-            limits,
-            f"r = t = {t:g}  (velocity v)" if r == t else f"r = {r:g},  t = {t:g}",
-        )
-        streams = ax.streamplot(
-            line, line, *np.moveaxis(u, -1, 0), color=np.linalg.norm(u, axis=-1), cmap=_SPEEDS,
-            norm=Normalize(0, top), density=1.1, linewidth=1.0, arrowsize=0.8,
-        )  # fmt: skip
-    bar = figure.colorbar(
-        streams.lines, ax=list(axes), shrink=0.7, aspect=30, pad=0.02, extend="max"
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=_MUTED, length=0)
-    bar.set_label("|u|", color=_MUTED)
-    _save(figure, path)
+    rows = -(-len(times) // columns)
+    with _figure(path, rows, columns, width=3.3, height=3.3, title=title) as (sheet, axes):
+        for ax, u, speed, (r, t) in zip(axes, fields, speeds, times, strict=False):
+            name = f"r = t = {t:g}  (velocity v)" if r == t else f"r = {r:g},  t = {t:g}"
+            _square(ax, limits, limits, name)
+            streams = ax.streamplot(
+                line, line, *np.moveaxis(u, -1, 0), color=speed, cmap="plasma", norm=norm,
+                density=1.1, linewidth=1.0, arrowsize=0.8,
+            )  # fmt: skip
+        bar = sheet.colorbar(streams.lines, ax=axes, shrink=0.7, aspect=30, extend="max")
+        bar.outline.set_visible(False)
+        bar.set_label("|u|")
 
 
 def save_transport(
@@ -121,165 +123,132 @@ def save_transport(
     """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data.
 
     Args:
-        path: PNG file to write.
-        evaluate_u: u of points at the times r and t.
-        data: float `[M, 2]`, drawn in grey.
-        limits: (low, high) of both axes of the data.
+      path: PNG file to write.
+      evaluate_u: u of points at the times r and t.
+      data: drawn in grey.
+      limits: (low, high) of both axes of the data.
     """
-    wires, dots = _noise_grid(40)
-    e = np.concatenate([dots, *wires]).astype(np.float32)
+    dots, wires = _grid_of_noise(40)
+    e = np.concatenate([dots, wires.reshape(-1, 2)]).astype(np.float32)
     x = e - np.asarray(evaluate_u(e, r=0.0, t=1.0))
-    figure, axes = _panels(1, 2, size=4.6, title="One-step transport of a regular grid of noise")
-    _square(axes[0], (-2.6, 2.6), (-2.6, 2.6), "noise e  (equal probability around each dot)")
-    _square(axes[1], limits, limits, "x = e − u(e, 0, 1), over the data")
-    axes[1].scatter(
-        *data.T, s=14, c="#c3cad2", alpha=min(0.6, 900 / max(len(data), 1)), linewidths=0
-    )
-    cuts = np.cumsum([len(dots), *map(len, wires)])[:-1]
-    line_colors = _colors_of_noise(np.concatenate([wire[:-1] for wire in wires]))
-    for ax, places in zip(axes, (e, x), strict=True):
-        lines = np.split(places, cuts)[1:]
-        segments = np.concatenate([np.stack([line[:-1], line[1:]], axis=1) for line in lines])
-        ax.add_collection(LineCollection(segments, colors=line_colors, linewidths=0.5, alpha=0.35))
-        ax.scatter(*places[: len(dots)].T, s=6, c=_colors_of_noise(dots), linewidths=0, zorder=3)
-    _save(figure, path)
+    wire_colors = _colors_of_noise(wires[:, :-1].reshape(-1, 2))
+    title = "One-step transport of a regular grid of noise"
+    with _figure(path, 1, 2, width=4.6, height=4.6, title=title) as (_, axes):
+        noise = (-2.6, 2.6)
+        _square(axes[0], noise, noise, "noise e  (equal probability around each dot)")
+        _square(axes[1], limits, limits, "x = e − u(e, 0, 1), over the data")
+        alpha = min(0.6, 900 / max(len(data), 1))
+        axes[1].scatter(*data.T, s=14, c="#c3cad2", alpha=alpha, linewidths=0)
+        for ax, points in zip(axes, (e, x), strict=True):
+            lines = points[len(dots) :].reshape(wires.shape)
+            segments = np.stack([lines[:, :-1], lines[:, 1:]], axis=2).reshape(-1, 2, 2)
+            ax.add_collection(
+                collections.LineCollection(segments, colors=wire_colors, linewidths=0.5, alpha=0.35)
+            )
+            dot_colors = _colors_of_noise(dots)
+            ax.scatter(*points[: len(dots)].T, s=6, c=dot_colors, linewidths=0, zorder=3)
 
 
 def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Save training curves as small multiples, one panel a metric, bins of t together.
 
     Args:
-        path: PNG file to write.
-        rows: rows of metrics.jsonl, `{"step": int, name: number or None, ...}`; any name may be missing in a row.
-
-    Raises:
-        BadInput: no row has a number to draw.
+      path: PNG file to write.
+      rows: rows of metrics.jsonl; any name may be missing in a row.
     """
-    panels = curve_panels(rows)
-    if not panels:
-        raise BadInput(
-            f"rows has {len(rows)} rows without a metric to draw; pass rows read from metrics.jsonl"
-        )
-    columns = min(3, len(panels))
-    figure, axes = _panels(-(-len(panels) // columns), columns, size=3.4, height=2.3)
-    for ax, (title, names) in zip(axes, panels.items(), strict=False):
-        shades = _LINES if len(names) > 1 else (_BLUE,)
-        for i, name in enumerate(names):
-            steps, values = _curve(rows, name)
-            _draw_curve(ax, steps, values, shades[i % len(shades)], smooth=name != "learning_rate")
-        ax.set_title(title, loc="left", fontsize=10, color=_INK)
-        _finish_curves(ax, names, np.concatenate([_curve(rows, name)[1] for name in names]))
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    _save(figure, path)
-
-
-def curve_panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Group the metrics of a run into the panels of `save_curves`.
-
-    Args:
-        rows: rows of metrics.jsonl.
-
-    Returns:
-        Title of each panel -> names of its metrics, the best known first; empty where no row has a number.
-    """
-    names = dict.fromkeys(
-        k for row in rows for k, x in row.items() if k != "step" and _is_finite(x)
-    )
-    rank = {name: i for i, name in enumerate(_FIRST)}
-    panels: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda name: (rank.get(name, len(rank)), name)):
-        binned = re.fullmatch(r"(.+)_t\d+", name)
-        panels.setdefault(f"{binned[1]} by bin of t" if binned else name, []).append(name)
-    return panels
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(row["step"], row[name]) for row in rows if _is_finite(row.get(name))]
-    return tuple(np.array(pairs, float).T)
-
-
-def _draw_curve(
-    ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, *, smooth: bool
-) -> None:
-    window = len(values) // 40
-    if smooth and window > 1:
-        ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
-        # A centred mean, divided by the number of rows it really covers at the ends.
-        kernel = np.ones(window)
-        values = np.convolve(values, kernel, "same") / np.convolve(
-            np.ones(len(values)), kernel, "same"
-        )
-    ax.plot(
-        steps, values, color=color, linewidth=1.5, marker="o" * (len(values) == 1), markersize=3
-    )
-
-
-def _finish_curves(ax: Axes, names: Sequence[str], values: np.ndarray) -> None:
-    if (
-        0 < 4 * values.min() < values.max() < 1000 * values.min()
-    ):  # beyond, the few smallest values would take it all
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-    else:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    ax.grid(axis="y", color=_FAINT, linewidth=0.6)
-    ax.tick_params(which="both", labelsize=8, colors=_MUTED, length=0)
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-    ax.spines[["left", "right", "top"]].set_visible(False)
-    ax.spines["bottom"].set_color(_FAINT)
-    if len(names) > 1:
-        labels = [name.rsplit("_", 1)[1] for name in names]
-        lines = [line for line in ax.lines if line.get_alpha() is None]
-        ax.legend(
-            lines, labels, fontsize=7.5, frameon=False, ncols=2, labelcolor=_MUTED, handlelength=1.2
-        )
-
-
-def _noise_grid(side: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the lines of a grid of N(0, I), each `[K, 2]`, and its dots `[side^2, 2]`, equal in probability."""
-    line = ndtri((np.arange(side) + 0.5) / side)
-    dots = np.stack(np.meshgrid(line, line), axis=-1)
-    along = np.linspace(line[0], line[-1], 201)
-    wires = [np.stack([along, np.full_like(along, place)], axis=1) for place in line[::3]]
-    return [*wires, *(wire[:, ::-1] for wire in wires)], dots.reshape(-1, 2)
-
-
-def _colors_of_noise(e: np.ndarray) -> np.ndarray:
-    """Return RGB `[N, 3]`: the direction of each point gives the hue, its distance the strength."""
-    hue = np.arctan2(e[:, 1], e[:, 0]) / (2 * np.pi) % 1.0
-    strength = np.clip(np.linalg.norm(e, axis=1) / 1.4, 0.2, 0.85)
-    return hsv_to_rgb(np.stack([hue, strength, np.full_like(hue, 0.88)], axis=1))
+    panels = _panels(rows)
+    columns = min(3, len(panels)) or 1
+    height = -(-len(panels) // columns) or 1
+    with _figure(path, height, columns, width=3.4, height=2.3) as (_, axes):
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        for ax, (title, curves) in zip(axes, panels.items(), strict=False):
+            shades = _BINS if len(curves) > 1 else (_BLUE,)
+            for i, (name, (steps, values)) in enumerate(curves.items()):
+                shade, is_smooth = shades[i % len(shades)], name != "learning_rate"
+                _draw_curve(ax, steps, values, shade, label=name[-2:], is_smooth=is_smooth)
+            ax.set_title(title, loc="left", color=_INK, fontsize=10)
+            _finish_curves(ax, np.concatenate([values for _, values in curves.values()]))
+            if len(curves) > 1:
+                ax.legend(ncols=2, handlelength=1.2)
 
 
 def _panels(
-    rows: int, columns: int, *, size: float, height: float = 0.0, title: str = ""
-) -> tuple[Figure, np.ndarray]:
-    figure = Figure(
-        figsize=(columns * size, rows * (height or size) + 0.35 * bool(title)), layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    if title:
-        figure.suptitle(title, fontsize=11, color=_INK)
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Return title -> name -> (steps, values), the best known first."""
+    names = {name for row in rows for name, x in row.items() if isinstance(x, int | float)}
+    rank = {name: i for i, name in enumerate(_FIRST)}
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name in sorted(names - {"step"}, key=lambda name: (rank.get(name, len(rank)), name)):
+        known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        title = re.sub(r"_t\d$", " by bin of t", name)
+        panels.setdefault(title, {})[name] = tuple(np.array(known, float).T)
+    return panels
+
+
+def _draw_curve(
+    ax: Any, steps: np.ndarray, values: np.ndarray, color: str, *, label: str, is_smooth: bool
+) -> None:
+    window = len(values) // 40
+    if is_smooth and window > 1:
+        ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
+        values = ndimage.uniform_filter1d(values, window, mode="nearest")
+    marker = "o" if len(values) == 1 else ""
+    ax.plot(steps, values, color=color, marker=marker, markersize=3, label=label)
+
+
+def _finish_curves(ax: Any, values: np.ndarray) -> None:
+    ax.locator_params(axis="both", nbins=4)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    # beyond a factor of 1000 the few smallest values would take the whole axis
+    if 0 < 4 * values.min() < values.max() < 1000 * values.min():
+        ax.set_yscale("log", subs=(2, 5))
+        ax.yaxis.set_minor_formatter("{x:g}")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(axis="y", which="both")
+    ax.spines[["left", "right", "top"]].set_visible(False)
+
+
+def _grid_of_noise(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return dots `[side^2, 2]` of equal probability under N(0, I), and wires `[W, 201, 2]`."""
+    line = np.array([NormalDist().inv_cdf((i + 0.5) / side) for i in range(side)])
+    dots = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+    wires = np.stack(np.meshgrid(np.linspace(line[0], line[-1], 201), line[::3]), axis=-1)
+    return dots, np.concatenate([wires, wires[..., ::-1]])
+
+
+def _colors_of_noise(e: np.ndarray) -> np.ndarray:
+    """Return RGB `[N, 3]`: the hue is the direction of a point, the strength its distance."""
+    hue = np.arctan2(e[:, 1], e[:, 0]) / (2 * np.pi) % 1.0
+    strength = np.clip(np.linalg.norm(e, axis=1) / 1.4, 0.2, 0.85)
+    return colors.hsv_to_rgb(np.stack([hue, strength, np.full_like(hue, 0.88)], axis=1))
+
+
+@contextlib.contextmanager
+def _figure(
+    path: str | os.PathLike[str],
+    rows: int,
+    columns: int,
+    *,
+    width: float,
+    height: float,
+    title: str = "",
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
+    size = (columns * width, rows * height + 0.35 * bool(title))
+    with mpl.rc_context(_STYLE):
+        sheet = figure.Figure(figsize=size, layout="constrained")
+        if title:
+            sheet.suptitle(title)
+        yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
+        with written_aside(epath.Path(path)) as aside:
+            sheet.savefig(aside, format="png")
 
 
 def _square(
-    ax: Axes, x_limits: Sequence[float | int], y_limits: Sequence[float | int], title: str
+    ax: Any, x_limits: Sequence[float | int], y_limits: Sequence[float | int], title: str
 ) -> None:
     ax.set(xlim=tuple(x_limits), ylim=tuple(y_limits), aspect="equal", xticks=[], yticks=[])
-    ax.set_title(title, fontsize=9.5, color=_MUTED)
-    ax.spines[:].set_color(_FAINT)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    FigureCanvasAgg(figure)
-    with written_aside(epath.Path(path)) as aside:
-        figure.savefig(aside, format="png", dpi=130, facecolor="white")
+    ax.set_title(title)

@@ -1,44 +1,71 @@
-"""How far the work is: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""The one progress bar: live on a terminal, a line every half minute elsewhere."""
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_OF_RATE = 600.0
+Item = TypeVar("Item")
 
 
-class PictureProgress:
-    """Show how many pictures are done; use it as a context manager.
+class ProgressBar:
+    """Show how many steps are done, how fast, and how long the rest takes; use it as a context manager.
 
     Args:
-      total: pictures to do, at least 1.
+      title: of the work, or the name of a step.
+      total: steps to do.
+      done: steps done before.
+      per_step: units in a step; the rate counts units.
+      unit: in the plural.
       is_wanted: False shows nothing.
     """
 
-    def __init__(self, total: int, *, is_wanted: bool = True) -> None:
-        self._total, self._done, self._where = total, 0, ""
-        self._start = self._said = time.monotonic()
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        done: int = 0,
+        per_step: int = 1,
+        unit: str = "images",
+        is_wanted: bool = True,
+    ) -> None:
         console = Console(highlight=False)
-        live = is_wanted and sys.stdout.isatty() and not console.is_dumb_terminal
-        self._plain = is_wanted and not live
+        is_live = is_wanted and sys.stdout.isatty() and not console.is_dumb_terminal
+        self._is_plain = is_wanted and not is_live
         self._bar = Progress(
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%", markup=False),
-            TextColumn("{task.completed:,}/{task.total:,}", markup=False),
-            TextColumn("{task.fields[rate]}", style="cyan", markup=False),
-            TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.completed:,}/{task.total:,}"),
+            _RateColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="green", markup=False),
             console=console,
-            disable=not live,
+            disable=not is_live,
             expand=True,
+            speed_estimate_period=_SECONDS_OF_RATE,
         )
-        self._task = self._bar.add_task("", total=total, rate="")
+        fields = {"note": "", "per_step": per_step, "unit": unit}
+        self._id = self._bar.add_task(title, total=total, completed=done, **fields)
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> "PictureProgress":
+    def __enter__(self) -> "ProgressBar":
         self._bar.start()
         return self
 
@@ -50,26 +77,55 @@ class PictureProgress:
     ) -> None:
         self._bar.stop()
 
-    def shard(self, where: str) -> None:
-        """Say which shard is being made."""
-        self._where = where
-        self._bar.update(self._task, description=where)
+    def name(self, title: str) -> None:
+        """Change the title."""
+        self._bar.update(self._id, description=title)
 
-    def advance(self, count: int) -> None:
-        """Count pictures as done."""
+    def move(self, done: int, note: str = "") -> None:
+        """Set the steps done, and a note unless it is empty, without printing a line."""
+        self._bar.update(self._id, completed=done, **({"note": note} if note else {}))
+
+    def advance(self, count: int = 1) -> None:
+        """Count steps as done, with a line where one is due."""
         if not count:
             return
-        self._done += count
-        self._bar.update(self._task, completed=self._done, rate=f"{self._rate():,.0f} images/s")
-        is_time = time.monotonic() - self._said > _SECONDS_BETWEEN_LINES
-        if self._plain and (is_time or self._done == self._total):
-            self._said = time.monotonic()
-            left = timedelta(seconds=round((self._total - self._done) / max(self._rate(), 1e-9)))
-            print(
-                f"{self._where}  {self._done:,}/{self._total:,} ({self._done / self._total:.0%})  "
-                f"{self._rate():,.1f} images/s  {left} left",
-                flush=True,
-            )
+        self._bar.update(self._id, advance=count)
+        is_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
+        if is_due or self._bar.finished:
+            self.print_line()
 
-    def _rate(self) -> float:
-        return self._done / max(time.monotonic() - self._start, 1e-9)
+    def print_line(self) -> None:
+        """Print a line where there is no live bar."""
+        if not self._is_plain:
+            return
+        self._last_line = time.monotonic()
+        task = self._bar.tasks[0]
+        parts = [f"{task.description} {task.completed:,}/{task.total:,} ({task.percentage:.0f}%)"]
+        if task.speed:
+            parts += [_rate(task), f"{timedelta(seconds=task.time_remaining)} left"]
+        print("  ".join([*parts, task.fields["note"]]).rstrip(), flush=True)
+
+
+def track(items: Iterable[Item], title: str, total: int, **options: Any) -> Iterator[Item]:
+    """Yield items beside a progress bar.
+
+    Args:
+      items: what is worked on.
+      title: of the work.
+      total: the number of items.
+      **options: of `ProgressBar`.
+    """
+    with ProgressBar(title, total, **options) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task) if task.speed else "", style="cyan")
+
+
+def _rate(task: Task) -> str:
+    rate = task.speed * task.fields["per_step"]
+    return f"{rate:,.{0 if rate >= 10 else 2}f} {task.fields['unit']}/s"
