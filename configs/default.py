@@ -196,5 +196,4 @@ def get_config() -> ConfigDict:
         utilisation=0.4,  # plan: share of the peak that a device reaches, in (0, 1]
     )
     config.weights_dir = ""  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
-    config.cache_dir = ".cache"  # of the evaluation's classifiers, shared by runs; "" = the workdir
     return config.lock()  # a key that is not here is refused in a config file too

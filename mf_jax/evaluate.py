@@ -1,249 +1,299 @@
-"""--mode=eval: how far the samples are from the data, as a table with the real-data floor in its first row.
+"""--mode=eval: for each cell of the grid load the model, sample, score, and write a row.
 
-Images are compared in the features of a small classifier trained on the training split, vectors directly. The table's
-reference is the training split for images (as is usual for the Fréchet distance), the held-out split for vectors. The
-floor row puts the other split of the real data in the place of the samples.
+With `eval.references` pictures are compared with reference statistics in the features of
+Inception-v3; without, samples are compared with the data themselves, and the first row says how
+real data score. Every comparison is a row of eval.jsonl that carries its whole protocol, and
+eval.json is a table of such rows. A row that is there is not computed again: a job that was stopped
+goes on, and one that watches a training run scores what is new.
 """
 
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Callable
-from typing import Any
+import re
+import time
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from etils.epath import Path
-from jaxtyping import Float, Shaped
+from etils import epath
+from jaxtyping import Int
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
-from mf_jax import fid, metrics
-from mf_jax.config import make_objective, make_scheme, validate
-from mf_jax.data import Batch, Source, make_source, read
-from mf_jax.data.pixels import from_pixels, to_pixels
+from mf_jax.config import validate
+from mf_jax.data import Source, make_source
+from mf_jax.data.pixels import QUANTISATION
 from mf_jax.errors import BadInput
-from mf_jax.flow import diagnostics
-from mf_jax.flow.records import NO_LABEL, Rows
-from mf_jax.generator import Generator
-from mf_jax.loading import labels_of, load_cell
-from mf_jax.models import as_field
+from mf_jax.generator import Generator, load_decoder
+from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
+from mf_jax.reporting.sample_grid import save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
 from mf_jax.runtime.files import replace_file
-from mf_jax.scoring.grid import cells, names
-from mf_jax.scoring.rows import ROWS_FILE
+from mf_jax.scoring import rows as score_rows
+from mf_jax.scoring import scorers
+from mf_jax.scoring.diagnose import diagnose
+from mf_jax.scoring.grid import NEWEST, Cell, cells
+from mf_jax.scoring.rows import Row
+from mf_jax.scoring.scorers import Samples, Scorer
 
-_DIAGNOSTIC_ROWS = 1024
-_DIAGNOSTIC_STREAM = 2**31  # sample i folds i into the same key, and i stays below
-_FLOOR = "real data (held-out)"
-Scores = dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageScores:
-    """Score images in the features of a classifier, against the training split.
-
-    Args:
-      classifier: gives features and logits.
-      reference: features of the training split, `[N, D]`.
-    """
-
-    classifier: metrics.Classifier
-    reference: Float[np.ndarray, "n d"]
-    columns = ("frechet_distance", "precision", "recall", "class_accuracy")
-
-    @classmethod
-    def against(cls, train: Batch, num_classes: int, cache_dir: Path) -> "ImageScores":
-        """Return the scores against a training split; its classifier is trained at the first use, then cached."""
-        images, labels = _as_quantised(train.x), train.labels
-        if num_classes < 2:  # nothing to tell apart: the classifier learns rotations instead
-            num_classes, labels = 0, np.full_like(labels, NO_LABEL)
-        classifier = metrics.cached_classifier(
-            images, labels, num_classes=num_classes, cache_dir=cache_dir
-        )
-        return cls(classifier, classifier.features_and_logits(images)[0])
-
-    @property
-    def protocol(self) -> str:
-        """What the features are and what they are compared with."""
-        kind = "rotation" if self.classifier.is_self_supervised else "class"
-        return (
-            f"reference: {len(self.reference)} training images; features: {self.reference.shape[1]} of the {kind} "
-            f"classifier {self.classifier.fingerprint}; precision and recall with k = 3"
-        )
-
-    def __call__(self, x: Shaped[np.ndarray, "n ..."], labels: Shaped[np.ndarray, "n"]) -> Scores:
-        """Return the scores of images in [-1, 1] with their labels."""
-        features, logits = self.classifier.features_and_logits(_as_quantised(x))
-        precision, recall = metrics.precision_recall(features, self.reference)
-        distance = metrics.frechet_distance(
-            *metrics.gaussian_statistics(features), *metrics.gaussian_statistics(self.reference)
-        )
-        scores = {"frechet_distance": distance, "precision": precision, "recall": recall}
-        if self.classifier.is_self_supervised:
-            return scores
-        return scores | {"class_accuracy": float(np.mean(logits.argmax(axis=1) == labels))}
+PICTURES = "eval_samples"
+_NUM_SHOWN = 64
+_POLL_SECONDS = 30
+_DECIDE_SAMPLES = ("model", "objective")
+"""With the scale of latents, the sections of the config that decide the samples of parameters."""
 
 
-@dataclasses.dataclass(frozen=True)
-class VectorScores:
-    """Score vectors directly, against the held-out split.
-
-    Args:
-      reference: held-out vectors `[N, D]`.
-    """
-
-    reference: Float[np.ndarray, "n d"]
-    columns = ("energy_distance", "sliced_wasserstein")
-
-    @property
-    def protocol(self) -> str:
-        """What the vectors are compared with."""
-        return f"reference: {len(self.reference)} held-out vectors"
-
-    def __call__(self, x: Shaped[np.ndarray, "n ..."], labels: Shaped[np.ndarray, "n"]) -> Scores:
-        """Return the scores of vectors; they have no labels to check."""
-        return {
-            "energy_distance": metrics.energy_distance(x, self.reference),
-            "sliced_wasserstein": metrics.sliced_wasserstein(x, self.reference),
-        }
-
-
-def _as_quantised(x: Shaped[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-    """Return images as they are after being stored in bytes, so that real and generated ones are treated alike."""
-    return from_pixels(to_pixels(x))
-
-
-def diagnose(generator: Generator, source: Source, *, seed: int) -> Scores:
-    """Return the MeanFlow diagnostics on draws of real data with the run's own distribution of times.
-
-    Args:
-      generator: the model.
-      source: real data.
-      seed: of the choice of rows, the noise and the times.
-
-    Returns:
-      velocity_error, and for a network that knows u(z, r, t) identity_residual and additivity_gap.
-    """
-    rows_key, noise_key, times_key = jax.random.split(
-        jax.random.fold_in(jax.random.key(seed), _DIAGNOSTIC_STREAM), 3
-    )
-    index = jax.random.randint(rows_key, (_DIAGNOSTIC_ROWS,), 0, len(source))
-    batch = source.gather(np.asarray(index))
-    x, labels = jnp.asarray(batch.x), jnp.asarray(batch.labels)
-    r, t = make_scheme(generator.config).times.sample(times_key, _DIAGNOSTIC_ROWS)
-    e = jax.random.normal(noise_key, x.shape)
-    rows = Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=jnp.zeros(labels.shape, bool))
-    chosen: list[Callable] = [diagnostics.velocity_error]
-    if make_objective(generator.config).learns_average:
-        chosen += [diagnostics.identity_residual, diagnostics.additivity_gap]
-    field = as_field(generator.network)
-    with jax.default_matmul_precision("highest"):
-        return {
-            measure.__name__: float(
-                jax.jit(functools.partial(measure, field))(generator.params, rows)
-            )
-            for measure in chosen
-        }
-
-
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Write `eval.json` and print its table.
-
-    Args:
-      config: of the command; `eval` says what to compute.
-      workdir: of the run.
-    """
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Append to eval.jsonl what `eval` asks for, write the table `eval.json`, and print it."""
+    section = config.eval
     with processes.together():
-        check_values(config)
-        if not config.eval.samples and not config.eval.watch and not config.init.path:
-            run_folder.check(workdir, config)
-    against_references = config.eval.references or config.eval.samples or config.eval.watch
-    result = fid.run(config, workdir) if against_references else _small_data(config, workdir)
+        _check(config)
+        if section.samples:
+            run_folder.make(workdir)
+        elif not section.watch:
+            _check_workdir(config, workdir)
+        scorer, data = scorers.scorer_of_references(config), None
+        if scorer is None:
+            data = validate(config, num_devices=1)
+            held_out = make_source(config.data, split="held_out")
+            scorer, real = scorers.scorer_of_data(config, data, held_out)
+    evaluation = Evaluation(config, workdir, scorer, data)
+    if section.samples:
+        rows = evaluation.score(*scorers.samples_of_file(config))
+    elif section.watch:
+        rows = evaluation.watch()
+    else:
+        rows = evaluation.score(*real) if data else []
+        rows = rows + evaluation.score_grid(evaluation.steps())
     if not processes.is_first():  # which alone has all scores
         return
-    replace_file(workdir / "eval.json", json.dumps(result, indent=1).encode())
+    table = score_rows.as_table(rows)
+    replace_file(workdir / "eval.json", json.dumps(table, indent=1).encode())
     write_report(workdir)
-    _show(result)
-    rows = {"rows": ROWS_FILE, "pictures": fid.PICTURES} if against_references else {}
-    run_folder.tell(workdir, table="eval.json", **rows, report="report.html")
+    score_rows.show(table)
+    places = {"table": "eval.json", "rows": score_rows.ROWS_FILE, "pictures": PICTURES}
+    run_folder.tell(workdir, **places, report="report.html")
 
 
-def _small_data(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Score samples against the data themselves, all in memory."""
-    with processes.together():
-        train = validate(config, num_devices=1)
-        grid = cells(config)
-        held_out = make_source(config.data, split="held_out")
-    score, rows = _floor(config, workdir, train, held_out)
-    seed, size = config.eval.seed, config.eval.batch_size
-    # cells of one model are neighbours
-    load = functools.lru_cache(1)(functools.partial(load_cell, config, workdir))
-    for cell, name in zip(grid, names(grid), strict=True):
-        generator = load(cell.checkpoint, cell.ema)
-        _check_same_kind(generator, train)
-        labels = labels_of(config, generator)
-        x = generator.sample_raw(labels, plan=cell.plan(seed=seed, batch_size=size))
-        rows.append({"name": name, "steps": cell.steps, "samples": len(x), **score(x, labels)})
-    order = {"balanced": "all classes in turn", "random": "random classes"}[config.eval.labels]
-    told = order if generator.spec.num_classes else "no labels"
-    ema = "raw parameters" if generator.ema == "none" else f"EMA {generator.ema}"
-    is_one = len({(cell.checkpoint, cell.ema) for cell in grid}) == 1
-    one_model = f"checkpoint of step {generator.step}, {ema}, " * is_one
-    protocol = (
-        f"{one_model}{len(labels)} samples a row, seed {config.eval.seed}, "
-        f"{told}, {score.protocol}, {config.model.dtype} 'highest'"
-    )
-    found = diagnose(generator, train, seed=config.eval.seed)
-    columns = ["steps", "samples", *(name for name in score.columns if name in rows[0])]
-    return {"protocol": protocol, "columns": columns, "rows": rows, "diagnostics": found}
-
-
-def _check_same_kind(generator: Generator, train: Source) -> None:
-    """Raise BadInput if a model, of weights from elsewhere, generates other things than the data are."""
-    ours, theirs = (
-        f"shape {kind.shape} and {kind.num_classes} classes"
-        for kind in (generator.spec, train.spec)
-    )
-    if ours != theirs:
+def _check(config: ConfigDict) -> None:
+    check_values(config)
+    cells(config)
+    section = config.eval
+    if (section.samples or section.watch) and not section.references:
         raise BadInput(
-            f"init.path={generator.ema}: its samples have {ours}, the data {theirs}; use the config of its own data"
+            "eval.references=(): eval.samples and eval.watch compare with reference statistics; "
+            "name at least one .npz"
         )
-
-
-def _floor(
-    config: ConfigDict, workdir: Path, train: Source, held_out: Source
-) -> tuple[ImageScores | VectorScores, list[dict]]:
-    """Return the scores, and the table's first row: what real data score."""
-    if len(train.spec.shape) == 3:
-        cache_dir = Path(config.cache_dir) if config.cache_dir else workdir
-        score = ImageScores.against(read(train), train.spec.num_classes, cache_dir)
-        real = read(held_out)
-    else:
-        score = VectorScores(read(held_out, config.eval.num_samples).x)
-        real = read(train, config.eval.num_samples)
-    return score, [{"name": _FLOOR, "samples": len(real.x), **score(real.x, real.labels)}]
-
-
-def _show(result: dict) -> None:
-    table = Table(
-        "", *(name.replace("_", " ") for name in result["columns"]), caption=result["protocol"]
-    )
-    for row in result["rows"]:
-        cells = (row.get(name) for name in result["columns"])
-        table.add_row(
-            row["name"],
-            *("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells),
+    if section.watch and (section.samples or section.checkpoints):
+        raise BadInput(
+            "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and "
+            "eval.checkpoints out"
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        "  ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["diagnostics"].items()
+    if config.data.name == "latents" and not section.references:
+        raise BadInput("eval.references=(): latents are scored as pictures; name at least one .npz")
+
+
+def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
+    if config.init.path and not run_folder.exists(workdir):
+        if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
+            raise BadInput(
+                "eval.checkpoints, eval.emas: init.path names one model; leave both out, "
+                "or name another with --config.init.which"
+            )
+        run_folder.make(workdir)
+        return
+    run_folder.check(workdir, config)
+    run_folder.check_writable(workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One command's evaluation.
+
+    config: of the command. workdir: of the run, or any folder. scorer: of all samples. data: the
+    training split, for the diagnostics of models; None where models are compared with references.
+    """
+
+    config: ConfigDict
+    workdir: epath.Path
+    scorer: Scorer
+    data: Source | None
+
+    def steps(self) -> list[int]:
+        """Return the steps of the run's checkpoints, oldest first, as process 0 sees them."""
+        is_run = run_folder.exists(self.workdir)
+        return processes.from_first(saved_steps(self.workdir) if is_run else [])
+
+    def score(
+        self,
+        subject: Row,
+        draw: Callable[[], Samples],
+        diagnose: Callable[[], Row] = dict,
+    ) -> list[Row]:
+        """Return the rows of some samples; those that eval.jsonl lacks are computed and appended.
+
+        Args:
+          subject: the part of the protocol that decides the samples.
+          draw: makes them.
+          diagnose: gives what else belongs in the row.
+        """
+        protocols = [subject | own for own in self.scorer.protocols()]
+        # another job may add rows meanwhile: all processes go by what the first has read
+        stored = processes.from_first(score_rows.read_rows(self.workdir))
+        known = {score_rows.key_of(row["protocol"]): row for row in stored}
+        keys = [score_rows.key_of(protocol) for protocol in protocols]
+        if set(keys) <= set(known):
+            return [known[key] for key in keys]
+        compare, more = self.scorer(draw()), diagnose()
+        rows = []
+        with processes.together():
+            if processes.is_first():
+                rows = [
+                    {"name": score_rows.name_of(subject), **scores, **more, "protocol": protocol}
+                    for scores, protocol in zip(compare(), protocols, strict=True)
+                ]
+                score_rows.append(self.workdir, rows)
+        for row in rows:
+            print(f"{row['name']}: {score_rows.words_of(row)}", flush=True)
+        return rows
+
+    def score_grid(self, steps: list[int]) -> list[Row]:
+        """Return the rows of all cells, the newest of these checkpoints by its step."""
+        is_run = run_folder.exists(self.workdir)
+        if is_run and not steps:
+            raise BadInput(
+                f"--workdir={self.workdir}: holds no checkpoint; train first: --mode=train "
+                "with this --workdir"
+            )
+        newest = {"checkpoint": steps[-1]} if is_run else {"checkpoint": 0, "ema": "init"}
+        # cells of one model are neighbours
+        load = functools.lru_cache(1)(self._load)
+        diagnose = functools.lru_cache(1)(lambda *model: self._diagnose(load(*model)))
+        rows = []
+        for cell in cells(self.config):
+            cell = dataclasses.replace(cell, **newest) if cell.checkpoint == NEWEST else cell
+            model = cell.checkpoint, cell.ema
+            rows += self.score(
+                self._protocol(cell, functools.partial(load, *model)),
+                lambda cell=cell, model=model: self._draw(cell, load(*model)),
+                functools.partial(diagnose, *model),
+            )
+        return rows
+
+    def watch(self) -> list[Row]:
+        """Score all checkpoints, the newest first, until the run's last step is scored."""
+        listed, tried, doubtful, is_checked = [], set(), set(), False
+        if not run_folder.exists(self.workdir):
+            print(f"waiting for a run in {self.workdir}", flush=True)
+        while True:
+            if not is_checked and processes.from_first(run_folder.exists(self.workdir)):
+                with processes.together():
+                    _check_workdir(self.config, self.workdir)
+                is_checked = True
+            listed, before = self.steps(), listed
+            for step in sorted(set(before) - set(listed) - tried):
+                print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
+            tried, doubtful = tried & set(listed), doubtful & set(listed)
+            for step in sorted(set(listed) - tried, reverse=True):
+                try:
+                    self.score_grid([step])
+                    tried.add(step)
+                except UnreadableCheckpoint as problem:  # dropped, damaged, or not all here yet
+                    if step in doubtful:
+                        print(f"checkpoint {step} is left out: {problem}", flush=True)
+                        tried.add(step)
+                    doubtful.add(step)
+                if self.steps() != listed:
+                    break  # to what is newest now
+            else:
+                last = run_folder.stored_config(self.workdir).train.num_steps if listed else 0
+                if listed and set(listed) == tried and listed[-1] >= last:
+                    return score_rows.read_rows(self.workdir)
+                time.sleep(_POLL_SECONDS)
+
+    def _load(self, checkpoint: int, ema: str) -> Generator:
+        run = functools.partial(load_run, self.workdir)
+        generator = (
+            run(self.config, ema, checkpoint) if ema != "init" else load_initial(self.config)
         )
-    )
+        ours, data = generator.spec, self.data and self.data.spec
+        if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
+            raise BadInput(
+                f"init.path={generator.ema}: its samples are of {ours.shape}, "
+                f"{ours.num_classes} classes, the data of {data.shape} and {data.num_classes}; use their own config"
+            )
+        return generator
+
+    def _protocol(self, cell: Cell, load: Callable[[], Generator]) -> Row:
+        """Return whatever decides the samples of a cell."""
+        config, is_run = self.config, run_folder.exists(self.workdir)
+        with processes.together():
+            origin = run_folder.stored_data(self.workdir).origin if is_run else ""
+            decoder = load_decoder(config, origin=origin)
+        if is_run:
+            weights = fingerprint(self.workdir, cell.checkpoint)
+        else:
+            leaves = jax.tree.leaves(load().params)
+            weights = _sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
+        deciding = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
+        if decoder:
+            scale = {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
+            deciding |= scale
+        return cell.protocol | {
+            "weights": weights,
+            "config": _sha256(json.dumps(deciding, sort_keys=True).encode()),
+            "num_samples": config.eval.num_samples,
+            "labels": config.eval.labels,
+            "network_dtype": config.model.dtype,
+            "autoencoder": decoder.autoencoder.sha256 if decoder else "none",
+            "quantisation": QUANTISATION,
+        }
+
+    def _draw(self, cell: Cell, generator: Generator) -> Samples:
+        labels, name = _labels(self.config, generator), score_rows.name_of(cell.protocol)
+        batches = generator.batches(labels, cell.plan)
+        if generator.spec.is_picture:
+            batches = self._pictures(batches, labels, generator, name)
+        return Samples(name, batches, labels, cell.plan.batch_size)
+
+    def _pictures(
+        self, batches: Iterator, labels: np.ndarray, generator: Generator, name: str
+    ) -> Iterator:
+        """Yield samples as bytes, and draw the first ones."""
+        for x, index in batches:
+            pixels = generator.pixels(x)
+            if index[0] == 0:
+                shown = processes.on_host(pixels)[: min(_NUM_SHOWN, len(labels))]
+                if processes.is_first():
+                    file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
+                    path = self.workdir / PICTURES / f"{file}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    shown_labels = labels[: len(shown)]
+                    save_sample_grid(path, shown, shown_labels, generator.spec.class_names)
+            yield pixels, index
+
+    def _diagnose(self, generator: Generator) -> Row:
+        if self.data is None:
+            return {}
+        found = diagnose(
+            self.config, generator.network, generator.params, self.data, seed=self.config.eval.seed
+        )
+        return {"diagnostics": found}
+
+
+def _labels(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
+    """Return the label of each sample: exactly balanced, or drawn from the seed."""
+    num, classes = config.eval.num_samples, generator.spec.num_classes
+    if config.eval.labels == "random" and classes:
+        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
+    return generator.labels_for(None, num)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

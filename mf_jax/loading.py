@@ -11,7 +11,7 @@ import numpy as np
 from etils.epath import Path, PathLike
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_network
@@ -27,7 +27,6 @@ from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh, placed
-from mf_jax.scoring.grid import NEWEST
 
 INIT_KINDS = ("run", *KINDS)
 
@@ -40,7 +39,7 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
     """
     folder = Path(workdir)
-    return _load_run(folder, run_folder.stored_config(folder), ema)
+    return load_run(folder, run_folder.stored_config(folder), ema)
 
 
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
@@ -61,20 +60,7 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
     with processes.together():
         run_folder.check(workdir, config)
         run_folder.check_writable(workdir)
-    return _load_run(workdir, config, ema, step)
-
-
-def load_cell(config: ConfigDict, workdir: Path, checkpoint: int, ema: str) -> Generator:
-    """Load the model of a cell of an evaluation's grid; see `load_for`."""
-    return load_for(workdir, config, ema=ema, step=None if checkpoint == NEWEST else checkpoint)
-
-
-def labels_of(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
-    """Return the label of each sample of an evaluation: exactly balanced, or drawn from its seed."""
-    num, classes = config.eval.num_samples, generator.spec.num_classes
-    if config.eval.labels == "random" and classes:
-        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
-    return generator.labels_for(None, num)
+    return load_run(workdir, config, ema, step)
 
 
 def load_initial(config: ConfigDict) -> Generator:
@@ -110,7 +96,8 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     return _fit(_restore(Path(path), theirs, ema)[1], like, path)
 
 
-def _load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:
+def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:
+    """Load a checkpoint of a workdir that is known to hold the run of a config."""
     ema, spec = choose_ema("ema", ema, averages(config)), run_folder.stored_data(folder)
     network = make_network(config, spec, for_sampling=True)
     step, params = _restore(folder, config, ema, step)

@@ -23,64 +23,57 @@ from mf_jax.runtime.files import replace_file
 _SCATTER_POINTS = 5000
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 """Where (r, t) the velocity of a network that never saw r < t is plotted."""
-
-
-def _plot_vectors(
-    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n 2"]
-) -> None:
-    """Write the scatter plot of samples beside the data, the learned field, and one-step transport."""
-    data = read(make_source(config.data, split="held_out"), _SCATTER_POINTS).x
-    steps = len(sample_plan(config).grid) - 1
-    title = f"{steps}-step samples after {generator.step:,} training steps"
-    save_scatter(workdir / "scatter.png", samples[:_SCATTER_POINTS], data, title=title)
-    reach = 1.25 * float(np.abs(data).max())
-    limits = (-reach, reach)
-    if make_objective(config).learns_average:
-        save_field(workdir / "field.png", generator.average_velocity, limits=limits)
-        save_transport(workdir / "transport.png", generator.average_velocity, data, limits=limits)
-    else:
-        save_field(
-            workdir / "field.png", generator.average_velocity, limits=limits, times=_INSTANTS
-        )
+_PLACES = {
+    "samples": "samples.npz",
+    "picture": "samples.png",
+    "scatter": "scatter.png",
+    "field": "field.png",
+    "transport": "transport.png",
+    "report": "report.html",
+}
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Write `samples.npz` and a picture of them.
+    """Write `samples.npz` and a picture of the samples.
 
-    `arr_0` holds the samples (uint8 `[N, H, W, C]`, or float32 `[N, D]` for vectors), `arr_1` their int32 labels where
-    the model has classes, as the evaluators of the field read them.
-
-    Args:
-      config: of the command; `sample` says what to draw.
-      workdir: of the run.
+    `arr_0` holds the samples (uint8 `[N, H, W, C]`, or float32 `[N, D]` for vectors), `arr_1` their
+    int32 labels where the model has classes.
     """
     check_values(config)
-    wanted = config.sample
-    generator = load_for(
-        workdir, config, ema=choose_ema("sample.ema", config.sample.ema, averages(config))
-    )
-    labels = generator.labels_for(wanted.labels or None, wanted.num)
+    section = config.sample
+    ema = choose_ema("sample.ema", section.ema, averages(config))
+    generator = load_for(workdir, config, ema=ema)
+    labels = generator.labels_for(section.labels or None, section.num)
     samples = generator.sample(labels, plan=sample_plan(config))
     if not processes.is_first():
         return
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
     content = io.BytesIO()
     np.savez(content, **arrays)
-    replace_file(workdir / "samples.npz", content.getvalue())
-    if samples.ndim == 4:
-        save_sample_grid(workdir / "samples.png", samples, labels, generator.spec.class_names)
+    replace_file(workdir / _PLACES["samples"], content.getvalue())
+    if generator.spec.is_picture:
+        names = generator.spec.class_names
+        save_sample_grid(workdir / _PLACES["picture"], samples, labels, names)
     else:
         _plot_vectors(config, workdir, generator, samples)
     write_report(workdir)
-    print(
-        f"{len(samples)} samples from step {generator.step}, ema {generator.ema}, seed {wanted.seed}:"
-    )
-    run_folder.tell(
-        workdir,
-        samples="samples.npz",
-        picture="samples.png",
-        scatter="scatter.png",
-        field="field.png",
-        transport="transport.png",
-        report="report.html",
-    )
+    source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
+    print(f"{len(samples)} samples from {source}:")
+    run_folder.tell(workdir, **_PLACES)
+
+
+def _plot_vectors(
+    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n 2"]
+) -> None:
+    """Plot samples beside the data, the learned field, and one-step transport."""
+    data = read(make_source(config.data, split="held_out"), _SCATTER_POINTS).x
+    steps = len(sample_plan(config).grid) - 1
+    title = f"{steps}-step samples after {generator.step:,} training steps"
+    save_scatter(workdir / _PLACES["scatter"], samples[:_SCATTER_POINTS], data, title=title)
+    reach = 1.25 * float(np.abs(data).max())
+    velocity, limits = generator.average_velocity, (-reach, reach)
+    if make_objective(config).learns_average:
+        save_field(workdir / _PLACES["field"], velocity, limits=limits)
+        save_transport(workdir / _PLACES["transport"], velocity, data, limits=limits)
+    else:
+        save_field(workdir / _PLACES["field"], velocity, limits=limits, times=_INSTANTS)

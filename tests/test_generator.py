@@ -24,6 +24,7 @@ from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import initial_params
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.runtime.sharding import make_mesh
+from mf_jax.scoring import scorers
 
 VAE = FOLDER / "vae"
 LATENT = DataSpec((4, 4, 4), 10, tuple("0123456789"))
@@ -160,15 +161,15 @@ def test_sample_mode_of_vectors(toy_run):
     assert all((workdir / f"{name}.png").exists() for name in ("scatter", "field", "transport"))
 
 
-def _evaluate(config, workdir, cache):
+def _evaluate(config, workdir):
     arguments = (f"--config=configs/{config}.py", "--mode=eval", f"--workdir={workdir}", *TINY)
-    code, output, errors = here(*arguments, f"--config.cache_dir={cache}")
+    code, output, errors = here(*arguments)
     assert code == 0, errors
     return json.loads((workdir / "eval.json").read_text()), output
 
 
-def test_eval_of_images(copy_of_trained, tmp_path):
-    result, output = _evaluate("digits", copy_of_trained, tmp_path / "cache")
+def test_eval_of_images(copy_of_trained, monkeypatch):
+    result, output = _evaluate("digits", copy_of_trained)
     floor, *rows = result["rows"]
     assert "real data" in floor["name"]
     assert (floor["samples"], [row["samples"] for row in rows]) == (360, [80, 80])
@@ -176,17 +177,20 @@ def test_eval_of_images(copy_of_trained, tmp_path):
     assert floor["class_accuracy"] > 0.97
     # 12 steps teach little
     assert all(row["frechet_distance"] > 3 * floor["frechet_distance"] for row in rows)
-    for word in ("step 12", "EMA", "80 samples", "seed 1", "classes in turn", "features"):
+    for word in ("checkpoint 12", "ema", "num samples 80", "seed 1", "balanced", "features 64"):
         assert word in result["protocol"]
     assert set(result["diagnostics"]) == {"velocity_error", "identity_residual", "additivity_gap"}
     assert "frechet" in output
-    again, _ = _evaluate("digits", copy_of_trained, tmp_path / "cache")
-    assert again == result
-    assert len(list((tmp_path / "cache").iterdir())) == 1, "the classifier is trained once"
+    stored = (copy_of_trained / "eval.jsonl").read_text()
+    assert len(stored.splitlines()) == 3
+    monkeypatch.setattr(scorers, "train_classifier", None)
+    again, _ = _evaluate("digits", copy_of_trained)
+    assert again == result, "rows that are there are not computed again"
+    assert (copy_of_trained / "eval.jsonl").read_text() == stored
 
 
-def test_eval_of_vectors(toy_run, tmp_path):
-    result, _ = _evaluate("toy2d", toy_run[0], tmp_path)
+def test_eval_of_vectors(toy_run):
+    result, _ = _evaluate("toy2d", toy_run[0])
     floor, *rows = result["rows"]
     assert len(rows) == 2
     assert {"energy_distance", "sliced_wasserstein"} <= set(floor)

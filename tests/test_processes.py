@@ -72,6 +72,7 @@ def test_bad_input_is_told_by_every_process_in_one_line(said, folder, scenario, 
 def test_an_evaluation_on_two_processes_has_the_scores_of_one(said, folder):
     assert [every["eval"][0] for every in said[0]] == [0, 0], said[0]
     ours = json.loads((folder / "run" / "eval.json").read_text())
+    (folder / "run" / "eval.jsonl").unlink()
     assert here(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval").code == 0
     theirs = json.loads((folder / "run" / "eval.json").read_text())
     assert ours["protocol"] == theirs["protocol"]

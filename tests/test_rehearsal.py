@@ -1,6 +1,7 @@
-"""ImageNet in small, from pictures to FID, by the command line: the real networks with random weights.
+"""ImageNet in small, from pictures to FID, by the command line: the real networks with random
+weights.
 
-300 pictures -> latents on two processes -> 20 steps of a latent DiT -> FID -> more steps -> FID again; and that the
+Pictures -> latents in two parts -> 20 steps of a latent DiT -> FID of two checkpoints; and the
 numbers depend neither on the size of a batch nor on the number of processes.
 """
 
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 CLASSES = ("n01440764", "n02084071", "n03000134")
 SMALL = (
+    "--config=configs/imagenet_b2.py",
     "--config.data.image_size=32",
     f"--config.data.autoencoder={FOLDER / 'vae'}",
     "--config.model.depth=1",
@@ -29,13 +31,16 @@ SMALL = (
     "--config.model.scan=False",
     "--config.model.remat=none",
     "--config.train.batch_size=16",
+    "--config.train.num_steps=20",
     "--config.train.log_every_steps=5",
     "--config.checkpoint.every_steps=10",
     "--config.eval.num_samples=18",
     "--config.eval.least_samples=18",
     "--config.eval.steps=1,",
-    "--config.eval.batch_size=8",  # as pictures are prepared: what is compiled for Inception serves both
+    "--config.eval.batch_size=8",  # as pictures are prepared: Inception is compiled once
     "--config.log.progress=False",
+    "--config.prepare.shards=4",
+    "--config.prepare.batch_size=8",
 )
 IN_PROCESSES = """
 import sys, jax
@@ -52,129 +57,83 @@ def _draw_pictures(folder, num):
     for label, name in enumerate(CLASSES):
         (folder / "train" / name).mkdir(parents=True)
         for i in range(num):
-            height, width = rng.integers(40, 90, 2)
+            size = rng.integers(40, 90, 2).tolist()
             coarse = rng.uniform(0, 120, (5, 5, 3))
             coarse[..., label] += 130
-            picture = Image.fromarray(coarse.astype(np.uint8)).resize(
-                (int(width), int(height)), Image.BICUBIC
-            )
+            picture = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.BICUBIC)
             picture.save(folder / "train" / name / f"{name}_{i}.JPEG", quality=95)
 
 
-class Rehearsal:
-    """The command line, on the small data."""
-
-    def __init__(self, folder):
-        self.folder, self.latents, self.workdir = folder, folder / "latents", folder / "run"
-        self.reference = folder / "reference.npz"
-        self.common = (
-            "--config=configs/imagenet_b2.py",
-            *SMALL,
-            f"--config.data.path={self.latents}",
-            f"--config.eval.inception={folder / 'inception.safetensors'}",
-            f"--config.eval.references=('{self.reference}',)",
-        )
-
-    def start(self, *arguments, workdir=None, script=()):
-        command = [sys.executable, *(script or ["-m", "mf_jax.main"])]
-        return subprocess.Popen(
-            [*command, *self.common, f"--workdir={workdir or self.workdir}", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, *processes):
-        outputs = [process.communicate(timeout=600) for process in processes]
-        for process, (_, errors) in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, errors
-        return [out for out, _ in outputs]
-
-    def __call__(self, *arguments, **more):
-        return self.finish(self.start(*arguments, **more))[0]
-
-    def refused(self, *arguments):
-        process = self.start(*arguments)
-        _, errors = process.communicate(timeout=600)
-        return process.returncode, errors
-
-    def prepare(self, pictures, *arguments, count=2):
-        arguments += (
-            "--mode=prepare",
-            f"--config.prepare.input={self.folder / pictures}",
-            "--config.prepare.shards=4",
-            "--config.prepare.batch_size=8",
-            f"--config.prepare.process_count={count}",
-        )
-        all_of = (
-            self.start(*arguments, f"--config.prepare.process_index={index}")
-            for index in range(count)
-        )
-        return self.finish(*all_of)
-
-    def rows(self, workdir=None):
-        return [
-            json.loads(line)
-            for line in ((workdir or self.workdir) / "eval.jsonl").read_text().splitlines()
-        ]
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rehearsal")
-    _draw_pictures(folder / "imagenet", 100)
-    _draw_pictures(folder / "few", 10)  # Inception takes a second for a few pictures
-    save_file(inception_weights(), folder / "inception.safetensors")
-    return Rehearsal(folder)
+def _rows(workdir):
+    return [json.loads(line) for line in (workdir / "eval.jsonl").read_text().splitlines()]
 
 
 def _scores(row):
     return {key: value for key, value in row.items() if isinstance(value, float)}
 
 
-def test_from_pictures_to_fid(rehearsal, tmp_path):
-    rehearsal.prepare("imagenet")
-    assert json.loads((rehearsal.latents / "manifest.json").read_text())["num_pictures"] == 300
-    alone = ("--config.prepare.latents=False", f"--config.prepare.reference={rehearsal.reference}")
-    rehearsal.prepare("few", *alone, count=1)  # two would compile Inception twice
-    assert np.load(rehearsal.reference)["num_images"] == 30
+@pytest.mark.slow
+def test_from_pictures_to_fid(command, tmp_path):
+    latents, workdir, reference = tmp_path / "latents", tmp_path / "run", tmp_path / "reference.npz"
+    _draw_pictures(tmp_path / "imagenet", 40)
+    _draw_pictures(tmp_path / "few", 10)  # Inception takes a second for a few pictures
+    save_file(inception_weights(), tmp_path / "inception.safetensors")
+    common = (
+        *SMALL,
+        f"--config.data.path={latents}",
+        f"--config.eval.inception={tmp_path / 'inception.safetensors'}",
+        f"--config.eval.references=('{reference}',)",
+    )
 
-    rehearsal("--mode=train", "--config.train.num_steps=10")
-    rehearsal("--mode=eval", "--config.train.num_steps=10")
-    rehearsal("--mode=train", "--config.train.num_steps=20")
-    told = rehearsal("--mode=eval", "--config.train.num_steps=20")
-    first, second = rehearsal.rows()
+    def start(*arguments):
+        code, out, errors = command(*common, f"--workdir={workdir}", *arguments)
+        assert code == 0, errors
+        return out
+
+    prepare = ("--mode=prepare", f"--config.prepare.input={tmp_path / 'imagenet'}")
+    for index in (1, 0):
+        parts = "--config.prepare.process_count=2", f"--config.prepare.process_index={index}"
+        start(*prepare, *parts)
+    assert json.loads((latents / "manifest.json").read_text())["num_pictures"] == 120
+    few = f"--config.prepare.input={tmp_path / 'few'}", f"--config.prepare.reference={reference}"
+    start("--mode=prepare", *few, "--config.prepare.latents=False")
+    assert np.load(reference)["num_images"] == 30
+
+    start("--mode=train")
+    told = start("--mode=eval", "--config.eval.checkpoints=10,20")
+    first, second = _rows(workdir)
     assert [row["protocol"]["checkpoint"] for row in (first, second)] == [10, 20]
     assert first["fid"] != second["fid"]
     assert f"{second['fid']:.4g}" in told
-
-    code, errors = rehearsal.refused(
-        "--mode=eval", "--config.train.num_steps=20", "--config.data.latent_std=2.0,"
+    code, _, errors = command(
+        *common, f"--workdir={workdir}", "--mode=eval", "--config.data.latent_std=2.0,"
     )
     assert (code, errors.count("\n")) == (2, 1)
     assert "data.latent_std" in errors  # a checkpoint of another normalisation
-    assert rehearsal.rows() == [first, second]
+    assert _rows(workdir) == [first, second]
 
+    other = tmp_path / "processes"
+    shutil.copytree(workdir, other, ignore=shutil.ignore_patterns("eval.jsonl"))
+    _evaluate_in_processes(tmp_path, *common, "--config.eval.batch_size=18", f"--workdir={other}")
+    (theirs,) = _rows(other)
+    assert _scores(theirs) == pytest.approx(_scores(second), rel=1e-3, abs=1e-5)
+
+
+def _evaluate_in_processes(folder, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    other = tmp_path / "processes"
-    shutil.copytree(rehearsal.workdir, other)
-    (other / "eval.jsonl").unlink()
-    script = tmp_path / "in_processes.py"
+    script = folder / "in_processes.py"
     script.write_text(IN_PROCESSES)
-    rehearsal.finish(
-        *(
-            rehearsal.start(
-                "--mode=eval",
-                "--config.train.num_steps=20",
-                "--config.eval.batch_size=18",
-                workdir=other,
-                script=[str(script), address, "2", str(index)],
-            )
-            for index in range(2)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), address, "2", str(index), *arguments, "--mode=eval"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    )
-    assert _scores(rehearsal.rows(other)[0]) == pytest.approx(_scores(second), rel=1e-3, abs=1e-5)
+        for index in range(2)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors

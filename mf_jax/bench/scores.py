@@ -1,6 +1,5 @@
 """What the scores of an evaluation cost beside the networks: memory and time, on features drawn at random."""
 
-import contextlib
 import resource
 import sys
 import tempfile
@@ -14,8 +13,9 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import Result, Say
 from mf_jax.data import Source
-from mf_jax.metrics import SampleScores, Statistics, read_reference, write_reference
 from mf_jax.metrics.inception import FEATURES
+from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+from mf_jax.metrics.suite import SampleScores
 
 WIDTHS = {name: FEATURES[name] for name in ("2048", "spatial", "logits_unbiased")}
 _REFERENCE_ROWS, _FEW = 10_000, 32
@@ -41,7 +41,6 @@ def bench_scores(config: ConfigDict, source: Source, say: Say) -> Result:
         few = {name: _FEW for name in WIDTHS}
         _score(
             _write_reference(folder, few, _FEW),
-            folder,
             few,
             num=2 * _FEW,
             size=_FEW,
@@ -51,7 +50,7 @@ def bench_scores(config: ConfigDict, source: Source, say: Say) -> Result:
         path = _write_reference(folder, WIDTHS, _REFERENCE_ROWS)
         before = _resident_bytes()
         measured = _score(
-            path, folder, WIDTHS, num=num, size=size, least=config.eval.least_samples, say=say
+            path, WIDTHS, num=num, size=size, least=config.eval.least_samples, say=say
         )
     row = {"samples": num, "reference_rows": _REFERENCE_ROWS, "peak_bytes": _peak_bytes() - before}
     return {
@@ -62,25 +61,24 @@ def bench_scores(config: ConfigDict, source: Source, say: Say) -> Result:
 
 
 def _score(
-    path: str, folder: str, widths: Mapping[str, int], *, num: int, size: int, least: int, say: Say
+    path: str, widths: Mapping[str, int], *, num: int, size: int, least: int, say: Say
 ) -> dict[str, float]:
     """Return all scores of random features, and the seconds that they took."""
     reference, adding = read_reference(path), 0.0
-    with contextlib.closing(SampleScores(num, folder, least=least)) as samples:
-        say(f"adding {num} rows")
-        for first in range(0, num, size):
-            index = np.arange(first, first + size)
-            features = {
-                name: _rows([first, i], size, width)
-                for i, (name, width) in enumerate(widths.items())
-            }
-            start = time.perf_counter()
-            samples.add(features, index, index < num)
-            adding += time.perf_counter() - start
-        say("comparing them with the reference")
+    samples = SampleScores(num, least=least)
+    say(f"adding {num} rows")
+    for first in range(0, num, size):
+        index = np.arange(first, first + size)
+        features = {
+            name: _rows([first, i], size, width) for i, (name, width) in enumerate(widths.items())
+        }
         start = time.perf_counter()
-        scores = samples.against(reference) | {"inception_score": samples.inception_score()[0]}
-        comparing = time.perf_counter() - start
+        samples.add(features, index)
+        adding += time.perf_counter() - start
+    say("comparing them with the reference")
+    start = time.perf_counter()
+    scores = samples.against(reference) | {"inception_score": samples.inception_score()[0]}
+    comparing = time.perf_counter() - start
     return {"adding_seconds": adding, "comparing_seconds": comparing, **scores}
 
 

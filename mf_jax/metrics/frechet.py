@@ -1,7 +1,24 @@
-"""Fréchet distance between two Gaussians, and the Gaussian of a set of feature rows.
+"""Fréchet distance between two Gaussians, its standard error, and the Gaussian of many feature
+rows; all in float64.
 
-|m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), all in float64.
+The distance is |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2). Rows come in batches: a
+batch has a count, a mean and a scatter, and two of these add up without loss to those of all rows.
+
+The standard error is the delta method. To first order, the distance of N samples minus the distance
+of their model is the mean over samples of the influence function
+
+    psi(x) = 2 (m_a - m_b)·y + y^T M y - tr(M A),  y = x - m_a,  M = I - B^1/2 (B^1/2 A
+    B^1/2)^(-1/2) B^1/2,
+
+with A and m_a of the samples, B and m_b of the reference. M is the derivative by A; I - M carries
+N(0, A) onto N(0, B).
+
+Source: Heusel et al. 2017 (arXiv:1706.08500), equation 6; Dowson and Landau 1982; Chan et al. 1983,
+"Algorithms for computing the sample variance"; van der Vaart 1998, "Asymptotic statistics", section
+20.1.
 """
+
+import dataclasses
 
 import numpy as np
 import scipy.linalg
@@ -9,61 +26,125 @@ from jaxtyping import Float, Float64
 
 from mf_jax.errors import BadInput
 
-_ROUNDING = 1e-6  # asymmetry and negative eigenvalues up to this share of the largest are rounding
+_ROUNDING = 1e-6
+"""Share of the largest entry or the trace: smaller faults of a covariance are rounding."""
+_SINGULAR = 1e-6
+"""Share of the largest singular value of A^1/2 B^1/2, below which no variance counts."""
+_BLOCK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of feature rows; the scatter sums (x - mean)(x - mean)^T."""
+
+    count: int
+    mean: Float64[np.ndarray, "d"]
+    scatter: Float64[np.ndarray, "d d"]
+
+    @classmethod
+    def none(cls, width: int) -> "Moments":
+        """Return the moments of no rows."""
+        return cls(0, np.zeros(width), np.zeros((width, width)))
+
+    @classmethod
+    @np.errstate(invalid="ignore")  # said once, by `covariance`
+    def of(cls, rows: Float[np.ndarray, "n d"]) -> "Moments":
+        """Return the moments of rows, which may be none."""
+        moments = cls.none(rows.shape[1])
+        for start in range(0, len(rows), _BLOCK):  # float64 copies of few rows at once
+            block = np.asarray(rows[start : start + _BLOCK], np.float64)
+            mean = block.mean(axis=0)
+            centred = block - mean
+            moments += cls(len(block), mean, centred.T @ centred)
+        return moments
+
+    @np.errstate(invalid="ignore")
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments of the rows of both."""
+        if self.mean.shape != other.mean.shape:
+            raise BadInput(
+                f"rows of {other.mean.size} features cannot be added to rows of {self.mean.size}; "
+                "use one feature extractor for both"
+            )
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        shift = other.mean - self.mean
+        between = np.outer(shift, shift * (self.count * other.count / count))
+        between += self.scatter
+        between += other.scatter
+        return Moments(count, self.mean + shift * (other.count / count), between)
+
+    @property
+    def covariance(self) -> Float64[np.ndarray, "d d"]:
+        """Return the unbiased covariance."""
+        if self.count < 2:
+            raise BadInput(f"features has {self.count} rows; it must have at least 2")
+        if not np.isfinite(self.scatter).all():
+            raise BadInput(
+                f"some of {self.count} feature rows hold NaN or infinite values; look for a "
+                "diverged network"
+            )
+        return self.scatter / (self.count - 1)
 
 
 def checked_features(
     features: np.ndarray, name: str, *, at_least: int, width: int | None = None
-) -> Float64[np.ndarray, "n d"]:
-    """Return feature rows as float64 after checking what every metric here relies on.
+) -> Float[np.ndarray, "n d"]:
+    """Return feature rows after checking their shape and that all are finite.
 
     Args:
-        features: feature rows `[n, d]`.
-        name: what the caller calls them, for the message.
-        at_least: the fewest rows that the metric is defined for.
-        width: the d they must have, that of the other set; None allows any.
-
-    Returns:
-        The rows in float64, `[n, d]`.
-
-    Raises:
-        BadInput: not a matrix, another d, too few rows, or a value that is not finite.
+      features: rows `[n, d]`.
+      name: of the set, for the error.
+      at_least: fewest rows.
+      width: the d they must have; None allows any.
     """
-    shape = np.shape(features)
-    if len(shape) != 2 or shape[1] == 0:
+    rows = np.asarray(features)
+    if rows.ndim != 2 or rows.shape[1] == 0:
         raise BadInput(
-            f"{name} has shape {shape}; it must be [rows, features]: flatten each sample to one row"
+            f"{name} has shape {rows.shape}; it must be [rows, features]: flatten each sample"
         )
-    if width is not None and shape[1] != width:
+    if width is not None and rows.shape[1] != width:
         raise BadInput(
-            f"{name} has {shape[1]} features a row; it must have {width}, like the other set: "
+            f"{name} has {rows.shape[1]} features a row; it must have {width}, like the other set: "
             "use one feature extractor for both"
         )
-    if shape[0] < at_least:
-        raise BadInput(
-            f"{name} has {shape[0]} rows; it must have at least {at_least}: use more samples"
-        )
-    rows = np.asarray(features, np.float64)
-    _require_finite(rows, name)
+    if len(rows) < at_least:
+        raise BadInput(f"{name} has {len(rows)} rows; it must have at least {at_least}")
+    require_finite(rows, name)
     return rows
 
 
-def gaussian_statistics(
-    features: Float[np.ndarray, "n d"],
-) -> tuple[Float64[np.ndarray, "d"], Float64[np.ndarray, "d d"]]:
-    """Return the mean and the unbiased covariance of feature rows, in float64.
+def require_finite(values: np.ndarray, name: str) -> None:
+    """Raise BadInput if any value is not finite."""
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        raise BadInput(
+            f"{name} has {bad} values that are NaN or infinite; all must be finite: look for a "
+            "diverged network or a damaged file"
+        )
 
-    Args:
-        features: feature rows `[n, d]`, n >= 2, finite.
 
-    Returns:
-        The mean `[d]` and the covariance `[d, d]` (divided by n - 1).
-
-    Raises:
-        BadInput: fewer than 2 rows, not a matrix, or values that are not finite.
-    """
-    rows = checked_features(features, "features", at_least=2)
-    return rows.mean(axis=0), np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)
+def check_gaussian(
+    mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str] = ("mean", "covariance")
+) -> None:
+    """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
+    first, second = names
+    if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
+        raise BadInput(
+            f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}; must be [d] and "
+            "[d, d]: take both from one set of features"
+        )
+    require_finite(mean, first)
+    require_finite(covariance, second)
+    if np.abs(covariance - covariance.T).max() > _ROUNDING * np.abs(covariance).max():
+        raise BadInput(f"{second} is not symmetric; must be a covariance: compute it again")
+    shifted = covariance + _ROUNDING * (np.trace(covariance) or 1) * np.eye(len(covariance))
+    try:
+        np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues
+    except np.linalg.LinAlgError as error:
+        raise BadInput(
+            f"{second} has eigenvalues below 0; must be a covariance, which has none"
+        ) from error
 
 
 def frechet_distance(
@@ -72,112 +153,74 @@ def frechet_distance(
     mean_b: Float[np.ndarray, "d"],
     cov_b: Float[np.ndarray, "d d"],
 ) -> float:
-    """Return the Fréchet distance between N(mean_a, cov_a) and N(mean_b, cov_b), as FID defines it (squared).
-
-    Covariances may be singular (fewer samples than features).
-
-    Args:
-        mean_a: mean `[d]`.
-        cov_a: covariance `[d, d]`, symmetric, no negative eigenvalue.
-        mean_b: mean `[d]`.
-        cov_b: covariance `[d, d]`, like cov_a.
-
-    Returns:
-        The distance, >= 0.
-
-    Raises:
-        BadInput: shapes that do not fit, values that are not finite, or a matrix that is no covariance.
-
-    Source:
-        Heusel et al. 2017 (arXiv:1706.08500), equation 6; Dowson and Landau 1982.
-    """
-    mean_a, cov_a = _checked_gaussian(mean_a, cov_a, "a")
-    mean_b, cov_b = _checked_gaussian(mean_b, cov_b, "b")
+    """Return the Fréchet distance (squared, as FID is); covariances may be singular."""
+    for side, mean, covariance in (("a", mean_a, cov_a), ("b", mean_b, cov_b)):
+        check_gaussian(mean, covariance, (f"mean_{side}", f"cov_{side}"))
     if mean_a.shape != mean_b.shape:
         raise BadInput(
-            f"mean_b has {mean_b.size} features; it must have {mean_a.size}, like mean_a: "
-            "use statistics of one feature extractor"
+            f"mean_b has {mean_b.size} features; it must have {mean_a.size}, like mean_a"
         )
-    cross = factor(cov_a, "cov_a").T @ factor(cov_b, "cov_b")
-    return distance_from_cross(mean_a, cov_a, mean_b, cov_b, cross)
+    return _distance(mean_a, cov_a, mean_b, cov_b, _root(cov_a).T @ _root(cov_b))
 
 
-def distance_from_cross(
+def frechet_with_error(
+    samples: Moments,
+    mean: Float64[np.ndarray, "d"],
+    covariance: Float64[np.ndarray, "d d"],
+    rows: Float[np.ndarray, "n d"],
+) -> tuple[float, float]:
+    """Return `frechet_distance`, and its standard error as far as the choice of the samples makes
+    it.
+
+    The reference counts as exact. The bias of the distance, larger for fewer samples, is no part of
+    the error.
+
+    Args:
+      samples: moments of the samples.
+      mean, covariance: of the reference.
+      rows: feature rows of the samples.
+    """
+    own, root = samples.covariance, _root(covariance)
+    cross = _root(own).T @ root
+    # (F^T G)^T (F^T G) = W diag(s^2) W^T for A = F F^T, B = G G^T: G W s^(-1/2) is a root of I - M
+    squares, vectors = scipy.linalg.eigh(cross.T @ cross, overwrite_a=True, driver="evr")
+    distance = _distance(samples.mean, own, mean, covariance, cross)
+    kept = squares > _SINGULAR**2 * squares[-1]
+    # in float32 from here on: it is the size of the noise, not of the distance
+    carrier = (root @ (vectors[:, kept] / squares[kept] ** 0.25)).astype(np.float32)
+    influence = []
+    for start in range(0, len(rows), _BLOCK):
+        y = (rows[start : start + _BLOCK] - samples.mean).astype(np.float32)
+        carried = np.square(y @ carrier).sum(axis=1)
+        shifted = y @ (2 * (samples.mean - mean)).astype(np.float32)
+        influence.append(shifted + np.square(y).sum(axis=1) - carried)
+    deviation = np.concatenate(influence).std(ddof=1, dtype=np.float64)
+    return distance, float(deviation / np.sqrt(len(rows)))
+
+
+def noise_line(num_samples: int, standard_error: float) -> str:
+    """Say how large a difference of two Fréchet distances must be to mean something, at 95 %."""
+    least = 1.96 * np.sqrt(2) * standard_error
+    return f"at {num_samples} samples two FIDs that differ by less than {least:.2g} do not differ"
+
+
+def _distance(
     mean_a: Float64[np.ndarray, "d"],
     cov_a: Float64[np.ndarray, "d d"],
     mean_b: Float64[np.ndarray, "d"],
     cov_b: Float64[np.ndarray, "d d"],
     cross: Float64[np.ndarray, "d d"],
 ) -> float:
-    """Return `frechet_distance`, given F^T G for cov_a = F F^T and cov_b = G G^T, which is overwritten.
-
-    Args:
-        mean_a, cov_a, mean_b, cov_b: of the Gaussians.
-        cross: `[d, d]`.
-    """
-    # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G. Taken so, rounding errors enter once; under
-    # the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16 becoming 1e-8.
-    # The transpose is laid out as LAPACK wants it: else it would work on a copy.
-    nuclear = scipy.linalg.svd(
-        cross.T, compute_uv=False, overwrite_a=True, check_finite=False
-    ).sum()
+    """Return the distance, given F^T G for cov_a = F F^T and cov_b = G G^T."""
+    # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G. Rounding errors enter
+    # once; under the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16
+    # becoming 1e-8.
+    nuclear = scipy.linalg.svdvals(cross).sum()
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * nuclear
     return max(float(distance), 0.0)
 
 
-def factor(covariance: Float64[np.ndarray, "d d"], name: str) -> Float64[np.ndarray, "d d"]:
-    """Return F with F F^T = covariance, its columns along the eigenvectors.
-
-    Args:
-        covariance: `[d, d]`, symmetric, may be singular.
-        name: what the caller calls it, for the message.
-
-    Raises:
-        BadInput: an eigenvalue below 0.
-    """
-    values, vectors = scipy.linalg.eigh(
-        np.array(covariance, order="F"), overwrite_a=True, check_finite=False, driver="evr"
-    )
-    if values[0] < -_ROUNDING * np.abs(values).max():
-        raise BadInput(
-            f"{name} has the eigenvalue {values[0]:.3g}; a covariance has none below 0: "
-            "take it from gaussian_statistics"
-        )
-    vectors *= np.sqrt(values.clip(min=0))
-    return vectors
-
-
-def asymmetry(matrix: Float64[np.ndarray, "d d"]) -> float:
-    """Return the largest difference between a matrix and its transpose."""
-    return float(
-        max((np.abs(row - matrix[:, i]).max() for i, row in enumerate(matrix)), default=0.0)
-    )
-
-
-def _checked_gaussian(
-    mean: np.ndarray, covariance: np.ndarray, side: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if np.ndim(mean) != 1 or np.shape(covariance) != (np.size(mean), np.size(mean)):
-        raise BadInput(
-            f"mean_{side} and cov_{side} have shapes {np.shape(mean)} and {np.shape(covariance)}; they must be "
-            "[d] and [d, d]: take both from gaussian_statistics"
-        )
-    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    _require_finite(mean, f"mean_{side}")
-    _require_finite(covariance, f"cov_{side}")
-    difference = asymmetry(covariance)
-    if difference > _ROUNDING * max(covariance.max(), -covariance.min()):
-        raise BadInput(
-            f"cov_{side} differs from its transpose by {difference:.3g}; a covariance is symmetric: "
-            "take it from gaussian_statistics"
-        )
-    return mean, covariance
-
-
-def _require_finite(values: np.ndarray, name: str) -> None:
-    bad = values.size - int(np.isfinite(values).sum())
-    if bad:
-        raise BadInput(
-            f"{name} has {bad} values that are NaN or infinite; all must be finite: "
-            "look for a diverged network or a division by zero before the metric"
-        )
+def _root(covariance: Float[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:
+    """Return F with F F^T = covariance, its columns along the eigenvectors."""
+    values, vectors = scipy.linalg.eigh(np.asarray(covariance, np.float64), driver="evr")
+    return vectors * np.sqrt(values.clip(min=0))

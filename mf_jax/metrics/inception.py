@@ -1,11 +1,13 @@
-"""The Inception-v3 of Fréchet Inception distance and Inception Score: the network of 2015-12-05, in float32.
+"""The Inception-v3 of Fréchet Inception distance and Inception Score: the network of 2015-12-05, in
+float32.
 
-It differs from later Inception-v3 networks: average pools leave the padding out, the last block pools with a maximum,
-there are 1008 logits, and images are resized as TensorFlow 1 did, without centring the pixels. Batch norm is folded
-into the convolutions when the weights are read.
+It differs from later Inception-v3 networks: average pools leave the padding out, the last block
+pools with a maximum, there are 1008 logits, and images are resized as TensorFlow 1 did, without
+centring the pixels. Batch norm is folded into the convolutions when the weights are read.
 
-Source: Szegedy et al., arXiv 1512.00567; the graph `classify_image_graph_def.pb` (inception-2015-12-05) in the form and
-under the names of torch-fidelity and pytorch-fid, whose weight files these are.
+Source: Szegedy et al., arXiv 1512.00567; the graph `classify_image_graph_def.pb`
+(inception-2015-12-05) in the form and under the names of torch-fidelity and pytorch-fid, whose
+weight files these are.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ _IGNORED = ".num_batches_tracked"  # written by some versions of PyTorch, and of
 class Inception:
     """Weights for `inception_features`.
 
-    params: the parameter tree. sha256: of the file they come from; numbers from different files must not be compared.
+    params: the parameter tree. sha256: of the file they come from; numbers from different files
+    must not be compared.
     """
 
     params: PyTree[Float32[Array, "..."]]
@@ -50,20 +53,10 @@ class Inception:
 
 
 def load_inception(path: epath.PathLike) -> Inception:
-    """Read published weights of this network.
+    """Read published weights of this network, a `.pth` or `.safetensors` file.
 
-    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, release v0.2.0), and the same
-    bytes as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, release fid_weights): 95628359 bytes, SHA-256
-    6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2.
-
-    Args:
-      path: of the `.pth` file, or of a `.safetensors` file of the same names.
-
-    Returns:
-      The weights.
-
-    Raises:
-      BadInput: if the file cannot be read, or its parameters are not those of this network; names them.
+    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, release v0.2.0)
+    and, the same bytes, as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, release fid_weights).
     """
     state = read_state_dict(path)
     state = state._replace(
@@ -85,27 +78,24 @@ def load_inception(path: epath.PathLike) -> Inception:
 def inception_features(
     params: PyTree[Float32[Array, "..."]], images: Array | np.ndarray
 ) -> dict[str, Float32[Array, "b _"]]:
-    """Return all features of images; pure and compiled, and one compilation of the network serves images of any size.
+    """Return all features of images; one compilation of the network serves images of any size.
+
+    `64`, `192`, `768` are means over the pixels after the first pool, after the second pool and before
+    the last reduction; `2048` is for Fréchet Inception distance. `logits_unbiased` lack the bias of the
+    last layer; Inception Score takes their softmax. `spatial` is for sFID: the first 7 channels of
+    `mixed_6/conv:0` pixel by pixel, in the names of the weight files `Mixed_6d.branch1x1` after its
+    ReLU, one block before the `768`.
 
     Args:
       params: of `Inception`.
       images: `[B, H, W, 3]`, uint8, as many as fit into memory.
 
-    Returns:
-      The names of `FEATURES` to arrays `[B, d]`. `64`, `192`, `768` are means over the pixels after the first pool,
-      after the second pool and before the last reduction; `2048` is what Fréchet Inception distance compares.
-      `logits_unbiased` lack the bias of the last layer; Inception Score takes their softmax. `spatial` is for sFID:
-      the first 7 channels of `mixed_6/conv:0` pixel by pixel, as the published evaluation of ADM takes them. In the
-      names of the weight files that is `Mixed_6d.branch1x1` after its ReLU, one block before the `768`.
-
-    Raises:
-      BadInput: if images are not uint8 `[B, H, W, 3]`.
-
-    Source: FID, arXiv 1706.08500; Inception Score, arXiv 1606.03498; sFID, Nash et al., arXiv 2103.03841, section 5.
+    Source: FID, arXiv 1706.08500; Inception Score, arXiv 1606.03498; sFID, Nash et al., arXiv
+    2103.03841, section 5; the published evaluation of ADM.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise BadInput(
-            f"images are {images.dtype} {list(images.shape)}; must be uint8 [B, H, W, 3] with values in [0, 255]: "
+            f"images are {images.dtype} {list(images.shape)}; must be uint8 [B, H, W, 3]: "
             "scale and round them, and repeat a single channel three times"
         )
     return _features(params, _resized(images))
@@ -126,7 +116,7 @@ def _resized(images: UInt8[Array, "b h w c"]) -> Float32[Array, "b side side c"]
 
 @jax.jit
 def _features(params: PyTree, x: Float32[Array, "b h w c"]) -> dict[str, Float32[Array, "b _"]]:
-    # Not left to the platform: features must not depend on how an accelerator rounds its inputs.
+    # Features must not depend on how an accelerator rounds its inputs.
     with jax.default_matmul_precision("highest"):
         return _Network().apply({"params": params}, x)
 
@@ -203,18 +193,12 @@ def _block_35(x: Float[Array, "b h w c"], name: str, pooled: int) -> Float[Array
 
 def _block_17(x: Float[Array, "b h w c"], name: str, narrow: int) -> Float[Array, "b h w c2"]:
     row, column = (1, 7), (7, 1)
+    across = ((narrow, 1), (narrow, row), (192, column))
+    twice = ((narrow, 1), (narrow, column), (narrow, row), (narrow, column), (192, row))
     return _join(
         _conv(x, f"{name}.branch1x1", 192, 1),
-        _chain(x, f"{name}.branch7x7", (narrow, 1), (narrow, row), (192, column)),
-        _chain(
-            x,
-            f"{name}.branch7x7dbl",
-            (narrow, 1),
-            (narrow, column),
-            (narrow, row),
-            (narrow, column),
-            (192, row),
-        ),
+        _chain(x, f"{name}.branch7x7", *across),
+        _chain(x, f"{name}.branch7x7dbl", *twice),
         _conv(_averaged(x), f"{name}.branch_pool", 192, 1),
     )
 
@@ -259,17 +243,10 @@ class _Network(nn.Module):
         features["spatial"] = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
         x = _block_17(x, "Mixed_6e", 192)
         features["768"] = jnp.mean(x, (1, 2))
+        layers = (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)
         x = _join(
             _chain(x, "Mixed_7a.branch3x3", (192, 1), (320, 3), halve=True),
-            _chain(
-                x,
-                "Mixed_7a.branch7x7x3",
-                (192, 1),
-                (192, (1, 7)),
-                (192, (7, 1)),
-                (192, 3),
-                halve=True,
-            ),
+            _chain(x, "Mixed_7a.branch7x7x3", *layers, halve=True),
             _halved(x),
         )
         x = _block_8(x, "Mixed_7b", _averaged(x))

@@ -1,9 +1,18 @@
-"""Precision, recall and kernel distance from all pairs of many feature rows, block by block, on the device.
+"""Precision, recall and kernel distance (KID) from all pairs of feature rows, block by block, on
+the device.
 
-The same numbers as `precision_recall` and `kernel_distance` give in float64, in memory that does not grow with the
-number of rows. Distances are |a|^2 + |b|^2 - 2ab in float32, of rows minus a point near their mean. Rounding leaves
-about 1e-7 of |a|^2 + |b|^2 of the distance of a row to its copy; what is below such noise is counted as 0, so that a
-copy lies inside every ball around its original, and other rows are compared without any slack.
+The manifold of a set is the union of balls around its rows, each reaching to the row's k-th nearest
+other row. Precision (fidelity) is the share of generated rows inside the reference manifold, recall
+(coverage) the share of reference rows inside the generated one. The kernel distance is the unbiased
+squared MMD with (x·y / d + 1)^3, over all rows at once; published values are means over random
+subsets, which have the same expectation.
+
+Products are in float32, of rows minus a common centre. Rounding leaves about 1e-7 of |a|^2 + |b|^2
+of the distance of a row to its copy. Such a distance counts as 0, so that a copy lies inside every
+ball around its original.
+
+Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991), equations 1 and 2; Bińkowski et al. 2018
+(arXiv:1801.01401), equation 4 and section 3; Gretton et al. 2012, equation 3.
 """
 
 import functools
@@ -12,21 +21,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
 from mf_jax.errors import BadInput
-from mf_jax.metrics.row_store import RowSource
+from mf_jax.metrics.frechet import checked_features
 
-_BLOCK = 1024
+_ROWS_AT_ONCE = 512
 _NOISE = 4 * np.finfo(np.float32).eps
 """Times the root of the width: below this share of |a|^2 + |b|^2 a squared distance is rounding."""
 
 
 class OwnPairs(NamedTuple):
-    """What the pairs within one set say.
+    """Results over the pairs within one set.
 
-    radii: squared distance of each row to its k-th nearest other one `[n]`. kernel: mean of (x·y / d + 1)^3 - 1 over
-    pairs of different rows.
+    radii: squared distance of each row to its k-th nearest other one. kernel: mean of (x·y / d +
+    1)^3 - 1 over pairs of different rows.
     """
 
     radii: Float32[np.ndarray, "n"]
@@ -34,153 +43,109 @@ class OwnPairs(NamedTuple):
 
 
 class PairScores(NamedTuple):
-    """Scores of generated rows against reference rows, as `precision_recall` and `kernel_distance` define them."""
+    """Two shares in [0, 1], and a distance that may be below 0."""
 
     precision: float
     recall: float
     kernel_distance: float
 
 
-def own_pairs(rows: RowSource, centre: Float[np.ndarray, "d"], *, k: int = 3) -> OwnPairs:
-    """Compare all rows of a set with one another.
+class _Rows(NamedTuple):
+    """Rows x minus a centre c, their squared norms, and x·c - |c|^2 / 2: these add to x·y."""
+
+    shifted: Float32[Array, "n d"]
+    norms: Float32[Array, "n"]
+    offsets: Float32[Array, "n"]
+
+
+def own_pairs(rows: Float[np.ndarray, "n d"], *, k: int = 3) -> OwnPairs:
+    """Compare the rows of a set with one another.
 
     Args:
-      rows: more than k.
-      centre: a point near their mean, `[d]`.
-      k: which neighbour sets the radius of a ball, at least 1.
-
-    Raises:
-      BadInput: too few rows.
+      rows: more than k, finite.
+      k: the neighbour that sets the radius of a ball, at least 1.
     """
     n = len(rows)
-    if n <= k:
-        raise BadInput(
-            f"{n} rows have no {k} nearest neighbours; there must be at least {k + 1}: use more samples"
-        )
-    nearest, kernel = np.full((_padded(n), k), np.inf, np.float32), 0.0
-    middle = jnp.asarray(centre, jnp.float32)
-    for i in range(0, n, _BLOCK):
-        a = _block(rows, i)
-        for j in range(i, n, _BLOCK):
-            b = a if i == j else _block(rows, j)
-            own, other = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-            near_a, near_b, sums = _own(
-                a, b, middle, nearest[own], nearest[other], n - i, n - j, i == j
-            )
-            nearest[other] = near_b
-            nearest[own] = near_a
-            kernel += (1 if i == j else 2) * float(np.asarray(sums).sum(dtype=np.float64))
-    return OwnPairs(nearest[:n, k - 1].copy(), kernel / (n * (n - 1)))
+    radii, kernels = _own(_shifted(rows, rows.mean(axis=0, dtype=np.float64)), k)
+    return OwnPairs(np.asarray(radii), _sum(kernels) / (n * (n - 1)))
 
 
-def compare(
-    generated: RowSource,
-    reference: RowSource,
-    centre: Float[np.ndarray, "d"],
-    own_generated: OwnPairs,
-    own_reference: OwnPairs,
+def pair_scores(
+    generated: Float[np.ndarray, "n d"],
+    reference: Float[np.ndarray, "m d"],
+    *,
+    k: int = 3,
+    own: OwnPairs | None = None,
 ) -> PairScores:
-    """Compare the rows of two sets.
+    """Compare generated rows with reference rows; published values take as many of both.
 
     Args:
-      generated, reference: the sets, of one width.
-      centre: a point near the means, `[d]`.
-      own_generated, own_reference: of `own_pairs`.
-
-    Source: as `precision_recall` and `kernel_distance`.
+      generated, reference: rows, more than k of each, finite.
+      k: the neighbour that sets the radius of a ball, at least 1.
+      own: pairs of the generated rows, if they are known.
     """
-    n, m = len(generated), len(reference)
-    radii_a, radii_b = (_filled(own.radii) for own in (own_generated, own_reference))
-    inside_a, inside_b = np.zeros(len(radii_a), bool), np.zeros(len(radii_b), bool)
-    middle, kernel = jnp.asarray(centre, jnp.float32), 0.0
-    for i in range(0, n, _BLOCK):
-        a, rows = _block(generated, i), slice(i, i + _BLOCK)
-        for j in range(0, m, _BLOCK):
-            others = slice(j, j + _BLOCK)
-            in_a, in_b, sums = _cross(
-                a, _block(reference, j), middle, radii_a[rows], radii_b[others]
-            )
-            inside_a[rows] |= np.asarray(in_a)
-            inside_b[others] |= np.asarray(in_b)
-            kernel += float(np.asarray(sums).sum(dtype=np.float64))
-    distance = own_generated.kernel + own_reference.kernel - 2 * kernel / (n * m)
-    return PairScores(float(inside_a[:n].mean()), float(inside_b[:m].mean()), distance)
+    if k < 1:
+        raise BadInput(f"k is {k}; it must be at least 1: use k=3, as published")
+    generated = checked_features(generated, "generated", at_least=k + 1)
+    width = generated.shape[1]
+    reference = checked_features(reference, "reference", at_least=k + 1, width=width)
+    own_a, own_b = own or own_pairs(generated, k=k), own_pairs(reference, k=k)
+    centre = reference.mean(axis=0, dtype=np.float64)
+    a, b = _shifted(generated, centre), _shifted(reference, centre)
+    inside_a, kernels = _cross(a, b, own_b.radii)
+    inside_b, _ = _cross(b, a, own_a.radii)
+    between = _sum(kernels) / (len(generated) * len(reference))
+    distance = own_a.kernel + own_b.kernel - 2 * between
+    precision, recall = (float(np.asarray(inside).mean()) for inside in (inside_a, inside_b))
+    return PairScores(precision, recall, distance)
 
 
-def _padded(n: int) -> int:
-    return -(-n // _BLOCK) * _BLOCK
+def _shifted(rows: Float[np.ndarray, "n d"], centre: Float[np.ndarray, "d"]) -> _Rows:
+    shifted = (rows - centre.astype(rows.dtype)).astype(np.float32)
+    offsets = (shifted @ centre + centre @ centre / 2).astype(np.float32)
+    return _Rows(*map(jnp.asarray, (shifted, np.square(shifted).sum(axis=1), offsets)))
 
 
-def _block(rows: RowSource, start: int) -> Float32[Array, "block d"]:
-    """Return a block on the device, filled up with zeros, whose kernel minus 1 is 0: one shape, one compilation."""
-    block = rows.read(start, start + _BLOCK)
-    return jnp.asarray(
-        np.pad(block, ((0, _BLOCK - len(block)), (0, 0))) if len(block) < _BLOCK else block
-    )
+def _sum(rows: Float32[Array, "n"]) -> float:
+    return float(np.asarray(rows).sum(dtype=np.float64))
 
 
-def _filled(radii: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "padded"]:
-    """Return radii filled up with balls that hold nothing."""
-    return np.pad(radii, (0, _padded(len(radii)) - len(radii)), constant_values=-1)
+def _pairs(a: _Rows, b: _Rows) -> tuple[Float32[Array, "n"], Float32[Array, "n"]]:
+    """Return the squared distances and kernels of one row a with rows b.
+
+    Kernels are (a·b / d + 1)^3 - 1: the 1 cancels in the kernel distance, and would round the rest.
+    """
+    products = jnp.matmul(b.shifted, a.shifted, precision="highest")
+    norms, width = a.norms + b.norms, a.shifted.size
+    distances = norms - 2 * products
+    x = (products + a.offsets + b.offsets) / width
+    is_noise = distances <= _NOISE * width**0.5 * norms
+    return jnp.where(is_noise, 0, distances), x * (x * (x + 3) + 3)
 
 
-def _squared_distances(
-    a: Float32[Array, "block d"], b: Float32[Array, "block d"], centre: Float32[Array, "d"]
-) -> Float32[Array, "block block"]:
-    a, b = a - centre, b - centre
-    norms = jnp.sum(a * a, 1)[:, None] + jnp.sum(b * b, 1)
-    distances = norms - 2 * jnp.matmul(a, b.T, precision="highest")
-    return jnp.where(distances <= _NOISE * a.shape[1] ** 0.5 * norms, 0, distances)
+@functools.partial(jax.jit, static_argnames="k")
+def _own(rows: _Rows, k: int) -> tuple[Float32[Array, "n"], Float32[Array, "n"]]:
+    """Return the squared radius of each row's ball, and the sum of its kernels."""
+    places = jnp.arange(len(rows.norms))
 
+    def one(row_and_place: tuple[_Rows, Array]) -> tuple[Array, Array]:
+        row, place = row_and_place
+        distances, kernels = _pairs(row, rows)
+        distances = jnp.where(places == place, jnp.inf, distances)
+        nearest = -jax.lax.top_k(-distances, k)[0]
+        return nearest[-1], jnp.sum(jnp.where(places == place, 0, kernels))
 
-def _kernel(
-    a: Float32[Array, "block d"], b: Float32[Array, "block d"]
-) -> Float32[Array, "block block"]:
-    """Return (a·b / d + 1)^3 - 1: the 1 cancels in the kernel distance, and would round the rest."""
-    x = jnp.matmul(a, b.T, precision="highest") / a.shape[1]
-    return x * (x * (x + 3) + 3)
-
-
-@functools.partial(jax.jit, static_argnames="same")
-def _own(
-    a: Float32[Array, "block d"],
-    b: Float32[Array, "block d"],
-    centre: Float32[Array, "d"],
-    nearest_a: Float32[Array, "block k"],
-    nearest_b: Float32[Array, "block k"],
-    left_a: Int[Array, ""],
-    left_b: Int[Array, ""],
-    same: bool,
-) -> tuple[Float32[Array, "block k"], Float32[Array, "block k"], Float32[Array, "block"]]:
-    """Return the smallest distances of both blocks so far, and the row sums of the kernel."""
-    place = jnp.arange(_BLOCK)
-    counted = (place < left_a)[:, None] & (place < left_b)
-    if same:
-        counted &= place[:, None] != place
-    distances = jnp.where(counted, _squared_distances(a, b, centre), jnp.inf)
-    kernel = jnp.sum(jnp.where(counted, _kernel(a, b), 0), 1)
-    near_a = _smallest(nearest_a, distances)
-    return near_a, near_a if same else _smallest(nearest_b, distances.T), kernel
-
-
-def _smallest(
-    known: Float32[Array, "block k"], more: Float32[Array, "block n"]
-) -> Float32[Array, "block k"]:
-    return -jax.lax.top_k(-jnp.concatenate([known, more], 1), known.shape[1])[0]
+    return jax.lax.map(one, (rows, places), batch_size=_ROWS_AT_ONCE)
 
 
 @jax.jit
 def _cross(
-    a: Float32[Array, "block d"],
-    b: Float32[Array, "block d"],
-    centre: Float32[Array, "d"],
-    radii_a: Float32[Array, "block"],
-    radii_b: Float32[Array, "block"],
-) -> tuple[Bool[Array, "block"], Bool[Array, "block"], Float32[Array, "block"]]:
-    """Return which rows of each block lie in a ball of the other, and the row sums of the kernel."""
-    distances = _squared_distances(a, b, centre)
-    return (
-        jnp.any(distances <= radii_b, 1),
-        jnp.any(distances <= radii_a[:, None], 0),
-        jnp.sum(_kernel(a, b), 1),
-    )
+    rows: _Rows, others: _Rows, radii: Float32[Array, "m"]
+) -> tuple[Bool[Array, "n"], Float32[Array, "n"]]:
+    """Return whether each row lies in a ball around another, and the sum of its kernels."""
+
+    def one(row: _Rows) -> tuple[Array, Array]:
+        distances, kernels = _pairs(row, others)
+        return jnp.any(distances <= radii), jnp.sum(kernels)
+
+    return jax.lax.map(one, rows, batch_size=_ROWS_AT_ONCE)

@@ -1,7 +1,7 @@
 """Reference statistics of the pictures, as the crop leaves them: not mirrored, and not through the autoencoder.
 
 A process keeps one file of its sums and of the shards that are in them, written anew after each shard; the process that
-finds all shards in these files adds them up. Sums are kept in pairs of float32, so that a restart loses nothing.
+finds all shards in these files adds them up. Sums are in float64, so that a restart loses nothing.
 """
 
 import io
@@ -9,22 +9,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, UInt8
 
 from mf_jax.errors import BadInput
+from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features
-from mf_jax.metrics.moments import (
-    FeatureSums,
-    add_rows,
-    from_arrays,
-    mean_and_covariance,
-    merge,
-    start_sums,
-    to_arrays,
-)
 from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import replace_file
@@ -44,7 +35,7 @@ class _Part(NamedTuple):
 
     shards: list[int]
     skipped: list[str]
-    sums: dict[str, FeatureSums]
+    sums: dict[str, Moments]
     kept_indices: list[int]
     kept_features: list[np.ndarray]
 
@@ -85,7 +76,7 @@ class ReferenceStatistics:
         self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
         self._part = _read_part(self._own) if self._own.exists() else _no_part()
         self._done = set(self._shards())
-        self._waiting: tuple[Pixels, Array] | None = None
+        self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
     def has(self, shard: int) -> bool:
         """Return whether a shard is in the sums of any process."""
@@ -106,11 +97,8 @@ class ReferenceStatistics:
           images: its images on the devices.
         """
         features = inception_features(self._params, images)
-        weights = jax.device_put(np.arange(len(images)) < pixels.count, images.sharding)
-        for name, sums in self._part.sums.items():
-            self._part.sums[name] = add_rows(sums, features[name], weights)
         self._keep()
-        self._waiting = pixels, features[_POOLED]
+        self._waiting = pixels, features
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """Store the sums with a shard in them."""
@@ -147,14 +135,17 @@ class ReferenceStatistics:
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
 
     def _keep(self) -> None:
-        """Fetch the features of the batch that was given last, if some are wanted; the next is computed meanwhile."""
+        """Add the features of the batch that was given last; the next is computed meanwhile."""
         if self._waiting is None:
             return
         pixels, features = self._waiting
-        rows = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
-        if rows.size:
-            self._part.kept_indices.extend(pixels.indices[rows].tolist())
-            self._part.kept_features.extend(np.asarray(features)[rows])
+        for name, sums in self._part.sums.items():
+            rows = np.asarray(features[name])[: pixels.count]
+            self._part.sums[name] = sums + Moments.of(rows)
+        kept = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
+        if kept.size:
+            self._part.kept_indices.extend(pixels.indices[kept].tolist())
+            self._part.kept_features.extend(np.asarray(features[_POOLED])[kept])
         self._waiting = None
 
     def _part_paths(self) -> list[epath.Path]:
@@ -171,7 +162,9 @@ class ReferenceStatistics:
 
 
 def _no_part() -> _Part:
-    return _Part([], [], {name: start_sums(FEATURES[name]) for name in (_POOLED, _SPATIAL)}, [], [])
+    return _Part(
+        [], [], {name: Moments.none(FEATURES[name]) for name in (_POOLED, _SPATIAL)}, [], []
+    )
 
 
 def _as_bytes(part: _Part) -> bytes:
@@ -182,7 +175,7 @@ def _as_bytes(part: _Part) -> bytes:
         "kept_features": np.array(part.kept_features, np.float32).reshape(-1, FEATURES[_POOLED]),
     }
     for name, sums in part.sums.items():
-        arrays |= {f"{name}/{key}": array for key, array in to_arrays(sums).items()}
+        arrays |= {f"{name}/{key}": np.asarray(array) for key, array in vars(sums).items()}
     content = io.BytesIO()
     np.savez(content, **arrays)
     return content.getvalue()
@@ -211,11 +204,9 @@ def _as_part(arrays: Mapping[str, np.ndarray]) -> _Part:
     return _Part(shards, skipped, sums, kept, list(arrays["kept_features"]))
 
 
-def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> FeatureSums:
-    prefix = f"{name}/"
-    return from_arrays(
-        {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
-    )
+def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> Moments:
+    count, mean, scatter = (arrays[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
+    return Moments(int(count), mean, scatter)
 
 
 def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
@@ -226,11 +217,10 @@ def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"
     whole = next(parts := iter(parts))
     for part in parts:
         for name in whole.sums:
-            whole.sums[name] = merge(whole.sums[name], part.sums[name])
+            whole.sums[name] += part.sums[name]
         whole.kept_indices.extend(part.kept_indices)
         whole.kept_features.extend(part.kept_features)
-    count, *pooled = mean_and_covariance(whole.sums[_POOLED])
-    _, *spatial = mean_and_covariance(whole.sums[_SPATIAL])
     order = np.argsort(whole.kept_indices)
-    statistics = Statistics(count, *pooled, *spatial, np.stack(whole.kept_features)[order])
+    features = np.stack(whole.kept_features)[order]
+    statistics = Statistics.of(whole.sums[_POOLED], whole.sums[_SPATIAL], features)
     return statistics, np.array(whole.kept_indices)[order]

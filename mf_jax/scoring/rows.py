@@ -1,6 +1,8 @@
-"""eval.jsonl: scores of samples, each with the whole protocol that it was computed under, oldest first.
+"""eval.jsonl: scores of samples, each with the whole protocol that it was computed under, oldest
+first.
 
-Two scores are of the same thing exactly if their protocols are equal, in whatever order the jobs that append them run.
+Two scores are of the same thing exactly if their protocols are equal, in whatever order the jobs
+that append them run.
 """
 
 import json
@@ -9,64 +11,133 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils.epath import Path
+from rich.console import Console
+from rich.table import Table
 
 from mf_jax.errors import BadInput
-from mf_jax.metrics.frechet_noise import noise_line
+from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file
 
 ROWS_FILE = "eval.jsonl"
-COLUMNS = ("fid", "fid_standard_error", "sfid", "inception_score", "precision", "recall", "kid")
 _LOCK = ".eval.lock"
 _SHOWN_DIGITS = 12  # of a checksum
 Row = dict[str, Any]
 
 
+_PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
+"""Of a name, in their order."""
+
+
+def _words(protocol: Row) -> dict[str, str]:
+    """Return the words for each setting in a name; samples of no model bring their own name."""
+    words = {"samples": protocol.get("samples", ""), "reference": protocol.get("reference", "")}
+    if "ema" not in protocol:
+        return words
+    ema, steps, omega = (protocol[key] for key in ("ema", "steps", "omega"))
+    interval = f"[{protocol['t_min']:g}, {protocol['t_max']:g}]"
+    return words | {
+        "checkpoint": f"checkpoint {protocol['checkpoint']}",
+        "ema": {"init": "init.path", "none": "raw parameters"}.get(ema, f"EMA {ema}"),
+        "steps": f"{steps} step{'s' * (steps > 1)}",
+        "guidance": f"omega {omega:g} in {interval}" if omega != 1 else "",
+    }
+
+
+def name_of(protocol: Row) -> str:
+    """Return the full name of samples."""
+    words = _words(protocol)
+    return ", ".join(filter(None, (words.get(part) for part in _PARTS if part != "reference")))
+
+
+def _names(protocols: Sequence[Row]) -> list[str]:
+    """Return short names: the number of steps, and whatever else is not the same for all."""
+    words = [_words(protocol) for protocol in protocols]
+    values = {part: {each[part] for each in words if part in each} for part in _PARTS}
+    shown = [part for part in _PARTS if len(values[part]) > 1 or part in ("steps", "samples")]
+    return [", ".join(filter(None, (each.get(part) for part in shown))) for each in words]
+
+
+def _scores_in(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all scores in some rows."""
+    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float)))
+
+
+def words_of(row: Row) -> str:
+    """Return the scores of a row, in words."""
+    return "  ".join(f"{name} {row[name]:.4g}" for name in _scores_in([row]))
+
+
 def as_table(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows of eval.jsonl as a table, with what they have in common below it."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    """Return rows of eval.jsonl as a table, with the last model's diagnostics."""
     protocols = [row["protocol"] for row in rows]
+    named = []
+    for row, protocol, name in zip(rows, protocols, _names(protocols), strict=True):
+        counts = {"steps": protocol.get("steps"), "samples": protocol.get("num_samples")}
+        kept = {key: value for key, value in row.items() if not isinstance(value, dict)}
+        named.append(
+            kept | {key: n for key, n in counts.items() if n} | {"name": name or row["name"]}
+        )
+    columns = [key for key in ("steps", "samples") if any(key in row for row in named)]
+    diagnostics = rows[-1].get("diagnostics", {}) if rows else {}
+    return {
+        "columns": columns + _scores_in(rows),
+        "rows": named,
+        "protocol": ", ".join(_shared(rows)),
+        "diagnostics": diagnostics,
+    }
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """Return the settings that all models of a table share, or else all samples, as words."""
+    of_models = [row for row in rows if "ema" in row["protocol"]] or list(rows)
+    protocols = [row["protocol"] for row in of_models]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
-    said = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
-    if rows and "fid_standard_error" in rows[0]:
-        said.append(noise_line(protocols[0]["num_samples"], rows[0]["fid_standard_error"]))
-    several = "reference" not in shared
-    named = [
-        row | {"name": f"{row['name']}, {protocol['reference']}" if several else row["name"]}
-        for row, protocol in zip(rows, protocols, strict=True)
-    ]
-    return {"columns": columns, "rows": named, "protocol": ", ".join(said), "diagnostics": {}}
+    words = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
+    if of_models and "fid_standard_error" in of_models[0]:
+        words.append(noise_line(protocols[0]["num_samples"], of_models[0]["fid_standard_error"]))
+    return words
 
 
 def _shortened(value: Any) -> str:
-    """Return a value of a protocol as people read it: of a checksum the first digits."""
     text = str(value)
     return text[:_SHOWN_DIGITS] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def append(workdir: Path, new: dict[str, Row]) -> None:
-    """Add rows to eval.jsonl, to which another job may have added some meanwhile; the file is whole at all times."""
+def append(workdir: Path, new: Sequence[Row]) -> None:
+    """Add rows to eval.jsonl, which is whole at all times; another job may add some meanwhile."""
     with locked(workdir / _LOCK, wait=True):
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
-        rows += [row for key, row in new.items() if key not in there]
+        rows += [row for row in new if key_of(row["protocol"]) not in there]
         replace_file(workdir / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def key_of(protocol: Row) -> str:
-    """Return what is equal for equal protocols and for no others."""
+    """Return a text that is equal for equal protocols and for no others."""
     return json.dumps(protocol, sort_keys=True)
 
 
 def read_rows(workdir: Path) -> list[Row]:
-    """Return the rows of eval.jsonl, oldest first.
-
-    Raises:
-      BadInput: if a line is no row.
-    """
+    """Return the rows of eval.jsonl, oldest first."""
     path = workdir / ROWS_FILE
     try:
         lines = path.read_text().splitlines() if path.exists() else []
         return [{"protocol": {}} | json.loads(line) for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error
+
+
+def show(table: Row) -> None:
+    """Print a table of `as_table`."""
+    columns, console = table["columns"], Console()
+    shown = Table("", *(name.replace("_", " ") for name in columns), caption=table["protocol"])
+    for row in table["rows"]:
+        cells = (row.get(name) for name in columns)
+        shown.add_row(
+            row["name"],
+            *("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells),
+        )
+    console.print(shown)
+    words = (f"{k.replace('_', ' ')} {value:.4g}" for k, value in table["diagnostics"].items())
+    console.print("  ".join(words))

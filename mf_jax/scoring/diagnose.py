@@ -1,0 +1,52 @@
+"""Diagnostics of a model on real data: its distance to the MeanFlow identity and the velocity."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from mf_jax.config import make_objective, make_scheme
+from mf_jax.data import Source
+from mf_jax.flow import diagnostics
+from mf_jax.flow.records import Rows
+from mf_jax.models import as_field
+
+_DIAGNOSTIC_ROWS = 1024
+_DIAGNOSTIC_STREAM = 2**31  # sample i folds i into the same key, and i stays below
+
+
+def diagnose(
+    config: ConfigDict, network: nn.Module, params: PyTree, source: Source, *, seed: int
+) -> dict[str, float]:
+    """Return the MeanFlow diagnostics on draws of real data with the run's own distribution of
+    times.
+
+    Args:
+      config: of the run.
+      network, params: the model.
+      source: real data.
+      seed: of the choice of rows, the noise and the times.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _DIAGNOSTIC_STREAM)
+    rows_key, noise_key, times_key = jax.random.split(key, 3)
+    index = jax.random.randint(rows_key, (_DIAGNOSTIC_ROWS,), 0, len(source))
+    batch = source.gather(np.asarray(index))
+    x, labels = jnp.asarray(batch.x), jnp.asarray(batch.labels)
+    r, t = make_scheme(config).times.sample(times_key, _DIAGNOSTIC_ROWS)
+    e = jax.random.normal(noise_key, x.shape)
+    rows = Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=jnp.zeros(labels.shape, bool))
+    measures: list[Callable] = [diagnostics.velocity_error]
+    if make_objective(config).learns_average:
+        measures += [diagnostics.identity_residual, diagnostics.additivity_gap]
+    field = as_field(network)
+
+    @jax.jit
+    def measure_all(params: PyTree, rows: Rows) -> dict[str, jax.Array]:
+        return {each.__name__: each(field, params, rows) for each in measures}
+
+    with jax.default_matmul_precision("highest"):
+        return {name: float(value) for name, value in measure_all(params, rows).items()}

@@ -1,0 +1,362 @@
+"""Evaluation: the grid, its rows, and scores that are not computed twice; Inception is replaced."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from mf_jax import evaluate
+from mf_jax.metrics.frechet import Moments, frechet_distance
+from mf_jax.metrics.inception import FEATURES, Inception
+from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+from mf_jax.scoring import rows as score_rows
+from mf_jax.scoring import scorers
+
+WIDTHS = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
+SCORES = {"fid", "sfid", "precision", "recall", "kid", "inception_score", "fid_standard_error"}
+ARGUMENTS = (
+    "--config=configs/digits.py",
+    *(a for a in TINY if ".steps" not in a),
+    "--config.eval.steps=1,",
+    "--mode=eval",
+    "--config.log.progress=False",
+)
+
+
+def _features(params, images):
+    """Stand for Inception: a few fixed projections of the pictures."""
+    flat = np.asarray(images).reshape(len(images), -1).astype(np.float32) / 255
+    draws = {name: np.random.default_rng(width) for name, width in WIDTHS.items()}
+    return {
+        name: flat @ draws[name].standard_normal((flat.shape[1], width)).astype(np.float32)
+        for name, width in WIDTHS.items()
+    }
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Replace Inception; return the numbers of pictures that it looks at."""
+    seen = []
+
+    def counted(params, images):
+        seen.append(len(images))
+        return {name: jnp.asarray(rows) for name, rows in _features(params, images).items()}
+
+    monkeypatch.setattr(scorers, "inception_features", counted)
+    monkeypatch.setattr(scorers, "FEATURES", FEATURES | WIDTHS)
+    monkeypatch.setattr(scorers, "load_inception", lambda path: Inception({}, "1" * 64))
+    monkeypatch.setattr(scorers, "find_weights", lambda *_, **__: "somewhere")
+    monkeypatch.setattr(scorers, "verify", lambda *_: None)
+    return seen
+
+
+def _write_reference(path, *, seed=0, width=6):
+    rows = np.random.default_rng(seed).standard_normal((50, width)).astype(np.float32)
+    write_reference(path, Statistics.of(Moments.of(rows), Moments.of(rows[:, :5]), rows))
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path):
+    return _write_reference(tmp_path / "reference.npz")
+
+
+@pytest.fixture
+def score(looks, command, copy_of_trained, reference):
+    """Return a function that evaluates the trained run and returns its rows; errors fail."""
+
+    def run(*more, references=(reference,), workdir=copy_of_trained):
+        looks.clear()
+        named = f"--config.eval.references={tuple(map(str, references))}"
+        code, run.out, errors = command(*ARGUMENTS, f"--workdir={workdir}", named, *more)
+        assert code == 0, errors
+        return _rows(workdir)
+
+    run.workdir = copy_of_trained
+    return run
+
+
+def _rows(workdir):
+    return [json.loads(line) for line in (workdir / "eval.jsonl").read_text().splitlines()]
+
+
+def _protocols(rows, *keys):
+    return [tuple(row["protocol"][key] for key in keys) for row in rows]
+
+
+def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(score, looks, reference):
+    (first,) = score("--config.eval.steps=2,")
+    assert sum(looks) == 80
+    assert set(first) >= SCORES
+    assert f"{first['fid']:.4g}" in score.out
+    assert "two FIDs that differ by less than" in " ".join(score.out.split())
+    assert _protocols([first], "checkpoint", "steps", "ema", "seed") == [(12, 2, "0.995", 1)]
+    assert first["protocol"]["reference_sha256"] == read_reference(reference).sha256
+    assert first["name"] == "checkpoint 12, EMA 0.995, 2 steps"
+    pictures = [path.name for path in (score.workdir / "eval_samples").iterdir()]
+    assert pictures == ["checkpoint_12_EMA_0.995_2_steps.png"]
+
+    rows = score("--config.eval.steps=2,1", "--config.eval.emas=('', 'none')")
+    assert sum(looks) == 3 * 80  # one of four cells was there
+    assert rows[0] == first
+    every = {(steps, ema) for steps in (1, 2) for ema in ("0.995", "none")}
+    assert set(_protocols(rows, "steps", "ema")) == every
+    assert len({row["fid"] for row in rows}) == 4
+    table = json.loads((score.workdir / "eval.json").read_text())
+    assert [row["name"] for row in table["rows"]] == [
+        f"{ema}, {steps}"
+        for ema in ("EMA 0.995", "raw parameters")
+        for steps in ("2 steps", "1 step")
+    ]
+    assert table["columns"][:3] == ["steps", "samples", "fid"]
+
+    for key, value, pictures in (
+        ("seed", 5, 80),
+        ("labels", "random", 80),
+        ("num_samples", 90, 90),
+    ):
+        score("--config.eval.steps=2,", f"--config.eval.{key}={value}")
+        assert sum(looks) == pictures
+    assert len(_rows(score.workdir)) == 7
+
+
+def test_numbers_do_not_depend_on_the_batch_and_padding_is_not_counted(score, looks):
+    found = []
+    for batch_size, seen in ((80, [80]), (32, [32, 32, 32])):
+        (score.workdir / "eval.jsonl").unlink(missing_ok=True)
+        (row,) = score(f"--config.eval.batch_size={batch_size}")
+        assert looks == seen
+        found.append({name: value for name, value in row.items() if isinstance(value, float)})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_several_references_and_checkpoints(score, looks, reference, tmp_path, command):
+    other = _write_reference(tmp_path / "other.npz", seed=1)
+    rows = score("--config.eval.checkpoints=4,8", references=(reference, other))
+    assert sum(looks) == 2 * 80  # references share the samples
+    expected = [(step, name) for step in (4, 8) for name in ("reference.npz", "other.npz")]
+    assert _protocols(rows, "checkpoint", "reference") == expected
+    assert len({row["fid"] for row in rows}) == 4
+    table = json.loads((score.workdir / "eval.json").read_text())
+    assert [row["name"] for row in table["rows"]] == [
+        f"checkpoint {step}, 1 step, {name}" for step, name in expected
+    ]
+    one = (*ARGUMENTS, f"--workdir={score.workdir}", f"--config.eval.references=('{reference}',)")
+    code, _, errors = command(*one, "--config.eval.checkpoints=5,")
+    assert (code, "no checkpoint of step 5; it has 4, 8, 12" in errors) == (2, True)
+
+
+@pytest.fixture
+def watch(score, monkeypatch):
+    """Return a function that watches the run, and acts whenever it waits."""
+
+    def start(*more, when_waiting=lambda: None):
+        start.waits = 0
+
+        def wait(seconds):
+            start.waits += 1
+            assert start.waits < 5
+            when_waiting()
+
+        monkeypatch.setattr(evaluate.time, "sleep", wait)
+        rows = score("--config.eval.watch=True", *more)
+        start.out = score.out
+        return rows
+
+    start.workdir = score.workdir
+    return start
+
+
+def test_watching_scores_the_newest_in_all_ways_and_leaves_out_the_damaged(watch):
+    """The run's last checkpoint appears only while the job waits."""
+    checkpoints, aside = watch.workdir / "checkpoints", watch.workdir / "later"
+    shutil.move(checkpoints / "12", aside)
+    for path in (checkpoints / "4").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+
+    def arrive():
+        if aside.exists():
+            shutil.move(aside, checkpoints / "12")
+
+    rows = watch("--config.eval.steps=1,2", when_waiting=arrive)
+    assert _protocols(rows, "checkpoint", "steps") == [(8, 1), (8, 2), (12, 1), (12, 2)]
+    assert "checkpoint 4 is left out: " in watch.out
+    assert "damaged" in watch.out
+
+
+def test_a_checkpoint_that_lands_during_a_scoring_is_next(watch, monkeypatch):
+    last, aside = watch.workdir / "checkpoints" / "12", watch.workdir / "later"
+    shutil.move(last, aside)
+    score_grid = evaluate.Evaluation.score_grid
+
+    def score_slowly(self, steps):
+        rows = score_grid(self, steps)
+        if aside.exists():
+            shutil.move(aside, last)
+        return rows
+
+    monkeypatch.setattr(evaluate.Evaluation, "score_grid", score_slowly)
+    assert _protocols(watch(), "checkpoint") == [(8,), (12,), (4,)]
+    assert watch.waits == 0
+
+
+def test_watching_waits_for_a_run_and_goes_on_without_a_dropped_checkpoint(watch, monkeypatch):
+    config, aside = watch.workdir / "config.json", watch.workdir / "aside"
+    shutil.move(config, aside)
+    load = evaluate.load_run
+
+    def drop_one(workdir, *arguments, **more):
+        shutil.rmtree(workdir / "checkpoints" / "4", ignore_errors=True)
+        return load(workdir, *arguments, **more)
+
+    monkeypatch.setattr(evaluate, "load_run", drop_one)
+    rows = watch(when_waiting=lambda: shutil.move(aside, config))
+    assert watch.waits == 1
+    assert "waiting for a run" in watch.out
+    assert "checkpoint 4 is left out: the run has dropped it" in watch.out
+    assert _protocols(rows, "checkpoint") == [(12,), (8,)]
+
+
+def test_rows_of_a_job_beside_are_kept(score, monkeypatch):
+    theirs = {"name": "of another job", "fid": 1.0, "protocol": {"checkpoint": 3}}
+    compare = scorers.InceptionScorer.__call__
+
+    def score_beside_another(self, samples):
+        (score.workdir / "eval.jsonl").write_text(json.dumps(theirs) + "\n")
+        return compare(self, samples)
+
+    monkeypatch.setattr(scorers.InceptionScorer, "__call__", score_beside_another)
+    first, second = score()
+    assert (first, set(second) >= SCORES) == (theirs, True)
+
+
+def test_other_weights_are_another_row(score, looks, command, monkeypatch, tmp_path, reference):
+    """Of a run that was trained anew, and of init.path whatever it stands for."""
+    score()
+    fingerprint = evaluate.fingerprint
+    monkeypatch.setattr(evaluate, "fingerprint", lambda *place: fingerprint(*place)[::-1])
+    assert len(score()) == 2
+    elsewhere = tmp_path / "elsewhere"
+    started = f"--config.init.path={score.workdir}"
+    for more in ((), ("--config.init.which=none",), ("--config.model.prediction=data",)):
+        rows = score(started, *more, workdir=elsewhere)
+    assert len({row["fid"] for row in rows}) == 3
+    assert len(score(started, workdir=elsewhere)) == 3
+    assert not looks
+    named = f"--config.eval.references=('{reference}',)"
+    both = (f"--workdir={elsewhere}", started, named, "--config.eval.emas=('none',)")
+    code, _, errors = command(*ARGUMENTS, *both)
+    assert (code, "init.which" in errors) == (2, True)
+
+
+def test_anybodys_samples_against_all_kinds_of_references(score, looks, reference, tmp_path):
+    theirs, real = np.random.default_rng(0).integers(0, 256, (2, 45, 8, 8, 3), dtype=np.uint8)
+    both = np.concatenate([theirs, real])
+    features = Moments.of(_features({}, both)["2048"])
+    gaussian = {"mu": features.mean, "sigma": features.covariance}
+    for name, arrays in {
+        "theirs": {"arr_0": theirs},
+        "real": {"arr_0": real},
+        "adm": {"arr_0": both, **gaussian},  # its pictures give the features that it lacks
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    rows = score(
+        f"--config.eval.samples={tmp_path / 'theirs.npz'}",
+        "--config.eval.batch_size=20",
+        references=(reference, tmp_path / "real.npz", tmp_path / "adm.npz"),
+        workdir=tmp_path / "scores",
+    )
+    assert looks == [45, 90, 20, 20, 20]
+    assert _protocols(rows, "samples", "num_samples") == [("theirs.npz", 45)] * 3
+    ours, wanted = Moments.of(_features({}, theirs)["2048"]), read_reference(reference).statistics
+    distance = frechet_distance(ours.mean, ours.covariance, wanted.mean, wanted.covariance)
+    assert rows[0]["fid"] == pytest.approx(distance, rel=1e-5)
+    assert rows[1]["fid"] > 0
+    assert 0 < rows[1]["precision"] <= 1
+    assert rows[2]["precision"] == 1  # the samples are some of the reference
+    assert 0 < rows[2]["recall"] <= 1
+
+
+def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
+    scorer = scorers.PictureScorer.__call__
+    monkeypatch.setattr(scorers, "train_classifier", lambda x, *_: _as_classes)
+    rows = score(references=())
+    assert [row["name"] for row in rows] == [
+        "real data (held-out)",
+        "checkpoint 12, EMA 0.995, 1 step",
+    ]
+    assert set(rows[1]["diagnostics"]) == {"velocity_error", "identity_residual", "additivity_gap"}
+    monkeypatch.setattr(scorers.PictureScorer, "__call__", None)
+    assert score(references=()) == rows
+    monkeypatch.setattr(scorers.PictureScorer, "__call__", scorer)
+    assert len(score("--config.eval.steps=1,2", references=())) == 3
+    table = json.loads((score.workdir / "eval.json").read_text())
+    columns = ["frechet_distance", "precision", "recall", "class_accuracy"]
+    assert table["columns"] == ["steps", "samples", *columns]
+    assert [row["name"] for row in table["rows"]] == ["real data (held-out)", "1 step", "2 steps"]
+    assert [(row.get("steps"), row["samples"]) for row in table["rows"]] == [
+        (None, 360),
+        (1, 80),
+        (2, 80),
+    ]
+    assert table["diagnostics"] == rows[1]["diagnostics"]
+
+
+def _as_classes(images):
+    rows = images.reshape(len(images), -1)
+    return rows[:, 16:32], rows[:, 20:30]
+
+
+def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, reference):
+    wide = _write_reference(tmp_path / "wide.npz", width=7)
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    good = f"--config.eval.references=('{reference}',)"
+    for message, *arguments in (
+        ("nowhere.npz", "--config.eval.references=('nowhere.npz',)"),
+        ("eval.references", "--config.eval.samples=x.npz"),
+        ("eval.references", "--config.eval.watch=True"),
+        ("eval.watch", good, "--config.eval.watch=True", "--config.eval.checkpoints=4,"),
+        ("eval.num_samples=6", good, "--config.eval.num_samples=6"),
+        ("eval.labels", good, "--config.eval.labels=sorted"),
+        ("eval.batch_size", good, "--config.eval.batch_size=0"),
+        ("wide.npz: mu has 7 features; must have 6", f"--config.eval.references=('{wide}',)"),
+        ("eval.references", "--config.eval.references=5,"),
+        ("eval.emas", good, "--config.eval.emas=0.995,"),
+        ("arr_0", good, f"--config.eval.samples={tmp_path / 'empty.npz'}"),
+    ):
+        looks.clear()
+        code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments)
+        assert (code, errors.count("\n")) == (2, 1), arguments
+        assert message in errors
+        assert not looks or message == "eval.num_samples=6", "refused before samples are made"
+        assert not (copy_of_trained / "eval.jsonl").exists()
+    (copy_of_trained / "eval.jsonl").write_text("nonsense\n")
+    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
+    assert (code, "eval.jsonl" in errors) == (2, True)
+    assert (copy_of_trained / "eval.jsonl").read_text() == "nonsense\n"
+
+
+def test_published_weights_that_are_missing_are_named(
+    copy_of_trained, command, reference, tmp_path
+):
+    one = (*ARGUMENTS, f"--workdir={copy_of_trained}", f"--config.weights_dir={tmp_path}")
+    code, _, errors = command(*one, f"--config.eval.references=('{reference}',)")
+    assert code == 2
+    file = "weights-inception-2015-12-05-6726825d.pth"
+    for part in (file, "https://", "6726825d0af5f729", str(tmp_path)):
+        assert part in errors
+
+
+def test_names_say_whatever_differs():
+    cell = {"checkpoint": 4, "ema": "none", "steps": 1, "omega": 1.0, "t_min": 0.0, "t_max": 1.0}
+    guided = cell | {"omega": 2.5, "t_min": 0.25}
+    assert score_rows.name_of(guided) == (
+        "checkpoint 4, raw parameters, 1 step, omega 2.5 in [0.25, 1]"
+    )
+    rows = [{"protocol": cell}, {"protocol": guided}, {"protocol": cell | {"steps": 2}}]
+    names = [row["name"] for row in score_rows.as_table(rows)["rows"]]
+    assert names == ["1 step", "1 step, omega 2.5 in [0.25, 1]", "2 steps"]
