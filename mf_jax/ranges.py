@@ -111,6 +111,6 @@ def wrong_values(config: ConfigDict) -> Iterator[str]:
             yield str(problem)
 
 
-def _is_within(value: float, low: float, high: float, brackets: str) -> bool:
+def _is_within(value: int | float, low: int | float, high: int | float, brackets: str) -> bool:
     above = value >= low if brackets[0] == "[" else value > low
     return above and (value <= high if brackets[1] == "]" else value < high)
