@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mf_jax.errors import BadInput, check_known, list_problems
-from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
+from mf_jax.published.names import (
+    KINDS,
+    as_ours,
+    knows,
+    our_name,
+    published_name,
+    to_published,
+)
 from mf_jax.runtime.files import on_disk, written_aside
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -45,12 +52,7 @@ _TELLING = {
 def load_published(
     path: epath.PathLike, kind: str, like: PyTree, *, section: str = "ema_params"
 ) -> PyTree[Float[np.ndarray, "..."]]:
-    """Return the weights of a published checkpoint as the parameters of a network, on the host.
-
-    Args:
-      path, kind, section: see `read_published`.
-      like: see `fit_published`.
-    """
+    """Return a published checkpoint (`read_published`) as a network's tree (`fit_published`)."""
     flat = read_published(path, kind, section=section)
     try:
         return fit_published(kind, flat, like)
@@ -61,11 +63,7 @@ def load_published(
 def describe_published(
     path: epath.PathLike, kind: str, *, section: str = "ema_params"
 ) -> tuple[int, int]:
-    """Return the channels and classes of a published network, 0 classes for one without labels.
-
-    Args:
-      path, kind, section: see `read_published`.
-    """
+    """Return channels and classes of a published network (`read_published`), 0 without labels."""
     check_known("kind", kind, KINDS)
     patches, table = (published_name(kind, ours)[0] for ours in _TELLING[kind])
     arrays = read_published(path, kind, section=section, only=(patches, table))
@@ -273,22 +271,14 @@ def _choose(
 
 def _check_kind(path: epath.Path, names: Collection[str], kind: str) -> None:
     """Raise BadInput if all names are of another kind, or none is of this."""
-    unknown = {other: sum(_is_unknown(other, name) for name in names) for other in KINDS}
-    fitting = [other for other in KINDS if not unknown[other]]
-    if unknown[kind] and fitting:
+    known = {other: [knows(other, name) for name in names] for other in KINDS}
+    fitting = [other for other in KINDS if all(known[other])]
+    if fitting and kind not in fitting:
         raise BadInput(f"{path}: kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
-    if unknown[kind] == len(names):
+    if not any(known[kind]):
         raise BadInput(
             f"{path}: kind={kind!r}: none of its parameters has a published name of any kind"
         )
-
-
-def _is_unknown(kind: str, published: str) -> bool:
-    try:
-        our_name(kind, published)
-    except BadInput:
-        return True
-    return False
 
 
 def _as_float32(

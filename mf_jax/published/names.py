@@ -143,6 +143,11 @@ def our_name(kind: str, published: str) -> tuple[str, str]:
     )
 
 
+def knows(kind: str, published: str) -> bool:
+    """Return whether a published checkpoint of a kind has a parameter of this name."""
+    return any(_rename(published, rule.published, rule.ours) for rule in _RULES[kind])
+
+
 def published_name(kind: str, ours: str) -> tuple[str, str]:
     """Return the published name of one of our parameters, and how the array is stored there."""
     check_known("kind", kind, KINDS)
