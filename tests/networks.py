@@ -44,7 +44,7 @@ CASES = {
     "low_rank": (LowRank(width=16, num_classes=3, rank=2), (2, 3, 1)),
 }
 LABELS = {f"label {label}": {"label": label} for label in (0, 2, NO_LABEL)}
-TIMES = {"later t": {"t": 0.8}, "earlier r": {"r": 0.1}}
+TIMES = {"later t": {"t": 0.8}, "earlier r": {"r": 0.05}}
 GUIDANCE = {"omega": {"omega": 3.0}, "t_min": {"t_min": 0.3}, "t_max": {"t_max": 0.7}}
 BASE = {"label": 1, "r": 0.2, "t": 0.7, "omega": 2.0, "t_min": 0.1, "t_max": 0.9, "seed": 5}
 ROWS = {

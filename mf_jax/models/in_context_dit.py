@@ -133,7 +133,9 @@ class Head(nn.Module):
     run: Callable
 
     @nn.compact
-    def __call__(self, x: Tokens, turns: Turns, *, num_prefix: int) -> Tokens:
+    def __call__(
+        self, x: Tokens, turns: Turns, *, num_prefix: int
+    ) -> Float[Array, "b patches out"]:
         """Return the prediction of each patch."""
         x = self.run(GatedBlock, x, [turns] * self.depth, path=self.path)
         normal = nn.RMSNorm(name="norm")(x[:, num_prefix:])
