@@ -133,10 +133,14 @@ def test_a_run_on_other_processes_and_devices_has_the_same_numbers(said, folder)
 @pytest.mark.slow
 def test_a_kill_and_a_full_disk_end_all_processes_and_the_run_goes_on(tmp_path):
     """The second process takes no file above 4 KB; then it is killed; then nothing happens to it."""
-    limited = "import resource, runpy, signal, sys\n"
-    limited += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    limited += "if sys.argv.pop() == '1': resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    limited += "runpy.run_module('mf_jax.main', run_name='__main__')\n"
+    limited = (
+        "import os, resource, runpy, signal, sys\n"
+        "if sys.argv.pop() == '1':\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # its own errors are more than 4 KB
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "runpy.run_module('mf_jax.main', run_name='__main__')\n"
+    )
     few = ("--config.mesh.fsdp=2", "--config.job.heartbeat_timeout_seconds=10")
     arguments = (*DIGITS, *few, f"--workdir={tmp_path / 'run'}")
     ended = Job(2, *arguments, program=("-c", limited), own=lambda i: [str(i)]).finish()
