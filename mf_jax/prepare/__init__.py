@@ -26,8 +26,7 @@ from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
 from mf_jax.errors import BadInput
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
-from mf_jax.prepare.folder import claim
-from mf_jax.prepare.latent_shards import LatentShards
+from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify

@@ -1,4 +1,7 @@
-"""Write latents: encode pictures and their mirror images, a shard at a time, and in the end the manifest."""
+"""Write latents: encode pictures and their mirror images, a shard at a time, and last the manifest.
+
+Several processes fill the folder side by side; `claim` makes sure that they agree on the settings.
+"""
 
 import contextlib
 import json
@@ -14,6 +17,7 @@ from jaxtyping import Array, Float16, UInt8
 
 from mf_jax.data.latent_records import (
     MANIFEST,
+    SETTINGS,
     WRITER_OPTIONS,
     read_json,
     shard_name,
@@ -27,12 +31,47 @@ from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import replace_file, written_aside
 
 
+def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
+    """Make a folder the place of files with these settings; the first process to come stores them.
+
+    Args:
+      folder: made if missing.
+      settings: decide the content of the files.
+      key: config key that names the folder, for errors.
+    """
+    path = folder / SETTINGS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if SETTINGS not in present:
+            if present:
+                raise BadInput(
+                    f"{key}={str(folder)!r} holds other files; must be new or empty: choose another folder"
+                )
+            replace_file(path, json.dumps(settings, indent=1).encode())
+    except OSError as error:
+        raise BadInput(
+            f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    stored = read_json(path, "settings file")
+    changes = [
+        f"{name} {stored.get(name)!r} -> {settings.get(name)!r}"
+        for name in sorted(stored | settings)
+        if stored.get(name) != settings.get(name)
+    ]
+    if changes:
+        raise BadInput(
+            f"{key}={str(folder)!r} holds files of other settings ({', '.join(changes)}): choose another folder, or "
+            "set these back"
+        )
+
+
 class LatentShards:
     """The shards of a folder, some of which this process writes.
 
     Args:
       folder: claimed for `settings`.
-      settings: what all shards have in common; the manifest repeats them.
+      settings: common to all shards; the manifest repeats them.
       class_names: in the order of the labels; () without labels.
       autoencoder: on the devices that pictures are given on.
     """
@@ -50,17 +89,17 @@ class LatentShards:
         self._open = contextlib.ExitStack()
 
     def has(self, shard: int) -> bool:
-        """Return whether a shard is complete, whoever has written it."""
+        """See `Output.has`."""
         side = self._folder / side_name(shard, self._shards)
         path = self._folder / shard_name(shard, self._shards)
         return side.exists() and path.exists() and path.stat().length == self._side(shard)["bytes"]
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
-        """Return the names of the pictures that were skipped in complete shards."""
+        """See `Output.skipped`."""
         return [name for shard in shards for name in self._side(shard)["skipped"]]
 
     def begin(self, shard: int) -> None:
-        """Start a shard anew."""
+        """See `Output.begin`."""
         self._counts: Counter[int] = Counter()
         self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
         path = self._folder / shard_name(shard, self._shards)
@@ -68,45 +107,37 @@ class LatentShards:
         self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Encode a batch of pictures while the batch before it is written.
-
-        Args:
-          pixels: the batch.
-          images: its images on the devices.
-        """
+        """Encode a batch of pictures while the batch before it is written; see `Output.add`."""
         latents = _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
         self._write()
         self._encoding = pixels, latents
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """Finish a shard: first what is known about it, then the shard itself."""
+        """Finish the side file, then the shard; see `Output.end`."""
         self._write()
         with self._room():
             self._writer.close()
-            about = {
+            side = {
                 "count": self._counts.total(),
                 "bytes": epath.Path(self._local).stat().length,
                 "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
                 "skipped": list(skipped),
             }
-            replace_file(self._folder / side_name(shard, self._shards), json.dumps(about).encode())
+            replace_file(self._folder / side_name(shard, self._shards), json.dumps(side).encode())
             self._open.close()
 
     def finish(self) -> str:
-        """Write the manifest if all shards are there; return what to tell the user."""
+        """Write the manifest if all shards are there; see `Output.finish`."""
         present = sum(self.has(shard) for shard in range(self._shards))
         if present < self._shards:
-            return (
-                f"{self._folder}: {present} of {self._shards} shards are there; the process that finishes the last one "
-                "writes the manifest"
-            )
+            return f"{self._folder}: {present} of {self._shards} shards are there; the last one brings the manifest"
         manifest = self._manifest()
         replace_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         skipped = len(manifest["skipped"])
         return f"{self._folder}: {manifest['num_pictures']:,} pictures in {self._shards} shards, {skipped} skipped"
 
     def _write(self) -> None:
-        """Write the batch that was given last, once it is encoded."""
+        """Write the last batch, once it is encoded."""
         if self._encoding is None:
             return
         pixels, latents = self._encoding
@@ -148,23 +179,16 @@ class LatentShards:
                 "prepare.input: none of its pictures can be read; check them, or set another folder"
             )
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
-        classes = [
-            {"name": name, "count": counts[str(label)]}
-            for label, name in enumerate(self._class_names)
-        ]
-        shards = [
-            {
-                "name": shard_name(shard, self._shards),
-                "count": side["count"],
-                "bytes": side["bytes"],
-            }
-            for shard, side in enumerate(sides)
-        ]
+        names = enumerate(self._class_names)
         return self._settings | {
             "num_pictures": sum(side["count"] for side in sides),
-            "classes": classes,
-            "skipped": [name for side in sides for name in side["skipped"]],
-            "shards": shards,
+            "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],
+            "skipped": self.skipped(range(self._shards)),
+            "shards": [
+                {"name": shard_name(shard, self._shards)}
+                | {key: side[key] for key in ("count", "bytes")}
+                for shard, side in enumerate(sides)
+            ],
         }
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import grain
@@ -13,10 +14,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.picture_list import PicturesIn
+from mf_jax.data.picture_list import PicturesIn, some
 from mf_jax.errors import BadInput
 
-_NAMED = 5
 _AHEAD = 2
 """Batches of decoded pictures that wait for the device."""
 
@@ -55,9 +55,7 @@ class _Decoder:
         index = int(self.indices[position])
         try:
             content, label = self.pictures.read(index)
-        except (
-            Exception
-        ) as error:  # not the picture is broken but the way to it: a second try may find it
+        except Exception as error:  # the way to the picture is broken: a second try may find it
             raise BadInput(
                 f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to its permissions or the "
                 "connection, and run the same command again, which continues"
@@ -79,11 +77,11 @@ class PictureStream:
 
     Args:
       pictures: the input.
-      indices: of the pictures, in the order in which they will be asked for.
+      indices: of the pictures, in order.
       image_size: pixels of the crop.
       batch_size: pictures of a batch.
-      max_bad: unreadable pictures that are skipped; one more is an error.
-      skipped: names of those that a run before this one has skipped.
+      max_bad: unreadable pictures to skip; one more is an error.
+      skipped: names of pictures that an earlier run has skipped.
     """
 
     def __init__(
@@ -109,24 +107,18 @@ class PictureStream:
         self.skipped: list[str] = []
 
     def shard(self, count: int) -> Iterator[Pixels]:
-        """Yield the next `count` pictures in batches; afterwards `skipped` names those of them that are broken.
-
-        Raises:
-          BadInput: if a picture cannot be opened, or too many are broken.
-        """
+        """Yield the next `count` pictures in batches; afterwards `skipped` names the broken ones."""
         self.skipped = []
-        waiting: list[_Decoded] = []
-        for _ in range(count):
-            decoded = next(self._decoded)
+        good = self._good(itertools.islice(self._decoded, count))
+        while batch := list(itertools.islice(good, self._batch_size)):
+            yield _packed(batch, self._batch_size)
+
+    def _good(self, pictures: Iterable[_Decoded]) -> Iterator[_Decoded]:
+        for decoded in pictures:
             if decoded.problem:
                 self._skip(decoded)
-                continue
-            waiting.append(decoded)
-            if len(waiting) == self._batch_size:
-                yield _packed(waiting, self._batch_size)
-                waiting = []
-        if waiting:
-            yield _packed(waiting, self._batch_size)
+            else:
+                yield decoded
 
     def _skip(self, decoded: _Decoded) -> None:
         name = self._name(decoded.index)
@@ -134,12 +126,9 @@ class PictureStream:
         self.skipped.append(name)
         self._all_skipped.append(name)
         if len(self._all_skipped) > self._max_bad:
-            named = ", ".join(self._all_skipped[:_NAMED]) + ", ..." * (
-                len(self._all_skipped) > _NAMED
-            )
             raise BadInput(
-                f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken ({named}); must not be "
-                "more than that: replace them, or raise prepare.max_bad; what is done is kept"
+                f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken "
+                f"({some(self._all_skipped)}): replace them, or raise prepare.max_bad; finished shards are kept"
             )
 
 
