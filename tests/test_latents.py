@@ -7,7 +7,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -17,7 +16,7 @@ from mf_jax import data
 from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.errors import BadInput
-from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import written_aside
 from mf_jax.runtime.workdir import as_json, check_same_run
@@ -86,8 +85,9 @@ def source(folder):
 
 def test_every_picture_and_its_mirror_image_is_found_in_any_order(source):
     latents = source()
-    assert (len(latents), latents.shape, latents.num_classes) == (LENGTH, SHAPE, 3)
-    assert latents.class_names == ("a", "b", "c")
+    assert len(latents) == LENGTH
+    sha256 = PUBLISHED["sd-vae-ft-mse"][0].sha256
+    assert latents.spec == DataSpec(SHAPE, 3, ("a", "b", "c"), sha256)
     assert isinstance(latents, data.Source)
     order = np.random.default_rng(1).permutation(np.tile(np.arange(2 * LENGTH), 2))
     batch = latents.gather(order)
@@ -115,44 +115,36 @@ def test_the_pipeline_visits_every_picture_once_an_epoch_and_mirrors_about_half(
     )  # epoch, row, picture, mirror
     assert (matches.any(axis=3).sum(axis=1) == 1).all()
     assert 0.4 < matches[..., 1].sum() / (epochs * LENGTH) < 0.6
-
-
-def test_without_flip_no_picture_is_mirrored(source):
-    batch = next(data.make_batches(source(), batch_size=LENGTH, seed=0))
-    assert {x.tobytes() for x in batch.x} == {x.tobytes() for x in ROWS[:, 0]}
+    plain = next(data.make_batches(latents, batch_size=LENGTH, seed=0))
+    assert {x.tobytes() for x in plain.x} == {x.tobytes() for x in ROWS[:, 0]}
 
 
 def test_data_without_classes_have_no_labels(tmp_path, source):
     write_folder(tmp_path, labels=np.full(LENGTH, NO_LABEL), classes=())
     latents = source()
-    assert (latents.num_classes, latents.class_names) == (0, ())
+    assert (latents.spec.num_classes, latents.spec.class_names) == (0, ())
     assert (latents.gather(np.arange(LENGTH)).labels == NO_LABEL).all()
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"), [((0.5,), (2.0,)), ((0.5, -1.0), (2.0, 4.0)), ((0.0,), (1 / 0.18215,))]
-)
-def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source, mean, std):
-    draw = source(latent_mean=mean, latent_std=std).stored.draw
+def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source):
     rows = np.zeros((4000, 2, *SHAPE), np.float16)
     rows[:, 0], rows[:, 1] = 3.0, [0.0, 1.5]  # the second channel alone is uncertain
-    rows = jnp.asarray(rows)
-    drawn = np.asarray(jax.jit(draw)(jax.random.key(0), rows))
-    assert (drawn.dtype, drawn.shape) == (np.float32, (4000, *SHAPE))
-    shift, scale = np.broadcast_to(mean, 2), np.broadcast_to(std, 2)
-    np.testing.assert_allclose(drawn[..., 0], (3 - shift[0]) / scale[0], rtol=1e-6)
     certain = 4000 * SHAPE[0] * SHAPE[1]
-    expected, spread = (3 - shift[1]) / scale[1], 1.5 / scale[1]
-    assert abs(drawn[..., 1].mean() - expected) < 5 * spread / certain**0.5
-    assert abs(drawn[..., 1].std() / spread - 1) < 5 / certain**0.5
-    again, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 1))
-    np.testing.assert_allclose(again, drawn, atol=1e-5)
-    assert (other[..., 1] != drawn[..., 1]).mean() > 0.9
+    for mean, std in (((0.5,), (2.0,)), ((0.5, -1.0), (2.0, 4.0))):
+        draw = jax.jit(source(latent_mean=mean, latent_std=std).stored.draw)
+        drawn, again, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 0, 1))
+        assert (drawn.dtype, drawn.shape) == (np.float32, (4000, *SHAPE))
+        shift, scale = np.broadcast_to(mean, 2), np.broadcast_to(std, 2)
+        np.testing.assert_allclose(drawn[..., 0], (3 - shift[0]) / scale[0], rtol=1e-6)
+        expected, spread = (3 - shift[1]) / scale[1], 1.5 / scale[1]
+        assert abs(drawn[..., 1].mean() - expected) < 5 * spread / certain**0.5
+        assert abs(drawn[..., 1].std() / spread - 1) < 5 / certain**0.5
+        np.testing.assert_array_equal(again, drawn)
+        assert (other[..., 1] != drawn[..., 1]).mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_settings_that_differ_from_the_manifest_are_refused(source):
+    for changes, message in (
         ({"path": ""}, "path='' is not set"),
         ({"path": "/nowhere"}, "path='/nowhere' is no folder"),
         ({"path": "gs://bucket/latents"}, "is in a bucket.*set copy_to"),
@@ -165,12 +157,10 @@ def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source, mean, 
         ({"latent_std": (1.0, 0.0)}, "latent_std=.*above 0"),
         ({"split": "held_out"}, "eval.references"),
         ({"split": "test"}, "split='test'.*train, held_out"),
-    ],
-)
-def test_settings_that_differ_from_the_manifest_are_refused(source, changes, message):
-    with pytest.raises(BadInput, match=message) as error:
-        source(**changes)
-    assert "\n" not in str(error.value)
+    ):
+        with pytest.raises(BadInput, match=message) as error:
+            source(**changes)
+        assert "\n" not in str(error.value)
 
 
 def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory, folder, source):
@@ -188,25 +178,18 @@ def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory
     assert len(source(autoencoder="elsewhere")) == LENGTH
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format_version": 2}, "format_version.*prepare them again"),
-        ({"crop": "other"}, "crop.*prepare them again"),
-    ],
-)
-def test_a_manifest_of_another_format_is_refused(folder, source, changes, message):
-    change_manifest(folder, **changes)
-    with pytest.raises(BadInput, match=message):
-        source()
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"format_version": 1, "crop": "adm"}'])
-def test_an_unreadable_manifest_is_refused(folder, source, content):
-    (folder / MANIFEST).write_text(content)
-    with pytest.raises(BadInput, match=rf"{MANIFEST}.*again") as error:
-        source()
-    assert "\n" not in str(error.value)
+def test_a_manifest_of_another_format_is_refused(folder, source):
+    written = (folder / MANIFEST).read_text()
+    for changes in ({"format_version": 2}, {"crop": "other"}):
+        (folder / MANIFEST).write_text(written)
+        change_manifest(folder, **changes)
+        with pytest.raises(BadInput, match=f"{next(iter(changes))}.*prepare them again"):
+            source()
+    for content in ("", "[1]", "{", '{"format_version": 1, "crop": "adm"}'):
+        (folder / MANIFEST).write_text(content)
+        with pytest.raises(BadInput, match=rf"{MANIFEST}.*again") as error:
+            source()
+        assert "\n" not in str(error.value)
 
 
 def test_an_unfinished_folder_says_how_much_is_there(folder, source):
@@ -232,23 +215,20 @@ def test_a_missing_or_truncated_shard_is_named_before_training(folder, source):
         source()
 
 
-@pytest.mark.parametrize("how", ["a flipped bit", "zeros", "another record"])
-def test_a_damaged_shard_is_named_when_it_is_read(folder, source, how):
-    path = folder / SHARD
-    content = bytearray(path.read_bytes())
-    last = content.rindex(to_record(int(LABELS[-1]), ROWS[-1, 1])[:16])
-    where = SHARD
-    if how == "a flipped bit":
-        content[last + 9] ^= 1
-    elif how == "zeros":
-        content[100:] = bytes(len(content) - 100)
-    else:
-        where = "latents-00000-of-00004.array_record"  # the first to be read
-        change_manifest(folder, latent_shape=[3, 5, 4])
-    path.write_bytes(content)
-    with pytest.raises(BadInput, match=rf"{where} is damaged .*again") as error:
-        next(data.make_batches(source(), batch_size=4 * LENGTH, seed=0, flip=True))
-    assert "\n" not in str(error.value)
+def test_a_damaged_shard_is_named_when_it_is_read(folder, source):
+    path, content = folder / SHARD, (folder / SHARD).read_bytes()
+    last = content.rindex(to_record(int(LABELS[-1]), ROWS[-1, 1])[:16]) + 9
+    flipped = content[:last] + bytes([content[last] ^ 1]) + content[last + 1 :]
+    for damaged, name, changes in (
+        (flipped, SHARD, {}),
+        (content[:100] + bytes(len(content) - 100), SHARD, {}),
+        (content, shard_name(0, len(COUNTS)), {"latent_shape": [3, 5, 4]}),  # the first to be read
+    ):
+        path.write_bytes(damaged)
+        change_manifest(folder, **changes)
+        with pytest.raises(BadInput, match=rf"{name} is damaged .*again") as error:
+            next(data.make_batches(source(), batch_size=4 * LENGTH, seed=0, flip=True))
+        assert "\n" not in str(error.value)
 
 
 # Copies on a disk of this host
@@ -273,23 +253,17 @@ def assert_all_there(latents):
     np.testing.assert_array_equal(latents.gather(order).x, ROWS[order % LENGTH, order // LENGTH])
 
 
-def test_latents_in_a_bucket_are_copied_once(copied):
+def test_latents_in_a_bucket_are_copied_once_and_a_stopped_copy_is_finished(copied):
     make, inside, copy = copied
-    assert_all_there(make())
-    assert {path.name for path in copy.iterdir()} == {path.name for path in inside.iterdir()} | {
-        ".lock"
-    }
-    for path in inside.glob("*.array_record"):
-        path.write_bytes(b"not read again")
-    assert_all_there(make())
-
-
-def test_a_copy_that_was_stopped_is_finished(copied):
-    make, _, copy = copied
     make()
     (copy / SHARD).unlink()
     cut = copy / shard_name(0, len(COUNTS))
     cut.write_bytes(cut.read_bytes()[:-1])
+    assert_all_there(make())
+    names = {path.name for path in inside.iterdir()}
+    assert {path.name for path in copy.iterdir()} == names | {".lock"}
+    for path in inside.glob("*.array_record"):
+        path.write_bytes(b"not read again")
     assert_all_there(make())
 
 

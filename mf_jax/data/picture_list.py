@@ -6,6 +6,7 @@ the same number on every host, and ImageNet's labels are the usual 0 to 999.
 
 import contextlib
 import hashlib
+import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 TFDS = "tfds:"
 """Begins the name of an input that is a TFDS set."""
 _TAR = ".tar"
+_Binary = IO[bytes] | io.BufferedIOBase
 
 
 @runtime_checkable
@@ -197,9 +199,7 @@ def _in_tar(path: epath.Path, key: str) -> list[_Found]:
     return found
 
 
-def _of_class(
-    file: IO[bytes], name: str, path: epath.Path, key: str, start: int = 0
-) -> list[_Found]:
+def _of_class(file: _Binary, name: str, path: epath.Path, key: str, start: int = 0) -> list[_Found]:
     """List a class's tar file, which begins at byte `start` of the file at `path`."""
     class_name = epath.Path(name.rpartition(":")[2]).stem
     with _opened(file, name, key) as (_, members):
@@ -220,7 +220,7 @@ def _of_class(
 
 @contextlib.contextmanager
 def _opened(
-    file: IO[bytes], name: str, key: str
+    file: _Binary, name: str, key: str
 ) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
     """Yield a tar file and the files in it."""
     try:
