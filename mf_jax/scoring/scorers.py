@@ -18,7 +18,6 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 from ml_collections import ConfigDict
-from rich.progress import track
 
 from mf_jax.data import Batch, Source, read
 from mf_jax.data.pixels import from_pixels, to_pixels
@@ -42,6 +41,7 @@ from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
 from mf_jax.published.fetch import find_weights, verify
+from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import sha256_of
 from mf_jax.runtime.sharding import batch_sharding, make_mesh
@@ -101,8 +101,10 @@ class InceptionScorer:
         """See `Scorer`."""
         num = len(samples.labels)
         scores = SampleScores(num, least=self.least_samples)
-        batches, count = samples.batches, -(-num // samples.batch_size)
-        for pixels, index in track(batches, samples.name, count, disable=not self.show_progress):
+        size, shown = samples.batch_size, self.show_progress
+        count = -(-num // size)
+        batches = track(samples.batches, samples.name, count, per_step=size, is_wanted=shown)
+        for pixels, index in batches:
             scores.add(_features(self.inception, pixels), index)
         return functools.partial(self._compare, scores)
 
