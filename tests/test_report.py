@@ -1,4 +1,4 @@
-"""The run log, the progress bar, the pictures and the report page."""
+"""The run log, the progress bar, the pictures, the report page and the README."""
 
 import io
 import json
@@ -7,8 +7,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from mf_jax.errors import BadInput
@@ -361,3 +364,15 @@ def test_report_is_self_contained_escaped_and_thinned(tmp_path):
     assert set(np.diff(steps)) == {200, 300}
     assert len(re.findall(r'class="shot grid"[^>]* hidden>', page)) == 23
     assert "Step 5,000" in page
+
+
+def test_the_method_of_the_readme_is_exact_where_all_data_are_one_point():
+    method, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(method, scope)
+    point = jnp.array([0.3, -0.2])
+    x, key = jnp.tile(point, (64, 1)), jax.random.key(0)
+    exact = lambda z, r, t: (z - point) / t  # noqa: E731
+    assert scope["loss"](exact, x, key) < 1e-8
+    assert scope["loss"](lambda z, r, t: exact(z, r, t) * (1 + t - r), x, key) > 1e-2
+    np.testing.assert_allclose(scope["sample"](exact, x + 1), x, atol=1e-6)
