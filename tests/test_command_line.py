@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
+from etils import epath
 
 from mf_jax.main import MODES, _last_of_each, parse
 from mf_jax.runtime.files import locked
@@ -185,7 +186,7 @@ def test_workdir_of_another_run(mode, command, copy_of_trained):
     refused = command(*arguments, "--config.optim.lr=0.5")
     _assert_refused(refused, "another config", "optim.lr", "0.5")
     if mode == "train":
-        with locked(copy_of_trained / ".lock", wait=False):
+        with locked(epath.Path(copy_of_trained) / ".lock", wait=False):
             _assert_refused(command(*arguments), "another process is training")
         data = copy_of_trained / "data.json"
         stored = data.read_text()

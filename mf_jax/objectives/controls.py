@@ -93,7 +93,7 @@ def _slope(
 
 
 @dataclasses.dataclass(frozen=True)
-class Controlled:
+class Controlled(Objective):
     """An objective with control terms added to its loss.
 
     Args:
