@@ -547,16 +547,16 @@ def assert_statistics(path, expected):
 def test_reference_statistics_are_those_of_the_cropped_pictures(
     prepared, features, tree, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(statistics, "KEPT_FEATURES", 4)
-    (tree / NAMES[3]).write_bytes(b"no picture")  # the second of the kept ones, 0, 3, 6 and 9
+    monkeypatch.setattr(statistics, "KEPT_FEATURES", 5)
+    (tree / NAMES[4]).write_bytes(b"no picture")  # the third of the kept ones, 0, 2, 4, 7 and 9
     path = tmp_path / "reference.npz"
     code, told, _ = prepared("none", **only_reference(path))
     assert code == 0
     assert "statistics of 11 pictures" in told
-    expected, rows = expected_statistics(features, [name for name in NAMES if name != NAMES[3]])
+    expected, rows = expected_statistics(features, [name for name in NAMES if name != NAMES[4]])
     assert_statistics(path, expected)
     with np.load(path) as found:
-        np.testing.assert_allclose(found["features"], rows[[0, 5, 8]], atol=1e-6)
+        np.testing.assert_allclose(found["features"], rows[[0, 2, 6, 8]], atol=1e-6)
     assert not (tmp_path / "none").exists()
 
 

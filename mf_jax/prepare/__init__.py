@@ -38,31 +38,29 @@ _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 @runtime_checkable
 class Output(Protocol):
-    """What is made of the pictures, shard by shard."""
+    """Something that is made of the pictures, shard by shard."""
 
-    def has(self, shard: int) -> bool: ...
+    def has(self, shard: int) -> bool:
+        """Return whether a shard is complete, whichever process has made it."""
 
-    def skipped(self, shards: Sequence[int]) -> list[str]: ...
+    def skipped(self, shards: Sequence[int]) -> list[str]:
+        """Return the names of broken pictures in this process's complete shards."""
 
-    def begin(self, shard: int) -> None: ...
+    def begin(self, shard: int) -> None:
+        """Start a shard anew."""
 
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None: ...
+    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
+        """Add a batch of pictures, whose images lie on the devices too."""
 
-    def end(self, shard: int, skipped: Sequence[str]) -> None: ...
+    def end(self, shard: int, skipped: Sequence[str]) -> None:
+        """Store a shard, and the names of its broken pictures."""
 
-    def finish(self) -> str: ...
+    def finish(self) -> str:
+        """Finish the whole if all shards are there; return a line for the user."""
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Make this process's share of the latents, and of the reference statistics, of a set of pictures.
-
-    Args:
-      config: of the command; `prepare` says what to do, `data` what the latents are to be.
-      workdir: not used; latents go to `data.path`.
-
-    Raises:
-      BadInput: for anything wrong with the config, the pictures or the folders; what is finished is kept.
-    """
+    """Make this process's share of latents and reference statistics; what is finished is kept if it fails."""
     del workdir
     process = index, count = check_prepare(config)
     pictures = _list(config)
@@ -75,7 +73,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             config,
             pictures,
             pending,
-            _already_skipped(outputs, [s for s in mine if s not in pending]),
+            outputs[0].skipped([s for s in mine if s not in pending]),
         )
     if not config.prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
@@ -86,17 +84,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def check_prepare(config: ConfigDict) -> tuple[int, int]:
-    """Check the sections `prepare` and `data` of a config, opening nothing.
-
-    Args:
-      config: of the command.
-
-    Returns:
-      Which process this is, and of how many.
-
-    Raises:
-      BadInput: one line with every problem found.
-    """
+    """Check the sections `prepare` and `data`; return the number of this process and the count of all."""
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
     least = {
@@ -269,8 +257,3 @@ def _work(
             progress.advance(len(stream.skipped))
             for output in outputs:
                 output.end(shard, stream.skipped)
-
-
-def _already_skipped(outputs: list[Output], shards: list[int]) -> list[str]:
-    """Return the pictures that runs before this one have skipped in this process's shards."""
-    return outputs[0].skipped(shards)

@@ -79,29 +79,24 @@ class ReferenceStatistics:
         self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
     def has(self, shard: int) -> bool:
-        """Return whether a shard is in the sums of any process."""
+        """See `Output.has`."""
         return shard in self._done
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
-        """Return the names of the pictures that this process has skipped so far."""
+        """See `Output.skipped`."""
         return self._part.skipped
 
     def begin(self, shard: int) -> None:
-        """Start a shard: nothing to do."""
+        """See `Output.begin`."""
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Add a batch of pictures to the sums.
-
-        Args:
-          pixels: the batch.
-          images: its images on the devices.
-        """
+        """See `Output.add`."""
         features = inception_features(self._params, images)
         self._keep()
         self._waiting = pixels, features
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """Store the sums with a shard in them."""
+        """See `Output.end`."""
         self._keep()
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
@@ -109,11 +104,7 @@ class ReferenceStatistics:
         replace_file(self._own, _as_bytes(self._part))
 
     def finish(self) -> str:
-        """Write the file of statistics if all shards are in sums; return what to tell the user.
-
-        Raises:
-          BadInput: if a shard is in the sums of two processes.
-        """
+        """Write the file of statistics if all shards are in sums; see `Output.finish`."""
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
             raise BadInput(
