@@ -186,14 +186,14 @@ def get_config() -> ConfigDict:
         watch=False,  # with references: score every new checkpoint until the run's last step
     )
     config.bench = section(
-        what="step",  # step | sample | input | attention | scores (of random features) | plan
+        what="step",  # step | sample | input | attention | scores (of random features) | fits
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile
         dropped=3,  # runs before them, not counted
-        shape=(),  # step, sample, plan: of one element, e.g. (32, 32, 4); () = read the data
-        num_classes=1000,  # step, sample, plan: classes, where bench.shape is given
+        shape=(),  # step, sample, fits: of one element, e.g. (32, 32, 4); () = read the data
+        num_classes=1000,  # step, sample, fits: classes, where bench.shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
-        topology="v5e-16",  # plan: the machine, a key of mf_jax.bench.topologies.TOPOLOGIES
-        utilisation=0.4,  # plan: share of the peak that a device reaches, in (0, 1]
+        devices=8,  # fits: of the machine
+        memory_gb=16.0,  # fits: of one device
     )
     config.weights_dir = ""  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
     return config.lock()  # a key that is not here is refused in a config file too

@@ -35,6 +35,11 @@ RANGES = (
     ("eval.seed", 0, 2**31, "[)"),
     ("eval.checkpoints", 0, math.inf, "[)"),
     ("eval.least_samples", 0, math.inf, "[)"),
+    ("bench.repeats", 0, math.inf, "[)"),
+    ("bench.dropped", 0, math.inf, "[)"),
+    ("bench.tokens", 1, math.inf, "[)"),
+    ("bench.devices", 1, math.inf, "[)"),
+    ("bench.memory_gb", 0, math.inf, "()"),
 )
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -60,6 +65,8 @@ _TUPLES = {
     "eval.emas": str,
     "eval.checkpoints": int,
     "eval.references": str,
+    "bench.shape": int,
+    "bench.tokens": int,
 }
 """What they hold: the command line checks only that they are tuples."""
 

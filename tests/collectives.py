@@ -5,9 +5,9 @@ import json
 
 import jax
 import jax.numpy as jnp
+from hlo import exchanged
 from steps import lowered_step, parts_of
 
-from mf_jax.bench.collectives import exchanges
 from mf_jax.bench.step import placed_step
 from mf_jax.flow.guidance import Guidance
 from mf_jax.models import DiT, InContextDiT, parameter_shapes
@@ -76,17 +76,13 @@ def main():
         shapes = parameter_shapes(network, SHAPE)
         shardings = state_sharding(mesh, shapes)
         compiled = lowered_step(parts, mesh).compile()
-        found = exchanges(compiled.as_text(), dict(mesh.shape))
-        kinds = {each.kind for each in found}
         paths = [
             tuple(entry.key for entry in path)
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
         ]
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
         out[f"{mesh_name}/{name}/{gather}"] = {
-            "collectives": {
-                kind: sum(each.numbers for each in found if each.kind == kind) for kind in kinds
-            },
+            "collectives": exchanged(compiled.as_text()),
             "split": sum(a.size for a, s in pairs if s.spec),
             "in_blocks": sum(
                 a.size

@@ -1,12 +1,12 @@
-"""What a measurement is made of: the clock around a call, the cost of a program, the peak of a device.
+"""The clock around a call, the FLOPs and the memory of a program, the peak of a device.
 
-A time is that of one call, from its start until its result lies in memory. What a call needs is made before the clock
-starts, the first calls are dropped, and calls to be compared take turns, so that a drift of the machine hits all of
-them alike. A spread is the quartiles.
+A time covers one call, from its start until its result lies in memory. Inputs are made before the
+clock starts, and the first calls are dropped. Calls to be compared take turns, so that a drift of
+the machine hits all of them alike.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,22 +22,51 @@ from mf_jax.errors import BadInput
 PEAK_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 """Sides of the square matrices whose products are timed for the peak."""
 _PEAK_REPEATS = 10
-Clock = Callable[[], float]
 Say = Callable[[str], None]
 Result = dict[str, Any]
+Contender = tuple[Iterator[Any], Callable[[Any], PyTree]]
+"""Inputs, and the function of one of them that is timed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """Something to be timed: `run(prepare())`, where the clock runs only during `run`."""
+def take_turns(
+    *contenders: Contender,
+    repeats: int,
+    dropped: int,
+    least_seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Return the seconds of each counted call, a list for each contender.
 
-    prepare: Callable[[], Any]
-    run: Callable[[Any], PyTree]
+    Args:
+      contenders: called in turns: a, b, a, b, ...
+      repeats: calls of each that count, at least.
+      dropped: calls of each before them.
+      least_seconds: that the counted calls of the first take together.
+      clock: in seconds.
+    """
+    times: list[list[float]] = [[] for _ in contenders]
+    while len(times[0]) < dropped + repeats or sum(times[0][dropped:]) < least_seconds:
+        for (inputs, run), seconds in zip(contenders, times, strict=True):
+            prepared = next(inputs)
+            start = clock()
+            jax.block_until_ready(run(prepared))
+            seconds.append(clock() - start)
+    return [seconds[dropped:] for seconds in times]
+
+
+def spread(name: str, seconds: Sequence[float]) -> Result:
+    """Return the median, the quartiles and all of some times, under keys that start with a name."""
+    first, median, third = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    return {
+        f"{name}_seconds_median": median,
+        f"{name}_seconds_quartiles": [first, third],
+        f"{name}_seconds": list(seconds),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, and how many seconds it took to trace and lower it, and to compile it."""
+    """A compiled program, and the seconds that tracing and compiling took."""
 
     executable: jax.stages.Compiled
     trace_seconds: float
@@ -51,159 +80,59 @@ class Program:
     @property
     def memory(self) -> dict[str, int]:
         """The bytes of its temporary arrays and of its arguments on one device."""
-        analysis = self.executable.memory_analysis()
+        found = self.executable.memory_analysis()
         return {
-            "temp_bytes": analysis.temp_size_in_bytes,
-            "argument_bytes": analysis.argument_size_in_bytes,
+            "temp_bytes": found.temp_size_in_bytes,
+            "argument_bytes": found.argument_size_in_bytes,
         }
 
 
-def spread(name: str, seconds: Sequence[float]) -> dict[str, Any]:
-    """Return the median, the quartiles and all of some times, under keys that start with a name."""
-    first, median, third = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    return {
-        f"{name}_seconds_median": median,
-        f"{name}_seconds_quartiles": [first, third],
-        f"{name}_seconds": list(seconds),
-    }
-
-
-def peak_share(gflop: float, *, seconds: float, peak_gflops: float) -> float:
-    """Return which share of the peak a program of so many GFLOP reaches that runs so many seconds on all devices."""
-    return gflop / seconds / (peak_gflops * jax.device_count())
-
-
-def take_turns(
-    contenders: Sequence[Contender], *, repeats: int, dropped: int, clock: Clock = time.perf_counter
-) -> list[list[float]]:
-    """Time calls in turns: a, b, a, b, ...
-
-    Args:
-      contenders: what is called.
-      repeats: calls of each that count.
-      dropped: calls of each before them.
-      clock: in seconds.
-
-    Returns:
-      The seconds of each call that counts, a list for each contender.
-    """
-    times: list[list[float]] = [[] for _ in contenders]
-    for _ in range(dropped + repeats):
-        for contender, seconds in zip(contenders, times, strict=True):
-            prepared = contender.prepare()
-            start = clock()
-            jax.block_until_ready(contender.run(prepared))
-            seconds.append(clock() - start)
-    return [seconds[dropped:] for seconds in times]
-
-
-def time_stream(
-    pull: Callable[[], PyTree],
-    *,
-    repeats: int,
-    dropped: int,
-    least_seconds: float,
-    clock: Clock = time.perf_counter,
-) -> list[float]:
-    """Time the elements of a stream, which may hold some of them ready: a few say nothing about its rate.
-
-    Args:
-      pull: returns the next element.
-      repeats: elements that count, at least.
-      dropped: elements before them.
-      least_seconds: what the elements that count must take together.
-      clock: in seconds.
-
-    Returns:
-      The seconds of each element that counts.
-    """
-    for _ in range(dropped):
-        jax.block_until_ready(pull())
-    seconds: list[float] = []
-    while len(seconds) < repeats or sum(seconds) < least_seconds:
-        start = clock()
-        jax.block_until_ready(pull())
-        seconds.append(clock() - start)
-    return seconds
-
-
-@contextlib.contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """Compile everything anew, and store nothing."""
+def compile_program(function: jax.stages.Wrapped, *arguments: PyTree) -> Program:
+    """Compile a jitted function for some arguments, without the persistent cache."""
     before = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()  # whether there is a cache is asked once, at the first compilation
-        yield
+        reset_cache()  # JAX asks once, at the first compilation, whether there is a cache
+        start = time.perf_counter()
+        lowered = function.lower(*arguments)
+        middle = time.perf_counter()
+        executable = lowered.compile()
+        return Program(executable, middle - start, time.perf_counter() - middle)
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         reset_cache()
 
 
-def compile_program(
-    function: jax.stages.Wrapped, *arguments: PyTree, clock: Clock = time.perf_counter
-) -> Program:
-    """Compile a function that `jax.jit` returned for some arguments, without the persistent cache."""
-    with without_compilation_cache():
-        start = clock()
-        lowered = function.lower(*arguments)
-        middle = clock()
-        executable = lowered.compile()
-        return Program(executable, trace_seconds=middle - start, compile_seconds=clock() - middle)
-
-
-def counting_device() -> jax.Device:
-    """Return a device of the CPU backend, the only one that counts what is not compiled.
-
-    Raises:
-      BadInput: if it was left out.
-    """
+def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
+    """Return XLA's count for a function of some shapes, over all devices, without compiling it."""
     try:
-        return jax.devices("cpu")[0]
+        device = jax.devices("cpu")[0]
     except RuntimeError as error:
         platforms = jax.config.jax_platforms
-        raise BadInput(
-            f"JAX_PLATFORMS={platforms}: operations are counted by the CPU backend; use {platforms},cpu"
-        ) from error
-
-
-def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
-    """Return XLA's count for a function before any optimisation, over all devices, without compiling it.
-
-    Args:
-      function: not compiled.
-      shapes: of its arguments.
-    """
-    with jax.default_device(counting_device()):
+        fix = f"the CPU backend counts FLOPs; use {platforms},cpu"
+        raise BadInput(f"JAX_PLATFORMS={platforms}: {fix}") from error
+    with jax.default_device(device):
         return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 
 
-def matmul_peak(dtype: str, *, clock: Clock = time.perf_counter) -> dict[str, Any]:
+def matmul_peak(dtype: str) -> Result:
     """Return the best rate of a square matrix product on one device, at JAX's default precision.
 
     Args:
-      dtype: of the factors; a CPU is measured in float32 in any case, in which most multiply bfloat16 too.
-      clock: in seconds.
-
-    Returns:
-      matmul_peak_gflops in GFLOP per second, matmul_peak_size (the side of the matrices) and matmul_peak_dtype.
+      dtype: of the factors; a CPU is measured in float32, in which most multiply bfloat16 too.
     """
     is_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if is_cpu else dtype
-    sizes = PEAK_SIZES["cpu" if is_cpu else "accelerator"]
-    rates = {size: _matmul_rate(size, dtype, clock) for size in sizes}
+    product, rates = jax.jit(jnp.matmul), {}
+    for size in PEAK_SIZES["cpu" if is_cpu else "accelerator"]:
+        factors = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+        contender = itertools.repeat(tuple(factors)), lambda pair: product(*pair)
+        (seconds,) = take_turns(contender, repeats=_PEAK_REPEATS, dropped=1)
+        rates[size] = 2 * size**3 / min(seconds) / 1e9
     best = max(rates, key=rates.get)
     return {"matmul_peak_gflops": rates[best], "matmul_peak_size": best, "matmul_peak_dtype": dtype}
 
 
-def _matmul_rate(size: int, dtype: str, clock: Clock) -> float:
-    factors = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-    jax.block_until_ready(factors)
-    product = jax.jit(jnp.matmul)
-    (seconds,) = take_turns(
-        [Contender(lambda: factors, lambda pair: product(*pair))],
-        repeats=_PEAK_REPEATS,
-        dropped=1,
-        clock=clock,
-    )
-    return 2 * size**3 / min(seconds) / 1e9
+def peak_share(gflop: float, *, seconds: float, peak: Result) -> float:
+    """Return the share of all devices' peak that a program of so many GFLOP and seconds reaches."""
+    return gflop / seconds / (peak["matmul_peak_gflops"] * jax.device_count())

@@ -1,0 +1,74 @@
+"""Whether a config fits a machine that is not here: `bench.devices` devices of `bench.memory_gb` GB each.
+
+The whole training step is compiled for as many virtual CPU devices, and XLA says what each holds.
+Nothing runs. State and batch are exact, temporaries an estimate.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from mf_jax.bench import measure
+from mf_jax.bench.step import changed, placed_step
+from mf_jax.bench.table import Column
+from mf_jax.data import Source
+from mf_jax.errors import BadInput
+from mf_jax.runtime.sharding import make_mesh
+from mf_jax.train import step_parts
+
+_PARTS = ("params", "ema", "opt_state", "batch", "temp", "total", "left")
+COLUMNS = (
+    *(Column(f"{name} GB", f"{name}_bytes", 1e-9) for name in _PARTS),
+    Column("fits", "fits"),
+)
+_NOTE = "temp: of XLA for CPUs, which multiplies bfloat16 as float32; a GPU or TPU needs less"
+_REMAT = "model.remat counts only with model.scan here: XLA for CPUs drops it otherwise"
+
+
+def virtual_devices(count: int) -> Sequence[jax.Device]:
+    """Return CPU devices in place of a machine's, with which JAX starts if it has not started yet."""
+    if count < 1:
+        raise BadInput(f"bench.devices={count}: must be at least 1; try 8")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:  # it has started: more will do as well
+        pass
+    if (here := jax.device_count("cpu")) < count:
+        raise BadInput(f"bench.devices={count}: JAX has started with {here}; use a new process")
+    return jax.devices("cpu")[:count]
+
+
+def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
+    """See `Benchmark.run`."""
+    devices = virtual_devices(config.bench.devices)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+    say(f"compiling {config.objective.name} for {len(devices)} devices")
+    # a fused kernel is interpreted on a CPU
+    parts = step_parts(changed(config, {"model": {"attention": "xla"}}), source)
+    step, state, *batch = placed_step(parts, mesh)
+    found = measure.compile_program(step, state, *batch).executable.memory_analysis()
+    # results that take no argument's place are temporary too
+    temp = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    total = found.argument_size_in_bytes + temp
+    left = config.bench.memory_gb * 1e9 - total
+    held = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state, "batch": batch}
+    row = {f"{name}_bytes": _on_a_device(tree) for name, tree in held.items()}
+    row |= {"temp_bytes": temp, "total_bytes": total, "left_bytes": left}
+    is_dropped = config.model.remat != "none" and not config.model.scan
+    return {
+        "batch_size": config.train.batch_size,
+        "memory_gb": config.bench.memory_gb,
+        "mesh": list(mesh.devices.shape),
+        "notes": [_NOTE, *[_REMAT] * is_dropped],
+        "rows": [row | {"fits": "yes" if left >= 0 else "no"}],
+    }
+
+
+def _on_a_device(tree: PyTree) -> int:
+    """Return the bytes of a tree of placed shapes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
