@@ -17,7 +17,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh" "${@:1:2}" # the rest belongs to the command, --help too
 
-dry_run=0
 if [ "${1:-}" = --dry-run ]; then
   dry_run=1
   shift

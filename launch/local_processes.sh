@@ -19,32 +19,12 @@ here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-number="" devices="" logs="" grace=10 dry_run=0 arguments=()
-for argument in "$@"; do
-  case "$argument" in
-    --devices-per-process=*)
-      devices=$(mf_value "$argument")
-      mf_positive --devices-per-process "$devices"
-      ;;
-    --logs=*) logs=$(mf_value "$argument") ;;
-    --grace=*)
-      grace=$(mf_value "$argument")
-      mf_positive --grace "$grace"
-      ;;
-    --dry-run) dry_run=1 ;;
-    -*)
-      mf_main_argument "$argument"
-      arguments+=("$argument")
-      ;;
-    *)
-      [ -z "$number" ] || mf_refuse "'$argument': the number of processes is $number already"
-      mf_positive "number of processes" "$argument"
-      number="$argument"
-      ;;
-  esac
-done
-[ -n "$number" ] || mf_refuse "the number of processes is missing; for example: local_processes.sh 2 --config=configs/digits.py"
-[[ " ${arguments[*]-}" == *" --config="* ]] || mf_refuse "--config is missing; for example --config=configs/digits.py"
+number="${1:-}" devices_per_process="" logs="" grace=10
+mf_positive "number of processes" "$number"
+mf_sort_arguments "devices-per-process logs grace" "${@:2}"
+mf_positive --grace "$grace"
+[ -z "$devices_per_process" ] || mf_positive --devices-per-process "$devices_per_process"
+mf_need_config
 
 # shellcheck source=launch/setup.sh
 source "$here/setup.sh"
@@ -52,8 +32,8 @@ cd "$root"
 
 export JAX_NUM_PROCESSES="$number"
 settings=("JAX_NUM_PROCESSES=$number")
-if [ -n "$devices" ]; then
-  export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
+if [ -n "$devices_per_process" ]; then
+  export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices_per_process"
   export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
   settings+=("XLA_FLAGS=$XLA_FLAGS" "JAX_PLATFORMS=$JAX_PLATFORMS")
 fi

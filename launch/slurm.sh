@@ -35,17 +35,8 @@ fi
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-dry_run=0 arguments=()
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) dry_run=1 ;;
-    *)
-      mf_main_argument "$argument"
-      arguments+=("$argument")
-      ;;
-  esac
-done
-[[ " ${arguments[*]-}" == *" --config="* ]] || mf_refuse "--config is missing; for example --config=configs/digits.py"
+mf_sort_arguments "" "$@"
+mf_need_config
 [ "$dry_run" = 1 ] || [ -n "${SLURM_JOB_ID:-}" ] || mf_refuse "this is not a SLURM job; submit it: sbatch launch/slurm.sh ..."
 
 if [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then

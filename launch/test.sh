@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Set up, then check the style and run the whole test suite on this machine.
+# Set up, then check the style and run the test suite on this machine.
 #
-# Usage: bash launch/test.sh [ARGUMENTS OF pytest ...]
+# Usage: bash launch/test.sh [--quick] [ARGUMENTS OF pytest ...]
+#   bash launch/test.sh             everything
+#   bash launch/test.sh --quick     what answers within a minute: mathematics, records, configs, no training and no job
 #   bash launch/test.sh -k draws    the tests whose names have "draws" in them
 #
 # Needs: what launch/setup.sh needs.
@@ -10,6 +12,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
+quick=(architecture draws objectives samplers diagnostics optim files data metrics launch docs)
+if [ "${1:-}" = --quick ]; then
+  files=("${quick[@]/#/tests/test_}")
+  set -- "${files[@]/%/.py}" "${@:2}"
+fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+"$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -36,26 +36,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/common.sh"
 
 project="${MF_TPU_PROJECT:-}" zone="${MF_TPU_ZONE:-}" type="${MF_TPU_TYPE:-}" runtime="${MF_TPU_RUNTIME:-}"
-capacity="${MF_TPU_CAPACITY:-spot}" name="${MF_TPU_NAME:-mf-jax}" repo="" commit="" poll=30 retries=3 dry_run=0
-action="${1:-}" arguments=()
+capacity="${MF_TPU_CAPACITY:-spot}" name="${MF_TPU_NAME:-mf-jax}" repo="" commit="" poll=30 retries=3
+action="${1:-}"
 case "$action" in
   create | setup | run | status | log | stop | follow | delete) shift ;;
   *) mf_refuse "'$action': the action must be create, setup, run, status, log, stop, follow or delete" ;;
 esac
-for argument in "$@"; do
-  case "$argument" in
-    --project=* | --zone=* | --type=* | --runtime=* | --capacity=* | --name=* | --repo=* | --commit=* | --poll=* | --retries=*)
-      value=$(mf_value "$argument")
-      key="${argument%%=*}"
-      printf -v "${key#--}" %s "$value"
-      ;;
-    --dry-run) dry_run=1 ;;
-    *)
-      mf_main_argument "$argument"
-      arguments+=("$argument")
-      ;;
-  esac
-done
+mf_sort_arguments "project zone type runtime capacity name repo commit poll retries" "$@"
 [ -n "$project" ] || mf_refuse "--project is missing (or MF_TPU_PROJECT)"
 [ -n "$zone" ] || mf_refuse "--zone is missing (or MF_TPU_ZONE)"
 [[ $name =~ ^[a-z]([a-z0-9-]{0,60}[a-z0-9])?$ ]] || mf_refuse "--name=$name: lower-case letters, digits and -, from a letter"
@@ -80,7 +67,7 @@ case "$action" in
 esac
 case "$action" in
   run | follow)
-    [[ " ${arguments[*]-}" == *" --config="* ]] || mf_refuse "--config is missing; for example --config=configs/imagenet_b2.py"
+    mf_need_config
     # runs/NAME would be another folder on every host
     [[ " ${arguments[*]}" =~ " --workdir="(gs://|/). ]] ||
       mf_refuse "--workdir is missing or relative: all hosts must see it; for example --workdir=gs://BUCKET/imagenet_b2"

@@ -130,7 +130,7 @@ def test_it_prints_what_it_writes(outcomes, what):
     rows += [(result["ratio"], False)] if what == "step" else []
     assert len(cells) == 1 + len(rows)
     for (row, scaled), shown in zip(rows, cells[1:], strict=True):
-        assert shown == [column.cell(row, column.scale if scaled else 1) for column in columns]
+        assert shown == [column.cell(row, column.scale if scaled else 1.0) for column in columns]
     assert [row for row in cells if "-" in row] == []
     assert errors.count("\n") >= 1
 

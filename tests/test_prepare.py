@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from jobs import Job
 from PIL import Image
 from recorded import FOLDER
 from test_data import write_tfds
 
-from launch.faults.job import Job
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents

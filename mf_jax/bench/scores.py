@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from mf_jax.bench.measure import Result, Say
 from mf_jax.bench.table import Column
 from mf_jax.data import Source
-from mf_jax.metrics import SampleScores, Statistics, read_reference, write_reference
 from mf_jax.metrics.inception import FEATURES
+from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+from mf_jax.metrics.suite import SampleScores
 
 COLUMNS = (
     Column("samples", "samples"),

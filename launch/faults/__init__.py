@@ -1,1 +1,0 @@
-"""Proof by fault: runs that are killed, stopped and starved of disk, and runs on other processes and devices."""
