@@ -10,8 +10,6 @@ import numpy as np
 from absl import logging
 from etils import epath
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.picture_list import Listed, list_files, some
@@ -19,6 +17,7 @@ from mf_jax.data.pictures import THREADS, Pictures
 from mf_jax.data.pipeline import check_at_least
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
+from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket
 
@@ -90,11 +89,11 @@ def _readable(
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the indices of the pictures that can be decoded, and the names of the others."""
     Image.init()  # once, before the threads: a race in Pillow's own call would reject a good picture
-    quiet = len(indices) < _SHOWN_FROM or not processes.is_first()
+    is_long = len(indices) >= _SHOWN_FROM and processes.is_first()
     with ThreadPoolExecutor(THREADS) as pool:
         checked = pool.map(lambda index: _is_readable(pictures, index), indices)
-        shown = {"total": len(indices), "console": Console(stderr=True), "transient": True}
-        good = np.array(list(track(checked, f"checking {split} pictures", disable=quiet, **shown)))
+        title = f"checking {split} pictures"
+        good = np.array(list(track(checked, title, len(indices), is_wanted=is_long)))
     broken = tuple(pictures.name(indices[row]) for row in np.flatnonzero(~good))
     if not good.any():
         raise BadInput(

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
-from rich.console import Console
-from rich.progress import track
 
 from mf_jax.data.latent_records import MANIFEST, read_manifest
 from mf_jax.errors import BadInput
+from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
 
@@ -38,9 +37,9 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
                 if not _is_there(target / shard["name"], shard["bytes"])
             ]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
-            quiet = not names or not processes.is_first()
-            shown = {"total": len(names), "console": Console(stderr=True), "disable": quiet}
-            collections.deque(track(copied, "copying latents", **shown), maxlen=0)
+            is_wanted = bool(names) and processes.is_first()
+            shown = {"unit": "shards", "is_wanted": is_wanted}
+            collections.deque(track(copied, "copying latents", len(names), **shown), maxlen=0)
     except OSError as error:
         size = sum(shard["bytes"] for shard in shards)
         raise BadInput(
