@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 class BadInput(ValueError):
-    """Raise for anything a user can get wrong: names the argument, its value, what is allowed, and the fix.
+    """Tell a user's mistake: the argument, its value, what is allowed, and the fix.
 
-    A `ValueError` to a caller from Python; one line on stderr and exit code 2 at the command line.
+    To a caller from Python it is a `ValueError`. At the command line it is one line and code 2.
     """
 
 
@@ -28,13 +28,7 @@ def in_section(name: str) -> Iterator[None]:
 
 
 def check_known(key: str, name: str, known: Iterable[str]) -> None:
-    """Raise BadInput unless a name is one of the known ones; the error lists them and the nearest.
-
-    Args:
-      key: what the user sets to the name, for the error.
-      name: the name given.
-      known: the names there are.
-    """
+    """Raise BadInput, which lists the known names and the nearest, unless a key's name is known."""
     if name not in known:
         raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
 

@@ -57,14 +57,7 @@ def save_scatter(
     *,
     title: str,
 ) -> None:
-    """Save the first two coordinates of data and samples side by side.
-
-    Args:
-      path: PNG file to write.
-      samples: any number of vectors.
-      data: at least one vector; its range sets the axes.
-      title: a line on top.
-    """
+    """Save the first two coordinates of data, whose range sets the axes, beside samples."""
     samples, data = (np.pad(points, ((0, 0), (0, 1)))[:, :2] for points in (samples, data))
     middle = (data.min(axis=0) + data.max(axis=0)) / 2
     reach = 0.62 * np.ptp(data, axis=0).max()
@@ -88,7 +81,7 @@ def save_field(
 
     Args:
       path: PNG file to write.
-      evaluate_u: u of points at the times r and t.
+      evaluate_u: of the run.
       limits: (low, high) of both axes.
       times: pairs (r, t), a panel each; r = t is the velocity v.
     """
@@ -120,14 +113,7 @@ def save_transport(
     *,
     limits: tuple[float | int, float | int],
 ) -> None:
-    """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data.
-
-    Args:
-      path: PNG file to write.
-      evaluate_u: u of points at the times r and t.
-      data: drawn in grey.
-      limits: (low, high) of both axes of the data.
-    """
+    """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data."""
     dots, wires = _grid_of_noise(40)
     e = np.concatenate([dots, wires.reshape(-1, 2)]).astype(np.float32)
     x = e - np.asarray(evaluate_u(e, r=0.0, t=1.0))
@@ -150,12 +136,7 @@ def save_transport(
 
 
 def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Save training curves as small multiples, one panel a metric, bins of t together.
-
-    Args:
-      path: PNG file to write.
-      rows: rows of metrics.jsonl; any name may be missing in a row.
-    """
+    """Save training curves as small multiples, one panel a metric, bins of t together."""
     panels = _panels(rows)
     columns = min(3, len(panels)) or 1
     height = -(-len(panels) // columns) or 1

@@ -4,18 +4,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -24,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class ProgressBar:
-    """Show how many steps are done, how fast, and how long the rest takes; use it as a context manager.
+    """Show, within a `with`, how many steps are done, how fast, and how long the rest takes.
 
     Args:
       title: of the work, or the name of a step.
@@ -69,12 +61,7 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def name(self, title: str) -> None:
@@ -107,14 +94,7 @@ class ProgressBar:
 
 
 def track(items: Iterable[Item], title: str, total: int, **options: Any) -> Iterator[Item]:
-    """Yield items beside a progress bar.
-
-    Args:
-      items: what is worked on.
-      title: of the work.
-      total: the number of items.
-      **options: of `ProgressBar`.
-    """
+    """Yield items beside a `ProgressBar`, which takes the options."""
     with ProgressBar(title, total, **options) as bar:
         for item in items:
             yield item

@@ -1,6 +1,6 @@
 """The log of a training run: metrics.jsonl for programs, TensorBoard for browsers, a bar for people.
 
-metrics.jsonl holds nothing of the clock. Hence a resumed run and a run never stopped write the same bytes.
+metrics.jsonl holds nothing of the clock: a resumed run writes the bytes of one never stopped.
 """
 
 import json
@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -34,7 +33,7 @@ class RunLog:
     Args:
       workdir: the run's folder; made if missing.
       num_steps: steps of the whole run.
-      start_step: steps already done. Rows and events of later steps, left by a killed process, are dropped.
+      start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
       batch_size: images in a step over all devices.
       show_progress: show a live bar on a terminal, or a line per row elsewhere.
     """
@@ -62,13 +61,8 @@ class RunLog:
         self._bar.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
         self._events.close()
 
     def advance(self, step: int) -> None:
@@ -78,7 +72,7 @@ class RunLog:
             self._mark = (step, time.perf_counter())
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Append a row to metrics.jsonl, and add the same numbers and the throughput to TensorBoard.
+        """Append a row to metrics.jsonl; add its numbers and the throughput to TensorBoard.
 
         Args:
           step: steps done.
@@ -118,10 +112,9 @@ class RunLog:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the rows of a run's metrics.jsonl, without a last line torn by a killed process.
+    """Return the rows `{"step": int, name: float or None, ...}` of a run's metrics.jsonl, if any.
 
-    Returns:
-      The rows in order, `{"step": int, name: float or None, ...}`; empty without a file.
+    A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -143,21 +136,21 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 class _Events:
-    """Write events for TensorBoard, which drops what earlier files hold of the steps after `start_step`.
+    """Write events for TensorBoard, which then drops earlier events of steps after `start_step`.
 
-    `SummaryWriter` writes by a thread. On a full disk that thread ends, and the run waits for it forever.
+    `SummaryWriter` writes by a thread, which ends on a full disk: the run would wait forever.
     """
 
     def __init__(self, folder: Path, start_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        # the suffix keeps a quick restart from overwriting the file before: names count whole seconds
+        # names count whole seconds: the suffix keeps a quick restart from overwriting a file
         self._writer = EventsWriter(f"{folder}/events", f".from_{start_step}")
         self._flushed = -math.inf
         if start_step:
             self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, content: Summary, step: int) -> None:
-        """Add a summary of a step, which reaches the file half a minute later at most, if more follows."""
+        """Add a summary of a step; it reaches the file half a minute later, or with the next."""
         self._write(step=step, summary=content)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._writer.flush()

@@ -18,7 +18,7 @@ _MOST_TILES, _MOST_CLASSES = 100, 10
 
 
 def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
-    """Return labels for a picture: at most ten classes, evenly spaced among all, each equally often."""
+    """Return labels for a picture: at most ten classes, evenly spaced and equally often."""
     if not num_classes:
         return np.full(num, NO_LABEL, np.int32)
     chosen = np.linspace(0, num_classes - 1, min(num_classes, _MOST_CLASSES)).round()
@@ -34,7 +34,6 @@ def save_sample_grid(
     """Save at most 100 samples: a row for each class, or labels below where classes are too many.
 
     Args:
-      path: PNG file to write.
       images: at least one; 3 channels are RGB, of any other number the first is shown in grey.
       labels: classes, `NO_LABEL` for none.
       class_names: empty for an unconditional model, whose samples bear no names.
@@ -56,7 +55,7 @@ def save_sample_grid(
 def _sheet(
     images: np.ndarray, columns: int, *, row_names: Sequence[str] = (), names: Sequence[str] = ()
 ) -> Image.Image:
-    """Return images row by row, tiny ones enlarged without smoothing, with names beside or below."""
+    """Return images row by row, tiny ones as large pixels, with names beside or below."""
     count, height, width, channels = images.shape
     font = ImageFont.load_default(_FONT)
     scale = max(1, round(_TILE / max(height, width)))
