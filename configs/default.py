@@ -6,18 +6,9 @@ The other files of this folder are small deltas of this one. Any key can be set 
 
 from ml_collections import ConfigDict
 
-
-def section(**values) -> ConfigDict:
-    """Return a section; its keys and their types are fixed from here on."""
-    return ConfigDict(values)
-
-
-def get_config() -> ConfigDict:
-    """Return the defaults: MeanFlow on the 8x8 digits."""
-    config = ConfigDict()
-    config.seed = 0  # everything random in training is a pure function of it and of the step
-
-    config.data = section(
+DEFAULTS = dict(
+    seed=0,  # everything random in training is a pure function of it and of the step
+    data=dict(
         name="digits",  # digits | toy2d | image_folder | tfds | latents (made by --mode=prepare)
         path="",  # image_folder, latents: their folder; tfds: its data folder, "" for TFDS's own
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
@@ -31,8 +22,8 @@ def get_config() -> ConfigDict:
         copy_to="",  # latents: folder of each host to copy them to first; a bucket needs it
         latent_mean=(0.0,),  # latents: taken from each, one number or one a channel
         latent_std=(1 / 0.18215,),  # latents: each is divided by it then; above 0
-    )
-    config.prepare = section(  # --mode=prepare: from pictures to the latents in data.path
+    ),
+    prepare=dict(  # --mode=prepare: from pictures to the latents in data.path
         input="",  # folder of class folders, .tar or a folder of them, tfds:NAME (split_train)
         shards=128,  # files that the latents are spread over, whatever the number of processes
         batch_size=32,  # pictures encoded at once on a device; changes rounding at most
@@ -42,8 +33,8 @@ def get_config() -> ConfigDict:
         reference_pictures=False,  # keep 10,000 pictures in it, for ADM's evaluator
         process_index=0,  # which part of the work this process takes, in [0, process_count)
         process_count=0,  # processes that share the work; 0 = the JAX job's own count and index
-    )
-    config.model = section(
+    ),
+    model=dict(
         name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank
         size="digits",  # digits | S | B | M | L | XL; in_context_dit: pixel_B | pixel_L | pixel_H
         patch_size=4,  # dit, in_context_dit: pixels, divides data.image_size
@@ -68,8 +59,8 @@ def get_config() -> ConfigDict:
         attention="xla",  # dit, in_context_dit: xla | fused (kernels of GPU and TPU)
         remat="none",  # dits: recompute for the gradient: none | block | dots (all but products)
         scan=False,  # dits: one loop over the blocks, whose parameters are stacked; compiles fast
-    )
-    config.objective = section(
+    ),
+    objective=dict(
         name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
         tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong
         velocity="head",  # improved_meanflow, pixel_meanflow: of the network: head | boundary
@@ -83,49 +74,49 @@ def get_config() -> ConfigDict:
         target_clip=4.0,  # alpha_flow: bound of the target's entries
         split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
         target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: of the targets
-    )
+    ),
     # in the target: v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class)
-    config.guidance = section(
+    guidance=dict(
         omega=1.0,  # factor of the sample's own velocity
         kappa=0.0,  # factor of the conditional velocity, in [0, 1); scale = omega / (1 - kappa)
         t_min=0.0,  # guide only for t in [t_min, t_max]
         t_max=1.0,  # the window's end, at least t_min
-    )
-    config.weight = section(  # a row's squared error l weighs (l + c)^-p
+    ),
+    weight=dict(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike
         c=0.01,  # above 0; keeps the weight of a small error finite
-    )
-    config.controls = section(  # optional terms on any objective, along a random direction of z
+    ),
+    controls=dict(  # optional terms on any objective, along a random direction of z
         lipschitz=0.0,  # factor of relu(|du/dz n| - lipschitz_bound)^2; 0 = off
         lipschitz_bound=1.0,  # change of the field per unit of z that costs nothing
         monotone=0.0,  # factor of the term that keeps z - (t - r) u monotone in z; 0 = off
-    )
-    config.times = section(
+    ),
+    times=dict(
         name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps)
         t_mean=-0.4,  # logit_normal, consistency: mean of logit t
         t_std=1.0,  # logit_normal, consistency: its standard deviation
         r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
         r_std=1.0,  # logit_normal: its standard deviation
         levels=7,  # dyadic: the shortest interval is 2^-levels
-    )
-    config.draws = section(
+    ),
+    draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
         label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row | fixed_rows
         omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
-    )
-    config.init = section(
+    ),
+    init=dict(
         path="",  # a run's workdir, or a published checkpoint; "" = start from the seed
         kind="run",  # what lies there: run | meanflow | imf | pmf
         which="",  # run: an average or none; published: params or ema_params; "" = the average
-    )
-    config.train = section(
+    ),
+    train=dict(
         num_steps=10_000,  # optimisation steps of the whole run
         batch_size=128,  # rows of a step, over all devices
         log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
-    )
-    config.optim = section(
+    ),
+    optim=dict(
         name="adamw",  # adamw | muon (for the matrices of linear layers, and adam for all else)
         lr=1e-3,  # peak learning rate
         warmup_steps=0,  # steps of linear warm-up from 0
@@ -135,30 +126,30 @@ def get_config() -> ConfigDict:
         momentum=0.95,  # muon: decay of its momentum
         weight_decay=0.0,  # decoupled
         clip_norm=0.0,  # clip gradients to this global norm; 0 = off
-    )
-    config.ema = section(
+    ),
+    ema=dict(
         decays=(0.9999,),  # each in [0, 1): one moving average of the parameters for each
         halflives_kimg=(),  # and for each half-life in thousands of images; 500.0 is named 500kimg
-    )
-    config.log = section(
+    ),
+    log=dict(
         sample_every_steps=1000,  # steps between sample grids; 0 = only at the end
         progress=True,  # show progress on the terminal
-    )
-    config.checkpoint = section(
+    ),
+    checkpoint=dict(
         every_steps=1000,  # steps between checkpoints; the last step and SIGTERM always save one
         keep=3,  # newest checkpoints kept
-    )
-    config.mesh = section(
+    ),
+    mesh=dict(
         data=0,  # devices that split the batch alone; 0 = all that remain
         fsdp=1,  # devices that split the batch and the parameters
         gather="step",  # step | block: gather split parameters at once, or block by block
-    )
-    config.job = section(  # of one or many processes
+    ),
+    job=dict(  # of one or many processes
         start_timeout_seconds=300.0,  # within which all processes must have started
         heartbeat_timeout_seconds=100,  # of silence after which the others end
         stopped_exit_code=0,  # of stopped training; above 0 for schedulers that repeat failures
-    )
-    config.sample = section(
+    ),
+    sample=dict(
         num=100,  # samples to write, exactly
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...
         times=(),  # or the time grid itself, e.g. (1.0, 0.5, 0.0); () = equal steps
@@ -167,9 +158,9 @@ def get_config() -> ConfigDict:
         seed=0,  # of the noise
         ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
-    )
+    ),
     # every combination of checkpoints, emas, steps, omegas and intervals is scored
-    config.eval = section(
+    eval=dict(
         num_samples=2000,  # samples of each row of the table, exactly
         steps=(1, 2, 4, 8),  # network evaluations of a sample
         omegas=(1.0,),  # guidance scales, for a network that was told them
@@ -184,8 +175,8 @@ def get_config() -> ConfigDict:
         samples="",  # with references: score this .npz (arr_0, uint8 [N, H, W, 3]), no model
         least_samples=0,  # with references: refuse fewer samples; 0 = 2049, features and one
         watch=False,  # with references: score every new checkpoint until the run's last step
-    )
-    config.bench = section(
+    ),
+    bench=dict(
         what="step",  # step | sample | input | attention | scores (of random features) | fits
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile
         dropped=3,  # runs before them, not counted
@@ -194,6 +185,11 @@ def get_config() -> ConfigDict:
         tokens=(256, 1024),  # attention: lengths of the sequence
         devices=8,  # fits: of the machine
         memory_gb=16.0,  # fits: of one device
-    )
-    config.weights_dir = ""  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
-    return config.lock()  # a key that is not here is refused in a config file too
+    ),
+    weights_dir="",  # folder of published weights (--mode=weights); "" = $MF_WEIGHTS
+)
+
+
+def get_config() -> ConfigDict:
+    """Return the defaults: MeanFlow on the 8x8 digits."""
+    return ConfigDict(DEFAULTS).lock()  # a key that is not here is refused in a config file too
