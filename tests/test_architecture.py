@@ -11,7 +11,7 @@ LAYERS = [
     ["main", "bench", "train", "evaluate", "sampling", "prepare"],
     ["loading", "generator", "scoring"],
     ["step", "config", "ranges"],
-    ["data", "metrics", "models", "objectives", "reporting", "published"],
+    ["data", "metrics", "models", "objectives", "published", "reporting"],
     ["optim", "runtime"],
     ["flow", "errors"],
 ]
@@ -58,7 +58,7 @@ def test_importing_is_light_and_starts_no_device():
     code = (
         "import sys, mf_jax.main; print('jax' in sys.modules)\n"
         "import mf_jax.train\n"
-        "print(sorted({'grain', 'orbax', 'sklearn'} & set(sys.modules)))\n"
+        "print(sorted({'grain', 'matplotlib', 'orbax', 'sklearn'} & set(sys.modules)))\n"
         "import mf_jax.evaluate, mf_jax.sampling, jax\n"
         "print(jax._src.xla_bridge.backends_are_initialized())\n"
         "print(sorted({'torch', 'tensorflow'} & set(sys.modules)))\n"

@@ -1,5 +1,6 @@
 """Bad input: one line on stderr, exit code 2, nothing lost; and what a command line means."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 from etils import epath
 
+from mf_jax import models
 from mf_jax.main import MODES, _last_of_each, parse
 from mf_jax.runtime.files import locked
 
@@ -140,7 +142,9 @@ ROUNDS_OF_TOY = (
 )
 
 
-def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_path):
+def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_path, monkeypatch):
+    shapes = functools.cache(models.parameter_shapes)  # of few networks
+    monkeypatch.setattr("mf_jax.config.parameter_shapes", shapes)
     run = f"--workdir={tmp_path}/run"
     for override, words in REFUSED_BY_THE_PARSER.items():
         _assert_refused(command(DIGITS, run, *TINY, f"--config.{override}"), *words)
