@@ -5,7 +5,6 @@ or the environment variable MF_WEIGHTS. Nothing but --mode=weights ever opens a 
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mf_jax.errors import BadInput, nearest
+from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import sha256_of, written_aside
 
 ENVIRONMENT_VARIABLE = "MF_WEIGHTS"
@@ -191,12 +191,29 @@ def _download(file: PublishedFile, to: Path, folder: epath.Path, *, progress: bo
     import requests
 
     pooch.get_logger().setLevel("WARNING")
-    bar = progress and sys.stderr.isatty()
-    downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20)
     try:
-        pooch.retrieve(file.address, file.sha256, to.name, to.parent, downloader=downloader)
+        with ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress) as bar:
+            get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
+            pooch.retrieve(file.address, file.sha256, to.name, to.parent, downloader=get)
     except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
         raise BadInput(
             f"{file.path}: cannot be fetched ({error}); run the same command again, or"
             f" {_where_to_get(file, folder)}"
         ) from error
+
+
+class _Received:
+    """What pooch asks of a progress bar: it counts whole pieces, then all bytes anew."""
+
+    def __init__(self, bar: ProgressBar):
+        self._bar, self._count, self.total = bar, 0, 0
+
+    def update(self, count: int) -> None:
+        self._count = min(self._count + count, self.total)
+        self._bar.move(self._count)
+
+    def reset(self) -> None:
+        self._count = 0
+
+    def close(self) -> None:
+        """Leave the bar to its `with`."""
