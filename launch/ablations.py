@@ -278,7 +278,7 @@ def _cell(values: Sequence[float], form: str, best: Any, i: int) -> str:
 
 
 def save_plot(path: Path, group: str, results: Results) -> None:
-    """Save a group's distances at one step beside the published ones, each panel with its own scale."""
+    """Save a group's distances at one step beside the published ones, a panel each."""
     rows = [row for row in ROWS if row.group == group]
     figure = Figure(figsize=(9.2, 1.35 + 0.3 * len(rows)), layout="constrained")
     figure.suptitle(f"{TITLES[group]}: one step")

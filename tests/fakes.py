@@ -15,7 +15,11 @@ env | grep -E '^(JAX_|XLA_)' | sort >"$RECORD/env_$me"
 echo "process $me: $*"
 mv "$RECORD/pids_$me.new" "$RECORD/pids_$me"
 case "$BEHAVIOUR$me" in
-  fail1) until [ -e "$RECORD/pids_0" ]; do :; done; for i in {{1..30}}; do echo "line $i"; done; exit 7 ;;
+  fail1)
+    until [ -e "$RECORD/pids_0" ]; do :; done
+    for i in {{1..30}}; do echo "line $i"; done
+    exit 7
+    ;;
   stop*)
     until [ -e "$RECORD/terms" ]; do read -r -t 0.05 <> <(:); done
     [ "$me" != 1 ] || /bin/sleep 2
@@ -30,7 +34,10 @@ GCLOUD = """#!/usr/bin/env bash
 # A zone whose hosts are folders, where a command runs with the folder as its home.
 cd "$CLOUD"
 echo "$*" >>calls
-argument() { local a; for a in "${@:2}"; do case "$a" in "$1="*) printf '%s' "${a#*=}" ;; esac; done; }
+argument() {
+  local a
+  for a in "${@:2}"; do case "$a" in "$1="*) printf '%s' "${a#*=}" ;; esac; done
+}
 case "$4 $5" in
   "list "*) cat state 2>/dev/null || true ;;
   "create "*) echo ACTIVE >state; mkdir -p host0 host1 ;;
@@ -48,8 +55,8 @@ esac
 """
 
 UV = """#!/usr/bin/env bash
-# Makes an environment whose interpreter does what $CLOUD/ends says of this start: end with a code (A/B: of host 0 and
-# host 1), wait, or be preempted.
+# Makes an environment whose interpreter does what $CLOUD/ends says of this start: end with a code
+# (A/B: of host 0 and host 1), wait, or be preempted.
 echo "uv $*" >>"$CLOUD/installations"
 [ "$1" = venv ] || exit 0
 mkdir -p "${!#}/bin"
@@ -61,7 +68,8 @@ end=$(sed -n "$(wc -l <"$CLOUD/starts_$HOST")p" "$CLOUD/ends")
 echo "said by $HOST"
 [ "$end" != wait ] || while [ -e "$CLOUD/ends" ]; do sleep 1; done
 if [ "$end" = preempted ]; then
-  while [ "$(cat "$CLOUD"/starts_* | wc -l)" -lt "$((2 * $(wc -l <"$CLOUD/starts_$HOST")))" ]; do sleep 1; done
+  starts=$((2 * $(wc -l <"$CLOUD/starts_$HOST")))
+  while [ "$(cat "$CLOUD"/starts_* | wc -l)" -lt "$starts" ]; do sleep 1; done
   echo SUSPENDED >"$CLOUD/state"
   exit 75
 fi

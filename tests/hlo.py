@@ -12,7 +12,7 @@ _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 
 
 def exchanged(text):
-    """Return {kind of collective: numbers of the whole arrays}, the body of a loop as often as it runs."""
+    """Return {kind of collective: numbers of the whole arrays}, a loop's as often as it runs."""
     computations, entry, total = {}, "", Counter()
     for line in text.splitlines():
         if header := _HEADER.match(line):

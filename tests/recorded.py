@@ -1,4 +1,4 @@
-"""Numbers recorded from published implementations, and the random weights that they were recorded with."""
+"""Numbers recorded from published implementations, and the random weights behind them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "ref
 
 
 def inception_weights(seed=0):
-    """Return weights of Inception-v3 under their published names, drawn as the README of the folder says."""
+    """Return weights of Inception-v3 under published names, drawn as the folder's README says."""
 
     def draw(name, shape):
         a = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)

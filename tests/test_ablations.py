@@ -1,4 +1,4 @@
-"""launch/ablations.py: its table of runs, what it skips and plans, and the page on made-up numbers."""
+"""launch/ablations.py: its table of runs, its plan, and the page on made-up numbers."""
 
 import json
 import math

@@ -151,7 +151,7 @@ def _lowered(network):
 
 
 def test_computing_again_keeps_less_and_costs_what_it_should():
-    """Of a row's forward, tangent and backward (1 + 1 + 2), `block` adds a forward, `dots` little."""
+    """Of a row's forward, tangent, backward (1 + 1 + 2), `block` adds a forward, `dots` little."""
     networks = [DiT(**SMALL | {"width": 128}, remat=remat) for remat in ("none", "dots", "block")]
     everything, products, nothing = map(_saved, networks)
     assert nothing < products < everything / 4

@@ -1,4 +1,4 @@
-"""The data layer: a batch is a pure function of (seed, step), and sources refuse what they cannot read."""
+"""Data: a batch is a pure function of (seed, step), and sources refuse what they cannot read."""
 
 import itertools
 import json
@@ -54,7 +54,7 @@ class Numbered:
 
 
 def take(source, count, **options):
-    """Return x and labels `[count, batch, ...]` of the first batches, prepared in this thread unless told otherwise."""
+    """Return x and labels `[count, batch, ...]` of the first batches, prepared in this thread."""
     options = {"batch_size": 6, "seed": 5, "flip": True, "threads": 0, "prefetch": 0} | options
     batches = list(itertools.islice(data.make_batches(source, **options), count))
     return [np.stack(arrays) for arrays in zip(*batches, strict=True)]
@@ -69,7 +69,7 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# --- the stream ------------------------------------------------------------------------------------------------------
+# --- the stream -----------------------------------------------------------------------------------
 
 
 def test_every_epoch_holds_every_element_once_in_an_order_of_its_own():
@@ -191,7 +191,7 @@ def test_read_returns_the_first_elements_in_order():
         data.read(Numbered(10), 11)
 
 
-# --- sources in memory -----------------------------------------------------------------------------------------------
+# --- sources in memory ----------------------------------------------------------------------------
 
 
 def test_sources_that_are_none_are_refused():
@@ -262,7 +262,7 @@ def test_toys_have_their_shapes():
     assert np.abs(np.sin(4 * np.arctan2(y, x))).mean() < 0.45
 
 
-# --- pixels and crops ------------------------------------------------------------------------------------------------
+# --- pixels and crops -----------------------------------------------------------------------------
 
 
 def test_bytes_become_floats_in_minus_one_to_one_and_come_back():
@@ -320,7 +320,7 @@ def test_the_crop_is_that_of_adm(rng):
     assert crop(small[..., 0], 8).shape == (8, 8, 1)
 
 
-# --- a folder of pictures --------------------------------------------------------------------------------------------
+# --- a folder of pictures -------------------------------------------------------------------------
 
 
 def save(path, colour, size=(12, 12), mode="RGB"):
@@ -334,7 +334,7 @@ def folder(path, split="train", **changes):
 
 @pytest.fixture
 def classes(tmp_path):
-    """Make two classes; the red channel numbers a picture within its class, the green one tells the class."""
+    """Make two classes; red numbers a picture within its class, green tells the class."""
     for name, green, count in (("zebra", 200, 12), ("Ape", 100, 8)):
         for number in range(count):
             save(tmp_path / name / f"{number:02}.png", (10 * number, green, 0))
@@ -451,7 +451,7 @@ def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
     assert folder(".").spec.num_classes == 3  # an unset path is not the current directory
 
 
-# --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
+# --- TensorFlow Datasets --------------------------------------------------------------------------
 
 
 def write_tfds(root, examples, channels):
@@ -518,7 +518,8 @@ from mf_jax import data
 early = {"grain", "orbax", "sklearn", "tensorflow_datasets", "PIL"} & set(sys.modules)
 import tensorflow_datasets as tfds
 with tfds.testing.mock_data(num_examples=5):
-    keys = dict(path="", image_size=16, dataset="cifar10", split_train="train", split_held_out="test")
+    keys = dict(path="", image_size=16, dataset="cifar10")
+    keys |= dict(split_train="train", split_held_out="test")
     source = data.make_source(dict(name="tfds", **keys), split="train")
     x, labels = data.read(source)
     batch = next(data.make_batches(source, batch_size=6, seed=0, flip=True))

@@ -1,4 +1,4 @@
-"""--mode=prepare: which pictures it finds, what it writes, that this never depends on how, and what it refuses."""
+"""--mode=prepare: the pictures that it finds, writes and refuses, however the work is split."""
 
 import hashlib
 import io
@@ -48,7 +48,7 @@ TOGETHER = (
 
 
 def picture(name):
-    """Return noise that depends on a name, of a size that does too; the third of a class is grey."""
+    """Return noise that depends on a name, as its size does; the third of a class is grey."""
     rng = np.random.default_rng(list(name.encode()))
     height, width = rng.integers(SIZE, 5 * SIZE, 2)
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -122,7 +122,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def prepared(command, tree, tmp_path):
-    """Return a function that runs --mode=prepare into a folder, and returns (exit code, stdout, stderr)."""
+    """Return a function that runs --mode=prepare into a folder: (exit code, stdout, stderr)."""
 
     def run(folder, *arguments, index=0, count=0, **more):
         return command(
@@ -148,7 +148,7 @@ def open_latents(folder):
     return Latents(path=str(folder), image_size=SIZE, autoencoder=str(VAE), **settings)
 
 
-# --- the input -------------------------------------------------------------------------------------------------------
+# --- the input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -242,7 +242,7 @@ def test_inputs_that_are_none_are_refused(tmp_path):
         listed(tree)
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(
@@ -370,7 +370,7 @@ sys.exit(main())
     assert whole == files(tmp_path / "undisturbed")
 
 
-# --- broken pictures -------------------------------------------------------------------------------------------------
+# --- broken pictures ------------------------------------------------------------------------------
 
 
 def test_broken_pictures_are_counted_named_and_skipped(prepared, tree, tmp_path, caplog):
@@ -438,7 +438,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(prepared, tmp_path, 
     assert not list((tmp_path / "latents").glob(".*.part"))
 
 
-# --- bad settings ----------------------------------------------------------------------------------------------------
+# --- bad settings ---------------------------------------------------------------------------------
 
 
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepared, tmp_path):
@@ -502,12 +502,12 @@ def test_training_on_latents_that_are_not_finished_says_how_many_shards_are_ther
     assert "is not finished: 1 of 3 shards are there" in told
 
 
-# --- reference statistics --------------------------------------------------------------------------------------------
+# --- reference statistics -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def features(monkeypatch):
-    """Put two small features in the place of Inception's, and return the function that gives them."""
+    """Replace Inception's features by two small ones, and return the function that gives them."""
 
     def compute(params, images):
         rows = images.reshape(len(images), -1).astype(np.float32)
@@ -672,7 +672,7 @@ def test_damaged_sums_are_named(prepared, features, tmp_path):
     assert f"{sums} is no file of sums" in told
 
 
-# --- progress --------------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_a_line_says_how_far_it_is(prepared, tree):

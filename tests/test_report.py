@@ -35,7 +35,7 @@ def _write(log, steps):
 
 
 def _events(workdir):
-    """Return the (step, tag, value) of every event file, and the steps at which a session starts."""
+    """Return the (step, tag, value) of every event file, and the first steps of sessions."""
     from tensorboardX.proto import event_pb2
 
     values, starts = [], []

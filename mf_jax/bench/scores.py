@@ -30,7 +30,7 @@ _REFERENCE_ROWS, _FEW = 10_000, 32
 
 
 def run(config: ConfigDict, source: Source, say: Say) -> Result:
-    """See `Benchmark.run`; `peak_bytes` is the process's peak beyond its memory before the scores."""
+    """See `Benchmark.run`; `peak_bytes` is the peak beyond the memory before the scores."""
     num, size, least = (config.eval[k] for k in ("num_samples", "batch_size", "least_samples"))
     with tempfile.TemporaryDirectory() as folder:
         say("compiling")

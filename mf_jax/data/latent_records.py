@@ -1,7 +1,8 @@
-"""The files in a folder of latents: shards of records, a small file beside each, settings, and a manifest.
+"""The files in a folder of latents: shards, a small file beside each, settings, and a manifest.
 
-A record is a label (int32), then the mean and standard deviation of a latent (float16 `[2, h, w, C]`), little-endian.
-Record 2i of a shard is of its picture i, and record 2i + 1 of the picture's mirror image.
+A record is a label (int32), then the mean and standard deviation of a latent (float16
+`[2, h, w, C]`), little-endian. Record 2i of a shard is of its picture i, and record 2i + 1 of the
+picture's mirror image.
 """
 
 import json
@@ -30,7 +31,7 @@ def shard_name(shard: int, shards: int) -> str:
 
 
 def side_name(shard: int, shards: int) -> str:
-    """Return the name of the small file beside a shard: its counts, and the pictures that were skipped."""
+    """Return the name of the file beside a shard: its counts and its skipped pictures."""
     return shard_name(shard, shards).replace(".array_record", ".json")
 
 
@@ -45,12 +46,13 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
-            f"{path} is no {what} ({error}); must be a JSON object: delete it and run --mode=prepare again"
+            f"{path} is no {what} ({error}); must be a JSON object: delete it and run "
+            "--mode=prepare again"
         ) from error
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Return the manifest of a folder of latents; for an unfinished folder, say how much is there."""
+    """Return the manifest of a folder of latents; an unfinished one is refused."""
     path = folder / MANIFEST
     if not path.exists():
         _refuse_unfinished(folder)
@@ -58,7 +60,8 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("crop") != CROP:
         found = {key: manifest.get(key) for key in ("format_version", "crop")}
         raise BadInput(
-            f"{path} says {found}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: prepare them again"
+            f"{path} says {found}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: "
+            "prepare them again"
         )
     if missing := _KEYS - set(manifest):
         raise BadInput(
@@ -70,11 +73,12 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 def _refuse_unfinished(folder: epath.Path) -> None:
     if not (folder / SETTINGS).exists():
         raise BadInput(
-            f"path={str(folder)!r} holds no latents; must be filled by --mode=prepare: run that first"
+            f"path={str(folder)!r} holds no latents; must be filled by --mode=prepare: run that "
+            "first"
         )
     shards = int(read_json(folder / SETTINGS, "settings of latents").get("num_shards", 0))
     present = sum((folder / shard_name(shard, shards)).exists() for shard in range(shards))
     raise BadInput(
-        f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no {MANIFEST}: run the "
-        "same --mode=prepare again, which continues"
+        f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no "
+        f"{MANIFEST}: run the same --mode=prepare again, which continues"
     )

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder as --mode=prepare leaves them; training draws mean + std * noise anew at every visit."""
+"""Latents as --mode=prepare leaves them; training draws mean + std * noise at every visit."""
 
 import functools
 import itertools
@@ -50,13 +50,14 @@ class Latents:
           autoencoder: that encoded them, by its published name or as a path.
           latent_mean: taken from each latent, one number or one a channel.
           latent_std: what the rest is divided by, one number or one a channel, above 0.
-          copy_to: folder of this host to copy them to and read from; "" reads them in place, which cannot be a bucket.
+          copy_to: folder of this host to copy them to and read from; "" reads them in place, which
+            cannot be a bucket.
           split: `train`; there is no other.
         """
         if split != "train":
             raise BadInput(
-                "name='latents': has no held-out pictures; must be evaluated against reference statistics: set "
-                "eval.references"
+                "name='latents': has no held-out pictures; must be evaluated against reference "
+                "statistics: set eval.references"
             )
         self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
         manifest = read_manifest(self._folder)
@@ -149,8 +150,8 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
     folder = epath.Path(path).expanduser()
     if in_bucket(folder) and not copy_to:
         raise BadInput(
-            f"path={path!r} is in a bucket, and latents are read from a disk; set copy_to to a folder of each host, to "
-            "which they are copied first"
+            f"path={path!r} is in a bucket, and latents are read from a disk; set copy_to to a "
+            "folder of each host, to which they are copied first"
         )
     if not folder.is_dir():
         raise BadInput(
@@ -162,8 +163,8 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
 def _check_image_size(manifest: dict[str, Any], image_size: int) -> None:
     if manifest["image_size"] != image_size:
         raise BadInput(
-            f"image_size={image_size}: these latents are of pictures of {manifest['image_size']} pixels; must be the "
-            f"same: set image_size={manifest['image_size']}, or path to others"
+            f"image_size={image_size}: these latents are of pictures of {manifest['image_size']} "
+            f"pixels; must be the same: set image_size={manifest['image_size']}, or path to others"
         )
 
 
@@ -172,8 +173,9 @@ def _check_autoencoder(manifest: dict[str, Any], autoencoder: str) -> None:
     sha256 = _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(
-            f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 {made_by['sha256']}); "
-            f"must be the same: set autoencoder={made_by['name']!r}, or path to others"
+            f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "
+            f"{made_by['sha256']}); must be the same: set autoencoder={made_by['name']!r}, or path "
+            "to others"
         )
 
 
@@ -190,7 +192,8 @@ def _sha256(autoencoder: str) -> str:
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
     if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
         raise BadInput(
-            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers: one for all channels, or one each"
+            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers: one for all channels, "
+            "or one each"
         )
     return np.array(values, np.float32)
 

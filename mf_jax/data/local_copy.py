@@ -1,4 +1,4 @@
-"""A folder of latents on a disk of this host: record by record, a bucket or a network file system is too slow."""
+"""A copy of latents on a disk of this host: a bucket is too slow to be read record by record."""
 
 import collections
 import json
@@ -43,8 +43,8 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
     except OSError as error:
         size = sum(shard["bytes"] for shard in shards)
         raise BadInput(
-            f"copy_to={str(target)!r}: cannot hold the {size / 1e9:.3g} GB of {source} ({error.strerror or error}); "
-            "choose another folder of this host"
+            f"copy_to={str(target)!r}: cannot hold the {size / 1e9:.3g} GB of {source} "
+            f"({error.strerror or error}); choose another folder of this host"
         ) from error
     return target
 
@@ -54,7 +54,8 @@ def _claim(target: epath.Path, manifest: dict[str, Any], source: str) -> None:
         replace_file(target / MANIFEST, json.dumps(manifest).encode())
     elif read_manifest(target) != manifest:
         raise BadInput(
-            f"copy_to={str(target)!r}: holds other latents than {source}; delete them, or choose another folder"
+            f"copy_to={str(target)!r}: holds other latents than {source}; delete them, or choose "
+            "another folder"
         )
 
 
@@ -75,6 +76,6 @@ def _chunks(path: epath.Path) -> Iterator[bytes]:
             yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
     except OSError as error:
         raise BadInput(
-            f"path={str(path.parent)!r}: {path.name} cannot be read ({error.strerror or error}); see to it, and "
-            "run the same command again, which continues"
+            f"path={str(path.parent)!r}: {path.name} cannot be read ({error.strerror or error}); "
+            "see to it, and run the same command again, which continues"
         ) from error

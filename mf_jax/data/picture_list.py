@@ -1,7 +1,7 @@
 """Labelled pictures wherever they lie: in folders, in tar files that stay packed, or in a TFDS set.
 
-Classes and pictures are in the order of their names, whatever order a file system lists them in. Hence a picture has
-the same number on every host, and ImageNet's labels are the usual 0 to 999.
+Classes and pictures are in the order of their names, whatever order a file system lists them in.
+Hence a picture has the same number on every host, and ImageNet's labels are the usual 0 to 999.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class PicturesIn(Protocol):
 
 
 class _Found(NamedTuple):
-    """A picture of a listing: its class ("" for none), its name, and its place in a file (size -1: all of it)."""
+    """A picture of a listing: its class or "", its name, and its place in a file (size -1: all)."""
 
     class_name: str
     name: str
@@ -99,8 +99,9 @@ def list_files(path: str, *, key: str) -> Listed:
     """List pictures, at least one.
 
     Args:
-      path: a folder whose sub-folders are classes, or with `train/` above them; a folder of pictures without classes; a
-        tar file of such folders or of one tar file a class; or a folder of one tar file a class.
+      path: a folder whose sub-folders are classes, or with `train/` above them; a folder of
+        pictures without classes; a tar file of such folders or of one tar file a class; or a folder
+        of one tar file a class.
       key: config key that holds the path, for errors.
     """
     allowed = "a folder of pictures or a .tar file"
@@ -139,7 +140,8 @@ def _listing(folder: epath.Path) -> _Listing:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
     tars = [name for name in names if name.endswith(_TAR)]
-    # only the others are asked whether they are folders: asking each picture would take hours on a network
+    # only the others are asked whether they are folders: asking each picture would take hours on a
+    # network
     others = [name for name in names if not name.lower().endswith((*SUFFIXES, _TAR))]
     return _Listing(pictures, tars, [name for name in others if (folder / name).is_dir()])
 
@@ -156,8 +158,9 @@ def _in_folder(root: epath.Path, key: str) -> list[_Found]:
     present = [f"{kind} ({some(names, 3)})" for kind, names in listing._asdict().items() if names]
     if len(present) != 1:
         raise BadInput(
-            f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either class folders, "
-            f"or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the others away, or set {key}"
+            f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either "
+            f"class folders, or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the "
+            f"others away, or set {key}"
         )
     found = [_Found("", name, str(root / name)) for name in listing.pictures]
     for name in listing.tars:
@@ -176,7 +179,7 @@ def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Found]:
 
 
 def _in_tar(path: epath.Path, key: str) -> list[_Found]:
-    """List a tar file of one tar file a class, or else of pictures, whose class is the folder that they are in."""
+    """List a tar file: of one tar file a class, or of pictures, whose class is their folder."""
     with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
         class_tars = [member for member in members if member.name.endswith(_TAR)]
         found = []
@@ -194,7 +197,8 @@ def _in_tar(path: epath.Path, key: str) -> list[_Found]:
         _refuse_empty(path, key)
     if len({picture.class_name == "" for picture in found}) == 2:
         raise BadInput(
-            f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: pack one kind"
+            f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: "
+            "pack one kind"
         )
     return found
 
@@ -228,12 +232,13 @@ def _opened(
             yield tar, [member for member in tar if member.isfile()]
     except tarfile.TarError as error:
         raise BadInput(
-            f"{key}: {name} is cut short, or no uncompressed tar file ({error}): fetch it again, or unpack it"
+            f"{key}: {name} is cut short, or no uncompressed tar file ({error}): fetch it again, "
+            "or unpack it"
         ) from error
 
 
 def _refuse_empty(place: epath.PathLike, key: str, but: str = "") -> None:
     raise BadInput(
-        f"{key}: {place} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: remove it, or set "
-        f"{key} to the folder whose sub-folders hold pictures"
+        f"{key}: {place} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: "
+        f"remove it, or set {key} to the folder whose sub-folders hold pictures"
     )

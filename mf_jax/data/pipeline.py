@@ -1,12 +1,14 @@
 """Turn a source of elements into an endless stream of batches, as a pure function of (seed, step).
 
-The stream is the source in a fresh order every epoch, without end. Its positions are 0, 1, 2, ...; with n elements,
+The stream is the source in a fresh order every epoch, without end. Its positions are 0, 1, 2, ...;
+with n elements,
 
     position p  ->  epoch p // n, place p % n  ->  element permutation(seed, epoch)[place],
 
-and the batch of step k holds positions [k * batch_size, (k + 1) * batch_size). Nothing else decides what a batch holds:
-not the number of processes or threads, and not whether the run was stopped and resumed. A batch may straddle two epochs
-(or many, if it is larger than the source), so no element is ever dropped.
+and the batch of step k holds positions [k * batch_size, (k + 1) * batch_size). Nothing else decides
+what a batch holds: not the number of processes or threads, and not whether the run was stopped and
+resumed. A batch may straddle two epochs (or many, if it is larger than the source), so no element
+is ever dropped.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ from mf_jax.flow.records import DataSpec
 
 SPLITS = ("train", "held_out")
 
-# Streams of random numbers drawn from one seed; distinct, so that the flips do not follow the order.
+# Streams of random numbers drawn from one seed; distinct, so that the flips do not follow the
+# order.
 _ORDER, _FLIP = 0, 1
 _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
@@ -31,7 +34,8 @@ _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fi
 class Batch(NamedTuple):
     """Some elements of a source.
 
-    x: float32 `[n, *shape]`, pictures in [-1, 1]; or stored rows. labels: int32 `[n]`, a class or `NO_LABEL`.
+    x: float32 `[n, *shape]`, pictures in [-1, 1]; or stored rows. labels: int32 `[n]`, a class or
+    `NO_LABEL`.
     """
 
     x: Float[np.ndarray, "n ..."]
@@ -41,9 +45,9 @@ class Batch(NamedTuple):
 class Stored(NamedTuple):
     """What a source gathers where its elements are drawn anew at every visit, on the device.
 
-    rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]` to elements
-    `[n, *spec.shape]`, float32, row by row. has_mirrors: `gather` also takes the index len(source) + i, the mirror
-    image of element i.
+    rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]`
+    to elements `[n, *spec.shape]`, float32, row by row. has_mirrors: `gather` also takes the index
+    len(source) + i, the mirror image of element i.
     """
 
     rows: jax.ShapeDtypeStruct
@@ -64,14 +68,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the elements at these indices and their labels; safe to call from several threads."""
+        """Return the elements at these indices and their labels; threads may call it at once."""
 
 
 def check_at_least(argument: str, value: int, least: int) -> None:
     """Raise BadInput unless `value` is an integer of at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise BadInput(
-            f"{argument}={value!r} must be an integer of at least {least}: set {argument}={least} or more"
+            f"{argument}={value!r} must be an integer of at least {least}: set {argument}={least} "
+            "or more"
         )
 
 
@@ -98,11 +103,12 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
-    """Return which of the stream positions first, first + 1, ... are mirrored, each with probability 1/2.
+    """Return which of the positions first, first + 1, ... are mirrored, each with probability 1/2.
 
     A pure function of (seed, position).
     """
-    # A counter-based generator: position p owns counter p, which yields four words; the first one decides.
+    # A counter-based generator: position p owns counter p, which yields four words; the first one
+    # decides.
     generator = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)))
     words = generator.advance(first).random_raw(4 * count)[::4]
     return words >> np.uint64(63) == 1
@@ -110,9 +116,10 @@ def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """Random access to the stream for Grain: element k is this process's share of the batch of step k.
+    """Random access for Grain: element k is this process's share of the batch of step k.
 
-    A whole batch is one Grain element, because Grain runs Python for each, which costs more than a small picture does.
+    A whole batch is one Grain element, because Grain runs Python for each, which costs more than a
+    small picture does.
     """
 
     source: Source
@@ -131,11 +138,13 @@ class _Steps:
         if self.batch_size % count:
             nearest = count * max(1, round(self.batch_size / count))
             raise BadInput(
-                f"batch_size={self.batch_size} must be a multiple of process_count={count}: try {nearest}"
+                f"batch_size={self.batch_size} must be a multiple of process_count={count}: try "
+                f"{nearest}"
             )
         if self.flip and not self.source.spec.is_picture:
             raise BadInput(
-                f"flip=True needs pictures (H, W, C), but elements have shape {self.source.spec.shape}: set flip=False"
+                "flip=True needs pictures (H, W, C), but elements have shape "
+                f"{self.source.spec.shape}: set flip=False"
             )
         if self.flip and self.source.stored and not self.source.stored.has_mirrors:
             raise BadInput(
@@ -171,7 +180,7 @@ def make_batches(
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Iterate over this process's share of the batches of steps start_step, start_step + 1, ..., without end.
+    """Iterate without end over this process's share of the batches from step start_step on.
 
     Args:
       source: the elements.
@@ -198,7 +207,7 @@ def make_batches(
 
 
 def read(source: Source, n: int = 0) -> Batch:
-    """Read the first n elements in order, unshuffled and unflipped, stored ones as they are; 0 means all."""
+    """Read the first n elements, or all for 0, in order, unflipped, stored ones as they are."""
     check_at_least("n", n, 0)
     if n > len(source):
         raise BadInput(

@@ -15,7 +15,7 @@ from mf_jax.flow.records import NO_LABEL, DataSpec
 
 
 class TfdsPictures:
-    """A split of a prepared set with a feature `image`; the feature `label` gives the classes, if it is there.
+    """A split of a prepared set with a feature `image`, and with classes if it has a `label`.
 
     Args:
       dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
@@ -50,7 +50,7 @@ class TfdsPictures:
 
 
 class Tfds(Pictures):
-    """The pictures of a prepared set as `[image_size, image_size, C]`; C is 1 for grey sets and 3 otherwise."""
+    """Pictures of a prepared set, `[image_size, image_size, C]`; C is 1 for grey sets, else 3."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Tfds(Pictures):
         split_held_out: str,
         split: str,
     ) -> None:
-        """Open the TFDS split `split_train` or `split_held_out`, as `split` says; see `TfdsPictures`."""
+        """Open the TFDS split `split_train` or `split_held_out`, as `split` says."""
         check_at_least("image_size", image_size, 1)
         tfds_split = split_train if split == "train" else split_held_out
         self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)
@@ -99,14 +99,16 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
         # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): check the names, "
-            f"or prepare it where TensorFlow is installed with `tfds build {dataset} --file_format=array_record "
-            "--data_dir=DIR` (download_and_prepare) and set path=DIR"
+            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): "
+            "check the names, or prepare it where TensorFlow is installed with `tfds build "
+            f"{dataset} --file_format=array_record --data_dir=DIR` (download_and_prepare) and set "
+            "path=DIR"
         ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")
     if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
         raise BadInput(
-            f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has {list(features)}"
+            f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has "
+            f"{list(features)}"
         )
     return data

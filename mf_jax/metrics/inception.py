@@ -55,8 +55,9 @@ class Inception:
 def load_inception(path: epath.PathLike) -> Inception:
     """Read published weights of this network, a `.pth` or `.safetensors` file.
 
-    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, release v0.2.0)
-    and, the same bytes, as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, release fid_weights).
+    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, release
+    v0.2.0) and, the same bytes, as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, release
+    fid_weights).
     """
     state = read_state_dict(path)
     state = state._replace(
@@ -80,11 +81,11 @@ def inception_features(
 ) -> dict[str, Float32[Array, "b _"]]:
     """Return all features of images; one compilation of the network serves images of any size.
 
-    `64`, `192`, `768` are means over the pixels after the first pool, after the second pool and before
-    the last reduction; `2048` is for Fréchet Inception distance. `logits_unbiased` lack the bias of the
-    last layer; Inception Score takes their softmax. `spatial` is for sFID: the first 7 channels of
-    `mixed_6/conv:0` pixel by pixel, in the names of the weight files `Mixed_6d.branch1x1` after its
-    ReLU, one block before the `768`.
+    `64`, `192`, `768` are means over the pixels after the first pool, after the second pool and
+    before the last reduction; `2048` is for Fréchet Inception distance. `logits_unbiased` lack the
+    bias of the last layer; Inception Score takes their softmax. `spatial` is for sFID: the first 7
+    channels of `mixed_6/conv:0` pixel by pixel, in the names of the weight files
+    `Mixed_6d.branch1x1` after its ReLU, one block before the `768`.
 
     Args:
       params: of `Inception`.

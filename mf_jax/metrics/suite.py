@@ -73,8 +73,8 @@ class SampleScores:
         least = self._least or 1 + max(widths[POOLED], widths[SPATIAL])
         if self._num_samples < least:
             raise BadInput(
-                f"eval.num_samples={self._num_samples}: must be at least {least}, as "
-                f"covariances of {widths[POOLED]} features are singular below; use 50000, as published"
+                f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances "
+                f"of {widths[POOLED]} features are singular below; use 50000, as published"
             )
 
     def _start(self, widths: Mapping[str, int]) -> None:

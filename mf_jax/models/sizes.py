@@ -1,4 +1,4 @@
-"""The sizes of the transformers: by network, by the name of the size, by the field of the network."""
+"""The sizes of the transformers, by network, name of the size, and field of the network."""
 
 _DIT = ("depth", "width", "num_heads")
 _IN_CONTEXT = (*_DIT, "head_depth", "bottleneck", "positions")

@@ -1,10 +1,12 @@
-"""--mode=prepare: from pictures to latents, and to the reference statistics that samples are compared with.
+"""--mode=prepare: from pictures to latents, and to reference statistics.
 
-1. The pictures are listed in the order of their names and dealt to a fixed number of shards, whatever the number of
-   processes; process i of n takes the shards i, i + n, i + 2n, ...
-2. A shard is written aside and renamed when it is whole, so that a restart makes what is missing and nothing else, and
-   every file is the same bytes however often the work was stopped and however many processes shared it.
-3. The process that finds all shards there writes the manifest, without which training does not start.
+1. The pictures are listed in the order of their names and dealt to a fixed number of shards,
+   whatever the number of processes; process i of n takes the shards i, i + n, i + 2n, ...
+2. A shard is written aside and renamed when it is whole, so that a restart makes what is missing
+   and nothing else, and every file is the same bytes however often the work was stopped and however
+   many processes shared it.
+3. The process that finds all shards there writes the manifest, without which training does not
+   start.
 """
 
 import dataclasses
@@ -60,7 +62,7 @@ class Output(Protocol):
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Make this process's share of latents and reference statistics; what is finished is kept if it fails."""
+    """Make this process's share of latents and statistics; finished shards survive a failure."""
     del workdir
     process = index, count = check_prepare(config)
     pictures = _list(config)
@@ -84,7 +86,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def check_prepare(config: ConfigDict) -> tuple[int, int]:
-    """Check the sections `prepare` and `data`; return the number of this process and the count of all."""
+    """Check the sections `prepare` and `data`; return this process's number and their count."""
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
     least = {
@@ -103,12 +105,10 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
         "data.path='' is not set; must be the folder that the latents go to": (
             prepare.latents and not data.path
         ),
-        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), which are set together": (
-            not 0 <= index < max(count, 1)
-        ),
-        f"prepare.process_count={count}: must be at most prepare.shards={prepare.shards}: raise prepare.shards": (
-            count > prepare.shards
-        ),
+        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), which "
+        "are set together": not 0 <= index < max(count, 1),
+        f"prepare.process_count={count}: must be at most prepare.shards={prepare.shards}: raise "
+        "prepare.shards": count > prepare.shards,
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise BadInput("; ".join(problems))
@@ -121,8 +121,8 @@ def _list(config: ConfigDict) -> PicturesIn:
     )
     if len(pictures) < config.prepare.shards:
         raise BadInput(
-            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures; must be at most as many: "
-            f"set prepare.shards={max(1, len(pictures) // 1000)}"
+            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures; must "
+            f"be at most as many: set prepare.shards={max(1, len(pictures) // 1000)}"
         )
     return pictures
 
@@ -151,8 +151,9 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     verify(name, autoencoder.sha256)
     if size % autoencoder.network.factor:
         raise BadInput(
-            f"data.image_size={size}: autoencoder {name!r} narrows pictures by {autoencoder.network.factor}; must be "
-            f"divisible by that: try {max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
+            f"data.image_size={size}: autoencoder {name!r} narrows pictures by "
+            f"{autoencoder.network.factor}; must be divisible by that: try "
+            f"{max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
         )
     about = {
         "name": name,
@@ -182,7 +183,8 @@ def _reference(
         )
     if path.exists() and not parts_folder(path).exists():
         raise BadInput(
-            f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete this one"
+            f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete "
+            "this one"
         )
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
     verify(name, inception.sha256)

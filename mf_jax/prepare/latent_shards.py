@@ -46,7 +46,8 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         if SETTINGS not in present:
             if present:
                 raise BadInput(
-                    f"{key}={str(folder)!r} holds other files; must be new or empty: choose another folder"
+                    f"{key}={str(folder)!r} holds other files; must be new or empty: choose "
+                    "another folder"
                 )
             replace_file(path, json.dumps(settings, indent=1).encode())
     except OSError as error:
@@ -61,8 +62,8 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     ]
     if changes:
         raise BadInput(
-            f"{key}={str(folder)!r} holds files of other settings ({', '.join(changes)}): choose another folder, or "
-            "set these back"
+            f"{key}={str(folder)!r} holds files of other settings ({', '.join(changes)}): choose "
+            "another folder, or set these back"
         )
 
 
@@ -130,11 +131,14 @@ class LatentShards:
         """Write the manifest if all shards are there; see `Output.finish`."""
         present = sum(self.has(shard) for shard in range(self._shards))
         if present < self._shards:
-            return f"{self._folder}: {present} of {self._shards} shards are there; the last one brings the manifest"
+            return (
+                f"{self._folder}: {present} of {self._shards} shards are there; the last one "
+                "brings the manifest"
+            )
         manifest = self._manifest()
         replace_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        skipped = len(manifest["skipped"])
-        return f"{self._folder}: {manifest['num_pictures']:,} pictures in {self._shards} shards, {skipped} skipped"
+        count, skipped = manifest["num_pictures"], len(manifest["skipped"])
+        return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
 
     def _write(self) -> None:
         """Write the last batch, once it is encoded."""
@@ -164,8 +168,8 @@ class LatentShards:
         except (OSError, RuntimeError) as error:
             problem = " ".join(str(error).split())
             raise BadInput(
-                f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make room, and run the same "
-                "command again, which continues"
+                f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make "
+                "room, and run the same command again, which continues"
             ) from error
 
     def _side(self, shard: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Reference statistics of the pictures, as the crop leaves them: not mirrored, and not through the autoencoder.
+"""Reference statistics of the cropped pictures, not mirrored and not through the autoencoder.
 
-A process keeps one file of its sums and of the shards that are in them, written anew after each shard; the process that
-finds all shards in these files adds them up. Sums are in float64, so that a restart loses nothing.
+A process keeps one file of its sums and of the shards that are in them, written anew after each
+shard; the process that finds all shards in these files adds them up. Sums are in float64, so that a
+restart loses nothing.
 """
 
 import io
@@ -29,8 +30,8 @@ Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 class _Part(NamedTuple):
     """What one process has done.
 
-    shards: in the sums. skipped: names of their broken pictures. sums: by the name of the features. kept_indices,
-    kept_features: numbers of some pictures in the input, and their pooled features.
+    shards: in the sums. skipped: names of their broken pictures. sums: by the name of the features.
+    kept_indices, kept_features: numbers of some pictures in the input, and their pooled features.
     """
 
     shards: list[int]
@@ -55,7 +56,8 @@ class ReferenceStatistics:
       num_listed: pictures of all shards, broken ones included.
       process_index: which process this is.
       process_count: of how many.
-      crop: from numbers of pictures to blocks of them, which go into the file too; None leaves them out.
+      crop: from numbers of pictures to blocks of them, which go into the file too; None leaves them
+        out.
     """
 
     def __init__(
@@ -108,13 +110,14 @@ class ReferenceStatistics:
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
             raise BadInput(
-                f"{parts_folder(self._path)} holds shards {twice[:5]} twice, from runs with different "
-                "prepare.process_count at once; must hold each once: delete the folder and run again"
+                f"{parts_folder(self._path)} holds shards {twice[:5]} twice, from runs with "
+                "different prepare.process_count at once; must hold each once: delete the folder "
+                "and run again"
             )
         if len(shards) < self._num_shards:
             return (
-                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the process that finishes "
-                "the last one writes the file"
+                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the "
+                "process that finishes the last one writes the file"
             )
         statistics, kept = _statistics(map(_read_part, self._part_paths()))
         if self._crop is None:
@@ -177,7 +180,7 @@ def _read_part(path: epath.Path) -> _Part:
 
 
 def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
-    """Return what a function reads of the arrays in a file, which are loaded only as far as it does."""
+    """Return what a function reads of the arrays in a file; no other arrays are loaded."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return read(arrays)

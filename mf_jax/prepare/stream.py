@@ -24,7 +24,8 @@ _AHEAD = 2
 class Pixels(NamedTuple):
     """A batch of cropped pictures, filled up to its fixed size with zeros.
 
-    images: `[B, S, S, 3]`. labels: `[B]`. indices: their numbers in the input `[B]`. count: how many are pictures.
+    images: `[B, S, S, 3]`. labels: `[B]`. indices: their numbers in the input `[B]`. count: how
+    many are pictures.
     """
 
     images: UInt8[np.ndarray, "b s s 3"]
@@ -57,16 +58,17 @@ class _Decoder:
             content, label = self.pictures.read(index)
         except Exception as error:  # the way to the picture is broken: a second try may find it
             raise BadInput(
-                f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to its permissions or the "
-                "connection, and run the same command again, which continues"
+                f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to "
+                "its permissions or the connection, and run the same command again, which "
+                "continues"
             ) from error
         try:
             with Image.open(io.BytesIO(content)) as image:
                 return _Decoded(index, label, adm_crop(as_rgb(image), self.image_size))
         except MemoryError as error:
             raise BadInput(
-                f"prepare.input: there is no memory to decode {self.pictures.name(index)}: lower prepare.batch_size "
-                "and run the same command again, which continues"
+                f"prepare.input: there is no memory to decode {self.pictures.name(index)}: lower "
+                "prepare.batch_size and run the same command again, which continues"
             ) from error
         except Exception as error:  # the decoders of Pillow raise anything
             return _Decoded(index, label, np.empty(0), str(error) or type(error).__name__)
@@ -94,7 +96,7 @@ class PictureStream:
         max_bad: int,
         skipped: tuple[str, ...] = (),
     ) -> None:
-        Image.init()  # once, before the threads: a race in Pillow's own call would reject a good picture
+        Image.init()  # once, before the threads: a race in Pillow would reject a good picture
         threads = len(os.sched_getaffinity(0)) + 1
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
@@ -107,7 +109,7 @@ class PictureStream:
         self.skipped: list[str] = []
 
     def shard(self, count: int) -> Iterator[Pixels]:
-        """Yield the next `count` pictures in batches; afterwards `skipped` names the broken ones."""
+        """Yield the next `count` pictures in batches; then `skipped` names the broken ones."""
         self.skipped = []
         good = self._good(itertools.islice(self._decoded, count))
         while batch := list(itertools.islice(good, self._batch_size)):
@@ -128,7 +130,8 @@ class PictureStream:
         if len(self._all_skipped) > self._max_bad:
             raise BadInput(
                 f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken "
-                f"({some(self._all_skipped)}): replace them, or raise prepare.max_bad; finished shards are kept"
+                f"({some(self._all_skipped)}): replace them, or raise prepare.max_bad; finished "
+                "shards are kept"
             )
 
 

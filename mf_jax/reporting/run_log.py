@@ -1,4 +1,4 @@
-"""The log of a training run: metrics.jsonl for programs, TensorBoard for browsers, a bar for people.
+"""The log of a run: metrics.jsonl for programs, TensorBoard for browsers, a bar for people.
 
 metrics.jsonl holds nothing of the clock: a resumed run writes the bytes of one never stopped.
 """
