@@ -58,9 +58,9 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         _refuse_unfinished(folder)
     manifest = read_json(path, "manifest of latents")
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("crop") != CROP:
-        found = {key: manifest.get(key) for key in ("format_version", "crop")}
+        stored = {key: manifest.get(key) for key in ("format_version", "crop")}
         raise BadInput(
-            f"{path} says {found}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: "
+            f"{path} says {stored}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: "
             "prepare them again"
         )
     if missing := _KEYS - set(manifest):

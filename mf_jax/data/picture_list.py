@@ -46,7 +46,7 @@ class PicturesIn(Protocol):
         """Yield text that differs between different lists."""
 
 
-class _Found(NamedTuple):
+class _Listed(NamedTuple):
     """A picture of a listing: its class or "", its name, and its place in a file (size -1: all)."""
 
     class_name: str
@@ -59,14 +59,14 @@ class _Found(NamedTuple):
 class Listed:
     """Pictures in folders or in tar files, read by their place."""
 
-    def __init__(self, found: Iterable[_Found]) -> None:
-        found = sorted(found)
-        self.class_names = tuple(sorted({picture.class_name for picture in found} - {""}))
+    def __init__(self, listed: Iterable[_Listed]) -> None:
+        listed = sorted(listed)
+        self.class_names = tuple(sorted({picture.class_name for picture in listed} - {""}))
         numbers = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = [numbers.get(picture.class_name, NO_LABEL) for picture in found]
-        self._names = [picture.name for picture in found]
-        self._files = [picture.file for picture in found]
-        self._places = np.array([(p.offset, p.size) for p in found], np.int64).reshape(-1, 2)
+        self.labels = [numbers.get(picture.class_name, NO_LABEL) for picture in listed]
+        self._names = [picture.name for picture in listed]
+        self._files = [picture.file for picture in listed]
+        self._places = np.array([(p.offset, p.size) for p in listed], np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -146,7 +146,7 @@ def _listing(folder: epath.Path) -> _Listing:
     return _Listing(pictures, tars, [name for name in others if (folder / name).is_dir()])
 
 
-def _in_folder(root: epath.Path, key: str) -> list[_Found]:
+def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
     listing = _listing(root)
     if "train" in listing.folders and not listing.pictures:  # ImageNet's tree
         inside = _listing(root / "train")
@@ -162,48 +162,50 @@ def _in_folder(root: epath.Path, key: str) -> list[_Found]:
             f"class folders, or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the "
             f"others away, or set {key}"
         )
-    found = [_Found("", name, str(root / name)) for name in listing.pictures]
+    listed = [_Listed("", name, str(root / name)) for name in listing.pictures]
     for name in listing.tars:
         with (root / name).open("rb") as file:
-            found += _of_class(file, str(root / name), root / name, key)
-    return found + [
+            listed += _of_class(file, str(root / name), root / name, key)
+    return listed + [
         picture for name in listing.folders for picture in _in_class_folder(root, name, key)
     ]
 
 
-def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Found]:
+def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Listed]:
     pictures, _, folders = _listing(root / name)
     if not pictures:
         _refuse_empty(root / name, key, f", only folders ({some(folders, 3)})" if folders else "")
-    return [_Found(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
+    return [_Listed(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
 
 
-def _in_tar(path: epath.Path, key: str) -> list[_Found]:
+def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
     """List a tar file: of one tar file a class, or of pictures, whose class is their folder."""
     with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
         class_tars = [member for member in members if member.name.endswith(_TAR)]
-        found = []
+        listed = []
         for member in class_tars:
             name, start = f"{path}:{member.name}", member.offset_data
-            found += _of_class(tar.extractfile(member), name, path, key, start)
+            listed += _of_class(tar.extractfile(member), name, path, key, start)
     if class_tars:
-        return found
-    found = [
-        _Found(epath.Path(m.name).parent.name, m.name, str(path), m.offset_data, m.size)
+        return listed
+    listed = [
+        _Listed(epath.Path(m.name).parent.name, m.name, str(path), m.offset_data, m.size)
         for m in members
         if m.name.lower().endswith(SUFFIXES)
     ]
-    if not found:
+    if not listed:
         _refuse_empty(path, key)
-    if len({picture.class_name == "" for picture in found}) == 2:
+    if len({picture.class_name == "" for picture in listed}) == 2:
         raise BadInput(
             f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: "
             "pack one kind"
         )
-    return found
+    return listed
 
 
-def _of_class(file: _Binary, name: str, path: epath.Path, key: str, start: int = 0) -> list[_Found]:
+def _of_class(
+    file: _Binary, name: str, path: epath.Path, key: str, start: int = 0
+) -> list[_Listed]:
     """List a class's tar file, which begins at byte `start` of the file at `path`."""
     class_name = epath.Path(name.rpartition(":")[2]).stem
     with _opened(file, name, key) as (_, members):
@@ -211,7 +213,7 @@ def _of_class(file: _Binary, name: str, path: epath.Path, key: str, start: int =
     if not pictures:
         _refuse_empty(name, key)
     return [
-        _Found(
+        _Listed(
             class_name,
             f"{class_name}/{epath.Path(member.name).name}",
             str(path),

@@ -249,9 +249,9 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
             f"lacks {', '.join(missing or half)}; it has {there}, and must have mu and sigma, mu_s "
             "and sigma_s both or neither: use FID reference statistics"
         )
-    found = dict.fromkeys(_KEYS)
+    arrays = dict.fromkeys(_KEYS)
     for name in set(_KEYS) & names:
         with archive.open(f"{name}.npy") as member:
-            found[name] = np.asarray(npy.read_array(member, allow_pickle=False), _KEYS[name])
-    found["num_images"] = int(np.sum(found["num_images"] or 0))
-    return Statistics(*found.values())
+            arrays[name] = np.asarray(npy.read_array(member, allow_pickle=False), _KEYS[name])
+    arrays["num_images"] = int(np.sum(arrays["num_images"] or 0))
+    return Statistics(*arrays.values())

@@ -118,11 +118,11 @@ class SampleScores:
 def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
     """Raise BadInput unless a reference has as many features as samples have."""
     real = reference.statistics
-    found_spatial = spatial if real.mean_spatial is None else real.mean_spatial.size
-    for key, found, wanted in (("mu", real.mean.size, pooled), ("mu_s", found_spatial, spatial)):
-        if found != wanted:
-            maker = f", as of {_NETWORKS[found]}" if found in _NETWORKS else ""
+    width_spatial = spatial if real.mean_spatial is None else real.mean_spatial.size
+    for key, width, wanted in (("mu", real.mean.size, pooled), ("mu_s", width_spatial, spatial)):
+        if width != wanted:
+            maker = f", as of {_NETWORKS[width]}" if width in _NETWORKS else ""
             raise BadInput(
-                f"eval.references: {reference.path}: {key} has {found} features{maker}; must have "
+                f"eval.references: {reference.path}: {key} has {width} features{maker}; must have "
                 f"{wanted} like the samples: use statistics of the same network and layer"
             )

@@ -155,7 +155,7 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
             f"{autoencoder.network.factor}; must be divisible by that: try "
             f"{max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
         )
-    about = {
+    identity = {
         "name": name,
         "sha256": autoencoder.sha256,
         "scaling_factor": autoencoder.scaling_factor,
@@ -163,7 +163,7 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     settings = common | {
         "mirrors": True,
         "latent_shape": _latent_shape(autoencoder, size),
-        "autoencoder": about,
+        "autoencoder": identity,
     }
     folder = epath.Path(config.data.path).expanduser()
     claim(folder, settings, key="data.path")

@@ -43,9 +43,9 @@ def cells(config: ConfigDict) -> list[Cell]:
         for omega, interval in itertools.product(section.omegas, section.intervals)
     ]
     base = SamplePlan(seed=section.seed, batch_size=section.batch_size)
-    every = itertools.product(section.checkpoints or (NEWEST,), emas, section.steps, guidances)
-    found = (
+    combined = itertools.product(section.checkpoints or (NEWEST,), emas, section.steps, guidances)
+    every = (
         Cell(checkpoint, ema, base.replace(steps=steps, guidance=guidance))
-        for checkpoint, ema, steps, guidance in every
+        for checkpoint, ema, steps, guidance in combined
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(every))
