@@ -1,1 +1,26 @@
 """Published weights: fetched, and read into the parameters of our networks."""
+
+import contextlib
+from collections.abc import Iterator
+
+from etils import epath
+
+from mf_jax.errors import BadInput
+
+
+@contextlib.contextmanager
+def reading(path: epath.PathLike, what: str) -> Iterator[None]:
+    """Turn all that the body raises into a BadInput that names the file.
+
+    Args:
+      what: the file should be, for the error.
+    """
+    try:
+        yield
+    except BadInput as problem:
+        raise BadInput(f"{path}: {problem}") from problem
+    except Exception as error:  # its type depends on where a reader stumbles over the damage
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise BadInput(
+            f"{path}: cannot be read as {what} ({reason}); check the file, or fetch it again"
+        ) from error

@@ -8,7 +8,6 @@ MeanFlow keeps several averages: there `ema_params` holds one tree for each. A `
 Source: the recorded checkpoints of the published implementations (tests/reference).
 """
 
-import contextlib
 import functools
 import json
 import re
@@ -25,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mf_jax.errors import BadInput, check_known, list_problems
+from mf_jax.published import reading
 from mf_jax.published.names import (
     KINDS,
     as_ours,
-    knows,
     our_name,
     published_name,
     to_published,
@@ -54,10 +53,8 @@ def load_published(
 ) -> PyTree[Float[np.ndarray, "..."]]:
     """Return a published checkpoint (`read_published`) as a network's tree (`fit_published`)."""
     flat = read_published(path, kind, section=section)
-    try:
+    with reading(path, f"parameters of {kind}"):
         return fit_published(kind, flat, like)
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from problem
 
 
 def describe_published(
@@ -102,12 +99,13 @@ def read_published(
         raise BadInput(
             f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_FILES)}"
         )
-    choose = functools.partial(_choose, path, section, only)
-    read = _read_folder if path.is_dir() else _FILES[path.suffix][0]
-    flat = _whole(read, _newest(path) if path.is_dir() else path, choose)
-    if not only:
-        _check_kind(path, flat, kind)
-    return {name: _as_float32(path, name, array) for name, array in sorted(flat.items())}
+    choose = functools.partial(_choose, section, only)
+    with reading(path, "a published checkpoint"):
+        read = _read_folder if path.is_dir() else _FILES[path.suffix][0]
+        flat = read(path, choose)
+        if not only:
+            _check_kind(flat, kind)
+        return {name: _as_float32(name, array) for name, array in sorted(flat.items())}
 
 
 def fit_published(
@@ -125,23 +123,21 @@ def fit_published(
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
     fitting, unknown, misshapen = {}, [], []
     for published, stored in flat.items():
-        try:
-            name, layout = our_name(kind, published)
-        except BadInput:
-            unknown.append(published)
-            continue
+        name, _ = our_name(kind, published) or ("", "")
         if one_head and name.startswith(_SECOND_HEAD):
             continue
         if name not in wanted:
-            unknown.append(f"{published} ({name})")
+            unknown.append(f"{published} ({name})" if name else published)
             continue
-        fitting[name] = stored
-        with contextlib.suppress(BadInput):  # axes that do not fit the layout: a wrong shape too
-            fitting[name] = as_ours(published, stored, layout)
+        fitting[name] = as_ours(stored)
         if fitting[name].shape != wanted[name].shape:
             shapes = f"is {list(stored.shape)}, must become {list(wanted[name].shape)}"
             misshapen.append(f"{published} ({name}) {shapes}")
-    missing = [_both_names(kind, name) for name in wanted if name not in fitting]
+    missing = [
+        f"{(published_name(kind, name) or ['nothing published'])[0]} ({name})"
+        for name in wanted
+        if name not in fitting
+    ]
     names = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
     if problems := list_problems(names):
         raise BadInput(
@@ -176,26 +172,8 @@ def _newest(folder: epath.Path) -> epath.Path:
         return folder
     numbers = [re.fullmatch(r"checkpoint_(\d+)", child.name) for child in folder.iterdir()]
     if not any(numbers):
-        raise BadInput(
-            f"{folder}: must be a folder checkpoint_N of a published training script, or hold one"
-        )
+        raise BadInput("must be a folder checkpoint_N of a published training script, or hold one")
     return folder / max((match for match in numbers if match), key=lambda match: int(match[1]))[0]
-
-
-def _whole(
-    read: Callable[[epath.Path, _Choose], Arrays], path: epath.Path, choose: _Choose
-) -> Arrays:
-    """Read a file or a folder; whatever a reader raises about a damaged one becomes `BadInput`."""
-    try:
-        return read(path, choose)
-    except (BadInput, MemoryError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(
-            f"{path}: cannot be read as a published checkpoint ({reason}); check the file, or fetch"
-            " it again"
-        ) from error
 
 
 def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
@@ -204,6 +182,7 @@ def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
     Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks
     about damaged files.
     """
+    folder = _newest(folder)
     metadata = json.loads((folder / "_METADATA").read_text())
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
@@ -249,50 +228,36 @@ _FILES = {
 }
 
 
-def _choose(
-    path: epath.Path, section: str, only: Collection[str], names: Collection[str]
-) -> dict[str, str]:
+def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Return {name without section and net/: stored name} of a section's parameters."""
     sections = sorted({name.split("/")[0] for name in names} & set(_SECTIONS))
     start = f"{section}/" if sections else ""
     chosen = {name.removeprefix(start): name for name in names if name.startswith(start)}
     if not chosen:
-        there = ", ".join(sections) or "no parameters at all"
-        raise BadInput(f"{path}: holds no {section}, but {there}")
+        raise BadInput(f"holds no {section}, but {', '.join(sections) or 'no parameters at all'}")
     inner = f"/{_NETWORK}"
     averages = sorted({short.split(inner)[0] for short in chosen if inner in short})
     if len(averages) > 1:
         choices = ", ".join(f"{section}/{average}" for average in averages)
-        raise BadInput(f"{path}: section={section!r}: must be one of its averages: {choices}")
+        raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
     prefix = averages[0] + inner if averages else _NETWORK
     chosen = {short.removeprefix(prefix): name for short, name in chosen.items()}
     return {short: name for short, name in chosen.items() if not only or short in only}
 
 
-def _check_kind(path: epath.Path, names: Collection[str], kind: str) -> None:
+def _check_kind(names: Collection[str], kind: str) -> None:
     """Raise BadInput if all names are of another kind, or none is of this."""
-    known = {other: [knows(other, name) for name in names] for other in KINDS}
+    known = {other: [our_name(other, name) is not None for name in names] for other in KINDS}
     fitting = [other for other in KINDS if all(known[other])]
     if fitting and kind not in fitting:
-        raise BadInput(f"{path}: kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
+        raise BadInput(f"kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
     if not any(known[kind]):
-        raise BadInput(
-            f"{path}: kind={kind!r}: none of its parameters has a published name of any kind"
-        )
+        raise BadInput(f"kind={kind!r}: none of its parameters has a published name of any kind")
 
 
-def _as_float32(
-    path: epath.Path, name: str, array: Shaped[np.ndarray, "..."]
-) -> Float[np.ndarray, "..."]:
+def _as_float32(name: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     if array.dtype == np.dtype("V2"):  # how .npz files keep bfloat16
         array = array.view(bfloat16)
     if array.dtype not in (np.float32, np.float16, bfloat16):
-        raise BadInput(f"{path}: {name} is {array.dtype}; must be float32, bfloat16 or float16")
+        raise BadInput(f"{name} is {array.dtype}; must be float32, bfloat16 or float16")
     return array.astype(np.float32, copy=False)
-
-
-def _both_names(kind: str, ours: str) -> str:
-    try:
-        return f"{published_name(kind, ours)[0]} ({ours})"
-    except BadInput:
-        return f"{ours} (which no published {kind} network has)"

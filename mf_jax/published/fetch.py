@@ -1,7 +1,7 @@
-"""Published weight files: where they lie, that they are whole, and --mode=weights to fetch them.
+"""Find published weight files, check that they are whole, and fetch them by --mode=weights.
 
-A config names published networks ("sd-vae-ft-mse"). Their files lie in one folder, `weights_dir`
-or the environment variable MF_WEIGHTS. Nothing but --mode=weights ever opens a connection.
+A config names published networks, such as "sd-vae-ft-mse". Their files lie in `weights_dir` or
+$MF_WEIGHTS. Nothing but --mode=weights ever opens a connection.
 """
 
 import os
@@ -79,7 +79,7 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
     place = folder or epath.Path("DIR")
     problems = [] if folder else [f"no folder is named to hold {name_or_path}; {_NAME_A_FOLDER}"]
     for file in files:
-        if problem := _wrong_size(file, place):
+        if problem := _problem(file, place / file.path, whole=False):
             problems.append(f"{problem}; {_where_to_get(file, place)}")
     if problems:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
@@ -103,9 +103,7 @@ def verify(name_or_path: str, sha256: str) -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Fetch the published files that a config names into `config.weights_dir`.
-
-    All files are tried. One error then has a line for each that could not be had or is wrong.
+    """Try to fetch all published files that a config names; one error has a line for each failure.
 
     Args:
       workdir: not used; the files belong to no run.
@@ -152,24 +150,22 @@ def _where_to_get(file: PublishedFile, folder: epath.Path) -> str:
     return f"fetch {file.address} ({content}) and put it at {folder / file.path}"
 
 
-def _wrong_size(file: PublishedFile, folder: epath.Path) -> str:
-    """Return what is wrong with a file as far as its size tells, or nothing."""
-    path = folder / file.path
+def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
+    """Return what is wrong with a file by its size or, with `whole`, its content; or nothing."""
     if not path.exists():
         return f"{path} is not there"
-    length = path.stat().length
-    right = length == file.num_bytes
-    return "" if right else f"{path} has {length} bytes, so it is another file or cut off"
+    if (length := path.stat().length) != file.num_bytes:
+        return f"{path} has {length} bytes, so it is another file or cut off"
+    if whole and (digest := sha256_of(path)) != file.sha256:
+        return f"{path} has SHA-256 {digest} instead of {file.sha256}"
+    return ""
 
 
 def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     """Make sure that a file is there; return what was done, and leave a wrong file as it is."""
     path = folder / file.path
     if path.exists():
-        problem = _wrong_size(file, folder)
-        if not problem and (digest := sha256_of(path)) != file.sha256:
-            problem = f"{path} has SHA-256 {digest} instead of {file.sha256}"
-        if problem:
+        if problem := _problem(file, path, whole=True):
             raise BadInput(
                 f"{problem}; it is left as it is: delete or move it, then run the same command again"
             )

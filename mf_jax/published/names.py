@@ -1,15 +1,13 @@
-"""Parameter names and array shapes of published checkpoints, and how they become ours and back.
+"""Names and shapes of published parameters become ours, and back.
 
 Published trees are flat dictionaries `{"blocks/layers_0/attn/qkv/_flax_linear/kernel": array, ...}`
-of three kinds: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`). They store patch
-embeddings as convolution kernels `[p, p, C, width]`, ours are matrices `[p * p * C, width]`. `pmf`
-stores tables and tokens with a first axis of one.
+of three kinds: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`).
 
 Source: the recorded cases of the published implementations (tests/reference).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +32,20 @@ class _Rule(NamedTuple):
     stored: str = "same"
 
 
+def _embedding(published: str, ours: str) -> list[_Rule]:
+    return [
+        _Rule(f"{published}/mlp/layers_{i}/_flax_linear/", f"{ours}/{layer}/")
+        for i, layer in ((0, "hidden"), (2, "out"))
+    ]
+
+
 _DIT = (
     _Rule("x_embedder/proj/kernel", "patch_embedding/kernel", "patch"),
     _Rule("x_embedder/proj/bias", "patch_embedding/bias"),
     *(
-        _Rule(
-            f"{letter}_embedder/mlp/layers_{i}/_flax_linear/",
-            f"condition/{letter}_embedding/{layer}/",
-        )
+        rule
         for letter in "thr"
-        for i, layer in ((0, "hidden"), (2, "out"))
+        for rule in _embedding(f"{letter}_embedder", f"condition/{letter}_embedding")
     ),
     _Rule("y_embedder/embedding_table/_flax_embedding/", "condition/label_embedding/"),
     _Rule("blocks/layers_{i}/adaLN_modulation/layers_1/_flax_linear/", "block_{i}/modulation/"),
@@ -79,30 +81,19 @@ _SCALARS = {  # published embedding and tokens, ours
 
 def _in_context(tokens: str) -> tuple[_Rule, ...]:
     """Return what `imf` and `pmf` share; they store the learned tokens differently."""
-    blocks = {
-        "shared_blocks_{i}": "block_{i}",
-        "u_heads_{i}": "u_head/block_{i}",
-        "v_heads_{i}": "v_head/block_{i}",
-    }
-    return (
-        *(
-            _Rule(f"{published}/{theirs}", f"{ours}/{name}")
-            for published, ours in blocks.items()
-            for theirs, name in _GATED_BLOCK.items()
-        ),
-        *(_Rule(f"{which}_final_layer/norm/kernel", f"{which}_head/norm/scale") for which in "uv"),
-        *(
-            _Rule(f"{which}_final_layer/linear/_flax_linear/", f"{which}_head/final/")
-            for which in "uv"
-        ),
-        *(
-            _Rule(f"{embedder}/mlp/layers_{i}/_flax_linear/", f"{ours}/embedding/{layer}/")
-            for (embedder, _), ours in _SCALARS.items()
-            for i, layer in ((0, "hidden"), (2, "out"))
-        ),
-        *(_Rule(published, f"{ours}/tokens", tokens) for (_, published), ours in _SCALARS.items()),
-        _Rule("class_tokens", "class_tokens/tokens", tokens),
-    )
+    blocks = {"shared_blocks": "", "u_heads": "u_head/", "v_heads": "v_head/"}
+    rules = [
+        _Rule(f"{published}_{{i}}/{theirs}", f"{ours}block_{{i}}/{name}")
+        for published, ours in blocks.items()
+        for theirs, name in _GATED_BLOCK.items()
+    ]
+    for head in "uv":
+        rules.append(_Rule(f"{head}_final_layer/norm/kernel", f"{head}_head/norm/scale"))
+        rules.append(_Rule(f"{head}_final_layer/linear/_flax_linear/", f"{head}_head/final/"))
+    for (embedder, learned), ours in _SCALARS.items():
+        rules.append(_Rule(learned, f"{ours}/tokens", tokens))
+        rules += _embedding(embedder, f"{ours}/embedding")
+    return (*rules, _Rule("class_tokens", "class_tokens/tokens", tokens))
 
 
 _RULES = {
@@ -129,68 +120,41 @@ _RULES = {
 KINDS = tuple(_RULES)
 
 
-def our_name(kind: str, published: str) -> tuple[str, str]:
-    """Return our name of a published parameter, and how the published array is stored (`_Rule`).
+def our_name(kind: str, published: str) -> tuple[str, str] | None:
+    """Return our name of a published parameter, and how it is stored (`_Rule`), if it has one.
 
     For example `blocks/layers_0/attn/qkv/_flax_linear/kernel` is `block_0/attention/qkv/kernel`.
     """
+    return _renamed(kind, published, "published", "ours")
+
+
+def published_name(kind: str, ours: str) -> tuple[str, str] | None:
+    """Undo `our_name`."""
+    return _renamed(kind, ours, "ours", "published")
+
+
+def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] | None:
+    """Return a name after the rule that is for it, from one field of `_Rule` to another."""
     check_known("kind", kind, KINDS)
     for rule in _RULES[kind]:
-        if name := _rename(published, rule.published, rule.ours):
-            return name, rule.stored
-    raise BadInput(
-        f"parameter {published!r}: not a name of a published {kind} checkpoint; check the kind"
-    )
+        before, after = getattr(rule, source), getattr(rule, target)
+        pattern = re.escape(before).replace(re.escape("{i}"), r"(?P<i>\d+)")
+        leaf = r"(?P<leaf>kernel|bias|embedding)" if before.endswith("/") else "(?P<leaf>)"
+        if match := re.fullmatch(pattern + leaf, name):
+            return after.format(**match.groupdict()) + match["leaf"], rule.stored
+    return None
 
 
-def knows(kind: str, published: str) -> bool:
-    """Return whether a published checkpoint of a kind has a parameter of this name."""
-    return any(_rename(published, rule.published, rule.ours) for rule in _RULES[kind])
-
-
-def published_name(kind: str, ours: str) -> tuple[str, str]:
-    """Return the published name of one of our parameters, and how the array is stored there."""
-    check_known("kind", kind, KINDS)
-    for rule in _RULES[kind]:
-        if name := _rename(ours, rule.ours, rule.published):
-            return name, rule.stored
-    raise BadInput(
-        f"parameter {ours!r}: a published {kind} checkpoint has no such parameter; check the kind"
-    )
-
-
-def _rename(name: str, source: str, target: str) -> str | None:
-    """Return a name after a rule, or None where the rule is for another name."""
-    pattern = re.escape(source).replace(re.escape("{i}"), r"(?P<i>\d+)")
-    leaf = r"(?P<leaf>kernel|bias|embedding)" if source.endswith("/") else "(?P<leaf>)"
-    match = re.fullmatch(pattern + leaf, name)
-    return match and target.format(**match.groupdict()) + match["leaf"]
+def as_ours(array: Leaf) -> Leaf:
+    """Return a published array as a matrix or a vector."""
+    return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
 
 
 def from_published(kind: str, flat: Mapping[str, Leaf]) -> PyTree:
     """Return published parameters as the tree of `models.DiT` or `models.InContextDiT`."""
-    renamed = {}
-    for published, array in flat.items():
-        name, stored = our_name(kind, published)
-        renamed[name] = as_ours(published, np.asarray(array), stored)
-    return unflatten_dict(renamed, sep="/")
-
-
-def as_ours(published: str, array: Leaf, stored: str) -> Leaf:
-    """Return a published array in our layout."""
-    if stored in ("patch", "pixel"):
-        if array.ndim != 4:
-            raise BadInput(
-                f"parameter {published!r} of shape {array.shape}: must be [p, p, C, width]"
-            )
-        return array.reshape(-1, array.shape[-1])
-    if stored == "row":
-        if array.ndim < 2 or array.shape[0] != 1:
-            raise BadInput(
-                f"parameter {published!r} of shape {array.shape}: must have a first axis of one"
-            )
-        return array[0]
-    return array
+    return unflatten_dict(
+        {_known(kind, name, our_name)[0]: as_ours(np.asarray(flat[name])) for name in flat}, sep="/"
+    )
 
 
 def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]:
@@ -201,17 +165,22 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
     """
     flat = {}
     for ours, leaf in flatten_dict(tree, sep="/").items():
-        name, stored = published_name(kind, ours)
-        flat[name] = _as_published(ours, np.asarray(leaf), stored, patch_size)
+        name, stored = _known(kind, ours, published_name)
+        array = np.asarray(leaf)
+        if stored == "patch" and (patch_size <= 0 or array.shape[0] % patch_size**2):
+            raise BadInput(
+                f"patch_size={patch_size}: {ours} of shape {array.shape} is of another patch size"
+            )
+        before = {
+            "patch": (patch_size, patch_size, -1),
+            "pixel": (1, 1, -1),
+            "row": (1, len(array)),
+        }
+        flat[name] = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
     return dict(sorted(flat.items()))
 
 
-def _as_published(ours: str, array: Leaf, stored: str, patch_size: int) -> Leaf:
-    if stored in ("patch", "pixel"):
-        p = patch_size if stored == "patch" else 1
-        if p <= 0 or array.shape[0] % p**2:
-            raise BadInput(
-                f"patch_size={p}: {ours} of shape {array.shape} is of another patch size"
-            )
-        return array.reshape(p, p, -1, array.shape[-1])
-    return array[None] if stored == "row" else array
+def _known(kind: str, name: str, rename: Callable) -> tuple[str, str]:
+    if found := rename(kind, name):
+        return found
+    raise BadInput(f"parameter {name!r}: unknown to published {kind} checkpoints; check the kind")

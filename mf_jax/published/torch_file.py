@@ -1,29 +1,29 @@
 """Read published PyTorch parameters without PyTorch, and without running what a file asks for.
 
 `torch.save` writes a pickle, a list of functions to call. Here it may name an ordered dictionary, a
-tensor and the types of numbers. Anything else is refused before it is looked up. The pickle lies in
-a zip archive or, before PyTorch 1.6, in front of the numbers themselves. A `.safetensors` file of
-the same names is read too.
+tensor and types of numbers; anything else is refused before it is looked up. The pickle lies in a
+zip archive or, before PyTorch 1.6, in front of the numbers.
 
 Source: the format of `torch.save`, PyTorch documentation, "Serialization semantics".
 """
 
 import collections
+import functools
 import hashlib
 import io
 import pickle
 import zipfile
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
-from numpy.lib.stride_tricks import as_strided
 from safetensors import safe_open
 
 from mf_jax.errors import BadInput, list_problems, listed
+from mf_jax.published import reading
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """Is in the first pickle of a file without an archive."""
@@ -35,6 +35,7 @@ _DTYPES = {
     "LongStorage": np.dtype("<i8"),
     "IntStorage": np.dtype("<i4"),
 }
+_Row = Shaped[np.ndarray, "n"]
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
@@ -46,23 +47,6 @@ class StateDict(NamedTuple):
     arrays: Arrays
 
 
-class _Storage(NamedTuple):
-    """Numbers in a row, which several tensors may share; `size` of them."""
-
-    key: str
-    dtype: np.dtype
-    size: int
-
-
-class _Tensor(NamedTuple):
-    """The numbers of a storage that make a tensor; offset and strides count numbers, not bytes."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 def read_state_dict(path: epath.PathLike) -> StateDict:
     """Return the parameters in a `.pth` or `.safetensors` file, told apart by their content."""
     path = epath.Path(path).expanduser().absolute()
@@ -71,16 +55,8 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
             f"{path}: no such file; must be a .pth or .safetensors file of published weights"
         )
     content = path.read_bytes()
-    try:
+    with reading(path, ".pth or .safetensors"):
         arrays = _read(path, content)
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from problem
-    except Exception as error:  # its type depends on where a reader stumbles over the damage
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(
-            f"{path}: cannot be read as .pth or .safetensors ({reason}); check the file, or fetch it"
-            " again"
-        ) from error
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
 
 
@@ -117,11 +93,18 @@ def fit_state_dict(
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds ordered dictionaries of tensors and plain values, and calls nothing else.
+    """Build ordered dictionaries of arrays and plain values, and call nothing else.
 
     The pickle cannot alter anything that it is handed: a type of numbers is its name, and what
     rebuilds a tensor is a bound method.
+
+    Args:
+      storage: from the key of a storage, its type and its length to its numbers in a row.
     """
+
+    def __init__(self, content: BinaryIO, storage: Callable[[str, np.dtype, int], _Row]):
+        super().__init__(content)
+        self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -135,16 +118,18 @@ class _Unpickler(pickle.Unpickler):
             " state_dict(), or convert the file to .safetensors"
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Row:
         match pid:
-            case ("storage", str(kind), str(key), str(), int(size), *view) if (
-                view in ([], [None]) and size >= 0
-            ):
-                return _Storage(key, _DTYPES[kind], size)
+            case ("storage", str(kind), str(key), str(), int(size), *view) if view in ([], [None]):
+                return self._storage(key, _DTYPES[kind], size)
         raise BadInput(f"refers to {str(pid)[:80]}, which is refused; must be numbers of a tensor")
 
-    def _tensor(self, storage, offset, shape, strides, *_) -> _Tensor:
-        return _Tensor(storage, offset, shape, strides)  # the rest is about gradients
+    def _tensor(self, row, offset, shape, strides, *_) -> Shaped[np.ndarray, "..."]:
+        # Numpy refuses what would lie outside the row. The other arguments are about gradients.
+        size = row.itemsize
+        return np.ndarray(
+            shape, row.dtype, row, offset * size, [stride * size for stride in strides]
+        )
 
 
 def _read(path: epath.Path, content: bytes) -> Arrays:
@@ -162,25 +147,29 @@ def _read_archive(content: bytes) -> Arrays:
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist():
             _check_byte_order(archive.read(f"{folder}byteorder") == b"little")
-        tensors = _tensors(_Unpickler(io.BytesIO(archive.read(pickled))).load())
-        rows = {
-            storage: np.frombuffer(archive.read(f"{folder}data/{storage.key}"), storage.dtype)
-            for storage in {tensor.storage for tensor in tensors.values()}
-        }
-        return _arrays(tensors, rows)
+
+        @functools.cache
+        def storage(key: str, dtype: np.dtype, size: int) -> _Row:
+            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, size)
+
+        return _arrays(_Unpickler(io.BytesIO(archive.read(pickled)), storage).load())
 
 
 def _read_pickles(content: bytes) -> Arrays:
-    file = io.BytesIO(content)
-    _, _, system = (_Unpickler(file).load() for _ in range(3))
+    """Read a file whose numbers come after the pickle, which only says how many there will be."""
+    file, rows = io.BytesIO(content), {}
+
+    def storage(key: str, dtype: np.dtype, size: int) -> _Row:
+        return rows.setdefault(key, np.empty(size, dtype))
+
+    _, _, system, saved, keys = (_Unpickler(file, storage).load() for _ in range(5))
     _check_byte_order(system["little_endian"])
-    tensors = _tensors(_Unpickler(file).load())
-    stored = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    rows = {}
-    for key in _Unpickler(file).load():
-        size, storage = int.from_bytes(file.read(8), "little"), stored[key]
-        rows[storage] = np.frombuffer(file.read(size * storage.dtype.itemsize), storage.dtype)
-    return _arrays(tensors, rows)
+    for key in keys:
+        row = rows[key]
+        size = int.from_bytes(file.read(8), "little")
+        if size != row.size or file.readinto(row.view(np.uint8)) < row.nbytes:
+            raise BadInput(f"does not have the {row.size} numbers of storage {key}; fetch it again")
+    return _arrays(saved)
 
 
 def _check_byte_order(little: bool) -> None:
@@ -190,36 +179,15 @@ def _check_byte_order(little: bool) -> None:
         )
 
 
-def _tensors(saved: Any) -> dict[str, _Tensor]:
+def _arrays(saved: Any) -> Arrays:
     """Return the content of a pickle, if that is names and tensors."""
     if not isinstance(saved, dict) or not saved:
         raise BadInput(
             f"holds a {type(saved).__name__}; must be names and tensors: save a state_dict()"
         )
-    others = [str(name) for name, value in saved.items() if not isinstance(value, _Tensor)]
+    others = [str(name) for name, value in saved.items() if not isinstance(value, np.ndarray)]
     if others:
         raise BadInput(
             f"holds more than names and tensors ({listed(others)}); save a state_dict() alone"
         )
     return saved
-
-
-def _arrays(
-    tensors: Mapping[str, _Tensor], rows: Mapping[_Storage, Shaped[np.ndarray, "n"]]
-) -> Arrays:
-    for storage, row in rows.items():
-        if row.size != storage.size:
-            raise BadInput(
-                f"has {row.size} numbers in storage {storage.key}, must have {storage.size}; fetch"
-                " it again"
-            )
-    return {name: _array(name, tensor, rows[tensor.storage]) for name, tensor in tensors.items()}
-
-
-def _array(name: str, tensor: _Tensor, row: Shaped[np.ndarray, "n"]) -> Shaped[np.ndarray, "..."]:
-    """Return a copy of a tensor's numbers; beside the storage lies other memory."""
-    _, offset, shape, strides = tensor
-    end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
-    if min([offset, *shape, *strides]) < 0 or (0 not in shape and end > row.size):
-        raise BadInput(f"says that {name} lies outside its storage; fetch it again")
-    return as_strided(row[offset:], shape, [stride * row.itemsize for stride in strides]).copy()
