@@ -30,6 +30,7 @@ _DEFAULTS = {
     "scaling_factor": 0.18215,
 }
 """The values of keys that a config.json leaves out."""
+_SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """Keys that a config.json must not set: latents would then be scaled by more than a factor."""
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -80,13 +81,19 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
     state = _with_new_names(read_state_dict(path))
     network, scaling_factor = _network(path, state)
     shapes = flatten_dict(network.parameter_shapes())
-    wanted = {_published(keys): _published_shape(leaf.shape) for keys, leaf in shapes.items()}
-    arrays = fit_state_dict(state, wanted)
+    stored = {keys: _stored(keys, leaf.shape) for keys, leaf in shapes.items()}
+    arrays = fit_state_dict(state, dict(stored.values()))
     params = {}
-    for keys in shapes:
-        array = arrays[_published(keys)]
-        params[keys] = jnp.asarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
+    for keys, (name, shape) in stored.items():
+        array = arrays[name]
+        params[keys] = jnp.asarray(array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T)
     return Autoencoder(unflatten_dict(params), network, scaling_factor, state.sha256)
+
+
+def _stored(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Return the published name and shape of a parameter: output and input axes come first."""
+    name = ".".join([*keys[:-1], "bias" if keys[-1] == "bias" else "weight"])
+    return name, (*shape[:-3:-1], *shape[:-2])
 
 
 class AutoencoderKL(nn.Module):
@@ -213,15 +220,6 @@ def _check_batch(name: str, x: Array, *, channels: int, factor: int) -> None:
         )
 
 
-def _published(keys: tuple[str, ...]) -> str:
-    *layer, leaf = keys
-    return ".".join([*layer, "bias" if leaf == "bias" else "weight"])
-
-
-def _published_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
-
-
 def _with_new_names(state: StateDict) -> StateDict:
     """Return the parameters with attention as newer files name and shape it."""
     arrays = {}
@@ -239,18 +237,17 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
     """Return the network and the scaling factor of the config beside the weights, or of these."""
     beside = path.parent / "config.json"
     config = _DEFAULTS | (_read_config(beside) if beside.exists() else _sizes(state))
-    scaling_factor = float(config["scaling_factor"])
-    sizes = {key: config.get(key) for key in ("block_out_channels", *_DEFAULTS)}
-    del sizes["scaling_factor"]
-    channels, *others = sizes.values()
-    counts = [*channels, *others] if channels and isinstance(channels, list) else []
-    fits = counts and all(isinstance(n, int) and n > 0 for n in counts)
+    sizes = {key: config.get(key) for key in _SIZES}
+    channels = sizes["block_out_channels"]
+    counts = [*channels, *list(sizes.values())[1:]] if isinstance(channels, list) else []
+    fits = channels and all(isinstance(n, int) and n > 0 for n in counts)
     if not fits or any(n % sizes["norm_num_groups"] for n in channels):
         raise BadInput(
             f"{path}: its sizes are {sizes}; must be above 0, and block_out_channels divisible by"
             " norm_num_groups: put the config.json that belongs to the weights beside them"
         )
-    return AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)}), scaling_factor
+    network = AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)})
+    return network, float(config["scaling_factor"])
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
