@@ -1,10 +1,10 @@
 """Baselines that are affine in z: a network's gain over them is due to its nonlinearity.
 
-For Gaussian data the average velocity is affine in z. The baselines are then exact, up to how well
-they follow the times.
+For Gaussian data the average velocity is affine in z, so they are exact but for the times.
 """
 
 import abc
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mf_jax.models.layers import (
 )
 
 
-class Perceptron(nn.Module):
+class _Perceptron(nn.Module):
     """Return `size` numbers per row that depend on the times and, given classes, on the class."""
 
     size: int
@@ -33,7 +33,6 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b n"]:
-        """Return the numbers."""
         embed = ConditionEmbedding(
             self.width, self.time_conditioning, self.num_classes, name="condition"
         )
@@ -43,7 +42,7 @@ class Perceptron(nn.Module):
         return dense(self.size, dtype=self.dtype, name="out")(hidden)
 
 
-class _AffineInZ(Network):
+class _AffineInZ(Network, kw_only=True):
     """Predict u = A(r, t) z + b(r, t, class) of vectors or images, z as one vector."""
 
     takes = ("images", "vectors")
@@ -57,43 +56,38 @@ class _AffineInZ(Network):
     def __call__(
         self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
     ) -> Prediction:
-        """Return the average velocity."""
         flat = z.reshape(len(z), -1).astype(self.dtype)
-        row = {"r": r, "t": t, "labels": condition.labels}
-        offset = self._perceptron(flat.shape[1], "offset", num_classes=self.num_classes)(**row)
-        u = self._linear(flat, row) + offset
+
+        def numbers(size: int, name: str, num_classes: int = 0, **more: bool) -> Array:
+            fields = size, self.width, num_classes, self.time_conditioning, self.dtype
+            return _Perceptron(*fields, name=name, **more)(r=r, t=t, labels=condition.labels)
+
+        offset = numbers(flat.shape[1], "offset", self.num_classes)
+        u = self._linear(flat, numbers) + offset
         return Prediction(u=at_least_float32(u).reshape(z.shape))
 
     @abc.abstractmethod
-    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
-        """Return A z, given times and labels of each row."""
-
-    def _perceptron(self, size: int, name: str, *, num_classes: int = 0, **more: bool):
-        return Perceptron(
-            size, self.width, num_classes, self.time_conditioning, self.dtype, name=name, **more
-        )
+    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
+        """Return A z, given a function that makes numbers of the times."""
 
 
-class Affine(_AffineInZ):
+class Affine(_AffineInZ, kw_only=True):
     """Predict with any A, as many numbers as z has, squared: for small images only."""
 
-    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
+    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
         size = z.shape[1]
-        matrix = self._perceptron(size**2, "matrix")(**row).reshape(-1, size, size)
-        return jnp.einsum("bij,bj->bi", matrix, z)
+        return jnp.einsum("bij,bj->bi", numbers(size**2, "matrix").reshape(-1, size, size), z)
 
 
-class LowRank(_AffineInZ):
+class LowRank(_AffineInZ, kw_only=True):
     """Predict with A = U(r, t) V(r, t)^T, U and V of `rank` columns."""
 
     rank: int = 8
 
-    def _linear(self, z: Float[Array, "b n"], row: dict[str, Array]) -> Float[Array, "b n"]:
-        size = z.shape[1]
+    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
+        shape = -1, z.shape[1], self.rank
+        count = z.shape[1] * self.rank
         # One factor starts at zero so that u does. Were both zero, neither would get a gradient.
-        left, right = (
-            self._perceptron(size * self.rank, name, starts_at_zero=name == "left")(**row)
-            for name in ("left", "right")
-        )
-        left, right = (factor.reshape(-1, size, self.rank) for factor in (left, right))
+        left = numbers(count, "left").reshape(shape)
+        right = numbers(count, "right", starts_at_zero=False).reshape(shape)
         return jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, z))

@@ -1,12 +1,12 @@
-"""How a network runs its blocks: one after another or as one loop, and what it keeps for gradients.
+"""Transformers run blocks one after another or as one loop, and keep more or less for gradients.
 
 Neither changes the numbers. Blocks one after another are named `block_0`, `block_1`, ... As a loop
-they are `blocks`, whose parameters have an axis over the blocks in front. A loop is compiled once,
-not once for each block.
+they are `blocks`, whose parameters have an axis over the blocks in front, and are compiled once.
 
 Source: rematerialisation, arXiv 1604.06174.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from mf_jax.errors import check_known
-from mf_jax.models.layers import Tokens
+from mf_jax.flow.records import Condition
+from mf_jax.models.attention import attend
+from mf_jax.models.layers import Network, Tokens
 
 REMATS = {
     "none": None,
@@ -91,6 +93,43 @@ def run_blocks(
     )
     together = conditions[0] if alike else jax.tree.map(lambda *each: jnp.stack(each), *conditions)
     return loop(named(_LOOP), x, together)[0]
+
+
+class Transformer(Network, kw_only=True):
+    """A network whose blocks see the patches of images or latents.
+
+    Fields that transformers have:
+      patch_size: side of a patch, divides the height and width of z.
+      depth: number of blocks between z and u.
+      width: of a token, divisible by num_heads.
+      attention: one of `attention.ATTENTIONS`.
+      remat, scan, gather: see `run_blocks`.
+    """
+
+    patch_size: int
+    depth: int
+    width: int
+    num_heads: int
+    num_classes: int
+    dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    scan: bool = False
+    gather: Gather | None = None
+
+    def runner(self, condition: Condition) -> Callable[..., Tokens]:
+        """Return `run_blocks` with the arguments that all blocks of this network share."""
+        return functools.partial(
+            run_blocks,
+            remat=self.remat,
+            scan=self.scan,
+            gather=self.gather,
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            attend=functools.partial(
+                attend, kind=self.attention, forward_mode=condition.forward_mode
+            ),
+        )
 
 
 def stack_blocks(params: PyTree) -> PyTree:

@@ -29,7 +29,6 @@ class DataPrediction(nn.Module):
     def __call__(
         self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
     ) -> Prediction:
-        """Return the velocities."""
         clipped = jnp.maximum(t, self.t_clip).reshape(-1, *[1] * (z.ndim - 1))
         x, x_second = self.network(z, r=r, t=t, condition=condition)
         v = None if x_second is None else (z - x_second) / clipped

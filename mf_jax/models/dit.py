@@ -14,14 +14,12 @@ from jaxtyping import Array, Float
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.attention import attend
-from mf_jax.models.blocks import Gather, run_blocks
+from mf_jax.models.blocks import Transformer
 from mf_jax.models.layers import (
     TIME_CONDITIONINGS,
     Attention,
     ConditionEmbedding,
     Image,
-    Network,
     Time,
     Tokens,
     at_least_float32,
@@ -79,7 +77,6 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, c: Float[Array, "b d"]) -> Tokens:
-        """Return x after the block, given the condition c."""
         width, dtype = x.shape[-1], self.dtype
         modulation = zero_dense(6 * width, dtype=dtype, name="modulation")(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
@@ -90,33 +87,19 @@ class Block(nn.Module):
         return x + gate2[:, None] * out
 
 
-class DiT(Network):
+class DiT(Transformer, kw_only=True):
     """Predict u(z, r, t) of images or latents.
 
     Args:
-      patch_size: side of a patch, divides the height and width of z.
-      depth: number of blocks.
-      width: of a token, divisible by 4 and by num_heads.
       time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
       r_blocks: see `num_r_blocks`, where time_conditioning is `DECOUPLED`.
     """
 
-    patch_size: int
-    depth: int
-    width: int
-    num_heads: int
-    num_classes: int
     time_conditioning: str = "t,t-r"
     r_blocks: int = 0
-    dtype: str = "float32"
-    attention: str = "xla"
-    remat: str = "none"
-    scan: bool = False
-    gather: Gather | None = None
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        """Return the average velocity."""
         if self.width % 4 or self.width % self.num_heads:
             raise BadInput(
                 f"model.width={self.width}: must be divisible by 4 and by"
@@ -128,20 +111,7 @@ class DiT(Network):
         positions = sine_cosine_positions(z.shape[1] // p, z.shape[2] // p, self.width)
         x = x + jnp.asarray(positions, self.dtype)
         conditions, c = self._conditions(r, t, condition)
-        x = run_blocks(
-            Block,
-            x,
-            conditions,
-            path=self.path,
-            remat=self.remat,
-            scan=self.scan,
-            gather=self.gather,
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            attend=functools.partial(
-                attend, kind=self.attention, forward_mode=condition.forward_mode
-            ),
-        )
+        x = self.runner(condition)(Block, x, conditions, path=self.path)
         modulation = dense(2 * self.width, name="final_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
         out = dense(patches.shape[-1], name="final")(_modulate(x, shift, scale))

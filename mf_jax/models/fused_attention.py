@@ -29,10 +29,9 @@ Heads = Float[Array, "b n heads d"]
 
 
 def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Heads:
-    """Return softmax(q k^T) v of each head.
+    """See `attention.attend`.
 
     Args:
-      q, k, v: see `attention.attend`.
       forward_mode: whether `jax.jvp` can differentiate the result. Gradients then flow through
         values alone. Where there is no jvp they cost one more attention than without.
     """
@@ -49,8 +48,6 @@ def attention_tangent(
       backend: whose kernel, gpu (Triton) or tpu (Mosaic); None for the default backend's, on a
         CPU the TPU's.
       interpret: whether to run the kernel as plain operations; None for on a CPU alone.
-
-    Source: sCM, arXiv 2410.11081.
     """
     here = jax.default_backend()
     run = _on_gpu if (backend or here) == "gpu" else _on_tpu

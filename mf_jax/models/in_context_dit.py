@@ -1,8 +1,7 @@
 """InContextDiT: a transformer that is told class, guidance and time by tokens before the patches.
 
-Against DiT it has no modulation (adaLN): RMSNorm, normalised queries and keys, rotary positions,
-SwiGLU perceptrons and vector gates that start at zero. Its last blocks may exist twice, once for u
-and once for v. Sampling needs u alone.
+In place of modulation (adaLN) it has RMSNorm, normalised queries and keys, rotary positions, SwiGLU
+and vector gates that start at zero. Its last blocks may exist twice, for u and for v.
 
 Source: improved MeanFlow, arXiv 2512.02012, section 4.3; the options for pixels from pixel
 MeanFlow, arXiv 2601.22158.
@@ -14,16 +13,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
-from mf_jax.models.attention import attend
-from mf_jax.models.blocks import Gather, run_blocks
+from mf_jax.models.blocks import Transformer
 from mf_jax.models.layers import (
     LONGEST_PERIOD,
     Image,
-    Network,
     ScalarEmbedding,
     Time,
     Tokens,
@@ -92,7 +89,6 @@ class RotaryAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, turns: Turns) -> Tokens:
-        """Return the attended values."""
         linear = functools.partial(_linear, x.shape[-1], dtype=self.dtype)
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (linear(name=name)(x).reshape(heads) for name in ("query", "key", "value"))
@@ -111,7 +107,6 @@ class GatedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, turns: Turns) -> Tokens:
-        """Return x after the block."""
         width, linear = x.shape[-1], functools.partial(_linear, dtype=self.dtype)
         attention_gate, perceptron_gate = (
             self.param(name, nn.initializers.zeros, (width,)).astype(self.dtype)
@@ -136,51 +131,33 @@ class Head(nn.Module):
     def __call__(
         self, x: Tokens, turns: Turns, *, num_prefix: int
     ) -> Float[Array, "b patches out"]:
-        """Return the prediction of each patch."""
         x = self.run(GatedBlock, x, [turns] * self.depth, path=self.path)
         normal = nn.RMSNorm(name="norm")(x[:, num_prefix:])
         return zero_dense(self.num_out, dtype=self.dtype, name="final")(normal)
 
 
-def _learned_tokens(module: nn.Module, num: int, width: int) -> Float[Array, "n d"]:
-    return module.param("tokens", nn.initializers.normal(width**-0.5), (num, width))
+class PrefixTokens(nn.Module):
+    """Learned tokens, each plus one embedding per row, in float32.
 
-
-class ScalarTokens(nn.Module):
-    """Learned tokens, each plus the embedding of one number per row, in float32."""
+    Args:
+      embed: from a number or a label of each row, and the name of a sub-module, to an embedding.
+    """
 
     num_tokens: int
-    width: int
+    embed: Callable
 
     @nn.compact
-    def __call__(self, value: Float[Array, "b"]) -> Tokens:
-        """Return the tokens."""
-        embed = ScalarEmbedding(self.width, kernel_init=_SCALAR_INIT, name="embedding")
-        return _learned_tokens(self, self.num_tokens, self.width) + embed(value)[:, None]
+    def __call__(self, value: Shaped[Array, "b"]) -> Tokens:
+        embedding = self.embed(value, name="embedding")
+        width = embedding.shape[-1]
+        init = nn.initializers.normal(width**-0.5)
+        return self.param("tokens", init, (self.num_tokens, width)) + embedding[:, None]
 
 
-class ClassTokens(nn.Module):
-    """Learned tokens, each plus the embedding of the class, in float32."""
-
-    num_classes: int
-    width: int
-
-    @nn.compact
-    def __call__(self, labels: Int[Array, "b"]) -> Tokens:
-        """Return the tokens; a negative label selects the null class."""
-        init = nn.initializers.normal(self.width**-0.5)
-        embedding = embed_class(labels, self.num_classes, self.width, init=init, name="embedding")
-        return _learned_tokens(self, _NUM_CLASS_TOKENS, self.width) + embedding[:, None]
-
-
-class InContextDiT(Network):
+class InContextDiT(Transformer, kw_only=True):
     """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents.
 
     Args:
-      patch_size: side of a patch, divides the height and width of z.
-      depth: number of blocks between z and u.
-      width: of a token, divisible by num_heads.
-      num_heads: attention heads; of even width, divisible by 4 for `positions="grid"`.
       head_depth: blocks, the last ones of depth, that belong to one prediction alone.
       second_head: predict v too, by head_depth further blocks; False in sampling.
       bottleneck: width between two layers of the patch embedding; 0 for one layer.
@@ -189,24 +166,13 @@ class InContextDiT(Network):
 
     can_be_told_guidance = True
 
-    patch_size: int
-    depth: int
-    width: int
-    num_heads: int
     head_depth: int
-    num_classes: int
     second_head: bool = True
     bottleneck: int = 0
     positions: str = "sequence"
-    dtype: str = "float32"
-    attention: str = "xla"
-    remat: str = "none"
-    scan: bool = False
-    gather: Gather | None = None
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        """Return the average velocity u and, with a second head, the velocity v."""
         self._check_sizes()
         p, dense = self.patch_size, functools.partial(xavier_dense, dtype=self.dtype)
         patches = x = patches_of(z, p)
@@ -226,7 +192,7 @@ class InContextDiT(Network):
             head_width=self.width // self.num_heads,
         )
         turns = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
-        run = self._run(condition)
+        run = self.runner(condition)
         shared = [turns] * (self.depth - self.head_depth)
         x = run(GatedBlock, x.astype(self.dtype), shared, path=self.path)
 
@@ -236,33 +202,26 @@ class InContextDiT(Network):
 
         return Prediction(u=predict("u_head"), v=predict("v_head") if self.second_head else None)
 
-    def _run(self, condition: Condition) -> Callable:
-        """Return `run_blocks` with what is the same for shared blocks and heads."""
-        attention = functools.partial(
-            attend, kind=self.attention, forward_mode=condition.forward_mode
-        )
-        return functools.partial(
-            run_blocks,
-            remat=self.remat,
-            scan=self.scan,
-            gather=self.gather,
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            attend=attention,
-        )
-
     def _prefix(self, h: Time, condition: Condition) -> Tokens:
         """Return the tokens before the patches: class, guidance scale and interval, time."""
         one = jnp.ones_like(h)
         scale = condition.guidance or GuidanceScale(omega=one, t_min=0 * one, t_max=one)
         values = {"omega": 1 - 1 / scale.omega, "t_min": scale.t_min, "t_max": scale.t_max, "h": h}
+
+        def scalar(value: Time, *, name: str) -> Array:
+            return ScalarEmbedding(self.width, kernel_init=_SCALAR_INIT, name=name)(value)
+
         tokens = [
-            ScalarTokens(num_tokens, self.width, name=f"{name}_tokens")(values[name])
-            for name, num_tokens in _NUM_SCALAR_TOKENS.items()
+            PrefixTokens(num, scalar, name=f"{key}_tokens")(values[key])
+            for key, num in _NUM_SCALAR_TOKENS.items()
         ]
         if self.num_classes:
-            embed = ClassTokens(self.num_classes, self.width, name="class_tokens")
-            tokens = [embed(condition.labels), *tokens]
+            init = nn.initializers.normal(self.width**-0.5)
+            embed = functools.partial(
+                embed_class, num_classes=self.num_classes, width=self.width, init=init
+            )
+            name = "class_tokens"
+            tokens = [PrefixTokens(_NUM_CLASS_TOKENS, embed, name=name)(condition.labels), *tokens]
         return jnp.concatenate(tokens, axis=1)
 
     def _check_sizes(self) -> None:

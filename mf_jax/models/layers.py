@@ -37,8 +37,6 @@ class Network(nn.Module):
       time_conditioning: a key of `TIME_CONDITIONINGS`.
       dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
         normalisation and softmax are float32 in any case.
-      attention: one of `attention.ATTENTIONS`.
-      remat, scan, gather: see `blocks.run_blocks`.
       second_head: whether it predicts v too.
     """
 
@@ -72,7 +70,6 @@ class ScalarEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Time) -> Float[Array, "b d"]:
-        """Return the embedding."""
         features = sinusoidal_features(t, self.num_features)
         hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="hidden")(features)
         return nn.Dense(self.width, kernel_init=self.kernel_init, name="out")(nn.silu(hidden))
@@ -172,7 +169,6 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        """Return the attended values."""
         width = x.shape[-1]
         qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)

@@ -36,7 +36,6 @@ class MLP(Network):
     def __call__(
         self, z: Float[Array, "b d"], *, r: Time, t: Time, condition: Condition
     ) -> Prediction:
-        """Return the average velocity."""
 
         def dense(features: int, name: str) -> nn.Dense:
             return xavier_dense(features, dtype=self.dtype, name=name)

@@ -142,7 +142,6 @@ class UNet(Network):
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        """Return the average velocity."""
         self._check_levels(z.shape)
         embed = ConditionEmbedding(
             4 * self.channels,
