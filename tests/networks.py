@@ -58,16 +58,19 @@ ROWS = {
     "swapped": {},
     "seed": {"seed": 6},
 }
+STEP = 0.01  # of the difference quotient
 ORDER = {name: i for i, name in enumerate(ROWS)}
 
 
 class Answers(NamedTuple):
-    """What the compiled function of a network said: predictions of all rows, and a gradient."""
+    """Predictions of all rows, their derivative along (waves, 0, 1) twice, and a gradient."""
 
     exact: Prediction
     coarse: Prediction
     fresh: Prediction
     turned: Prediction
+    derivative: Prediction
+    quotient: Prediction
     gradient: Any
     fresh_params: Any
 
@@ -106,29 +109,35 @@ def inputs():
 
 @functools.cache
 def answers(name):
-    network, shape = CASES[name]
-    given = (make_z(shape), *inputs())
+    """Return what the network's one compiled function says of `ROWS`."""
+    (network, shape), (r, t, condition) = CASES[name], inputs()
+    z = jnp.asarray(make_z(shape))
+    waves = jnp.cos(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
 
     @jax.jit
     def run(params, z, r, t, condition):
-        def value(network, params):
+        def value(params, z, t, network=network):
             return as_field(network)(params, z, r=r, t=t, condition=condition)
 
         def weighted(params):
-            prediction = value(network, params)
-            waves = jnp.cos(jnp.arange(z.size, dtype=jnp.float32)).reshape(z.shape)
-            heads = [head for head in prediction if head is not None]
-            return sum(jnp.sum(head * waves**k) for k, head in enumerate(heads, 1)), prediction
+            both = jax.jvp(lambda *x: value(params, *x), (z, t), (waves, jnp.ones_like(t)))
+            heads = [head for head in both[0] if head is not None]
+            return sum(jnp.sum(head * waves**k) for k, head in enumerate(heads, 1)), both
 
-        gradient, exact = jax.grad(weighted, has_aux=True)(params)
-        return exact, value(network.clone(dtype="bfloat16"), params), gradient
+        gradient, (exact, derivative) = jax.grad(weighted, has_aux=True)(params)
+        return exact, derivative, value(params, z, t, network.clone(dtype="bfloat16")), gradient
+
+    def turn(tree, by):
+        return jax.tree.map(lambda x: jnp.roll(x, by, axis=0), tree)
 
     params = draw(network, shape)
     fresh_params = initial_params(network, shape, jax.random.key(0, impl="rbg"))
-    exact, coarse, gradient = run(params, *given)
-    turned = run(params, *jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), given))[0]
-    turned = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), turned)
-    return Answers(exact, coarse, run(fresh_params, *given)[0], turned, gradient, fresh_params)
+    exact, derivative, coarse, gradient = run(params, z, r, t, condition)
+    turned = turn(run(params, *turn((z, r, t, condition), 1))[0], -1)
+    ahead, behind = (run(params, z + h * waves, r, t + h, condition)[0] for h in (STEP, -STEP))
+    quotient = jax.tree.map(lambda a, b: (a - b) / (2 * STEP), ahead, behind)
+    fresh = run(fresh_params, z, r, t, condition)[0]
+    return Answers(exact, coarse, fresh, turned, derivative, quotient, gradient, fresh_params)
 
 
 def assert_apart(prediction, names, head="u"):

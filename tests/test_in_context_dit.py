@@ -78,32 +78,26 @@ def test_recorded_outputs(path):
         assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
 
 
-def _published_network(name, *, second_head):
-    """Return the network and data shape of a published name, e.g. pmfDiT_B_16."""
-    kind, size, patch = name.split("_")
-    pixel = kind == "pmfDiT"
-    sizes = SIZES["in_context_dit"]["pixel_" * pixel + size]
-    network = InContextDiT(
-        patch_size=int(patch), num_classes=1000, second_head=second_head, **sizes
-    )
-    return network, (16 * int(patch), 16 * int(patch), 3 if pixel else 4)
+def test_parameter_counts_of_every_size():
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-
-@pytest.mark.parametrize("name", sorted({name.split(":")[0] for name in IN_CONTEXT_COUNTS}))
-def test_parameter_counts(name):
-    network, shape = _published_network(name, second_head=True)
-    params = parameter_shapes(network, shape)
-    assert _size(params) == COUNTS[f"{name}:training"]
-    head = params.pop("v_head")
-    # published imf networks keep the output layer of the second head in sampling, where nothing reads it
-    dead = _size([head["norm"], head["final"]]) if name.startswith("imf") else 0
-    assert _size(params) + dead == COUNTS[f"{name}:sampling"]
-
-
-def test_every_size_is_counted():
-    counted = {name.split("_")[1] for name in IN_CONTEXT_COUNTS if name.startswith("imf")}
-    pixel = {"pixel_" + name.split("_")[1] for name in IN_CONTEXT_COUNTS if name.startswith("pmf")}
-    assert set(SIZES["in_context_dit"]) - {"digits"} == counted | pixel
+    sizes = set()
+    for name in {name.split(":")[0] for name in IN_CONTEXT_COUNTS}:
+        kind, row, patch = name.split("_")
+        pixel = kind == "pmfDiT"
+        sizes.add(row := "pixel_" * pixel + row)
+        network = InContextDiT(
+            patch_size=int(patch), num_classes=1000, scan=True, **SIZES["in_context_dit"][row]
+        )
+        side = 16 * int(patch)
+        params = parameter_shapes(network, (side, side, 3 if pixel else 4))
+        assert size(params) == COUNTS[f"{name}:training"]
+        head = params.pop("v_head")
+        # Published imf networks keep a dead output layer of the second head in sampling.
+        dead = 0 if pixel else size([head["norm"], head["final"]])
+        assert size(params) + dead == COUNTS[f"{name}:sampling"]
+    assert set(SIZES["in_context_dit"]) - {"digits"} == sizes
 
 
 def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance():

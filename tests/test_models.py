@@ -20,6 +20,7 @@ from networks import (
     assert_apart,
     draw,
 )
+from oracle import gaussian_average
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition
@@ -27,8 +28,10 @@ from mf_jax.models import (
     MLP,
     NETWORKS,
     SIZES,
+    Affine,
     DiT,
     InContextDiT,
+    LowRank,
     UNet,
     as_field,
     parameter_shapes,
@@ -86,6 +89,15 @@ def test_everything_told_changes_what_is_predicted(name):
 def test_rows_do_not_see_one_another(name):
     out = answers(name)
     np.testing.assert_allclose(out.turned.u, out.exact.u, rtol=1e-4, atol=1e-4)
+
+
+@each_network
+def test_the_derivative_is_a_difference_quotient_also_with_dropout(name):
+    out = answers(name)
+    for derivative, quotient in zip(out.derivative, out.quotient, strict=True):
+        if quotient is not None:
+            assert np.linalg.norm(quotient) > 1
+            assert np.linalg.norm(derivative - quotient) / np.linalg.norm(quotient) < 0.01
 
 
 @each_network
@@ -244,6 +256,23 @@ def test_baselines_are_affine_in_z_of_their_rank_and_start_with_a_gradient(name,
     assert np.abs(slope[first]["out"]["kernel"]).max() > 0
 
 
+def test_baselines_are_exact_on_gaussian_data():
+    r, t, mean, shape = 0.2, 0.7, 0.5, (2, 3, 1)
+    z, times = jax.random.normal(jax.random.key(0), (4, *shape)), jnp.ones(4)
+    offset, end = gaussian_average(np.array([0.0, 1.0], np.float32), r, t, mean)
+    one, row = np.eye(6).ravel(), {"r": r * times, "t": t * times}
+    for network, biases in (
+        (Affine(width=8, num_classes=0), {"matrix": (end - offset) * one}),
+        (LowRank(width=8, num_classes=0, rank=6), {"left": (end - offset) * one, "right": one}),
+    ):
+        params = jax.tree.map(np.zeros_like, draw(network, shape))
+        for name, bias in (biases | {"offset": np.full(6, offset)}).items():
+            params[name]["out"]["bias"] += np.float32(bias)
+        field = jax.jit(as_field(network))
+        u = field(params, z, **row, condition=Condition(jnp.zeros(4, int))).u
+        np.testing.assert_allclose(u, gaussian_average(z, r, t, mean), rtol=1e-4, atol=1e-5)
+
+
 # ---- U-Net
 
 
@@ -301,7 +330,7 @@ def test_masks_drop_the_share_keep_the_mean_and_differ():
     for other in others:
         np.testing.assert_allclose((kept & other).mean(axis=(1, 2)), 0.64, atol=0.05)
     np.testing.assert_array_equal(out[2:3], drop_out(x[2:3], seeds[2:3], layer=1, rate=0.2))
-    assert drop_out(x, None, layer=1, rate=0.2) is drop_out(x, seeds, layer=1, rate=0) is x
+    assert drop_out(x, None, layer=1, rate=0.2) is drop_out(x, seeds, layer=1, rate=0.0) is x
 
 
 def test_sizes_that_do_not_fit_are_refused():
