@@ -14,7 +14,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
       storage: from the key of a storage, its type and its length to its numbers in a row.
     """
 
-    def __init__(self, content: BinaryIO, storage: Callable[[str, np.dtype, int], _Row]):
+    def __init__(self, content: io.BytesIO, storage: Callable[[str, np.dtype, int], _Row]):
         super().__init__(content)
         self._storage = storage
 
