@@ -205,8 +205,8 @@ def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
         )
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
-    is_told = "time_conditioning" not in inspect.signature(network).parameters
-    if objective.learns_average and model.time_conditioning == "t" and not is_told:
+    knows_r = "time_conditioning" not in inspect.signature(network).parameters
+    if objective.learns_average and model.time_conditioning == "t" and not knows_r:
         yield (
             "model.time_conditioning='t': a network that is not told r can only learn "
             f"flow_matching, not {name}; use t,t-r, or t|r with model.name=dit"

@@ -71,9 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
 def _explain(error: Exception, argv: Sequence[str]) -> str:
     """Return one line about an error of the flag parser."""
     text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
-    if (
-        "Error whilst parsing config file" in text
-    ):  # and the traceback, where a ValueError was raised
+    if "Error whilst parsing config file" in text:  # and the traceback of a ValueError
         while error.__context__:
             error = error.__context__
         if isinstance(error, BadInput):
@@ -184,7 +182,8 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
 def _check_place(workdir: Path) -> None:
     """Raise BadInput for a bucket that cannot be reached."""
     try:
-        "://" in str(workdir) and workdir.exists()
+        if "://" in str(workdir):
+            workdir.exists()
     except ImportError as error:
         raise BadInput(f"--workdir={workdir}: {error}; {_FIX_OF_BUCKETS}") from error
 

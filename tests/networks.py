@@ -86,7 +86,7 @@ def draw(network, shape):
 
 
 def make_z(shape):
-    """Return the same z in every row, but for one number, and for two patches that change places."""
+    """Return the same z in every row, but for one number and two exchanged patches."""
     z = np.tile(
         np.random.default_rng(2).standard_normal(shape, np.float32), (len(ROWS), *[1] * len(shape))
     )

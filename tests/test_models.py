@@ -1,4 +1,4 @@
-"""Networks: shapes, types, what they are told, that nothing in them is dead; then what is special."""
+"""Networks: shapes, types, conditions, nothing in them is dead; then what is special."""
 
 import jax
 import jax.numpy as jnp

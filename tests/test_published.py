@@ -1,4 +1,4 @@
-"""Published weights: names both ways, recorded checkpoints, files, and what can be wrong with them."""
+"""Published weights: names both ways, recorded checkpoints, files, and their faults."""
 
 import json
 import shutil
