@@ -36,11 +36,7 @@ def as_field(network: nn.Module) -> Field:
 
 
 def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray) -> PyTree:
-    """Return a network's fresh float32 parameters.
-
-    Args:
-      shape: of one element, (H, W, C) or (D,).
-    """
+    """Return a network's fresh float32 parameters for elements of a shape."""
     z, time = jnp.zeros((1, *shape)), jnp.zeros((1,))
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
     return jax.jit(network.init)(key, z, r=time, t=time, condition=condition)["params"]

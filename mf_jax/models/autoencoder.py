@@ -234,7 +234,7 @@ def _with_new_names(state: StateDict) -> StateDict:
 
 
 def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
-    """Return the network and the scaling factor of the config beside the weights, or of these."""
+    """Return network and scaling factor of the config beside the weights, or of the weights."""
     beside = path.parent / "config.json"
     config = _DEFAULTS | (_read_config(beside) if beside.exists() else _sizes(state))
     sizes = {key: config.get(key) for key in _SIZES}

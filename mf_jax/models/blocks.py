@@ -58,11 +58,9 @@ def run_blocks(
     Args:
       block: takes (x, condition) and returns x.
       conditions: one for each block.
-      path: of the module.
       remat: a key of `REMATS`.
       scan: whether to loop; the conditions must be alike in shape then.
       gather: called where a block begins, and again where it is computed again; None does nothing.
-      fields: of the blocks.
     """
     if not conditions:
         return x
@@ -153,7 +151,7 @@ def unstack_blocks(params: PyTree) -> PyTree:
 
 
 def laid_out_like(params: PyTree, like: PyTree) -> PyTree:
-    """Return parameters with their blocks one after another or as a loop, as another tree."""
+    """Return parameters with their blocks laid out as in another tree."""
     if _has_loop(params) == _has_loop(like):
         return params
     return stack_blocks(params) if _has_loop(like) else unstack_blocks(params)

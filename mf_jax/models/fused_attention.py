@@ -147,11 +147,9 @@ def _with_gradient(attention: Callable) -> Callable:
 
 @functools.cache
 def _on_each_device(function: Callable, num_in: int, num_out: int = 1) -> Callable:
-    """Return a function that each device computes for the rows and heads it has.
+    """Return a function that each device computes for the rows and heads it has."""
 
-    XLA cannot see into a kernel: it would give every device the whole batch.
-    """
-
+    # XLA cannot see into a kernel: it would give every device the whole batch.
     def partition(mesh: Any, inputs: tuple, outputs: Any) -> tuple:
         rows, _, heads, _ = inputs[0].sharding.spec
         sharding = NamedSharding(mesh, PartitionSpec(rows, None, heads, None))

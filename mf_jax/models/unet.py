@@ -62,12 +62,8 @@ def drop_out(
 ) -> Float[Array, "b ..."]:
     """Set a share of the numbers to zero and divide the others by the remaining share.
 
-    The mask is a pure function of a row's seed and the layer's number. Within a training step the
+    The mask depends on a row's seed and the layer's number alone. Within a training step the
     network thus stays one function of (z, r, t).
-
-    Args:
-      seeds: of each row's masks; None drops nothing.
-      rate: share to drop, in [0, 1).
     """
     if seeds is None or rate == 0:
         return x
@@ -80,14 +76,10 @@ def drop_out(
 
 
 class Block(nn.Module):
-    """One residual block, perhaps with another size than its input, perhaps with attention.
+    """One residual block that may resample its input (`halve`, `double`) and attend to pixels.
 
     Args:
-      features: channels of the output.
       layer: number of the block, for its dropout mask.
-      dropout: rate.
-      resample: `halve`, `double`, or None.
-      attention: whether the pixels attend to one another.
     """
 
     features: int
@@ -101,7 +93,6 @@ class Block(nn.Module):
     def __call__(
         self, x: Image, c: Float[Array, "b d"], seeds: Seeds | None
     ) -> Float[Array, "b h2 w2 f"]:
-        """Return x after the block, given the condition c and the seeds of dropout."""
         conv = functools.partial(_conv, self.features, dtype=self.dtype)
         resample = self.resample or (lambda x: x)
         hidden = conv(3, name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))

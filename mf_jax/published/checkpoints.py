@@ -82,7 +82,6 @@ def read_published(
     Args:
       path: a folder `checkpoint_N`, or the folder around it (the largest N is taken), or a file
         `.npz` or `.safetensors`.
-      kind: one of `names.KINDS`.
       section: `ema_params`, `params`, or one of several averages, e.g. `ema_params/1000`. A file
         without sections is taken as it is.
       only: names to read, where they are there; empty for all.
@@ -111,13 +110,9 @@ def read_published(
 def fit_published(
     kind: str, flat: Mapping[str, Float[np.ndarray, "..."]], like: PyTree
 ) -> PyTree[Float[np.ndarray, "..."]]:
-    """Return published parameters as the parameter tree of a network.
+    """Return published parameters (`read_published`) as the parameter tree of a network.
 
-    Parameters of a second head are left out where the network is built without one.
-
-    Args:
-      flat: published names to arrays, from `read_published`.
-      like: the shapes wanted, e.g. of `models.parameter_shapes`.
+    A second head is left out where the tree `like` has none.
     """
     wanted = flatten_dict(like, sep="/")
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
@@ -148,12 +143,10 @@ def fit_published(
 
 
 def write_published(path: epath.PathLike, kind: str, params: PyTree, *, patch_size: int) -> None:
-    """Write parameters for published code and `read_published`.
+    """Write a transformer's parameters for published code and `read_published`.
 
     Args:
-      path: of the file, ending in `.npz` or `.safetensors`; replaced if it exists.
-      params: of `models.DiT` or `models.InContextDiT`.
-      patch_size: of the network.
+      path: ends in `.npz` or `.safetensors`; the file is replaced if it exists.
     """
     path = epath.Path(path).expanduser().absolute()
     if path.suffix not in _FILES:

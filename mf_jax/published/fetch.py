@@ -69,7 +69,6 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
     """Return where weights lie: a path as it is, a published name's file, or its files' folder.
 
     Args:
-      name_or_path: a path that exists, or a name of `PUBLISHED`.
       weights_dir: the folder of published files; "" for $MF_WEIGHTS.
       key: the config key that holds name_or_path, for the error.
     """

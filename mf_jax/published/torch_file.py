@@ -63,11 +63,7 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
 def fit_state_dict(
     state: StateDict, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Return the wanted parameters in float32, after checking that the file has just these.
-
-    Args:
-      wanted: names to shapes.
-    """
+    """Return the parameters of the wanted shapes in float32; the file must have just these."""
     arrays = state.arrays
     both = {name: (arrays[name], tuple(shape)) for name, shape in wanted.items() if name in arrays}
     problems = {
