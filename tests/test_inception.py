@@ -1,4 +1,4 @@
-"""The Inception of FID: recorded features, the tap of sFID, and weight files read without PyTorch."""
+"""The Inception of FID: recorded features, the tap of sFID, weight files without PyTorch."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ STORAGES = {
 
 
 def _opcodes(value):
-    """Return the opcodes that push a value: a dict becomes ordered, an array a tensor over its own numbers."""
+    """Return the opcodes that push a value; a dict becomes ordered."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, bool) or value is None:
@@ -63,7 +63,7 @@ def _storage(key, dtype, size, *view):
 
 
 def _state_dict(arrays, *view):
-    """Return the pickle of arrays, each a tensor over a storage of its own, and the bytes of the storages."""
+    """Return the pickle of arrays, each over a storage of its own, and the storages' bytes."""
     tensors, data = {}, {}
     for i, (name, array) in enumerate(arrays.items()):
         strides = [stride // array.itemsize for stride in array.strides]
@@ -155,7 +155,7 @@ def test_reference_features(inception):
 
 
 def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception):
-    """With a kernel of 0 every pixel is the bias after its ReLU; channels beyond the seventh must not be seen."""
+    """With a kernel of 0 every pixel is the bias after its ReLU, of seven channels."""
     layer = inception.params["Mixed_6d.branch1x1"]
     bias = np.arange(layer["bias"].size, dtype=np.float32) - 2
     layer = {"kernel": jnp.zeros_like(layer["kernel"]), "bias": jnp.asarray(bias)}
@@ -175,7 +175,7 @@ def test_spatial_features_depend_on_where(inception):
 
 
 def test_images_are_resized_as_in_the_first_tensorflow():
-    """By closed form: 2 pixels become 299, the first half a ramp from one to the other, the rest the second alone."""
+    """2 pixels become 299: first a ramp from one to the other, then the second alone."""
     image = np.array([[0, 255]], np.uint8).reshape(1, 1, 2, 1)
     ours = 128 * np.asarray(inception_module._resized(image))[0, 5, :, 0] + 128
     np.testing.assert_allclose(ours, 255 * np.minimum(np.arange(299) * 2 / 299, 1), atol=1e-4)

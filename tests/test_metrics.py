@@ -331,7 +331,9 @@ def test_classifier_tells_digits_apart(digits, classifier, rng):
         classifier(np.full((2, 8, 8, 1), np.nan, np.float32))
 
 
-def test_training_twice_gives_the_same_bits(digits):
+def test_training_twice_gives_the_same_bits_and_a_file_spares_the_second(
+    digits, tmp_path, monkeypatch
+):
     images, _, labels, _ = digits
     train = functools.partial(train_classifier, recipe=Recipe(3, 32))
     first, second, other = (
@@ -339,6 +341,10 @@ def test_training_twice_gives_the_same_bits(digits):
     )
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - other).max() > 0.01
+    kept = [train(images, labels, 10, file=tmp_path / "kept.npz")(images[:9])[1]]
+    monkeypatch.setattr(classifiers, "_train", None)
+    kept.append(train(images, labels, 10, file=tmp_path / "kept.npz")(images[:9])[1])
+    np.testing.assert_array_equal(kept, [first, first])
 
 
 def test_images_without_labels_have_principal_components(digits, rng):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import io
 import tracemalloc
 import zipfile
@@ -119,14 +118,8 @@ def test_statistics_are_computed_from_pictures_only_where_there_are_none(
 def test_a_write_that_fails_leaves_the_old_file(path, statistics, pictures):
     write_reference(path, statistics)
     before = path.read_bytes()
-    low = [pictures[:5], pictures[5:, :3]]
-    for blocks, number, message in (
-        ([pictures], 22, "num_pictures=22: there were 23"),
-        (low, 23, r"a block is uint8 \[3, 5, 3\]; must be uint8 \[4, 5, 3\]"),
-        ([pictures / 255.0], 23, "a block is float64"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            inspect.unwrap(write_reference)(path, statistics, pictures=blocks, num_pictures=number)
+    with pytest.raises(BadInput, match="num_pictures=22: there were 23"):
+        write_reference(path, statistics, pictures=[pictures], num_pictures=22)
     with pytest.raises(BadInput, match="mu_s and sigma_s"):
         write_reference(path, dataclasses.replace(statistics, covariance_spatial=None))
     assert path.read_bytes() == before

@@ -1,8 +1,5 @@
-"""Sample quality, arrays in and numbers out: nothing here knows of a model, a data set or a
-training run.
+"""Sample quality, arrays in and numbers out: nothing here knows a model, a data set or a run.
 
-`frechet`, `row_pairs` and `two_sample` compare two sets of rows `[n, d]`; 2-D points are their own
-features. `classifier` turns small images into such rows, by the real data themselves; `inception`
-is the published network. `suite` scores batches of its features against a file of statistics
-(`reference_file`).
+`frechet`, `row_pairs` and `two_sample` compare two sets of rows `[n, d]`. `classifier` and
+`inception` turn pictures into rows. `suite` scores them against a `reference_file`.
 """

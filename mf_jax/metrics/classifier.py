@@ -1,22 +1,24 @@
-"""Features of small images, learnt from the real data: a classifier's last hidden layer, or
-principal components.
+"""Features of small images that Inception was not made for, learnt from the real data.
 
-They serve data sets that Inception was not made for. The classifier is always trained in the same
-way. Order and shifts are drawn with numpy from fixed seeds, so that training again on one platform
-gives the same parameters bit by bit.
+They are a classifier's last hidden layer, or principal components. Order and shifts are drawn with
+numpy from fixed seeds: training again on one platform gives the same parameters bit by bit.
 """
 
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.errors import BadInput
+from mf_jax.runtime.files import replace_file
 
 FEATURES_KEPT = 64
 _SMALLEST_SIDE = 8
@@ -29,9 +31,8 @@ Described = tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n k"] | None]
 class Recipe:
     """The training of a classifier.
 
-    steps: whatever the number of images. batch_size: rows in a step. learning_rate: peak, decayed
-    to 0 along a cosine. weight_decay: decoupled. seed: of the initial parameters, the order and the
-    shifts.
+    learning_rate: peak, decayed to 0 along a cosine. weight_decay: decoupled. seed: of parameters,
+    order and shifts.
     """
 
     steps: int = 500
@@ -46,6 +47,8 @@ def train_classifier(
     labels: Int[np.ndarray, "n"],
     num_classes: int,
     recipe: Recipe = Recipe(),
+    *,
+    file: epath.PathLike = "",
 ) -> Callable[[Float[np.ndarray, "m h w c"]], Described]:
     """Train a classifier; return the function from images to their features and logits.
 
@@ -54,6 +57,7 @@ def train_classifier(
       labels: classes in [0, num_classes).
       num_classes: at least 2.
       recipe: of the training.
+      file: an `.npz` of its parameters, read if it is there and else written; "" for none.
     """
     images = _checked(images)
     low, high = int(np.min(labels)), int(np.max(labels))
@@ -62,11 +66,24 @@ def train_classifier(
             f"num_classes is {num_classes} and labels lie in [{low}, {high}]; there must be "
             "at least 2 classes, numbered from 0"
         )
+    if file and epath.Path(file).exists():
+        arrays = dict(np.load(io.BytesIO(epath.Path(file).read_bytes())))
+        params = unflatten_dict(arrays, sep="/")
+    else:
+        params = _train(images, labels, num_classes, recipe)
+        content = io.BytesIO()
+        np.savez(content, **flatten_dict(params, sep="/"))
+        if file:
+            replace_file(file, content.getvalue())
+    return functools.partial(_describe, num_classes, params, images.shape[1:])
+
+
+def _train(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe) -> PyTree:
     state = _initial_state(num_classes, recipe, images[:1])
     # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
     for batch in _batches(images, labels, recipe):
         state = _train_step(num_classes, recipe, state, *batch)
-    return functools.partial(_describe, num_classes, jax.device_get(state[0]), images.shape[1:])
+    return jax.device_get(state[0])
 
 
 def principal_components(

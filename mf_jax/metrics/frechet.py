@@ -1,5 +1,4 @@
-"""Fréchet distance between two Gaussians, its standard error, and the Gaussian of many feature
-rows; all in float64.
+"""Fréchet distance of two Gaussians, its standard error, and moments of feature rows, in float64.
 
 The distance is |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2). Rows come in batches: a
 batch has a count, a mean and a scatter, and two of these add up without loss to those of all rows.
@@ -91,14 +90,7 @@ class Moments:
 def checked_features(
     features: np.ndarray, name: str, *, at_least: int, width: int | None = None
 ) -> Float[np.ndarray, "n d"]:
-    """Return feature rows after checking their shape and that all are finite.
-
-    Args:
-      features: rows `[n, d]`.
-      name: of the set, for the error.
-      at_least: fewest rows.
-      width: the d they must have; None allows any.
-    """
+    """Return feature rows `[n, d]`, checked and named in errors; width None allows any d."""
     rows = np.asarray(features)
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise BadInput(
@@ -169,11 +161,9 @@ def frechet_with_error(
     covariance: Float64[np.ndarray, "d d"],
     rows: Float[np.ndarray, "n d"],
 ) -> tuple[float, float]:
-    """Return `frechet_distance`, and its standard error as far as the choice of the samples makes
-    it.
+    """Return `frechet_distance` and its standard error over draws of the samples.
 
-    The reference counts as exact. The bias of the distance, larger for fewer samples, is no part of
-    the error.
+    The reference counts as exact. The error leaves out the bias, which falls with their number.
 
     Args:
       samples: moments of the samples.

@@ -1,5 +1,4 @@
-"""The Inception-v3 of Fréchet Inception distance and Inception Score: the network of 2015-12-05, in
-float32.
+"""The Inception-v3 of FID and Inception Score: the network of 2015-12-05, in float32.
 
 It differs from later Inception-v3 networks: average pools leave the padding out, the last block
 pools with a maximum, there are 1008 logits, and images are resized as TensorFlow 1 did, without
@@ -55,9 +54,8 @@ class Inception:
 def load_inception(path: epath.PathLike) -> Inception:
     """Read published weights of this network, a `.pth` or `.safetensors` file.
 
-    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, release
-    v0.2.0) and, the same bytes, as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, release
-    fid_weights).
+    They are published as `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity, v0.2.0), and
+    the same bytes as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, fid_weights).
     """
     state = read_state_dict(path)
     state = state._replace(
@@ -82,10 +80,9 @@ def inception_features(
     """Return all features of images; one compilation of the network serves images of any size.
 
     `64`, `192`, `768` are means over the pixels after the first pool, after the second pool and
-    before the last reduction; `2048` is for Fréchet Inception distance. `logits_unbiased` lack the
-    bias of the last layer; Inception Score takes their softmax. `spatial` is for sFID: the first 7
-    channels of `mixed_6/conv:0` pixel by pixel, in the names of the weight files
-    `Mixed_6d.branch1x1` after its ReLU, one block before the `768`.
+    before the last reduction; `2048` is for FID. `logits_unbiased` lack the bias of the last layer;
+    Inception Score takes their softmax. `spatial` is for sFID: the first 7 channels of
+    `mixed_6/conv:0` pixel by pixel (`Mixed_6d.branch1x1` after its ReLU).
 
     Args:
       params: of `Inception`.
@@ -140,9 +137,8 @@ def _folded(
 ) -> tuple[Float32[np.ndarray, "h w c f"], Float32[np.ndarray, "f"]]:
     """Return kernel and bias of a convolution that includes the batch norm after it."""
     scale = weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
-    return (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32), (bias - mean * scale).astype(
-        np.float32
-    )
+    kernel = (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
+    return kernel, (bias - mean * scale).astype(np.float32)
 
 
 def _conv(

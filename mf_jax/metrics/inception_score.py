@@ -1,8 +1,7 @@
-"""Inception Score of samples that come batch by batch: exp of the mean of KL(p(y|x) | p(y)), in
-parts of the samples.
+"""Inception Score of samples that come batch by batch: exp of the mean of KL(p(y|x) | p(y)).
 
-The samples are cut, in the order of their numbers, into parts of nearly equal size; the score is
-the mean over parts. It means little for samples sorted by class, where a part holds few classes.
+It is the mean over parts of nearly equal size, cut in the order of the samples' numbers. It means
+little for samples sorted by class, where a part holds few classes.
 
 Source: Salimans et al., arXiv 1606.03498, section 4.
 """

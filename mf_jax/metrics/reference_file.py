@@ -1,10 +1,8 @@
-"""Files of reference statistics: the real data that FID, sFID, precision, recall and KID compare
-samples with.
+"""Files of reference statistics: the real data that samples are compared with.
 
 The format is the `.npz` of ADM's evaluation: `mu`, `sigma` (of the 2048 pooled features), `mu_s`,
-`sigma_s` (of the 2023 spatial ones) and `arr_0`, pictures. Files of other tools with `mu` and
-`sigma` alone are read too. Ours add `features`, some of the feature rows, and `num_images`.
-Pictures are read in blocks, and only if asked for.
+`sigma_s` (of the 2023 spatial ones) and pictures `arr_0`. Ours add some feature rows, `features`,
+and `num_images`; files of other tools may have `mu` and `sigma` alone.
 """
 
 import contextlib
@@ -39,11 +37,10 @@ _UNREADABLE += (ValueError, NotImplementedError, OSError)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Statistics of reference pictures.
+    """Statistics of reference pictures, 0 or None where they are not known.
 
-    num_images: pictures behind them, 0 if unknown. mean, covariance: of the pooled features, `[d]`
-    and `[d, d]`. mean_spatial, covariance_spatial: of the spatial ones, or None. features: rows of
-    some of them `[m, d]`, or None.
+    num_images: behind them. mean, covariance: of the pooled features, `[d]` and `[d, d]`.
+    mean_spatial, covariance_spatial: of the spatial ones. features: some pooled rows `[m, d]`.
     """
 
     num_images: int
@@ -159,9 +156,7 @@ def write_reference(
     Args:
       path: of the `.npz`, whose folder is created.
       statistics: of the reference pictures.
-      pictures: blocks of pictures to store with them, one in memory at a time. ADM's evaluation
-        needs them, as it computes precision and recall from pictures; ours needs the features
-        alone.
+      pictures: blocks to store with them, which ADM's evaluation needs; ours needs the features.
       num_pictures: their number in all blocks.
     """
     path = epath.Path(path).expanduser()

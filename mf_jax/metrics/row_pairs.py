@@ -1,15 +1,13 @@
-"""Precision, recall and kernel distance (KID) from all pairs of feature rows, block by block, on
-the device.
+"""Precision, recall and kernel distance (KID) from all pairs of feature rows, on the device.
 
-The manifold of a set is the union of balls around its rows, each reaching to the row's k-th nearest
-other row. Precision (fidelity) is the share of generated rows inside the reference manifold, recall
-(coverage) the share of reference rows inside the generated one. The kernel distance is the unbiased
-squared MMD with (x·y / d + 1)^3, over all rows at once; published values are means over random
-subsets, which have the same expectation.
+The manifold of a set is the union of balls around its rows, each up to the k-th nearest other row.
+Precision is the share of generated rows inside the reference manifold, recall the share of
+reference rows inside the generated one. The kernel distance is the unbiased squared MMD with
+(x·y / d + 1)^3 over all rows; published means over random subsets have the same expectation.
 
 Products are in float32, of rows minus a common centre. Rounding leaves about 1e-7 of |a|^2 + |b|^2
-of the distance of a row to its copy. Such a distance counts as 0, so that a copy lies inside every
-ball around its original.
+between a row and its copy. Such a distance counts as 0: a copy lies inside every ball around its
+original.
 
 Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991), equations 1 and 2; Bińkowski et al. 2018
 (arXiv:1801.01401), equation 4 and section 3; Gretton et al. 2012, equation 3.

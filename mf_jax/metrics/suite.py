@@ -32,8 +32,7 @@ class SampleScores:
 
     Args:
       num_samples: of all batches, exactly.
-      least: fewest samples to score; 0 = one more than the features of a row, below which
-      covariances are singular.
+      least: fewest samples to score; 0 = one more than the features of a row.
       splits: parts of Inception Score.
     """
 
@@ -50,10 +49,8 @@ class SampleScores:
         """Add a batch.
 
         Args:
-          features: of `inception_features`: `2048`, `spatial` and `logits_unbiased` are used, each
-          `[B, _]`.
-          index: the number of each sample, each once; rows with a number of `num_samples` or more
-          are padding.
+          features: of `inception_features`.
+          index: the number of each sample, each once; padding has `num_samples` or more.
         """
         numbers = on_host(index)
         keep = numbers < self._num_samples
@@ -95,12 +92,8 @@ class SampleScores:
         fid, error = frechet_with_error(self._pooled, real.mean, real.covariance, self._rows)
         scores = {"fid": fid, "fid_standard_error": error}
         if real.mean_spatial is not None:
-            scores["sfid"] = frechet_distance(
-                self._spatial.mean,
-                self._spatial.covariance,
-                real.mean_spatial,
-                real.covariance_spatial,
-            )
+            own = self._spatial.mean, self._spatial.covariance
+            scores["sfid"] = frechet_distance(*own, real.mean_spatial, real.covariance_spatial)
         if real.features is not None:
             self._own = self._own or own_pairs(self._rows)
             pairs = pair_scores(self._rows, real.features, own=self._own)
