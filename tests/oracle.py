@@ -1,13 +1,15 @@
 """The elementary average velocity of Gaussian data, and draws that go with it.
 
-For x ~ N(m, s^2) and z_t = (1 - t) x + t e: mean_t = (1 - t) m and sigma_t^2 = (1 - t)^2 s^2 + t^2; a point keeps its
-place in units of sigma, z_r = mean_r + (sigma_r / sigma_t) (z_t - mean_t), and u = (z_t - z_r) / (t - r).
+For x ~ N(m, s^2) and z_t = (1 - t) x + t e: mean_t = (1 - t) m and sigma_t^2 = (1 - t)^2 s^2 + t^2.
+A point keeps its place in units of sigma, z_r = mean_r + (sigma_r / sigma_t) (z_t - mean_t), and
+u = (z_t - z_r) / (t - r).
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import Prediction, Rows
+from mf_jax.flow.records import NO_LABEL, Draws, Prediction, Rows
 
 STD = 0.6
 
@@ -32,7 +34,7 @@ def gaussian_average(z, r, t, mean):
 
 
 def gaussian_field(mean_of):
-    """Return a field, with a second head, that is exact at zero parameters and bends with each of its four parameters.
+    """Return a field, with a second head, that is exact at zero parameters and bends with each of its four.
 
     Args:
       mean_of: function from a Condition to the mean `[B]` of the data that the field describes.
@@ -53,11 +55,31 @@ def gaussian_field(mean_of):
 
 
 def exact_rows(z, r, t, labels, dropped, mean_of_data, **more):
-    """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian.
-
-    Args:
-      mean_of_data: mean of the data that each row comes from, `[B]`.
-    """
+    """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian."""
     v = gaussian_velocity(z, per_row(t, z), per_row(mean_of_data, z))
     x, e = z - per_row(t, z) * v, z + per_row(1 - t, z) * v
     return Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=dropped, **more)
+
+
+def class_mean(labels):
+    """Return the mean of a class's data."""
+    return jnp.where(labels == NO_LABEL, 0.3, 0.5 * labels - 0.7)
+
+
+def exact_draws(seed=0, num_instant=6, num_interval=3, *, some_dropped=True, **more):
+    """Return draws that pass through their points with exactly the velocity of their class."""
+    rng = np.random.default_rng(seed)
+
+    def rows(num, is_instant):
+        z, labels = jnp.asarray(rng.normal(size=(num, 5))), jnp.asarray(rng.integers(0, 4, num))
+        times = jnp.asarray(np.sort(rng.uniform(0.06, 0.98, (2, num)), axis=0))
+        drawn = {
+            "fraction": jnp.asarray(rng.uniform(size=num)),
+            "direction": jnp.asarray(rng.normal(size=(num, 5))),
+        }
+        drawn |= {name: make(num) for name, make in more.items()}
+        dropped = jnp.asarray((np.arange(num) % 3 == 0) & some_dropped)
+        mean = class_mean(jnp.where(dropped, NO_LABEL, labels))
+        return exact_rows(z, times[int(is_instant)], times[1], labels, dropped, mean, **drawn)
+
+    return Draws(instant=rows(num_instant, True), interval=rows(num_interval, False))

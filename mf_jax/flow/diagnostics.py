@@ -1,7 +1,7 @@
 """How well a network obeys the identities of an average velocity, on real draws.
 
-All figures are root mean squares per number of an array, so they are in units of the velocity (about 1 to 1.5 for data
-of unit scale).
+All figures are root mean squares per number of an array, hence in units of the velocity: about 1 to
+1.5 for data of unit scale.
 """
 
 import jax
@@ -20,28 +20,15 @@ def _rms(a: Float[Array, "b ..."]) -> Float[Array, ""]:
 def velocity_error(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
     """Return the size of u(z, t, t) - v, v = e - x.
 
-    A perfect network does not reach 0: what remains is the spread of v given z.
-
-    Args:
-      field, params: the network.
-      rows: draws of any times.
+    A perfect network does not reach 0: the spread of v given z remains.
     """
-    u = field(
-        params,
-        interpolate(rows.x, rows.e, t=rows.t),
-        r=rows.t,
-        t=rows.t,
-        condition=condition_of(rows),
-    ).u
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    u = field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
     return _rms(u - velocity(rows.x, rows.e))
 
 
 def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
-    """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t); 0 is perfect.
-
-    Args:
-      field, params: the network.
-      rows: draws with r <= t.
+    """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t).
 
     Source: MeanFlow, arXiv 2505.13447, equation 6.
     """
@@ -52,21 +39,16 @@ def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, 
 
     z = interpolate(rows.x, rows.e, t=rows.t)
     v = u(z, rows.t, rows.t)
-    value, derivative = jax.jvp(
-        u, (z, rows.r, rows.t), (v, jnp.zeros_like(rows.r), jnp.ones_like(rows.t))
-    )
+    tangent = (v, jnp.zeros_like(rows.r), jnp.ones_like(rows.t))
+    value, derivative = jax.jvp(u, (z, rows.r, rows.t), tangent)
     return _rms(value - (v - per_row(rows.t - rows.r, z) * derivative))
 
 
 def additivity_gap(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
-    """Return how far one step from t to r ends from two steps by way of the middle s; 0 is perfect.
+    """Return how far one step from t to r ends from two steps by way of the middle s = (r + t) / 2.
 
-    It is the size of (t - r) u(z_t, r, t) - (t - s) u(z_t, s, t) - (s - r) u(z_s, r, s), s = (r + t) / 2, where z_s
+    It is the size of (t - r) u(z_t, r, t) - (t - s) u(z_t, s, t) - (s - r) u(z_s, r, s), where z_s
     is the end of the network's own first step.
-
-    Args:
-      field, params: the network.
-      rows: draws with r <= t.
 
     Source: MeanFlow, arXiv 2505.13447, section 4.1 (consistency of the average velocity).
     """

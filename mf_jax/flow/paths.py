@@ -16,45 +16,20 @@ from jaxtyping import Array, Float, Shaped
 
 
 def per_row(t: Shaped[Array, "b"], z: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """Give times the number of axes of z, so that they broadcast over its non-batch axes.
-
-    Args:
-      t: one number per row, `[B]`.
-      z: `[B, ...]`.
-
-    Returns:
-      t as `[B, 1, ...]`.
-    """
+    """Return one number per row as `[B, 1, ...]`, with the number of axes of z."""
     return t.reshape(t.shape + (1,) * (z.ndim - 1))
 
 
 def interpolate(
     x: Float[Array, "b ..."], e: Float[Array, "b ..."], *, t: Float[Array, "b"]
 ) -> Float[Array, "b ..."]:
-    """Return the point z_t = (1 - t) x + t e.
-
-    Args:
-      x: data `[B, ...]`.
-      e: noise like x.
-      t: times in [0, 1], `[B]`.
-
-    Returns:
-      z_t like x.
-    """
+    """Return the point z_t = (1 - t) x + t e between data x and noise e."""
     t = per_row(t, x)
     return (1 - t) * x + t * e
 
 
 def velocity(x: Float[Array, "b ..."], e: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Return the velocity v = e - x of the straight path through x and e.
-
-    Args:
-      x: data `[B, ...]`.
-      e: noise like x.
-
-    Returns:
-      v like x.
-    """
+    """Return the velocity v = e - x of the straight path through data x and noise e."""
     return e - x
 
 
@@ -65,15 +40,5 @@ def advance(
     r: Float[Array, "b"],
     t: Float[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """Move from time t down to time r: z_r = z_t - (t - r) u.
-
-    Args:
-      z: the points at time t, `[B, ...]`.
-      u: the average velocity over [r, t], like z.
-      r: end times, `[B]`.
-      t: start times, `[B]`.
-
-    Returns:
-      z_r like z.
-    """
+    """Move from time t down to time r with the average velocity u: z_r = z_t - (t - r) u."""
     return z - per_row(t - r, z) * u

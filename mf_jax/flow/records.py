@@ -1,4 +1,4 @@
-"""Records shared by every part: what one training row holds, and what a network is told and predicts."""
+"""Records shared by every part: an element of the data, a training row, inputs and outputs of a network."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from mf_jax.errors import BadInput
 
+Step = Int[Array, ""] | int
 NO_LABEL = -1
 """The label of a row without a class; a network maps it to its null embedding."""
 
@@ -59,10 +60,10 @@ class DataSpec:
 
 @flax.struct.dataclass
 class GuidanceScale:
-    """The guidance that a network is told, for networks whose guidance is chosen at sampling time.
+    """Guidance as an input of the network, chosen at sampling time.
 
-    omega: scale `[B]`, at least 1; 1 is no guidance. t_min, t_max: guidance holds for t in [t_min, t_max], `[B]`,
-    0 <= t_min <= t_max <= 1.
+    omega: scale, at least 1; 1 is no guidance. t_min, t_max: the window [t_min, t_max] of t in which
+    it holds, 0 <= t_min <= t_max <= 1.
 
     Source: improved MeanFlow, arXiv 2512.02012, section 4.2.
     """
@@ -74,13 +75,12 @@ class GuidanceScale:
 
 @flax.struct.dataclass
 class Condition:
-    """What a network is told besides z, r and t.
+    """Inputs of a network besides z, r and t.
 
-    labels: int `[B]`, a class in [0, num_classes) or `NO_LABEL`.
-    guidance: the guidance to apply; None is no guidance. Only networks that learn a range of scales look at it.
-    dropout: `[B]`, a seed for each row's dropout masks; None is no dropout. Only networks with dropout look at it.
-    forward_mode: that the prediction will be differentiated forward (`jax.jvp`), and no gradient taken of that
-    derivative. Not told to the network, but to its attention: a fused one cannot be differentiated forward otherwise.
+    labels: classes or `NO_LABEL`. guidance: for networks that learn a range of scales; None = none.
+    dropout: a seed for each row's dropout masks; None = no dropout. forward_mode: whether `jax.jvp`
+    will differentiate the prediction, and no gradient be taken of that derivative: fused attention
+    must know.
     """
 
     labels: Int[Array, "b"]
@@ -90,10 +90,7 @@ class Condition:
 
 
 class Prediction(NamedTuple):
-    """What a network returns: the average velocity `u` and, where it has a second head, the velocity `v`.
-
-    u: `[B, ...]` like z. v: `[B, ...]` like z, or None for a network with one head.
-    """
+    """Outputs of a network: the average velocity u and, from a second head, the velocity v."""
 
     u: Float[Array, "b ..."]
     v: Float[Array, "b ..."] | None = None
@@ -118,12 +115,10 @@ class Field(Protocol):
 class Rows:
     """A sub-batch of training rows.
 
-    x: data `[B, ...]`. e: noise like x. t, r: times `[B]`, 0 <= r <= t <= 1.
-    labels: int `[B]`, the true class or `NO_LABEL`. dropped: bool `[B]`, rows trained without their label.
-    guidance: the guidance that the network is told; None where it is told none.
-    fraction: `[B]` in [0, 1), chooses a time between r and t for objectives that need one.
-    dropout: `[B]`, a seed for each row's dropout masks. direction: standard normal like x, for random-direction
-    derivatives. The last three may be None where nothing needs them.
+    x: data. e: noise. t, r: times, 0 <= r <= t <= 1. labels: the true classes or `NO_LABEL`.
+    dropped: whether a row trains without its label. guidance: input of the network; None = none.
+    fraction: in [0, 1), for objectives that choose a time between r and t. dropout: a seed for each
+    row's dropout masks. direction: standard normal, for random-direction derivatives.
     """
 
     x: Float[Array, "b ..."]
@@ -140,14 +135,11 @@ class Rows:
 
 @flax.struct.dataclass
 class Draws:
-    """Everything random in one training step, split by what the step does with a row.
+    """Everything random in one training step, split by the work that a row needs.
 
-    instant: the rows with r = t. interval: the rows with r < t, the only ones that need du/dt.
-    Either may have zero rows, not both.
-    drop_sizes: of each group of rows with r = t, how many come first that may keep their label, and how many then that
-    never do: a static number, known before any draw.
+    instant: the rows with r = t, whose guidance holds for all t. interval: the rows with r < t, the
+    only ones that need du/dt. Either may have zero rows, not both.
     """
 
     instant: Rows
     interval: Rows
-    drop_sizes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 0))

@@ -100,18 +100,12 @@ def sample(
     times: Sequence[float] | Float[Array, "n"],
     learns_average: bool,
 ) -> Float[Array, "b ..."]:
-    """Carry noise to data in len(times) - 1 network evaluations.
+    """Carry noise e to data in len(times) - 1 network evaluations.
 
     Args:
-      field, params: the network.
-      e: noise `[B, ...]`.
-      condition: what the network is told.
       times: `SamplePlan.grid`.
-      learns_average: whether to step with u(z, r, t), or (Euler's method) with the velocity u(z, t, t) of a network
-        that never saw r < t.
-
-    Returns:
-      Data like e.
+      learns_average: step with u(z, r, t); else, by Euler's method, with the velocity u(z, t, t) of
+        a network that never saw r < t.
     """
 
     def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:

@@ -1,6 +1,6 @@
 """Distributions of the time pair (r, t), 0 <= r <= t <= 1.
 
-Both times are drawn, and the larger one is called t. Rows that are to have r = t take this t too, as the
+Both times are drawn, and the larger one is called t. Rows with r = t take this t too, as the
 published recipes do, so their times lean towards noise.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
@@ -8,6 +8,7 @@ Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
 
 import dataclasses
 import math
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,20 @@ def _ordered(a: Float[Array, "b"], b: Float[Array, "b"]) -> TimePair:
     return jnp.minimum(a, b), jnp.maximum(a, b)
 
 
+@runtime_checkable
+class Times(Protocol):
+    """A distribution of the time pair."""
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """Return r and t of each row, r <= t."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UniformTimes:
     """Draw both times uniformly from [0, 1)."""
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
-        """Return r and t, each `[num_rows]`, r <= t."""
+        """See `Times.sample`."""
         return _ordered(*jax.random.uniform(key, (2, num_rows)))
 
 
@@ -37,8 +46,8 @@ class LogitNormalTimes:
 
     Args:
       t_mean, t_std: of the draw that is usually t; std > 0.
-      r_mean, r_std: of the draw that is usually r. The two change places where they come out in the wrong
-        order. Equal parameters give the published MeanFlow scheme.
+      r_mean, r_std: of the draw that is usually r. The two change places where r > t. Equal
+        parameters give the published MeanFlow scheme.
     """
 
     t_mean: float = -0.4
@@ -55,7 +64,7 @@ class LogitNormalTimes:
                 )
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
-        """Return r and t, each `[num_rows]`, r <= t."""
+        """See `Times.sample`."""
         normal = jax.random.normal(key, (2, num_rows))
         t = jax.nn.sigmoid(self.t_mean + self.t_std * normal[0])
         r = jax.nn.sigmoid(self.r_mean + self.r_std * normal[1])
@@ -64,9 +73,10 @@ class LogitNormalTimes:
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyTimes:
-    """Draw t as sigmoid(t_mean + t_std * n), n standard normal, and let every interval end at r = 0.
+    """Draw t as sigmoid(t_mean + t_std * n), n standard normal, and end every interval at r = 0.
 
-    An objective on the identity in t is then consistency training: u(z, 0, t) moves any point of a path to its data.
+    An objective on the identity in t is then consistency training: u(z, 0, t) moves any point of a
+    path to its data.
 
     Args:
       t_mean, t_std: of logit t; t_std > 0.
@@ -81,14 +91,14 @@ class ConsistencyTimes:
         LogitNormalTimes(t_mean=self.t_mean, t_std=self.t_std)
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
-        """Return r = 0 and t, each `[num_rows]`."""
+        """See `Times.sample`."""
         t = jax.nn.sigmoid(self.t_mean + self.t_std * jax.random.normal(key, (num_rows,)))
         return jnp.zeros_like(t), t
 
 
 @dataclasses.dataclass(frozen=True)
 class DyadicTimes:
-    """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform: every step of a halving ladder.
+    """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform.
 
     Args:
       levels: the shortest interval is 2^-levels, in [0, 20].
@@ -105,14 +115,13 @@ class DyadicTimes:
             )
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
-        """Return r and t, each `[num_rows]`, r < t."""
+        """See `Times.sample`."""
         level_key, place_key = jax.random.split(key)
         steps = 2.0 ** jax.random.randint(level_key, (num_rows,), 0, self.levels + 1)
         place = jnp.floor(steps * jax.random.uniform(place_key, (num_rows,)))
         return place / steps, (place + 1) / steps
 
 
-Times = UniformTimes | LogitNormalTimes | ConsistencyTimes | DyadicTimes
 TIMES = {
     "uniform": UniformTimes,
     "logit_normal": LogitNormalTimes,

@@ -6,42 +6,34 @@
 
     loss = a^-1 w |u(z_t, r, t) - sg[a v_g + (1 - a) u(z_s, r, s)]|^2,   z_s = z_t - (t - s) v_g
 
-3. With a = 1 this is flow matching on every pair (r, t). With a -> 0 the difference quotient in it becomes du/dt, and
-   u - target becomes a times MeanFlow's; below a = `derivative_below` MeanFlow's form takes over.
+3. With a = 1 this is flow matching on every pair (r, t). With a -> 0 the difference quotient in it
+   becomes du/dt, and u - target becomes a times MeanFlow's; below a = `derivative_below` MeanFlow's
+   form takes over.
 
-The weight w is that of the error in units of the velocity, |u - target|^2 / a^2, so that the gradient becomes
-MeanFlow's too. SoFlow is the preset of an exponential schedule from 0.1 to 0.002 without derivative.
+The weight w is of the error in units of the velocity, |u - target|^2 / a^2, so that the gradient
+becomes MeanFlow's too. SoFlow is the preset of an exponential schedule from 0.1 to 0.002 without
+derivative.
 
-Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q, in either form;
-guidance adds what it adds to MeanFlow.
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q,
+in either form; guidance adds what it adds to MeanFlow.
 
 Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 2512.15657.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.draws import condition_of
-from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
-from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.terms import (
-    AdaptiveWeight,
-    Metrics,
-    Objective,
-    at_instant,
-    average_over,
-    check_target_ema,
-    row_mean,
-    squared_error,
-    step_metrics,
-    with_derivative,
-)
+from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.objectives import terms
 
 
 def _sigmoid(
@@ -60,26 +52,21 @@ ANNEALINGS = {"sigmoid": _sigmoid, "exponential": _exponential}
 
 
 @dataclasses.dataclass(frozen=True)
-class AlphaFlow(Objective):
+class AlphaFlow(terms.Objective):
     """Regress the average velocity on a finite step along the path, whose length is annealed.
 
     Args:
-      guidance: guidance inside the target.
-      weight: the weight of rows.
       annealing: how a goes from alpha_start to alpha_end, a key of `ANNEALINGS`.
       alpha_start, alpha_end: its ends, each in [0, 1]; above 0 for `exponential`.
       anneal_from, anneal_to: steps between which a changes, 0 <= anneal_from < anneal_to.
       sharpness: of `sigmoid`, above 0.
       derivative_below: use the derivative where a is below it, in [0, 1]; 0 = never.
       target_clip: entries of the target of rows with r < t are clipped to +- it, above 0.
-      target_ema: decay of the moving average that the target uses, in [0, 1); 0 = the parameters themselves.
-
-    Raises:
-      BadInput: for values out of range.
+      target_ema: see `Objective`; of u(z_s, r, s).
     """
 
-    guidance: Guidance = dataclasses.field(default_factory=Guidance)
-    weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
+    guidance: Guidance = Guidance()
+    weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     annealing: str = "sigmoid"
     alpha_start: float = 1.0
     alpha_end: float = 0.0
@@ -91,35 +78,30 @@ class AlphaFlow(Objective):
     target_ema: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.annealing not in ANNEALINGS:
-            raise BadInput(
-                f"objective.annealing={self.annealing!r}: must be one of {', '.join(ANNEALINGS)}"
-            )
+        check_known("objective.annealing", self.annealing, ANNEALINGS)
         for name in ("alpha_start", "alpha_end", "derivative_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"objective.{name}={getattr(self, name)}: must be within [0, 1]")
         smallest = min(self.alpha_start, self.alpha_end)
         if smallest == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
             raise BadInput(
-                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be above 0 with "
-                "annealing=exponential or derivative_below=0; SoFlow uses 0.1 and 0.002"
+                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be above 0 "
+                "with annealing=exponential or derivative_below=0; SoFlow uses 0.1 and 0.002"
             )
         if not 0 <= self.anneal_from < self.anneal_to:
             raise BadInput(
                 f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must satisfy "
                 "0 <= anneal_from < anneal_to"
             )
-        if not 0 < self.sharpness < math.inf:
-            raise BadInput(
-                f"objective.sharpness={self.sharpness}: must be above 0; alpha-Flow uses 25"
-            )
-        if not self.target_clip > 0:
-            raise BadInput(
-                f"objective.target_clip={self.target_clip}: must be above 0; alpha-Flow uses 4"
-            )
-        check_target_ema(self.target_ema)
+        for name, published in (("sharpness", 25), ("target_clip", 4)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(
+                    f"objective.{name}={getattr(self, name)}: must be above 0; "
+                    f"alpha-Flow uses {published}"
+                )
+        terms.check_target_ema(self.target_ema)
 
-    def alpha(self, step: Int[Array, ""]) -> Float[Array, ""]:
+    def alpha(self, step: Step) -> Float[Array, ""]:
         """Return a at a training step."""
         progress = (step - self.anneal_from) / (self.anneal_to - self.anneal_from)
         return ANNEALINGS[self.annealing](
@@ -127,49 +109,34 @@ class AlphaFlow(Objective):
         )
 
     def loss(
-        self,
-        field: Field,
-        params: PyTree,
-        draws: Draws,
-        step: Int[Array, ""],
-        target_params: PyTree | None = None,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the loss of one step.
-
-        Args:
-          field, params: the network.
-          draws: everything random in the step.
-          step: decides a.
-          target_params: the parameters of u(z_s, r, s); None = params.
-
-        Returns:
-          The scalar loss, and the metrics of `step_metrics` and alpha; u_error is in units of the velocity.
-        """
-        draws = draws.replace(instant=over_whole_interval(draws.instant))
-        interval = draws.interval
-        u_instant = at_instant(field, params, draws.instant).u
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> terms.Loss:
+        """See `Objective.loss`; u_error is in units of the velocity, and alpha is a metric."""
+        rows = draws.interval
+        u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
-        a = self.alpha(step)
+        alpha = a = self.alpha(step)
 
-        def by_step(_: None) -> tuple[Array, Array, Array]:
+        def by_step() -> tuple[Array, Array, Array]:
             teacher = params if target_params is None else target_params
-            return _finite_step(field, params, teacher, interval, v.interval, a)
+            return _finite_step(field, params, teacher, rows, v.interval, alpha)
 
-        def by_derivative(_: None) -> tuple[Array, Array, Array]:
-            (u, _), du_dt = with_derivative(field, params, interval, v.interval)
-            return u, v.interval - per_row(interval.t - interval.r, u) * du_dt, du_dt
+        def by_derivative() -> tuple[Array, Array, Array]:
+            (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval)
+            return u, v.interval - per_row(rows.t - rows.r, u) * du_dt, du_dt
 
         if self.derivative_below == 0:
-            u, target, du_dt = by_step(None)
+            u, target, du_dt = by_step()
         else:
             is_short = a < self.derivative_below
-            u, target, du_dt = jax.lax.cond(is_short, by_derivative, by_step, None)
+            u, target, du_dt = jax.lax.cond(is_short, by_derivative, by_step)
             a = jnp.where(is_short, 1.0, a)
-        v_error = squared_error(u_instant, v.instant)
-        u_error = squared_error(u, jnp.clip(target, -self.target_clip, self.target_clip)) / a**2
-        loss = row_mean(self.weight(v_error), a * self.weight(u_error))
-        metrics = step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return loss, metrics | {"alpha": average_over(self.alpha(step), draws)}
+        v_error = terms.squared_error(u_instant, v.instant)
+        clipped = jnp.clip(target, -self.target_clip, self.target_clip)
+        u_error = terms.squared_error(u, clipped) / a**2
+        loss = terms.row_mean(self.weight(v_error), a * self.weight(u_error))
+        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return loss, metrics | {"alpha": terms.average_over(alpha, draws)}
 
 
 def _finite_step(

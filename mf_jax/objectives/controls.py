@@ -1,28 +1,31 @@
 """Optional terms on any objective, on how the network's field depends on z: Lipschitz and monotone control.
 
-Both look along one random direction n, |n| = 1, of each row, by the JVP du/dz n, through which the gradient passes:
+Both look along one random direction n, |n| = 1, of each row, by the JVP du/dz n, through which the
+gradient passes:
 
     lipschitz * relu(|du/dz n| - bound)^2            the field changes by at most `bound` per unit of z
     monotone * relu(-(1 - (t - r) n . du/dz n))^2    the step z - (t - r) u is monotone in z
 
-Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 6 q more (6 where no row
-has r < t).
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 6 q more
+(6 where no row has r < t).
 
-Source: the Lipschitz and monotone controls named beside MeanFlow's baselines in the overview of the method.
+Source: the Lipschitz and monotone controls named beside MeanFlow's baselines in the overview of the
+method.
 """
 
 import dataclasses
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.draws import condition_of
 from mf_jax.flow.paths import interpolate, per_row
-from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.objectives.terms import Metrics, Objective, average
+from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.objectives import terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +36,6 @@ class Controls:
       lipschitz: factor of the Lipschitz term, at least 0; 0 = off.
       lipschitz_bound: the bound, above 0.
       monotone: factor of the monotone term, at least 0; 0 = off.
-
-    Raises:
-      BadInput: for values out of range.
     """
 
     lipschitz: float = 0.0
@@ -44,11 +44,11 @@ class Controls:
 
     def __post_init__(self) -> None:
         for name in ("lipschitz", "monotone"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(
                     f"controls.{name}={getattr(self, name)}: must be at least 0; 0 = off"
                 )
-        if not 0 < self.lipschitz_bound < float("inf"):
+        if not 0 < self.lipschitz_bound < math.inf:
             raise BadInput(
                 f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0; try 1.0"
             )
@@ -60,13 +60,8 @@ class Controls:
 
     def penalty(
         self, field: Field, params: PyTree, draws: Draws
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the sum of the terms, and the mean of each over the rows with r < t (of all, where there are none).
-
-        Args:
-          field, params: the network.
-          draws: the step's draws, `direction` among them.
-        """
+    ) -> tuple[Float[Array, ""], terms.Metrics]:
+        """Return the sum of the terms, over the rows with r < t (over all, where there are none)."""
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
         n, slope = _slope(field, params, rows)
         axes = tuple(range(1, n.ndim))
@@ -74,7 +69,10 @@ class Controls:
         gain = 1 - (rows.t - rows.r) * jnp.sum(n * slope, axis=axes)
         steep = jax.nn.relu(rate - self.lipschitz_bound) ** 2
         folded = jax.nn.relu(-gain) ** 2
-        metrics = {"lipschitz_penalty": average(steep), "monotone_penalty": average(folded)}
+        metrics = {
+            "lipschitz_penalty": terms.average(steep),
+            "monotone_penalty": terms.average(folded),
+        }
         return self.lipschitz * jnp.mean(steep) + self.monotone * jnp.mean(folded), metrics
 
 
@@ -93,48 +91,25 @@ def _slope(
 
 
 @dataclasses.dataclass(frozen=True)
-class Controlled(Objective):
-    """An objective with control terms added to its loss.
+class Controlled(terms.Objective):
+    """An objective with control terms added to its loss."""
 
-    Args:
-      objective: one of `OBJECTIVES`.
-      controls: the terms.
-    """
-
-    objective: Objective
+    objective: terms.Objective
     controls: Controls
     second_order: ClassVar[bool] = True
 
-    @property
-    def learns_average(self) -> bool:
-        """See `Objective`, as the properties below."""
-        return self.objective.learns_average
-
-    @property
-    def needs_second_head(self) -> bool:
-        return self.objective.needs_second_head
-
-    @property
-    def predicts(self) -> str:
-        return self.objective.predicts
-
-    @property
-    def guidable(self) -> bool:
-        return self.objective.guidable
-
-    @property
-    def target_ema(self) -> float:
-        return self.objective.target_ema
-
     def loss(
-        self,
-        field: Field,
-        params: PyTree,
-        draws: Draws,
-        step: Int[Array, ""],
-        target_params: PyTree | None = None,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the objective's loss with the terms added, and the metrics of both."""
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> terms.Loss:
+        """See `Objective.loss`."""
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
         penalty, more = self.controls.penalty(field, params, draws)
         return loss + penalty, metrics | more
+
+
+def _asks_the_objective(name: str) -> property:
+    return property(lambda self: getattr(self.objective, name), doc="See `Objective`.")
+
+
+for _name in ("learns_average", "needs_second_head", "predicts", "guidable", "target_ema"):
+    setattr(Controlled, _name, _asks_the_objective(_name))

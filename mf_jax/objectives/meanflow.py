@@ -7,34 +7,27 @@
 
     loss = w |u - sg[v_g - (t - r) JVP]|^2,   tangent (v_g, 0, 1)
 
-where sg is stop_gradient (`squared_error` applies it to every target, and nothing else has to) and
-v_g is v = e - x or its guided form (mf_jax/flow/guidance.py). On rows with r = t the target is v_g and needs
-no derivative, so only the rows with r < t pay for one.
+Here sg is stop_gradient (`squared_error` applies it to every target, and nothing else has to), and
+v_g is v = e - x or its guided form (mf_jax/flow/guidance.py). On rows with r = t the target is v_g
+and needs no derivative, so only the rows with r < t pay for one.
 
-Cost of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q without
-guidance (forward, backward, and the tangent of the rows with r < t); guidance adds 1 where its unconditional
-factor 1 - omega - kappa is not 0, and q where kappa is not 0.
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q
+without guidance (forward, backward, and the tangent of the rows with r < t). Guidance adds 1 where
+its unconditional factor 1 - omega - kappa is not 0, and q where kappa is not 0.
 
 Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 """
 
 import dataclasses
+from typing import Any
 
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
-from mf_jax.errors import BadInput
-from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.errors import check_known
+from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import Draws, Field
-from mf_jax.objectives.terms import (
-    AdaptiveWeight,
-    Metrics,
-    Objective,
-    at_instant,
-    squared_error,
-    step_metrics,
-    with_derivative,
-)
+from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.objectives import terms
 
 TANGENTS = {
     "v01": (1.0, 0.0, 1.0),
@@ -46,54 +39,31 @@ TANGENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlow(Objective):
+class MeanFlow(terms.Objective):
     """Regress the average velocity on the MeanFlow identity.
 
     Args:
-      guidance: guidance inside the target.
-      weight: the weight of rows.
-      tangent: direction of du/dt, a key of `TANGENTS`; `v01` is right, the others reproduce the ablation.
-
-    Raises:
-      BadInput: for an unknown tangent.
+      tangent: direction of du/dt, a key of `TANGENTS`; `v01` is right, the others reproduce the
+        ablation.
     """
 
-    guidance: Guidance = dataclasses.field(default_factory=Guidance)
-    weight: AdaptiveWeight = dataclasses.field(default_factory=AdaptiveWeight)
+    guidance: Guidance = Guidance()
+    weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     tangent: str = "v01"
 
     def __post_init__(self) -> None:
-        if self.tangent not in TANGENTS:
-            raise BadInput(
-                f"objective.tangent={self.tangent!r}: must be one of {', '.join(TANGENTS)}"
-            )
+        check_known("objective.tangent", self.tangent, TANGENTS)
 
     def loss(
-        self,
-        field: Field,
-        params: PyTree,
-        draws: Draws,
-        step: Int[Array, ""],
-        target_params: PyTree | None = None,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the loss of one step.
-
-        Args:
-          field, params: the network.
-          draws: everything random in the step.
-          step, target_params: not used; the target is the network's own, and does not change over training.
-
-        Returns:
-          The scalar loss, and the metrics of `step_metrics`.
-        """
-        del step, target_params
-        draws = draws.replace(instant=over_whole_interval(draws.instant))
-        u_instant = at_instant(field, params, draws.instant).u
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> terms.Loss:
+        """See `Objective.loss`."""
+        rows = draws.interval
+        u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
         tangent = TANGENTS[self.tangent]
-        (u, _), du_dt = with_derivative(field, params, draws.interval, v.interval, tangent=tangent)
-        target = v.interval - per_row(draws.interval.t - draws.interval.r, u) * du_dt
-        v_error = squared_error(u_instant, v.instant)
-        u_error = squared_error(u, target)
-        loss = self.weight.mean(v_error, u_error)
-        return loss, step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval, tangent=tangent)
+        v_error = terms.squared_error(u_instant, v.instant)
+        u_error = terms.squared_error(u, v.interval - per_row(rows.t - rows.r, u) * du_dt)
+        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return self.weight.mean(v_error, u_error), metrics

@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.draws import condition_of
 from mf_jax.flow.paths import interpolate
-from mf_jax.flow.records import Draws, Field, Prediction, Rows
+from mf_jax.flow.records import Draws, Field, Prediction, Rows, Step
 
 NUM_BINS = 4
-Step = Int[Array, ""] | int
 
 
 @flax.struct.dataclass
@@ -37,6 +36,7 @@ class Average:
 
 
 Metrics = dict[str, Average]
+Loss = tuple[Float[Array, ""], Metrics]
 
 
 class Objective(abc.ABC):
@@ -61,7 +61,7 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> tuple[Float[Array, ""], Metrics]:
+    ) -> Loss:
         """Return the scalar loss and the metrics of one step, deterministic given the draws.
 
         The loss must be a mean over rows: each device computes the loss of its own rows, and the
