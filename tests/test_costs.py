@@ -115,17 +115,6 @@ def test_meanflow_costs_hardly_more_than_flow_matching():
     assert round(guided / flow_matching, 2) <= 1.50
 
 
-def test_rows_without_label_cost_no_teacher():
-    """A quarter of the rows without label: a quarter of a forward less."""
-    field, params = _network(DiT(**SIZES))
-    forward, objective = _forward(field, params), MeanFlow(Guidance(omega=2.0))
-    drawn, fixed = (
-        _step(objective, field, params, instant_share=0.5, label_drop_share=0.25, label_drop=rows)
-        for rows in ("instant_rows", "fixed_rows")
-    )
-    assert abs((drawn - fixed) / forward - 0.25) < 0.02
-
-
 def test_improved_meanflow_with_second_head_costs_little_more_than_its_network():
     """Its own forward and backward, 12 blocks of which 8 exist twice, is 3 forward passes through both heads."""
     field, params = _network(InContextDiT(**SIZES | {"depth": 6}, head_depth=4))

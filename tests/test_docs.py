@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from oracle import gaussian_field
-from test_family import _draws, _mean
+from oracle import class_mean, exact_draws, gaussian_field
 
 from mf_jax import objectives
 from mf_jax.config import validate
@@ -41,8 +40,9 @@ def added(monkeypatch):
 
 
 def _gradient(objective):
-    field, draws, step = gaussian_field(_mean), _draws(), jnp.int32(0)
-    return jax.grad(lambda p: objective.loss(field, p, draws, step)[0])(jnp.asarray(PARAMS))
+    field, draws = gaussian_field(lambda condition: class_mean(condition.labels)), exact_draws()
+    draws = draws.replace(interval=draws.interval.replace(x=draws.interval.x + 0.3))
+    return jax.grad(lambda p: objective.loss(field, p, draws)[0])(jnp.asarray(PARAMS))
 
 
 def test_the_added_objective_is_meanflow_at_share_0_and_another_above(added):

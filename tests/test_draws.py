@@ -9,13 +9,9 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.draws import (
     DrawScheme,
     condition_of,
-    drop_sizes,
     group_sizes,
-    guidable_rows,
     join_rows,
-    num_groups,
     split_rows,
-    with_other_rows,
 )
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.times import LogitNormalTimes, UniformTimes
@@ -57,14 +53,13 @@ def test_every_fourth_row_has_r_below_t():
     draws = _draw(DrawScheme(UniformTimes()), rows=16)
     np.testing.assert_array_equal(draws.interval.x[:, 0], [3, 7, 11, 15])
     np.testing.assert_array_equal(draws.instant.x[:, 0], [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14])
-    assert num_groups(draws) == 4
 
 
 def test_split_and_join_are_inverse():
     array = jnp.arange(60).reshape(20, 3)
-    parts = split_rows(array, (3, 2), groups=4)
+    parts = split_rows(array, (12, 8))
     assert [part.shape for part in parts] == [(12, 3), (8, 3)]
-    np.testing.assert_array_equal(join_rows(parts, groups=4), array)
+    np.testing.assert_array_equal(join_rows(parts), array)
 
 
 @pytest.mark.parametrize(
@@ -110,44 +105,6 @@ def test_labels_are_dropped_where_the_name_says(label_drop, share):
     assert jnp.all(told[~draws.instant.dropped] == draws.instant.labels[~draws.instant.dropped])
 
 
-def test_fixed_rows_lose_their_label_for_certain():
-    """Of 4 groups of 32 rows 24 have r = t, and the last of every 8 of these has no label."""
-    scheme = DrawScheme(UniformTimes(), label_drop_share=3 / 32, label_drop="fixed_rows")
-    draws = _draw(scheme, rows=128)
-    assert scheme.group == 32
-    assert draws.drop_sizes == (7, 1)
-    assert not draws.interval.dropped.any()
-    np.testing.assert_array_equal(draws.instant.dropped, np.arange(96) % 8 == 7)
-    rows = guidable_rows(draws)
-    np.testing.assert_array_equal(rows.x, draws.instant.x[~draws.instant.dropped])
-    values = with_other_rows(rows.x + 1, draws)
-    np.testing.assert_array_equal(
-        values, np.where(draws.instant.dropped[:, None], 0, draws.instant.x + 1)
-    )
-
-
-@pytest.mark.parametrize("label_drop", ["instant_rows", "any_row"])
-def test_rows_drawn_at_random_may_all_be_guided(label_drop):
-    draws = _draw(DrawScheme(UniformTimes(), label_drop=label_drop), rows=16)
-    assert guidable_rows(draws) is draws.instant
-    assert with_other_rows(draws.instant.x, draws) is draws.instant.x
-
-
-@pytest.mark.parametrize(
-    ("instant_share", "drop_share", "sizes", "group"),
-    [
-        (0.75, 0.1, (13, 2), 20),
-        (0.5, 0.125, (3, 1), 8),
-        (1.0, 0.25, (3, 1), 4),
-        (0.5, 0.0, (1, 0), 2),
-    ],
-)
-def test_sizes_of_fixed_rows(instant_share, drop_share, sizes, group):
-    assert drop_sizes(instant_share, drop_share) == sizes
-    scheme = DrawScheme(UniformTimes(), instant_share, drop_share, label_drop="fixed_rows")
-    assert scheme.group == group
-
-
 def test_no_key_is_used_twice():
     """Noise, times and dropped labels of one step must not be functions of one another."""
     draws = _draw(DrawScheme(UniformTimes(), label_drop_share=0.5, label_drop="any_row"))
@@ -175,11 +132,7 @@ def test_draws_are_a_pure_function_of_the_key():
         (lambda: DrawScheme(UniformTimes(), instant_share=0.007), "instant_share.*fraction"),
         (lambda: DrawScheme(UniformTimes(), label_drop_share=1.0), "label_drop_share"),
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
-        (
-            lambda: DrawScheme(UniformTimes(), 0.75, 0.007, "fixed_rows"),
-            "label_drop_share=0.007.*use 3/256",
-        ),
-        (lambda: DrawScheme(UniformTimes(), 0.75, 0.8, "fixed_rows"), "0.75 of rows"),
+        (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
     ],
 )

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import exact_rows, gaussian_field
+from oracle import exact_draws, exact_rows, gaussian_field
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import DrawScheme, condition_of
-from mf_jax.flow.guidance import Guidance, guided_velocities, over_whole_interval
+from mf_jax.flow.draws import DrawScheme, at_time, condition_of
+from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Condition, Draws, GuidanceScale, Prediction
 from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, UniformTimes
@@ -21,7 +21,7 @@ from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.objectives.pixel_meanflow import PerceptualTerm, PixelMeanFlow
+from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.terms import AdaptiveWeight, with_derivative
@@ -43,21 +43,8 @@ def _mean(condition):
 FIELD = gaussian_field(_mean)
 
 
-def _draws(seed=0, num=4, **more):
-    rng = np.random.default_rng(seed)
-
-    def rows(instant):
-        z, labels = jnp.asarray(rng.normal(size=(num, 5))), jnp.asarray(rng.integers(0, 4, num))
-        times = np.sort(rng.uniform(0.1, 0.98, (2, num)), axis=0)
-        r, t = jnp.asarray(times[1] if instant else times[0]), jnp.asarray(times[1])
-        fraction, direction = (
-            jnp.asarray(rng.uniform(size=num)),
-            jnp.asarray(rng.normal(size=(num, 5))),
-        )
-        told = {"fraction": fraction, "direction": direction} | more
-        return exact_rows(z, r, t, labels, jnp.zeros(num, bool), 0.4 * labels, **told)
-
-    return Draws(instant=rows(True), interval=rows(False))
+def _draws(**more):
+    return exact_draws(0, 4, 4, some_dropped=False, **more)
 
 
 def _value_and_gradient(objective, draws=None, step=STEP, field=FIELD):
@@ -185,12 +172,12 @@ def test_split_becomes_the_identity_in_t_as_its_first_part_vanishes():
 
 
 def test_shortcut_is_the_split_at_the_midpoint():
-    draws = _draws(fraction=jnp.full(4, 0.5))
+    draws = _draws(fraction=lambda num: jnp.full(num, 0.5))
     _same(
         _value_and_gradient(SplitMeanFlow(), draws),
         _value_and_gradient(SplitMeanFlow(split="midpoint"), draws),
     )
-    other = _draws(fraction=jnp.full(4, 0.2))
+    other = _draws(fraction=lambda num: jnp.full(num, 0.2))
     assert not np.allclose(
         _value_and_gradient(SplitMeanFlow(), other)[1],
         _value_and_gradient(SplitMeanFlow(), draws)[1],
@@ -238,26 +225,6 @@ def test_pixel_clips_the_velocity_near_the_data():
     np.testing.assert_allclose(
         metrics["v_error"].compute(), np.mean((u - (z - rows.x) / 0.05) ** 2), rtol=1e-6
     )
-
-
-def test_perceptual_terms_compare_pictures_below_their_t_max():
-    draws, seen = _draws(), []
-
-    def distance(x_hat, x):
-        seen.append((x_hat, x))
-        return jnp.mean((x_hat - x) ** 2, axis=1)
-
-    weight = AdaptiveWeight(p=0.0)
-    term = PerceptualTerm("mine", distance, factor=0.4, t_max=0.9)
-    loss, metrics = PixelMeanFlow(weight=weight, perceptual=(term,)).loss(
-        FIELD, jnp.zeros(4), draws, STEP
-    )
-    without, _ = PixelMeanFlow(weight=weight).loss(FIELD, jnp.zeros(4), draws, STEP)
-    (x_hat, x), t = seen[0], jnp.stack([draws.instant.t, draws.interval.t], 1).ravel()
-    counted = np.where(t < 0.9, np.mean((x_hat - x) ** 2, axis=1), 0)
-    assert 0 < (t < 0.9).sum() < 8
-    np.testing.assert_allclose(loss - without, 0.4 * counted.mean(), rtol=1e-9)
-    np.testing.assert_allclose(metrics["mine"].compute(), counted[t < 0.9].mean(), rtol=1e-6)
 
 
 def test_improved_and_meanflow_agree_where_a_sample_has_the_networks_velocity():
@@ -351,11 +318,9 @@ def test_dyadic_times_are_steps_of_a_ladder():
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
 def test_drawn_guidance_has_the_density_it_names(power):
-    scheme = DrawScheme(UniformTimes(), omega_max=8.0, omega_power=power)
+    scheme = DrawScheme(UniformTimes(), 0.0, 0.0, omega_max=8.0, omega_power=power)
     draws = scheme.draw(jax.random.key(0), jnp.zeros((8000, 1)), jnp.zeros(8000, jnp.int32))
-    told = jax.tree.map(
-        lambda *a: jnp.concatenate(a), draws.instant.guidance, draws.interval.guidance
-    )
+    told = draws.interval.guidance
     edges = np.linspace(1, 8, 2001)
     density = edges**-power
     mean = (np.trapezoid(edges * density, edges) / np.trapezoid(density, edges)).item()
@@ -375,7 +340,12 @@ def test_more_draws_do_not_change_those_before_them():
     )
     assert plain.interval.guidance is None
     _same(plain.interval, told.interval.replace(guidance=None))
+    assert (told.instant.guidance.t_min == 0).all()
+    assert (told.instant.guidance.t_max == 1).all()
+    assert (told.interval.guidance.t_min > 0).all()
 
+
+def test_guidance_holds_inside_its_window_and_with_a_label():
     """Outside its interval, and without label, a row of improved MeanFlow has its own velocity as the target."""
     draws = _draws()
     told = GuidanceScale(
@@ -391,7 +361,7 @@ def test_more_draws_do_not_change_those_before_them():
     )
 
     def of(draws):
-        instant = over_whole_interval(draws.instant)
+        instant = at_time(draws.instant, draws.instant.t)
         own = jnp.zeros_like(draws.instant.x)
         return guided_velocities(
             Guidance(), FIELD, PARAMS, draws.replace(instant=instant), own_instant=own

@@ -413,7 +413,11 @@ def _plain_reading(params, draws, guidance, weight):
 
 @pytest.mark.parametrize("sizes", [(6, 2), (2, 6), (0, 4), (4, 0)])
 def test_split_equals_plain_reading(sizes):
-    draws, weight, params = _off_draws(*sizes), AdaptiveWeight(p=0.75, c=1e-3), jnp.array(BENT_PARAMS)
+    draws, weight, params = (
+        _off_draws(*sizes),
+        AdaptiveWeight(p=0.75, c=1e-3),
+        jnp.array(BENT_PARAMS),
+    )
     for guidance in (PLAIN, SCALED, GUIDED, Guidance(0.5, 0.5), Guidance(0.2, 0.9, 0.3, 0.7)):
         objective = MeanFlow(guidance, weight)
         ours = jax.value_and_grad(lambda p, o=objective: o.loss(FIELD, p, draws)[0])(params)
@@ -430,9 +434,14 @@ def test_flow_matching_is_meanflow_where_all_rows_have_r_equal_t():
 
 def test_jvp_equals_central_differences():
     rows, step, params = _off_draws(0, 3).interval, 1e-5, jnp.array(BENT_PARAMS)
-    z, v, condition = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e), condition_of(rows)
+    z, v, condition = (
+        interpolate(rows.x, rows.e, t=rows.t),
+        velocity(rows.x, rows.e),
+        condition_of(rows),
+    )
     ahead, behind = (
-        FIELD(params, z + h * v, r=rows.r, t=rows.t + h, condition=condition).u for h in (step, -step)
+        FIELD(params, z + h * v, r=rows.r, t=rows.t + h, condition=condition).u
+        for h in (step, -step)
     )
     _, derivative = with_derivative(FIELD, params, rows, v)
     np.testing.assert_allclose(derivative, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)

@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from recorded import FOLDER
 
+from mf_jax.flow.draws import at_time
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Condition, Draws, GuidanceScale, Rows
@@ -72,9 +73,10 @@ def _draws(meta, case):
     rows = Rows(
         **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()}, guidance=told
     )
-    return Draws(
-        instant=jax.tree.map(lambda a: a[:n], rows), interval=jax.tree.map(lambda a: a[n:], rows)
+    instant, interval = (
+        jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n), slice(n, None))
     )
+    return Draws(at_time(instant, instant.t), interval)
 
 
 def _objective(meta):
@@ -106,9 +108,9 @@ def test_recorded_case(path):
         outputs = field(
             params, z, r=rows.r, t=rows.t, condition=Condition(rows.labels, rows.guidance)
         )
-        loss, ours = jax.jit(
-            jax.value_and_grad(lambda p: objective.loss(field, p, draws, jnp.int32(0))[0])
-        )(params)
+        loss, ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(field, p, draws)[0]))(
+            params
+        )
     for name, output in outputs._asdict().items():
         if f"out/{name}" in case:
             _assert_close(output, case[f"out/{name}"], name)
