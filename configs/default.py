@@ -102,7 +102,7 @@ DEFAULTS = dict(
     draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
-        label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row | fixed_rows
+        label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row
         omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     ),

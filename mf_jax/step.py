@@ -29,10 +29,9 @@ NEVER = -1
 class TrainState:
     """Everything that changes from step to step; all of it is in a checkpoint.
 
-    step: steps done, int32. params: float32. ema: parameters by decay. opt_state: of the optimiser.
-    metrics: sums and counts since the last row of metrics.jsonl. first_bad_step: the first step (counted from 1)
-    with a metric that is not finite, or `NEVER`, int32; from then on the metrics stand still, so that they name it.
-    Fields may hold shapes or shardings in the place of arrays.
+    step: steps done. ema: averaged parameters by name. metrics: since the last row of metrics.jsonl.
+    first_bad_step: the first step, counted from 1, with a metric that is not finite, or `NEVER`; from
+    then on the metrics stand still, so that they name it. Fields may hold shapes or shardings.
     """
 
     step: PyTree
@@ -45,13 +44,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """What a training step is made of, fixed for a run.
+    """Parts of a training step, fixed for a run.
 
-    network, shape: the network, and the shape of one data element. stored: how batches become elements, where the data
-    draw them anew at every visit. objective, scheme: the loss, and how its random
-    numbers are drawn. optimizer, ema_names: how parameters and their averages move. seed: of all random numbers.
-    log_every_steps: steps over which metrics are averaged. batch_size: rows of a step. gather: one of
-    `sharding.GATHERS`.
+    shape: of one data element. ema_names: averages of the parameters. seed: of all random numbers.
+    log_every_steps: steps over which metrics are averaged. stored: how batches become elements, where
+    the data draw them anew at every visit. gather: one of `sharding.GATHERS`.
     """
 
     network: nn.Module
@@ -68,7 +65,7 @@ class StepParts:
 
     @property
     def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """The shapes of what a step is given: rows as the data have them, and their labels."""
+        """Shapes of the rows, as the data have them, and of their labels."""
         row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, jnp.float32)
         return (
             jax.ShapeDtypeStruct((self.batch_size, *row.shape), row.dtype),
@@ -82,11 +79,10 @@ def _keys(seed: int) -> tuple[Array, Array]:
 
 
 def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
-    """Return the state before the first step, a pure function of the parts and the parameters to start from.
+    """Return the state before the first step.
 
     Args:
-      parts: of the step.
-      params: to start from; None = what the seed gives.
+      params: to start from; None = drawn from the seed.
     """
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
@@ -149,11 +145,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Array, Array], TrainState]:
     """Return the pure function (state, x, labels) -> state of one optimisation step.
 
-    x: data rows `[B, ...]`, stored or not. labels: `[B]`. The caller compiles it and donates the state.
+    x: data rows, stored or not. The caller compiles the function and donates the state.
 
     Args:
-      parts: what the step is made of.
-      mesh: that state and batch are placed on; None for a single device.
+      mesh: of state and batch; None for a single device.
     """
 
     def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
