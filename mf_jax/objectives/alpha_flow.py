@@ -103,7 +103,7 @@ class AlphaFlow(terms.Objective):
 
     def alpha(self, step: Step) -> Float[Array, ""]:
         """Return a at a training step."""
-        progress = (step - self.anneal_from) / (self.anneal_to - self.anneal_from)
+        progress = jnp.asarray(step - self.anneal_from) / (self.anneal_to - self.anneal_from)
         return ANNEALINGS[self.annealing](
             self.alpha_start, self.alpha_end, self.sharpness, progress
         )
