@@ -27,11 +27,10 @@ NEVER = -1
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step; all of it is in a checkpoint.
+    """Everything that changes from step to step and is in a checkpoint, or its shapes or shardings.
 
-    step: steps done. ema: averaged parameters by name. metrics: since the last row of metrics.jsonl.
-    first_bad_step: the first step, counted from 1, with a metric that is not finite, or `NEVER`; from
-    then on the metrics stand still, so that they name it. Fields may hold shapes or shardings.
+    ema: averages by name. metrics: since the last row of metrics.jsonl. first_bad_step: the first,
+    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still.
     """
 
     step: PyTree
@@ -46,9 +45,8 @@ class TrainState:
 class StepParts:
     """Parts of a training step, fixed for a run.
 
-    shape: of one data element. ema_names: averages of the parameters. seed: of all random numbers.
-    log_every_steps: steps over which metrics are averaged. stored: how batches become elements, where
-    the data draw them anew at every visit. gather: one of `sharding.GATHERS`.
+    shape: of one data element. log_every_steps: steps over which metrics are averaged. stored: how
+    batches become elements, where each visit draws them anew. gather: one of `sharding.GATHERS`.
     """
 
     network: nn.Module
@@ -79,11 +77,7 @@ def _keys(seed: int) -> tuple[Array, Array]:
 
 
 def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
-    """Return the state before the first step.
-
-    Args:
-      params: to start from; None = drawn from the seed.
-    """
+    """Return the state before the first step; params None = drawn from the seed."""
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
     ema = start_averages(params, parts.ema_names)
@@ -95,7 +89,7 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
         params=params,
         ema=ema,
         opt_state=parts.optimizer.init(params),
-        metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
+        metrics=jax.tree.map(jnp.zeros_like, metrics),
         first_bad_step=jnp.int32(NEVER),
     )
 
@@ -109,7 +103,7 @@ def _gradient(
     labels: Int[Array, "b"],
     mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Average]]:
-    """Return the gradient and the metrics of one step; its key is a pure function of (seed, step)."""
+    """Return gradient and metrics of one step, whose key is a pure function of (seed, step)."""
     target_ema = parts.objective.target_ema
     target_params = ema[average_name(target_ema)] if target_ema else None
     key = jax.random.fold_in(_keys(parts.seed)[1], step)
@@ -125,31 +119,22 @@ def _gradient(
 
     def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
         params, target_params = both
-
-        def loss(params: PyTree) -> tuple[Array, dict[str, Average]]:
-            loss, metrics = parts.objective.loss(field, params, draws, step, target_params)
-            return loss, {"loss": average_over(loss, draws), **metrics}
-
-        return jax.grad(loss, has_aux=True)(params)
+        of_params = jax.value_and_grad(parts.objective.loss, argnums=1, has_aux=True)
+        (loss, metrics), gradient = of_params(field, params, draws, step, target_params)
+        return gradient, {"loss": average_over(loss, draws), **metrics}
 
     both = (params, target_params)
     if mesh is None or mesh.size == 1:
         gradient, metrics = of_rows(both, draws)
     else:
         gradient, metrics = per_device(of_rows, mesh, both, draws, late=late)
-    return gradient, {**metrics, "grad_norm": average(optax.global_norm(gradient)[None])}
+    return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
 
 
 def make_train_step(
     parts: StepParts, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Array, Array], TrainState]:
-    """Return the pure function (state, x, labels) -> state of one optimisation step.
-
-    x: data rows, stored or not. The caller compiles the function and donates the state.
-
-    Args:
-      mesh: of state and batch; None for a single device.
-    """
+    """Return the pure function (state, x, labels) -> state of one optimisation step."""
 
     def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
         gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels, mesh)
@@ -171,10 +156,10 @@ def make_train_step(
 def _collect(
     parts: StepParts, state: TrainState, metrics: dict[str, Average]
 ) -> tuple[dict[str, Average], Int[Array, ""]]:
-    """Add a step's metrics to those since the last log, and note the first step that is not finite."""
+    """Add a step's metrics to the log's, and note the first step that is not finite."""
     starts_anew = state.step % parts.log_every_steps == 0
     stands_still = state.first_bad_step != NEVER
-    # one array of all sums and counts, where an operation on each would be a small program of its own
+    # one array of all sums and counts; an operation on each would be a small program of its own
     before, unravel = ravel_pytree(state.metrics)
     more, _ = ravel_pytree(metrics)
     collected = unravel(jnp.where(stands_still, before, more + jnp.where(starts_anew, 0, before)))

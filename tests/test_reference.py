@@ -105,9 +105,8 @@ def test_recorded_case(path):
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     with jax.default_matmul_precision(meta["matmul_precision"]):
         z = interpolate(rows.x, rows.e, t=rows.t)
-        outputs = field(
-            params, z, r=rows.r, t=rows.t, condition=Condition(rows.labels, rows.guidance)
-        )
+        condition = Condition(rows.labels, rows.guidance)
+        outputs = jax.jit(field)(params, z, r=rows.r, t=rows.t, condition=condition)
         loss, ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(field, p, draws)[0]))(
             params
         )

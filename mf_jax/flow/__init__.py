@@ -1,1 +1,1 @@
-"""The flow: records, the path, times, draws, guidance and the sampler; a library on JAX alone."""
+"""The flow: records, the path, times, draws, guidance and the sampler."""

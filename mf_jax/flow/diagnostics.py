@@ -1,7 +1,8 @@
 """How well a network obeys the identities of an average velocity, on real draws.
 
-All figures are root mean squares per number of an array, hence in units of the velocity: about 1 to
-1.5 for data of unit scale.
+Each figure is a root mean square per number, in units of the velocity.
+
+Source: MeanFlow, arXiv 2505.13447, equation 6 and section 4.1 (consistency).
 """
 
 import jax
@@ -18,20 +19,14 @@ def _rms(a: Float[Array, "b ..."]) -> Float[Array, ""]:
 
 
 def velocity_error(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
-    """Return the size of u(z, t, t) - v, v = e - x.
-
-    A perfect network does not reach 0: the spread of v given z remains.
-    """
+    """Return the size of u(z, t, t) - v; the spread of v given z keeps it above 0."""
     z = interpolate(rows.x, rows.e, t=rows.t)
     u = field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
     return _rms(u - velocity(rows.x, rows.e))
 
 
 def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
-    """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t).
-
-    Source: MeanFlow, arXiv 2505.13447, equation 6.
-    """
+    """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t)."""
     condition = condition_of(rows).replace(forward_mode=True)
 
     def u(z: Array, r: Array, t: Array) -> Array:
@@ -45,13 +40,7 @@ def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, 
 
 
 def additivity_gap(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
-    """Return how far one step from t to r ends from two steps by way of the middle s = (r + t) / 2.
-
-    It is the size of (t - r) u(z_t, r, t) - (t - s) u(z_t, s, t) - (s - r) u(z_s, r, s), where z_s
-    is the end of the network's own first step.
-
-    Source: MeanFlow, arXiv 2505.13447, section 4.1 (consistency of the average velocity).
-    """
+    """Return how far one step from t to r ends from two steps by way of the middle."""
     condition = condition_of(rows)
 
     def step(z: Array, *, r: Array, t: Array) -> Array:

@@ -1,10 +1,8 @@
-"""Everything random in a training step, drawn once, from one key that is a pure function of (seed, step).
+"""Everything random in a training step, drawn once, from one key.
 
-Rows with r = t and rows with r < t are sub-batches of static size, because only the second kind
-needs the derivative du/dt. A row's kind depends on its number alone: rows are dealt in groups, and
-the last rows of each group have r < t. A share of 3/4 makes groups of four, whose fourth row has
-r < t. A group never crosses from one device to the next, so splitting and joining are local
-reshapes on any number of devices.
+Rows with r = t and rows with r < t are sub-batches of static size: only the second need du/dt. Rows
+are dealt in groups, and the last rows of each group have r < t. A share of 3/4 makes groups of
+four. A group never crosses devices, so splitting and joining are local reshapes.
 """
 
 import dataclasses
@@ -33,7 +31,7 @@ def condition_of(rows: Rows) -> Condition:
 
 
 def at_time(rows: Rows, t: Float[Array, "b"]) -> Rows:
-    """Return rows with r = t at the given times, whose guidance, where there is any, holds for all t."""
+    """Return rows with r = t at the given times, whose guidance holds for all t."""
     guidance = rows.guidance
     if guidance is not None:
         guidance = guidance.replace(t_min=jnp.zeros_like(t), t_max=jnp.ones_like(t))
@@ -66,12 +64,7 @@ def join_rows(parts: Sequence[PyTree]) -> PyTree:
 
 
 def group_sizes(instant_share: float) -> tuple[int, int]:
-    """Return how many rows of each group have r = t, and how many r < t, without a common factor.
-
-    Args:
-      instant_share: share of rows with r = t, in [0, 1], within 0.001 of a fraction whose
-        denominator is at most 64.
-    """
+    """Return the rows of a group with r = t, and with r < t, without a common factor."""
     named = f"draws.instant_share={instant_share}"
     if not 0 <= instant_share <= 1:
         raise BadInput(f"{named}: must be within [0, 1]; MeanFlow uses 0.75")
@@ -89,14 +82,11 @@ class DrawScheme:
     """How a step's random numbers are drawn.
 
     Args:
-      times: the distribution of (r, t).
-      instant_share: share of rows with r = t, as `group_sizes` takes it.
+      instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
       label_drop_share: share of all rows trained without their label, in [0, 1).
       label_drop: which rows lose it: `instant_rows` (r = t, as published) or `any_row`.
-      omega_max: largest scale of guidance as an input of the network; 1 = no such input. The scale
-        has density omega^-omega_power on [1, omega_max]; its window [t_min, t_max] has t_min
-        uniform in [0, 1/2], t_max in [1/2, 1].
-      omega_power: at least 0.
+      omega_max: largest scale of guidance as an input of the network; 1 = no such input.
+      omega_power: the scale has density omega^-omega_power on [1, omega_max]; at least 0.
 
     Source of the drawn guidance: improved MeanFlow, arXiv 2512.02012, section 4.2.
     """
@@ -115,41 +105,35 @@ class DrawScheme:
             raise BadInput(f"draws.label_drop_share={self.label_drop_share}: must be within [0, 1)")
         if self.label_drop != "any_row" and self.label_drop_share > self.instant_share:
             raise BadInput(
-                f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} of "
-                "rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
+                f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} "
+                "of rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
             )
         if not 1 <= self.omega_max < math.inf:
-            raise BadInput(
-                f"draws.omega_max={self.omega_max}: must be at least 1; 1 draws no guidance"
-            )
+            raise BadInput(f"draws.omega_max={self.omega_max}: must be at least 1; 1 = no guidance")
         if not 0 <= self.omega_power < math.inf:
-            raise BadInput(
-                f"draws.omega_power={self.omega_power}: must be at least 0; improved MeanFlow uses 1.0"
-            )
+            raise BadInput(f"draws.omega_power={self.omega_power}: must be at least 0; try 1.0")
 
     @property
     def group(self) -> int:
-        """Rows of a device's share must be a multiple of this many."""
+        """The number of rows whose multiple each device must have."""
         return sum(group_sizes(self.instant_share))
 
     def draw(self, key: PRNGKeyArray, x: Float[Array, "b ..."], labels: Int[Array, "b"]) -> Draws:
-        """Draw one step, a function of the key and the rows alone.
-
-        Args:
-          x: data rows, a multiple of `group` of them.
-          labels: classes or `NO_LABEL`.
-        """
+        """Draw one step for a multiple of `group` rows; labels are classes or `NO_LABEL`."""
         if x.shape[0] == 0 or x.shape[0] % self.group:
             raise BadInput(f"a batch of {x.shape[0]} rows: must be a multiple of {self.group}")
         noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
         r, t = self.times.sample(times_key, x.shape[0])
+        drop = self.label_drop_share
+        if drop and self.label_drop != "any_row":
+            drop /= self.instant_share
         rows = Rows(
             x=x,
             e=jax.random.normal(noise_key, x.shape, x.dtype),
             t=t,
             r=r,
             labels=labels,
-            dropped=jax.random.uniform(drop_key, labels.shape) < self._drop_probability,
+            dropped=jax.random.uniform(drop_key, labels.shape) < drop,
             guidance=self._guidance(guidance_key, x.shape[0]),
             fraction=jax.random.uniform(more_keys[0], labels.shape),
             dropout=jax.random.bits(more_keys[1], labels.shape, jnp.uint32),
@@ -160,12 +144,6 @@ class DrawScheme:
         if self.label_drop != "any_row":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
         return Draws(at_time(instant, instant.t), interval)
-
-    @property
-    def _drop_probability(self) -> float:
-        if self.label_drop_share == 0 or self.label_drop == "any_row":
-            return self.label_drop_share
-        return self.label_drop_share / self.instant_share
 
     def _guidance(self, key: PRNGKeyArray, num_rows: int) -> GuidanceScale | None:
         if self.omega_max == 1:

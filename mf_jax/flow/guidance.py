@@ -1,23 +1,20 @@
-"""Classifier-free guidance inside the training target, so that one evaluation samples the guided field.
+"""Classifier-free guidance inside the training target: one evaluation samples the guided field.
 
 The guided velocity of a row is
 
     v_g = omega v + kappa v_hat(class) + (1 - omega - kappa) v_hat(no class)
 
-for t in [t_min, t_max]; elsewhere, and for rows that train without their label, it is v. Here v_hat
-is the network's own velocity: u(z, t, t), or its second head. The effective scale is
-omega / (1 - kappa).
+for t in [t_min, t_max]; elsewhere, and for rows without their label, it is v. Here v_hat is the
+network's own velocity: u(z, t, t), or its second head. The effective scale is omega / (1 - kappa).
 
-Where the scale w and the window of a row are drawn and are inputs of the network, improved
-MeanFlow's v_g = v + (1 - 1/w) (v_hat(class, w) - v_hat(no class, 1)) is the same equation, with
-omega = 1 and kappa = 1 - 1/w inside the row's window; rows with r = t have the window [0, 1].
+A row's scale w and window may be drawn, as inputs of the network. Then improved MeanFlow's
+v_g = v + (1 - 1/w) (v_hat(class, w) - v_hat(no class, 1)) is this with omega = 1, kappa = 1 - 1/w.
 
-FLOPs: rows with r = t are their own conditional teacher. So a step needs at most one unconditional
-forward for every row and one conditional forward for the rows with r < t, made as one batched call;
-a term whose factor is zero adds none.
+FLOPs: rows with r = t are their own conditional teacher. A step needs at most one unconditional
+forward for every row and one conditional forward for the rows with r < t, in one batched call.
 
-Source: MeanFlow, arXiv 2505.13447, section 4.2 and appendix (improved CFG, equation 21); improved
-MeanFlow, arXiv 2512.02012, section 4.2.
+Source: MeanFlow, arXiv 2505.13447, section 4.2 and equation 21; improved MeanFlow, arXiv
+2512.02012, section 4.2.
 """
 
 import dataclasses
@@ -50,18 +47,12 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.omega < float("inf"):
-            raise BadInput(
-                f"guidance.omega={self.omega}: must be finite and at least 0; 1 is no guidance"
-            )
+            raise BadInput(f"guidance.omega={self.omega}: must be at least 0; 1 is no guidance")
         if not 0 <= self.kappa < 1:
-            raise BadInput(
-                f"guidance.kappa={self.kappa}: must be within [0, 1), since the scale is "
-                "omega / (1 - kappa)"
-            )
+            raise BadInput(f"guidance.kappa={self.kappa}: must be within [0, 1); 0 is no such term")
         if not 0 <= self.t_min <= self.t_max <= 1:
             raise BadInput(
-                f"guidance.t_min={self.t_min}, t_max={self.t_max}: must satisfy "
-                "0 <= t_min <= t_max <= 1"
+                f"guidance.t_min={self.t_min}, t_max={self.t_max}: must be in order within [0, 1]"
             )
 
     @property
@@ -71,17 +62,13 @@ class Guidance:
 
     @property
     def null_factor(self) -> float:
-        """The factor 1 - omega - kappa of the unconditional velocity, 0 where only rounding keeps it from 0."""
+        """The factor of the unconditional velocity, 0 where only rounding keeps it from 0."""
         factor = 1 - self.omega - self.kappa
         return 0.0 if abs(factor) < 1e-9 else factor
 
 
 class Velocities(NamedTuple):
-    """Velocities of a step's rows, for targets, where gradients stop.
-
-    instant, interval: the guided velocity v_g. own: the network's own velocity v_hat of the rows
-    with r < t, None where nobody asked for it.
-    """
+    """Guided velocities v_g of both sub-batches, and v_hat of the rows with r < t if wanted."""
 
     instant: Float[Array, "b1 ..."]
     interval: Float[Array, "b2 ..."]
@@ -89,7 +76,7 @@ class Velocities(NamedTuple):
 
 
 def boundary_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
-    """Return the velocity that a prediction at r = t holds: u(z, t, t)."""
+    """Return u(z, t, t), the velocity in a prediction at r = t."""
     return prediction.u
 
 
@@ -103,13 +90,13 @@ def guided_velocities(
     with_own: bool = False,
     read: Callable[[Prediction], Array] = boundary_velocity,
 ) -> Velocities:
-    """Return the guided velocities of a step.
+    """Return the guided velocities of a step, for targets.
 
     Args:
       guidance: for rows whose own guidance was not drawn.
-      own_instant: the network's own velocity of the rows with r = t, their conditional teacher.
-      with_own: whether to return the network's own velocity of the rows with r < t.
-      read: takes the velocity from a prediction at r = t.
+      own_instant: v_hat of the rows with r = t.
+      with_own: whether to return v_hat of the rows with r < t.
+      read: takes v_hat from a prediction at r = t.
     """
     instant, interval = draws.instant, draws.interval
     is_drawn = interval.guidance is not None
@@ -152,7 +139,7 @@ def _guide(
 
 
 def _teacher_condition(rows: Rows, *, labelled: bool) -> Condition:
-    """Return the inputs of the network as a teacher: at r = t the window is whole, without class the scale 1."""
+    """Return a teacher's inputs: at r = t the window is whole, without class the scale is 1."""
     own, one = condition_of(rows), jnp.ones_like(rows.t)
     if not labelled:
         own = own.replace(labels=jnp.full_like(rows.labels, NO_LABEL))
@@ -168,7 +155,7 @@ def _teach(
     wanted: list[tuple[Rows, Condition]],
     read: Callable[[Prediction], Array],
 ) -> list[Float[Array, "_ ..."]]:
-    """Return the network's own velocity of each of the sub-batches, from one call for all of them."""
+    """Return v_hat of each sub-batch, from one call for all of them."""
     sizes = [rows.t.shape[0] for rows, _ in wanted]
     if not any(sizes):
         return [rows.x for rows, _ in wanted]

@@ -3,11 +3,10 @@
 1. t = 0 is data, t = 1 is noise, and 0 <= r <= t <= 1.
 2. The path is z_t = (1 - t) x + t e, with x data and e standard normal noise.
 3. The velocity along it is v = dz_t/dt = e - x.
-4. The average velocity is u(z_t, r, t) = 1/(t - r) * (integral of v from r to t), and u(z_t, t, t) = v.
-5. A step from t down to r is z_r = z_t - (t - r) u(z_t, r, t); from noise in one step, x = e - u(e, 0, 1).
+4. The average velocity u(z_t, r, t) is the integral of v from r to t over t - r; u(z_t, t, t) = v.
+5. A step down to r is z_r = z_t - (t - r) u(z_t, r, t); in one step from noise, x = e - u(e, 0, 1).
 
-Arrays are `[B, ...]` (images `[B, H, W, C]`), times are `[B]`; r and t are keyword-only so that they
-cannot be swapped.
+Arrays are `[B, ...]` (images `[B, H, W, C]`), times are `[B]` and keyword-only.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.1.
 """

@@ -1,4 +1,4 @@
-"""Records shared by every part: an element of the data, a training row, inputs and outputs of a network."""
+"""Records shared by every part: a data element, training rows, a network's inputs and outputs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What one element of the data is.
+    """One element of the data.
 
-    shape: `(H, W, C)` of a picture, `(D,)` of a vector. num_classes: 0 without labels. class_names: in the order of
-    the labels, where they have names. origin: SHA-256 of the autoencoder behind latents, "" where it is not known.
+    shape: `(H, W, C)` of a picture, `(D,)` of a vector. num_classes: 0 without labels. class_names:
+    in the order of the labels. origin: SHA-256 of the autoencoder behind latents, "" if unknown.
     """
 
     shape: tuple[int, ...]
@@ -29,9 +29,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
-            raise BadInput(
-                f"shape={self.shape}: must be whole numbers of at least 1, e.g. (8, 8, 1)"
-            )
+            raise BadInput(f"shape={self.shape}: must be whole numbers above 0, e.g. (8, 8, 1)")
         if self.num_classes < 0:
             raise BadInput(f"num_classes={self.num_classes}: must be at least 0; 0 is no classes")
 
@@ -41,12 +39,7 @@ class DataSpec:
         return len(self.shape) == 3
 
     def check_labels(self, labels: Iterable[int], *, has_null: bool) -> None:
-        """Raise BadInput unless all labels are classes, or `NO_LABEL`.
-
-        Args:
-          labels: wanted.
-          has_null: whether `NO_LABEL` means something to the network.
-        """
+        """Raise BadInput unless all labels are classes, or `NO_LABEL` if the network has it."""
         lowest = NO_LABEL if has_null or not self.num_classes else 0
         wrong = [label for label in labels if not lowest <= label < self.num_classes]
         if wrong and not self.num_classes:
@@ -54,19 +47,13 @@ class DataSpec:
         if wrong:
             null = "-1 for none" if has_null else "-1 means nothing: draws.label_drop_share was 0"
             raise BadInput(
-                f"labels: {wrong[0]} is not a class; they go from 0 to {self.num_classes - 1}, {null}"
+                f"labels: {wrong[0]} is not a class; use 0 to {self.num_classes - 1}, {null}"
             )
 
 
 @flax.struct.dataclass
 class GuidanceScale:
-    """Guidance as an input of the network, chosen at sampling time.
-
-    omega: scale, at least 1; 1 is no guidance. t_min, t_max: the window [t_min, t_max] of t in which
-    it holds, 0 <= t_min <= t_max <= 1.
-
-    Source: improved MeanFlow, arXiv 2512.02012, section 4.2.
-    """
+    """Guidance as an input of the network: its scale, at least 1, and its window [t_min, t_max]."""
 
     omega: Float[Array, "b"]
     t_min: Float[Array, "b"]
@@ -77,10 +64,9 @@ class GuidanceScale:
 class Condition:
     """Inputs of a network besides z, r and t.
 
-    labels: classes or `NO_LABEL`. guidance: for networks that learn a range of scales; None = none.
-    dropout: a seed for each row's dropout masks; None = no dropout. forward_mode: whether `jax.jvp`
-    will differentiate the prediction, and no gradient be taken of that derivative: fused attention
-    must know.
+    labels: classes or `NO_LABEL`. guidance: for networks that learn a range of scales. dropout: a
+    seed for each row's masks; None = no dropout. forward_mode: whether `jax.jvp` follows, without a
+    gradient of the derivative; fused attention must know.
     """
 
     labels: Int[Array, "b"]
@@ -90,7 +76,7 @@ class Condition:
 
 
 class Prediction(NamedTuple):
-    """Outputs of a network: the average velocity u and, from a second head, the velocity v."""
+    """Outputs of a network: average velocity u and, from a second head, velocity v."""
 
     u: Float[Array, "b ..."]
     v: Float[Array, "b ..."] | None = None
@@ -113,12 +99,11 @@ class Field(Protocol):
 
 @flax.struct.dataclass
 class Rows:
-    """A sub-batch of training rows.
+    """A sub-batch of training rows: data x, noise e, times 0 <= r <= t <= 1.
 
-    x: data. e: noise. t, r: times, 0 <= r <= t <= 1. labels: the true classes or `NO_LABEL`.
-    dropped: whether a row trains without its label. guidance: input of the network; None = none.
-    fraction: in [0, 1), for objectives that choose a time between r and t. dropout: a seed for each
-    row's dropout masks. direction: standard normal, for random-direction derivatives.
+    labels: the true classes or `NO_LABEL`. dropped: whether a row trains without its label.
+    fraction: in [0, 1), places a time between r and t. direction: standard normal, for derivatives
+    along it. guidance, dropout: see `Condition`.
     """
 
     x: Float[Array, "b ..."]
@@ -135,10 +120,9 @@ class Rows:
 
 @flax.struct.dataclass
 class Draws:
-    """Everything random in one training step, split by the work that a row needs.
+    """Everything random in one step: rows with r = t, and rows with r < t, the ones with du/dt.
 
-    instant: the rows with r = t, whose guidance holds for all t. interval: the rows with r < t, the
-    only ones that need du/dt. Either may have zero rows, not both.
+    Guidance of the first holds for all t. Either may have zero rows, not both.
     """
 
     instant: Rows

@@ -24,12 +24,11 @@ class SamplePlan:
     """How samples are drawn.
 
     Args:
-      steps: network evaluations of a sample, equally spaced from t = 1 to 0; at least 1.
-      times: the grid itself, falling strictly from 1.0 to 0.0; takes the place of `steps` unless empty.
-      omega: guidance that a network is told, at least 1; 1 is none.
-      t_min, t_max: guidance holds for t in [t_min, t_max], 0 <= t_min <= t_max <= 1.
+      steps: network evaluations of a sample, equally spaced from t = 1 to 0.
+      times: the grid itself, falling strictly from 1.0 to 0.0; replaces `steps` unless empty.
+      omega, t_min, t_max: see `GuidanceScale`.
       seed: of the noise, in [0, 2^31).
-      batch_size: samples computed at once, at least 1.
+      batch_size: samples computed at once.
     """
 
     steps: int = 1
@@ -45,7 +44,7 @@ class SamplePlan:
         falls = all(a > b for a, b in itertools.pairwise(grid))
         if grid and not (len(grid) > 1 and grid[0] == 1 and grid[-1] == 0 and falls):
             raise BadInput(
-                f"times={grid}: must fall strictly from 1.0 to 0.0, for example (1.0, 0.5, 0.0)"
+                f"times={grid}: must fall strictly from 1.0 to 0.0, e.g. (1.0, 0.5, 0.0)"
             )
         for key in ("batch_size",) if grid else ("steps", "batch_size"):
             if getattr(self, key) < 1:
@@ -79,11 +78,11 @@ class SamplePlan:
         return dataclasses.replace(self, **changes)
 
     def check_guidable(self, omega_max: float) -> None:
-        """Raise BadInput if there is guidance, and the network was told none: `draws.omega_max` was 1."""
+        """Raise BadInput if there is guidance and the network has no such input."""
         if self.omega != 1 and omega_max == 1:
             raise BadInput(
-                f"guidance={self.guidance}: this run's network was told no guidance (draws.omega_max=1); "
-                f"use {NO_GUIDANCE}"
+                f"guidance={self.guidance}: this run's network was told no guidance "
+                f"(draws.omega_max=1); use {NO_GUIDANCE}"
             )
 
 
@@ -104,8 +103,7 @@ def sample(
 
     Args:
       times: `SamplePlan.grid`.
-      learns_average: step with u(z, r, t); else, by Euler's method, with the velocity u(z, t, t) of
-        a network that never saw r < t.
+      learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method.
     """
 
     def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:

@@ -1,7 +1,6 @@
 """Distributions of the time pair (r, t), 0 <= r <= t <= 1.
 
-Both times are drawn, and the larger one is called t. Rows with r = t take this t too, as the
-published recipes do, so their times lean towards noise.
+The larger of two drawn times is t, on rows with r = t too, as in the published recipes.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
 """
@@ -44,10 +43,7 @@ class UniformTimes:
 class LogitNormalTimes:
     """Draw each time as sigmoid(mean + std * n), n standard normal.
 
-    Args:
-      t_mean, t_std: of the draw that is usually t; std > 0.
-      r_mean, r_std: of the draw that is usually r. The two change places where r > t. Equal
-        parameters give the published MeanFlow scheme.
+    The draws of r and t change places where r > t; equal parameters are MeanFlow's scheme.
     """
 
     t_mean: float = -0.4
@@ -73,15 +69,9 @@ class LogitNormalTimes:
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyTimes:
-    """Draw t as sigmoid(t_mean + t_std * n), n standard normal, and end every interval at r = 0.
+    """Draw t as `LogitNormalTimes` does, and end every interval at r = 0: consistency training.
 
-    An objective on the identity in t is then consistency training: u(z, 0, t) moves any point of a
-    path to its data.
-
-    Args:
-      t_mean, t_std: of logit t; t_std > 0.
-
-    Source: consistency models, arXiv 2303.01469; the case r = 0 of MeanFlow, arXiv 2505.13447, section 4.1.
+    Source: consistency models, arXiv 2303.01469; MeanFlow, arXiv 2505.13447, section 4.1.
     """
 
     t_mean: float = -0.4
@@ -100,9 +90,6 @@ class ConsistencyTimes:
 class DyadicTimes:
     """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform.
 
-    Args:
-      levels: the shortest interval is 2^-levels, in [0, 20].
-
     Source: Shortcut models, arXiv 2410.12557, section 3 (levels 7: 128 steps).
     """
 
@@ -110,9 +97,7 @@ class DyadicTimes:
 
     def __post_init__(self) -> None:
         if not 0 <= self.levels <= 20:
-            raise BadInput(
-                f"times.levels={self.levels}: must be within [0, 20]; Shortcut models use 7"
-            )
+            raise BadInput(f"times.levels={self.levels}: must be within [0, 20]; 7 is published")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""

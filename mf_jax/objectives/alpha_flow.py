@@ -6,13 +6,11 @@
 
     loss = a^-1 w |u(z_t, r, t) - sg[a v_g + (1 - a) u(z_s, r, s)]|^2,   z_s = z_t - (t - s) v_g
 
-3. With a = 1 this is flow matching on every pair (r, t). With a -> 0 the difference quotient in it
-   becomes du/dt, and u - target becomes a times MeanFlow's; below a = `derivative_below` MeanFlow's
-   form takes over.
+3. With a = 1 this is flow matching on every pair (r, t). As a -> 0, (u - target) / a becomes
+   MeanFlow's residual; below a = `derivative_below` MeanFlow's form takes over.
 
-The weight w is of the error in units of the velocity, |u - target|^2 / a^2, so that the gradient
-becomes MeanFlow's too. SoFlow is the preset of an exponential schedule from 0.1 to 0.002 without
-derivative.
+The weight w is of the error in units of the velocity, |u - target|^2 / a^2. SoFlow is the
+exponential schedule from 0.1 to 0.002 without derivative.
 
 FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q,
 in either form; guidance adds what it adds to MeanFlow.
@@ -35,20 +33,7 @@ from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
 from mf_jax.objectives import terms
 
-
-def _sigmoid(
-    start: float, end: float, sharpness: float, progress: Float[Array, ""]
-) -> Float[Array, ""]:
-    return start + (end - start) * jax.nn.sigmoid(sharpness * (progress - 0.5))
-
-
-def _exponential(
-    start: float, end: float, sharpness: float, progress: Float[Array, ""]
-) -> Float[Array, ""]:
-    return start * (end / start) ** jnp.clip(progress, 0, 1)
-
-
-ANNEALINGS = {"sigmoid": _sigmoid, "exponential": _exponential}
+ANNEALINGS = ("sigmoid", "exponential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +41,12 @@ class AlphaFlow(terms.Objective):
     """Regress the average velocity on a finite step along the path, whose length is annealed.
 
     Args:
-      annealing: how a goes from alpha_start to alpha_end, a key of `ANNEALINGS`.
-      alpha_start, alpha_end: its ends, each in [0, 1]; above 0 for `exponential`.
-      anneal_from, anneal_to: steps between which a changes, 0 <= anneal_from < anneal_to.
-      sharpness: of `sigmoid`, above 0.
-      derivative_below: use the derivative where a is below it, in [0, 1]; 0 = never.
-      target_clip: entries of the target of rows with r < t are clipped to +- it, above 0.
-      target_ema: see `Objective`; of u(z_s, r, s).
+      annealing: schedule of a, a key of `ANNEALINGS`.
+      alpha_start, alpha_end: ends of a, in [0, 1].
+      anneal_from, anneal_to: steps between which a changes.
+      sharpness: of `sigmoid`.
+      derivative_below: use the derivative where a is below it; 0 = never.
+      target_clip: largest size of an entry of the target of rows with r < t.
     """
 
     guidance: Guidance = Guidance()
@@ -85,33 +69,31 @@ class AlphaFlow(terms.Objective):
         smallest = min(self.alpha_start, self.alpha_end)
         if smallest == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
             raise BadInput(
-                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be above 0 "
-                "with annealing=exponential or derivative_below=0; SoFlow uses 0.1 and 0.002"
+                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be "
+                "above 0 with annealing=exponential or derivative_below=0; try 0.1 and 0.002"
             )
         if not 0 <= self.anneal_from < self.anneal_to:
             raise BadInput(
-                f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must satisfy "
+                f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must obey "
                 "0 <= anneal_from < anneal_to"
             )
-        for name, published in (("sharpness", 25), ("target_clip", 4)):
+        for name in ("sharpness", "target_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(
-                    f"objective.{name}={getattr(self, name)}: must be above 0; "
-                    f"alpha-Flow uses {published}"
-                )
+                raise BadInput(f"objective.{name}={getattr(self, name)}: must be above 0")
         terms.check_target_ema(self.target_ema)
 
     def alpha(self, step: Step) -> Float[Array, ""]:
         """Return a at a training step."""
+        start, end = self.alpha_start, self.alpha_end
         progress = jnp.asarray(step - self.anneal_from) / (self.anneal_to - self.anneal_from)
-        return ANNEALINGS[self.annealing](
-            self.alpha_start, self.alpha_end, self.sharpness, progress
-        )
+        if self.annealing == "exponential":
+            return start * (end / start) ** jnp.clip(progress, 0, 1)
+        return start + (end - start) * jax.nn.sigmoid(self.sharpness * (progress - 0.5))
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
-        """See `Objective.loss`; u_error is in units of the velocity, and alpha is a metric."""
+        """See `Objective.loss`."""
         rows = draws.interval
         u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
@@ -147,7 +129,7 @@ def _finite_step(
     v: Float[Array, "b ..."],
     a: Float[Array, ""],
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """Return u(z_t, r, t), its target over a share a of the interval, and the difference quotient of u."""
+    """Return u(z_t, r, t), its target by a step of a (t - r), and the difference quotient of u."""
     if rows.t.shape[0] == 0:
         return rows.x, rows.x, rows.x
     condition = condition_of(rows)

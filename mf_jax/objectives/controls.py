@@ -1,16 +1,14 @@
-"""Optional terms on any objective, on how the network's field depends on z: Lipschitz and monotone control.
+"""Optional terms on any objective: Lipschitz and monotone control of du/dz.
 
-Both look along one random direction n, |n| = 1, of each row, by the JVP du/dz n, through which the
-gradient passes:
+Both use the JVP du/dz n along a random direction n, |n| = 1, of each row:
 
-    lipschitz * relu(|du/dz n| - bound)^2            the field changes by at most `bound` per unit of z
+    lipschitz * relu(|du/dz n| - bound)^2            u changes by at most `bound` per unit of z
     monotone * relu(-(1 - (t - r) n . du/dz n))^2    the step z - (t - r) u is monotone in z
 
-FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 6 q more
-(6 where no row has r < t).
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 6 q more (6
+where no row has r < t).
 
-Source: the Lipschitz and monotone controls named beside MeanFlow's baselines in the overview of the
-method.
+Source: controls named beside MeanFlow's baselines in the overview of the method.
 """
 
 import dataclasses
@@ -24,19 +22,13 @@ from jaxtyping import Array, Float, PyTree
 from mf_jax.errors import BadInput
 from mf_jax.flow.draws import condition_of
 from mf_jax.flow.paths import interpolate, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.objectives import terms
 
 
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """Factors of the terms.
-
-    Args:
-      lipschitz: factor of the Lipschitz term, at least 0; 0 = off.
-      lipschitz_bound: the bound, above 0.
-      monotone: factor of the monotone term, at least 0; 0 = off.
-    """
+    """Factors of the terms, 0 = off, and the bound of the first."""
 
     lipschitz: float = 0.0
     lipschitz_bound: float = 1.0
@@ -45,13 +37,9 @@ class Controls:
     def __post_init__(self) -> None:
         for name in ("lipschitz", "monotone"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(
-                    f"controls.{name}={getattr(self, name)}: must be at least 0; 0 = off"
-                )
+                raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0")
         if not 0 < self.lipschitz_bound < math.inf:
-            raise BadInput(
-                f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0; try 1.0"
-            )
+            raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0")
 
     @property
     def are_off(self) -> bool:
@@ -61,33 +49,22 @@ class Controls:
     def penalty(
         self, field: Field, params: PyTree, draws: Draws
     ) -> tuple[Float[Array, ""], terms.Metrics]:
-        """Return the sum of the terms, over the rows with r < t (over all, where there are none)."""
+        """Return the sum of the terms, over the rows with r < t (over all if there are none)."""
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
-        n, slope = _slope(field, params, rows)
-        axes = tuple(range(1, n.ndim))
+        axes, condition = tuple(range(1, rows.x.ndim)), condition_of(rows)
+        n = rows.direction / per_row(jnp.sqrt(jnp.sum(rows.direction**2, axis=axes)), rows.x)
+
+        def u(z: Array) -> Array:
+            return field(params, z, r=rows.r, t=rows.t, condition=condition).u
+
+        _, slope = jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
         rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + jnp.finfo(slope.dtype).tiny)
         gain = 1 - (rows.t - rows.r) * jnp.sum(n * slope, axis=axes)
         steep = jax.nn.relu(rate - self.lipschitz_bound) ** 2
         folded = jax.nn.relu(-gain) ** 2
-        metrics = {
-            "lipschitz_penalty": terms.average(steep),
-            "monotone_penalty": terms.average(folded),
-        }
-        return self.lipschitz * jnp.mean(steep) + self.monotone * jnp.mean(folded), metrics
-
-
-def _slope(
-    field: Field, params: PyTree, rows: Rows
-) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """Return a unit direction n of each row, and du/dz n."""
-    axes = tuple(range(1, rows.x.ndim))
-    n = rows.direction / per_row(jnp.sqrt(jnp.sum(rows.direction**2, axis=axes)), rows.x)
-    condition = condition_of(rows)
-
-    def u(z: Array) -> Array:
-        return field(params, z, r=rows.r, t=rows.t, condition=condition).u
-
-    return n, jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))[1]
+        penalties = {"lipschitz_penalty": steep, "monotone_penalty": folded}
+        total = self.lipschitz * jnp.mean(steep) + self.monotone * jnp.mean(folded)
+        return total, {name: terms.average(penalty) for name, penalty in penalties.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
     loss = w |u(z_t, t, t) - v|^2,   v = e - x
 
-A network trained this way knows the velocity alone: it is sampled in many steps, and is the
-multi-step baseline.
+Such a network knows the velocity alone: it is the baseline, sampled in many steps.
 
 FLOPs of a step in forward-equivalents of the whole batch: 3 (forward and backward).
 
@@ -23,7 +22,7 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching(terms.Objective):
-    """Regress the velocity at r = t on every row, whichever sub-batch it was drawn for."""
+    """Regress the velocity at r = t on every row of both sub-batches."""
 
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     learns_average: ClassVar[bool] = False

@@ -1,21 +1,18 @@
-"""Improved MeanFlow: the MeanFlow identity as a regression of the velocity, along the network's own velocity.
+"""Improved MeanFlow: the MeanFlow identity as a regression of the velocity.
 
 1. The MeanFlow identity, read for v, says that V = u + (t - r) du/dt is the velocity.
-2. The derivative du/dt is along the marginal velocity. A sample's own v = e - x is not the marginal
-   one, so the network's own velocity v_hat takes its place:
+2. The derivative du/dt is along the marginal velocity. A sample's v = e - x is not it, so the
+   network's own velocity v_hat takes its place:
 
     loss = w |V - v_g|^2 + w |v_head - v_g|^2,   V = u + (t - r) sg[JVP of u along (v_hat, 0, 1)]
 
-3. v_hat is a second head of the network (`velocity="head"`, which the second term trains), or
+3. v_hat is a second head of the network (`velocity="head"`, trained by the second term), or
    u(z, t, t) (`velocity="boundary"`, without the second term).
 
 The gradient passes through u alone, so |V - v_g|^2 is computed as |u - sg[v_g - (t - r) JVP]|^2.
-Where the scale of v_g is drawn for each row and is an input of the network, guidance is chosen at
-sampling time (mf_jax/flow/guidance.py).
 
-FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 2 q;
-guidance adds 1. With a second head, a forward-equivalent of the 3 is one of the whole network; the
-others leave out the blocks of the second head.
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 2 q;
+guidance adds 1. Only the 3 includes the blocks of a second head.
 
 Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
@@ -49,10 +46,9 @@ VELOCITIES = {"head": _head_velocity, "boundary": boundary_velocity}
 
 @dataclasses.dataclass(frozen=True)
 class ImprovedMeanFlow(terms.Objective):
-    """Regress the velocity that the network's average velocity and its derivative make.
+    """Regress the velocity that u and its derivative make; each term has its own weight.
 
     Args:
-      weight: of either term by itself.
       velocity: a key of `VELOCITIES`.
     """
 
@@ -71,7 +67,7 @@ class ImprovedMeanFlow(terms.Objective):
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
-        """See `Objective.loss`; with a second head the metric head_error is its mean squared error per number."""
+        """See `Objective.loss`."""
         read, rows = VELOCITIES[self.velocity], draws.interval
         at_t = terms.at_instant(field, params, draws.instant)
         own = read(at_t)

@@ -2,14 +2,13 @@
 
 1. By definition (t - r) u(z_t, r, t) is the integral of v from r to t.
 2. Differentiating by t gives the MeanFlow identity  u = v - (t - r) du/dt.
-3. The total derivative du/dt = v . du/dz + du/dt|_{z,r} is the JVP of u along (v, 0, 1) in (z, r, t).
+3. The total derivative du/dt = v . du/dz + du/dt|_{z,r} is the JVP of u along (v, 0, 1).
 4. The identity's right-hand side, without gradient, is the target:
 
     loss = w |u - sg[v_g - (t - r) JVP]|^2,   tangent (v_g, 0, 1)
 
-Here sg is stop_gradient (`squared_error` applies it to every target, and nothing else has to), and
-v_g is v = e - x or its guided form (mf_jax/flow/guidance.py). On rows with r = t the target is v_g
-and needs no derivative, so only the rows with r < t pay for one.
+Here sg is stop_gradient, which `squared_error` applies to every target, and v_g is v = e - x or its
+guided form (mf_jax/flow/guidance.py). On rows with r = t the target is v_g, without derivative.
 
 FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q
 without guidance (forward, backward, and the tangent of the rows with r < t). Guidance adds 1 where
@@ -35,7 +34,7 @@ TANGENTS = {
     "v10": (1.0, 1.0, 0.0),
     "v11": (1.0, 1.0, 1.0),
 }
-"""Tangents (dz, dr, dt) in units of (v, 1, 1). All but `v01` are wrong, for table 1b of the paper."""
+"""Tangents (dz, dr, dt) in units of (v, 1, 1); all but `v01` are wrong, for the ablation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,7 @@ class MeanFlow(terms.Objective):
     """Regress the average velocity on the MeanFlow identity.
 
     Args:
-      tangent: direction of du/dt, a key of `TANGENTS`; `v01` is right, the others reproduce the
-        ablation.
+      tangent: direction of du/dt, a key of `TANGENTS`.
     """
 
     guidance: Guidance = Guidance()

@@ -1,12 +1,8 @@
 """Pixel MeanFlow: improved MeanFlow for a network that predicts the data.
 
-The network's output is read as x_hat, and u = (z - x_hat) / max(t, t_clip); `models.DataPrediction`
-does so, for training and sampling alike. The sample's own velocity is clipped in the same way,
-
-    v = (z - x) / max(t, t_clip),
-
-which is e - x for t >= t_clip. Everything else is improved MeanFlow, on the straight path through z
-with this velocity: from z - t v to z + (1 - t) v.
+`models.DataPrediction` reads the network's output as x_hat: u = (z - x_hat) / max(t, t_clip). A
+sample's own velocity is clipped alike: v = (z - x) / max(t, t_clip). The rest is improved MeanFlow
+on the straight path through z with this velocity, from z - t v to z + (1 - t) v.
 
 FLOPs of a step: as improved MeanFlow.
 
@@ -32,7 +28,7 @@ class PixelMeanFlow(terms.Objective):
     """Improved MeanFlow with a clipped velocity.
 
     Args:
-      guidance, weight, velocity: see `ImprovedMeanFlow`.
+      velocity: see `ImprovedMeanFlow`.
       t_clip: smallest time divided by, in (0, 1), the network's own.
     """
 
@@ -45,9 +41,7 @@ class PixelMeanFlow(terms.Objective):
     def __post_init__(self) -> None:
         ImprovedMeanFlow(velocity=self.velocity)
         if not 0 < self.t_clip < 1:
-            raise BadInput(
-                f"model.t_clip={self.t_clip}: must be within (0, 1); pixel MeanFlow uses 0.05"
-            )
+            raise BadInput(f"model.t_clip={self.t_clip}: must be within (0, 1); 0.05 is published")
 
     @property
     def needs_second_head(self) -> bool:
@@ -57,11 +51,10 @@ class PixelMeanFlow(terms.Objective):
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
-        """See `Objective.loss`; field is in terms of u."""
+        """See `Objective.loss`."""
         clipped = Draws(self._clip(draws.instant), self._clip(draws.interval))
-        return ImprovedMeanFlow(self.guidance, self.weight, self.velocity).loss(
-            field, params, clipped
-        )
+        improved = ImprovedMeanFlow(self.guidance, self.weight, self.velocity)
+        return improved.loss(field, params, clipped)
 
     def _clip(self, rows: Rows) -> Rows:
         z = interpolate(rows.x, rows.e, t=rows.t)

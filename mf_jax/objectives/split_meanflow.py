@@ -1,17 +1,16 @@
 """SplitMeanFlow: an interval is the sum of its two parts, without derivative.
 
-For any s in (r, t) the displacement over [r, t] is the one over [s, t] and then the one over [r, s]:
+For any s in (r, t), with z_s = z_t - (t - s) u(z_t, s, t), displacements add up:
 
-    (t - r) u(z_t, r, t) = (t - s) u(z_t, s, t) + (s - r) u(z_s, r, s),   z_s = z_t - (t - s) u(z_t, s, t)
+    (t - r) u(z_t, r, t) = (t - s) u(z_t, s, t) + (s - r) u(z_s, r, s)
 
     loss = w |u(z_t, r, t) - sg[(right-hand side) / (t - r)]|^2
 
 With s the middle and dyadic times (`times.name=dyadic`) these are Shortcut models. Rows with r = t
-carry the data and guidance; rows with r < t learn from the network alone. Their error is so much
-smaller that an adaptive weight (p > 0) makes them agree with one another before they agree with the
-data: use p = 0.
+carry the data and guidance; rows with r < t learn from the network alone. Their error is so small
+that an adaptive weight (p > 0) favours agreement with one another over the data: use p = 0.
 
-FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 2 q;
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 2 q;
 guidance adds 1 - q where its unconditional factor is not 0.
 
 Source: SplitMeanFlow, arXiv 2507.16884, equation 8; Shortcut models, arXiv 2410.12557, equation 5.
@@ -38,9 +37,7 @@ class SplitMeanFlow(terms.Objective):
     """Regress the average velocity over an interval on the average velocities over its two parts.
 
     Args:
-      guidance: inside the target of the rows with r = t.
       split: `uniform` (s uniform between r and t) or `midpoint`.
-      target_ema: see `Objective`; of the two parts.
     """
 
     guidance: Guidance = Guidance()
@@ -55,7 +52,7 @@ class SplitMeanFlow(terms.Objective):
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
-        """See `Objective.loss`; the metric du_dt is a difference quotient."""
+        """See `Objective.loss`."""
         u_instant = terms.at_instant(field, params, draws.instant).u
         # only the rows with r = t look at the data
         data_rows = draws.replace(interval=jax.tree.map(lambda leaf: leaf[:0], draws.interval))
@@ -69,13 +66,11 @@ class SplitMeanFlow(terms.Objective):
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
-        """Return u over the whole interval, over its parts together, and the difference quotient of u."""
+        """Return u over the interval, over its two parts, and the difference quotient of u."""
         r, t, condition = rows.r, rows.t, condition_of(rows)
         if t.shape[0] == 0:
             return rows.x, rows.x, rows.x
-        share = (
-            0.5 if self.split == "midpoint" else 1 - rows.fraction
-        )  # in (0, 1]: the first part's
+        share = 0.5 if self.split == "midpoint" else 1 - rows.fraction  # of the first part, > 0
         s = t - share * (t - r)
         z = interpolate(rows.x, rows.e, t=t)
         first = field(teacher, z, r=s, t=t, condition=condition).u

@@ -1,19 +1,17 @@
 """Terminal velocity matching: where a step ends, it moves with the velocity of the flow.
 
 1. A step from t to r ends at X(r) = z_t - (t - r) u(z_t, r, t).
-2. As r changes, the end moves along the flow: dX/dr = v(X, r). In terms of u, with t and z_t fixed,
-
-    u - (t - r) du/dr = v(X, r)
-
+2. As r changes, the end moves along the flow: dX/dr = v(X, r). With t and z_t fixed this reads
+   u - (t - r) du/dr = v(X, r).
 3. The gradient passes through the left-hand side, derivative included. The right-hand side is the
-   own velocity at r of the network's moving average, trained by flow matching at the same times r:
+   averaged network's velocity at r, which flow matching trains at the same times r:
 
     loss = w |u - (t - r) du/dr - sg[u_ema(X, r, r)]|^2 + w |u(z_r, r, r) - v_g|^2
 
-Rows with r = t are rows of the flow-matching term. The first term looks at no data, and its error is
-much smaller, so that an adaptive weight (p > 0) favours it: use p = 0.
+Rows with r = t are rows of the flow-matching term. The first term looks at no data and is much
+smaller; an adaptive weight (p > 0) favours it: use p = 0.
 
-FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + 7 q
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 7 q
 (the term with the derivative 6, its target 1); guidance adds 1 where its unconditional factor is not 0.
 
 Source: terminal velocity matching, arXiv 2511.19797.
@@ -35,12 +33,7 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class TerminalVelocity(terms.Objective):
-    """Regress the velocity of a step's end on the flow's velocity there.
-
-    Args:
-      guidance: inside the flow-matching term.
-      target_ema: see `Objective`; of the velocity at the step's end.
-    """
+    """Regress the velocity of a step's end on the flow's velocity there."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
@@ -53,7 +46,7 @@ class TerminalVelocity(terms.Objective):
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
-        """See `Objective.loss`; v_error is of the flow-matching term, all rows at r, du_dt the derivative in r."""
+        """See `Objective.loss`; the metric du_dt is the derivative in r."""
         interval, still = draws.interval, jnp.zeros_like(draws.interval.x)
         rows = join_rows([draws.instant, at_time(interval, interval.r)])
         u_r = terms.at_instant(field, params, rows).u

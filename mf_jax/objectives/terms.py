@@ -1,8 +1,7 @@
-"""What objectives share: their interface, what they ask of a network, errors, row weights and metrics.
+"""Terms that objectives share: their interface, calls of the network, errors, weights and metrics.
 
-The weighted loss says little: an adaptive weight with p = 1 holds it near 1. So the metrics are
-unweighted errors, apart for r = t and r < t, and by quarter of t. A metric is a sum and a count:
-steps and devices add them, and a bin may be empty.
+An adaptive weight with p = 1 holds the loss near 1. So the metrics are unweighted errors, apart for
+r = t and r < t, and by quarter of t. Steps and devices add a metric's sum and count.
 """
 
 import abc
@@ -40,13 +39,10 @@ Loss = tuple[Float[Array, ""], Metrics]
 
 
 class Objective(abc.ABC):
-    """What training needs of a method; a frozen record that sees no module, no key and no mesh.
-
-    Its class attributes say what it needs of the network and the draws; a setting may make one of them a property.
-    """
+    """A method's loss, a frozen record; its class attributes or properties state its needs."""
 
     learns_average: ClassVar[bool] = True
-    """Whether the network knows u(z, r, t) for r < t, or the velocity u(z, t, t) alone."""
+    """Whether the network learns u(z, r, t) for r < t, not u(z, t, t) alone."""
     needs_second_head: ClassVar[bool] = False
     """Whether the network must return `Prediction.v`."""
     predicts: ClassVar[str] = "velocity"
@@ -54,27 +50,23 @@ class Objective(abc.ABC):
     guidable: ClassVar[bool] = True
     """Whether its target can hold guidance."""
     second_order: ClassVar[bool] = False
-    """Whether its gradient passes through a derivative of the network, which fused attention does not have."""
+    """Whether its gradient passes through a derivative of the network."""
     target_ema: ClassVar[float] = 0.0
-    """Decay of the moving average of the parameters that its targets use, in [0, 1); 0 = the parameters themselves."""
+    """Decay of the average of the parameters that targets use, in [0, 1); 0 = no average."""
 
     @abc.abstractmethod
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> Loss:
-        """Return the scalar loss and the metrics of one step, deterministic given the draws.
-
-        The loss must be a mean over rows: each device computes the loss of its own rows, and the
-        gradients are averaged.
+        """Return loss and metrics of one step; the loss is a mean over rows, as devices average it.
 
         Args:
-          step: the training step, for objectives that change over training.
-          target_params: parameters of the targets, their moving average by `target_ema`; None = params.
+          target_params: parameters of the targets, averaged by `target_ema`; None = params.
         """
 
 
 def at_instant(field: Field, params: PyTree, rows: Rows) -> Prediction:
-    """Return the prediction at (z_t, t, t), where u is a velocity; of no rows, no rows."""
+    """Return the prediction at (z_t, t, t), where u is a velocity; there may be no rows."""
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x)
     z = interpolate(rows.x, rows.e, t=rows.t)
@@ -94,7 +86,7 @@ def with_derivative(
 
     Args:
       tangent: of (z, r, t), in units of (velocity, 1, 1); the total derivative in t is (1, 0, 1).
-      with_gradient: whether a gradient of the derivative will be taken, which a network with fused attention refuses.
+      with_gradient: whether the derivative's own gradient follows; fused attention refuses it.
     """
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x), rows.x
@@ -114,7 +106,7 @@ def with_derivative(
 def squared_error(
     prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]
 ) -> Float[Array, "b"]:
-    """Return each row's |prediction - stop_gradient(target)|^2, summed over its axes."""
+    """Return |prediction - stop_gradient(target)|^2 of each row."""
     error = prediction - jax.lax.stop_gradient(target)
     return jnp.sum(error**2, axis=tuple(range(1, error.ndim)))
 
@@ -124,8 +116,8 @@ class AdaptiveWeight:
     """Weight a row's squared error l by stop_gradient((l + c)^-p).
 
     Args:
-      p: power, at least 0; 0 weights all rows alike, 1 makes the loss nearly scale-free.
-      c: added to l before the power, above 0.
+      p: at least 0; 0 weights all rows alike, 1 makes the loss nearly scale-free.
+      c: above 0.
 
     Source: MeanFlow, arXiv 2505.13447, equation 22.
     """
@@ -154,15 +146,13 @@ def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
 
 
 def check_target_ema(decay: float) -> None:
-    """Raise BadInput unless a decay of the target's moving average is within [0, 1)."""
+    """Raise BadInput unless a decay is within [0, 1)."""
     if not 0 <= decay < 1:
-        raise BadInput(
-            f"objective.target_ema={decay}: must be within [0, 1); 0 = the parameters themselves"
-        )
+        raise BadInput(f"objective.target_ema={decay}: must be within [0, 1); 0 = no average")
 
 
 def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> Average:
-    """Return the mean of values where mask is set, of all where it is None; there may be no rows."""
+    """Return the mean of values where mask is set; there may be no rows."""
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     return Average(
         total=jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32),
@@ -171,17 +161,13 @@ def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> 
 
 
 def average_over(value: Float[Array, ""], draws: Draws) -> Average:
-    """Return a number of all rows together as the mean of that many, so that it counts as each of them does."""
+    """Return a number of all rows together as the mean of that many."""
     num = sum(rows.x.shape[0] for rows in (draws.instant, draws.interval))
     return average(jnp.broadcast_to(value, (num,)))
 
 
 def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
-    """Report a sub-batch's mean squared error per number: `name` over all t, `name_t0` .. `name_t3` by quarter of t.
-
-    Args:
-      error: squared error of each row, summed over its axes.
-    """
+    """Return the mean squared error per number, `name`, and `name_t0` .. `_t3` by quarter of t."""
     per_number = error / math.prod(rows.x.shape[1:])
     bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     metrics = {f"{name}_t{i}": average(per_number, bins == i) for i in range(NUM_BINS)}
@@ -195,12 +181,7 @@ def step_metrics(
     u_error: Float[Array, "b2"],
     du_dt: Float[Array, "b2 ..."],
 ) -> Metrics:
-    """Return what every objective with rows r < t reports: the binned errors, and the root mean square of du/dt.
-
-    Args:
-      v_error, u_error: squared errors of the rows with r = t and of the rows with r < t, not weighted.
-      du_dt: the total derivative of the rows with r < t, or a difference quotient in its place.
-    """
+    """Return the binned errors of r = t and of r < t, and the size of du/dt or of its quotient."""
     return {
         **binned_errors("u_error", u_error, draws.interval),
         **binned_errors("v_error", v_error, draws.instant),
