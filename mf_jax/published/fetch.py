@@ -92,12 +92,12 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
 
 
 def verify(name_or_path: str, sha256: str) -> None:
-    """Check the SHA-256 of a file that was read under a published name; a path may hold anything."""
+    """Check the SHA-256 of a file read under a published name; a path may hold anything."""
     if name_or_path in PUBLISHED and sha256 != (file := PUBLISHED[name_or_path][0]).sha256:
         raise BadInput(
-            f"weights {name_or_path!r}: the file has SHA-256 {sha256}; must be {file.sha256}: delete"
-            f" {file.path} in the folder of weights and fetch it again with --mode=weights, or name"
-            " your own file by its path"
+            f"weights {name_or_path!r}: the file has SHA-256 {sha256}; must be {file.sha256}: "
+            f"delete {file.path} in the folder of weights and fetch it again with --mode=weights, "
+            "or name your own file by its path"
         )
 
 
@@ -166,7 +166,8 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     if path.exists():
         if problem := _problem(file, path, whole=True):
             raise BadInput(
-                f"{problem}; it is left as it is: delete or move it, then run the same command again"
+                f"{problem}; it is left as it is: delete or move it, then run the same command "
+                "again"
             )
         return "already there"
     try:
