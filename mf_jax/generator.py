@@ -37,17 +37,14 @@ Labels = Sequence[int] | Int[np.ndarray, "n"] | None
 
 @flax.struct.dataclass
 class Decoder:
-    """An autoencoder, and the scale of its latents.
-
-    mean, std: taken from latents and divided by before training, `[C]` or `[1]`.
-    """
+    """An autoencoder, and the mean and standard deviation `[C]` or `[1]` of its latents."""
 
     autoencoder: Autoencoder
     mean: Float32[Array, "_"]
     std: Float32[Array, "_"]
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 3"]:
-        """Return the pictures, about in [-1, 1], of latents as a network generates them."""
+        """Return the pictures, about in [-1, 1], of latents of mean 0 and deviation 1."""
 
         def decode(row: Array) -> Array:
             return self.autoencoder.decode((row * self.std + self.mean)[None])[0]
@@ -69,8 +66,9 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     verify(config.data.autoencoder, autoencoder.sha256)
     if origin not in ("", autoencoder.sha256):
         raise BadInput(
-            f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 {autoencoder.sha256}, "
-            f"but the run's latents come from {origin}; use the autoencoder that made them"
+            f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 "
+            f"{autoencoder.sha256}, but the run's latents come from {origin}; use the autoencoder "
+            "that made them"
         )
     scale = (config.data.latent_mean, config.data.latent_std)
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
@@ -87,11 +85,9 @@ class Generator:
 
     Args:
       config: of its run.
-      network: the network.
-      params: its parameters.
       spec: of one sample.
       step: training steps behind the parameters.
-      ema: name of the moving average that they are, or `none`.
+      ema: name of the moving average that the parameters are, or `none`.
     """
 
     config: ConfigDict
@@ -117,27 +113,25 @@ class Generator:
           labels: classes, one for each sample, -1 for none; by default all classes in turn.
           num: number of samples; by default one for each label. Labels are repeated to reach it.
           plan: steps, times, guidance, seed and batch size.
-          changes: fields of the plan, such as steps=2 or seed=1, and guidance=(omega, t_min, t_max).
+          changes: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max).
         """
         convert = self.pixels if self.spec.is_picture else on_host
-        return self._collect(convert, labels, num, plan.replace(**changes))
+        return self._collect(convert, labels, num, plan, **changes)
 
-    def sample_raw(
+    def sample_raw(self, labels: Labels = None, **request: Any) -> Float[np.ndarray, "n ..."]:
+        """Return samples as the network makes them, not decoded; takes what `sample` takes."""
+        return self._collect(on_host, labels, **request)
+
+    def _collect(
         self,
-        labels: Labels = None,
-        *,
+        convert: Callable[[Array], Array],
+        labels: Labels,
         num: int | None = None,
         plan: SamplePlan = ONE_STEP,
         **changes: Any,
-    ) -> Float[np.ndarray, "n ..."]:
-        """Return samples as the network makes them, float32, not rounded, not decoded; see `sample`."""
-        return self._collect(on_host, labels, num, plan.replace(**changes))
-
-    def _collect(
-        self, convert: Callable[[Array], Array], labels: Labels, num: int | None, plan: SamplePlan
     ) -> Shaped[np.ndarray, "n ..."]:
         labels = self.labels_for(labels, num)
-        samples = [on_host(convert(x)) for x, _ in self.batches(labels, plan)]
+        samples = [on_host(convert(x)) for x, _ in self.batches(labels, plan.replace(**changes))]
         return np.concatenate(samples)[: len(labels)]
 
     def batches(
@@ -145,7 +139,8 @@ class Generator:
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers.
 
-        All batches have one size, a multiple of the number of devices. Numbers from len(labels) on are padding.
+        All batches have one size, a multiple of the number of devices. Numbers from len(labels) on
+        are padding.
         """
         plan.check_guidable(self.config.draws.omega_max)
         size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
@@ -192,26 +187,17 @@ class Generator:
         return np.resize(given, num).astype(np.int32)
 
     def average_velocity(
-        self,
-        z: Float[np.ndarray, "n ..."],
-        *,
-        r: float,
-        t: float,
-        labels: Int[np.ndarray, "n"] | None = None,
+        self, z: Float[np.ndarray, "n ..."], *, r: float, t: float
     ) -> Float[np.ndarray, "n ..."]:
-        """Return u(z, r, t), without labels by default."""
-        labels = np.full(len(z), NO_LABEL, np.int32) if labels is None else labels
-        r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
-        return np.asarray(
-            _evaluate(self.network, self.params, jnp.asarray(z, jnp.float32), r, t, labels)
-        )
+        """Return u(z, r, t) without labels."""
+        return np.asarray(_evaluate(self.network, self.params, np.float32(z), r, t))
 
     def export(self, path: str | Path, *, kind: str) -> None:
         """Write the parameters under the names of a published checkpoint.
 
         Args:
           path: a `.npz` or `.safetensors` file.
-          kind: `meanflow` (a dit), `imf` or `pmf` (an in_context_dit), as the network is.
+          kind: `meanflow` of a dit, `imf` or `pmf` of an in_context_dit.
         """
         params = unstack_blocks(jax.device_get(self.params))
         write_published(path, kind, params, patch_size=self.config.model.patch_size)
@@ -241,11 +227,11 @@ def _sample(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate(
-    network: nn.Module, params: PyTree, z: Array, r: Array, t: Array, labels: Array
-) -> Array:
+def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array) -> Array:
+    r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
+    condition = Condition(jnp.full(len(z), NO_LABEL, jnp.int32))
     with jax.default_matmul_precision("highest"):
-        return as_field(network)(params, z, r=r, t=t, condition=Condition(labels)).u
+        return as_field(network)(params, z, r=r, t=t, condition=condition).u
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,7 +1,7 @@
-"""From weights that exist to a model: those of a run, or published ones that `init` names.
+"""From weights that exist to a model: a run's, or published ones.
 
-`init.path` names the place. `init.kind` says what lies there: `run` for a workdir, or the kind of a published
-checkpoint. Parameters must fit the network by name and shape.
+`init.path` names the place. `init.kind` says what lies there: `run` for a workdir, or the kind of a
+published checkpoint. Parameters must fit the network by name and shape.
 """
 
 import contextlib
@@ -43,13 +43,11 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
 
 
 def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
-    """Load the run of a workdir for a command's config, which must describe the same run.
-
-    Where the workdir holds no run and `init.path` is set, the model is those weights as they are.
+    """Load the run of a workdir, or the weights of `init` where it holds none.
 
     Args:
       workdir: the run's folder.
-      config: of the command.
+      config: of the command, which must describe the same run.
       ema: as `load` takes it.
       step: of the checkpoint; None for the newest.
     """
@@ -64,12 +62,11 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
 
 
 def load_initial(config: ConfigDict) -> Generator:
-    """Return the weights that `init` names as a model at step 0; their data need not be there."""
-    path = config.init.path
-    check_known("init.kind", config.init.kind, INIT_KINDS)
+    """Return the weights of `init` as a model at step 0; their data need not be there."""
+    path, kind = config.init.path, config.init.kind
+    check_known("init.kind", kind, INIT_KINDS)
     with processes.together():
-        is_run = config.init.kind == "run"
-        spec = run_folder.stored_data(Path(path)) if is_run else _published_spec(config)
+        spec = run_folder.stored_data(Path(path)) if kind == "run" else _published_spec(config)
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
     return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
@@ -80,7 +77,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
 
     Args:
       config: with an `init.path`.
-      like: shapes of the parameters wanted; a second head that is not wanted is left out.
+      like: shapes of the parameters; a second head that they lack is left out.
     """
     path, kind, which = config.init.path, config.init.kind, config.init.which
     check_known("init.kind", kind, INIT_KINDS)
@@ -121,12 +118,12 @@ def _everywhere() -> NamedSharding:
 
 
 def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
-    """Raise BadInput if only one of two runs is on latents, or theirs have another scale."""
+    """Raise BadInput unless both runs are on latents of one scale, or neither is on latents."""
     ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
     if ours != others:
         raise BadInput(
-            f"init.path={config.init.path}: its run was trained on {others}, this config is of {ours}; "
-            "set data.name, data.latent_mean and data.latent_std as they were"
+            f"init.path={config.init.path}: its run was trained on {others}, this config is of "
+            f"{ours}; set data.name, data.latent_mean and data.latent_std as they were"
         )
 
 
@@ -158,9 +155,9 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
     """Return the parameters that a network has, its blocks laid out as it has them.
 
     Args:
-      params: found; a second head may be left over.
-      like: shapes of those wanted.
-      where: they were found, for the error, which lists missing, extra and misshapen ones.
+      params: of the checkpoint; a second head may be left over.
+      like: shapes of the network's.
+      where: the checkpoint lies, for the error.
     """
     params = laid_out_like(params, like)
     found, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
@@ -173,6 +170,6 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
             if name in found and np.shape(found[name]) != wanted[name].shape
         ],
     }
-    if found_wrong := list_problems(problems):
-        raise BadInput(f"init.path={where}: its parameters do not fit the network; {found_wrong}")
+    if wrong := list_problems(problems):
+        raise BadInput(f"init.path={where}: its parameters do not fit the network; {wrong}")
     return unflatten_dict({name: found[name] for name in wanted}, sep="/")

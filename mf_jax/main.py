@@ -7,6 +7,7 @@ Every key of configs/default.py can be set, for example --config.optim.lr=1e-3. 
 them all. A job on many machines is the same command on each; docs/pods.md.
 """
 
+import contextlib
 import errno
 import importlib
 import os
@@ -152,10 +153,11 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
             fix = "make room, and the same command continues"
             text, code = f"{processes.name()}--workdir={workdir}: {reason}; {fix}", _FAILED
         elif processes.are_several():
-            text, code = processes.told_of(error), _FAILED
+            text, code = processes.explain(error), _FAILED
         else:
             raise
-    print(f"mf_jax: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # standard error may lie on the disk that is full
+        print(f"mf_jax: {text}", file=sys.stderr, flush=True)
     return processes.leave(code)
 
 

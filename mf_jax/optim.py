@@ -1,5 +1,6 @@
 """The optimiser, its schedule, and moving averages of the parameters."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from mf_jax.errors import BadInput, check_known
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
 _NOT_HIDDEN = ("patch_embedding", "bottleneck")
 """Linear layers that see the data: convolutions, and so no matrices, in the published code."""
@@ -43,26 +45,29 @@ def _is_fused(path: KeyPath) -> bool:
 
 
 def _split_qkv(tree: PyTree) -> PyTree:
-    """Return a tree whose fused projections `[..., in, 3 out]` are `[..., in, 3, out]`: three matrices, not one."""
-    return tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) if _is_fused(path) else x,
-        tree,
-    )
+    """Make three matrices of each fused projection: `[..., in, 3 out]` to `[..., in, 3, out]`."""
+
+    def split(path: KeyPath, x: Any) -> Any:
+        return x.reshape(*x.shape[:-1], 3, -1) if _is_fused(path) else x
+
+    return tree_map_with_path(split, tree)
 
 
 def _fuse_qkv(tree: PyTree) -> PyTree:
     """Undo `_split_qkv`."""
-    return tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree
-    )
+
+    def fuse(path: KeyPath, x: Any) -> Any:
+        return x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x
+
+    return tree_map_with_path(fuse, tree)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
-    """Return the matrix axes of each parameter that muon moves, and None for those that adamw moves.
+    """Return the matrix axes of each parameter that muon moves, and None where adamw does.
 
-    Muon moves the kernels of linear layers, except the patch embedding. Tables, learned tokens and positions, gates,
-    norms, biases and convolutions are for adamw. Axes in front count matrices, each made orthogonal by itself: blocks
-    in a loop (`model.scan`), and the three parts of a fused projection.
+    Muon moves the kernels of linear layers, except the patch embedding. Adamw moves tables, learned
+    tokens and positions, gates, norms, biases and convolutions. Axes in front count matrices, each
+    made orthogonal by itself: blocks in a loop (`model.scan`), parts of a fused projection.
 
     Args:
       params: nested dicts, fused projections as `_split_qkv` leaves them.
@@ -78,12 +83,9 @@ def muon_dimensions(params: PyTree) -> PyTree:
     return tree_map_with_path(dimensions, params)
 
 
-def _adamw(rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float):
-    del momentum  # muon's
-    return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-
-
-def _muon(rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float):
+def _muon(
+    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float
+) -> optax.GradientTransformation:
     inner = optax.contrib.muon(
         rate,
         beta=momentum,
@@ -101,9 +103,6 @@ def _muon(rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, mo
     return optax.GradientTransformation(lambda params: inner.init(_split_qkv(params)), update)
 
 
-OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
-
-
 def make_optimizer(
     rate: optax.Schedule,
     *,
@@ -119,18 +118,19 @@ def make_optimizer(
     Args:
       rate: the learning rate as a function of the step.
       b1, b2: decay of adam's first and second moment, in [0, 1).
-      weight_decay: decoupled weight decay, at least 0.
+      weight_decay: decoupled.
       clip_norm: clip gradients to this global norm first; 0 = off.
-      name: a key of `OPTIMIZERS`. `muon` moves matrices by their orthogonalised momentum (`muon_dimensions`), all else
-        by adam with Nesterov momentum, at the same rate.
+      name: one of `OPTIMIZERS`. `muon` moves matrices by their orthogonalised momentum
+        (`muon_dimensions`), all else by adam with Nesterov momentum, at the same rate.
       momentum: decay of muon's momentum, in [0, 1).
 
-    Source: Muon, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; as pixel MeanFlow uses it, arXiv
-    2601.22158, appendix A.
+    Source: Muon, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; as pixel MeanFlow
+    uses it, arXiv 2601.22158, appendix A.
     """
     check_known("optim.name", name, OPTIMIZERS)
-    made = OPTIMIZERS[name](rate, b1=b1, b2=b2, weight_decay=weight_decay, momentum=momentum)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), made) if clip_norm else made
+    make = functools.partial(_muon, momentum=momentum) if name == "muon" else optax.adamw
+    optimizer = make(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
 def average_name(decay: float) -> str:
@@ -138,15 +138,10 @@ def average_name(decay: float) -> str:
     return repr(float(decay))
 
 
-def halflife_name(halflife_kimg: float) -> str:
-    """Return the name of the moving average with this half-life in thousands of images, e.g. "500kimg"."""
-    return f"{halflife_kimg:.15g}{_KIMG}"
-
-
 def decay_of(name: str, *, batch_size: int) -> float:
-    """Return the decay per step of a moving average: the one in its name, or the one of its half-life.
+    """Return the decay per step of a moving average, which its name or its half-life says.
 
-    Source: EDM, arXiv 2206.00364, appendix F.2; without its ramp-up, which matters for the first steps alone.
+    Source: EDM, arXiv 2206.00364, appendix F.2; without the ramp-up of the first steps.
     """
     if name.endswith(_KIMG):
         return 0.5 ** (batch_size / (1000 * float(name.removesuffix(_KIMG))))
@@ -154,20 +149,20 @@ def decay_of(name: str, *, batch_size: int) -> float:
 
 
 def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
-    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg"); the targets' average comes last.
+    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg").
 
     Args:
       ema: the section of the config.
-      target_ema: decay of the objective's own average; 0 = none.
+      target_ema: decay of the objective's own average, which comes last; 0 = none.
     """
     names = [average_name(decay) for decay in ema.decays]
-    names += [halflife_name(halflife) for halflife in ema.halflives_kimg]
+    names += [f"{halflife:.15g}{_KIMG}" for halflife in ema.halflives_kimg]
     names += [average_name(target_ema)] if target_ema else []
     return tuple(dict.fromkeys(names))
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
-    """Return which of a run's `ema_names` a name selects: "" the first, `none` the raw parameters."""
+    """Return the one of `ema_names` that a name selects; "" is the first, `none` no average."""
     allowed = (*names, "none")
     if name == "":
         return allowed[0]
@@ -184,7 +179,7 @@ def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
 def update_averages(
     averages: dict[str, PyTree], params: PyTree, *, batch_size: int
 ) -> dict[str, PyTree]:
-    """Move each average towards the parameters: a <- d a + (1 - d) p, where d is `decay_of` its name."""
+    """Move each average towards the parameters: a <- d a + (1 - d) p, with the decay d."""
     return {
         name: optax.incremental_update(params, average, 1 - decay_of(name, batch_size=batch_size))
         for name, average in averages.items()

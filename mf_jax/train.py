@@ -1,15 +1,17 @@
 """--mode=train: from a config to a trained model in a workdir.
 
 1. Everything wrong with the config is reported before anything is written.
-2. The newest undamaged checkpoint is restored; without one, the state starts from the seed or from `init`.
-3. Each step's batch and random numbers are pure functions of (seed, step). A continued run repeats the run that was
-   never stopped bit for bit, its metrics included.
-4. One compiled step runs, with the state donated, until the last step or SIGTERM. The host waits for the device only
-   to log, to draw sample grids and to save.
+2. The newest undamaged checkpoint is restored. Without one, the state starts from the weights of
+   `init` or from the seed.
+3. Batch and random numbers of a step are pure functions of (seed, step). A continued run repeats
+   the run that was never stopped bit for bit, its metrics included.
+4. One compiled step runs, its state donated, until the last step or a signal to stop. The host
+   waits for the device only to log, to draw sample grids and to save.
 5. A metric that is not finite stops the run before anything is saved.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -22,6 +24,7 @@ from clu import parameter_overview
 from etils.epath import Path
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import (
@@ -47,7 +50,7 @@ from mf_jax.reporting.run_log import RunLog
 from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.checkpoint import Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
 
@@ -61,22 +64,40 @@ class TrainingDiverged(FloatingPointError):
     """A metric is not finite any more."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step of a run to the last."""
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    parts: StepParts
+    mesh: Mesh
+    checkpoints: Checkpoints
+    can_draw: bool
+
+    def is_due(self, done: int, every: int) -> bool:
+        """Return whether to do what happens every so many steps (0 = never) and after the last."""
+        return done == self.config.train.num_steps or (every > 0 and done % every == 0)
+
+
 def run(config: ConfigDict, workdir: Path) -> int:
-    """Train, or continue, the run of a workdir; return 0, or `job.stopped_exit_code` after a signal to stop."""
+    """Train, or continue, the run of a workdir; return the exit code."""
     with processes.together():
         source = validate(config, num_devices=jax.device_count())
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
         can_draw = _can_draw(config, source)
     can_draw = all(processes.from_all(can_draw))  # drawing takes every process
-    parts = step_parts(config, source)
-    if config.init.path and not run_folder.exists(workdir):
-        # says what is wrong before anything is written
-        load_weights(config, parameter_shapes(parts.network, parts.shape))
+    parts, weights = step_parts(config, source), None
+    if config.init.path and not processes.from_first(saved_steps(workdir)):
+        weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
     with run_folder.own(workdir, config, source.spec, len(source)), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
-            state = _first_state(config, parts, mesh, checkpoints)
+            state = first_state(parts, mesh, checkpoints, weights)
+            del weights  # which lie on the devices
             _describe(workdir, source, state)
-            done = _loop(config, workdir, source, parts, mesh, state, checkpoints, stop, can_draw)
+            this = _Run(config, workdir, source, parts, mesh, checkpoints, can_draw)
+            done = _loop(this, state, stop)
         if processes.is_first():
             write_report(workdir)
     is_complete = done == config.train.num_steps
@@ -103,24 +124,24 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
     )
 
 
-def _first_state(
-    config: ConfigDict, parts: StepParts, mesh: Mesh, checkpoints: Checkpoints
+def first_state(
+    parts: StepParts, mesh: Mesh, checkpoints: Checkpoints, weights: PyTree = None
 ) -> TrainState:
-    """Return the newest undamaged state, or one from the weights of `init`, or the seed's."""
+    """Return the newest undamaged state, else one of weights, else the seed's."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
     restored = checkpoints.restore_state(placed(shapes, shardings))
     if restored is not None:
         return restored
-    if config.init.path:
-        params = jax.device_put(load_weights(config, shapes.params), shardings.params)
-        return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
-    return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
+    if weights is None:
+        return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
+    params = jax.device_put(weights, shardings.params)
+    return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
 
 
 def _describe(workdir: Path, source: Source, state: TrainState) -> None:
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     if processes.is_first():
+        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         (workdir / "parameters.txt").write_text(overview + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
@@ -132,64 +153,60 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     )
 
 
-def _loop(
-    config: ConfigDict,
-    workdir: Path,
-    source: Source,
-    parts: StepParts,
-    mesh: Mesh,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    stop: Callable[[int], bool],
-    can_draw: bool,
-) -> int:
+def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     """Train to the last step or a signal to stop; return the number of steps done."""
-    train, start, num_steps = config.train, int(state.step), config.train.num_steps
+    config, start, num_steps = run.config, int(state.step), run.config.train.num_steps
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
-    schedule = make_schedule(config)
-    batches = make_batches(
-        source,
-        batch_size=train.batch_size,
-        seed=config.seed,
-        start_step=start,
-        flip=config.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    with contextlib.ExitStack() as stack:
-        log = None
-        if processes.is_first():
-            log = RunLog(
-                workdir,
-                num_steps=num_steps,
-                start_step=start,
-                batch_size=train.batch_size,
-                show_progress=config.log.progress,
-            )
-            stack.enter_context(log)
+    step = make_train_step(run.parts, run.mesh)
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    batches, schedule = _batches(run, start), make_schedule(config)
+    with _open_log(run, start) as log:
         done = start
         for done in range(start + 1, num_steps + 1):
-            state = train_step(state, *put_batch(mesh, tuple(next(batches))))
-            is_last, is_stopped = done == num_steps, stop(done)
+            state = train_step(state, *put_batch(run.mesh, tuple(next(batches))))
+            is_stopped = stop(done)
             if log:
                 log.advance(done)
-            if is_last or done % train.log_every_steps == 0:
-                metrics = _read_metrics(state, checkpoints)
+            if run.is_due(done, config.train.log_every_steps):
+                metrics = _read_metrics(state, run.checkpoints)
                 if log:
                     log.write(done, metrics | {"learning_rate": float(schedule(done - 1))})
-            every = config.log.sample_every_steps
-            if can_draw and (is_last or (every and done % every == 0)):
-                picture = _draw(config, workdir, source, parts, state)
+            if run.can_draw and run.is_due(done, config.log.sample_every_steps):
+                picture = _draw(run, state)
                 if log:
                     log.picture("samples", done, picture)
-            if is_last or is_stopped or done % config.checkpoint.every_steps == 0:
-                _check_finite(state, checkpoints)
-                checkpoints.save(state)
-            if is_stopped and not is_last:
+            if is_stopped or run.is_due(done, config.checkpoint.every_steps):
+                _check_finite(state, run.checkpoints)
+                run.checkpoints.save(state)
+            if is_stopped and done < num_steps:
                 print(f"told to stop: saving step {done}")
                 break
     return done
+
+
+def _batches(run: _Run, start: int) -> Iterator[PyTree]:
+    return make_batches(
+        run.source,
+        batch_size=run.config.train.batch_size,
+        seed=run.config.seed,
+        start_step=start,
+        flip=run.config.data.flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog | None]:
+    """Return the log of the run on the first process, None on the others."""
+    if not processes.is_first():
+        return contextlib.nullcontext()
+    return RunLog(
+        run.workdir,
+        num_steps=run.config.train.num_steps,
+        start_step=start,
+        batch_size=run.config.train.batch_size,
+        show_progress=run.config.log.progress,
+    )
 
 
 def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
@@ -202,8 +219,8 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     if checkpoints.steps:
         intact = f"the checkpoint of step {checkpoints.steps[-1]} is intact"
     raise TrainingDiverged(
-        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer optim.warmup_steps or "
-        "optim.clip_norm=1 in another workdir"
+        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
+        "optim.warmup_steps or optim.clip_norm=1 in another workdir"
     )
 
 
@@ -215,7 +232,7 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
 
 
 def _can_draw(config: ConfigDict, source: Source) -> bool:
-    """Return whether samples can be shown: latents need their autoencoder, without which training goes on."""
+    """Return whether samples can be shown; a missing decoder of latents does not stop a run."""
     if source.stored:
         try:
             find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
@@ -226,18 +243,15 @@ def _can_draw(config: ConfigDict, source: Source) -> bool:
     return True
 
 
-def _draw(
-    config: ConfigDict, workdir: Path, source: Source, parts: StepParts, state: TrainState
-) -> Path:
+def _draw(run: _Run, state: TrainState) -> Path:
     """Write the picture of this step's samples, of the first moving average if there is one."""
-    done = int(state.step)
-    ema = parts.ema_names[0] if parts.ema_names else "none"
-    params = state.ema[ema] if parts.ema_names else state.params
-    generator = Generator(config, parts.network, params, source.spec, step=done, ema=ema)
-    path = workdir / "samples" / f"step_{done:08d}.png"
+    done, source, names = int(state.step), run.source, run.parts.ema_names
+    ema, params = (names[0], state.ema[names[0]]) if names else ("none", state.params)
+    generator = Generator(run.config, run.parts.network, params, source.spec, step=done, ema=ema)
+    path = run.workdir / "samples" / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    plan = sample_plan(config)
-    if generator.spec.is_picture:
+    plan = sample_plan(run.config)
+    if source.spec.is_picture:
         labels = few_classes(_GRID_SAMPLES, source.spec.num_classes)
         samples = generator.sample(labels, plan=plan)
         if processes.is_first():
@@ -252,31 +266,24 @@ def _draw(
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Turn SIGTERM, and the first Ctrl-C, into the wish to end after the step at hand and to save.
+    """Turn SIGTERM, and the first Ctrl-C, into the wish to save and end after the step at hand.
 
-    Yields a function that says after each step, given the steps done, whether to stop; the same on all processes.
+    Yields a function of the steps done that says whether to stop; all processes say the same.
     """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
-        yield lambda done: stop.is_set()
-        return
+    stop, several = threading.Event(), processes.are_several()
 
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[number])  # a second one acts as it always does
         stop.set()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
 
-    def ask_all(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
-        os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
-
-    if processes.are_several():
-        caught, asked = {signal.SIGINT: ask_all}, multihost_utils.reached_preemption_sync_point
-    else:
-        caught = dict.fromkeys((signal.SIGTERM, signal.SIGINT), ask_to_stop)
-        asked = lambda done: stop.is_set()  # noqa: E731
-    before = {number: signal.signal(number, handler) for number, handler in caught.items()}
+    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
+        caught = ()
+    before = {number: signal.signal(number, ask) for number in caught}
     try:
-        yield asked
+        yield multihost_utils.reached_preemption_sync_point if several else lambda _: stop.is_set()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Print, as JSON, the collectives of compiled steps on 8 devices: a script, as a process fixes their number."""
+"""Print the collectives of compiled steps on 8 devices as JSON: a script, see test_sharding.py."""
 
 import dataclasses
 import json
@@ -10,9 +10,8 @@ from steps import lowered_step, parts_of
 
 from mf_jax.bench.step import placed_step
 from mf_jax.flow.guidance import Guidance
-from mf_jax.models import DiT, InContextDiT, parameter_shapes
+from mf_jax.models import DiT, parameter_shapes
 from mf_jax.models.blocks import is_axis_of_block
-from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.runtime.sharding import make_mesh, state_sharding
@@ -24,17 +23,11 @@ GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
 CASES = {
     "guided": (DIT, GUIDED, {}),
     "loop": (DIT.clone(scan=True, remat="block"), GUIDED, {}),
-    "improved": (
-        InContextDiT(patch_size=4, depth=2, width=128, num_heads=2, head_depth=1, num_classes=10),
-        ImprovedMeanFlow(),
-        {"omega_max": 8.0},
-    ),
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
 CHOSEN = [
     ("data", "guided", "step"),
-    ("data", "improved", "step"),
     ("both", "loop", "step"),
     ("both", "loop", "block"),
     ("fsdp", "terminal", "step"),
@@ -42,15 +35,14 @@ CHOSEN = [
 
 
 def first_moments(parts, mesh, compiled):
-    """Return Adam's first moment, a multiple of the gradient, after a step from parameters none of which are zero."""
+    """Return Adam's first moment, a multiple of the gradient, after a step without zeros."""
+
+    def moved(a):
+        return a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape)
 
     def state():
         plain = initial_state(parts)
-        return plain.replace(
-            params=jax.tree.map(
-                lambda a: a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), plain.params
-            )
-        )
+        return plain.replace(params=jax.tree.map(moved, plain.params))
 
     x = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
     labels = jnp.arange(BATCH) % 10
@@ -61,10 +53,10 @@ def first_moments(parts, mesh, compiled):
 
 
 def main():
-    """Print {mesh/case/gather: {"collectives": ..., "split", "in_blocks", "whole": numbers in the parameters}}.
+    """Print {mesh/case/gather: {"collectives", "split", "in_blocks", "whole", "apart"}}.
 
-    "split" counts all parameters that are split, "in_blocks" those of blocks among them. "apart", of the steps with a
-    loop, is the largest relative difference between their gradient and that of one device.
+    "split" and "whole" count numbers in the parameters, "in_blocks" the split ones of blocks.
+    "apart" is the largest relative difference between the gradients of a loop and one device's.
     """
     out = {}
     for mesh_name, name, gather in CHOSEN:

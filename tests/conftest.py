@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -101,23 +100,6 @@ def command(capsys):
         return code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="session")
-def spawn():
-    """Return a function that starts a command line as a process of its own."""
-
-    def start(*arguments, **more):
-        return subprocess.Popen(
-            [sys.executable, "-m", "mf_jax.main", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
 
 
 @pytest.fixture(scope="session")

@@ -47,18 +47,24 @@ class Job:
       program: arguments of the interpreter in front.
       devices: of each process.
       own: more arguments of a process, from its number.
+      environment: more variables of all.
     """
 
     def __init__(
-        self, num, *arguments, program=("-m", "mf_jax.main"), devices=1, own=lambda index: ()
+        self,
+        num,
+        *arguments,
+        program=("-m", "mf_jax.main"),
+        devices=1,
+        own=lambda index: (),
+        environment=(),
     ):
         xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
-        job = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-            "JAX_NUM_PROCESSES": str(num),
-        }
-        env = os.environ | env | {"XLA_FLAGS": xla} | (job if num > 1 else {})
+        env = os.environ | env | {"XLA_FLAGS": xla} | dict(environment)
+        if num > 1:
+            env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
+            env["JAX_NUM_PROCESSES"] = str(num)
         # files, as nobody empties pipes while the job runs; the last reference closes them
         self._texts = [[tempfile.TemporaryFile() for _ in range(2)] for _ in range(num)]  # noqa: SIM115
         self.processes = [
@@ -77,7 +83,7 @@ class Job:
         return _content(self._texts[index][0])
 
     def wait_for(self, is_there, timeout=240):
-        """Wait until something is there; return whether it came before a process ended, or in time."""
+        """Wait until something is there; return whether it comes before a process ends, in time."""
         end = time.monotonic() + timeout
         while not is_there():
             ended = any(process.poll() is not None for process in self.processes)

@@ -1,7 +1,8 @@
-"""What two processes of two devices each live through, one thing after another: a script, see test_processes.py.
+"""What two processes of two devices live through, in one job: a script, see test_processes.py.
 
-Each command of the command line is given by both, in the same job. The first argument is a folder, in which `run` is a
-finished run of one process. Each process writes {scenario: [exit code, output, errors]} to said_INDEX.json there.
+Both give each command of the command line. The first argument is a folder, in which `run` is a
+finished run of one process. Each process writes {scenario: [exit code, output, errors]} to
+lived_INDEX.json there.
 """
 
 import json
@@ -14,19 +15,14 @@ import jax
 import numpy as np
 from jobs import ROOT, here
 
+from mf_jax.main import main as command_line
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
-from mf_jax.runtime.sharding import (
-    batch_sharding,
-    make_mesh,
-    per_device,
-    placed,
-    state_sharding,
-)
+from mf_jax.runtime.sharding import batch_sharding, make_mesh, per_device, placed, state_sharding
 from mf_jax.step import TrainState
 
-WIDE = ("--config.model.width=128", "--config.log.sample_every_steps=6")
-"""Wide enough for parameters that are worth splitting."""
+WIDE = ("--config.model.width=128", "--config.log.sample_every_steps=0", "--config.eval.steps=(1,)")
+"""Wide enough for parameters that are worth splitting; samples are drawn at the end alone."""
 
 
 def state(mesh, step):
@@ -49,7 +45,7 @@ def save(folder, mesh, step):
 
 
 def restore(folder, mesh):
-    """Return the step of the newest whole checkpoint, restored to a mesh; it must be the state of that step."""
+    """Return the step of the newest whole checkpoint; restored to a mesh, it must be `state`."""
     whole = state(mesh, 0)
     like = placed(whole, jax.tree.map(lambda x: x.sharding, whole))
     found = Checkpoints(folder).restore_state(like)
@@ -114,17 +110,17 @@ def main():
     """Live through everything."""
     folder, tiny = Path(sys.argv[1]), sys.argv[2:]
     processes.start(start_timeout=60, heartbeat_timeout=100, stops_together=True)
-    index, said = jax.process_index(), {}
+    index, lived = jax.process_index(), {}
     digits = (f"--config={ROOT}/configs/digits.py", *tiny, *WIDE)
 
     def command(name, *more, workdir=folder / "none"):
         # a job is left once, at the end
         with mock.patch.object(processes, "leave", lambda code: code):
-            said[name] = here(*digits, f"--workdir={workdir}", *more)
+            lived[name] = here(*digits, f"--workdir={workdir}", *more)
 
     reduce_without_scattering()
     move(folder / "moved")
-    said["damage"] = damage(folder / "moved")
+    lived["damage"] = damage(folder / "moved")
     command("seeds", f"--config.seed={index}")
     command("batch", "--config.train.batch_size=10")
     command("mesh", "--config.mesh.fsdp=3")
@@ -137,18 +133,12 @@ def main():
     command("apart", workdir="apart")
     weights = ("--config.init.path=weights.npz", "--config.init.kind=meanflow")
     command("weights", "--mode=sample", *weights, workdir="run")
-    (folder / f"said_{index}.json").write_text(json.dumps(said))
+    (folder / f"lived_{index}.json").write_text(json.dumps(lived))
     # the signal of the parent stops this one at last
-    split = (
-        "--config.mesh.fsdp=2",
-        "--config.mesh.gather=block",
-        "--config.job.stopped_exit_code=9",
-    )
-    arguments = (*digits, f"--workdir={folder / 'split'}", *split)
-    with mock.patch.object(sys, "argv", ["mf_jax", *arguments]):
-        from mf_jax.main import main as command_line
-
-        return command_line()
+    split = ("--config.mesh.fsdp=2", "--config.mesh.gather=block")
+    split += ("--config.job.stopped_exit_code=9", f"--workdir={folder / 'split'}")
+    sys.argv[1:] = [*digits, *split]
+    return command_line()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import written_aside
-from mf_jax.runtime.workdir import as_json, check_same_run
+from mf_jax.runtime.workdir import as_json, check
 
 SHAPE = (3, 5, 2)
 COUNTS = (4, 0, 1, 6)
@@ -326,11 +326,11 @@ def test_a_damaged_copy_is_mended_by_the_same_command(copied):
         latents.gather(np.arange(2 * LENGTH))
 
 
-def test_where_the_copy_lies_may_change_when_a_run_continues():
+def test_where_the_copy_lies_may_change_when_a_run_continues(tmp_path):
     config = get_config()
-    stored = json.loads(as_json(config))
+    (tmp_path / "config.json").write_text(as_json(config))
     config.data.copy_to = "/elsewhere"
-    check_same_run(config, stored, "run")
+    check(tmp_path, config)
     config.data.path = "/elsewhere"
     with pytest.raises(BadInput, match=r"data\.path '' -> '/elsewhere'"):
-        check_same_run(config, stored, "run")
+        check(tmp_path, config)

@@ -1,4 +1,4 @@
-"""The launch scripts, with a stand-in for the environment's interpreter that tells what it was called with."""
+"""The launch scripts, with an interpreter that only tells what it was called with."""
 
 import shutil
 import signal
@@ -10,7 +10,11 @@ from conftest import ROOT
 STUB = """#!/usr/bin/env bash
 echo "python $*"
 case "$*" in
-  *wait*) trap 'echo saved; exit 0' TERM; echo waiting; while :; do read -t 0.1 <> <(:) || true; done ;;
+  *wait*)
+    trap 'echo saved; exit 0' TERM
+    echo waiting
+    while :; do read -t 0.1 <> <(:) || true; done
+    ;;
   *fail*) exit 7 ;;
 esac
 """
@@ -18,7 +22,7 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-    """Return a function that starts a launch script with a stand-in interpreter that needs no installation."""
+    """Return a function that starts a launch script with this interpreter, as if installed."""
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "python"
     stub.write_text(STUB)
@@ -42,37 +46,29 @@ def _lines(process):
     return process.returncode, out.splitlines(), errors
 
 
-def test_local_trains_evaluates_and_samples_digits(launch):
-    main = "python -m mf_jax.main --config=configs/digits.py --mode="
-    assert _lines(launch("local.sh")) == (0, [main + "train", main + "eval", main + "sample"], "")
-
-
-def test_local_passes_arguments_on_and_a_config_replaces_the_default(launch):
-    _, lines, _ = _lines(
-        launch("local.sh", "--config=configs/toy2d.py", "--config.data.toy=two_moons")
-    )
-    assert (
-        lines[0]
-        == "python -m mf_jax.main --config=configs/toy2d.py --config.data.toy=two_moons --mode=train"
-    )
-    assert len(lines) == 3
-
-
-def test_local_runs_a_given_mode_alone(launch):
-    _, lines, _ = _lines(launch("local.sh", "--mode=sample"))
-    assert lines == ["python -m mf_jax.main --config=configs/digits.py --mode=sample"]
+def test_local_passes_arguments_to_the_modes_and_stops_where_one_fails(launch):
+    """A config replaces the default; a mode that is given runs alone."""
+    main = "python -m mf_jax.main --config=configs/"
+    modes = ("train", "eval", "sample")
+    for arguments, code, lines in (
+        ((), 0, [f"{main}digits.py --mode={mode}" for mode in modes]),
+        (
+            ("--config=configs/toy2d.py", "--config.data.toy=two_moons"),
+            0,
+            [f"{main}toy2d.py --config.data.toy=two_moons --mode={mode}" for mode in modes],
+        ),
+        (("--mode=sample",), 0, [f"{main}digits.py --mode=sample"]),
+        (("--workdir=fail",), 7, [f"{main}digits.py --workdir=fail --mode=train"]),
+    ):
+        assert _lines(launch("local.sh", *arguments))[:2] == (code, lines)
 
 
 def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(launch, tmp_path):
     (tmp_path / ".installed").write_text("jax==0.1\n")
     code, lines, errors = _lines(launch("local.sh", "--dry-run", "--workdir=runs/a b"))
-    main = f"{tmp_path}/bin/python -m mf_jax.main --config=configs/digits.py '--workdir=runs/a b' --mode="
-    assert (code, lines, errors) == (0, [main + "train", main + "eval", main + "sample"], "")
-
-
-def test_local_stops_at_the_first_failure_with_its_exit_code(launch):
-    code, lines, _ = _lines(launch("local.sh", "--workdir=fail"))
-    assert (code, len(lines)) == (7, 1)
+    main = f"{tmp_path}/bin/python -m mf_jax.main --config=configs/digits.py '--workdir=runs/a b'"
+    assert (code, errors) == (0, "")
+    assert lines == [f"{main} --mode={mode}" for mode in ("train", "eval", "sample")]
 
 
 def test_sigterm_reaches_the_run_and_ends_the_script(launch):

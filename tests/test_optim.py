@@ -104,7 +104,7 @@ def _shapes(network):
 
 
 def test_muon_moves_what_is_a_matrix_in_the_published_code():
-    """The published optimiser takes what has two axes; ours differ in shape, so names must decide."""
+    """The published optimiser takes what has two axes; ours have other shapes, so names decide."""
     case = np.load(FOLDER / "pmf_no_perceptual.npz")
     published = [name for name in case if name.startswith("params/net/") and case[name].ndim == 2]
     matrices = {our_name("pmf", name.removeprefix("params/net/"))[0] for name in published}

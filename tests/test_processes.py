@@ -1,10 +1,9 @@
-"""Several processes as one job: the numbers of one, everything told by all, and none that waits for ever."""
+"""Several processes as one job: the numbers of one, all tell a problem, and none waits for ever."""
 
 import json
 import shutil
 import signal
 
-import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from jobs import Job, free_port, here
@@ -19,8 +18,13 @@ from mf_jax.runtime.sharding import make_mesh
 DIGITS = (f"--config={ROOT}/configs/digits.py", *TINY, *WIDE)
 
 
-def _rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def _assert_same_numbers(ours, theirs):
+    rows = [
+        [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (ours, theirs)
+    ]
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -35,42 +39,37 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(folder):
-    """Return what two processes of two devices say of the scenarios, and how a signal to the second stops them."""
+def lived(folder):
+    """Return what two processes of two devices live through, and how a signal to one ends both."""
     job = Job(2, folder, *TINY, program=("tests/scenarios.py",), devices=2)
     assert job.wait_for(lambda: "parameters, " in job.output()), job.finish()
     job.send(signal.SIGTERM, 1)
     stopped = job.finish()
     shutil.copytree(folder / "split", folder / "as_stopped")
-    both = [json.loads((folder / f"said_{index}.json").read_text()) for index in range(2)]
+    both = [json.loads((folder / f"lived_{index}.json").read_text()) for index in range(2)]
     return both, stopped
 
 
-@pytest.mark.parametrize(
-    ("scenario", "text"),
-    [
-        ("seeds", "process 1 has seed=1, process 0 0: start all processes of a job with the same"),
-        ("batch", "train.batch_size=10: must be a multiple of 8"),
-        ("mesh", "mesh.data=0, mesh.fsdp=3: must multiply to the 4 devices here"),
-        ("apart", "--workdir=apart: does not show what process 0 writes there"),
-        ("weights", "weights.npz: no such file or folder"),
-    ],
-)
-def test_bad_input_is_told_by_every_process_in_one_line(said, folder, scenario, text):
+def test_every_process_tells_bad_input_in_one_line(lived, folder):
     """Also where one host alone lacks the weights, or the hosts do not share the workdir."""
-    for index, every in enumerate(said[0]):
-        code, _, errors = every[scenario]
-        assert code == 2
-        assert errors.startswith(f"mf_jax: process {index}: ")
-        assert text in errors
-        assert len(errors.splitlines()) == 1
-    other = "process 0: process 1 has: " if scenario == "weights" else ""
-    assert other in said[0][0][scenario][2]
+    for scenario, text in {
+        "seeds": "process 1 has seed=1, process 0 0: start all processes of a job with the same",
+        "batch": "train.batch_size=10: must be a multiple of 8",
+        "mesh": "mesh.data=0, mesh.fsdp=3: must multiply to the 4 devices here",
+        "apart": "--workdir=apart: does not show what process 0 writes there",
+        "weights": "weights.npz: no such file or folder",
+    }.items():
+        for index, scenarios in enumerate(lived[0]):
+            code, _, errors = scenarios[scenario]
+            assert (code, len(errors.splitlines())) == (2, 1), errors
+            assert errors.startswith(f"mf_jax: process {index}: ")
+            assert text in errors
+    assert "process 0: process 1 has: " in lived[0][0]["weights"][2]
     assert not (folder / "none").exists()
 
 
-def test_an_evaluation_on_two_processes_has_the_scores_of_one(said, folder):
-    assert [every["eval"][0] for every in said[0]] == [0, 0], said[0]
+def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
+    assert [scenarios["eval"][0] for scenarios in lived[0]] == [0, 0], lived[0]
     ours = json.loads((folder / "run" / "eval.json").read_text())
     (folder / "run" / "eval.jsonl").unlink()
     assert here(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval").code == 0
@@ -81,42 +80,42 @@ def test_an_evaluation_on_two_processes_has_the_scores_of_one(said, folder):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_checkpoints_move_between_devices_and_processes(said, folder):
+def test_checkpoints_move_between_devices_and_processes(lived, folder):
     """From one device to two processes that split over four and over two, and back to one."""
     assert restore(folder / "moved", make_mesh(data=0, fsdp=1)) == 2
     assert Checkpoints(folder / "moved", read_only=True).steps == [1, 2]
 
 
-def test_damage_that_one_process_reads_is_damage_for_all(said, folder):
-    """The job goes on from the checkpoint before; a step that one process cannot have, none of them has."""
-    for every in said[0]:
-        (damaged, missing), step = every["damage"]
+def test_damage_that_one_process_reads_is_damage_for_all(lived, folder):
+    """The job uses the checkpoint before; a step that one process cannot have, none has."""
+    for scenarios in lived[0]:
+        (damaged, missing), step = scenarios["damage"]
         assert "is damaged" in damaged
         assert "no checkpoint of step 2" in missing
         assert step == 2
     assert (folder / "moved" / "damaged_checkpoints" / "3").exists()
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(said, folder):
-    stopped = said[1]
+def test_a_signal_to_one_process_stops_all_at_one_step(lived, folder):
+    stopped = lived[1]
     assert [ended.code for ended in stopped] == [9, 9], stopped
     (checkpoint,) = (folder / "as_stopped" / "checkpoints").iterdir()
     assert 0 < int(checkpoint.name) < 12
     assert f"stopped at step {checkpoint.name}; the same command continues" in stopped[0].output
 
 
-def test_the_first_process_alone_talks(said):
-    (first, second), stopped = said
+def test_the_first_process_alone_talks(lived):
+    (first, second), stopped = lived
     assert "4 cpu devices in 2 processes" in stopped[0].output
     assert "parameters, " not in stopped[1].output
     assert "eval.json" in first["eval"][1]
     assert second["eval"][1] == ""
 
 
-def test_a_run_on_other_processes_and_devices_has_the_same_numbers(said, folder):
-    """Begun on two processes of two devices that gather split parameters by block, continued on two of one.
+def test_a_run_on_other_processes_and_devices_has_the_same_numbers(lived, folder):
+    """Begun on two processes of two devices that gather parameters by block, ended on two of one.
 
-    The first one is told to stop when there is nothing left to stop: no step follows that all could agree on.
+    The signal comes when nothing is left to stop: no step follows that all could agree on.
     """
     workdir = folder / "split"
     job = Job(2, *DIGITS, f"--workdir={workdir}")
@@ -125,46 +124,46 @@ def test_a_run_on_other_processes_and_devices_has_the_same_numbers(said, folder)
     ended = job.finish()
     assert [process.code for process in ended] == [0, 0], ended
     assert "continuing at step" in ended[0].output
-    for ours, theirs in zip(_rows(workdir), _rows(folder / "run"), strict=True):
-        assert ours.keys() == theirs.keys()
-        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-7)
+    _assert_same_numbers(workdir, folder / "run")
+
+
+LIMITED = """import resource, runpy, signal, sys
+if sys.argv.pop() == "1":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+runpy.run_module("mf_jax.main", run_name="__main__")
+"""
+"""The command line, whose second process can write no file above 4 KB, nor all of its errors."""
 
 
 @pytest.mark.slow
-def test_a_kill_and_a_full_disk_end_all_processes_and_the_run_goes_on(tmp_path):
-    """The second process takes no file above 4 KB; then it is killed; then nothing happens to it."""
-    limited = (
-        "import os, resource, runpy, signal, sys\n"
-        "if sys.argv.pop() == '1':\n"
-        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # its own errors are more than 4 KB
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "runpy.run_module('mf_jax.main', run_name='__main__')\n"
-    )
-    few = ("--config.mesh.fsdp=2", "--config.job.heartbeat_timeout_seconds=10")
-    arguments = (*DIGITS, *few, f"--workdir={tmp_path / 'run'}")
-    ended = Job(2, *arguments, program=("-c", limited), own=lambda i: [str(i)]).finish()
+def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, folder):
+    """Each befalls the second process alone; one process goes on."""
+    workdir = folder / "as_stopped"
+    (before,) = (workdir / "checkpoints").iterdir()
+    arguments = (*DIGITS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
+    ended = Job(2, *arguments, program=("-c", LIMITED), own=lambda i: [str(i)]).finish(timeout=120)
     assert 0 not in [process.code for process in ended], ended
-    assert Checkpoints(tmp_path / "run", read_only=True).steps == []
+    assert Checkpoints(workdir, read_only=True).steps == [int(before.name)]
     job = Job(2, *arguments)
-    assert job.wait_for((tmp_path / "run" / "checkpoints" / "4").exists), job.finish()
+    assert job.wait_for(lambda: "continuing at step" in job.output()), job.finish()
     job.send(signal.SIGKILL, 1)
-    (code, _, errors), _ = job.finish()
+    (code, _, errors), _ = job.finish(timeout=120)
     assert code not in (0, 2)
     # ours, or JAX's as it aborts
     assert "another process" in errors or "another task died" in errors
-    ended = Job(2, *arguments).finish()
-    assert [process.code for process in ended] == [0, 0], ended
-    assert "continuing at step 4" in ended[0].output
-    assert _rows(tmp_path / "run")[-1]["step"] == 12
+    ended = here(*arguments)
+    assert ended.code == 0, ended
+    assert f"continuing at step {before.name}" in ended.output
+    _assert_same_numbers(workdir, folder / "run")
 
 
-def test_a_coordinator_that_does_not_answer(spawn):
+def test_a_coordinator_that_does_not_answer():
     address = f"127.0.0.1:{free_port()}"
     job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    process = spawn("--config=configs/digits.py", "--config.job.start_timeout_seconds=0.5", **job)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
+    arguments = ("--config=configs/digits.py", "--config.job.start_timeout_seconds=0.5")
+    ((code, _, errors),) = Job(1, *arguments, environment=job).finish()
+    assert code == 2
     assert errors.startswith(f"mf_jax: {address}: 2 processes have not met there within 0.5 s; ")
     assert len(errors.splitlines()) == 1
 

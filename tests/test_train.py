@@ -1,8 +1,7 @@
-"""Training: what a run leaves, exact resume, stopping, damage, divergence, runs of earlier versions."""
+"""Training: results, exact resume, stopping, damage, divergence, runs of earlier versions."""
 
 import json
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -19,20 +18,14 @@ from configs.digits import get_config
 from mf_jax import step as state_module
 from mf_jax import train
 from mf_jax.config import validate
+from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, DamagedCheckpoint
-
-EVERY_STEP = (
-    *TINY,
-    "--config.train.num_steps=30",
-    "--config.train.log_every_steps=2",
-    "--config.log.sample_every_steps=7",
-    "--config.checkpoint.every_steps=1",
-)
+from mf_jax.runtime.fingerprints import index_of
 
 
 def _args(workdir, *more):
-    return (f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *more)
+    return (f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY, *more)
 
 
 def _parts():
@@ -48,25 +41,14 @@ def _arrays(workdir, step):
         return json.load(file)
 
 
-def _assert_same_run(a, b, step):
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    assert _arrays(a, step) == _arrays(b, step)
-    pictures = [
-        {path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (a, b)
-    ]
-    assert pictures[0] == pictures[1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = here(*_args(workdir, *EVERY_STEP))
-    assert ended.code == 0, ended
-    return workdir
+def _results(workdir):
+    """Return what a run of 12 steps ends with, bit for bit."""
+    pictures = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
+    return (workdir / "metrics.jsonl").read_text(), _arrays(workdir, 12), pictures
 
 
 def test_a_run_leaves_what_it_says(trained):
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(trained)
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     assert {"loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate"} <= set(rows[0])
     assert any(name.startswith("u_error_t") for name in rows[0])
@@ -80,22 +62,23 @@ def test_a_run_leaves_what_it_says(trained):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_ends_bit_identical(undisturbed, tmp_path):
-    """A checkpoint is being written nearly all the time, so the kills fall into writes too."""
-    rng, workdir = random.Random(0), tmp_path / "run"
-    for _ in range(3):
-        job, lines = Job(1, *_args(workdir, *EVERY_STEP)), rng.randint(2, 5)
-        assert job.wait_for(lambda job=job, lines=lines: job.output().count("\n") >= lines)
-        job.send(signal.SIGKILL)
-        job.finish()
-    ended = here(*_args(workdir, *EVERY_STEP))
-    assert ended.code == 0, ended
-    _assert_same_run(undisturbed, workdir, 30)
-
-
-def test_sigterm_saves_the_step_at_hand_and_exits_0(undisturbed, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(trained, tmp_path):
+    """One is being written nearly all the time."""
     workdir = tmp_path / "run"
-    seldom = (*EVERY_STEP, "--config.checkpoint.every_steps=1000")
+    arguments = _args(workdir, "--config.checkpoint.every_steps=1")
+    for step in (2, 7):
+        job = Job(1, *arguments)
+        assert job.wait_for((workdir / "checkpoints" / str(step)).exists), job.finish()
+        job.send(signal.SIGKILL)
+        assert job.finish()[0].code == -signal.SIGKILL
+    ended = here(*arguments)
+    assert ended.code == 0, ended
+    assert _results(workdir) == _results(trained)
+
+
+def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    arguments = _args(workdir, "--config.checkpoint.every_steps=1000")
     advance = train.RunLog.advance
 
     def stop_at_7(log, step, **more):
@@ -105,14 +88,14 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(undisturbed, tmp_path, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(train.RunLog, "advance", stop_at_7)
-        code, output, _ = here(*_args(workdir, *seldom))
+        ended = here(*arguments)
     (step,) = Checkpoints(workdir, read_only=True).steps
-    assert (code, step in (7, 8)) == (0, True)
-    assert f"stopped at step {step}" in output
-    code, output, errors = here(*_args(workdir, *seldom))
-    assert code == 0, errors
-    assert f"continuing at step {step}" in output
-    _assert_same_run(undisturbed, workdir, 30)
+    assert (ended.code, step in (7, 8)) == (0, True)
+    assert f"stopped at step {step}" in ended.output
+    ended = here(*arguments)
+    assert ended.code == 0, ended
+    assert f"continuing at step {step}" in ended.output
+    assert _results(workdir) == _results(trained)
 
 
 def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
@@ -125,7 +108,8 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
     assert not missing - set(theirs), "give these a default in runtime/workdir.py"
     for step in (6, 9):
         if step == 9:
-            assert here(*_args(old, *_flags(theirs), "--config.train.num_steps=9")).code == 0
+            flags = (*_flags(theirs), "--config.train.num_steps=9", f"--workdir={old}")
+            assert here(f"--config={ROOT}/configs/digits.py", *flags).code == 0
         generator = mf_jax.load(old)
         samples = generator.sample_raw([0, 1, 2, 3], steps=1, seed=3)
         assert generator.step == step
@@ -143,18 +127,19 @@ def _flags(stored):
 
 
 def test_a_run_without_moving_averages(tmp_path):
-    arguments = _args(tmp_path / "run", *TINY, "--config.ema.decays=()")
+    keys = ("ema.decays=()", "train.num_steps=2", "optim.warmup_steps=2", "train.log_every_steps=1")
+    arguments = _args(tmp_path / "run", *(f"--config.{key}" for key in keys))
     assert here(*arguments).code == 0
     code, output, _ = here(*arguments, "--mode=sample")
     assert (code, "ema none" in output) == (0, True)
+    first, second = [row["learning_rate"] for row in read_metrics(tmp_path / "run")]
+    assert first == second / 2
 
 
-def test_a_finished_run_is_left_as_it_is(copy_of_trained):
-    before = (copy_of_trained / "metrics.jsonl").read_bytes(), _arrays(copy_of_trained, 12)
-    code, output, _ = here(*_args(copy_of_trained, *TINY))
+def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
+    code, output, _ = here(*_args(copy_of_trained))
     assert (code, "12 steps" in output) == (0, True)
-    after = (copy_of_trained / "metrics.jsonl").read_bytes(), _arrays(copy_of_trained, 12)
-    assert before == after
+    assert _results(copy_of_trained) == _results(trained)
 
 
 def _array_files(folder):
@@ -183,7 +168,7 @@ def _empty_index(checkpoint):
 
 
 def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(copy_of_trained):
-    """Damage of each kind, found by what reads the parameters; then the run goes on from step 8 to the same end."""
+    """Each kind is found by what reads the state; then the run goes on from step 8 to its end."""
     whole = _arrays(copy_of_trained, 12)
     parts, newest = _parts(), copy_of_trained / "checkpoints" / "12"
     like = jax.eval_shape(lambda: state_module.initial_state(parts))
@@ -194,16 +179,18 @@ def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(copy_of
         damage(newest)
         restored = Checkpoints(copy_of_trained, read_only=True).restore_state(like)
         assert int(restored.step) == 8, damage
-    code, output, errors = here(*_args(copy_of_trained, *TINY))
-    assert code == 0, errors
-    assert "checkpoint 12 is damaged" in output
-    assert "continuing at step 8" in output
+    ended = here(*_args(copy_of_trained))
+    assert ended.code == 0, ended
+    assert "checkpoint 12 is damaged" in ended.output
+    assert "continuing at step 8" in ended.output
     assert _arrays(copy_of_trained, 12) == whole
     assert (copy_of_trained / "damaged_checkpoints" / "12").exists(), "nothing is lost"
 
 
 def test_fingerprints_notice_what_the_format_does_not(copy_of_trained):
-    """Every file is sound, the state is not."""
+    """Every file is sound, the state is not; the order of numbers counts."""
+    first, second = (index_of({"a": np.float32(a)}) for a in ([1, 2], [2, 1]))
+    assert first != second
     parts, checkpoints = _parts(), Checkpoints(copy_of_trained)
     like = jax.eval_shape(lambda: state_module.initial_state(parts))
     index = copy_of_trained / "checkpoints" / "12" / "index" / "metadata"
@@ -218,7 +205,7 @@ def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(copy_of_trained):
     metrics = (copy_of_trained / "metrics.jsonl").read_bytes()
     for checkpoint in (copy_of_trained / "checkpoints").iterdir():
         _lose_an_item(checkpoint)
-    code, _, errors = here(*_args(copy_of_trained, *TINY))
+    code, _, errors = here(*_args(copy_of_trained))
     assert code == 2
     assert "every checkpoint is damaged" in errors
     assert (copy_of_trained / "metrics.jsonl").read_bytes() == metrics
@@ -238,17 +225,16 @@ def test_one_compilation_and_divergence_that_names_step_and_metric(tmp_path, mon
         return train_step
 
     monkeypatch.setattr(train, "make_train_step", poisoned)
-    code, _, errors = here(*_args(tmp_path / "run", *TINY))
+    code, _, errors = here(*_args(tmp_path / "run"))
     assert (code, len(traced)) == (1, 1)
     for text in ("step 6: ", "loss", "v_error", "checkpoint of step 4 is intact"):
         assert text in errors
     assert Checkpoints(tmp_path / "run", read_only=True).steps == [4]
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [3]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [3]
 
 
 def test_metrics_that_stand_still_name_the_first_bad_metric_only():
-    """A gradient that overflows makes everything bad one step later; the report must not list everything."""
+    """A gradient that overflows makes everything bad a step later; the report names it alone."""
     parts = _parts()
     shapes = jax.eval_shape(lambda: state_module.initial_state(parts))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.metrics)

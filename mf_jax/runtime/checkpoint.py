@@ -1,10 +1,10 @@
 """Checkpoints of a run: written in the background, read only if every bit is what was saved.
 
-A checkpoint holds the items `params`, `ema` and `rest` of the training state, so that sampling reads no more than it
-needs, and an index of their arrays. The format's own checks notice a file that is cut short. Fingerprints notice the
-rest.
+A checkpoint holds the items `params`, `ema` and `rest` of the training state, and an index of their
+arrays. Sampling reads no more than it needs. The format's own checks notice a file that is cut
+short; fingerprints notice the rest.
 
-Orbax writes into a temporary folder and renames it at the end, so a process may be killed at any moment.
+Orbax writes into a temporary folder and renames it at the end: a process may be killed at any time.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _Index = dict[str, dict[str, list]]
 _NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, JaxRuntimeError)
 _PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
 _PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""Numbers and words of errors where storage cannot be reached: another attempt may find it in order."""
+"""Numbers and words of errors where storage cannot be reached, and may be later."""
 
 
 class DamagedCheckpoint(Exception):
@@ -58,10 +58,10 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def fingerprint(workdir: epath.PathLike, step: int) -> str:
-    """Return hex digits that differ for any two checkpoints of different arrays; reads the index alone."""
+    """Return hex digits that tell checkpoints of different arrays apart; reads the index alone."""
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        index = json.dumps(checkpoints.index(step), sort_keys=True)
-    return hashlib.sha256(index.encode()).hexdigest()
+        index = checkpoints.index(step)
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _items(state: _State) -> _Items:
@@ -108,7 +108,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: _State) -> None:
-        """Save a state by its `step` in the background; it may be donated as soon as this returns."""
+        """Save a state by its `step` in the background; it may be donated after this returns."""
         step, items = int(state.step), _items(state)
         if step in self._manager.all_steps():
             return
@@ -139,14 +139,15 @@ class Checkpoints:
 
         Args:
           like: the items wanted, of the shapes, types and shardings wanted.
-          step: None for the newest undamaged one; else UnreadableCheckpoint if it is damaged or not there.
+          step: None for the newest undamaged one; UnreadableCheckpoint if another is not.
         """
         if step is not None:
             with self._asked_for(step):
                 return step, self._restore(step, like)
         if (newest := self._newest(like)) is None:
             raise BadInput(
-                f"{self._folder} holds no checkpoint; train first: --mode=train with the same --workdir"
+                f"{self._folder} holds no checkpoint; "
+                "train first: --mode=train with the same --workdir"
             )
         return newest
 
@@ -169,13 +170,13 @@ class Checkpoints:
             return step, items
         if damaged:
             raise BadInput(
-                f"{self._folder}: every checkpoint is damaged; move the folder away to start again"
+                f"{self._folder}: every checkpoint is damaged; move it away to start again"
             )
         return None
 
     @contextlib.contextmanager
     def _asked_for(self, step: int) -> Iterator[None]:
-        """Raise UnreadableCheckpoint, on all processes of a job, where a step is missing or damaged."""
+        """Raise UnreadableCheckpoint on all processes where a step is missing or damaged."""
         kept = ", ".join(map(str, self.steps)) or "none"
         missing = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
         if problem := _first_problem("" if step in self.steps else missing):
@@ -213,7 +214,7 @@ class Checkpoints:
             return self._reader.restore(step, args=arguments)["index"]
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Move damaged checkpoints away, so that their steps can be saved again and nothing is lost."""
+        """Move damaged checkpoints away: their steps can be saved again, and nothing is lost."""
         if self._read_only or not steps:
             return
         if processes.is_first():
@@ -229,10 +230,10 @@ class Checkpoints:
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:
-    """Wait for the other processes of a job at the end of a save, unless this one has failed to write its part.
+    """Wait for the other processes at the end of a save, unless this one has failed to write.
 
-    Orbax would wait with its error in hand, and the others for this process, for 20 minutes. Raising the error ends
-    this process, which the others notice.
+    Orbax would wait with its error in hand, and the others for this process, for 20 minutes.
+    Raising the error ends this process, which the others notice.
     """
     if error := sys.exc_info()[1]:
         raise error
@@ -240,12 +241,12 @@ def _meet(*, key: str, timeout_ms: int) -> None:
 
 
 def _first_problem(problem: str) -> str:
-    """Return the first problem that a process of the job has, "" if none has one; all must call it."""
+    """Return the first problem that a process has, "" if none has one; all must call it."""
     return next(filter(None, processes.from_all(problem)), "")
 
 
 def _agreed(read: Callable[[], _Result]) -> _Result:
-    """Return what this process reads, computing nothing; damage that one process finds is raised on all."""
+    """Return what this process reads; raise DamagedCheckpoint on all where one finds damage."""
     problem, result = "", None
     try:
         result = read()
@@ -258,7 +259,7 @@ def _agreed(read: Callable[[], _Result]) -> _Result:
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Turn errors of reading into DamagedCheckpoint, unless this machine or the way to the file is at fault."""
+    """Raise DamagedCheckpoint for errors of reading, unless machine or network is at fault."""
     # the type of an error depends on where a reader of damaged files stumbles
     try:
         yield

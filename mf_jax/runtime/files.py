@@ -17,7 +17,7 @@ _ABANDONED_SECONDS = 24 * 60 * 60
 
 
 def in_bucket(path: epath.Path) -> bool:
-    """Return whether a path is in a bucket, where nothing is renamed and libraries of files do not write."""
+    """Return whether a path is in a bucket, where only epath writes and nothing is renamed."""
     return "://" in str(path)
 
 
@@ -35,7 +35,7 @@ def replace_file(path: epath.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def on_disk(path: epath.Path) -> Iterator[str]:
-    """Yield a path of the local file system where a file can be read: its own, or a copy's while it is needed."""
+    """Yield a path of the local file system where a file can be read, a copy's for a bucket."""
     if not in_bucket(path):
         yield str(path)
         return
@@ -47,7 +47,7 @@ def on_disk(path: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def written_aside(path: epath.Path) -> Iterator[str]:
-    """Yield a path of the local file system to write to; its content becomes the file at the end."""
+    """Yield a path of the local file system to write to, which becomes the file at the end."""
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
             aside = Path(folder) / path.name
@@ -70,10 +70,10 @@ def written_aside(path: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
-    """Hold a file against other processes of this machine, or of a network file system; buckets know no locks.
+    """Hold a file, made if missing, against other processes; buckets know no locks.
 
     Args:
-      path: the file, made if missing.
+      path: the file.
       wait: for another process to let it go; else raise BlockingIOError.
     """
     if in_bucket(path):

@@ -1,7 +1,7 @@
 """The index of a checkpoint: name, shape, type and fingerprint of every array of a tree.
 
-A fingerprint is a sum of the array's bits modulo 2^32, weighted by position. It does not depend on how devices share
-the array.
+A fingerprint is a sum of the array's bits modulo 2^32, weighted by position. It does not depend on
+how devices share the array.
 """
 
 from typing import Any
@@ -37,13 +37,7 @@ def index_of(tree: PyTree) -> dict[str, list]:
 
 
 def check_same_model(path: str, index: dict[str, list], like: PyTree) -> None:
-    """Raise BadInput unless an index has the names and shapes of a tree.
-
-    Args:
-      path: of the checkpoint, for the error.
-      index: of `index_of`.
-      like: arrays or their shapes.
-    """
+    """Raise BadInput unless the index of the checkpoint at a path fits a tree by name and shape."""
     ours = {name: list(leaf.shape) for name, leaf in _named_leaves(like).items()}
     theirs = {name: entry[0] for name, entry in index.items()}
     wrong = [

@@ -1,10 +1,11 @@
-"""Several processes as one job: JAX's own multi-controller runtime, started where the environment describes a job.
+"""Several processes as one job, by JAX's own multi-controller runtime.
 
-JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a job, or JAX knows it
-by itself: TPU pods, SLURM, Open MPI. Everything here also works, and does nothing, in a single process.
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a
+job, or JAX knows it by itself: TPU pods, SLURM, Open MPI. In a single process, everything here
+works and does nothing.
 
-A problem that only some processes see, such as a missing folder, goes to all before they compute together. A process
-that waits in a collective for one that has given up would wait for ever.
+A problem that only some processes see, such as a missing folder, goes to all before they compute
+together. Otherwise the others would wait for ever, in a collective, for one that has given up.
 """
 
 import contextlib
@@ -45,21 +46,25 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
         return
     job = _described()
     jax.config.update("jax_enable_preemption_service", stops_together)
-    with _gives_up_after(start_timeout, job):
-        try:
-            jax.distributed.initialize(
-                **job,
-                # one that gives up says so itself, in one line; JAX aborts
-                initialization_timeout=int(start_timeout + 4 * _LAST_TO_LEAVE_SECONDS),
-                heartbeat_timeout_seconds=heartbeat_timeout,
-            )
-        except (ValueError, RuntimeError) as error:
-            if job or not any(reason in str(error) for reason in _ALONE):
-                raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
+    # process 0 goes last: the others lose their connection with it
+    patience = start_timeout + _LAST_TO_LEAVE_SECONDS * (job.get("process_id") == 0)
+    watch = _timer(patience, lambda: _give_up(start_timeout, job))
+    try:
+        jax.distributed.initialize(
+            **job,
+            # one that gives up says so itself, in one line; JAX aborts
+            initialization_timeout=int(start_timeout + 4 * _LAST_TO_LEAVE_SECONDS),
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        if job or not any(reason in str(error) for reason in _ALONE):
+            raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
+    finally:
+        watch.cancel()
 
 
 def _described() -> dict[str, Any]:
-    """Return the job that the environment describes, as arguments of JAX; nothing if it does not."""
+    """Return the job that the environment describes as arguments of JAX, or nothing."""
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if not given:
         return {}
@@ -79,27 +84,17 @@ def _described() -> dict[str, Any]:
     return {"coordinator_address": address, "num_processes": int(num), "process_id": int(index)}
 
 
-@contextlib.contextmanager
-def _gives_up_after(seconds: float, job: dict[str, Any]) -> Iterator[None]:
-    """End the process with one line if the body, which cannot be interrupted, takes longer."""
-
-    def give_up() -> None:
-        address = job.get("coordinator_address", "the coordinator of the job")
-        print(
-            f"mf_jax: {address}: {job.get('num_processes', 'all')} processes have not met there within {seconds:g} s; "
-            "check that each was started, that the address is that of process 0, and that its port is open (in a "
-            "SLURM script: srun)",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(_BAD_INPUT)
-
-    # process 0 goes last: the others lose their connection with it
-    watch = _timer(seconds + _LAST_TO_LEAVE_SECONDS * (job.get("process_id") == 0), give_up)
-    try:
-        yield
-    finally:
-        watch.cancel()
+def _give_up(seconds: float, job: dict[str, Any]) -> None:
+    """End the process, which waits for others and cannot be interrupted, with one line."""
+    address = job.get("coordinator_address", "the coordinator of the job")
+    print(
+        f"mf_jax: {address}: {job.get('num_processes', 'all')} processes have not met there "
+        f"within {seconds:g} s; check that each was started, that the address is process 0's, "
+        "and that its port is open (in a SLURM script: srun)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(_BAD_INPUT)
 
 
 def _timer(seconds: float, call: Any) -> threading.Timer:
@@ -177,13 +172,13 @@ def check_alike(settings: dict[str, Any]) -> None:
         raise BadInput(f"{'; '.join(lines)}: start all processes of a job with the same command")
 
 
-def told_of(error: Exception) -> str:
-    """Return the text of an error in a job: one line where another process has gone, else the traceback."""
+def explain(error: Exception) -> str:
+    """Return one line for an error where another process has gone, else the traceback."""
     if re.search(_LOST, str(error), re.IGNORECASE):
         reason = " ".join(str(error).split())[:160]
         return (
-            f"{name()}another process of the job has ended, and its output says why; the same command continues from "
-            f"the newest checkpoint ({reason})"
+            f"{name()}another process of the job has ended, and its output says why; the same "
+            f"command continues from the newest checkpoint ({reason})"
         )
     return f"{name()}{''.join(traceback.format_exception(error))}"
 
@@ -191,16 +186,18 @@ def told_of(error: Exception) -> str:
 def leave(code: int, *, patience: float = 10) -> int:
     """Leave the job; return the exit code.
 
-    After an error the others may not come to leave together. JAX also waits for ever where SIGTERM comes after the
-    last step that the processes agreed on. Then this process ends alone, and they notice.
+    After an error the others may not come to leave together. JAX also waits for ever where SIGTERM
+    comes after the last step that the processes agreed on. Then this process ends alone, and they
+    notice. A process whose output goes nowhere ends too.
 
     Args:
       code: the exit code.
       patience: seconds to wait for the others.
     """
     if are_several():
-        sys.stdout.flush()
         _timer(patience, lambda: os._exit(code))
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         jax.distributed.shutdown()
     return code
 

@@ -1,8 +1,9 @@
-"""Where arrays live: one mesh with the axes `data` and `fsdp`, the batch split over both, parameters over `fsdp`.
+"""Where arrays live: a mesh of the axes `data` and `fsdp` splits rows, `fsdp` parameters too.
 
-A step computes its gradient from each device's own rows: `per_device`. Parameters are gathered once before, and
-gradients are reduced once after. Nothing else crosses from device to device, whatever the network and the objective
-do with rows. Where not all parameters fit a device, blocks can gather their own as they come (`gather_late`).
+A step computes its gradient from each device's own rows: `per_device`. Parameters are gathered once
+before, gradients are reduced once after. Nothing else crosses from device to device, whatever the
+network and the objective do with rows. Where the parameters do not fit a device, each block can
+gather its own (`gather_late`).
 
 Source: parameters split over devices, arXiv 1910.02054 (stage 3) and arXiv 2004.13336.
 """
@@ -20,32 +21,33 @@ from jaxtyping import Array, PyTree, Shaped
 from mf_jax.errors import BadInput
 
 _REPLICATE_BELOW = 2**14
-"""Arrays with fewer numbers are kept whole on every device: sharding them costs more than it saves."""
+"""Arrays with fewer numbers stay whole on every device: splitting costs more than it saves."""
 _WHOLE, _WHOLE_FROM_END = -1, 0
 """The axis of a parameter that is not split, counted from the front and from the end."""
 GATHERS = ("step", "block")
-"""When a device gathers split parameters: all of them once a step, or each block's where it is computed."""
+"""When a device gathers split parameters: all once a step, or each block's as it is computed."""
 Names = tuple[str, ...]
 Late = Callable[[Names, int], bool]
 """From a parameter's path and the axis that it is split along to whether it is gathered late."""
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh over all devices, those of a process beside one another.
+    """Return the mesh over all devices, a process's beside one another.
 
-    Rows of the batch lie along the mesh, so that a process holds the rows that it reads, in the order of one process.
-    `jax.make_mesh` would follow the torus of a TPU slice instead, on which processes alternate.
+    Hence a process holds the rows that it reads, in the order of one process. `jax.make_mesh` would
+    follow the torus of a TPU slice, on which processes alternate.
 
     Args:
       data: devices along `data`; 0 = all that remain.
-      fsdp: devices along `fsdp`, at least 1.
+      fsdp: devices along `fsdp`.
       devices: all by default.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if data < 0 or fsdp < 1 or count % fsdp or (data and data * fsdp != count):
         raise BadInput(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; use 0 and 1"
+            f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; "
+            "use 0 and 1"
         )
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(in_order).reshape(count // fsdp, fsdp)
@@ -64,7 +66,7 @@ def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
 
 
 def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
-    """Return the shardings of a tree of arrays or shapes: the largest axis that divides is split over `fsdp`."""
+    """Split the largest axis that divides of each array or shape over `fsdp`."""
     size = mesh.shape["fsdp"]
 
     def rule(leaf: Any) -> NamedSharding:
@@ -78,7 +80,7 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
 
 
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Return the shapes of arrays that will lie where shardings say, for compiling and restoring."""
+    """Return shapes with their shardings, for compiling and restoring."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -94,15 +96,15 @@ def per_device(
     *,
     late: Late | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Return a gradient, placed like the parameters, and sums over all rows, from each device's own rows.
+    """Return a gradient, placed like the parameters, and sums over rows; each device takes its own.
 
     Args:
-      gradient: from whole parameters and some rows to the gradient of the mean over these rows with respect to the
-        first entry of the parameters, and sums over these rows.
-      mesh: the mesh.
+      gradient: from whole parameters and some rows to sums over these rows, and before them the
+        gradient of their mean with respect to the first entry of the parameters.
+      mesh: of the devices.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
-      late: which parameters `gradient` gathers itself with `gather_late`, given this device's part; None for none.
+      late: which parameters `gradient` gathers itself with `gather_late`; None for none.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
     axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
@@ -126,7 +128,7 @@ def per_device(
         mesh=mesh,
         in_specs=(specs, rows_spec),
         out_specs=(specs[0], PartitionSpec()),
-        check_vma=False,  # `_reduce` makes the gradients alike, which differ from device to device before
+        check_vma=False,  # gradients differ from device to device until `_reduce`
     )
     return split(params, rows)
 
@@ -134,8 +136,9 @@ def per_device(
 def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTree], PyTree]:
     """Return a function that gathers parameters within the gradient of `per_device`.
 
-    The function takes a path and this device's part of the parameters under it, and returns them whole. A loop over
-    blocks may have taken axes away in front. Its derivative sums over `fsdp` and leaves each device its part.
+    The function takes a path and this device's part of the parameters under it, and returns them
+    whole. A loop over blocks may have taken axes away in front. The derivative sums over `fsdp` and
+    leaves each device its part.
 
     Args:
       mesh: as `per_device` takes it.
@@ -150,17 +153,14 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTr
         _are_late(mesh, params, late),
     )
 
+    def gather_one(leaf: Array, axis: int) -> Array:
+        return leaf if axis == _WHOLE_FROM_END else _gather(leaf, leaf.ndim + axis, mesh)
+
     def gather(path: Names, part: PyTree) -> PyTree:
         under = axes
         for name in path:
             under = under[name]
-        return jax.tree.map(
-            lambda leaf, axis: (
-                leaf if axis == _WHOLE_FROM_END else _gather(leaf, leaf.ndim + axis, mesh)
-            ),
-            part,
-            under,
-        )
+        return jax.tree.map(gather_one, part, under)
 
     return gather
 
@@ -205,8 +205,8 @@ def _sum_over_data(part: Shaped[Array, "..."], mesh: Mesh) -> Shaped[Array, "...
 
 
 def _scatters_wrongly(mesh: Mesh) -> bool:
-    """Return whether sums that are scattered may be wrong: those of gloo, between CPUs of a job.
+    """Return whether scattered sums may be wrong, as gloo's are between CPUs of a job.
 
-    Now and then the first process gets the end of its part before it has been summed (jax-ml/jax#40830).
+    Now and then the first process gets the end of its part before it is summed (jax-ml/jax#40830).
     """
     return jax.distributed.is_initialized() and mesh.devices.flat[0].platform == "cpu"

@@ -21,7 +21,7 @@ _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
 SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
-_PLACES = ("data.copy_to",)
+_OF_A_HOST = ("data.copy_to",)
 """Keys of these sections that decide nothing."""
 _RENAMED = {
     "guidance.t_start": "guidance.t_min",
@@ -29,7 +29,7 @@ _RENAMED = {
     "init.from": "init.path",
 }
 _WITHOUT: dict[str, Any] = {}
-"""What a config means that lacks a key, since an earlier version wrote it or today's has it no more."""
+"""Values of keys that a config.json of an earlier version lacks."""
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -48,24 +48,20 @@ def _of_today(stored: Mapping[str, Any]) -> dict[str, Any]:
     return _WITHOUT | {_RENAMED.get(key, key): value for key, value in values.items()}
 
 
-def check_same_run(config: ConfigDict, stored: Mapping[str, Any], workdir: str) -> None:
-    """Raise BadInput, naming each key that differs, unless a config continues the run of a workdir.
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Raise BadInput, naming keys that differ, unless a config continues the run of a workdir.
 
-    A run under a constant schedule may be continued for more steps; nothing else that decides its numbers may change.
-
-    Args:
-      config: of the command.
-      stored: the workdir's config, as read from JSON.
-      workdir: named in the error.
+    Under a constant schedule, a run may go on for more steps. Nothing else that decides its numbers
+    may change.
     """
-    ours, theirs = _of_today(json.loads(as_json(config))), _of_today(stored)
+    ours, theirs = flat(config), _of_today(_read(workdir, _CONFIG))
     steps = "train.num_steps"
     if ours["optim.schedule"] == "constant" and ours[steps] >= theirs[steps]:
         ours[steps] = theirs[steps]
     differences = [
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in _PLACES
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in _OF_A_HOST
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
@@ -80,10 +76,10 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
     """Hold a workdir for a training run: make it, keep other runs out, check and store the config.
 
     Args:
-      workdir: the folder; made if missing.
+      workdir: made if missing.
       config: of the run; one stored there must describe the same run.
       spec: of the run's data, stored for sampling.
-      size: number of its elements.
+      size: of the run's data.
     """
     data = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
     with contextlib.ExitStack() as held:
@@ -132,27 +128,22 @@ def _check_shared(workdir: Path) -> None:
     with processes.together():
         if not mark.exists():
             raise BadInput(
-                f"--workdir={workdir}: does not show what process 0 writes there; must be one folder for all hosts: a "
-                "shared file system or a bucket"
+                f"--workdir={workdir}: does not show what process 0 writes there; must be one "
+                "folder for all hosts: a shared file system or a bucket"
             )
     if processes.is_first():
         mark.unlink()
 
 
 def _check_same_data(workdir: Path, ours: dict[str, Any]) -> None:
-    # batches are a function of the number of examples and their order, labels one of the class names
+    # batches depend on the number of examples, labels on the order of the class names
     stored = _read(workdir, _DATA)
     for name, value in ours.items():
         if stored.get(name, value) != value:
             raise BadInput(
-                f"--workdir={workdir}: its run was trained on other data ({name} {stored.get(name)} -> {value}); "
-                "restore the data, or choose another --workdir"
+                f"--workdir={workdir}: its run was trained on other data ({name} "
+                f"{stored.get(name)} -> {value}); restore the data, or choose another --workdir"
             )
-
-
-def check(workdir: Path, config: ConfigDict) -> None:
-    """Check that a workdir holds a run, and that a config describes this run."""
-    check_same_run(config, _read(workdir, _CONFIG), str(workdir))
 
 
 def exists(workdir: Path) -> bool:
@@ -191,7 +182,8 @@ def _read(workdir: Path, name: str) -> dict[str, Any]:
         return json.loads((workdir / name).read_text())
     except FileNotFoundError as error:
         raise BadInput(
-            f"--workdir={workdir}: holds no run ({name} is missing); train first: --mode=train with this --workdir"
+            f"--workdir={workdir}: holds no run ({name} is missing); "
+            "train first: --mode=train with this --workdir"
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(
