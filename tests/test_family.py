@@ -346,7 +346,7 @@ def test_more_draws_do_not_change_those_before_them():
 
 
 def test_guidance_holds_inside_its_window_and_with_a_label():
-    """Outside its interval, and without label, a row of improved MeanFlow has its own velocity as the target."""
+    """Outside its interval, and without label, a row's target is its own velocity."""
     draws = _draws()
     told = GuidanceScale(
         jnp.full(4, 3.0),

@@ -236,7 +236,7 @@ def test_a_damaged_shard_is_named_when_it_is_read(folder, source):
 
 @pytest.fixture
 def copied(bucket, tmp_path):
-    """Return a function that opens latents in a bucket, the bucket's folder, and the folder of the copy."""
+    """Return a function that opens latents in a bucket, the bucket's folder, and the copy's."""
     address, inside = bucket
     inside.mkdir(parents=True)
     write_folder(inside)

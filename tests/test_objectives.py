@@ -1,4 +1,4 @@
-"""Objectives against closed forms: the Gaussian oracle, the plain reading of the equations, and mutations."""
+"""Objectives against closed forms: the Gaussian oracle, plainly read equations, and mutations."""
 
 import functools
 import importlib
@@ -37,7 +37,7 @@ def _float64_branches_in_python(monkeypatch):
 
 @functools.cache
 def _guided_mean(guidance):
-    """Return the means that the network of a guided target describes: its velocity is a fixed point of guidance.
+    """Return the means that a guided network describes: its velocity is a fixed point of guidance.
 
     v* = omega v + kappa v* + (1 - omega - kappa) v_null is linear in the mean; a drawn scale w is
     omega = 1, kappa = 1 - 1/w.
@@ -77,7 +77,7 @@ def _residual(objective, guidance, drawn_omega=None):
 
 
 def _mean_gradient(objective, guidance, drawn_omega=None, label=2):
-    """Return the gradient at the truth, averaged exactly over data and noise by Gauss-Hermite quadrature."""
+    """Return the gradient at the truth, averaged by Gauss-Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     x, e = (a.ravel() for a in np.meshgrid(nodes, nodes))
     mass = np.outer(weights, weights).ravel() / weights.sum() ** 2
@@ -154,7 +154,7 @@ def test_no_residual_and_no_mean_gradient_at_the_truth(name, setting, guidance, 
 
 
 def test_residual_of_alpha_flow_falls_linearly_with_alpha():
-    """The target is exact up to the first order of the step, and u_error is (residual / alpha)^2."""
+    """The target is exact to the first order of the step, and u_error is (residual / alpha)^2."""
     settings = {"derivative_below": 0.0, "target_clip": 1e9}
     residuals = [
         _residual(AlphaFlow(alpha_start=alpha, alpha_end=alpha, **settings), PLAIN) ** 0.5
@@ -164,7 +164,7 @@ def test_residual_of_alpha_flow_falls_linearly_with_alpha():
 
 
 def _constant_targets(name, setting, field, params, draws, teacher):
-    """Return what is compared with what: functions of the parameters, and targets away from any gradient."""
+    """Return functions of the parameters, and their targets away from any gradient."""
     instant, interval = draws.instant, draws.interval
     r, t, condition = interval.r, interval.t, condition_of(interval)
     z, v = interpolate(interval.x, interval.e, t=t), velocity(interval.x, interval.e)
@@ -222,7 +222,7 @@ BENT_PARAMS, TEACHER_PARAMS = (np.array([0.3, -0.2, 0.1, 0.4]), np.array([-0.1, 
 
 
 def _departure(module, name, setting, *, with_teacher=False):
-    """Return how far the gradient is, far from the truth, from that of the loss whose targets are constants."""
+    """Return how far the gradient, off the truth, is from the one with constant targets."""
     field, draws = gaussian_field(_guided_mean(PLAIN)), _exact_draws(None)
     interval = draws.interval.replace(dropped=jnp.zeros(3, bool), x=draws.interval.x + 0.3)
     if name == "flow_matching":
@@ -333,7 +333,7 @@ MUTATIONS = {
 
 
 def _load_mutated(monkeypatch, name, target, old, new):
-    """Return the objective's module, built on copies of its modules, in one of which a token is replaced."""
+    """Return the objective's module, on copies of modules, one with a token replaced."""
     chain = ["flow.paths", "flow.draws", "flow.guidance", "objectives.terms"]
     chain += ["objectives.improved_meanflow"] * (name == "pixel_meanflow")
     chain.append(f"objectives.{name}")
@@ -352,7 +352,7 @@ def _load_mutated(monkeypatch, name, target, old, new):
 
 
 def _worst(module, name, setting, guidance, drawn_omega):
-    """Return the worst of the measures, up to the first that sees a fault; the cheapest come first."""
+    """Return the worst of the measures, up to the first that sees a fault; cheap ones come first."""
     objective = _make(module, name, guidance, setting)
     exact = setting != "step"  # which is exact only where the step vanishes
     measures = [lambda: _residual(objective, guidance, drawn_omega)] * exact
@@ -398,7 +398,7 @@ def _off_draws(*sizes):
 
 
 def _plain_reading(params, draws, guidance, weight):
-    """Compute the MeanFlow loss without splitting rows or sharing forwards: the JVP of every row, t - r times 0."""
+    """Compute the MeanFlow loss with the JVP of every row, neither split nor shared."""
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     z, v, t, r = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e), rows.t, rows.r
     null = jnp.full_like(rows.labels, NO_LABEL)

@@ -1,4 +1,4 @@
-"""The recorded loss evaluations of the published implementation, reproduced in outputs, loss and gradients.
+"""Recorded loss evaluations of the published code, reproduced in outputs, loss and gradients.
 
 Every size and setting comes from the case's own `meta`.
 """

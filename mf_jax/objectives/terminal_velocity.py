@@ -12,7 +12,8 @@ Rows with r = t are rows of the flow-matching term. The first term looks at no d
 smaller; an adaptive weight (p > 0) favours it: use p = 0.
 
 FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 7 q
-(the term with the derivative 6, its target 1); guidance adds 1 where its unconditional factor is not 0.
+(the term with the derivative 6, its target 1); guidance adds 1 where its unconditional factor is
+not 0.
 
 Source: terminal velocity matching, arXiv 2511.19797.
 """
