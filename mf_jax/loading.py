@@ -160,16 +160,16 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
       where: the checkpoint lies, for the error.
     """
     params = laid_out_like(params, like)
-    found, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
+    stored, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
     problems = {
-        "missing": [name for name in wanted if name not in found],
-        "extra": [name for name in found if name not in wanted and not name.startswith("v_head/")],
+        "missing": [name for name in wanted if name not in stored],
+        "extra": [name for name in stored if name not in wanted and not name.startswith("v_head/")],
         "misshapen": [
-            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            f"{name} {tuple(stored[name].shape)}, not {tuple(wanted[name].shape)}"
             for name in wanted
-            if name in found and np.shape(found[name]) != wanted[name].shape
+            if name in stored and np.shape(stored[name]) != wanted[name].shape
         ],
     }
     if wrong := list_problems(problems):
         raise BadInput(f"init.path={where}: its parameters do not fit the network; {wrong}")
-    return unflatten_dict({name: found[name] for name in wanted}, sep="/")
+    return unflatten_dict({name: stored[name] for name in wanted}, sep="/")

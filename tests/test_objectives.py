@@ -352,7 +352,7 @@ def _load_mutated(monkeypatch, name, target, old, new):
 
 
 def _worst(module, name, setting, guidance, drawn_omega):
-    """Return the worst of the measures, up to the first that sees a fault; cheap ones come first."""
+    """Return the worst of the measures, cheap ones first, up to the first that sees a fault."""
     objective = _make(module, name, guidance, setting)
     exact = setting != "step"  # which is exact only where the step vanishes
     measures = [lambda: _residual(objective, guidance, drawn_omega)] * exact

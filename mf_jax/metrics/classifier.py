@@ -129,13 +129,13 @@ def _describe(
     images = _checked(images)
     if images.shape[1:] != shape:
         raise BadInput(f"images are {images.shape[1:]}; this classifier takes {shape}")
-    found = []
+    batches = []
     for start in range(0, len(images), _INFERENCE_BATCH):
         rows = images[start : start + _INFERENCE_BATCH]
         missing = _INFERENCE_BATCH - len(rows)  # filled up: one shape, one compilation
         filled = np.pad(rows, [(0, missing), *[(0, 0)] * 3])
-        found.append([np.asarray(x)[: len(rows)] for x in _infer(outputs, params, filled)])
-    features, logits = map(np.concatenate, zip(*found, strict=True))
+        batches.append([np.asarray(x)[: len(rows)] for x in _infer(outputs, params, filled)])
+    features, logits = map(np.concatenate, zip(*batches, strict=True))
     return features, logits
 
 

@@ -96,8 +96,8 @@ class Block(nn.Module):
         conv = functools.partial(_conv, self.features, dtype=self.dtype)
         resample = self.resample or (lambda x: x)
         hidden = conv(3, name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))
-        told = xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
-        hidden = nn.silu(_norm(hidden + told[:, None, None], "norm_2"))
+        shift = xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
+        hidden = nn.silu(_norm(hidden + shift[:, None, None], "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
         hidden = conv(3, name="conv_2", init=nn.initializers.zeros)(hidden)
         if self.resample or x.shape[-1] != self.features:

@@ -181,6 +181,6 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
 
 
 def _known(kind: str, name: str, rename: Callable) -> tuple[str, str]:
-    if found := rename(kind, name):
-        return found
+    if renamed := rename(kind, name):
+        return renamed
     raise BadInput(f"parameter {name!r}: unknown to published {kind} checkpoints; check the kind")

@@ -80,10 +80,10 @@ def fit_state_dict(
             if not jnp.issubdtype(array.dtype, jnp.floating)
         ],
     }
-    if found := list_problems(problems):
+    if misfits := list_problems(problems):
         raise BadInput(
-            f"{state.path}: its parameters do not fit the network; {found}; use the published file,"
-            " with the config.json beside it where it has one"
+            f"{state.path}: its parameters do not fit the network; {misfits}; use the published "
+            "file, with the config.json beside it where it has one"
         )
     return {name: arrays[name].astype(np.float32) for name in wanted}
 
