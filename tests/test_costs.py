@@ -65,7 +65,8 @@ def _stated(name, q):
     """Return the number that an objective's docstring gives for a share q of rows with r < t."""
     text = " ".join(importlib.import_module(f"mf_jax.objectives.{name}").__doc__.split())
     (cost,) = re.findall(
-        r"forward-equivalents of the whole batch[^:]*: ([\d q+]+?)[ ,;(.]*(?:\(|;|,|\.|without|in either|more)",
+        r"forward-equivalents of the whole batch[^:]*: ([\d q+]+?)"
+        r"[ ,;(.]*(?:\(|;|,|\.|without|in either|more)",
         text,
     )
     return eval(re.sub(r"(\d) q", r"\1 * q", cost), {"q": q})
@@ -105,7 +106,7 @@ def test_every_objective_states_its_cost():
 
 
 def test_meanflow_costs_hardly_more_than_flow_matching():
-    """At a width where matrix products are nearly all of the work: 3.25 / 3 and 4.5 / 3, to two decimals."""
+    """Where matrix products are nearly all of the work: 3.25 / 3 and 4.5 / 3, to two decimals."""
     field, params = _network(DiT(**SIZES | {"depth": 3, "width": 384, "num_heads": 6}))
     flow_matching, plain, guided = (
         _step(objective, field, params)
@@ -116,7 +117,7 @@ def test_meanflow_costs_hardly_more_than_flow_matching():
 
 
 def test_improved_meanflow_with_second_head_costs_little_more_than_its_network():
-    """Its own forward and backward, 12 blocks of which 8 exist twice, is 3 forward passes through both heads."""
+    """Both passes of 12 blocks, of which 8 exist twice, are 3 forwards through both heads."""
     field, params = _network(InContextDiT(**SIZES | {"depth": 6}, head_depth=4))
 
     def both(params, z, t):
