@@ -16,7 +16,7 @@ from recorded import FOLDER
 
 from configs import cifar10, digits, imagenet
 from configs.default import get_config as defaults
-from mf_jax.bench.noise import Noise
+from mf_jax.bench.step import Noise
 from mf_jax.config import averages, make_network, validate
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes

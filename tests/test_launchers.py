@@ -42,9 +42,11 @@ def start(tmp_path):
     def begin(script, *arguments, fakes=(), **environment):
         for name, text in dict(fakes).items():
             _program(tmp_path / "bin" / name, text)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # bash cannot trap what was ignored when it started, as in the background of a shell
+        more["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         argv = ["bash", str(LAUNCH / script), *map(str, arguments)]
-        return subprocess.Popen(argv, env=path | environment, **pipes)
+        return subprocess.Popen(argv, env=path | environment, **more)
 
     yield begin
     shutil.rmtree(venv)  # whatever a failed test left behind ends
@@ -74,9 +76,6 @@ def _commands(out):
     return [shlex.split(line) for line in out.splitlines()]
 
 
-# All of them
-
-
 def test_scripts_have_no_findings_of_shellcheck():
     program = Path(sys.executable).parent / "shellcheck"
     scripts = [*LAUNCH.glob("*.sh"), ROOT / ".ci" / "run"]
@@ -90,8 +89,7 @@ def test_help_prints_the_header_and_starts_nothing(finish):
         code, out, errors = finish(path.name, "--help", MF_VENV="/nowhere")
         assert (code, errors) == (0, "")
         assert out.splitlines()[0] == path.read_text().split("\n# ")[1].splitlines()[0]
-        assert re.search(r"^Usage: ", out, re.MULTILINE)
-        assert re.search(r"^Needs: ", out, re.MULTILINE)
+        assert re.search(r"^Usage: .*^Needs: ", out, re.MULTILINE | re.DOTALL)
         assert "SBATCH --" not in out
         assert "set -euo pipefail" in path.read_text()
 
@@ -150,14 +148,11 @@ def test_setup_installs_the_build_for_the_accelerator_once(finish, tmp_path):
     assert "MF_ACCELERATOR=gpu" in errors
 
 
-# Several processes on this machine
-
-
 def _pids(tmp_path, number):
     """Return the process ids of all stand-ins and of what each has started, once they are there."""
     paths = [tmp_path / f"pids_{i}" for i in range(number)]
     _until(lambda: all(path.exists() for path in paths))
-    return [int(pid) for path in paths for pid in path.read_text().split()]
+    return " ".join(path.read_text() for path in paths).split()
 
 
 def _alive(pid):
@@ -176,20 +171,14 @@ def test_processes_get_their_numbers_one_address_and_devices(finish, tmp_path):
     code, out, errors = finish("local_processes.sh", 3, *flags, *MAIN, XLA_FLAGS="--xla_a=1")
     assert (code, out) == (0, f"process 0: -m mf_jax.main {' '.join(MAIN)}\n")
     assert errors == f"processes 1 to 2 write to {tmp_path}/logs/process_*.log\n"
-    found = [
-        dict(line.split("=", 1) for line in (tmp_path / f"env_{i}").read_text().splitlines())
-        for i in range(3)
-    ]
+    texts = [(tmp_path / f"env_{i}").read_text().splitlines() for i in range(3)]
+    found = [dict(line.split("=", 1) for line in lines) for lines in texts]
     assert [each.pop("JAX_PROCESS_ID") for each in found] == ["0", "1", "2"]
     assert found[0] == found[1] == found[2]
     host, port = found[0].pop("JAX_COORDINATOR_ADDRESS").split(":")
-    assert host == "127.0.0.1"
-    assert 1024 <= int(port) < 65536
-    assert found[0] == {
-        "JAX_NUM_PROCESSES": "3",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=4",
-    }
+    assert (host, 1024 <= int(port) < 65536) == ("127.0.0.1", True)
+    flags = "--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert found[0] == {"JAX_NUM_PROCESSES": "3", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     assert (tmp_path / "logs" / "process_2.log").read_text().startswith("process 2: -m mf_jax.main")
     _no_orphans(_pids(tmp_path, 3))
 
@@ -226,9 +215,6 @@ def test_a_second_interrupt_leaves_no_orphan(start, tmp_path):
     assert process.returncode == 128 + signal.SIGKILL
     assert errors.splitlines()[1] == "process 0 of 2 ended with exit code 137"
     _no_orphans(pids)
-
-
-# SLURM
 
 
 @pytest.fixture
@@ -289,11 +275,7 @@ def test_dry_runs_print_commands_for_a_shell(finish, tmp_path):
 def test_keys_that_launchers_set_are_keys_of_the_config():
     text = "".join(path.read_text() for path in LAUNCH.glob("*.*"))
     keys = set(re.findall(r"--config\.job\.(\w+)=", text))
-    assert "stopped_exit_code" in keys
-    assert keys <= set(get_config().job)
-
-
-# Detached
+    assert {"stopped_exit_code"} <= keys <= set(get_config().job)
 
 
 def test_a_detached_command_tells_how_it_went(finish, tmp_path):
@@ -319,9 +301,6 @@ def test_a_detached_command_tells_how_it_went(finish, tmp_path):
         os.kill(each, signal.SIGKILL)
     assert _until(lambda: (text := status()) != "running" and text) == "lost"
     (tmp_path / "end").touch()
-
-
-# A TPU pod
 
 
 def _gcloud(*words):
@@ -429,9 +408,7 @@ def test_a_pod_by_hand(cloud):
     assert out.splitlines() == ["ACTIVE", "running", "running"]
     assert cloud("run", *REMOTE)[1][0] != 0
     assert cloud("stop")[1][0] == 0  # of host 0; the stand-in does not tell the others
-    assert "exited 143" in _until(
-        lambda: (out := cloud("status")[1][1]) and "exited" in out and out
-    )
+    _until(lambda: "exited 143" in cloud("status")[1][1])
     pid = int((zone / "host1/mf_jax/runs/latest/pid").read_text())
     os.kill(pid, signal.SIGTERM)
     _until(lambda: not _alive(pid))
@@ -439,24 +416,18 @@ def test_a_pod_by_hand(cloud):
     assert not (zone / "state").exists()
 
 
-# GKE and Docker
-
-
 def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     network = {"enableDNSHostnames": True, "subdomain": jobset["metadata"]["name"]}
-    assert jobset["spec"]["network"] == network
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
+    assert (jobset["kind"], jobset["spec"]["network"]) == ("JobSet", network)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     node = {key.rpartition("/")[2]: value for key, value in pod["nodeSelector"].items()}
-    assert {"gke-tpu-accelerator", "gke-tpu-topology"} <= node.keys()
     rows, columns = map(int, node["gke-tpu-topology"].split("x"))
-    chips = container["resources"]["limits"]["google.com/tpu"]
-    needs = {"google.com/tpu": chips, "ephemeral-storage": "60Gi"}
-    assert container["resources"]["requests"] == needs
+    limits, requests = (container["resources"][name] for name in ("limits", "requests"))
+    chips = limits["google.com/tpu"]
+    assert requests == {"google.com/tpu": chips, "ephemeral-storage": "60Gi"}
     assert job["parallelism"] == job["completions"] == rows * columns / chips == 4
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     assert pod["restartPolicy"] == "Never"
@@ -470,9 +441,9 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     bad_input = [{"action": "FailJob", "onExitCodes": exits}]
     assert job["podFailurePolicy"]["rules"] == bad_input
     policy = jobset["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] > 0
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert policy["maxRestarts"] > 0
 
 
 def test_image_holds_what_it_copies_and_installs_the_requirements_first():
@@ -490,19 +461,13 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     assert lines[-1] == 'ENTRYPOINT ["python", "-m", "mf_jax.main"]'
 
 
-# Their page
-
-
-def _documented():
+def test_documented_commands_are_accepted(finish):
     text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/pods.md"))
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     script = r"^.*launch/(?:local_processes|tpu_pod|slurm|detached)\.sh.*$"
-    return re.findall(script, blocks.replace("\\\n", " "), re.MULTILINE)
-
-
-def test_documented_commands_are_accepted(finish):
-    assert len(_documented()) > 5
-    for line in _documented():
+    lines = re.findall(script, blocks.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
         words = shlex.split(line, comments=True)
         i = next(i for i, word in enumerate(words) if word.startswith("launch/"))
         code, out, errors = finish(Path(words[i]).name, *words[i + 1 :], "--dry-run", **TPU)

@@ -1,8 +1,9 @@
-"""--mode=bench: how fast this machine trains, samples, reads, attends or scores, and what fits another machine.
+"""--mode=bench: time a step, a sampler, a reader, attention or scores, or ask what fits a machine.
 
 A benchmark needs no checkpoint. It leaves one file, bench_WHAT.json, so its workdir may hold a run.
 """
 
+import functools
 import importlib
 import json
 import sys
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from mf_jax.bench.attention import heads
 from mf_jax.bench.fits import virtual_devices
 from mf_jax.bench.measure import Result, Say
-from mf_jax.bench.noise import Noise
+from mf_jax.bench.step import Noise
 from mf_jax.bench.table import Column, show
 from mf_jax.config import make_network, validate
 from mf_jax.data import Source
@@ -36,13 +37,7 @@ class Benchmark(Protocol):
     COLUMNS: tuple[Column, ...]
 
     def run(self, config: ConfigDict, source: Source, say: Say) -> Result:
-        """Return `batch_size`, `notes` and the `rows` of the table.
-
-        Args:
-          config: checked.
-          source: gives the shape and the classes; only `input` reads it.
-          say: tells the user what happens.
-        """
+        """Return `batch_size`, `notes` and the `rows` of the table; only `input` reads the source."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -57,17 +52,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise BadInput(f"bench.repeats=0: must be at least 1 where bench.what={what}")
     result = _describe(config, source)
     run_folder.make(workdir)
-    result |= benchmark.run(config, source, _say if config.log.progress else lambda text: None)
-    result["config"] = config.to_dict()
+    say = functools.partial(print, file=sys.stderr) if config.log.progress else lambda text: None
+    result |= benchmark.run(config, source, say) | {"config": config.to_dict()}
     name = f"bench_{what}.json"
     if processes.is_first():
         replace_file(workdir / name, json.dumps(result, indent=1, allow_nan=False).encode())
     show(result, benchmark.COLUMNS)
     run_folder.tell(workdir, table=name)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _source(config: ConfigDict) -> Source:
@@ -76,8 +67,8 @@ def _source(config: ConfigDict) -> Source:
     num_devices = bench.devices if bench.what == "fits" else jax.device_count()
     if bench.what == "input" or not bench.shape:
         return validate(config, num_devices=num_devices)
-    noise = Noise(DataSpec(tuple(bench.shape), bench.num_classes))
-    return validate(config, num_devices=num_devices, source=noise)
+    noise = DataSpec(tuple(bench.shape), bench.num_classes)
+    return validate(config, num_devices=num_devices, source=Noise(noise))
 
 
 def _describe(config: ConfigDict, source: Source) -> Result:

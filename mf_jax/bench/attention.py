@@ -39,26 +39,19 @@ def heads(network: nn.Module) -> tuple[int, int]:
 
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     """See `Benchmark.run`; a row for each length of `bench.tokens` and pass, on one device."""
-    num_heads, width = heads(make_network(config, source.spec))
-    turns = {key: config.bench[key] for key in ("repeats", "dropped")}
-    rows = []
+    (num_heads, width), rows = heads(make_network(config, source.spec)), []
     for tokens in config.bench.tokens:
         shape = (2, 3, config.train.batch_size, tokens, num_heads, width)
         qkv, tangents = jax.random.normal(jax.random.key(config.seed), shape, config.model.dtype)
         inputs = (qkv[0] * width**-0.5, *qkv[1:]), tuple(tangents)
         for name in passes("xla"):
             say(f"{tokens} tokens: {name}")
-            rows.append({"tokens": tokens, "pass": name, **_compare(name, inputs, turns)})
-    return {
-        "batch_size": config.train.batch_size,
-        "num_heads": num_heads,
-        "head_width": width,
-        "notes": [
-            f"{num_heads} heads, {width} wide",
-            *[_INTERPRETED] * (jax.default_backend() == "cpu"),
-        ],
-        "rows": rows,
-    }
+            pair = _compare(name, inputs, measure.turns(config))
+            rows.append({"tokens": tokens, "pass": name, **pair})
+    notes = [f"{num_heads} heads, {width} wide"]
+    notes += [_INTERPRETED] * (jax.default_backend() == "cpu")
+    result = {"batch_size": config.train.batch_size, "notes": notes, "rows": rows}
+    return result | {"num_heads": num_heads, "head_width": width}
 
 
 def _compare(name: str, inputs: tuple[QKV, QKV], turns: dict[str, int]) -> measure.Result:
@@ -71,15 +64,11 @@ def _compare(name: str, inputs: tuple[QKV, QKV], turns: dict[str, int]) -> measu
     for kind, program, seconds in zip(ATTENTIONS, programs, times, strict=True):
         row |= measure.spread(kind, seconds)
         row |= {f"{kind}_{key}": value for key, value in program.memory.items()}
-    ratio = row["fused_seconds_median"] / row["xla_seconds_median"]
-    return row | {"seconds_ratio": ratio}
+    return row | {"seconds_ratio": row["fused_seconds_median"] / row["xla_seconds_median"]}
 
 
 def passes(kind: str) -> dict[str, Callable[[QKV, QKV], PyTree]]:
-    """Return the functions of (q, k, v) and their tangents that rows of a step compute.
-
-    In order: rows that are sampled, rows with r = t, rows with r < t without and with training.
-    """
+    """Return what sampled rows, rows with r = t, and rows with r < t compute of (q, k, v)."""
 
     def forward(qkv: QKV, tangents: QKV) -> Array:
         return attend(*qkv, kind=kind)

@@ -1,7 +1,7 @@
-"""Whether a config fits a machine that is not here: `bench.devices` devices of `bench.memory_gb` GB each.
+"""Whether a config fits a machine that is not here: `bench.devices` of `bench.memory_gb` GB each.
 
-The whole training step is compiled for as many virtual CPU devices, and XLA says what each holds.
-Nothing runs. State and batch are exact, temporaries an estimate.
+XLA compiles the training step for virtual CPU devices and says what each holds; nothing runs.
+State and batch are exact, temporaries an estimate.
 """
 
 import math
@@ -29,7 +29,7 @@ _REMAT = "model.remat counts only with model.scan here: XLA for CPUs drops it ot
 
 
 def virtual_devices(count: int) -> Sequence[jax.Device]:
-    """Return CPU devices in place of a machine's, with which JAX starts if it has not started yet."""
+    """Return CPU devices; JAX starts with them unless it has started already."""
     if count < 1:
         raise BadInput(f"bench.devices={count}: must be at least 1; try 8")
     try:
@@ -58,14 +58,11 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     held = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state, "batch": batch}
     row = {f"{name}_bytes": _on_a_device(tree) for name, tree in held.items()}
     row |= {"temp_bytes": temp, "total_bytes": total, "left_bytes": left}
+    row |= {"fits": "yes" if left >= 0 else "no"}
     is_dropped = config.model.remat != "none" and not config.model.scan
-    return {
-        "batch_size": config.train.batch_size,
-        "memory_gb": config.bench.memory_gb,
-        "mesh": list(mesh.devices.shape),
-        "notes": [_NOTE, *[_REMAT] * is_dropped],
-        "rows": [row | {"fits": "yes" if left >= 0 else "no"}],
-    }
+    notes = [_NOTE, *[_REMAT] * is_dropped]
+    result = {"batch_size": config.train.batch_size, "notes": notes, "rows": [row]}
+    return result | {"memory_gb": config.bench.memory_gb, "mesh": list(mesh.devices.shape)}
 
 
 def _on_a_device(tree: PyTree) -> int:

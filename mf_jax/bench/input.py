@@ -38,8 +38,8 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
         )
         # reading is timed too
         contender = itertools.repeat(batches), lambda batches, put=put: put(next(batches))
-        turns = {key: config.bench[key] for key in ("repeats", "dropped")}
-        (seconds,) = measure.take_turns(contender, **turns, least_seconds=LEAST_SECONDS)
+        turns = measure.turns(config) | {"least_seconds": LEAST_SECONDS}
+        (seconds,) = measure.take_turns(contender, **turns)
         rate = len(seconds) / sum(seconds)
         row = {"into": into, "batches": len(seconds), **measure.spread("batch", seconds)}
         rows.append(row | {"batches_per_second": rate, "images_per_second": rate * size})

@@ -1,8 +1,7 @@
 """The clock around a call, the FLOPs and the memory of a program, the peak of a device.
 
-A time covers one call, from its start until its result lies in memory. Inputs are made before the
-clock starts, and the first calls are dropped. Calls to be compared take turns, so that a drift of
-the machine hits all of them alike.
+A time covers one call until its result lies in memory, not the making of its input.
+Calls to be compared take turns, so that a drift of the machine hits all of them alike.
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from mf_jax.errors import BadInput
 
@@ -28,6 +28,11 @@ Contender = tuple[Iterator[Any], Callable[[Any], PyTree]]
 """Inputs, and the function of one of them that is timed."""
 
 
+def turns(config: ConfigDict) -> dict[str, int]:
+    """Return how often a config calls each contender."""
+    return {key: config.bench[key] for key in ("repeats", "dropped")}
+
+
 def take_turns(
     *contenders: Contender,
     repeats: int,
@@ -35,14 +40,11 @@ def take_turns(
     least_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Return the seconds of each counted call, a list for each contender.
+    """Return the seconds of each counted call, a list for each contender; call a, b, a, b, ...
 
     Args:
-      contenders: called in turns: a, b, a, b, ...
-      repeats: calls of each that count, at least.
-      dropped: calls of each before them.
+      repeats: calls of each that count, at least, after the dropped ones.
       least_seconds: that the counted calls of the first take together.
-      clock: in seconds.
     """
     times: list[list[float]] = [[] for _ in contenders]
     while len(times[0]) < dropped + repeats or sum(times[0][dropped:]) < least_seconds:
@@ -81,10 +83,8 @@ class Program:
     def memory(self) -> dict[str, int]:
         """The bytes of its temporary arrays and of its arguments on one device."""
         found = self.executable.memory_analysis()
-        return {
-            "temp_bytes": found.temp_size_in_bytes,
-            "argument_bytes": found.argument_size_in_bytes,
-        }
+        temp, arguments = found.temp_size_in_bytes, found.argument_size_in_bytes
+        return {"temp_bytes": temp, "argument_bytes": arguments}
 
 
 def compile_program(function: jax.stages.Wrapped, *arguments: PyTree) -> Program:

@@ -32,7 +32,7 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     """See `Benchmark.run`; `config.sample` says what a batch is."""
     say("measuring the matmul peak")
     peak = measure.matmul_peak(config.model.dtype)
-    turns = {key: config.bench[key] for key in ("repeats", "dropped")}
+    turns = measure.turns(config)
     plan, generator = sample_plan(config), _fresh_generator(config, source)
     labels = generator.labels_for(config.sample.labels or None, plan.batch_size)
     say("compiling the sampler")
@@ -48,16 +48,15 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
         "images_per_second": plan.batch_size / median,
         "peak_share": measure.peak_share(evaluations * gflop, seconds=median, peak=peak),
     }
-    notes = [COUNT_NOTE, _PEAK_NOTE]
-    return {"batch_size": plan.batch_size, **peak, "notes": notes, "rows": [row]}
+    result = {"batch_size": plan.batch_size, "notes": [COUNT_NOTE, _PEAK_NOTE], "rows": [row]}
+    return result | peak
 
 
 def _fresh_generator(config: ConfigDict, source: Source) -> Generator:
     network = make_network(config, source.spec, for_sampling=True)
     everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = initial_params(network, source.spec.shape, jax.random.key(config.seed))
-    params = jax.device_put(params, everywhere)
-    return Generator(config, network, params, source.spec, 0, "none")
+    return Generator(config, network, jax.device_put(params, everywhere), source.spec, 0, "none")
 
 
 def _count_forward(config: ConfigDict, source: Source) -> float:

@@ -1,19 +1,22 @@
 """A training step beside a flow-matching step of the same network, batch and optimiser."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
-from mf_jax.bench.noise import fresh_batches
 from mf_jax.bench.table import Column, timing
-from mf_jax.data import Source
-from mf_jax.runtime.sharding import batch_sharding, make_mesh, placed, state_sharding
+from mf_jax.data import Batch, Source, Stored
+from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.runtime.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
 from mf_jax.step import StepParts, TrainState, initial_state, make_train_step
 from mf_jax.train import step_parts
 
@@ -29,9 +32,9 @@ COLUMNS = (
     Column("share of peak", "peak_share"),
 )
 COUNTABLE = {"model": {"scan": False, "attention": "xla"}}
-"""The same network with nothing hidden: XLA counts a loop once, and a kernel or a library's call not at all."""
+"""The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""
 COUNT_NOTE = "GFLOP: XLA's count of the network without loops and kernels, before it is compiled"
-_FLOW_MATCHING = {
+FLOW_MATCHING = {
     "objective": {"name": "flow_matching"},
     "guidance": {"omega": 1.0, "kappa": 0.0},
     "draws": {"omega_max": 1.0},
@@ -39,35 +42,55 @@ _FLOW_MATCHING = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """A source of random elements and labels, in the form in which other data are stored."""
+
+    spec: DataSpec
+    stored: Stored | None = None
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        """Return elements, a function of all the indices together."""
+        rng = np.random.default_rng(indices)
+        row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.spec.shape, np.float32)
+        x = rng.standard_normal((len(indices), *row.shape), np.float32).astype(row.dtype)
+        if not self.spec.num_classes:
+            return Batch(x, np.full(len(indices), NO_LABEL, np.int32))
+        return Batch(x, rng.integers(self.spec.num_classes, size=len(indices), dtype=np.int32))
+
+
+def fresh_batches(config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tuple[Array, Array]]:
+    """Yield batches (x, labels) of noise on the devices, no two alike, in the form of a source."""
+    noise = Noise(source.spec, source.stored)
+    num = config.train.batch_size // jax.process_count()
+    for step in itertools.count():
+        batch = noise.gather(np.arange(step * num, (step + 1) * num))
+        yield jax.block_until_ready(put_batch(mesh, tuple(batch)))
+
+
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     """See `Benchmark.run`; `ratio` is the config's row over the row of flow matching."""
     say("measuring the matmul peak")
     peak = measure.matmul_peak(config.model.dtype)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    both = (config, flow_matching_of(config))
+    both = (config, changed(config, FLOW_MATCHING))
     rows, programs = zip(*(_compile_step(each, source, mesh, say) for each in both), strict=True)
     if config.bench.repeats:
         say(f"timing {config.bench.dropped + config.bench.repeats} steps of each")
         contenders = (_contender(*pair, source, mesh) for pair in zip(both, programs, strict=True))
-        turns = {key: config.bench[key] for key in ("repeats", "dropped")}
-        for row, seconds in zip(rows, measure.take_turns(*contenders, **turns), strict=True):
+        times = measure.take_turns(*contenders, **measure.turns(config))
+        for row, seconds in zip(rows, times, strict=True):
             row |= measure.spread("step", seconds)
             median = row["step_seconds_median"]
             row["images_per_second"] = config.train.batch_size / median
             row["peak_share"] = measure.peak_share(row["gflop"], seconds=median, peak=peak)
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
-    return {
-        "batch_size": config.train.batch_size,
-        **peak,
-        "notes": [COUNT_NOTE],
-        "rows": list(rows),
-        "ratio": {"objective": "ratio"} | {key: rows[0][key] / rows[1][key] for key in numbers},
-    }
-
-
-def flow_matching_of(config: ConfigDict) -> ConfigDict:
-    """Return a config of flow matching with the same network, batch and optimiser."""
-    return changed(config, _FLOW_MATCHING)
+    ratio = {"objective": "ratio"} | {key: rows[0][key] / rows[1][key] for key in numbers}
+    result = {"batch_size": config.train.batch_size, "notes": [COUNT_NOTE], "rows": list(rows)}
+    return result | peak | {"ratio": ratio}
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
@@ -102,7 +125,7 @@ def _compile_step(
 def placed_step(
     parts: StepParts, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, TrainState, PyTree, PyTree]:
-    """Return the step as training jits it on a mesh, and the shapes of its arguments where they lie."""
+    """Return the step as training jits it on a mesh, and the placed shapes of its arguments."""
     state = jax.eval_shape(functools.partial(initial_state, parts))
     shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
     step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)

@@ -1,4 +1,4 @@
-"""The printed form of a result: the machine, the notes, and a table of numbers that are in the JSON."""
+"""The printed form of a result: the machine, the notes, and a table of its numbers."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,15 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+_HEAD = (
+    "{what}: {network}, {num_parameters:,} parameters, {dtype}, batch {batch_size}, "
+    "data {shape}, {num_classes} classes",
+    "on {num_devices} x {device_kind} ({platform}), JAX {jax_version}, "
+    "{repeats} repeats after {dropped} dropped",
+    "measured matmul peak of a device: {matmul_peak_gflops:,.4g} GFLOP/s "
+    "({matmul_peak_dtype}, side {matmul_peak_size})",
+)
 
 
 class Column(NamedTuple):
@@ -22,8 +31,8 @@ class Column(NamedTuple):
 
 def timing(name: str) -> Column:
     """Return the column of a `measure.spread`."""
-    keys = f"{name}_seconds_median {name}_seconds_quartiles"
-    return Column(f"{name} ms (quartiles)", keys, 1e3)
+    quantiles = f"{name}_seconds_median {name}_seconds_quartiles"
+    return Column(f"{name} ms (quartiles)", quantiles, 1e3)
 
 
 def _text(value: str | int | float | Sequence[float], scale: float = 1.0) -> str:
@@ -43,19 +52,7 @@ def show(result: Mapping[str, Any], columns: Sequence[Column]) -> None:
         table.add_row(*(column.cell(row, column.scale) for column in columns))
     if "ratio" in result:
         table.add_row(*(column.cell(result["ratio"], 1.0) for column in columns))
-    for line in (*_head(result), *result["notes"]):
+    head = _HEAD if "matmul_peak_gflops" in result else _HEAD[:2]
+    for line in (*(line.format(**result) for line in head), *result["notes"]):
         console.print(line, markup=False, soft_wrap=True)
     console.print(table)
-
-
-def _head(result: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "{what}: {network}, {num_parameters:,} parameters, {dtype}, batch {batch_size}, "
-        "data {shape}, {num_classes} classes",
-        "on {num_devices} x {device_kind} ({platform}), JAX {jax_version}, "
-        "{repeats} repeats after {dropped} dropped",
-    ]
-    if "matmul_peak_gflops" in result:
-        peak = "measured matmul peak of a device: {matmul_peak_gflops:,.4g} GFLOP/s"
-        lines.append(f"{peak} ({{matmul_peak_dtype}}, side {{matmul_peak_size}})")
-    return [line.format(**result) for line in lines]
