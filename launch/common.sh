@@ -1,4 +1,5 @@
-# Shared by the launch scripts, which source it with their arguments: --help, refusals, options, and dry runs.
+# Shared by the launch scripts, which source it with their arguments: --help, refusals, options, and
+# dry runs.
 # shellcheck shell=bash
 
 # The header of a script is its help.
@@ -14,7 +15,8 @@ mf_refuse() {
 mf_positive() { [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || mf_refuse "$1: '$2' is not a positive whole number"; }
 
 dry_run="${dry_run:-0}"
-# Sort arguments: --dry-run, options --NAME=VALUE of the names in $1 into variables, and those of mf_jax.main into $arguments.
+# Sort arguments: --dry-run, options --NAME=VALUE of the names in $1 into variables, and those of
+# mf_jax.main into $arguments.
 mf_sort_arguments() {
   local mf_names=" $1 " mf_argument mf_name # no option has such a name
   arguments=()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Run a command so that it outlives the connection that started it, and tell later how it went. tpu_pod.sh calls this on
-# the workers of a pod.
+# Run a command so that it outlives the connection that started it, and tell later how it went.
+# tpu_pod.sh calls this on the workers of a pod.
 #
-# The command gets a session of its own (setsid); its output goes to FOLDER/log, its exit code to FOLDER/exit_code. Files,
-# rather than tmux or a systemd unit: they need neither root nor anything installed, any later connection can read them,
-# and the exit code is still there after the machine was started anew.
+# The command gets a session of its own (setsid); its output goes to FOLDER/log, its exit code to
+# FOLDER/exit_code. Files, rather than tmux or a systemd unit: they need neither root nor anything
+# installed, any later connection can read them, and the exit code is still there after the machine
+# was started anew.
 #
 # Usage: bash launch/detached.sh [--dry-run] start FOLDER COMMAND [ARGUMENTS ...]   exit code 1 while one runs there
 #        bash launch/detached.sh [--dry-run] status FOLDER   print running, exited CODE, lost (the machine went down) or none
@@ -30,7 +31,8 @@ esac
 [ -n "$folder" ] || mf_refuse "the folder must not be empty"
 shift 2
 
-# The lock is held while the command runs. Unlike a process id it means the same after the machine was started anew.
+# The lock is held while the command runs. Unlike a process id it means the same after the machine
+# was started anew.
 runs() {
   [ -d "$folder" ] || return
   exec 9>>"$folder/lock"
@@ -54,7 +56,8 @@ start() {
   while [ ! -s "$folder/pid" ] && kill -0 "$!" 2>/dev/null; do sleep 0.05; done
 }
 
-# SIGTERM to everything, as of a machine that goes down, is for the command; its exit code must still be written.
+# SIGTERM to everything, as of a machine that goes down, is for the command; its exit code must
+# still be written.
 hold() {
   local code=0
   trap : TERM HUP INT

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Run one job as several processes on this machine: what many hosts do, over loopback. For CPUs, to try a job of a pod.
-# (All GPUs of a machine belong to one process: there, run mf_jax.main alone, or launch/slurm.sh.)
+# Run one job as several processes on this machine: what many hosts do, over loopback. For CPUs, to
+# try a job of a pod. (All GPUs of a machine belong to one process: there, run mf_jax.main alone, or
+# launch/slurm.sh.)
 #
-# Process 0 writes to the terminal, the others to files. When one fails, its last lines are shown, the others get a moment
-# to end by themselves and are then ended; the exit code is that of the first failure. SIGTERM or Ctrl-C goes to process 0
-# alone, and all of them save the same step and end; a second one ends all at once.
+# Process 0 writes to the terminal, the others to files. When one fails, its last lines are shown,
+# the others get a moment to end by themselves and are then ended; the exit code is that of the
+# first failure. SIGTERM or Ctrl-C goes to process 0 alone, and all of them save the same step and
+# end; a second one ends all at once.
 #
 # Usage: bash launch/local_processes.sh N [OPTIONS] --config=configs/NAME.py [ARGUMENTS OF mf_jax.main ...]
 #   --devices-per-process=D   D CPU devices in each process, by default as many as JAX makes (1)
@@ -78,7 +80,8 @@ for ((i = 0; i < number; i++)); do
 done
 set +m
 
-# Note the end of process $1; the first failure sets the exit code and the time at which the others are ended.
+# Note the end of process $1; the first failure sets the exit code and the time at which the others
+# are ended.
 note_end() {
   local status=0
   { wait "${running[$1]}" || status=$?; } 2>/dev/null # the shell's own report of a signal
@@ -94,7 +97,8 @@ note_end() {
   fi
 }
 
-# Pass a stop on to one process, which is enough: process 0 unless it has ended. The second time, end all.
+# Pass a stop on to one process, which is enough: process 0 unless it has ended. The second time,
+# end all.
 pass_stop() {
   local i
   if [ "$stops" -gt 1 ]; then

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv in the checkout and install requirements.txt into it, unless that is done already.
-# Sourced by the other scripts; leaves the environment's interpreter in $python.
+# Make the virtual environment .venv in the checkout and install requirements.txt into it, unless
+# that is done already. Sourced by the other scripts; leaves the environment's interpreter in
+# $python.
 #
 # Usage: bash launch/setup.sh [--help]
 #   MF_ACCELERATOR=cuda13 bash launch/setup.sh    with the build of JAX for cuda12, cuda13 or tpu (cpu: the plain one)
 #   MF_VENV=FOLDER bash launch/setup.sh           another place for the environment
 #
-# Needs: Python 3.11 or newer ($PYTHON names one, else python3 is taken), or uv, which brings its own.
+# Needs: Python 3.11 or newer ($PYTHON names one, else python3 is taken), or uv, which brings its
+# own.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Run mf_jax on GPU nodes under SLURM: one process for each GPU, found by JAX's own SLURM detection.
 #
-# Two minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM: all processes save the same step
-# and exit with 75, and the job puts itself back into the queue and continues. A finished run, a cancelled job and an error
-# end the job. The environment is made once, before the processes start.
+# Two minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM: all
+# processes save the same step and exit with 75, and the job puts itself back into the queue and
+# continues. A finished run, a cancelled job and an error end the job. The environment is made once,
+# before the processes start.
 #
 # Usage: sbatch [OPTIONS OF sbatch] launch/slurm.sh [--dry-run] --config=configs/NAME.py [ARGUMENTS OF mf_jax.main ...]
 #   sbatch --partition=gpu --nodes=4 launch/slurm.sh --config=configs/imagenet_b2.py
 #   bash launch/slurm.sh --dry-run --config=configs/digits.py    print what the job would run
-# The #SBATCH lines below are defaults: the command line of sbatch replaces them. --ntasks-per-node must equal --gpus-per-node;
-# do not give --gpus-per-task, which hides from each process all GPUs but one.
-# On CPU nodes delete the line with --gpus-per-node. MF_ACCELERATOR=cuda12 takes another build of JAX than cuda13.
+# The #SBATCH lines below are defaults: the command line of sbatch replaces them. --ntasks-per-node
+# must equal --gpus-per-node; do not give --gpus-per-task, which hides from each process all GPUs
+# but one. On CPU nodes delete the line with --gpus-per-node. MF_ACCELERATOR=cuda12 takes another
+# build of JAX than cuda13.
 #
-# Needs: to be submitted from the checkout, which lies, as the workdir does, on a file system that all nodes see; internet on
-# the first node for the first start, or an environment made before (MF_ACCELERATOR=cuda13 bash launch/setup.sh).
+# Needs: to be submitted from the checkout, which lies, as the workdir does, on a file system that
+# all nodes see; internet on the first node for the first start, or an environment made before
+# (MF_ACCELERATOR=cuda13 bash launch/setup.sh).
 
 #SBATCH --job-name=mf_jax
 #SBATCH --nodes=1
@@ -46,7 +49,8 @@ fi
 source "$here/setup.sh"
 cd "$root"
 
-# The others may still be saving when the first process has ended with 75. One that has crashed is noticed by JAX.
+# The others may still be saving when the first process has ended with 75. One that has crashed is
+# noticed by JAX.
 flags=(--kill-on-bad-exit=0 --wait=0)
 # srun does not take this from the job by itself
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || flags+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run mf_jax on a Cloud TPU slice of any number of hosts: a queued resource with one node, the same command on every host.
+# Run mf_jax on a Cloud TPU slice of any number of hosts: a queued resource with one node, the same
+# command on every host.
 #
 # Usage: bash launch/tpu_pod.sh ACTION [OPTIONS] [ARGUMENTS OF mf_jax.main ...]
 #   create    ask for the slice and wait until it is there
@@ -27,9 +28,10 @@
 #     --config=configs/imagenet_b2.py --workdir=gs://BUCKET/imagenet_b2 \
 #     --config.data.path=gs://BUCKET/imagenet256_latents --config.data.copy_to=/tmp/latents
 #
-# Needs: gcloud, logged in (gcloud auth login), the TPU API, quota, a key for ssh (ssh-add ~/.ssh/google_compute_engine), and
-# a bucket that the hosts' service account may write. Hosts need a way to the package registry. follow exits with 0 when the
-# run is finished, 2 for bad input, the run's exit code or 1 when it gives up.
+# Needs: gcloud, logged in (gcloud auth login), the TPU API, quota, a key for ssh (ssh-add
+# ~/.ssh/google_compute_engine), and a bucket that the hosts' service account may write. Hosts need
+# a way to the package registry. follow exits with 0 when the run is finished, 2 for bad input, the
+# run's exit code or 1 when it gives up.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -77,7 +79,8 @@ esac
 
 where=(--project="$project" --zone="$zone" --quiet)
 tpus=(gcloud compute tpus)
-# A run's folder on the hosts is named after its command, so that follow does not take another's end for this one's.
+# A run's folder on the hosts is named after its command, so that follow does not take another's end
+# for this one's.
 tag=$(printf '%s\n' "${arguments[@]+"${arguments[@]}"}" | cksum | cut -d ' ' -f 1)
 
 on() { # HOST COMMAND
