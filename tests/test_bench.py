@@ -1,8 +1,6 @@
 """--mode=bench: it prints what it writes and counts what XLA counts; nothing here looks at a time."""
 
-import contextlib
 import importlib
-import io
 import itertools
 import json
 import re
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from jax.sharding import AbstractMesh
+from jobs import here
 
 from configs.digits import get_config as digits
 from configs.toy2d import get_config as toy2d
@@ -29,7 +28,6 @@ from mf_jax.data import Source
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.generator import Generator
-from mf_jax.main import main
 from mf_jax.models import as_field, parameter_shapes
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.runtime.sharding import make_mesh, state_sharding
@@ -60,18 +58,14 @@ OF_A_RUN = ("config.json", "data.json", ".lock", "metrics.jsonl", "checkpoints/1
 
 def _run(what, config, workdir, *flags):
     """Return (exit code, stdout, stderr) of a quick benchmark in this process."""
-    out, errors = io.StringIO(), io.StringIO()
-    argv = [f"--config=configs/{config}.py", "--mode=bench", f"--workdir={workdir}", *FLAGS]
+    where = [f"--config=configs/{config}.py", "--mode=bench", f"--workdir={workdir}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["mf_jax", *argv, f"--config.bench.what={what}", *flags])
         patch.setattr(measure, "PEAK_SIZES", {"cpu": (64, 128)})
         patch.setattr(input_pipeline, "LEAST_SECONDS", 0.01)
         widths = {"2048": 5, "spatial": 4, "logits_unbiased": 3}
         patch.setattr(scores_benchmark, "WIDTHS", widths)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            code = main()
-    return code, out.getvalue(), errors.getvalue()
+        return here(*where, *FLAGS, f"--config.bench.what={what}", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -306,14 +300,12 @@ def test_a_step_fits_where_xla_says_so(tmp_path):
     common += [f"--config.{key}" for key in keys.split()]
     cases = {"whole": "bench.memory_gb=1e-3", "split": "mesh.fsdp=4", "bad": "mesh.fsdp=3"}
     argv = [[*common, f"--workdir={tmp_path}/{k}", f"--config.{v}"] for k, v in cases.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", FITS, json.dumps(argv)], cwd=ROOT, capture_output=True, text=True
-    )
+    argv = [sys.executable, "-c", FITS, json.dumps(argv)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert re.findall("exit code (.)", done.stdout) == ["0", "0", "2"], done.stderr
     assert "mesh.fsdp=3: must multiply to the 4 devices" in done.stderr
-    whole, split = (
-        json.loads((tmp_path / name / "bench_fits.json").read_text()) for name in ("whole", "split")
-    )
+    files = [tmp_path / name / "bench_fits.json" for name in ("whole", "split")]
+    whole, split = (json.loads(path.read_text()) for path in files)
     config = toy2d()
     config.model.update(depth=1, width=WIDTH)
     shapes = parameter_shapes(make_network(config, POINTS), (2,))
@@ -367,21 +359,14 @@ def test_contenders_take_turns_and_preparing_is_not_timed():
     assert order == list("ababab")
 
 
-def test_a_stream_is_timed_long_enough():
+def test_a_stream_is_timed_long_enough_and_spread_is_its_median_and_quartiles():
     for repeats, least_seconds, counted in ((3, 0.0, 3), (3, 2.5, 5), (7, 2.5, 7), (1, 0.5, 1)):
         clock = Clock()
         turns = {"repeats": repeats, "dropped": 2, "least_seconds": least_seconds, "clock": clock}
         (seconds,) = measure.take_turns((itertools.repeat(0.5), clock.wait), **turns)
-        assert seconds == [0.5] * counted
-        assert clock.now == 0.5 * (counted + 2)
-
-
-def test_spread_is_median_and_quartiles():
-    spread = measure.spread("nap", [5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (spread["nap_seconds_median"], spread["nap_seconds_quartiles"]) == (3, [2, 4])
-    assert spread["nap_seconds"] == [5.0, 1.0, 2.0, 4.0, 3.0]
-    peak = {"matmul_peak_gflops": 12.0}
-    assert measure.peak_share(6.0, seconds=2.0, peak=peak) == 0.25
+        assert (seconds, clock.now) == ([0.5] * counted, 0.5 * (counted + 2))
+    median, quartiles, times = measure.spread("nap", [5.0, 1.0, 2.0, 4.0, 3.0]).values()
+    assert (median, quartiles, times) == (3, [2, 4], [5.0, 1.0, 2.0, 4.0, 3.0])
 
 
 def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
@@ -395,11 +380,8 @@ def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
 
     monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(measure, "take_turns", turns)
-    assert measure.matmul_peak("bfloat16") == {
-        "matmul_peak_gflops": pytest.approx(2 * 128**3 / 2e-3 / 1e9),
-        "matmul_peak_size": 128,
-        "matmul_peak_dtype": "float32",
-    }
+    rate, *what = measure.matmul_peak("bfloat16").values()
+    assert (rate, what) == (pytest.approx(2 * 128**3 / 2e-3 / 1e9), [128, "float32"])
     assert calls == [((n, n), (n, n), "float32") for n in (64, 128)]
 
 
@@ -429,9 +411,8 @@ def test_noise_is_a_source_of_any_shape_and_no_two_batches_are_alike():
     noise = Noise(DataSpec((4, 4, 3), 5))
     assert isinstance(noise, Source)
     batch = noise.gather(np.arange(1000))
-    assert batch.x.shape == (1000, 4, 4, 3)
-    assert (batch.x.dtype, batch.labels.dtype) == (np.float32, np.int32)
-    assert set(batch.labels) == set(range(5))
+    assert (batch.x.shape, batch.x.dtype) == ((1000, 4, 4, 3), np.float32)
+    assert (set(batch.labels), batch.labels.dtype) == (set(range(5)), np.int32)
     np.testing.assert_array_equal(batch.x, noise.gather(np.arange(1000)).x)
     assert set(Noise(POINTS).gather(np.arange(4)).labels) == {NO_LABEL}
     batches = fresh_batches(_config(), Noise(DIGITS), make_mesh(data=0, fsdp=1))

@@ -59,11 +59,8 @@ def take_turns(
 def spread(name: str, seconds: Sequence[float]) -> Result:
     """Return the median, the quartiles and all of some times, under keys that start with a name."""
     first, median, third = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    return {
-        f"{name}_seconds_median": median,
-        f"{name}_seconds_quartiles": [first, third],
-        f"{name}_seconds": list(seconds),
-    }
+    key = f"{name}_seconds"
+    return {f"{key}_median": median, f"{key}_quartiles": [first, third], key: list(seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +113,9 @@ def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
 
 
 def matmul_peak(dtype: str) -> Result:
-    """Return the best rate of a square matrix product on one device, at JAX's default precision.
-
-    Args:
-      dtype: of the factors; a CPU is measured in float32, in which most multiply bfloat16 too.
-    """
+    """Return the best rate of a square matrix product on one device, at JAX's default precision."""
     is_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if is_cpu else dtype
+    dtype = "float32" if is_cpu else dtype  # in which most CPUs multiply bfloat16 too
     product, rates = jax.jit(jnp.matmul), {}
     for size in PEAK_SIZES["cpu" if is_cpu else "accelerator"]:
         factors = jax.random.normal(jax.random.key(0), (2, size, size), dtype)

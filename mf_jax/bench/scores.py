@@ -27,6 +27,7 @@ COLUMNS = (
 )
 WIDTHS = {name: FEATURES[name] for name in ("2048", "spatial", "logits_unbiased")}
 _REFERENCE_ROWS, _FEW = 10_000, 32
+_NOTE = "peak: of the process, beyond JAX; the reference is in it"
 
 
 def run(config: ConfigDict, source: Source, say: Say) -> Result:
@@ -41,14 +42,13 @@ def run(config: ConfigDict, source: Source, say: Say) -> Result:
         say(f"scoring {num} rows")
         row = _score(path, WIDTHS, num=num, size=size, least=least)
     row |= {"samples": num, "reference_rows": _REFERENCE_ROWS, "peak_bytes": _peak_bytes() - before}
-    note = "peak: of the process, beyond JAX; the reference is in it"
-    return {"batch_size": size, "notes": [note], "rows": [row]}
+    return {"batch_size": size, "notes": [_NOTE], "rows": [row]}
 
 
 def _score(
     path: str, widths: Mapping[str, int], *, num: int, size: int, least: int
 ) -> dict[str, float]:
-    """Return all scores of random features, and the seconds that they took."""
+    """Return all scores of random features, and the seconds of adding and comparing them."""
     reference, samples, adding = read_reference(path), SampleScores(num, least=least), 0.0
     for first in range(0, num, size):
         features = {name: _rows([first, i], size, widths[name]) for i, name in enumerate(widths)}
@@ -57,8 +57,7 @@ def _score(
         adding += time.perf_counter() - start
     start = time.perf_counter()
     scores = samples.against(reference) | {"inception_score": samples.inception_score()[0]}
-    comparing = time.perf_counter() - start
-    return {"adding_seconds": adding, "comparing_seconds": comparing, **scores}
+    return {"adding_seconds": adding, "comparing_seconds": time.perf_counter() - start, **scores}
 
 
 def _rows(seed: list[int], num: int, width: int) -> Float32[np.ndarray, "n d"]:
@@ -74,8 +73,7 @@ def _write_reference(folder: str, widths: Mapping[str, int], num_rows: int) -> s
 
 
 def _resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
+    if not (statm := Path("/proc/self/statm")).exists():
         return _peak_bytes()
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
