@@ -1,4 +1,4 @@
-"""--mode=bench: it prints what it writes and counts what XLA counts; nothing here looks at a time."""
+"""--mode=bench: it prints what it writes and counts what XLA counts; no test looks at a time."""
 
 import importlib
 import itertools
@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +141,7 @@ def _lower_step(config, mesh=None):
 
 
 def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
-    """Of flow matching too, whose config is made here in another way: only its name has to change."""
+    """Of flow matching too, whose config is made here by its name alone."""
     *_, result = outcomes["step"]
     config = _config(toy2d)
     config.objective.name = "flow_matching"
@@ -167,18 +166,15 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
 
 
 def test_a_loop_does_not_hide_flops(monkeypatch):
-    memory = {"temp_size_in_bytes": 1, "argument_size_in_bytes": 2}
-    compiled = SimpleNamespace(
-        cost_analysis=lambda: {"flops": 1e9}, memory_analysis=lambda: SimpleNamespace(**memory)
-    )
-    monkeypatch.setattr(measure, "compile_program", lambda *_: measure.Program(compiled, 1.0, 1.0))
+    program = measure.compile_program(jax.jit(lambda x: x + 1), jnp.ones(3))
+    monkeypatch.setattr(measure, "compile_program", lambda *arguments: program)
     config = _config()
     config.model.depth, config.objective.name = 2, "flow_matching"
     looped = changed(config, {"model": {"scan": True}})
-    mesh = make_mesh(data=0, fsdp=1)
-    row, _ = step._compile_step(looped, validate(looped, num_devices=1), mesh, lambda text: None)
+    mesh, source = make_mesh(data=0, fsdp=1), validate(looped, num_devices=1)
+    row, _ = step._compile_step(looped, source, mesh, lambda text: None)
     assert row["gflop"] == _lower_step(config).cost_analysis()["flops"] / 1e9
-    assert (row["gflop_compiled"], row["temp_bytes"], row["argument_bytes"]) == (1.0, 1, 2)
+    assert row["gflop_compiled"] == program.flops / 1e9 > 0
 
 
 def test_a_flow_matching_of_any_config_is_valid():
@@ -293,7 +289,7 @@ for flags in json.loads(sys.argv.pop()):
 
 
 def test_a_step_fits_where_xla_says_so(tmp_path):
-    """On 4 virtual devices, which one process has from its start, with parameters split or whole."""
+    """On 4 virtual devices of a process of their own, with parameters split or whole."""
     common = ["--config=configs/toy2d.py", "--mode=bench", "--config.bench.what=fits"]
     keys = f"bench.devices=4 model.depth=1 model.width={WIDTH} train.batch_size=64"
     keys = f"{keys} objective.name=flow_matching ema.decays={AVERAGES}".replace(", ", ",")

@@ -31,7 +31,7 @@ def _program(path, text):
 
 @pytest.fixture
 def start(tmp_path):
-    """Return a function that starts a script with stand-ins for the interpreter and for programs by name."""
+    """Return a function that starts a script with stand-ins for the interpreter and programs."""
     venv = tmp_path / "venv"
     _program(venv / "bin" / "python", PYTHON)
     for stamp in (".installed", ".installed_cuda13"):
@@ -285,8 +285,9 @@ def test_a_detached_command_tells_how_it_went(finish, tmp_path):
         return finish("detached.sh", "status", folder)[1].strip()
 
     assert status() == "none"
+    # a child stays behind
     until = f"for i in {{1..600}}; do [ ! -e {tmp_path}/$1 ] || break; sleep 0.05; done"
-    wait = f"echo out; wait_for() {{ {until}; }}; wait_for end & wait_for go; exit 7"  # a child stays behind
+    wait = f"echo out; wait_for() {{ {until}; }}; wait_for end & wait_for go; exit 7"
     assert finish("detached.sh", "start", folder, "bash", "-c", wait) == (0, "", "")
     assert status() == "running"
     (tmp_path / "go").touch()
@@ -347,7 +348,7 @@ def test_tpu_other_actions_print_their_commands(finish):
 
 @pytest.fixture
 def cloud(tmp_path, finish):
-    """Return a function that runs an action of tpu_pod.sh in a zone of folders, where starts of a run end as given."""
+    """Return a function that runs an action of tpu_pod.sh in a zone of folders, with given ends."""
     zone = tmp_path / "cloud"
     zone.mkdir()
     short = "#!/bin/sh\nexec /bin/sleep 0.05\n"
