@@ -37,7 +37,7 @@ class Benchmark(Protocol):
     COLUMNS: tuple[Column, ...]
 
     def run(self, config: ConfigDict, source: Source, say: Say) -> Result:
-        """Return `batch_size`, `notes` and the `rows` of the table; only `input` reads the source."""
+        """Return `batch_size`, `notes` and the `rows` of the table; `input` alone reads data."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

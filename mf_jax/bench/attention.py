@@ -1,4 +1,4 @@
-"""Attention of a network's heads, plain and fused, in all the ways that training differentiates it."""
+"""Attention of a network's heads, plain and fused, in all the ways that training takes it."""
 
 import itertools
 from collections.abc import Callable
