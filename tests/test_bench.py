@@ -256,9 +256,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         ("dropped=-1", "bench.dropped=-1", "at least 0"),
         ("repeats=0 bench.what=input", "bench.repeats=0", "at least 1"),
         ("num_classes=-1 bench.shape=(8,8,1)", "num_classes=-1", "at least 0"),
-        ("shape=(8,8)", "shape=(8, 8)", "(height, width, channels)"),
         ("shape=(8,8,1.5)", "bench.shape: 1.5 is not a whole number"),
-        ("shape=(2,)", "model.name='dit'", "vectors"),
+        ("shape=(8,8)", "model.name='dit'", "vectors of shape (8, 8)"),
         ("tokens=(0,)", "bench.tokens=(0,)", "at least 1"),
         ("tokens=(True,)", "bench.tokens: True is not a whole number"),
         ("shape=(8,8,1) train.batch_size=6", "train.batch_size=6", "multiple of 4"),
@@ -316,7 +315,8 @@ def test_a_step_fits_where_xla_says_so(tmp_path):
         assert row["opt_state_bytes"] == 2 * params + 2 * 4  # the steps of adam and its schedule
         assert row["batch_bytes"] == 64 // 4 * (2 * 4 + 4)
         held = sum(row[f"{name}_bytes"] for name in ("params", "ema", "opt_state", "batch"))
-        assert 0 < row["total_bytes"] - held - row["temp_bytes"] < 1000  # counters and metrics
+        rest = row["total_bytes"] - held - row["temp_bytes"]
+        assert abs(rest) < 1000  # counters, without the labels, which nobody reads
         assert row["left_bytes"] == result["memory_gb"] * 1e9 - row["total_bytes"]
     assert split["rows"][0]["params_bytes"] < whole["rows"][0]["params_bytes"] / 2
     assert (whole["rows"][0]["fits"], split["rows"][0]["fits"]) == ("no", "yes")
