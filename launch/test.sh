@@ -3,7 +3,7 @@
 #
 # Usage: bash launch/test.sh [--quick] [ARGUMENTS OF pytest ...]
 #   bash launch/test.sh             everything
-#   bash launch/test.sh --quick     what answers within a minute: mathematics, records, configs, no training and no job
+#   bash launch/test.sh --quick     the core: flow, objectives, samplers, configs, layers; no training
 #   bash launch/test.sh -k draws    the tests whose names have "draws" in them
 #
 # Needs: what launch/setup.sh needs.
@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
-quick=(architecture draws objectives samplers diagnostics optim files data metrics launch docs)
+quick=(architecture draws objectives samplers diagnostics configs)
 if [ "${1:-}" = --quick ]; then
   files=("${quick[@]/#/tests/test_}")
   set -- "${files[@]/%/.py}" "${@:2}"
