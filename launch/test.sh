@@ -3,7 +3,7 @@
 #
 # Usage: bash launch/test.sh [--quick] [ARGUMENTS OF pytest ...]
 #   bash launch/test.sh             everything
-#   bash launch/test.sh --quick     the core: flow, objectives, samplers, configs, layers; no training
+#   bash launch/test.sh --quick     flow, objectives, samplers, configs and layers; no training
 #   bash launch/test.sh -k draws    the tests whose names have "draws" in them
 #
 # Needs: what launch/setup.sh needs.
