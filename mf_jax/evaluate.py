@@ -68,8 +68,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     elif section.watch:
         rows = evaluation.watch()
     else:
-        rows = evaluation.score(*real) if data else []
-        rows = rows + evaluation.score_grid(evaluation.steps())
+        rows = evaluation.score_grid(evaluation.steps())  # first: a model may be refused
+        rows = (evaluation.score(*real) if data else []) + rows
     if not processes.is_first():  # which alone has all scores
         return
     table = score_rows.as_table(rows)
