@@ -225,8 +225,8 @@ class Evaluation:
         ours, data = generator.spec, self.data and self.data.spec
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
             raise BadInput(
-                f"init.path={generator.ema}: its samples are of {ours.shape}, "
-                f"{ours.num_classes} classes, the data of {data.shape} and {data.num_classes}; use their own config"
+                f"init.path={generator.ema}: its samples are of {ours.shape}, {ours.num_classes} "
+                f"classes, the data of {data.shape} and {data.num_classes}; use their own config"
             )
         return generator
 

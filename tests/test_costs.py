@@ -149,7 +149,7 @@ GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
 
 
 def test_guided_step_of_small_dit():
-    """GFLOP of a step of 16 rows; the published code needs 274, all rows of it with a derivative."""
+    """GFLOP of a step of 16 rows; the published code needs 274, with all rows derived."""
     network = _dit("S", patch_size=4)
     guided, flow_matching = (
         _program(network, objective, 16).cost_analysis()["flops"] / 1e9
