@@ -1,15 +1,13 @@
 """--mode=eval: for each cell of the grid load the model, sample, score, and write a row.
 
-With `eval.references` pictures are compared with reference statistics in the features of
-Inception-v3; without, samples are compared with the data themselves, and the first row says how
-real data score. Every comparison is a row of eval.jsonl that carries its whole protocol, and
-eval.json is a table of such rows. A row that is there is not computed again: a job that was stopped
-goes on, and one that watches a training run scores what is new.
+With `eval.references` pictures are compared with reference statistics, in the features of
+Inception-v3. Without, samples are compared with the data, and the first row scores real data. Each
+row of eval.jsonl carries its whole protocol; eval.json is a table of such rows. A stored row is not
+computed again, so that a stopped job goes on and one that watches a run scores new checkpoints.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 import time
@@ -50,18 +48,18 @@ _DECIDE_SAMPLES = ("model", "objective")
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Append to eval.jsonl what `eval` asks for, write the table `eval.json`, and print it."""
-    section = config.eval
+    section, data = config.eval, None
     with processes.together():
         _check(config)
         if section.samples:
             run_folder.make(workdir)
         elif not section.watch:
             _check_workdir(config, workdir)
-        scorer, data = scorers.scorer_of_references(config), None
+        scorer = scorers.scorer_of_references(config)
         if scorer is None:
             data = validate(config, num_devices=1)
             held_out = make_source(config.data, split="held_out")
-            scorer, real = scorers.scorer_of_data(config, data, held_out)
+            scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
     evaluation = Evaluation(config, workdir, scorer, data)
     if section.samples:
         rows = evaluation.score(*scorers.samples_of_file(config))
@@ -84,18 +82,18 @@ def _check(config: ConfigDict) -> None:
     check_values(config)
     cells(config)
     section = config.eval
-    if (section.samples or section.watch) and not section.references:
-        raise BadInput(
-            "eval.references=(): eval.samples and eval.watch compare with reference statistics; "
-            "name at least one .npz"
-        )
     if section.watch and (section.samples or section.checkpoints):
         raise BadInput(
             "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and "
             "eval.checkpoints out"
         )
-    if config.data.name == "latents" and not section.references:
-        raise BadInput("eval.references=(): latents are scored as pictures; name at least one .npz")
+    if not section.references and (
+        section.samples or section.watch or config.data.name == "latents"
+    ):
+        raise BadInput(
+            "eval.references=(): eval.samples, eval.watch and latents are compared with reference "
+            "statistics; name at least one .npz"
+        )
 
 
 def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
@@ -125,10 +123,14 @@ class Evaluation:
     scorer: Scorer
     data: Source | None
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the workdir holds a run; else `init` names the model."""
+        return run_folder.exists(self.workdir)
+
     def steps(self) -> list[int]:
         """Return the steps of the run's checkpoints, oldest first, as process 0 sees them."""
-        is_run = run_folder.exists(self.workdir)
-        return processes.from_first(saved_steps(self.workdir) if is_run else [])
+        return processes.from_first(saved_steps(self.workdir) if self.is_run else [])
 
     def score(
         self,
@@ -150,14 +152,12 @@ class Evaluation:
         keys = [score_rows.key_of(protocol) for protocol in protocols]
         if set(keys) <= set(known):
             return [known[key] for key in keys]
-        compare, more = self.scorer(draw()), diagnose()
-        rows = []
+        compare, more, rows = self.scorer(draw()), diagnose(), []
         with processes.together():
             if processes.is_first():
-                rows = [
-                    {"name": score_rows.name_of(subject), **scores, **more, "protocol": protocol}
-                    for scores, protocol in zip(compare(), protocols, strict=True)
-                ]
+                named = {"name": score_rows.name_of(subject)}
+                for scores, protocol in zip(compare(), protocols, strict=True):
+                    rows.append(named | scores | more | {"protocol": protocol})
                 score_rows.append(self.workdir, rows)
         for row in rows:
             print(f"{row['name']}: {score_rows.words_of(row)}", flush=True)
@@ -165,63 +165,67 @@ class Evaluation:
 
     def score_grid(self, steps: list[int]) -> list[Row]:
         """Return the rows of all cells, the newest of these checkpoints by its step."""
-        is_run = run_folder.exists(self.workdir)
-        if is_run and not steps:
+        if self.is_run and not steps:
             raise BadInput(
                 f"--workdir={self.workdir}: holds no checkpoint; train first: --mode=train "
                 "with this --workdir"
             )
-        newest = {"checkpoint": steps[-1]} if is_run else {"checkpoint": 0, "ema": "init"}
+        newest = {"checkpoint": steps[-1]} if self.is_run else {"checkpoint": 0, "ema": "init"}
         # cells of one model are neighbours
         load = functools.lru_cache(1)(self._load)
         diagnose = functools.lru_cache(1)(lambda *model: self._diagnose(load(*model)))
         rows = []
         for cell in cells(self.config):
             cell = dataclasses.replace(cell, **newest) if cell.checkpoint == NEWEST else cell
-            model = cell.checkpoint, cell.ema
+            model = functools.partial(load, cell.checkpoint, cell.ema)
             rows += self.score(
-                self._protocol(cell, functools.partial(load, *model)),
-                lambda cell=cell, model=model: self._draw(cell, load(*model)),
-                functools.partial(diagnose, *model),
+                self._protocol(cell, model),
+                functools.partial(self._draw, cell, model),
+                functools.partial(diagnose, *model.args),
             )
         return rows
 
     def watch(self) -> list[Row]:
         """Score all checkpoints, the newest first, until the run's last step is scored."""
-        listed, tried, doubtful, is_checked = [], set(), set(), False
-        if not run_folder.exists(self.workdir):
-            print(f"waiting for a run in {self.workdir}", flush=True)
+        self._wait_for_run()
+        steps, done, failed = [], set(), set()
         while True:
-            if not is_checked and processes.from_first(run_folder.exists(self.workdir)):
-                with processes.together():
-                    _check_workdir(self.config, self.workdir)
-                is_checked = True
-            listed, before = self.steps(), listed
-            for step in sorted(set(before) - set(listed) - tried):
+            before, steps = steps, self.steps()
+            for step in sorted(set(before) - set(steps) - done):
                 print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
-            tried, doubtful = tried & set(listed), doubtful & set(listed)
-            for step in sorted(set(listed) - tried, reverse=True):
-                try:
-                    self.score_grid([step])
-                    tried.add(step)
-                except UnreadableCheckpoint as problem:  # dropped, damaged, or not all here yet
-                    if step in doubtful:
-                        print(f"checkpoint {step} is left out: {problem}", flush=True)
-                        tried.add(step)
-                    doubtful.add(step)
-                if self.steps() != listed:
-                    break  # to what is newest now
-            else:
-                last = run_folder.stored_config(self.workdir).train.num_steps if listed else 0
-                if listed and set(listed) == tried and listed[-1] >= last:
-                    return score_rows.read_rows(self.workdir)
+            done, failed = done & set(steps), failed & set(steps)
+            # one that cannot be read is tried again, last: it may be damaged, or not all here yet
+            waiting = sorted(set(steps) - done, key=lambda step: (step not in failed, step))
+            if not waiting and steps and steps[-1] >= self._last_step():
+                return score_rows.read_rows(self.workdir)
+            if not waiting or waiting[-1] in failed:
                 time.sleep(_POLL_SECONDS)
+            if not waiting:
+                continue
+            try:
+                self.score_grid(waiting[-1:])
+                done.add(waiting[-1])
+            except UnreadableCheckpoint as problem:
+                if waiting[-1] in failed:
+                    print(f"checkpoint {waiting[-1]} is left out: {problem}", flush=True)
+                    done.add(waiting[-1])
+                failed.add(waiting[-1])
+
+    def _last_step(self) -> int:
+        return run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
+
+    def _wait_for_run(self) -> None:
+        if not self.is_run:
+            print(f"waiting for a run in {self.workdir}", flush=True)
+        while not processes.from_first(self.is_run):
+            time.sleep(_POLL_SECONDS)
+        with processes.together():
+            _check_workdir(self.config, self.workdir)
 
     def _load(self, checkpoint: int, ema: str) -> Generator:
         run = functools.partial(load_run, self.workdir)
-        generator = (
-            run(self.config, ema, checkpoint) if ema != "init" else load_initial(self.config)
-        )
+        model = self.config, ema, checkpoint
+        generator = load_initial(self.config) if ema == "init" else run(*model)
         ours, data = generator.spec, self.data and self.data.spec
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
             raise BadInput(
@@ -230,24 +234,23 @@ class Evaluation:
             )
         return generator
 
-    def _protocol(self, cell: Cell, load: Callable[[], Generator]) -> Row:
+    def _protocol(self, cell: Cell, model: Callable[[], Generator]) -> Row:
         """Return whatever decides the samples of a cell."""
-        config, is_run = self.config, run_folder.exists(self.workdir)
+        config = self.config
         with processes.together():
-            origin = run_folder.stored_data(self.workdir).origin if is_run else ""
+            origin = run_folder.stored_data(self.workdir).origin if self.is_run else ""
             decoder = load_decoder(config, origin=origin)
-        if is_run:
+        if self.is_run:
             weights = fingerprint(self.workdir, cell.checkpoint)
         else:
-            leaves = jax.tree.leaves(load().params)
-            weights = _sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
+            leaves = jax.tree.leaves(model().params)
+            weights = score_rows.digest(*map(np.asarray, leaves))
         deciding = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
         if decoder:
-            scale = {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
-            deciding |= scale
+            deciding |= {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
         return cell.protocol | {
             "weights": weights,
-            "config": _sha256(json.dumps(deciding, sort_keys=True).encode()),
+            "config": score_rows.digest(json.dumps(deciding, sort_keys=True).encode()),
             "num_samples": config.eval.num_samples,
             "labels": config.eval.labels,
             "network_dtype": config.model.dtype,
@@ -255,15 +258,19 @@ class Evaluation:
             "quantisation": QUANTISATION,
         }
 
-    def _draw(self, cell: Cell, generator: Generator) -> Samples:
-        labels, name = _labels(self.config, generator), score_rows.name_of(cell.protocol)
+    def _draw(self, cell: Cell, model: Callable[[], Generator]) -> Samples:
+        section, generator, name = self.config.eval, model(), score_rows.name_of(cell.protocol)
+        labels = generator.labels_for(None, section.num_samples)  # exactly balanced
+        if section.labels == "random" and generator.spec.num_classes:
+            draws = np.random.default_rng(section.seed)
+            labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
         batches = generator.batches(labels, cell.plan)
         if generator.spec.is_picture:
             batches = self._pictures(batches, labels, generator, name)
         return Samples(name, batches, labels, cell.plan.batch_size)
 
     def _pictures(
-        self, batches: Iterator, labels: np.ndarray, generator: Generator, name: str
+        self, batches: Iterator, labels: Int[np.ndarray, "n"], generator: Generator, name: str
     ) -> Iterator:
         """Yield samples as bytes, and draw the first ones."""
         for x, index in batches:
@@ -274,26 +281,13 @@ class Evaluation:
                     file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
                     path = self.workdir / PICTURES / f"{file}.png"
                     path.parent.mkdir(exist_ok=True)
-                    shown_labels = labels[: len(shown)]
-                    save_sample_grid(path, shown, shown_labels, generator.spec.class_names)
+                    names = generator.spec.class_names
+                    save_sample_grid(path, shown, labels[: len(shown)], names)
             yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:
         if self.data is None:
             return {}
-        found = diagnose(
-            self.config, generator.network, generator.params, self.data, seed=self.config.eval.seed
-        )
+        model = generator.network, generator.params
+        found = diagnose(self.config, *model, self.data, seed=self.config.eval.seed)
         return {"diagnostics": found}
-
-
-def _labels(config: ConfigDict, generator: Generator) -> Int[np.ndarray, "n"]:
-    """Return the label of each sample: exactly balanced, or drawn from the seed."""
-    num, classes = config.eval.num_samples, generator.spec.num_classes
-    if config.eval.labels == "random" and classes:
-        return np.random.default_rng(config.eval.seed).integers(classes, size=num, dtype=np.int32)
-    return generator.labels_for(None, num)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

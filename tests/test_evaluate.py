@@ -282,17 +282,17 @@ def test_anybodys_samples_against_all_kinds_of_references(score, looks, referenc
 
 
 def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
-    scorer = scorers.PictureScorer.__call__
-    monkeypatch.setattr(scorers, "train_classifier", lambda x, *_: _as_classes)
+    scorer = scorers.DataScorer.__call__
+    monkeypatch.setattr(scorers, "train_classifier", lambda *_, **__: _as_classes)
     rows = score(references=())
     assert [row["name"] for row in rows] == [
         "real data (held-out)",
         "checkpoint 12, EMA 0.995, 1 step",
     ]
     assert set(rows[1]["diagnostics"]) == {"velocity_error", "identity_residual", "additivity_gap"}
-    monkeypatch.setattr(scorers.PictureScorer, "__call__", None)
+    monkeypatch.setattr(scorers.DataScorer, "__call__", None)
     assert score(references=()) == rows
-    monkeypatch.setattr(scorers.PictureScorer, "__call__", scorer)
+    monkeypatch.setattr(scorers.DataScorer, "__call__", scorer)
     assert len(score("--config.eval.steps=1,2", references=())) == 3
     table = json.loads((score.workdir / "eval.json").read_text())
     columns = ["frechet_distance", "precision", "recall", "class_accuracy"]

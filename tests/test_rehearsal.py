@@ -1,20 +1,15 @@
-"""ImageNet in small, from pictures to FID, by the command line: the real networks with random
-weights.
+"""ImageNet in small, from pictures to FID, by the command line: real networks, random weights.
 
 Pictures -> latents in two parts -> 20 steps of a latent DiT -> FID of two checkpoints; and the
 numbers depend neither on the size of a batch nor on the number of processes.
 """
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from jobs import Job
 from PIL import Image
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
@@ -42,10 +37,10 @@ SMALL = (
     "--config.prepare.shards=4",
     "--config.prepare.batch_size=8",
 )
-IN_PROCESSES = """
+
+PROGRAM = """
 import sys, jax
-address, count, index = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-jax.distributed.initialize(address, count, index)
+jax.distributed.initialize()  # by the caller of main, which must then join
 from mf_jax.main import main
 sys.exit(main())
 """
@@ -114,26 +109,9 @@ def test_from_pictures_to_fid(command, tmp_path):
 
     other = tmp_path / "processes"
     shutil.copytree(workdir, other, ignore=shutil.ignore_patterns("eval.jsonl"))
-    _evaluate_in_processes(tmp_path, *common, "--config.eval.batch_size=18", f"--workdir={other}")
+    arguments = "--config.eval.batch_size=18", f"--workdir={other}", "--mode=eval"
+    job = Job(2, *common, *arguments, program=("-c", PROGRAM))
+    ended = job.finish(timeout=600)
+    assert [process.code for process in ended] == [0, 0], ended
     (theirs,) = _rows(other)
     assert _scores(theirs) == pytest.approx(_scores(second), rel=1e-3, abs=1e-5)
-
-
-def _evaluate_in_processes(folder, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    script = folder / "in_processes.py"
-    script.write_text(IN_PROCESSES)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), address, "2", str(index), *arguments, "--mode=eval"],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors

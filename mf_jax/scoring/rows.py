@@ -1,15 +1,15 @@
-"""eval.jsonl: scores of samples, each with the whole protocol that it was computed under, oldest
-first.
+"""eval.jsonl: scores of samples with their whole protocol, oldest first.
 
-Two scores are of the same thing exactly if their protocols are equal, in whatever order the jobs
-that append them run.
+Two rows score the same samples in the same way exactly if their protocols are equal.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +20,8 @@ from mf_jax.runtime.files import locked, replace_file
 
 ROWS_FILE = "eval.jsonl"
 _LOCK = ".eval.lock"
-_SHOWN_DIGITS = 12  # of a checksum
+_CHECKSUM = "([0-9a-f]{12})[0-9a-f]{52}$"  # of which 12 digits are shown
 Row = dict[str, Any]
-
-
 _PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
 """Of a name, in their order."""
 
@@ -43,23 +41,10 @@ def _words(protocol: Row) -> dict[str, str]:
     }
 
 
-def name_of(protocol: Row) -> str:
-    """Return the full name of samples."""
+def name_of(protocol: Row, parts: Sequence[str] = _PARTS) -> str:
+    """Return a name of samples, by default the full one."""
     words = _words(protocol)
-    return ", ".join(filter(None, (words.get(part) for part in _PARTS if part != "reference")))
-
-
-def _names(protocols: Sequence[Row]) -> list[str]:
-    """Return short names: the number of steps, and whatever else is not the same for all."""
-    words = [_words(protocol) for protocol in protocols]
-    values = {part: {each[part] for each in words if part in each} for part in _PARTS}
-    shown = [part for part in _PARTS if len(values[part]) > 1 or part in ("steps", "samples")]
-    return [", ".join(filter(None, (each.get(part) for part in shown))) for each in words]
-
-
-def _scores_in(rows: Sequence[Row]) -> list[str]:
-    """Return the names of all scores in some rows."""
-    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float)))
+    return ", ".join(filter(None, (words.get(part) for part in parts)))
 
 
 def words_of(row: Row) -> str:
@@ -68,23 +53,30 @@ def words_of(row: Row) -> str:
 
 
 def as_table(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows of eval.jsonl as a table, with the last model's diagnostics."""
-    protocols = [row["protocol"] for row in rows]
-    named = []
-    for row, protocol, name in zip(rows, protocols, _names(protocols), strict=True):
+    """Return rows of eval.jsonl as a table, with the last model's diagnostics.
+
+    A row's name has its number of steps, and whatever else is not the same in all rows.
+    """
+    words, named = [_words(row["protocol"]) for row in rows], []
+    differ = [part for part in _PARTS if len({each[part] for each in words if part in each}) > 1]
+    parts = [part for part in _PARTS if part in ("samples", "steps", *differ)]
+    for row in rows:
+        protocol = row["protocol"]
         counts = {"steps": protocol.get("steps"), "samples": protocol.get("num_samples")}
-        kept = {key: value for key, value in row.items() if not isinstance(value, dict)}
-        named.append(
-            kept | {key: n for key, n in counts.items() if n} | {"name": name or row["name"]}
-        )
+        counts = {key: count for key, count in counts.items() if count}
+        scores = {key: value for key, value in row.items() if not isinstance(value, dict)}
+        named.append(scores | counts | {"name": name_of(protocol, parts) or row["name"]})
     columns = [key for key in ("steps", "samples") if any(key in row for row in named)]
-    diagnostics = rows[-1].get("diagnostics", {}) if rows else {}
     return {
         "columns": columns + _scores_in(rows),
         "rows": named,
         "protocol": ", ".join(_shared(rows)),
-        "diagnostics": diagnostics,
+        "diagnostics": rows[-1].get("diagnostics", {}) if rows else {},
     }
+
+
+def _scores_in(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float)))
 
 
 def _shared(rows: Sequence[Row]) -> list[str]:
@@ -93,15 +85,11 @@ def _shared(rows: Sequence[Row]) -> list[str]:
     protocols = [row["protocol"] for row in of_models]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
-    words = [f"{key.replace('_', ' ')} {_shortened(protocols[0][key])}" for key in shared]
+    words = [f"{key.replace('_', ' ')} {protocols[0][key]}" for key in shared]
+    words = [re.sub(_CHECKSUM, r"\1", text) for text in words]
     if of_models and "fid_standard_error" in of_models[0]:
         words.append(noise_line(protocols[0]["num_samples"], of_models[0]["fid_standard_error"]))
     return words
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text[:_SHOWN_DIGITS] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def append(workdir: Path, new: Sequence[Row]) -> None:
@@ -116,6 +104,11 @@ def append(workdir: Path, new: Sequence[Row]) -> None:
 def key_of(protocol: Row) -> str:
     """Return a text that is equal for equal protocols and for no others."""
     return json.dumps(protocol, sort_keys=True)
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """Return the SHA-256 of arrays and bytes, one after the other."""
+    return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
 def read_rows(workdir: Path) -> list[Row]:

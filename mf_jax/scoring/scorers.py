@@ -1,13 +1,11 @@
-"""Scorers: samples in, a record of scores for each thing that they are compared with.
+"""Scorers: samples in, one record of scores for each reference.
 
-Pictures are compared in the features of Inception with files of reference statistics, or in
-features of the training split with that split. Vectors are compared directly, with the held-out
-split.
+Pictures meet files of reference statistics in the features of Inception, or the training split in
+features learnt from it. Vectors meet the held-out split directly.
 """
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -38,14 +36,14 @@ from mf_jax.metrics.reference_file import (
     read_reference,
 )
 from mf_jax.metrics.row_pairs import pair_scores
-from mf_jax.metrics.suite import SampleScores, check_widths
+from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import sha256_of
 from mf_jax.runtime.sharding import batch_sharding, make_mesh
-from mf_jax.scoring.rows import Row
+from mf_jax.scoring.rows import Row, digest, key_of
 
 _REAL_DATA = "real data (held-out)"
 _KEPT_FEATURES, _BLOCK = 10_000, 250
@@ -99,12 +97,10 @@ class InceptionScorer:
 
     def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
         """See `Scorer`."""
-        num = len(samples.labels)
+        num, size = len(samples.labels), samples.batch_size
         scores = SampleScores(num, least=self.least_samples)
-        size, shown = samples.batch_size, self.show_progress
-        count = -(-num // size)
-        batches = track(samples.batches, samples.name, count, per_step=size, is_wanted=shown)
-        for pixels, index in batches:
+        shown = {"per_step": size, "is_wanted": self.show_progress}
+        for pixels, index in track(samples.batches, samples.name, -(-num // size), **shown):
             scores.add(_features(self.inception, pixels), index)
         return functools.partial(self._compare, scores)
 
@@ -115,75 +111,23 @@ class InceptionScorer:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureScorer:
-    """Compare pictures with the training split, in features that are learnt from it.
+class DataScorer:
+    """Compare samples with real data.
 
-    Those are of a small classifier, or principal components where there is nothing to classify.
-
-    train: the training split, its pictures as bytes. num_classes: of its labels.
+    reference: its protocol. compare: gives the scores of samples with their labels.
     """
 
-    train: Batch
-    num_classes: int
+    reference: Row
+    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores]
 
     def protocols(self) -> list[Row]:
         """See `Scorer`."""
-        has_classes = self.num_classes > 1
-        recipe = f"classifier, {Recipe()}" if has_classes else "principal components"
-        return [
-            {
-                "reference": f"{len(self.train.x)} training images",
-                "reference_sha256": _sha256(*(self.train if has_classes else self.train[:1])),
-                "features": f"{FEATURES_KEPT} of the {recipe}",
-                "neighbours": 3,
-            }
-        ]
-
-    @functools.cached_property
-    def _describe(self) -> Callable[..., Described]:
-        if self.num_classes < 2:
-            return principal_components(from_pixels(self.train.x))
-        return train_classifier(from_pixels(self.train.x), self.train.labels, self.num_classes)
-
-    @functools.cached_property
-    def _reference(self) -> Float[np.ndarray, "n d"]:
-        return self._describe(from_pixels(self.train.x))[0]
+        return [self.reference]
 
     def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
         """See `Scorer`."""
-        return functools.partial(self._compare, _gathered(samples), samples.labels)
-
-    def _compare(self, x: np.ndarray, labels: np.ndarray) -> list[Scores]:
-        features, logits = self._describe(from_pixels(x))
-        ours, theirs = (Moments.of(rows) for rows in (features, self._reference))
-        gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
-        precision, recall, _ = pair_scores(features, self._reference)
-        scores = {
-            "frechet_distance": frechet_distance(*gaussians),
-            "precision": precision,
-            "recall": recall,
-        }
-        if logits is not None:
-            is_right = logits.argmax(axis=1) == labels
-            scores["class_accuracy"] = float(np.mean(is_right))
-        return [scores]
-
-
-@dataclasses.dataclass(frozen=True)
-class VectorScorer:
-    """Compare vectors with held-out ones `[N, D]`."""
-
-    reference: Float[np.ndarray, "n d"]
-
-    def protocols(self) -> list[Row]:
-        """See `Scorer`."""
-        name = f"{len(self.reference)} held-out vectors"
-        return [{"reference": name, "reference_sha256": _sha256(self.reference)}]
-
-    def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
-        """See `Scorer`."""
-        x, measures = _gathered(samples), (energy_distance, sliced_wasserstein)
-        return lambda: [{each.__name__: each(x, self.reference) for each in measures}]
+        rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
+        return lambda: [self.compare(rows[: len(samples.labels)], samples.labels)]
 
 
 def scorer_of_references(config: ConfigDict) -> InceptionScorer | None:
@@ -199,7 +143,7 @@ def scorer_of_references(config: ConfigDict) -> InceptionScorer | None:
 
 
 def scorer_of_data(
-    config: ConfigDict, train: Source, held_out: Source
+    config: ConfigDict, workdir: epath.Path, train: Source, held_out: Source
 ) -> tuple[Scorer, tuple[Row, Callable[[], Samples]]]:
     """Return a scorer against one split of the data, and as `samples_of_file` the other split.
 
@@ -207,16 +151,61 @@ def scorer_of_data(
     held-out one for vectors.
     """
     if train.spec.is_picture:
-        whole, real = (
-            batch._replace(x=to_pixels(batch.x)) for batch in (read(train), read(held_out))
-        )
-        scorer: Scorer = PictureScorer(whole, train.spec.num_classes)
+        whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
+        scorer = _of_pictures(whole, train.spec.num_classes, workdir)
     else:
         real = read(train, config.eval.num_samples)
-        scorer = VectorScorer(read(held_out, config.eval.num_samples).x)
+        scorer = _of_vectors(read(held_out, config.eval.num_samples).x)
     num = len(real.x)
     samples = Samples(_REAL_DATA, [(real.x, np.arange(num))], real.labels, num)
     return scorer, ({"samples": _REAL_DATA, "num_samples": num}, lambda: samples)
+
+
+def _of_vectors(held_out: Float[np.ndarray, "n d"]) -> DataScorer:
+    name, measures = f"{len(held_out)} held-out vectors", (energy_distance, sliced_wasserstein)
+    return DataScorer(
+        {"reference": name, "reference_sha256": digest(held_out)},
+        lambda x, labels: {each.__name__: each(x, held_out) for each in measures},
+    )
+
+
+def _of_pictures(train: Batch, num_classes: int, workdir: epath.Path) -> DataScorer:
+    """Return a scorer in features of the training split.
+
+    Those are of a small classifier, or principal components where there is nothing to classify.
+    """
+    has_classes = num_classes > 1
+    recipe = f"classifier, {Recipe()}" if has_classes else "principal components"
+    protocol = {
+        "reference": f"{len(train.x)} training images",
+        "reference_sha256": digest(*(train if has_classes else train[:1])),
+        "features": f"{FEATURES_KEPT} of the {recipe}",
+        "neighbours": 3,
+    }
+
+    @functools.cache
+    def learnt() -> tuple[Callable[..., Described], Float[np.ndarray, "n d"]]:
+        images = from_pixels(train.x)
+        if has_classes:
+            name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
+            file = workdir / name  # training takes as long as the rest
+            describe = train_classifier(images, train.labels, num_classes, file=file)
+        else:
+            describe = principal_components(images)
+        return describe, describe(images)[0]
+
+    def compare(x: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> Scores:
+        describe, real = learnt()
+        features, logits = describe(from_pixels(x))
+        ours, theirs = Moments.of(features), Moments.of(real)
+        gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
+        precision, recall, _ = pair_scores(features, real)
+        scores = {"precision": precision, "recall": recall}
+        if logits is not None:
+            scores["class_accuracy"] = float(np.mean(logits.argmax(axis=1) == labels))
+        return {"frechet_distance": frechet_distance(*gaussians)} | scores
+
+    return DataScorer(protocol, compare)
 
 
 def samples_of_file(config: ConfigDict) -> tuple[Row, Callable[[], Samples]]:
@@ -244,38 +233,29 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
       inception: the network of features, which the statistics must be of too.
     """
     reference = read_reference(path, functools.partial(_statistics, inception))
-    check_widths(reference, FEATURES["2048"], FEATURES["spatial"])  # before any sample is made
+    check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
     if reference.statistics.features is not None or not reference.num_pictures:
         return reference
     # as the evaluation of ADM has its files
     blocks = itertools.islice(read_pictures(path, _BLOCK), _KEPT_FEATURES // _BLOCK)
-    rows = [np.asarray(_features(inception, jnp.asarray(block))["2048"]) for block in blocks]
+    rows = [np.asarray(_features(inception, jnp.asarray(block))[POOLED]) for block in blocks]
     statistics = dataclasses.replace(reference.statistics, features=np.concatenate(rows))
     return dataclasses.replace(reference, statistics=statistics)
 
 
 def _statistics(inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]]) -> Statistics:
     """Return the statistics of pictures, and the features of the first."""
-    pooled, spatial = (Moments.none(FEATURES[name]) for name in ("2048", "spatial"))
+    pooled, spatial = (Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL))
     rows: list[np.ndarray] = []
     for block in blocks:
         features = _features(inception, jnp.asarray(block))
-        pooled += Moments.of(np.asarray(features["2048"]))
-        spatial += Moments.of(np.asarray(features["spatial"]))
+        pooled += Moments.of(np.asarray(features[POOLED]))
+        spatial += Moments.of(np.asarray(features[SPATIAL]))
         if pooled.count <= _KEPT_FEATURES:
-            rows.append(np.asarray(features["2048"]))
+            rows.append(np.asarray(features[POOLED]))
     return Statistics.of(pooled, spatial, np.concatenate(rows))
 
 
 def _features(inception: Inception, pixels: UInt8[Array, "b h w c"]) -> dict[str, Array]:
     grey = pixels.shape[-1] == 1
     return inception_features(inception.params, jnp.repeat(pixels, 3, -1) if grey else pixels)
-
-
-def _gathered(samples: Samples) -> Shaped[np.ndarray, "n ..."]:
-    rows = [processes.on_host(x) for x, _ in samples.batches]
-    return np.concatenate(rows)[: len(samples.labels)]
-
-
-def _sha256(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
