@@ -6,9 +6,18 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from mf_jax.published.names import as_ours, our_name
 
 FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
 """`MF_REFERENCE_DIR` where it is set, else tests/reference."""
+
+
+def from_published(kind, flat):
+    """Return published parameters as the tree of our network."""
+    ours = {our_name(kind, name)[0]: as_ours(array) for name, array in flat.items()}
+    return unflatten_dict(ours, sep="/")
 
 
 def inception_weights(seed=0):

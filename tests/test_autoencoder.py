@@ -201,7 +201,7 @@ def test_configs_of_other_networks_are_refused(rewrite):
         ({"layers_per_block": 0}, "must be above 0"),
         ({"block_out_channels": None}, "'block_out_channels': None"),
         ({"block_out_channels": []}, r"'block_out_channels': \[\]"),
-        ({"scaling_factor": "no"}, "is no config of an autoencoder"),
+        ({"scaling_factor": "no"}, "cannot be read as the config of an autoencoder"),
         ({"layers_per_block": 2}, "missing: .*resnets.2"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -213,7 +213,7 @@ def test_files_that_are_not_there_or_damaged(tmp_path):
         load_autoencoder(tmp_path / "nowhere")
     shutil.copy(VAE / FILE, tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(BadInput, match="is no config"):
+    with pytest.raises(BadInput, match="the config of an autoencoder"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").unlink()
     # 16 channels cannot have the 32 groups of a file without a config.

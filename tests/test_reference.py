@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from recorded import FOLDER
+from recorded import FOLDER, from_published
 
 from mf_jax.flow.draws import at_time
 from mf_jax.flow.guidance import Guidance
@@ -21,7 +21,6 @@ from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.terms import AdaptiveWeight
-from mf_jax.published.names import from_published
 
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
 TOLERANCE = 1e-5  # relative to the norm

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, PyTree
 from mf_jax.errors import BadInput
 from mf_jax.models.layers import Image
 from mf_jax.models.unet import double
+from mf_jax.published import reading
 from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
 
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -251,18 +252,13 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    try:
+    with reading(path, "the config of an autoencoder"):
         config = dict(json.loads(path.read_text()))
         float(config.get("scaling_factor", 1))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path}: is no config of an autoencoder ({error}); fetch it again"
-        ) from error
-    if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
-        raise BadInput(
-            f"{path}: sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1"
-            " or 2"
-        )
+        if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
+            raise BadInput(
+                f"sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1 or 2"
+            )
     return config
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from mf_jax.errors import check_known
-from mf_jax.flow.records import Condition
 from mf_jax.models.attention import attend
 from mf_jax.models.layers import Network, Tokens
 
@@ -42,57 +41,6 @@ def is_axis_of_block(path: Sequence[str], axis: int) -> bool:
     return axis > 0 if _LOOP in path else any(map(_BLOCK.fullmatch, path))
 
 
-def run_blocks(
-    block: type[nn.Module],
-    x: Tokens,
-    conditions: Sequence[Any],
-    *,
-    path: tuple[str, ...],
-    remat: str,
-    scan: bool,
-    gather: Gather | None,
-    **fields: Any,
-) -> Tokens:
-    """Apply blocks to x within a compact method, as sub-modules of its module.
-
-    Args:
-      block: takes (x, condition) and returns x.
-      conditions: one for each block.
-      remat: a key of `REMATS`.
-      scan: whether to loop; the conditions must be alike in shape then.
-      gather: called where a block begins, and again where it is computed again; None does nothing.
-    """
-    if not conditions:
-        return x
-    check_known("model.remat", remat, REMATS)
-
-    def named(name: str) -> nn.Module:
-        made = block
-        if gather:
-            made = nn.map_variables(
-                made, "params", lambda given: {"params": gather((*path, name), given["params"])}
-            )
-        if remat != "none":
-            # A loop keeps the second computation apart by itself. Elsewhere XLA would merge both.
-            made = nn.remat(made, policy=REMATS[remat], prevent_cse=not scan)
-        return made(**fields, name=name)
-
-    if not scan:
-        for i, condition in enumerate(conditions):
-            x = named(f"block_{i}")(x, condition)
-        return x
-    alike = all(condition is conditions[0] for condition in conditions)
-    loop = nn.scan(
-        lambda module, x, condition: (module(x, condition), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast if alike else 0,
-        length=len(conditions),
-    )
-    together = conditions[0] if alike else jax.tree.map(lambda *each: jnp.stack(each), *conditions)
-    return loop(named(_LOOP), x, together)[0]
-
-
 class Transformer(Network, kw_only=True):
     """A network whose blocks see the patches of images or latents.
 
@@ -101,7 +49,9 @@ class Transformer(Network, kw_only=True):
       depth: number of blocks between z and u.
       width: of a token, divisible by num_heads.
       attention: one of `attention.ATTENTIONS`.
-      remat, scan, gather: see `run_blocks`.
+      remat: a key of `REMATS`.
+      scan: whether blocks are a loop.
+      gather: called where a block begins, and again where it is computed again; None does nothing.
     """
 
     patch_size: int
@@ -115,19 +65,54 @@ class Transformer(Network, kw_only=True):
     scan: bool = False
     gather: Gather | None = None
 
-    def runner(self, condition: Condition) -> Callable[..., Tokens]:
-        """Return `run_blocks` with the arguments that all blocks of this network share."""
-        return functools.partial(
-            run_blocks,
-            remat=self.remat,
-            scan=self.scan,
-            gather=self.gather,
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            attend=functools.partial(
-                attend, kind=self.attention, forward_mode=condition.forward_mode
-            ),
-        )
+
+def run_blocks(
+    network: Transformer,
+    block: type[nn.Module],
+    x: Tokens,
+    conditions: Sequence[Any],
+    *,
+    path: tuple[str, ...],
+    forward_mode: bool,
+) -> Tokens:
+    """Apply blocks of a network to x within a compact method, as sub-modules of its module.
+
+    Args:
+      block: takes (x, condition) and returns x.
+      conditions: one for each block, alike in shape where `network.scan`.
+      path: of the module.
+    """
+    if not conditions:
+        return x
+    check_known("model.remat", network.remat, REMATS)
+    gather = network.gather
+    attention = functools.partial(attend, kind=network.attention, forward_mode=forward_mode)
+
+    def named(name: str) -> nn.Module:
+        made = block
+        if gather:
+            made = nn.map_variables(
+                made, "params", lambda given: {"params": gather((*path, name), given["params"])}
+            )
+        if network.remat != "none":
+            # A loop keeps the second computation apart by itself. Elsewhere XLA would merge both.
+            made = nn.remat(made, policy=REMATS[network.remat], prevent_cse=not network.scan)
+        return made(network.num_heads, network.dtype, attention, name=name)
+
+    if not network.scan:
+        for i, condition in enumerate(conditions):
+            x = named(f"block_{i}")(x, condition)
+        return x
+    alike = all(condition is conditions[0] for condition in conditions)
+    loop = nn.scan(
+        lambda module, x, condition: (module(x, condition), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast if alike else 0,
+        length=len(conditions),
+    )
+    together = conditions[0] if alike else jax.tree.map(lambda *each: jnp.stack(each), *conditions)
+    return loop(named(_LOOP), x, together)[0]
 
 
 def stack_blocks(params: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.blocks import Transformer
+from mf_jax.models.blocks import Transformer, run_blocks
 from mf_jax.models.layers import (
     TIME_CONDITIONINGS,
     Attention,
@@ -111,7 +111,9 @@ class DiT(Transformer, kw_only=True):
         positions = sine_cosine_positions(z.shape[1] // p, z.shape[2] // p, self.width)
         x = x + jnp.asarray(positions, self.dtype)
         conditions, c = self._conditions(r, t, condition)
-        x = self.runner(condition)(Block, x, conditions, path=self.path)
+        x = run_blocks(
+            self, Block, x, conditions, path=self.path, forward_mode=condition.forward_mode
+        )
         modulation = dense(2 * self.width, name="final_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
         out = dense(patches.shape[-1], name="final")(_modulate(x, shift, scale))

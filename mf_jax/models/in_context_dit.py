@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
-from mf_jax.models.blocks import Transformer
+from mf_jax.models.blocks import Transformer, run_blocks
 from mf_jax.models.layers import (
     LONGEST_PERIOD,
     Image,
@@ -192,7 +192,7 @@ class InContextDiT(Transformer, kw_only=True):
             head_width=self.width // self.num_heads,
         )
         turns = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
-        run = self.runner(condition)
+        run = functools.partial(run_blocks, self, forward_mode=condition.forward_mode)
         shared = [turns] * (self.depth - self.head_depth)
         x = run(GatedBlock, x.astype(self.dtype), shared, path=self.path)
 

@@ -10,11 +10,7 @@ from mf_jax.errors import BadInput
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, what: str) -> Iterator[None]:
-    """Turn all that the body raises into a BadInput that names the file.
-
-    Args:
-      what: the file should be, for the error.
-    """
+    """Turn all that the body raises into a BadInput: the file is none of what it should be."""
     try:
         yield
     except BadInput as problem:

@@ -7,11 +7,10 @@ Source: the recorded cases of the published implementations (tests/reference).
 """
 
 import re
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree, Shaped
 
 from mf_jax.errors import BadInput, check_known
@@ -102,10 +101,7 @@ _RULES = {
         *_in_context("same"),
         _Rule("x_embedder/proj/kernel", "patch_embedding/kernel", "patch"),
         _Rule("x_embedder/proj/bias", "patch_embedding/bias"),
-        _Rule(
-            "y_embedder/embedding_table/_flax_embedding/embedding",
-            "class_tokens/embedding/embedding",
-        ),
+        _Rule("y_embedder/embedding_table/_flax_embedding/", "class_tokens/embedding/"),
     ),
     "pmf": (
         *_in_context("row"),
@@ -150,37 +146,24 @@ def as_ours(array: Leaf) -> Leaf:
     return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
 
 
-def from_published(kind: str, flat: Mapping[str, Leaf]) -> PyTree:
-    """Return published parameters as the tree of `models.DiT` or `models.InContextDiT`."""
-    return unflatten_dict(
-        {_known(kind, name, our_name)[0]: as_ours(np.asarray(flat[name])) for name in flat}, sep="/"
-    )
-
-
 def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]:
-    """Return our parameters under their published names, sorted; undoes `from_published`.
+    """Return our parameters under their published names, sorted.
 
     Args:
       patch_size: of the network, which its parameters do not tell.
     """
     flat = {}
     for ours, leaf in flatten_dict(tree, sep="/").items():
-        name, stored = _known(kind, ours, published_name)
-        array = np.asarray(leaf)
+        if not (renamed := published_name(kind, ours)):
+            raise BadInput(
+                f"parameter {ours!r}: unknown to published {kind} checkpoints; check the kind"
+            )
+        (name, stored), array = renamed, np.asarray(leaf)
         if stored == "patch" and (patch_size <= 0 or array.shape[0] % patch_size**2):
             raise BadInput(
                 f"patch_size={patch_size}: {ours} of shape {array.shape} is of another patch size"
             )
-        before = {
-            "patch": (patch_size, patch_size, -1),
-            "pixel": (1, 1, -1),
-            "row": (1, len(array)),
-        }
+        patch = patch_size, patch_size, -1
+        before = {"patch": patch, "pixel": (1, 1, -1), "row": (1, len(array))}
         flat[name] = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
     return dict(sorted(flat.items()))
-
-
-def _known(kind: str, name: str, rename: Callable) -> tuple[str, str]:
-    if renamed := rename(kind, name):
-        return renamed
-    raise BadInput(f"parameter {name!r}: unknown to published {kind} checkpoints; check the kind")

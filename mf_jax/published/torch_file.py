@@ -56,7 +56,14 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
         )
     content = path.read_bytes()
     with reading(path, ".pth or .safetensors"):
-        arrays = _read(path, content)
+        if content.startswith(b"PK\x03\x04"):
+            arrays = _read_archive(content)
+        elif _MAGIC in content[:32]:
+            arrays = _read_pickles(content)
+        else:
+            with safe_open(path, framework="np") as file:
+                names = file.keys()
+                arrays = {name: file.get_tensor(name) for name in names}
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
 
 
@@ -126,15 +133,6 @@ class _Unpickler(pickle.Unpickler):
         return np.ndarray(
             shape, row.dtype, row, offset * size, [stride * size for stride in strides]
         )
-
-
-def _read(path: epath.Path, content: bytes) -> Arrays:
-    if content.startswith(b"PK\x03\x04"):
-        return _read_archive(content)
-    if _MAGIC in content[:32]:
-        return _read_pickles(content)
-    with safe_open(path, framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
 
 
 def _read_archive(content: bytes) -> Arrays:
