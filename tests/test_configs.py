@@ -76,14 +76,14 @@ def test_every_config_is_valid_and_so_is_its_evaluation(tmp_path, monkeypatch):
         source = stand_in(config) if is_published else None  # their data are not here
         assert len(validate(config, num_devices=8 if is_published else 1, source=source)) > 0, name
         grid = cells(config)
-        assert {cell.steps for cell in grid} == set(config.eval.steps), name
+        assert {cell.plan.steps for cell in grid} == set(config.eval.steps), name
         assert {cell.ema for cell in grid} <= set(averages(config)), name
         if is_published:
             data = "cifar10" if name.startswith("cifar10") else f"imagenet{config.data.image_size}"
             assert config.eval.references == (f"data/{data}_reference.npz",), name
             assert config.eval.num_samples == 50_000, name
             if config.draws.omega_max > 1:  # the pictures of a run are drawn as it is evaluated
-                assert [cell.guidance for cell in grid] == [config.sample.guidance], name
+                assert [cell.plan.guidance for cell in grid] == [config.sample.guidance], name
                 assert config.sample.ema in ("", *config.eval.emas), name
 
 
