@@ -14,6 +14,11 @@ from mf_jax.runtime.sharding import GATHERS
 RANGES = (
     # key, low, high (or the key that holds it), which ends belong to it; of a tuple for each number
     ("seed", 0, 2**31, "[)"),
+    ("prepare.shards", 1, math.inf, "[)"),
+    ("prepare.batch_size", 1, math.inf, "[)"),
+    ("prepare.max_bad", 0, math.inf, "[)"),
+    ("prepare.process_count", 0, "prepare.shards", "[]"),
+    ("data.image_size", 1, math.inf, "[)"),
     ("model.dropout", 0, 1, "[)"),
     ("train.num_steps", 1, math.inf, "[)"),
     ("train.log_every_steps", 1, math.inf, "[)"),

@@ -1,35 +1,29 @@
-"""--mode=prepare: the pictures that it finds, writes and refuses, however the work is split."""
+"""--mode=prepare: what it writes, that this never depends on how, and what it refuses."""
 
 import hashlib
 import io
 import json
 import os
 import re
-import subprocess
-import sys
-import tarfile
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
-from jobs import Job
+from jobs import Job, here
 from PIL import Image
 from recorded import FOLDER
-from test_data import write_tfds
 
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents
-from mf_jax.data.picture_list import digest, list_pictures
 from mf_jax.errors import BadInput
-from mf_jax.flow.records import NO_LABEL
 from mf_jax.metrics.inception import Inception
 from mf_jax.metrics.reference_file import read_reference
 from mf_jax.models.autoencoder import load_autoencoder
-from mf_jax.prepare import latent_shards, statistics, stream
+from mf_jax.prepare import latent_shards, statistics
 
 VAE = FOLDER / "vae"
 SIZE = 16
@@ -77,44 +71,6 @@ def write_tree(folder, names=NAMES):
     return folder
 
 
-def write_tar(path, contents):
-    with tarfile.open(path, "w") as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def class_tars(folder):
-    """Write one tar file a class, in no order, as they lie in ImageNet's."""
-    for name in CLASSES:
-        inside = {Path(n).name: CONTENTS[n] for n in reversed(NAMES) if n.startswith(name)}
-        write_tar(folder / f"{name}.tar", inside)
-    return folder
-
-
-def tar_of_tars(folder):
-    (folder / "inside").mkdir()
-    tars = {path.name: path.read_bytes() for path in class_tars(folder / "inside").iterdir()}
-    return write_tar(folder / "ILSVRC2012_img_train.tar", dict(sorted(tars.items(), reverse=True)))
-
-
-INPUTS = {
-    "class folders": lambda folder: write_tree(folder),
-    "train above them": lambda folder: write_tree(folder / "train").parent,
-    "tar files of classes": class_tars,
-    "a tar file of tar files": tar_of_tars,
-    "a tar file of folders": lambda folder: write_tar(
-        folder / "some.tar", {f"train/{name}": CONTENTS[name] for name in reversed(NAMES)}
-    ),
-}
-
-
-def listed(path):
-    return list_pictures(str(path), key="input", tfds_split="train")
-
-
 @pytest.fixture
 def tree(tmp_path):
     return write_tree(tmp_path / "pictures")
@@ -127,8 +83,7 @@ def prepared(command, tree, tmp_path):
     def run(folder, *arguments, index=0, count=0, **more):
         return command(
             *TOGETHER,
-            f"--config.prepare.input={tree}",
-            f"--config.data.path={tmp_path / folder}",
+            *places(tree, tmp_path / folder),
             f"--config.prepare.process_index={index}",
             f"--config.prepare.process_count={count}",
             *(f"--config.{key}={value}" for key, value in more.items()),
@@ -136,6 +91,27 @@ def prepared(command, tree, tmp_path):
         )
 
     return run
+
+
+def places(tree, folder):
+    return f"--config.prepare.input={tree}", f"--config.data.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Return latents of the pictures, made by one process without a stop; do not change them."""
+    folder = tmp_path_factory.mktemp("done")
+    tree = write_tree(folder / "pictures")
+    ended = here(*TOGETHER, *places(tree, folder / "latents"))
+    assert ended.code == 0, ended
+    assert f"{len(NAMES)} pictures in {SHARDS} shards, 0 skipped" in ended.output
+    return folder / "latents"
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """Return a copy of these latents, to which `prepared("latents")` comes back."""
+    return Path(shutil.copytree(done, tmp_path / "latents"))
 
 
 def files(folder):
@@ -148,110 +124,11 @@ def open_latents(folder):
     return Latents(path=str(folder), image_size=SIZE, autoencoder=str(VAE), **settings)
 
 
-# --- the input ------------------------------------------------------------------------------------
+# what is written
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-def test_every_kind_of_input_gives_the_same_pictures_in_the_same_order(tmp_path, kind):
-    pictures = listed(INPUTS[kind](tmp_path))
-    assert pictures.class_names == tuple(sorted(CLASSES))
-    names = [pictures.name(i) for i in range(len(pictures))]
-    assert [name.removeprefix("train/") for name in names] == NAMES
-    for i, name in enumerate(NAMES):
-        assert pictures.read(i) == (CONTENTS[name], sorted(CLASSES).index(name[:3]))
-
-
-def test_a_class_called_train_is_a_class(tmp_path):
-    for name in ("car", "train"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jpg").write_bytes(b"")
-    assert listed(tmp_path).class_names == ("car", "train")
-
-
-def test_a_flat_folder_and_a_flat_tar_file_have_no_classes(tmp_path):
-    contents = {"b.png": CONTENTS[NAMES[1]], "a.jpg": CONTENTS[NAMES[0]], "c.txt": b""}
-    write_tar(tmp_path / "flat.tar", contents)
-    (tmp_path / "flat").mkdir()
-    for name, content in contents.items():
-        (tmp_path / "flat" / name).write_bytes(content)
-    for path in ("flat.tar", "flat"):
-        pictures = listed(tmp_path / path)
-        assert (len(pictures), pictures.class_names, pictures.name(0)) == (2, (), "a.jpg")
-        assert pictures.read(1) == (contents["b.png"], NO_LABEL)
-
-
-DIGEST = "34ef6547febf2a4c4d1c8b8bf692d673a09bb1a698f727768e64063007cc10d1"
-"""Of these names, by an earlier version: its half-finished folders are continued."""
-
-
-def test_the_order_is_that_of_names_and_the_digest_tells_lists_apart(tree, monkeypatch):
-    digests = [digest(listed(tree))]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda path, f=os.listdir: sorted(f(path), reverse=True))
-        found = listed(tree)
-    assert [found.name(i) for i in range(len(found))] == NAMES
-    assert digest(found) == digests[0] == DIGEST
-    for old, new in ((NAMES[0], "n01/other.JPEG"), ("n02", "n03")):
-        (tree / old).rename(tree / new)
-        digests.append(digest(listed(tree)))
-    assert len(set(digests)) == 3
-
-
-def test_a_tfds_set_is_read_as_it_is_stored(tmp_path, monkeypatch):
-    examples = [(CONTENTS[NAMES[0]], 1), (CONTENTS[NAMES[1]], 0)]
-    write_tfds(tmp_path, examples, 3)
-    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
-    pictures = listed("tfds:tiny")
-    assert (pictures.class_names, pictures.name(1)) == (("cat", "dog"), "train[1]")
-    assert [pictures.read(i) for i in range(len(pictures))] == examples
-    with pytest.raises(BadInput, match="dataset='tiny' split 'test'"):
-        list_pictures("tfds:tiny", key="input", tfds_split="test")
-
-
-def test_inputs_that_are_none_are_refused(tmp_path):
-    tree, tars = write_tree(tmp_path / "a" / "pictures"), tmp_path / "tars"
-    for folder in (tars / "empty", tars / "inside"):
-        folder.mkdir(parents=True)
-    whole = tar_of_tars(tars / "inside").read_bytes()
-    (tars / "cut.tar").write_bytes(whole[:-20_000])
-    (tars / "damaged.tar").write_bytes(b"nothing" * 1000)
-    (tars / "a.zip").write_bytes(b"")
-    write_tar(tars / "text.tar", {"n01/readme.txt": b""})
-    write_tar(tars / "nested.tar", {"n01.tar": (tars / "text.tar").read_bytes()})
-    write_tar(tars / "mixed.tar", {"n01/a.png": b"", "b.png": b""})
-    for path, message in (
-        ("", "input='' is not set"),
-        (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "a", r"pictures holds no pictures.*only folders \(n01, n02, n10\)"),
-        (tars / "empty", "holds no pictures; must hold either class folders"),
-        (tars / "a.zip", "is a file but no .tar"),
-        (tars / "damaged.tar", "damaged.tar is cut short, or no uncompressed tar file"),
-        (tars / "cut.tar", "is cut short"),
-        (tars / "text.tar", "text.tar holds no pictures"),
-        (tars / "nested.tar", "nested.tar:n01.tar holds no pictures"),
-        (tars / "mixed.tar", "both directly and in folders"),
-    ):
-        with pytest.raises(BadInput, match=message) as error:
-            listed(path)
-        assert "\n" not in str(error.value)
-    (tree / "n05").mkdir()
-    with pytest.raises(BadInput, match=r"n05 holds no pictures.*a class must have one"):
-        listed(tree)
-    (tree / "a.png").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"holds pictures \(a.png\) and folders \(n01, n02, n10\)"):
-        listed(tree)
-
-
-# --- what is written ------------------------------------------------------------------------------
-
-
-def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(
-    prepared, tree, tmp_path
-):
-    code, told, _ = prepared("latents")
-    assert code == 0
-    assert f"{len(NAMES)} pictures in {SHARDS} shards, 0 skipped" in told
-    latents, autoencoder = open_latents(tmp_path / "latents"), load_autoencoder(VAE)
+def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(done):
+    latents, autoencoder = open_latents(done), load_autoencoder(VAE)
     assert (len(latents), latents.spec.shape) == (len(NAMES), (SIZE // 4, SIZE // 4, 4))
     stored = latents.gather(np.arange(2 * len(NAMES)))
     images = np.stack([adm_crop(picture(name), SIZE) for name in NAMES])
@@ -259,186 +136,148 @@ def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(
     expected = np.stack(autoencoder.encode(jnp.asarray(both)), axis=1)
     np.testing.assert_allclose(stored.x, expected, rtol=2e-3, atol=2e-3)
     assert np.abs(expected[: len(NAMES)] - expected[len(NAMES) :]).max() > 0.1
-    np.testing.assert_array_equal(
-        stored.labels, [sorted(CLASSES).index(name[:3]) for name in NAMES] * 2
-    )
+    labels = [sorted(CLASSES).index(name[:3]) for name in NAMES]
+    np.testing.assert_array_equal(stored.labels, labels * 2)
 
 
-def test_the_manifest_says_what_the_latents_are(prepared, tmp_path):
-    prepared("latents")
-    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
-    assert manifest["image_size"] == SIZE
-    assert manifest["crop"] == "adm"
-    assert manifest["mirrors"] is True
+def test_the_manifest_says_what_the_latents_are(done):
+    manifest = json.loads((done / "manifest.json").read_text())
     sha256 = hashlib.sha256((VAE / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    assert manifest["autoencoder"] == {
-        "name": str(VAE),
-        "sha256": sha256,
-        "scaling_factor": 0.18215,
+    expected = {
+        "image_size": SIZE,
+        "crop": "adm",
+        "mirrors": True,
+        "autoencoder": {"name": str(VAE), "sha256": sha256, "scaling_factor": 0.18215},
+        "classes": [{"name": name, "count": CLASSES[name]} for name in sorted(CLASSES)],
+        "num_pictures": len(NAMES),
+        "skipped": [],
     }
-    assert manifest["classes"] == [
-        {"name": name, "count": CLASSES[name]} for name in sorted(CLASSES)
-    ]
-    assert (
-        sum(shard["count"] for shard in manifest["shards"])
-        == manifest["num_pictures"]
-        == len(NAMES)
-    )
-    assert manifest["skipped"] == []
+    assert manifest | expected == manifest
+    assert [shard["count"] for shard in manifest["shards"]] == [len(NAMES) // SHARDS] * SHARDS
 
 
-def test_any_number_of_processes_writes_the_same_files(prepared, tmp_path):
-    prepared("alone")
-    alone = files(tmp_path / "alone")
-    assert len(alone) == 2 * SHARDS + 2
-    for count in (2, 3):
-        for index in reversed(range(count)):
-            code, told, _ = prepared(f"by {count}", index=index, count=count)
-            assert code == 0
-            assert ("manifest" in told) == (
-                index > 0
-            )  # the first process comes last, and finds all shards there
-        assert files(tmp_path / f"by {count}") == alone
+def test_any_number_of_processes_writes_the_same_files(prepared, done, tmp_path):
+    """The first process comes last, and finds all shards there."""
+    assert len(files(done)) == 2 * SHARDS + 2
+    for index in (2, 1, 0):
+        code, told, _ = prepared("by 3", index=index, count=3)
+        assert code == 0
+        assert ("12 pictures in 3 shards" in told) == (index == 0)
+        if index:
+            with pytest.raises(BadInput, match=f"not finished: {3 - index} of 3 shards are there"):
+                open_latents(tmp_path / "by 3")
+    assert files(tmp_path / "by 3") == files(done)
 
 
-def test_the_processes_of_a_jax_job_share_the_work(prepared, tree, tmp_path):
-    prepared("alone")
-    arguments = [
-        *TOGETHER,
-        f"--config.prepare.input={tree}",
-        f"--config.data.path={tmp_path / 'job'}",
-    ]
-    first, second = Job(2, *arguments).finish()
+def test_the_processes_of_a_jax_job_share_the_work(tree, done, tmp_path):
+    first, second = Job(2, *TOGETHER, *places(tree, tmp_path / "job")).finish()
     assert (first.code, second.code) == (0, 0), (first, second)
     assert f"12 pictures in {SHARDS} shards" in first.output  # it has waited for the other
-    assert files(tmp_path / "job") == files(tmp_path / "alone")
-
-
-def test_a_bucket_gets_the_same_files(prepared, tmp_path, monkeypatch):
-    prepared("alone")
-    monkeypatch.setattr("mf_jax.runtime.files.in_bucket", lambda path: True)
-    assert prepared("bucket")[0] == 0
-    assert files(tmp_path / "bucket") == files(tmp_path / "alone")
+    assert files(tmp_path / "job") == files(done)
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(
-    prepared, tmp_path, monkeypatch
+    prepared, copy, done, monkeypatch
 ):
-    prepared("latents")
-    folder = tmp_path / "latents"
-    done = files(folder)
-    first, second = sorted(folder.glob("*.array_record"))[:2]
-    begun = []
-    begin = prepare.LatentShards.begin
+    begun, begin = [], latent_shards.LatentShards.begin
     monkeypatch.setattr(
-        prepare.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1]
+        latent_shards.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1]
     )
     assert prepared("latents")[0] == 0
     assert begun == []
+    first, second = sorted(copy.glob("*.array_record"))[:2]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
+    monkeypatch.setattr("mf_jax.runtime.files.in_bucket", lambda path: True)
     assert prepared("latents")[0] == 0
     assert begun == [0, 1]
-    assert files(folder) == done
+    assert files(copy) == files(done)
 
 
-def test_a_killed_process_continues_with_the_same_bytes(prepared, tree, tmp_path):
-    prepared("undisturbed")
-    program = """
-import os, signal, sys
-from mf_jax.main import main
-from mf_jax.prepare.latent_shards import LatentShards
-add, calls = LatentShards.add, []
-def until_the_second_shard(*arguments):
-    add(*arguments)
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-LatentShards.add = until_the_second_shard
-sys.exit(main())
-"""
-    places = f"--config.prepare.input={tree}", f"--config.data.path={tmp_path / 'killed'}"
-    process = subprocess.run(
-        [sys.executable, "-c", program, *TOGETHER, *places], cwd=ROOT, capture_output=True
-    )
-    assert process.returncode == -9, process.stderr
+def test_a_killed_process_continues_with_the_same_bytes(prepared, done, tmp_path, monkeypatch):
+    """A copy of the folder in the midst of the second shard is all that a kill would leave."""
+    add, calls = latent_shards.LatentShards.add, []
+
+    def copied_in_the_second_shard(self, *arguments):
+        add(self, *arguments)
+        calls.append(1)
+        if len(calls) == 4:
+            shutil.copytree(tmp_path / "latents", tmp_path / "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_shards.LatentShards, "add", copied_in_the_second_shard)
+        assert prepared("latents")[0] == 0
     left = files(tmp_path / "killed")
     assert sum(name.endswith(".array_record") for name in left) == 1
-    assert any(name.endswith(".part") for name in left)
+    (part,) = (tmp_path / "killed").glob(".*.part")
+    part.rename(part.with_name(part.name.replace(str(os.getpid()), "1")))  # of another process
     assert prepared("killed")[0] == 0
     whole = {name: made for name, made in files(tmp_path / "killed").items() if name[0] != "."}
-    assert whole == files(tmp_path / "undisturbed")
+    assert whole == files(done)
 
 
-# --- broken pictures ------------------------------------------------------------------------------
+# broken pictures
 
 
-def test_broken_pictures_are_counted_named_and_skipped(prepared, tree, tmp_path, caplog):
-    broken = [NAMES[0], NAMES[6]]
+def test_broken_pictures_are_counted_named_and_skipped_or_too_many(
+    prepared, tree, tmp_path, caplog
+):
+    caplog.set_level("WARNING")
+    broken = [NAMES[0], NAMES[6], NAMES[11]]
     (tree / broken[0]).write_bytes(CONTENTS[broken[0]][:-300])
-    (tree / broken[1]).write_bytes(b"no picture")
-    with caplog.at_level("WARNING"):
-        code, told, _ = prepared("latents")
-    assert code == 0
-    assert "2 skipped" in told
-    assert all(name in caplog.text for name in broken)
-    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
-    assert manifest["skipped"] == broken
-    latents, good = (
-        open_latents(tmp_path / "latents"),
-        [name for name in NAMES if name not in broken],
-    )
-    labels = latents.gather(np.arange(len(latents))).labels
-    np.testing.assert_array_equal(labels, [sorted(CLASSES).index(name[:3]) for name in good])
-    assert manifest["classes"][0] == {"name": "n01", "count": CLASSES["n01"] - 1}
-    assert manifest["num_pictures"] == len(good)
-
-
-def test_too_many_broken_pictures_stop_a_process_even_over_restarts(prepared, tree, tmp_path):
-    for name in (NAMES[0], NAMES[4], NAMES[11]):
+    for name in broken[1:]:
         (tree / name).write_bytes(b"no picture")
-    for _ in range(2):  # the second time the first shard is there already
+    for _ in range(2):  # the second time the first shards are there already
         code, _, told = prepared("latents", **{"prepare.max_bad": 2})
         assert code == 2
         assert told.startswith("mf_jax: prepare.max_bad=2: 3 pictures are broken")
-        assert told.count("\n") == 1
-        assert all(name in told for name in (NAMES[0], NAMES[4], NAMES[11]))
-    assert (tmp_path / "latents" / "latents-00000-of-00003.array_record").exists()
-    assert prepared("latents", **{"prepare.max_bad": 3})[0] == 0
+        assert all(name in told for name in broken)
+    assert (tmp_path / "latents" / "latents-00001-of-00003.array_record").exists()
+    code, told, _ = prepared("latents", "--config.log.progress=True", **{"prepare.max_bad": 3})
+    assert code == 0
+    assert "3 skipped" in told
+    assert all(name in caplog.text for name in broken)
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert manifest["skipped"] == broken
+    assert manifest["num_pictures"] == 9
+    assert [entry["count"] for entry in manifest["classes"]] == [4, 2, 3]
+    latents = open_latents(tmp_path / "latents")
+    labels = latents.gather(np.arange(len(latents))).labels
+    assert labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    (line,) = (line for line in told.splitlines() if "images/s" in line)
+    assert all(text in line for text in ("shard 2 of 3", "4/4 (100%)", "0:00:00 left"))
 
 
-def test_a_picture_that_cannot_be_opened_is_not_taken_for_a_broken_one(prepared, tree, monkeypatch):
-    read = listed(tree).read
+def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(
+    prepared, done, tmp_path, monkeypatch
+):
+    """Neither short memory nor a lost connection is taken for a broken picture."""
 
-    def fail_once(self, index):
-        if index == 5:
-            raise OSError("connection lost")
-        return read(index)
+    def fails(error):
+        def fail(*_):
+            raise error
 
-    monkeypatch.setattr("mf_jax.data.picture_list.Listed.read", fail_once)
-    code, _, told = prepared("latents")
-    assert code == 2
-    assert f"{NAMES[5]} cannot be opened (connection lost)" in told
-    monkeypatch.undo()
+        return fail
+
+    for target, error, message in (
+        ("data.picture_list.Listed.read", OSError("lost"), r"_0.JPEG cannot be opened \(lost\)"),
+        ("prepare.stream.adm_crop", MemoryError(), "no memory to decode n01/n01_0.JPEG"),
+        (
+            "prepare.latent_shards.ArrayRecordWriter.close",
+            RuntimeError("write() failed:\nNo space left on device"),
+            "a shard cannot be written .* No space left on device",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mf_jax.{target}", fails(error))
+            code, _, told = prepared("latents")
+        assert (code, told.count("\n")) == (2, 1)
+        assert re.search(message, told), told
     assert prepared("latents")[0] == 0
+    assert files(tmp_path / "latents") == files(done)
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_continues(prepared, tmp_path, monkeypatch):
-    class Full(latent_shards.ArrayRecordWriter):
-        def close(self):
-            raise RuntimeError("write() failed:\nNo space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(latent_shards, "ArrayRecordWriter", Full)
-        code, _, told = prepared("latents")
-    assert code == 2
-    assert "No space left on device" in told
-    assert told.count("\n") == 1
-    assert prepared("latents")[0] == 0
-    assert not list((tmp_path / "latents").glob(".*.part"))
-
-
-# --- bad settings ---------------------------------------------------------------------------------
+# bad settings
 
 
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepared, tmp_path):
@@ -452,15 +291,12 @@ def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepare
         ({"prepare.latents": False}, "nothing to make"),
         ({"prepare.process_index": 2, "prepare.process_count": 2}, "prepare.process_index=2"),
         ({"prepare.process_index": 1}, "prepare.process_index=1"),
-        ({"prepare.process_count": 4}, "prepare.process_count=4: must be at most prepare.shards=3"),
+        ({"prepare.process_count": 4}, r"prepare.process_count=4: must be within \[0, 3\]"),
         ({"data.image_size": 18}, "data.image_size=18: .*try 16"),
         ({"data.path": ""}, "data.path='' is not set"),
         ({"data.path": "/proc/nowhere"}, "data.path='/proc/nowhere' cannot be written"),
         ({"data.autoencoder": "sd-vae"}, "data.autoencoder='sd-vae'"),
-        (
-            {"prepare.reference": "statistics.txt"},
-            "prepare.reference='statistics.txt': must end in .npz",
-        ),
+        ({"prepare.reference": "a.txt"}, "prepare.reference='a.txt': must end in .npz"),
     ):
         code, _, told = prepared("latents", **changes)
         assert (code, told.count("\n")) == (2, 1)
@@ -468,41 +304,21 @@ def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepare
         assert not list((tmp_path / "latents").glob("latents*"))
 
 
-def test_a_folder_of_other_settings_or_other_files_is_refused(prepared, tree, tmp_path):
-    prepared("latents")
-    before = files(tmp_path / "latents")
-    for changes, message in (
-        ({"data.image_size": 32}, "image_size 16 -> 32"),
-        ({"prepare.shards": 2}, "num_shards 3 -> 2"),
-    ):
-        code, _, told = prepared("latents", **changes)
+def test_a_folder_of_other_settings_or_other_files_is_refused(prepared, copy, done, tree):
+    changes = {"data.image_size": 32, "prepare.shards": 2}
+    code, _, told = prepared("latents", **changes)
+    assert code == 2
+    assert "image_size 16 -> 32" in told
+    assert "num_shards 3 -> 2" in told
+    (tree / "n01" / "one_more.png").write_bytes(CONTENTS[NAMES[0]])
+    for folder, message in (("latents", "num_listed 12 -> 13"), ("pictures", "holds other files")):
+        code, _, told = prepared(folder)
         assert code == 2
         assert message in told
-    (tree / "n01" / "one_more.png").write_bytes(CONTENTS[NAMES[0]])
-    code, _, told = prepared("latents")
-    assert code == 2
-    assert "num_listed 12 -> 13" in told
-    assert files(tmp_path / "latents") == before
-    code, _, told = prepared("pictures")
-    assert code == 2
-    assert "holds other files" in told
+    assert files(copy) == files(done)
 
 
-def test_training_on_latents_that_are_not_finished_says_how_many_shards_are_there(
-    prepared, command, tmp_path
-):
-    prepared("latents", index=1, count=2)
-    code, _, told = command(
-        "--config=configs/digits.py",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.data.name=latents",
-        f"--config.data.path={tmp_path / 'latents'}",
-    )
-    assert code == 2
-    assert "is not finished: 1 of 3 shards are there" in told
-
-
-# --- reference statistics -------------------------------------------------------------------------
+# reference statistics
 
 
 @pytest.fixture
@@ -579,34 +395,17 @@ def test_a_reference_holds_pictures_for_evaluators_that_compute_features(
     assert read_reference(path).num_pictures == 4
 
 
-def test_memory_that_is_short_is_no_broken_picture(prepared, tree, tmp_path, monkeypatch):
-    """The same command makes the shards of an undisturbed run afterwards."""
-    prepared("undisturbed")
-
-    def fail(*_):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream, "adm_crop", fail)
-        code, _, told = prepared("latents")
-        assert code == 2
-        assert "no memory to decode n01/n01_0.JPEG" in told
-    assert prepared("latents")[0] == 0
-    assert files(tmp_path / "latents") == files(tmp_path / "undisturbed")
-
-
 def test_latents_and_statistics_come_from_one_pass_over_any_number_of_processes(
-    prepared, features, tmp_path, monkeypatch
+    prepared, features, done, tmp_path
 ):
     expected, rows = expected_statistics(features)
     path = tmp_path / "reference.npz"
-    prepared("latents alone")
     for index in (1, 0):
         code, told, _ = prepared("latents", index=index, count=2, **{"prepare.reference": path})
         assert code == 0
         assert path.exists() == (index == 0)
         assert ("1 of 3 shards are in the sums" in told) == (index == 1)
-    assert files(tmp_path / "latents") == files(tmp_path / "latents alone")
+    assert files(tmp_path / "latents") == files(done)
     assert_statistics(path, expected)
     with np.load(path) as found:
         np.testing.assert_allclose(found["features"], rows, atol=1e-6)
@@ -653,33 +452,17 @@ def test_too_many_broken_pictures_stop_statistics_even_over_restarts(
         assert "prepare.max_bad=1: 2 pictures are broken" in told
 
 
-def test_a_file_of_statistics_is_not_written_over(prepared, features, tmp_path):
+def test_files_of_statistics_that_are_in_the_way_are_named(prepared, features, tmp_path):
     path = tmp_path / "reference.npz"
     path.write_bytes(b"")
     code, _, told = prepared("none", **only_reference(path))
     assert code == 2
     assert "exists; must be new" in told
     assert path.read_bytes() == b""
-
-
-def test_damaged_sums_are_named(prepared, features, tmp_path):
-    path = tmp_path / "reference.npz"
+    path.unlink()
     prepared("none", index=0, count=2, **only_reference(path))
     (sums,) = (tmp_path / "reference.npz.parts").glob("sums*")
     sums.write_bytes(sums.read_bytes()[:200])
     code, _, told = prepared("none", index=1, count=2, **only_reference(path))
     assert code == 2
     assert f"{sums} is no file of sums" in told
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_a_line_says_how_far_it_is(prepared, tree):
-    (tree / NAMES[0]).write_bytes(b"no picture")
-    _, told, _ = prepared("latents", "--config.log.progress=True")
-    lines = [line for line in told.splitlines() if "images/s" in line]
-    assert len(lines) == 1
-    assert "shard 2 of 3" in lines[0]
-    assert "12/12 (100%)" in lines[0]
-    assert "0:00:00 left" in lines[0]

@@ -26,8 +26,7 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     """Open one split of the source that a config section describes.
 
     Args:
-      section: `name`, a key of `SOURCES`, and the arguments of the source under their names. Other
-        keys are ignored.
+      section: `name`, a key of `SOURCES`, and the arguments of the source; other keys are ignored.
       split: `train` or `held_out`.
     """
     check_known("split", split, SPLITS)

@@ -1,4 +1,4 @@
-"""From a decoded picture to RGB, and the centre crop of published latents and statistics."""
+"""A decoded picture in RGB, and the centre crop of published latents and statistics."""
 
 import numpy as np
 from jaxtyping import UInt8

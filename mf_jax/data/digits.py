@@ -19,10 +19,7 @@ SPLIT_SEED = 0
 
 
 class Digits:
-    """Grey digits `[8, 8, 1]` of ten classes: 1,437 to train on, 360 held out, stratified by class.
-
-    The values 0..16 of the original become [-1, 1].
-    """
+    """Grey digits `[8, 8, 1]` in [-1, 1]; of each of ten classes a fifth is held out."""
 
     spec = DataSpec((IMAGE_SIZE, IMAGE_SIZE, 1), 10, tuple("0123456789"))
     stored = None
@@ -31,8 +28,7 @@ class Digits:
         """Load one split; `image_size` must be 8."""
         if image_size != IMAGE_SIZE:
             raise BadInput(
-                f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set "
-                f"image_size={IMAGE_SIZE}"
+                f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set {IMAGE_SIZE}"
             )
         pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
         parts = sklearn.model_selection.train_test_split(

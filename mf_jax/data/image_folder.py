@@ -36,8 +36,8 @@ class ImageFolder(Pictures):
         Args:
           path: see `list_files`.
           image_size: height and width in pixels.
-          held_out_share: share of each class kept for evaluation, in (0, 1). A class of two or more
-            gives at least one picture to each split. Which ones depends on their file names alone.
+          held_out_share: share of each class kept for evaluation, in (0, 1); of two pictures or more, both
+            splits get one. File names alone decide which.
           split: `train` or `held_out`.
         """
         check_at_least("image_size", image_size, 1)
@@ -47,8 +47,7 @@ class ImageFolder(Pictures):
             )
         if in_bucket(epath.Path(path)):
             raise BadInput(
-                f"path={path!r} is in a bucket: copy the folder to a disk of each host, and set "
-                "path to that"
+                f"path={path!r} is in a bucket: copy the folder to each host, and set path to that"
             )
         self._list = list_files(path, key="path")
         labels = np.array(self._list.labels)
@@ -76,8 +75,7 @@ def _part(
 ) -> Sequence[int]:
     """Return a split's part of a class, in order."""
 
-    # Ranked by a hash of the name: stable, and unrelated to the order in which pictures were taken
-    # or numbered.
+    # a hash of the name is stable, and unrelated to the order in which pictures were taken
     def rank(index: int) -> bytes:
         return hashlib.blake2b(os.fsencode(pictures.name(index))).digest()
 
@@ -90,7 +88,7 @@ def _readable(
     pictures: Listed, indices: list[int], path: str, split: str
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the indices of the pictures that can be decoded, and the names of the others."""
-    Image.init()  # once, before the threads: a race in Pillow would reject a good picture
+    Image.init()  # before the threads: a race in Pillow would reject a good picture
     is_long = len(indices) >= _SHOWN_FROM and processes.is_first()
     with ThreadPoolExecutor(THREADS) as pool:
         checked = pool.map(lambda index: _is_readable(pictures, index), indices)
@@ -110,8 +108,7 @@ def _readable(
 def _is_readable(pictures: Listed, index: int) -> bool:
     try:
         with Image.open(io.BytesIO(pictures.read(index)[0])) as image:
-            # A JPEG is decoded at an eighth of its size: cheaper, and it still reads the file to
-            # its end.
+            # cheaper: a JPEG is read to its end, but decoded at an eighth of its size
             image.draft(None, (1, 1))
             as_rgb(image)
     except MemoryError:

@@ -1,8 +1,8 @@
-"""The files in a folder of latents: shards, a small file beside each, settings, and a manifest.
+"""The files in a folder of latents: shards, a side file of each, settings, and a manifest.
 
 A record is a label (int32), then the mean and standard deviation of a latent (float16
-`[2, h, w, C]`), little-endian. Record 2i of a shard is of its picture i, and record 2i + 1 of the
-picture's mirror image.
+`[2, h, w, C]`), little-endian. Record 2i of a shard is of its picture i,
+and record 2i + 1 of the mirror image.
 """
 
 import json
@@ -31,7 +31,7 @@ def shard_name(shard: int, shards: int) -> str:
 
 
 def side_name(shard: int, shards: int) -> str:
-    """Return the name of the file beside a shard: its counts and its skipped pictures."""
+    """Return the name of the side file, which counts and names what a shard holds and lacks."""
     return shard_name(shard, shards).replace(".array_record", ".json")
 
 
@@ -46,13 +46,12 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
-            f"{path} is no {what} ({error}); must be a JSON object: delete it and run "
-            "--mode=prepare again"
+            f"{path} is no {what} ({error}); must be a JSON object: delete it and prepare again"
         ) from error
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Return the manifest of a folder of latents; an unfinished one is refused."""
+    """Return the manifest of a folder; of an unfinished one, say how much is there."""
     path = folder / MANIFEST
     if not path.exists():
         _refuse_unfinished(folder)
@@ -72,10 +71,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 def _refuse_unfinished(folder: epath.Path) -> None:
     if not (folder / SETTINGS).exists():
-        raise BadInput(
-            f"path={str(folder)!r} holds no latents; must be filled by --mode=prepare: run that "
-            "first"
-        )
+        raise BadInput(f"path={str(folder)!r} holds no latents: run --mode=prepare first")
     shards = int(read_json(folder / SETTINGS, "settings of latents").get("num_shards", 0))
     present = sum((folder / shard_name(shard, shards)).exists() for shard in range(shards))
     raise BadInput(

@@ -50,19 +50,16 @@ class Latents:
           autoencoder: that encoded them, by its published name or as a path.
           latent_mean: taken from each latent, one number or one a channel.
           latent_std: what the rest is divided by, one number or one a channel, above 0.
-          copy_to: folder of this host to copy them to and read from; "" reads them in place, which
-            cannot be a bucket.
+          copy_to: folder of this host to copy them to first; a bucket needs it, "" reads in place.
           split: `train`; there is no other.
         """
         if split != "train":
             raise BadInput(
-                "name='latents': has no held-out pictures; must be evaluated against reference "
-                "statistics: set eval.references"
+                "name='latents': has no held-out pictures to be evaluated against: set eval.references"
             )
         self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
         manifest = read_manifest(self._folder)
-        _check_image_size(manifest, image_size)
-        _check_autoencoder(manifest, autoencoder)
+        _check_origin(manifest, image_size, autoencoder)
         shape = tuple(manifest["latent_shape"])
         self._mean = _per_channel("latent_mean", latent_mean, shape[-1])
         self._std = _per_channel("latent_std", latent_std, shape[-1])
@@ -108,9 +105,8 @@ class Latents:
         try:
             for row, record in zip(rows, self._reader(shard).read(positions), strict=True):
                 batch.labels[row] = np.frombuffer(record, LABEL, 1)[0]
-                batch.x[row] = np.frombuffer(record, NUMBER, offset=LABEL.itemsize).reshape(
-                    batch.x.shape[1:]
-                )
+                numbers = np.frombuffer(record, NUMBER, offset=LABEL.itemsize)
+                batch.x[row] = numbers.reshape(batch.x.shape[1:])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             self._refuse(self._shards[shard], f"is damaged ({_first_line(error)})", error)
 
@@ -150,8 +146,7 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
     folder = epath.Path(path).expanduser()
     if in_bucket(folder) and not copy_to:
         raise BadInput(
-            f"path={path!r} is in a bucket, and latents are read from a disk; set copy_to to a "
-            "folder of each host, to which they are copied first"
+            f"path={path!r} is in a bucket, too slow for latents: set copy_to to a folder of each host"
         )
     if not folder.is_dir():
         raise BadInput(
@@ -160,15 +155,12 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
     return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
 
 
-def _check_image_size(manifest: dict[str, Any], image_size: int) -> None:
+def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -> None:
     if manifest["image_size"] != image_size:
         raise BadInput(
             f"image_size={image_size}: these latents are of pictures of {manifest['image_size']} "
             f"pixels; must be the same: set image_size={manifest['image_size']}, or path to others"
         )
-
-
-def _check_autoencoder(manifest: dict[str, Any], autoencoder: str) -> None:
     made_by = manifest["autoencoder"]
     sha256 = _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
@@ -192,8 +184,7 @@ def _sha256(autoencoder: str) -> str:
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
     if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
         raise BadInput(
-            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers: one for all channels, "
-            "or one each"
+            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers, for all channels or for each"
         )
     return np.array(values, np.float32)
 

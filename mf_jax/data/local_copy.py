@@ -1,4 +1,4 @@
-"""A copy of latents on a disk of this host: a bucket is too slow to be read record by record."""
+"""A copy of latents on a disk of this host: record by record, a network is too slow."""
 
 import collections
 import json
@@ -54,8 +54,7 @@ def _claim(target: epath.Path, manifest: dict[str, Any], source: str) -> None:
         replace_file(target / MANIFEST, json.dumps(manifest).encode())
     elif read_manifest(target) != manifest:
         raise BadInput(
-            f"copy_to={str(target)!r}: holds other latents than {source}; delete them, or choose "
-            "another folder"
+            f"copy_to={str(target)!r}: holds other latents than {source}; choose another folder"
         )
 
 

@@ -1,7 +1,7 @@
 """Labelled pictures wherever they lie: in folders, in tar files that stay packed, or in a TFDS set.
 
-Classes and pictures are in the order of their names, whatever order a file system lists them in.
-Hence a picture has the same number on every host, and ImageNet's labels are the usual 0 to 999.
+Classes and pictures are in the order of their names. Hence a picture has the same number on every
+host, and ImageNet's labels are the usual 0 to 999.
 """
 
 import contextlib
@@ -99,9 +99,8 @@ def list_files(path: str, *, key: str) -> Listed:
     """List pictures, at least one.
 
     Args:
-      path: a folder whose sub-folders are classes, or with `train/` above them; a folder of
-        pictures without classes; a tar file of such folders or of one tar file a class; or a folder
-        of one tar file a class.
+      path: a folder of class folders, or with `train/` above them; a folder of pictures without
+        classes; a tar file of such folders; or one tar file a class, in a folder or a tar file.
       key: config key that holds the path, for errors.
     """
     allowed = "a folder of pictures or a .tar file"
@@ -140,8 +139,7 @@ def _listing(folder: epath.Path) -> _Listing:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
     tars = [name for name in names if name.endswith(_TAR)]
-    # only the others are asked whether they are folders: asking each picture would take hours on a
-    # network
+    # asking each picture whether it is a folder would take hours on a network
     others = [name for name in names if not name.lower().endswith((*SUFFIXES, _TAR))]
     return _Listing(pictures, tars, [name for name in others if (folder / name).is_dir()])
 
@@ -179,7 +177,7 @@ def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Listed]:
 
 
 def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
-    """List a tar file: of one tar file a class, or of pictures, whose class is their folder."""
+    """List a tar file of one tar file a class, or else of pictures in folders, which are classes."""
     with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
         class_tars = [member for member in members if member.name.endswith(_TAR)]
         listed = []

@@ -12,7 +12,7 @@ from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.records import DataSpec
 
 CACHE_BYTES = 2**30
-"""Pictures of at most this many bytes together, as uint8, are decoded once and kept in memory."""
+"""Pictures that take at most this many bytes together are decoded once and kept."""
 THREADS = max(16, len(os.sched_getaffinity(0)))  # also where there are fewer cores: reading waits
 
 
@@ -44,8 +44,7 @@ class Pictures(abc.ABC):
     def _gather_kept(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         missing = np.unique(indices[~self._kept[indices]])
         if missing.size:
-            # Two threads may decode the same picture; they write the same values. The mark comes
-            # last.
+            # Two threads that decode the same picture write the same; the mark comes last.
             self._pixels[missing], self._labels[missing] = self._decode_all(missing)
             self._kept[missing] = True
         return self._pixels[indices], self._labels[indices]

@@ -6,9 +6,8 @@ with n elements,
     position p  ->  epoch p // n, place p % n  ->  element permutation(seed, epoch)[place],
 
 and the batch of step k holds positions [k * batch_size, (k + 1) * batch_size). Nothing else decides
-what a batch holds: not the number of processes or threads, and not whether the run was stopped and
-resumed. A batch may straddle two epochs (or many, if it is larger than the source), so no element
-is ever dropped.
+what a batch holds: neither processes, nor threads, nor a stop. A batch may straddle epochs, so no
+element is ever dropped.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ from mf_jax.flow.records import DataSpec
 
 SPLITS = ("train", "held_out")
 
-# Streams of random numbers drawn from one seed; distinct, so that the flips do not follow the
-# order.
+# streams of one seed: the flips must not follow the order
 _ORDER, _FLIP = 0, 1
 _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
@@ -34,8 +32,7 @@ _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fi
 class Batch(NamedTuple):
     """Some elements of a source.
 
-    x: float32 `[n, *shape]`, pictures in [-1, 1]; or stored rows. labels: int32 `[n]`, a class or
-    `NO_LABEL`.
+    x: `[n, *shape]`, pictures in [-1, 1], or stored rows. labels: classes or `NO_LABEL`.
     """
 
     x: Float[np.ndarray, "n ..."]
@@ -45,9 +42,8 @@ class Batch(NamedTuple):
 class Stored(NamedTuple):
     """What a source gathers where its elements are drawn anew at every visit, on the device.
 
-    rows: shape and type of one stored element. draw: from a key and stored rows `[n, *rows.shape]`
-    to elements `[n, *spec.shape]`, float32, row by row. has_mirrors: `gather` also takes the index
-    len(source) + i, the mirror image of element i.
+    rows: shape and type of one stored element. draw: from a key and stored rows to elements, row by
+    row. has_mirrors: `gather` takes len(source) + i for the mirror image of element i.
     """
 
     rows: jax.ShapeDtypeStruct
@@ -68,16 +64,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """Return the elements at these indices and their labels; threads may call it at once."""
+        """Return the elements at these indices and their labels; safe in several threads."""
 
 
 def check_at_least(argument: str, value: int, least: int) -> None:
     """Raise BadInput unless `value` is an integer of at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise BadInput(
-            f"{argument}={value!r} must be an integer of at least {least}: set {argument}={least} "
-            "or more"
-        )
+        raise BadInput(f"{argument}={value!r} must be an integer of at least {least}")
 
 
 def stream_indices(
@@ -103,12 +96,11 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
-    """Return which of the positions first, first + 1, ... are mirrored, each with probability 1/2.
+    """Return which of the positions first, first + 1, ... are mirrored, with probability 1/2.
 
     A pure function of (seed, position).
     """
-    # A counter-based generator: position p owns counter p, which yields four words; the first one
-    # decides.
+    # position p owns counter p, which yields four words; the first decides
     generator = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)))
     words = generator.advance(first).random_raw(4 * count)[::4]
     return words >> np.uint64(63) == 1
@@ -116,10 +108,9 @@ def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """Random access for Grain: element k is this process's share of the batch of step k.
+    """Random access to the stream for Grain: element k is this process's share of batch k.
 
-    A whole batch is one Grain element, because Grain runs Python for each, which costs more than a
-    small picture does.
+    Grain runs Python for each element, which costs more than a small picture does.
     """
 
     source: Source
@@ -180,7 +171,7 @@ def make_batches(
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Iterate without end over this process's share of the batches from step start_step on.
+    """Iterate over this process's share of the batches from a step on, without end.
 
     Args:
       source: the elements.
@@ -207,7 +198,7 @@ def make_batches(
 
 
 def read(source: Source, n: int = 0) -> Batch:
-    """Read the first n elements, or all for 0, in order, unflipped, stored ones as they are."""
+    """Read the first n elements in order, stored ones as they are; 0 means all."""
     check_at_least("n", n, 0)
     if n > len(source):
         raise BadInput(

@@ -13,6 +13,6 @@ def from_pixels(pixels: UInt8[Array | np.ndarray, "..."]) -> Float32[Array | np.
 
 
 def to_pixels(x: Float[Array | np.ndarray, "..."]) -> UInt8[Array | np.ndarray, "..."]:
-    """Return floats as bytes, clipped where they leave [-1, 1]; a NumPy array stays one."""
+    """Return floats as bytes, clipped to [-1, 1]; an array of numpy stays one of numpy."""
     xp = x.__array_namespace__()
     return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(xp.uint8)

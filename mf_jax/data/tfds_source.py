@@ -15,7 +15,7 @@ from mf_jax.flow.records import NO_LABEL, DataSpec
 
 
 class TfdsPictures:
-    """A split of a prepared set with a feature `image`, and with classes if it has a `label`.
+    """A split of a prepared set with a feature `image`; a feature `label` gives the classes.
 
     Args:
       dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
@@ -50,7 +50,7 @@ class TfdsPictures:
 
 
 class Tfds(Pictures):
-    """Pictures of a prepared set, `[image_size, image_size, C]`; C is 1 for grey sets, else 3."""
+    """The pictures of a prepared set as `[image_size, image_size, C]`; grey sets have C = 1."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Tfds(Pictures):
         split_held_out: str,
         split: str,
     ) -> None:
-        """Open the TFDS split `split_train` or `split_held_out`, as `split` says."""
+        """Open the TFDS split that `split` chooses; see `TfdsPictures`."""
         check_at_least("image_size", image_size, 1)
         tfds_split = split_train if split == "train" else split_held_out
         self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)

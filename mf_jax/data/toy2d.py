@@ -1,7 +1,7 @@
-"""Five distributions in the plane: a network learns one in seconds, and a plot shows how well.
+"""Five distributions in the plane, which a small network learns in seconds.
 
-Every set but the Gaussian has mean 0 and standard deviation 1 in each coordinate. It is scaled by
-the exact moments of the distribution. Moments of the sample would make the two splits differ.
+Every set but the Gaussian has mean 0 and standard deviation 1 in each coordinate. Its scale comes
+from exact moments: moments of the sample would make the two splits differ.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ COUNT = 2**16
 SPLIT_SEEDS = {"train": 20250, "held_out": 20251}
 GAUSSIAN_MEAN = (0.5, -0.25)
 GAUSSIAN_STD = 0.5
-"""m and s of the Gaussian N(m, s^2 I), whose average velocity is known in closed form."""
+"""The average velocity of this Gaussian is known in closed form."""
 
 
 def checkerboard(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
@@ -54,7 +54,7 @@ def eight_gaussians(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
 
 
 def spirals(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
-    """Draw points near two Archimedean spirals of 1.5 turns, reflected in the origin."""
+    """Draw points near two Archimedean spirals of 1.5 turns, reflections in the origin."""
     noise = 0.3
     rng = np.random.default_rng(seed)
     angle = 3 * np.pi * np.sqrt(rng.random(n))
@@ -62,8 +62,7 @@ def spirals(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
     points = np.stack(
         [radius * np.cos(angle), radius * np.sin(angle)], axis=1
     ) + noise * rng.standard_normal((n, 2))
-    # angle^2 is uniform on [0, 9 pi^2], hence E[angle^2 cos^2 angle] = 9 pi^2 / 4 + 3/4, and - 3/4
-    # for the sine.
+    # angle^2 is uniform on [0, 9 pi^2]: E[angle^2 cos^2 angle] = 9 pi^2 / 4 + 3/4; sine: - 3/4
     return points / np.sqrt(9 * np.pi**2 / 4 + np.array([3 / 4, -3 / 4]) + noise**2)
 
 

@@ -1,12 +1,10 @@
-"""--mode=prepare: from pictures to latents, and to reference statistics.
+"""--mode=prepare: from pictures to latents and to reference statistics.
 
-1. The pictures are listed in the order of their names and dealt to a fixed number of shards,
-   whatever the number of processes; process i of n takes the shards i, i + n, i + 2n, ...
-2. A shard is written aside and renamed when it is whole, so that a restart makes what is missing
-   and nothing else, and every file is the same bytes however often the work was stopped and however
-   many processes shared it.
-3. The process that finds all shards there writes the manifest, without which training does not
-   start.
+1. The pictures, in the order of their names, are dealt to a fixed number of shards. Process i of n
+   takes the shards i, i + n, i + 2n, ...
+2. A shard is written aside and renamed when it is whole: a restart makes what is missing. Every file
+   has the same bytes, however many stops there were and however many processes.
+3. The process that finds all shards there writes the manifest; training waits for it.
 """
 
 import dataclasses
@@ -32,6 +30,7 @@ from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
+from mf_jax.ranges import check_values
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 
@@ -62,7 +61,7 @@ class Output(Protocol):
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Make this process's share of latents and statistics; finished shards survive a failure."""
+    """Make this process's share of latents and statistics; a failure keeps what is finished."""
     del workdir
     process = index, count = check_prepare(config)
     pictures = _list(config)
@@ -71,12 +70,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
     if pending:
-        _work(
-            config,
-            pictures,
-            pending,
-            outputs[0].skipped([s for s in mine if s not in pending]),
-        )
+        skipped = outputs[0].skipped([shard for shard in mine if shard not in pending])
+        _work(config, pictures, pending, skipped)
     if not config.prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
     with processes.together():
@@ -86,29 +81,19 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def check_prepare(config: ConfigDict) -> tuple[int, int]:
-    """Check the sections `prepare` and `data`; return this process's number and their count."""
+    """Check the config; return the number of this process and the count of all."""
+    check_values(config)
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
-    least = {
-        "prepare.shards": (prepare.shards, 1),
-        "prepare.batch_size": (prepare.batch_size, 1),
-        "prepare.max_bad": (prepare.max_bad, 0),
-        "prepare.process_count": (count, 0),
-        "data.image_size": (data.image_size, 1),
-    }
     wrong = {
-        f"{key}={value}: must be at least {low}": value < low for key, (value, low) in least.items()
-    } | {
         "prepare.latents=False and prepare.reference='': nothing to make; must set one of them": (
             not prepare.latents and not prepare.reference
         ),
         "data.path='' is not set; must be the folder that the latents go to": (
             prepare.latents and not data.path
         ),
-        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), which "
-        "are set together": not 0 <= index < max(count, 1),
-        f"prepare.process_count={count}: must be at most prepare.shards={prepare.shards}: raise "
-        "prepare.shards": count > prepare.shards,
+        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), "
+        "which are set together": not 0 <= index < max(count, 1),
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise BadInput("; ".join(problems))
@@ -155,15 +140,14 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
             f"{autoencoder.network.factor}; must be divisible by that: try "
             f"{max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
         )
-    identity = {
-        "name": name,
-        "sha256": autoencoder.sha256,
-        "scaling_factor": autoencoder.scaling_factor,
-    }
     settings = common | {
         "mirrors": True,
         "latent_shape": _latent_shape(autoencoder, size),
-        "autoencoder": identity,
+        "autoencoder": {
+            "name": name,
+            "sha256": autoencoder.sha256,
+            "scaling_factor": autoencoder.scaling_factor,
+        },
     }
     folder = epath.Path(config.data.path).expanduser()
     claim(folder, settings, key="data.path")
@@ -182,16 +166,14 @@ def _reference(
             f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so"
         )
     if path.exists() and not parts_folder(path).exists():
-        raise BadInput(
-            f"prepare.reference={str(path)!r} exists; must be new: name another file, or delete "
-            "this one"
-        )
+        raise BadInput(f"prepare.reference={str(path)!r} exists; must be new: name another file")
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
     verify(name, inception.sha256)
     claim(
         parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference"
     )
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
+    crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
     return ReferenceStatistics(
         path,
         dataclasses.replace(inception, params=params),
@@ -199,9 +181,7 @@ def _reference(
         num_listed=common["num_listed"],
         process_index=process[0],
         process_count=process[1],
-        crop=functools.partial(_crop, config, pictures)
-        if config.prepare.reference_pictures
-        else None,
+        crop=crop,
     )
 
 

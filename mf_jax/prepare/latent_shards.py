@@ -45,10 +45,7 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         if SETTINGS not in present:
             if present:
-                raise BadInput(
-                    f"{key}={str(folder)!r} holds other files; must be new or empty: choose "
-                    "another folder"
-                )
+                raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
             replace_file(path, json.dumps(settings, indent=1).encode())
     except OSError as error:
         raise BadInput(

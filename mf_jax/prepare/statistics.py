@@ -1,14 +1,14 @@
-"""Reference statistics of the cropped pictures, not mirrored and not through the autoencoder.
+"""Reference statistics of the cropped pictures, neither mirrored nor decoded.
 
-A process keeps one file of its sums and of the shards that are in them, written anew after each
-shard; the process that finds all shards in these files adds them up. Sums are in float64, so that a
-restart loses nothing.
+A process writes a file of its sums anew after each shard; the process that finds all shards in these
+files adds them up. Sums are in float64, so that a restart loses nothing.
 """
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,22 +23,54 @@ from mf_jax.runtime.files import replace_file
 
 KEPT_FEATURES = 10_000
 """Feature rows that are kept for precision and recall, spread evenly over the pictures."""
-_POOLED, _SPATIAL = "2048", "spatial"
+_NAMES = _POOLED, _SPATIAL = "2048", "spatial"
 Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 
 
-class _Part(NamedTuple):
-    """What one process has done.
+@dataclasses.dataclass
+class _Part:
+    """The work of one process.
 
-    shards: in the sums. skipped: names of their broken pictures. sums: by the name of the features.
-    kept_indices, kept_features: numbers of some pictures in the input, and their pooled features.
+    Args:
+      sums: by the name of the features.
+      shards: in the sums.
+      skipped: names of their broken pictures.
+      kept_indices: numbers in the input of some pictures.
+      kept_features: the pooled features of these pictures.
     """
 
-    shards: list[int]
-    skipped: list[str]
     sums: dict[str, Moments]
-    kept_indices: list[int]
-    kept_features: list[np.ndarray]
+    shards: list[int] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    kept_indices: list[int] = dataclasses.field(default_factory=list)
+    kept_features: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "_Part":
+        """Return the part that `arrays` has stored."""
+        sums = {name: _moments(arrays, name) for name in _NAMES}
+        lists = {name: arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")}
+        return cls(sums, kept_features=list(arrays["kept_features"]), **lists)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the part as arrays, for a file."""
+        return {
+            f"{name}/{key}": np.asarray(value)
+            for name, sums in self.sums.items()
+            for key, value in vars(sums).items()
+        } | {
+            "shards": np.array(self.shards, np.int64),
+            "skipped": np.array(self.skipped, np.str_),
+            "kept_indices": np.array(self.kept_indices, np.int64),
+            "kept_features": np.array(self.kept_features, np.float32).reshape(
+                -1, FEATURES[_POOLED]
+            ),
+        }
+
+
+def _moments(arrays: Mapping[str, np.ndarray], name: str) -> Moments:
+    count, mean, scatter = (arrays[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
+    return Moments(int(count), mean, scatter)
 
 
 def parts_folder(path: epath.Path) -> epath.Path:
@@ -56,8 +88,7 @@ class ReferenceStatistics:
       num_listed: pictures of all shards, broken ones included.
       process_index: which process this is.
       process_count: of how many.
-      crop: from numbers of pictures to blocks of them, which go into the file too; None leaves them
-        out.
+      crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """
 
     def __init__(
@@ -76,7 +107,11 @@ class ReferenceStatistics:
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
-        self._part = _read_part(self._own) if self._own.exists() else _no_part()
+        self._part = (
+            _read(self._own, _Part.of)
+            if self._own.exists()
+            else _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
+        )
         self._done = set(self._shards())
         self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
@@ -103,7 +138,9 @@ class ReferenceStatistics:
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
         self._done.add(shard)
-        replace_file(self._own, _as_bytes(self._part))
+        content = io.BytesIO()
+        np.savez(content, **self._part.arrays())
+        replace_file(self._own, content.getvalue())
 
     def finish(self) -> str:
         """Write the file of statistics if all shards are in sums; see `Output.finish`."""
@@ -119,13 +156,9 @@ class ReferenceStatistics:
                 f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the "
                 "process that finishes the last one writes the file"
             )
-        statistics, kept = _statistics(map(_read_part, self._part_paths()))
-        if self._crop is None:
-            write_reference(self._path, statistics)
-        else:
-            write_reference(
-                self._path, statistics, pictures=self._crop(kept), num_pictures=len(kept)
-            )
+        statistics, kept = _statistics(_read(path, _Part.of) for path in self._part_paths())
+        pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
+        write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
 
     def _keep(self) -> None:
@@ -155,32 +188,8 @@ class ReferenceStatistics:
         ]
 
 
-def _no_part() -> _Part:
-    return _Part(
-        [], [], {name: Moments.none(FEATURES[name]) for name in (_POOLED, _SPATIAL)}, [], []
-    )
-
-
-def _as_bytes(part: _Part) -> bytes:
-    arrays = {
-        "shards": np.array(part.shards, np.int64),
-        "skipped": np.array(part.skipped, np.str_),
-        "kept_indices": np.array(part.kept_indices, np.int64),
-        "kept_features": np.array(part.kept_features, np.float32).reshape(-1, FEATURES[_POOLED]),
-    }
-    for name, sums in part.sums.items():
-        arrays |= {f"{name}/{key}": np.asarray(array) for key, array in vars(sums).items()}
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    return content.getvalue()
-
-
-def _read_part(path: epath.Path) -> _Part:
-    return _read(path, _as_part)
-
-
 def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
-    """Return what a function reads of the arrays in a file; no other arrays are loaded."""
+    """Return what a function reads of the arrays in a file; others are not loaded."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return read(arrays)
@@ -188,19 +197,6 @@ def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> 
         raise BadInput(
             f"{path} is no file of sums ({error}); must be whole: delete it and run again"
         ) from error
-
-
-def _as_part(arrays: Mapping[str, np.ndarray]) -> _Part:
-    sums = {name: _sums_of(arrays, name) for name in (_POOLED, _SPATIAL)}
-    shards, skipped, kept = (
-        arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")
-    )
-    return _Part(shards, skipped, sums, kept, list(arrays["kept_features"]))
-
-
-def _sums_of(arrays: Mapping[str, np.ndarray], name: str) -> Moments:
-    count, mean, scatter = (arrays[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
-    return Moments(int(count), mean, scatter)
 
 
 def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:

@@ -24,8 +24,7 @@ _AHEAD = 2
 class Pixels(NamedTuple):
     """A batch of cropped pictures, filled up to its fixed size with zeros.
 
-    images: `[B, S, S, 3]`. labels: `[B]`. indices: their numbers in the input `[B]`. count: how
-    many are pictures.
+    images: `[B, S, S, 3]`. labels, indices: of the pictures. count: how many are pictures.
     """
 
     images: UInt8[np.ndarray, "b s s 3"]
@@ -96,7 +95,7 @@ class PictureStream:
         max_bad: int,
         skipped: tuple[str, ...] = (),
     ) -> None:
-        Image.init()  # once, before the threads: a race in Pillow would reject a good picture
+        Image.init()  # before the threads: a race in Pillow would reject a good picture
         threads = len(os.sched_getaffinity(0)) + 1
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
