@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
 from configs.default import get_config
 from mf_jax import data
@@ -145,7 +146,7 @@ def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source):
 
 def test_settings_that_differ_from_the_manifest_are_refused(source):
     for changes, message in (
-        ({"path": ""}, "path='' is not set"),
+        ({"path": ""}, "path='' is no folder"),
         ({"path": "/nowhere"}, "path='/nowhere' is no folder"),
         ({"path": "gs://bucket/latents"}, "is in a bucket.*set copy_to"),
         ({"image_size": 32}, "image_size=32: .* 16 pixels.*set image_size=16"),
@@ -328,9 +329,10 @@ def test_a_damaged_copy_is_mended_by_the_same_command(copied):
 
 def test_where_the_copy_lies_may_change_when_a_run_continues(tmp_path):
     config = get_config()
-    (tmp_path / "config.json").write_text(as_json(config))
+    workdir = epath.Path(tmp_path)
+    (workdir / "config.json").write_text(as_json(config))
     config.data.copy_to = "/elsewhere"
-    check(tmp_path, config)
+    check(workdir, config)
     config.data.path = "/elsewhere"
     with pytest.raises(BadInput, match=r"data\.path '' -> '/elsewhere'"):
-        check(tmp_path, config)
+        check(workdir, config)

@@ -26,7 +26,7 @@ def _noisy(key, rows):
     return mean + deviation * jax.random.normal(key, mean.shape)
 
 
-STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy, has_mirrors=True)
+STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy)
 
 
 @dataclasses.dataclass

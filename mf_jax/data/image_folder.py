@@ -12,10 +12,10 @@ from etils import epath
 from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.picture_list import Listed, list_files, some
+from mf_jax.data.picture_list import Listed, list_files
 from mf_jax.data.pictures import THREADS, Pictures
 from mf_jax.data.pipeline import check_at_least
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
@@ -36,8 +36,8 @@ class ImageFolder(Pictures):
         Args:
           path: see `list_files`.
           image_size: height and width in pixels.
-          held_out_share: share of each class kept for evaluation, in (0, 1); of two pictures or more, both
-            splits get one. File names alone decide which.
+          held_out_share: share of each class, in (0, 1); of two pictures or more,
+            both splits get one. File names alone decide which.
           split: `train` or `held_out`.
         """
         check_at_least("image_size", image_size, 1)
@@ -94,15 +94,14 @@ def _readable(
         checked = pool.map(lambda index: _is_readable(pictures, index), indices)
         title = f"checking {split} pictures"
         good = np.array(list(track(checked, title, len(indices), is_wanted=is_long)))
-    broken = tuple(pictures.name(indices[row]) for row in np.flatnonzero(~good))
+    broken = [pictures.name(indices[row]) for row in np.flatnonzero(~good)]
     if not good.any():
-        raise BadInput(
-            f"path={path!r}: none of {len(broken)} pictures is readable: replace {some(broken)}"
-        )
+        count, named = len(broken), listed(broken)
+        raise BadInput(f"path={path!r}: none of {count} pictures is readable: replace {named}")
     if broken:
-        count, named = len(indices), some(broken)
-        logging.warning("%s: skipped %d broken of %d pictures: %s", path, len(broken), count, named)
-    return np.array(indices)[good].tolist(), broken
+        share = f"{len(broken)} broken of {len(indices)} pictures"
+        logging.warning("%s: skipped %s: %s", path, share, listed(broken))
+    return np.array(indices)[good].tolist(), tuple(broken)
 
 
 def _is_readable(pictures: Listed, index: int) -> bool:

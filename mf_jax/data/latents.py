@@ -45,18 +45,14 @@ class Latents:
         """Open the latents in a folder.
 
         Args:
-          path: the folder.
           image_size: pixels of the pictures that were encoded.
           autoencoder: that encoded them, by its published name or as a path.
           latent_mean: taken from each latent, one number or one a channel.
           latent_std: what the rest is divided by, one number or one a channel, above 0.
           copy_to: folder of this host to copy them to first; a bucket needs it, "" reads in place.
-          split: `train`; there is no other.
         """
         if split != "train":
-            raise BadInput(
-                "name='latents': has no held-out pictures to be evaluated against: set eval.references"
-            )
+            raise BadInput("name='latents': has no held-out pictures: set eval.references")
         self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
         manifest = read_manifest(self._folder)
         _check_origin(manifest, image_size, autoencoder)
@@ -64,13 +60,11 @@ class Latents:
         self._mean = _per_channel("latent_mean", latent_mean, shape[-1])
         self._std = _per_channel("latent_std", latent_std, shape[-1])
         if not (self._std > 0).all():
-            raise BadInput(
-                f"latent_std={tuple(latent_std)}: must be above 0; the default is the usual scaling"
-            )
+            raise BadInput(f"latent_std={tuple(latent_std)}: must be above 0")
         names = tuple(entry["name"] for entry in manifest["classes"])
         self.spec = DataSpec(shape, len(names), names, manifest["autoencoder"]["sha256"])
         rows = jax.ShapeDtypeStruct((2, *shape), NUMBER)
-        self.stored = Stored(rows, self._draw, has_mirrors=True)
+        self.stored = Stored(rows, self._draw)
         self._shards = manifest["shards"]
         counts = itertools.accumulate(shard["count"] for shard in self._shards)
         self._starts = np.array([0, *counts])
@@ -126,12 +120,10 @@ class Latents:
             self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
 
     def _refuse(self, shard: dict[str, Any], problem: str, cause: Exception | None = None) -> None:
-        command = "this command again, which copies"
+        path, command = self._folder / shard["name"], "this command again, which copies"
         if not self._is_copy:
             command = "the same --mode=prepare again, which makes"
-        raise BadInput(
-            f"{self._folder / shard['name']} {problem}: delete it and run {command} it anew"
-        ) from cause
+        raise BadInput(f"{path} {problem}: delete it and run {command} it anew") from cause
 
     def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
         mean, std = rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
@@ -139,16 +131,12 @@ class Latents:
 
 
 def _checked_folder(path: str, copy_to: str) -> epath.Path:
-    if not path:
-        raise BadInput(
-            "path='' is not set; must be the folder that --mode=prepare has filled: set path"
-        )
     folder = epath.Path(path).expanduser()
     if in_bucket(folder) and not copy_to:
         raise BadInput(
-            f"path={path!r} is in a bucket, too slow for latents: set copy_to to a folder of each host"
+            f"path={path!r} is in a bucket, which is too slow: set copy_to to a folder of each host"
         )
-    if not folder.is_dir():
+    if not path or not folder.is_dir():  # "" would be the current directory
         raise BadInput(
             f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path"
         )
@@ -184,7 +172,7 @@ def _sha256(autoencoder: str) -> str:
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
     if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
         raise BadInput(
-            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers, for all channels or for each"
+            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers, for all or each"
         )
     return np.array(values, np.float32)
 

@@ -26,22 +26,17 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
     if in_bucket(target):
         raise BadInput(f"copy_to={str(target)!r}: is in a bucket; must be a folder of this host")
     manifest = read_manifest(source)
-    shards = manifest["shards"]
+    lengths = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
     try:
         target.mkdir(parents=True, exist_ok=True)
         with locked(target / ".lock", wait=True), ThreadPoolExecutor(_AT_ONCE) as pool:
             _claim(target, manifest, str(source))
-            names = [
-                shard["name"]
-                for shard in shards
-                if not _is_there(target / shard["name"], shard["bytes"])
-            ]
+            names = [name for name in lengths if not _is_there(target / name, lengths[name])]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
-            is_wanted = bool(names) and processes.is_first()
-            shown = {"unit": "shards", "is_wanted": is_wanted}
+            shown = {"unit": "shards", "is_wanted": bool(names) and processes.is_first()}
             collections.deque(track(copied, "copying latents", len(names), **shown), maxlen=0)
     except OSError as error:
-        size = sum(shard["bytes"] for shard in shards)
+        size = sum(lengths.values())
         raise BadInput(
             f"copy_to={str(target)!r}: cannot hold the {size / 1e9:.3g} GB of {source} "
             f"({error.strerror or error}); choose another folder of this host"
@@ -58,8 +53,8 @@ def _claim(target: epath.Path, manifest: dict[str, Any], source: str) -> None:
         )
 
 
-def _is_there(path: epath.Path, num_bytes: int) -> bool:
-    return path.exists() and path.stat().length == num_bytes
+def _is_there(path: epath.Path, length: int) -> bool:
+    return path.exists() and path.stat().length == length
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

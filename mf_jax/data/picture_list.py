@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -124,11 +124,6 @@ def digest(pictures: PicturesIn) -> str:
     return total.hexdigest()
 
 
-def some(names: Sequence[str], shown: int = 5) -> str:
-    """Return the first names, for a message."""
-    return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
-
-
 class _Listing(NamedTuple):
     pictures: list[str]
     tars: list[str]
@@ -153,18 +148,18 @@ def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
     if listing.pictures:  # folders beside pictures are classes only if they hold some
         classes = [name for name in listing.folders if _listing(root / name).pictures]
         listing = listing._replace(folders=classes)
-    present = [f"{kind} ({some(names, 3)})" for kind, names in listing._asdict().items() if names]
+    present = [f"{kind} ({listed(names, 3)})" for kind, names in listing._asdict().items() if names]
     if len(present) != 1:
         raise BadInput(
             f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either "
             f"class folders, or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the "
             f"others away, or set {key}"
         )
-    listed = [_Listed("", name, str(root / name)) for name in listing.pictures]
+    pictures = [_Listed("", name, str(root / name)) for name in listing.pictures]
     for name in listing.tars:
         with (root / name).open("rb") as file:
-            listed += _of_class(file, str(root / name), root / name, key)
-    return listed + [
+            pictures += _of_class(file, str(root / name), root / name, key)
+    return pictures + [
         picture for name in listing.folders for picture in _in_class_folder(root, name, key)
     ]
 
@@ -172,33 +167,33 @@ def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
 def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Listed]:
     pictures, _, folders = _listing(root / name)
     if not pictures:
-        _refuse_empty(root / name, key, f", only folders ({some(folders, 3)})" if folders else "")
+        _refuse_empty(root / name, key, f", only folders ({listed(folders, 3)})" if folders else "")
     return [_Listed(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
 
 
 def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
-    """List a tar file of one tar file a class, or else of pictures in folders, which are classes."""
+    """List a tar file of one tar file a class, or else of pictures, whose folder is their class."""
     with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
         class_tars = [member for member in members if member.name.endswith(_TAR)]
-        listed = []
+        pictures: list[_Listed] = []
         for member in class_tars:
             name, start = f"{path}:{member.name}", member.offset_data
-            listed += _of_class(tar.extractfile(member), name, path, key, start)
+            pictures += _of_class(tar.extractfile(member), name, path, key, start)
     if class_tars:
-        return listed
-    listed = [
+        return pictures
+    pictures = [
         _Listed(epath.Path(m.name).parent.name, m.name, str(path), m.offset_data, m.size)
         for m in members
         if m.name.lower().endswith(SUFFIXES)
     ]
-    if not listed:
+    if not pictures:
         _refuse_empty(path, key)
-    if len({picture.class_name == "" for picture in listed}) == 2:
+    if len({picture.class_name == "" for picture in pictures}) == 2:
         raise BadInput(
             f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: "
             "pack one kind"
         )
-    return listed
+    return pictures
 
 
 def _of_class(

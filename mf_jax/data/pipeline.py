@@ -42,13 +42,12 @@ class Batch(NamedTuple):
 class Stored(NamedTuple):
     """What a source gathers where its elements are drawn anew at every visit, on the device.
 
-    rows: shape and type of one stored element. draw: from a key and stored rows to elements, row by
-    row. has_mirrors: `gather` takes len(source) + i for the mirror image of element i.
+    `gather` takes len(source) + i for the mirror image of element i. rows: shape and type of one
+    stored element. draw: from a key and stored rows to elements, row by row.
     """
 
     rows: jax.ShapeDtypeStruct
     draw: Callable[[PRNGKeyArray, Array], Float32[Array, "n ..."]]
-    has_mirrors: bool
 
 
 @runtime_checkable
@@ -128,19 +127,11 @@ class _Steps:
             raise BadInput(f"process_index={index} must lie in [0, process_count={count})")
         if self.batch_size % count:
             nearest = count * max(1, round(self.batch_size / count))
-            raise BadInput(
-                f"batch_size={self.batch_size} must be a multiple of process_count={count}: try "
-                f"{nearest}"
-            )
+            size = f"batch_size={self.batch_size}"
+            raise BadInput(f"{size} must be a multiple of process_count={count}: try {nearest}")
         if self.flip and not self.source.spec.is_picture:
-            raise BadInput(
-                "flip=True needs pictures (H, W, C), but elements have shape "
-                f"{self.source.spec.shape}: set flip=False"
-            )
-        if self.flip and self.source.stored and not self.source.stored.has_mirrors:
-            raise BadInput(
-                "flip=True: these data were stored without mirror images; set flip=False"
-            )
+            shape = self.source.spec.shape
+            raise BadInput(f"flip=True needs pictures (H, W, C), not shape {shape}: set flip=False")
 
     def __len__(self) -> int:
         return _STEPS
@@ -153,7 +144,7 @@ class _Steps:
         if not self.flip:
             return self.source.gather(indices)
         flips = stream_flips(first, share, seed=self.seed)
-        if self.source.stored and self.source.stored.has_mirrors:
+        if self.source.stored:
             return self.source.gather(indices + len(self.source) * flips)
         batch = self.source.gather(indices)
         return batch._replace(x=np.where(flips[:, None, None, None], batch.x[:, :, ::-1], batch.x))
@@ -187,12 +178,9 @@ def make_batches(
     import grain  # takes a second, which modes without a stream need not pay
 
     steps = _Steps(source, batch_size, seed, flip, process_index, process_count)
-    for argument, value in (
-        ("start_step", start_step),
-        ("threads", threads),
-        ("prefetch", prefetch),
-    ):
-        check_at_least(argument, value, 0)
+    check_at_least("start_step", start_step, 0)
+    check_at_least("threads", threads, 0)
+    check_at_least("prefetch", prefetch, 0)
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
 
@@ -201,7 +189,5 @@ def read(source: Source, n: int = 0) -> Batch:
     """Read the first n elements in order, stored ones as they are; 0 means all."""
     check_at_least("n", n, 0)
     if n > len(source):
-        raise BadInput(
-            f"n={n} must be at most {len(source)}, the elements there are: lower it, or 0 for all"
-        )
+        raise BadInput(f"n={n} must be at most {len(source)}: lower it, or 0 for all")
     return source.gather(np.arange(n or len(source)))

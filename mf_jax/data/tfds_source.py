@@ -1,6 +1,5 @@
 """Any image classification set of TensorFlow Datasets, read without TensorFlow."""
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pictures import Pictures
 from mf_jax.data.pipeline import check_at_least
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, nearest
 from mf_jax.flow.records import NO_LABEL, DataSpec
 
 
@@ -89,11 +88,9 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
             decoders={"image": tfds.decode.SkipDecoding()} if encoded else None,
         )
     except tfds.core.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        near = difflib.get_close_matches(dataset, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see the catalogue of TensorFlow Datasets"
+        hint = nearest(dataset, tfds.list_builders(with_community_datasets=False))
         raise BadInput(
-            f"dataset={dataset!r} is unknown to TFDS and not prepared in path={path!r}: {hint}"
+            f"dataset={dataset!r} is unknown to TFDS{hint}, and not prepared in path={path!r}"
         ) from error
     except Exception as error:
         # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
@@ -101,8 +98,7 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
         raise BadInput(
             f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): "
             "check the names, or prepare it where TensorFlow is installed with `tfds build "
-            f"{dataset} --file_format=array_record --data_dir=DIR` (download_and_prepare) and set "
-            "path=DIR"
+            f"{dataset} --file_format=array_record --data_dir=DIR`, and set path=DIR"
         ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")

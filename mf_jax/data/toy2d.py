@@ -59,9 +59,8 @@ def spirals(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
     rng = np.random.default_rng(seed)
     angle = 3 * np.pi * np.sqrt(rng.random(n))
     radius = angle * rng.choice([-1, 1], size=n)
-    points = np.stack(
-        [radius * np.cos(angle), radius * np.sin(angle)], axis=1
-    ) + noise * rng.standard_normal((n, 2))
+    points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    points += noise * rng.standard_normal((n, 2))
     # angle^2 is uniform on [0, 9 pi^2]: E[angle^2 cos^2 angle] = 9 pi^2 / 4 + 3/4; sine: - 3/4
     return points / np.sqrt(9 * np.pi**2 / 4 + np.array([3 / 4, -3 / 4]) + noise**2)
 
@@ -72,11 +71,7 @@ def gaussian(n: int, seed: int) -> Float[np.ndarray, "n 2"]:
 
 
 TOYS: dict[str, Callable[[int, int], np.ndarray]] = {
-    "checkerboard": checkerboard,
-    "two_moons": two_moons,
-    "eight_gaussians": eight_gaussians,
-    "spirals": spirals,
-    "gaussian": gaussian,
+    toy.__name__: toy for toy in (checkerboard, two_moons, eight_gaussians, spirals, gaussian)
 }
 
 

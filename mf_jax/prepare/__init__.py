@@ -2,8 +2,8 @@
 
 1. The pictures, in the order of their names, are dealt to a fixed number of shards. Process i of n
    takes the shards i, i + n, i + 2n, ...
-2. A shard is written aside and renamed when it is whole: a restart makes what is missing. Every file
-   has the same bytes, however many stops there were and however many processes.
+2. A shard is written aside and renamed when it is whole: a restart makes what is missing. However
+   many stops and processes there are, every file has the same bytes.
 3. The process that finds all shards there writes the manifest; training waits for it.
 """
 
@@ -25,7 +25,7 @@ from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
 from mf_jax.errors import BadInput
 from mf_jax.metrics.inception import load_inception
-from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
+from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
@@ -106,8 +106,8 @@ def _list(config: ConfigDict) -> PicturesIn:
     )
     if len(pictures) < config.prepare.shards:
         raise BadInput(
-            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures; must "
-            f"be at most as many: set prepare.shards={max(1, len(pictures) // 1000)}"
+            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures: "
+            f"set prepare.shards={max(1, len(pictures) // 1000)}"
         )
     return pictures
 
@@ -134,15 +134,17 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     name, size = config.data.autoencoder, config.data.image_size
     autoencoder = load_autoencoder(find_weights(name, config.weights_dir, key="data.autoencoder"))
     verify(name, autoencoder.sha256)
-    if size % autoencoder.network.factor:
+    factor = autoencoder.network.factor
+    if size % factor:
         raise BadInput(
-            f"data.image_size={size}: autoencoder {name!r} narrows pictures by "
-            f"{autoencoder.network.factor}; must be divisible by that: try "
-            f"{max(1, round(size / autoencoder.network.factor)) * autoencoder.network.factor}"
+            f"data.image_size={size}: must be divisible by {factor}, by which autoencoder {name!r} "
+            f"narrows pictures: try {max(1, round(size / factor)) * factor}"
         )
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    mean, _ = jax.eval_shape(lambda image: autoencoder.encode(image), image)
     settings = common | {
         "mirrors": True,
-        "latent_shape": _latent_shape(autoencoder, size),
+        "latent_shape": list(mean.shape[1:]),
         "autoencoder": {
             "name": name,
             "sha256": autoencoder.sha256,
@@ -151,10 +153,8 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     }
     folder = epath.Path(config.data.path).expanduser()
     claim(folder, settings, key="data.path")
-    everywhere = NamedSharding(_local_mesh(), PartitionSpec())
-    return LatentShards(
-        folder, settings, pictures.class_names, jax.device_put(autoencoder, everywhere)
-    )
+    autoencoder = jax.device_put(autoencoder, NamedSharding(_local_mesh(), PartitionSpec()))
+    return LatentShards(folder, settings, pictures.class_names, autoencoder)
 
 
 def _reference(
@@ -196,12 +196,6 @@ def _crop(
         for pixels in stream.shard(len(indices)):
             yield pixels.images[: pixels.count]
             progress.advance(pixels.count)
-
-
-def _latent_shape(autoencoder: Autoencoder, image_size: int) -> list[int]:
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
-    mean, _ = jax.eval_shape(lambda image: autoencoder.encode(image), image)
-    return list(mean.shape[1:])
 
 
 def _local_mesh() -> Mesh:

@@ -35,7 +35,6 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     """Make a folder the place of files with these settings; the first process to come stores them.
 
     Args:
-      folder: made if missing.
       settings: decide the content of the files.
       key: config key that names the folder, for errors.
     """
@@ -88,8 +87,7 @@ class LatentShards:
 
     def has(self, shard: int) -> bool:
         """See `Output.has`."""
-        side = self._folder / side_name(shard, self._shards)
-        path = self._folder / shard_name(shard, self._shards)
+        side, path = self._side_path(shard), self._path(shard)
         return side.exists() and path.exists() and path.stat().length == self._side(shard)["bytes"]
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
@@ -100,8 +98,7 @@ class LatentShards:
         """See `Output.begin`."""
         self._counts: Counter[int] = Counter()
         self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
-        path = self._folder / shard_name(shard, self._shards)
-        self._local = self._open.enter_context(written_aside(path))
+        self._local = self._open.enter_context(written_aside(self._path(shard)))
         self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
@@ -121,17 +118,15 @@ class LatentShards:
                 "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
                 "skipped": list(skipped),
             }
-            replace_file(self._folder / side_name(shard, self._shards), json.dumps(side).encode())
+            replace_file(self._side_path(shard), json.dumps(side).encode())
             self._open.close()
 
     def finish(self) -> str:
         """Write the manifest if all shards are there; see `Output.finish`."""
         present = sum(self.has(shard) for shard in range(self._shards))
         if present < self._shards:
-            return (
-                f"{self._folder}: {present} of {self._shards} shards are there; the last one "
-                "brings the manifest"
-            )
+            share = f"{present} of {self._shards} shards are there"
+            return f"{self._folder}: {share}; the last one brings the manifest"
         manifest = self._manifest()
         replace_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
@@ -149,9 +144,8 @@ class LatentShards:
                 f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
             )
         with self._room():
-            for label, *rows in zip(
-                pixels.labels[: pixels.count].tolist(), plain, mirrored, strict=False
-            ):
+            labels = pixels.labels[: pixels.count].tolist()
+            for label, *rows in zip(labels, plain, mirrored, strict=False):
                 self._counts[label] += 1
                 for row in rows:
                     self._writer.write(to_record(label, row))
@@ -166,19 +160,23 @@ class LatentShards:
             problem = " ".join(str(error).split())
             raise BadInput(
                 f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make "
-                "room, and run the same command again, which continues"
+                "room, and run again, which continues"
             ) from error
 
+    def _path(self, shard: int) -> epath.Path:
+        return self._folder / shard_name(shard, self._shards)
+
+    def _side_path(self, shard: int) -> epath.Path:
+        return self._folder / side_name(shard, self._shards)
+
     def _side(self, shard: int) -> dict[str, Any]:
-        return read_json(self._folder / side_name(shard, self._shards), "side file of a shard")
+        return read_json(self._side_path(shard), "side file of a shard")
 
     def _manifest(self) -> dict[str, Any]:
         """Return the manifest, a function of the shards alone."""
         sides = [self._side(shard) for shard in range(self._shards)]
         if not any(side["count"] for side in sides):
-            raise BadInput(
-                "prepare.input: none of its pictures can be read; check them, or set another folder"
-            )
+            raise BadInput("prepare.input: none of its pictures can be read; set another folder")
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
         names = enumerate(self._class_names)
         return self._settings | {

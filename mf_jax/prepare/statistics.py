@@ -1,11 +1,12 @@
 """Reference statistics of the cropped pictures, neither mirrored nor decoded.
 
-A process writes a file of its sums anew after each shard; the process that finds all shards in these
-files adds them up. Sums are in float64, so that a restart loses nothing.
+A process writes a file of its sums anew after each shard. The process that finds all shards in
+these files adds them up. Sums are in float64, so that a restart loses nothing.
 """
 
 import dataclasses
 import io
+import itertools
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,12 +32,8 @@ Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 class _Part:
     """The work of one process.
 
-    Args:
-      sums: by the name of the features.
-      shards: in the sums.
-      skipped: names of their broken pictures.
-      kept_indices: numbers in the input of some pictures.
-      kept_features: the pooled features of these pictures.
+    sums: by the name of the features. shards: in the sums. skipped: names of their broken pictures.
+    kept_indices, kept_features: numbers in the input and pooled features of some pictures.
     """
 
     sums: dict[str, Moments]
@@ -54,6 +51,7 @@ class _Part:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the part as arrays, for a file."""
+        rows = np.array(self.kept_features, np.float32)
         return {
             f"{name}/{key}": np.asarray(value)
             for name, sums in self.sums.items()
@@ -62,9 +60,7 @@ class _Part:
             "shards": np.array(self.shards, np.int64),
             "skipped": np.array(self.skipped, np.str_),
             "kept_indices": np.array(self.kept_indices, np.int64),
-            "kept_features": np.array(self.kept_features, np.float32).reshape(
-                -1, FEATURES[_POOLED]
-            ),
+            "kept_features": rows.reshape(-1, FEATURES[_POOLED]),
         }
 
 
@@ -84,10 +80,7 @@ class ReferenceStatistics:
     Args:
       path: of the `.npz`; its `parts_folder` is claimed.
       inception: gives features; its parameters are on the devices that pictures are given on.
-      num_shards: of all processes.
       num_listed: pictures of all shards, broken ones included.
-      process_index: which process this is.
-      process_count: of how many.
       crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """
 
@@ -102,11 +95,11 @@ class ReferenceStatistics:
         process_count: int,
         crop: Crop | None = None,
     ) -> None:
-        self._path, self._params, self._num_shards = path, inception.params, num_shards
-        self._crop = crop
+        self._path, self._parts, self._crop = path, parts_folder(path), crop
+        self._params, self._num_shards = inception.params, num_shards
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
-        self._own = parts_folder(path) / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
+        self._own = self._parts / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
         self._part = (
             _read(self._own, _Part.of)
             if self._own.exists()
@@ -147,15 +140,12 @@ class ReferenceStatistics:
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
             raise BadInput(
-                f"{parts_folder(self._path)} holds shards {twice[:5]} twice, from runs with "
-                "different prepare.process_count at once; must hold each once: delete the folder "
-                "and run again"
+                f"{self._parts} holds shards {twice[:5]} twice, from runs with different "
+                "prepare.process_count at once: delete the folder and run again"
             )
         if len(shards) < self._num_shards:
-            return (
-                f"{self._path}: {len(shards)} of {self._num_shards} shards are in the sums; the "
-                "process that finishes the last one writes the file"
-            )
+            share = f"{len(shards)} of {self._num_shards} shards are in the sums"
+            return f"{self._path}: {share}; the process that finishes the last one writes the file"
         statistics, kept = _statistics(_read(path, _Part.of) for path in self._part_paths())
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
@@ -177,15 +167,12 @@ class ReferenceStatistics:
 
     def _part_paths(self) -> list[epath.Path]:
         """Return the files of all processes, in their order."""
-        return sorted(parts_folder(self._path).glob("sums-*.npz"))
+        return sorted(self._parts.glob("sums-*.npz"))
 
     def _shards(self) -> list[int]:
         """Return the shards in the sums of any process."""
-        return [
-            shard
-            for path in self._part_paths()
-            for shard in _read(path, lambda a: a["shards"].tolist())
-        ]
+        shards = (_read(path, lambda a: a["shards"].tolist()) for path in self._part_paths())
+        return list(itertools.chain.from_iterable(shards))
 
 
 def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
@@ -194,9 +181,8 @@ def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> 
         with path.open("rb") as file, np.load(file) as arrays:
             return read(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path} is no file of sums ({error}); must be whole: delete it and run again"
-        ) from error
+        problem = f"{path} is no file of sums ({error}): delete it and run again"
+        raise BadInput(problem) from error
 
 
 def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:

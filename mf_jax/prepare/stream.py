@@ -4,7 +4,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
@@ -14,8 +14,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.picture_list import PicturesIn, some
-from mf_jax.errors import BadInput
+from mf_jax.data.picture_list import PicturesIn
+from mf_jax.errors import BadInput, listed
 
 _AHEAD = 2
 """Batches of decoded pictures that wait for the device."""
@@ -58,8 +58,7 @@ class _Decoder:
         except Exception as error:  # the way to the picture is broken: a second try may find it
             raise BadInput(
                 f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to "
-                "its permissions or the connection, and run the same command again, which "
-                "continues"
+                "its permissions or the connection, and run again, which continues"
             ) from error
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -77,10 +76,8 @@ class PictureStream:
     """The pictures of some shards, one shard after the other, decoded ahead across their borders.
 
     Args:
-      pictures: the input.
       indices: of the pictures, in order.
       image_size: pixels of the crop.
-      batch_size: pictures of a batch.
       max_bad: unreadable pictures to skip; one more is an error.
       skipped: names of pictures that an earlier run has skipped.
     """
@@ -110,18 +107,14 @@ class PictureStream:
     def shard(self, count: int) -> Iterator[Pixels]:
         """Yield the next `count` pictures in batches; then `skipped` names the broken ones."""
         self.skipped = []
-        good = self._good(itertools.islice(self._decoded, count))
+        good = filter(self._is_good, itertools.islice(self._decoded, count))
         while batch := list(itertools.islice(good, self._batch_size)):
             yield _packed(batch, self._batch_size)
 
-    def _good(self, pictures: Iterable[_Decoded]) -> Iterator[_Decoded]:
-        for decoded in pictures:
-            if decoded.problem:
-                self._skip(decoded)
-            else:
-                yield decoded
-
-    def _skip(self, decoded: _Decoded) -> None:
+    def _is_good(self, decoded: _Decoded) -> bool:
+        """Return whether a picture is whole, and note its name if it is not."""
+        if not decoded.problem:
+            return True
         name = self._name(decoded.index)
         logging.warning("%s is broken and skipped: %s", name, decoded.problem)
         self.skipped.append(name)
@@ -129,9 +122,10 @@ class PictureStream:
         if len(self._all_skipped) > self._max_bad:
             raise BadInput(
                 f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken "
-                f"({some(self._all_skipped)}): replace them, or raise prepare.max_bad; finished "
+                f"({listed(self._all_skipped)}): replace them, or raise prepare.max_bad; finished "
                 "shards are kept"
             )
+        return False
 
 
 def _packed(decoded: list[_Decoded], batch_size: int) -> Pixels:
