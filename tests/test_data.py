@@ -64,11 +64,6 @@ def make(name="digits", split="train", **changes):
     return data.make_source(ConfigDict({**SECTION, "name": name, **changes}), split=split)
 
 
-def assert_same(got, expected):
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def test_every_epoch_holds_every_element_once_in_an_order_of_its_own():
     for length in (1, 2, 3, 7, 64, 100):
         for epoch in range(4):
@@ -108,11 +103,13 @@ def test_neither_resuming_nor_processes_nor_threads_change_the_stream():
     x, labels = whole = take(Numbered(10), 12)
     for start in (1, 7):
         resumed = take(Numbered(10), 12 - start, start_step=start)
-        assert_same(resumed, (x[start:], labels[start:]))
+        np.testing.assert_equal(resumed, (x[start:], labels[start:]))
     shares = [take(Numbered(10), 12, process_index=i, process_count=3) for i in range(3)]
-    assert_same([np.concatenate(parts, axis=1) for parts in zip(*shares, strict=True)], whole)
+    np.testing.assert_equal(
+        [np.concatenate(parts, axis=1) for parts in zip(*shares, strict=True)], whole
+    )
     for threads, prefetch in ((0, 4), (4, 0), (1, 1), (8, 16)):
-        assert_same(take(Numbered(10), 12, threads=threads, prefetch=prefetch), whole)
+        np.testing.assert_equal(take(Numbered(10), 12, threads=threads, prefetch=prefetch), whole)
 
 
 def test_flip_mirrors_about_half_of_the_pictures_and_others_in_the_next_epoch():
@@ -322,25 +319,14 @@ def test_sub_folders_are_classes_split_by_a_hash_of_names(classes):
     assert len({*identities(train), *identities(held_out)}) == 20
 
 
-def test_small_and_flat_folders(tmp_path):
+def test_two_pictures_without_a_class_go_to_both_splits(tmp_path):
     for number in range(2):
-        save(tmp_path / "few" / "class" / f"{number}.png", (number, 0, 0))
-        save(tmp_path / "flat" / f"{number}.png", (number, 0, 0))
+        save(tmp_path / f"{number}.png", (number, 0, 0))
+    (tmp_path / "no class").mkdir()
     for share in (0.01, 0.99):
-        assert [len(source) for source in both(tmp_path / "few", held_out_share=share)] == [1, 1]
-    (tmp_path / "flat" / "no class").mkdir()
-    source = folder(tmp_path / "flat")
-    assert source.spec == DataSpec((8, 8, 3))
-    assert data.read(source).labels.tolist() == [NO_LABEL]
-
-
-def test_the_order_of_the_listing_and_other_files_do_not_matter(classes, monkeypatch):
-    expected = [identities(source) for source in both(classes)]
-    (classes / ".cache").mkdir()
-    (classes / "Ape" / "._00.png").write_text("not a picture")
-    (classes / "Ape" / "notes.txt").write_text("not a picture")
-    monkeypatch.setattr(os, "listdir", lambda path, f=os.listdir: sorted(f(path), reverse=True))
-    assert [identities(source) for source in both(classes)] == expected
+        sources = both(tmp_path, held_out_share=share)
+        assert [source.spec for source in sources] == [DataSpec((8, 8, 3))] * 2
+        assert [data.read(source).labels.tolist() for source in sources] == [[NO_LABEL]] * 2
 
 
 def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
@@ -380,21 +366,17 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     assert [identities(on_demand), identities(on_demand)] == [expected, expected]
     assert len(opened) == 30
     monkeypatch.undo()
-    assert_same(take(folder(classes), 5, threads=8, prefetch=8), stream)  # threads share a cache
+    np.testing.assert_equal(
+        take(folder(classes), 5, threads=8, prefetch=8), stream
+    )  # threads share a cache
 
 
 def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
-    empty, flat = tmp_path / "zzz", tmp_path / "flat"
-    empty.mkdir()
+    flat = tmp_path / "flat"
     save(flat / "a.png", 0, mode="L")
-    with pytest.raises(BadInput, match=r"zzz holds no pictures.*a class must have one"):
-        folder(classes)
-    empty.rmdir()
     for arguments, message in (
-        ({"path": ""}, "path='' is not set"),
+        ({"path": ""}, "path='' is neither a folder"),
         ({"path": "gs://bucket/pictures"}, "in a bucket: copy the folder"),
-        ({"path": tmp_path / "missing"}, "does not exist"),
-        ({"path": flat / "a.png"}, "is a file but no .tar"),
         ({"path": flat, "split": "held_out"}, "no picture for split='held_out'"),
         ({"path": classes, "image_size": 0}, "image_size=0"),
         *(({"path": classes, "held_out_share": x}, "held_out_share") for x in (0.0, 1.0, -0.5)),

@@ -13,7 +13,6 @@ with epy.lazy_imports():  # takes a second
     import sklearn.model_selection
 
 IMAGE_SIZE = 8
-HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 0
 """Seed of the split, fixed so that every run and every host holds out the same digits."""
 
@@ -32,10 +31,7 @@ class Digits:
             )
         pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
         parts = sklearn.model_selection.train_test_split(
-            np.arange(len(labels)),
-            test_size=HELD_OUT_SHARE,
-            random_state=SPLIT_SEED,
-            stratify=labels,
+            np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels
         )
         chosen = np.sort(parts[SPLITS.index(split)])
         self._x = (pixels[chosen] / 8 - 1).astype(np.float32).reshape(-1, *self.spec.shape)

@@ -35,10 +35,8 @@ class ImageFolder(Pictures):
 
         Args:
           path: see `list_files`.
-          image_size: height and width in pixels.
-          held_out_share: share of each class, in (0, 1); of two pictures or more,
-            both splits get one. File names alone decide which.
-          split: `train` or `held_out`.
+          held_out_share: share of each class, in (0, 1), chosen by file names alone; of two
+            pictures or more, both splits get one.
         """
         check_at_least("image_size", image_size, 1)
         if not 0 < held_out_share < 1:

@@ -56,16 +56,12 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     if not path.exists():
         _refuse_unfinished(folder)
     manifest = read_json(path, "manifest of latents")
-    if manifest.get("format_version") != FORMAT_VERSION or manifest.get("crop") != CROP:
-        stored = {key: manifest.get(key) for key in ("format_version", "crop")}
-        raise BadInput(
-            f"{path} says {stored}; must say format_version {FORMAT_VERSION} and crop {CROP!r}: "
-            "prepare them again"
-        )
+    needed = {"format_version": FORMAT_VERSION, "crop": CROP}
+    stored = {key: manifest.get(key) for key in needed}
+    if stored != needed:
+        raise BadInput(f"{path} says {stored}; must say {needed}: prepare them again")
     if missing := _KEYS - set(manifest):
-        raise BadInput(
-            f"{path} lacks {', '.join(sorted(missing))}: delete it and run --mode=prepare again"
-        )
+        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: delete it and prepare again")
     return manifest
 
 

@@ -133,13 +133,9 @@ class Latents:
 def _checked_folder(path: str, copy_to: str) -> epath.Path:
     folder = epath.Path(path).expanduser()
     if in_bucket(folder) and not copy_to:
-        raise BadInput(
-            f"path={path!r} is in a bucket, which is too slow: set copy_to to a folder of each host"
-        )
+        raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
     if not path or not folder.is_dir():  # "" would be the current directory
-        raise BadInput(
-            f"path={path!r} is no folder; must be one that --mode=prepare has filled: set path"
-        )
+        raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
     return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
 
 

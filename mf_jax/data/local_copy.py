@@ -4,7 +4,6 @@ import collections
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from etils import epath
 
@@ -30,7 +29,13 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
     try:
         target.mkdir(parents=True, exist_ok=True)
         with locked(target / ".lock", wait=True), ThreadPoolExecutor(_AT_ONCE) as pool:
-            _claim(target, manifest, str(source))
+            if not (target / MANIFEST).exists():
+                replace_file(target / MANIFEST, json.dumps(manifest).encode())
+            elif read_manifest(target) != manifest:
+                raise BadInput(
+                    f"copy_to={str(target)!r}: holds other latents than {source}; choose another "
+                    "folder"
+                )
             names = [name for name in lengths if not _is_there(target / name, lengths[name])]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
             shown = {"unit": "shards", "is_wanted": bool(names) and processes.is_first()}
@@ -42,15 +47,6 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
             f"({error.strerror or error}); choose another folder of this host"
         ) from error
     return target
-
-
-def _claim(target: epath.Path, manifest: dict[str, Any], source: str) -> None:
-    if not (target / MANIFEST).exists():
-        replace_file(target / MANIFEST, json.dumps(manifest).encode())
-    elif read_manifest(target) != manifest:
-        raise BadInput(
-            f"copy_to={str(target)!r}: holds other latents than {source}; choose another folder"
-        )
 
 
 def _is_there(path: epath.Path, length: int) -> bool:

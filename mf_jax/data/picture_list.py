@@ -103,17 +103,12 @@ def list_files(path: str, *, key: str) -> Listed:
         classes; a tar file of such folders; or one tar file a class, in a folder or a tar file.
       key: config key that holds the path, for errors.
     """
-    allowed = "a folder of pictures or a .tar file"
-    if not path:  # Path("") would be the current directory
-        raise BadInput(f"{key}='' is not set; it must be {allowed}: set {key}")
     root = epath.Path(path).expanduser()
-    if not root.exists():
-        raise BadInput(f"{key}={path!r} does not exist; must be {allowed}: set {key}")
-    if root.is_dir():
+    if path and root.is_dir():  # "" would be the current directory
         return Listed(_in_folder(root, key))
-    if root.suffix != _TAR:
-        raise BadInput(f"{key}={path!r} is a file but no .tar; it must be {allowed}")
-    return Listed(_in_tar(root, key))
+    if root.suffix == _TAR and root.exists():
+        return Listed(_in_tar(root, key))
+    raise BadInput(f"{key}={path!r} is neither a folder of pictures nor a .tar file: set {key}")
 
 
 def digest(pictures: PicturesIn) -> str:
@@ -142,9 +137,9 @@ def _listing(folder: epath.Path) -> _Listing:
 def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
     listing = _listing(root)
     if "train" in listing.folders and not listing.pictures:  # ImageNet's tree
-        inside = _listing(root / "train")
-        if not inside.pictures:  # a class called train would hold pictures itself
-            root, listing = root / "train", inside
+        below = _listing(root / "train")
+        if not below.pictures:  # a class called train would hold pictures itself
+            root, listing = root / "train", below
     if listing.pictures:  # folders beside pictures are classes only if they hold some
         classes = [name for name in listing.folders if _listing(root / name).pictures]
         listing = listing._replace(folders=classes)
@@ -159,16 +154,13 @@ def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
     for name in listing.tars:
         with (root / name).open("rb") as file:
             pictures += _of_class(file, str(root / name), root / name, key)
-    return pictures + [
-        picture for name in listing.folders for picture in _in_class_folder(root, name, key)
-    ]
-
-
-def _in_class_folder(root: epath.Path, name: str, key: str) -> list[_Listed]:
-    pictures, _, folders = _listing(root / name)
-    if not pictures:
-        _refuse_empty(root / name, key, f", only folders ({listed(folders, 3)})" if folders else "")
-    return [_Listed(name, f"{name}/{picture}", str(root / name / picture)) for picture in pictures]
+    for name in listing.folders:
+        inside, _, folders = _listing(root / name)
+        if not inside:
+            but = f", only folders ({listed(folders, 3)})" if folders else ""
+            _refuse_empty(root / name, key, but)
+        pictures += [_Listed(name, f"{name}/{file}", str(root / name / file)) for file in inside]
+    return pictures
 
 
 def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
@@ -190,8 +182,7 @@ def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
         _refuse_empty(path, key)
     if len({picture.class_name == "" for picture in pictures}) == 2:
         raise BadInput(
-            f"{key}={str(path)!r} holds pictures both directly and in folders, which are classes: "
-            "pack one kind"
+            f"{key}={str(path)!r} holds pictures both directly and in class folders: pack one kind"
         )
     return pictures
 
@@ -205,15 +196,10 @@ def _of_class(
         pictures = [member for member in members if member.name.lower().endswith(SUFFIXES)]
     if not pictures:
         _refuse_empty(name, key)
+    names = [f"{class_name}/{epath.Path(member.name).name}" for member in pictures]
     return [
-        _Listed(
-            class_name,
-            f"{class_name}/{epath.Path(member.name).name}",
-            str(path),
-            start + member.offset_data,
-            member.size,
-        )
-        for member in pictures
+        _Listed(class_name, name, str(path), start + member.offset_data, member.size)
+        for name, member in zip(names, pictures, strict=True)
     ]
 
 

@@ -64,18 +64,24 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Make this process's share of latents and statistics; a failure keeps what is finished."""
     del workdir
     process = index, count = check_prepare(config)
-    pictures = _list(config)
+    prepare, key = config.prepare, "prepare.input"
+    pictures = list_pictures(prepare.input, key=key, tfds_split=config.data.split_train)
+    if len(pictures) < prepare.shards:
+        raise BadInput(
+            f"prepare.shards={prepare.shards}: the input has {len(pictures)} pictures: set "
+            f"prepare.shards={max(1, len(pictures) // 1000)}"
+        )
     outputs = _outputs(config, pictures, process)
-    mine = range(index, config.prepare.shards, count)
+    mine = range(index, prepare.shards, count)
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
     if pending:
         skipped = outputs[0].skipped([shard for shard in mine if shard not in pending])
         _work(config, pictures, pending, skipped)
-    if not config.prepare.process_count:  # a job's first process must outlive the others
+    if not prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
     with processes.together():
-        if config.prepare.process_count or processes.is_first():
+        if prepare.process_count or processes.is_first():
             for output in outputs:
                 print(output.finish(), flush=True)
 
@@ -100,18 +106,6 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
     return (index, count) if count else (jax.process_index(), jax.process_count())
 
 
-def _list(config: ConfigDict) -> PicturesIn:
-    pictures = list_pictures(
-        config.prepare.input, key="prepare.input", tfds_split=config.data.split_train
-    )
-    if len(pictures) < config.prepare.shards:
-        raise BadInput(
-            f"prepare.shards={config.prepare.shards}: the input has {len(pictures)} pictures: "
-            f"set prepare.shards={max(1, len(pictures) // 1000)}"
-        )
-    return pictures
-
-
 def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int]) -> list[Output]:
     """Open what is to be made, all of it before any work."""
     common = {
@@ -122,9 +116,7 @@ def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int])
         "num_listed": len(pictures),
         "input_sha256": digest(pictures),
     }
-    outputs: list[Output] = []
-    if config.prepare.latents:
-        outputs.append(_latents(config, common, pictures))
+    outputs: list[Output] = [_latents(config, common, pictures)] if config.prepare.latents else []
     if config.prepare.reference:
         outputs.append(_reference(config, common, pictures, process))
     return outputs
@@ -162,9 +154,7 @@ def _reference(
 ) -> ReferenceStatistics:
     name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
     if path.suffix != ".npz":
-        raise BadInput(
-            f"prepare.reference={str(path)!r}: must end in .npz: name the file of statistics so"
-        )
+        raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz")
     if path.exists() and not parts_folder(path).exists():
         raise BadInput(f"prepare.reference={str(path)!r} exists; must be new: name another file")
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))

@@ -67,8 +67,7 @@ class LatentShards:
     """The shards of a folder, some of which this process writes.
 
     Args:
-      folder: claimed for `settings`.
-      settings: common to all shards; the manifest repeats them.
+      settings: of the claimed folder, which the manifest repeats.
       class_names: in the order of the labels; () without labels.
       autoencoder: on the devices that pictures are given on.
     """
