@@ -439,7 +439,7 @@ def test_bad_names_and_unprepared_sets_are_refused_without_a_download(tmp_path, 
         tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: pytest.fail("download")
     )
     for dataset, message in (
-        ("cifra10", r"dataset='cifra10'.*'cifar10'"),
+        ("cifra10", r"dataset='cifra10'.*mean cifar10"),
         ("cifar10", "tfds build cifar10 --file_format=array_record"),
         ("not a name!", "dataset='not a name!'"),
     ):

@@ -102,7 +102,8 @@ class Latents:
                 numbers = np.frombuffer(record, NUMBER, offset=LABEL.itemsize)
                 batch.x[row] = numbers.reshape(batch.x.shape[1:])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            self._refuse(self._shards[shard], f"is damaged ({_first_line(error)})", error)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._refuse(self._shards[shard], f"is damaged ({reason[:200]})")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
@@ -119,11 +120,11 @@ class Latents:
         if length != shard["bytes"]:
             self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
 
-    def _refuse(self, shard: dict[str, Any], problem: str, cause: Exception | None = None) -> None:
+    def _refuse(self, shard: dict[str, Any], problem: str) -> None:
         path, command = self._folder / shard["name"], "this command again, which copies"
         if not self._is_copy:
             command = "the same --mode=prepare again, which makes"
-        raise BadInput(f"{path} {problem}: delete it and run {command} it anew") from cause
+        raise BadInput(f"{path} {problem}: delete it and run {command} it anew")
 
     def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
         mean, std = rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
@@ -140,18 +141,17 @@ def _checked_folder(path: str, copy_to: str) -> epath.Path:
 
 
 def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -> None:
-    if manifest["image_size"] != image_size:
+    if (size := manifest["image_size"]) != image_size:
         raise BadInput(
-            f"image_size={image_size}: these latents are of pictures of {manifest['image_size']} "
-            f"pixels; must be the same: set image_size={manifest['image_size']}, or path to others"
+            f"image_size={image_size}: these latents are of pictures of {size} pixels: set "
+            f"image_size={size}, or path to others"
         )
     made_by = manifest["autoencoder"]
     sha256 = _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(
             f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "
-            f"{made_by['sha256']}); must be the same: set autoencoder={made_by['name']!r}, or path "
-            "to others"
+            f"{made_by['sha256']}): set autoencoder={made_by['name']!r}, or path to others"
         )
 
 
@@ -167,11 +167,5 @@ def _sha256(autoencoder: str) -> str:
 
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
     if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
-        raise BadInput(
-            f"{key}={tuple(values)}: must be 1 or {channels} finite numbers, for all or each"
-        )
+        raise BadInput(f"{key}={tuple(values)}: must be 1 or {channels} finite numbers")
     return np.array(values, np.float32)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

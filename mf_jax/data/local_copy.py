@@ -32,10 +32,8 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
             if not (target / MANIFEST).exists():
                 replace_file(target / MANIFEST, json.dumps(manifest).encode())
             elif read_manifest(target) != manifest:
-                raise BadInput(
-                    f"copy_to={str(target)!r}: holds other latents than {source}; choose another "
-                    "folder"
-                )
+                message = f"holds other latents than {source}; choose another folder"
+                raise BadInput(f"copy_to={str(target)!r}: {message}")
             names = [name for name in lengths if not _is_there(target / name, lengths[name])]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
             shown = {"unit": "shards", "is_wanted": bool(names) and processes.is_first()}

@@ -19,8 +19,6 @@ from mf_jax.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-TFDS = "tfds:"
-"""Begins the name of an input that is a TFDS set."""
 _TAR = ".tar"
 _Binary = IO[bytes] | io.BufferedIOBase
 
@@ -90,8 +88,8 @@ class Listed:
 
 def list_pictures(path: str, *, key: str, tfds_split: str) -> PicturesIn:
     """List the pictures of an input: of the TFDS set X for `tfds:X`, and else of `list_files`."""
-    if path.startswith(TFDS):
-        return TfdsPictures(path.removeprefix(TFDS), tfds_split, "", encoded=True)
+    if path.startswith("tfds:"):
+        return TfdsPictures(path.removeprefix("tfds:"), tfds_split, "", encoded=True)
     return list_files(path, key=key)
 
 
@@ -157,7 +155,7 @@ def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
     for name in listing.folders:
         inside, _, folders = _listing(root / name)
         if not inside:
-            but = f", only folders ({listed(folders, 3)})" if folders else ""
+            but = f", only folders ({listed(folders, 3)})" * bool(folders)
             _refuse_empty(root / name, key, but)
         pictures += [_Listed(name, f"{name}/{file}", str(root / name / file)) for file in inside]
     return pictures

@@ -38,16 +38,15 @@ class Pictures(abc.ABC):
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """See `Source.gather`."""
-        pixels, labels = self._gather_kept(indices) if self._keep else self._decode_all(indices)
-        return Batch(from_pixels(pixels), labels)
-
-    def _gather_kept(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self._keep:
+            pixels, labels = self._decode_all(indices)
+            return Batch(from_pixels(pixels), labels)
         missing = np.unique(indices[~self._kept[indices]])
         if missing.size:
             # Two threads that decode the same picture write the same; the mark comes last.
             self._pixels[missing], self._labels[missing] = self._decode_all(missing)
             self._kept[missing] = True
-        return self._pixels[indices], self._labels[indices]
+        return Batch(from_pixels(self._pixels[indices]), self._labels[indices])
 
     def _decode_all(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = self._empty(len(indices))

@@ -82,16 +82,15 @@ def stream_indices(
     from grain.experimental import index_shuffle
 
     epochs, places = np.divmod(positions, length)
-    seeds = {epoch: _epoch_seed(seed, epoch) for epoch in np.unique(epochs).tolist()}
+    seeds = {
+        epoch: int(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)).generate_state(1)[0])
+        for epoch in np.unique(epochs).tolist()
+    }
     shuffled = (
         index_shuffle(place, length - 1, seeds[epoch], _SHUFFLE_ROUNDS)
         for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
     )
     return np.fromiter(shuffled, dtype=np.int64, count=len(positions))
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)).generate_state(1)[0])
 
 
 def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:

@@ -24,8 +24,8 @@ class TfdsPictures:
     """
 
     def __init__(self, dataset: str, split: str, path: str, *, encoded: bool) -> None:
-        self._data, self._split = _open(dataset, split, path, encoded), split
-        features = dict(self._data.dataset_info.features.items())
+        self._data, features = _open(dataset, split, path, encoded)
+        self._split = split
         label = features.get("label")
         has_classes = bool(getattr(label, "num_classes", None))
         self.class_names = tuple(label.names) if has_classes else ()
@@ -75,8 +75,8 @@ class Tfds(Pictures):
         return adm_crop(image, self.spec.shape[0]), label
 
 
-def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
-    """Return what TFDS calls a data source."""
+def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict[str, Any]]:
+    """Return what TFDS calls a data source, and its features by name."""
     import tensorflow_datasets as tfds  # takes most of a second, which other inputs need not pay
 
     try:
@@ -107,4 +107,4 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> Any:
             f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has "
             f"{list(features)}"
         )
-    return data
+    return data, features

@@ -17,8 +17,6 @@ from mf_jax.flow.records import NO_LABEL, DataSpec
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
 
-COUNT = 2**16
-"""Points in each split."""
 SPLIT_SEEDS = {"train": 20250, "held_out": 20251}
 GAUSSIAN_MEAN = (0.5, -0.25)
 GAUSSIAN_STD = 0.5
@@ -84,7 +82,7 @@ class Toy2D:
     def __init__(self, *, toy: str, split: str) -> None:
         """Draw one split; the same points every time."""
         check_known("toy", toy, TOYS)
-        self._x = TOYS[toy](COUNT, SPLIT_SEEDS[split]).astype(np.float32)
+        self._x = TOYS[toy](2**16, SPLIT_SEEDS[split]).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._x)

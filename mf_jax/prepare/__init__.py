@@ -7,7 +7,6 @@
 3. The process that finds all shards there writes the manifest; training waits for it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -91,13 +90,10 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
     check_values(config)
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
+    is_idle, is_aimless = not prepare.latents and not prepare.reference, not data.path
     wrong = {
-        "prepare.latents=False and prepare.reference='': nothing to make; must set one of them": (
-            not prepare.latents and not prepare.reference
-        ),
-        "data.path='' is not set; must be the folder that the latents go to": (
-            prepare.latents and not data.path
-        ),
+        "prepare.latents=False and prepare.reference='': nothing to make; set one": is_idle,
+        "data.path='' is not set: name a folder for the latents": prepare.latents and is_aimless,
         f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), "
         "which are set together": not 0 <= index < max(count, 1),
     }
@@ -155,23 +151,17 @@ def _reference(
     name, path = config.eval.inception, epath.Path(config.prepare.reference).expanduser()
     if path.suffix != ".npz":
         raise BadInput(f"prepare.reference={str(path)!r}: must end in .npz")
-    if path.exists() and not parts_folder(path).exists():
+    parts = parts_folder(path)
+    if path.exists() and not parts.exists():
         raise BadInput(f"prepare.reference={str(path)!r} exists; must be new: name another file")
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
     verify(name, inception.sha256)
-    claim(
-        parts_folder(path), common | {"inception_sha256": inception.sha256}, key="prepare.reference"
-    )
+    claim(parts, common | {"inception_sha256": inception.sha256}, key="prepare.reference")
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
     crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
+    shards, listed = config.prepare.shards, len(pictures)
     return ReferenceStatistics(
-        path,
-        dataclasses.replace(inception, params=params),
-        num_shards=config.prepare.shards,
-        num_listed=common["num_listed"],
-        process_index=process[0],
-        process_count=process[1],
-        crop=crop,
+        path, params, process, num_shards=shards, num_listed=listed, crop=crop
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, UInt8
 
 from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import Moments
-from mf_jax.metrics.inception import FEATURES, Inception, inception_features
+from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import replace_file
@@ -79,7 +79,9 @@ class ReferenceStatistics:
 
     Args:
       path: of the `.npz`; its `parts_folder` is claimed.
-      inception: gives features; its parameters are on the devices that pictures are given on.
+      params: of Inception, on the devices that pictures are given on.
+      process: the number of this one and the count of all.
+      num_shards: of all processes.
       num_listed: pictures of all shards, broken ones included.
       crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """
@@ -87,19 +89,18 @@ class ReferenceStatistics:
     def __init__(
         self,
         path: epath.Path,
-        inception: Inception,
+        params: dict[str, Any],
+        process: tuple[int, int],
         *,
         num_shards: int,
         num_listed: int,
-        process_index: int,
-        process_count: int,
-        crop: Crop | None = None,
+        crop: Crop | None,
     ) -> None:
         self._path, self._parts, self._crop = path, parts_folder(path), crop
-        self._params, self._num_shards = inception.params, num_shards
+        self._params, self._num_shards = params, num_shards
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
-        self._own = self._parts / f"sums-{process_index:05d}-of-{process_count:05d}.npz"
+        self._own = self._parts / "sums-{:05d}-of-{:05d}.npz".format(*process)
         self._part = (
             _read(self._own, _Part.of)
             if self._own.exists()
@@ -160,9 +161,8 @@ class ReferenceStatistics:
             rows = np.asarray(features[name])[: pixels.count]
             self._part.sums[name] = sums + Moments.of(rows)
         kept = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
-        if kept.size:
-            self._part.kept_indices.extend(pixels.indices[kept].tolist())
-            self._part.kept_features.extend(np.asarray(features[_POOLED])[kept])
+        self._part.kept_indices.extend(pixels.indices[kept].tolist())
+        self._part.kept_features.extend(np.asarray(features[_POOLED])[kept])
         self._waiting = None
 
     def _part_paths(self) -> list[epath.Path]:
