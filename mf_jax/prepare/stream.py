@@ -17,8 +17,7 @@ from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.picture_list import PicturesIn
 from mf_jax.errors import BadInput, listed
 
-_AHEAD = 2
-"""Batches of decoded pictures that wait for the device."""
+_AHEAD = 2  # batches of decoded pictures that wait for the device
 
 
 class Pixels(NamedTuple):
