@@ -46,7 +46,7 @@ def make_objective(config: ConfigDict) -> Objective:
         more["t_clip"] = config.model.t_clip
     made = from_section(objective, config.objective, **more)
     controls = from_section(Controls, config.controls)
-    return made if controls.are_off else Controlled(made, controls)
+    return Controlled(made, controls) if controls.lipschitz or controls.monotone else made
 
 
 def make_scheme(config: ConfigDict) -> DrawScheme:

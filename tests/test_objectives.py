@@ -266,7 +266,7 @@ MUTATIONS = {
     ("flow_matching", "", PLAIN, None): [
         _STOPS[0],
         ("", "rows.x, rows.e", "rows.e, rows.x"),
-        (TERMS, "t=rows.t)\n    return", "t=rows.r)\n    return"),
+        (TERMS, "t=rows.t) if z", "t=rows.r) if z"),
     ],
     ("meanflow", "", GUIDED, None): [
         (GUIDANCE, "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
@@ -310,8 +310,8 @@ MUTATIONS = {
         ("", "jnp.where(is_short, 1.0, a)", "jnp.where(is_short, 2.0, a)"),
     ],
     ("alpha_flow", "step", GUIDED, None): [
-        ("", "rows.t - a * (rows.t - rows.r)", "rows.t - a * (rows.t + rows.r)"),
-        ("", "a * v + (1 - a) * u_s", "a * v + (1 + a) * u_s"),
+        ("", "rows.t - alpha * (rows.t - rows.r)", "rows.t - alpha * (rows.t + rows.r)"),
+        ("", "+ (1 - alpha) * u_s", "+ (1 + alpha) * u_s"),
         ("", "r=rows.r, t=s,", "r=rows.r, t=rows.t,"),
         ("", "squared_error(u, clipped) / a**2", "squared_error(u, clipped)"),
         ("", "a * self.weight(u_error)", "self.weight(u_error)"),
@@ -325,7 +325,7 @@ MUTATIONS = {
     ("terminal_velocity", "", GUIDED, None): [
         ("", "squared_error(u - per_row(", "squared_error(u + per_row("),
         ("", "(0.0, 1.0, 0.0)", "(0.0, 1.0, 1.0)"),
-        ("", "r=rows.r, t=rows.r, condition", "r=rows.t, t=rows.t, condition"),
+        ("", "teacher, at_r, end", "teacher, interval, end"),
         ("", "at_time(interval, interval.r)", "at_time(interval, interval.t)"),
         ("", "squared_error(u_r, v.instant)", "squared_error(u_r, v.instant * 2)"),
     ],

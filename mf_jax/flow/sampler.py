@@ -87,7 +87,6 @@ class SamplePlan:
 
 
 ONE_STEP = SamplePlan()
-"""One evaluation a sample, without guidance."""
 
 
 def sample(

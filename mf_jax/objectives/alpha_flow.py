@@ -30,7 +30,7 @@ from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.draws import condition_of
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.objectives import terms
 
 ANNEALINGS = ("sigmoid", "exponential")
@@ -100,8 +100,15 @@ class AlphaFlow(terms.Objective):
         alpha = a = self.alpha(step)
 
         def by_step() -> tuple[Array, Array, Array]:
+            if rows.t.shape[0] == 0:
+                return rows.x, rows.x, rows.x
             teacher = params if target_params is None else target_params
-            return _finite_step(field, params, teacher, rows, v.interval, alpha)
+            s, condition = rows.t - alpha * (rows.t - rows.r), condition_of(rows)
+            z = interpolate(rows.x, rows.e, t=rows.t)
+            z_s = advance(z, v.interval, r=s, t=rows.t)
+            u = field(params, z, r=rows.r, t=rows.t, condition=condition).u
+            u_s = field(teacher, z_s, r=rows.r, t=s, condition=condition).u
+            return u, alpha * v.interval + (1 - alpha) * u_s, (u - u_s) / per_row(rows.t - s, u)
 
         def by_derivative() -> tuple[Array, Array, Array]:
             (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval)
@@ -119,22 +126,3 @@ class AlphaFlow(terms.Objective):
         loss = terms.row_mean(self.weight(v_error), a * self.weight(u_error))
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         return loss, metrics | {"alpha": terms.average_over(alpha, draws)}
-
-
-def _finite_step(
-    field: Field,
-    params: PyTree,
-    teacher: PyTree,
-    rows: Rows,
-    v: Float[Array, "b ..."],
-    a: Float[Array, ""],
-) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """Return u(z_t, r, t), its target by a step of a (t - r), and the difference quotient of u."""
-    if rows.t.shape[0] == 0:
-        return rows.x, rows.x, rows.x
-    condition = condition_of(rows)
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    s = rows.t - a * (rows.t - rows.r)
-    u = field(params, z, r=rows.r, t=rows.t, condition=condition).u
-    u_s = field(teacher, advance(z, v, r=s, t=rows.t), r=rows.r, t=s, condition=condition).u
-    return u, a * v + (1 - a) * u_s, (u - u_s) / per_row(rows.t - s, u)

@@ -13,6 +13,7 @@ Source: controls named beside MeanFlow's baselines in the overview of the method
 
 import dataclasses
 import math
+import operator
 from typing import Any, ClassVar
 
 import jax
@@ -40,11 +41,6 @@ class Controls:
                 raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0")
         if not 0 < self.lipschitz_bound < math.inf:
             raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0")
-
-    @property
-    def are_off(self) -> bool:
-        """Whether neither term is used."""
-        return self.lipschitz == 0 and self.monotone == 0
 
     def penalty(
         self, field: Field, params: PyTree, draws: Draws
@@ -84,9 +80,5 @@ class Controlled(terms.Objective):
         return loss + penalty, metrics | more
 
 
-def _asks_the_objective(name: str) -> property:
-    return property(lambda self: getattr(self.objective, name), doc="See `Objective`.")
-
-
 for _name in ("learns_average", "needs_second_head", "predicts", "guidable", "target_ema"):
-    setattr(Controlled, _name, _asks_the_objective(_name))
+    setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
 from mf_jax.objectives import terms
@@ -24,37 +23,27 @@ from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelMeanFlow(terms.Objective):
+class PixelMeanFlow(ImprovedMeanFlow):
     """Improved MeanFlow with a clipped velocity.
 
     Args:
-      velocity: see `ImprovedMeanFlow`.
       t_clip: smallest time divided by, in (0, 1), the network's own.
     """
 
-    guidance: Guidance = Guidance()
-    weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    velocity: str = "head"
     t_clip: float = 0.05
     predicts: ClassVar[str] = "data"
 
     def __post_init__(self) -> None:
-        ImprovedMeanFlow(velocity=self.velocity)
+        super().__post_init__()
         if not 0 < self.t_clip < 1:
             raise BadInput(f"model.t_clip={self.t_clip}: must be within (0, 1); 0.05 is published")
-
-    @property
-    def needs_second_head(self) -> bool:
-        """See `Objective`."""
-        return self.velocity == "head"
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
         """See `Objective.loss`."""
         clipped = Draws(self._clip(draws.instant), self._clip(draws.interval))
-        improved = ImprovedMeanFlow(self.guidance, self.weight, self.velocity)
-        return improved.loss(field, params, clipped)
+        return super().loss(field, params, clipped)
 
     def _clip(self, rows: Rows) -> Rows:
         z = interpolate(rows.x, rows.e, t=rows.t)

@@ -23,12 +23,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from mf_jax.flow.draws import at_time, condition_of, join_rows
+from mf_jax.flow.draws import at_time, join_rows
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.objectives import terms
 
 
@@ -49,7 +49,8 @@ class TerminalVelocity(terms.Objective):
     ) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the derivative in r."""
         interval, still = draws.interval, jnp.zeros_like(draws.interval.x)
-        rows = join_rows([draws.instant, at_time(interval, interval.r)])
+        at_r = at_time(interval, interval.r)
+        rows = join_rows([draws.instant, at_r])
         u_r = terms.at_instant(field, params, rows).u
         alone = Draws(rows, jax.tree.map(lambda leaf: leaf[:0], rows))
         v = guided_velocities(self.guidance, field, params, alone, own_instant=u_r)
@@ -57,20 +58,11 @@ class TerminalVelocity(terms.Objective):
             field, params, interval, still, tangent=(0.0, 1.0, 0.0), with_gradient=True
         )
         teacher = params if target_params is None else target_params
-        target = _velocity_at_end(field, teacher, interval, u)
+        z = interpolate(interval.x, interval.e, t=interval.t)
+        end = advance(z, u, r=interval.r, t=interval.t)
+        target = terms.at_instant(field, teacher, at_r, end).u
         v_error = terms.squared_error(u_r, v.instant)
         u_error = terms.squared_error(u - per_row(interval.t - interval.r, u) * du_dr, target)
         loss = (jnp.sum(self.weight(v_error)) + jnp.sum(self.weight(u_error))) / rows.t.shape[0]
-        seen = draws.replace(instant=rows)
-        return loss, terms.step_metrics(seen, v_error=v_error, u_error=u_error, du_dt=du_dr)
-
-
-def _velocity_at_end(
-    field: Field, teacher: PyTree, rows: Rows, u: Float[Array, "b ..."]
-) -> Float[Array, "b ..."]:
-    """Return the network's velocity where its own step from t to r ends."""
-    if rows.t.shape[0] == 0:
-        return rows.x
-    end = advance(interpolate(rows.x, rows.e, t=rows.t), u, r=rows.r, t=rows.t)
-    at_r = condition_of(at_time(rows, rows.r))
-    return field(teacher, end, r=rows.r, t=rows.r, condition=at_r).u
+        draws = draws.replace(instant=rows)
+        return loss, terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dr)

@@ -65,11 +65,13 @@ class Objective(abc.ABC):
         """
 
 
-def at_instant(field: Field, params: PyTree, rows: Rows) -> Prediction:
-    """Return the prediction at (z_t, t, t), where u is a velocity; there may be no rows."""
+def at_instant(
+    field: Field, params: PyTree, rows: Rows, z: Float[Array, "b ..."] | None = None
+) -> Prediction:
+    """Return the prediction at (z, t, t), at the rows' own z_t unless given; rows may be none."""
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x)
-    z = interpolate(rows.x, rows.e, t=rows.t)
+    z = interpolate(rows.x, rows.e, t=rows.t) if z is None else z
     return field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows))
 
 
