@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import (
-    DrawScheme,
-    condition_of,
-    group_sizes,
-    join_rows,
-    split_rows,
-)
+from mf_jax.flow.draws import DrawScheme, condition_of, group_sizes, join_rows, split_rows
 from mf_jax.flow.records import NO_LABEL
-from mf_jax.flow.times import LogitNormalTimes, UniformTimes
+from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
 
 ROWS = 4096
 
@@ -24,29 +18,18 @@ def _draw(scheme, rows=ROWS, seed=0):
     return scheme.draw(jax.random.key(seed), x, jnp.arange(rows, dtype=jnp.int32) % 7)
 
 
-@pytest.mark.parametrize(
-    ("share", "sizes"),
-    [
-        (0.0, (0, 1)),
-        (1.0, (1, 0)),
-        (0.75, (3, 1)),
-        (0.5, (1, 1)),
-        (0.25, (1, 3)),
-        (0.6, (3, 2)),
-        (0.333, (1, 2)),
-    ],
-)
-def test_group_sizes(share, sizes):
-    assert group_sizes(share) == sizes
+def _assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_share_of_rows_is_exact_and_never_rounded_to_zero(share):
-    draws = _draw(DrawScheme(UniformTimes(), instant_share=share, label_drop_share=0.0), rows=16)
-    assert (draws.instant.t.size, draws.interval.t.size) == (
-        round(16 * share),
-        round(16 * (1 - share)),
-    )
+def test_share_of_rows_is_exact_and_never_rounded_to_zero():
+    sizes = {0.0: (0, 1), 1.0: (1, 0), 0.75: (3, 1), 0.25: (1, 3), 0.6: (3, 2), 0.333: (1, 2)}
+    for share, group in sizes.items():
+        assert group_sizes(share) == group
+        scheme = DrawScheme(UniformTimes(), instant_share=share, label_drop_share=0.0)
+        draws = _draw(scheme, rows=2 * sum(group))
+        assert (draws.instant.t.size, draws.interval.t.size) == (2 * group[0], 2 * group[1])
 
 
 def test_every_fourth_row_has_r_below_t():
@@ -62,47 +45,38 @@ def test_split_and_join_are_inverse():
     np.testing.assert_array_equal(join_rows(parts), array)
 
 
-@pytest.mark.parametrize(
-    "times", [UniformTimes(), LogitNormalTimes(), LogitNormalTimes(-0.6, 1.6, -4.0, 1.6)]
-)
-def test_times_are_ordered_and_inside(times):
-    draws = _draw(DrawScheme(times))
-    assert jnp.all(draws.instant.r == draws.instant.t)
-    assert jnp.all(
-        (draws.interval.r >= 0) & (draws.interval.r < draws.interval.t) & (draws.interval.t <= 1)
-    )
+def test_times_are_ordered_and_inside():
+    for times in (UniformTimes(), LogitNormalTimes(), LogitNormalTimes(-0.6, 1.6, -4.0, 1.6)):
+        draws = _draw(DrawScheme(times))
+        assert jnp.all(draws.instant.r == draws.instant.t)
+        r, t = draws.interval.r, draws.interval.t
+        assert jnp.all((r >= 0) & (r < t) & (t <= 1))
 
 
 def test_times_have_the_distribution_they_claim():
     rows = 200_000
     r, t = UniformTimes().sample(jax.random.key(0), rows)
-    np.testing.assert_allclose(
-        [r.mean(), t.mean()], [1 / 3, 2 / 3], atol=0.005
-    )  # of the smaller and the larger draw
+    # of the smaller and the larger draw
+    np.testing.assert_allclose([r.mean(), t.mean()], [1 / 3, 2 / 3], atol=0.005)
     r, t = LogitNormalTimes(-0.4, 1.0, -0.4, 1.0).sample(jax.random.key(1), rows)
     logit = np.log(np.concatenate([r, t]) / (1 - np.concatenate([r, t])))
     np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.01)
-    r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(
-        jax.random.key(2), rows
-    )  # so far apart that t is t
+    # so far apart that t is t
+    r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(jax.random.key(2), rows)
     logit_t, logit_r = np.log(t / (1 - t)), np.log(r / (1 - r))
     np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.01)
     np.testing.assert_allclose([logit_r.mean(), logit_r.std()], [-3.0, 0.25], atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("label_drop", "share"), [("instant_rows", 0.1), ("any_row", 0.3), ("any_row", 0.0)]
-)
-def test_labels_are_dropped_where_the_name_says(label_drop, share):
-    draws = _draw(
-        DrawScheme(UniformTimes(), label_drop_share=share, label_drop=label_drop), rows=40_000
-    )
-    dropped = [np.asarray(rows.dropped) for rows in (draws.instant, draws.interval)]
-    np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.01)
-    assert dropped[1].any() == (label_drop == "any_row" and share > 0)
-    told = condition_of(draws.instant).labels
-    assert jnp.all((told == NO_LABEL) == draws.instant.dropped)
-    assert jnp.all(told[~draws.instant.dropped] == draws.instant.labels[~draws.instant.dropped])
+def test_labels_are_dropped_where_the_name_says():
+    for label_drop, share in (("instant_rows", 0.1), ("any_row", 0.3), ("any_row", 0.0)):
+        scheme = DrawScheme(UniformTimes(), label_drop_share=share, label_drop=label_drop)
+        draws = _draw(scheme, rows=40_000)
+        dropped = [np.asarray(rows.dropped) for rows in (draws.instant, draws.interval)]
+        np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.01)
+        assert dropped[1].any() == (label_drop == "any_row" and share > 0)
+        rows, seen = draws.instant, condition_of(draws.instant).labels
+        np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.labels))
 
 
 def test_no_key_is_used_twice():
@@ -115,16 +89,52 @@ def test_no_key_is_used_twice():
 
 def test_draws_are_a_pure_function_of_the_key():
     scheme = DrawScheme(LogitNormalTimes())
-    same, again, other = _draw(scheme, 16), _draw(scheme, 16), _draw(scheme, 16, seed=1)
-    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    same, again, other = (_draw(scheme, 16, seed) for seed in (0, 0, 1))
+    _assert_same(same, again)
     assert not np.allclose(same.instant.e, other.instant.e)
     assert not np.allclose(same.interval.t, other.interval.t)
 
 
-@pytest.mark.parametrize(
-    ("build", "named"),
-    [
+def test_consistency_times_end_at_the_data():
+    r, t = ConsistencyTimes().sample(jax.random.key(0), 1000)
+    assert (r == 0).all()
+    assert abs(jnp.mean(jax.scipy.special.logit(t)) + 0.4) < 0.1
+
+
+def test_dyadic_times_are_steps_of_a_ladder():
+    r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 4000)
+    pairs, counts = np.unique(np.stack([r, t], 1), axis=0, return_counts=True)
+    assert {tuple(pair) for pair in pairs} == {
+        (i / 2**k, (i + 1) / 2**k) for k in range(4) for i in range(2**k)
+    }
+    whole = counts[(pairs == (0.0, 1.0)).all(axis=1)]
+    assert abs(whole[0] / 4000 - 1 / 4) < 0.03
+
+
+def test_drawn_guidance_has_the_density_it_names():
+    for power in (0.0, 1.0, 2.5):
+        scheme = DrawScheme(UniformTimes(), 0.0, 0.0, omega_max=8.0, omega_power=power)
+        scale = _draw(scheme, 8000).interval.guidance
+        edges = np.linspace(1, 8, 2001)
+        density = edges**-power
+        mean = np.trapezoid(edges * density, edges) / np.trapezoid(density, edges)
+        assert abs(scale.omega.mean() - mean) < 0.1
+        assert 1 <= scale.omega.min() < scale.omega.max() <= 8
+        assert 0 <= scale.t_min.min() < scale.t_min.max() <= 0.5
+        assert 0.5 <= scale.t_max.min() < scale.t_max.max() <= 1
+
+
+def test_more_draws_do_not_change_those_before_them():
+    plain, guided = (_draw(DrawScheme(UniformTimes(), omega_max=w), 8) for w in (1.0, 4.0))
+    assert plain.interval.guidance is None
+    _assert_same(plain.interval, guided.interval.replace(guidance=None))
+    assert (guided.instant.guidance.t_min == 0).all()
+    assert (guided.instant.guidance.t_max == 1).all()
+    assert (guided.interval.guidance.t_min > 0).all()
+
+
+def test_bad_arguments_are_named():
+    for build, named in [
         (lambda: LogitNormalTimes(t_std=0.0), "t_std"),
         (lambda: LogitNormalTimes(r_std=-1.0), "r_std"),
         (lambda: DrawScheme(UniformTimes(), instant_share=1.5), "instant_share"),
@@ -134,8 +144,10 @@ def test_draws_are_a_pure_function_of_the_key():
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
-    ],
-)
-def test_bad_arguments_are_named(build, named):
-    with pytest.raises(BadInput, match=named):
-        build()
+        (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
+        (lambda: DyadicTimes(levels=-1), "levels"),
+        (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
+        (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
+    ]:
+        with pytest.raises(BadInput, match=named):
+            build()

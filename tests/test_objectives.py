@@ -117,7 +117,8 @@ def _make(module, name, guidance, setting="", p=0.0):
     record, weight = getattr(module, NAMES[name]), module.terms.AdaptiveWeight(p=p)
     more = dict(SETTINGS[setting])
     if record.guidable:
-        more["guidance"] = module.Guidance(guidance.omega, guidance.kappa)  # of the mutated module
+        of_module = type(record.guidance)  # the mutated one
+        more["guidance"] = of_module(guidance.omega, guidance.kappa)
     return record(weight=weight, **more)
 
 
