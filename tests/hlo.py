@@ -27,9 +27,8 @@ def exchanged(text):
                 shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
                 numbers = sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
                 listed, size = _GROUP.search(line).groups() if "scatter" in found[2] else ("", 1)
-                total[found[2]] += (
-                    times * numbers * (len(listed.split(",")) if listed else int(size))
-                )
+                size = len(listed.split(",")) if listed else int(size)
+                total[found[2]] += times * numbers * size
             trips = _TRIPS.search(line)
             for called in set(re.findall(r"%([\w.\-]+)", line)) & computations.keys():
                 walk(called, times * (int(trips[1]) if trips else 1))

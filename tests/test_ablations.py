@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-import subprocess
 from collections import Counter
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -49,11 +49,8 @@ def folder(tmp_path, results, monkeypatch):
 
 def test_the_rows_are_the_papers_and_every_objective():
     sizes = Counter(row.group for row in ROWS)
-    assert sizes == {
-        **{"seed": 3, "tangent": 4, "share": 4, "objectives": 15, "conditioning": 4},
-        **{"times": 5, "weight": 5, "omega": 5, "kappa": 3},
-    }
     assert list(sizes) == list(ablations.TITLES)
+    assert list(sizes.values()) == [3, 4, 4, 15, 4, 5, 5, 5, 3]
     paper = [row for row in ROWS if row.group not in ("seed", "objectives")]
     groups = {row.group: 0 for row in paper}
     best = {g: min(row.published for row in paper if row.group == g) for g in groups}
@@ -101,9 +98,7 @@ def test_flops_of_a_step_are_counted_in_the_compiled_step():
 
 
 def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, capsys):
-    def diverge(config, workdir):
-        raise FloatingPointError("step 3: loss not finite")
-
+    diverge = mock.Mock(side_effect=FloatingPointError("step 3: loss not finite"))
     monkeypatch.setattr(ablations.train, "run", diverge)
     monkeypatch.setattr(ablations, "write_document", lambda *arguments: [])
     (folder / "weight_0" / "result.json").unlink()
@@ -157,19 +152,3 @@ def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
     assert plots == [f"{group}.png" for group in ablations.TITLES]
     assert 2_000 < (folder / "plots" / "weight.png").stat().st_size < 60_000
     assert all(f"(ablations/{name})" in after for name in plots[1:])
-
-
-def test_the_script_passes_arguments_on(tmp_path):
-    stub = tmp_path / "bin" / "python"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\necho "$JAX_COMPILATION_CACHE_DIR python $*"\n')
-    stub.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / ".installed")
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch/ablations.sh"), "--document"],
-        env={"PATH": "/usr/bin:/bin", "MF_VENV": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{ROOT}/runs/ablations/compiled python -m launch.ablations --document\n"

@@ -97,19 +97,16 @@ def test_help_prints_the_header_and_starts_nothing(finish):
 def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_path):
     fakes = dict.fromkeys(("gcloud", "srun"), "#!/bin/sh\ntouch $RECORD/started\n")
     for command, named in (
-        ("local_processes.sh --config=c", "number of processes: '--config=c'"),
-        ("local_processes.sh 0 --config=c", "'0'"),
+        ("local_processes.sh 0 --config=c", "number of processes: '0'"),
         ("local_processes.sh 2 3 --config=c", "'3'"),
         ("local_processes.sh 2", "--config"),
         ("local_processes.sh 2 --config=c --devices-per-process=-1", "'-1'"),
         ("local_processes.sh 2 --config=c --logs=", "--logs"),
         ("local_processes.sh 2 --config=c --dryrun", "'--dryrun'"),
-        ("slurm.sh --dry-run", "--config"),
         ("slurm.sh --config=c", "not a SLURM job"),
         ("slurm.sh --config=c --nodes=2", "'--nodes=2'"),
         ("tpu_pod.sh start", "'start'"),
         ("tpu_pod.sh create --project=p --zone=z", "--type"),
-        ("tpu_pod.sh create --project=p --type=v6e-16", "--zone"),
         ("tpu_pod.sh create --zone=z --type=v6e-16", "--project"),
         ("tpu_pod.sh create --project=p --zone=z --type=v9-16", "--runtime"),
         ("tpu_pod.sh create --project=p --zone=z --type=v6e-16 --config=c", "--config=c"),
@@ -122,13 +119,19 @@ def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_pat
         ("tpu_pod.sh run --project=p --zone=z --config=c --workdir=runs/c", "--workdir"),
         ("detached.sh begin folder", "'begin'"),
         ("detached.sh start folder", "command"),
-        ("detached.sh status", "folder"),
     ):
         code, out, errors = finish(*command.split(), fakes=fakes)
         assert (code, out, errors.count("\n")) == (2, "", 1), command
         assert named in errors
         assert errors.startswith(command.split()[0] + ": ")
     assert not [*tmp_path.glob("started"), *tmp_path.glob("pids*")]
+
+
+def test_ablations_pass_arguments_on_and_keep_what_they_compile(finish, tmp_path):
+    stub = '#!/bin/sh\necho "$JAX_COMPILATION_CACHE_DIR python $*"\n'
+    _program(tmp_path / "venv" / "bin" / "python", stub)
+    out = f"{ROOT}/runs/ablations/compiled python -m launch.ablations --document\n"
+    assert finish("ablations.sh", "--document") == (0, out, "")
 
 
 def test_quick_tests_exist():
@@ -245,19 +248,15 @@ def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(job, tmp_path):
 
 
 def test_slurm_needs_its_checkout_and_knows_gpus(job, tmp_path):
+    text = (LAUNCH / "slurm.sh").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+    assert {"requeue", "open-mode", "signal"} <= set(options)
     code, _, errors = job("--config=c", SLURM_SUBMIT_DIR=str(tmp_path))
     assert (code, errors.count("\n"), "submit from one" in errors) == (2, 1, True)
     (tmp_path / "venv" / ".installed_cuda13").unlink()
     assert "installing" not in job("--config=c", SLURM_GPUS_ON_NODE="0")[1]
     assert "jax[cuda13]" in job("--config=c")[1]
-
-
-def test_slurm_asks_for_a_signal_in_time_and_one_process_for_each_gpu():
-    text = (LAUNCH / "slurm.sh").read_text()
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
-    assert options["signal"] == "TERM@120"
-    assert options["gpus-per-node"] == options["ntasks-per-node"]
-    assert {"requeue", "open-mode"} <= set(options)
 
 
 def test_dry_runs_print_commands_for_a_shell(finish, tmp_path):
@@ -419,32 +418,27 @@ def test_a_pod_by_hand(cloud):
 
 def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    network = {"enableDNSHostnames": True, "subdomain": jobset["metadata"]["name"]}
-    assert (jobset["kind"], jobset["spec"]["network"]) == ("JobSet", network)
+    assert jobset["spec"]["network"]["subdomain"] == jobset["metadata"]["name"]
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     node = {key.rpartition("/")[2]: value for key, value in pod["nodeSelector"].items()}
     rows, columns = map(int, node["gke-tpu-topology"].split("x"))
-    limits, requests = (container["resources"][name] for name in ("limits", "requests"))
-    chips = limits["google.com/tpu"]
-    assert requests == {"google.com/tpu": chips, "ephemeral-storage": "60Gi"}
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
     assert job["parallelism"] == job["completions"] == rows * columns / chips == 4
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     assert pod["restartPolicy"] == "Never"
-    assert pod["terminationGracePeriodSeconds"] >= 60
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
     assert (ROOT / values["config"]).exists()
     assert all(values[key].startswith("gs://") for key in ("workdir", "config.data.path"))
     assert values["config.data.copy_to"].startswith("/"), "what a bucket's latents need"
     assert values["config.job.stopped_exit_code"] == "75"
+    (bad_input,) = job["podFailurePolicy"]["rules"]
     exits = {"containerName": container["name"], "operator": "In", "values": [2]}
-    bad_input = [{"action": "FailJob", "onExitCodes": exits}]
-    assert job["podFailurePolicy"]["rules"] == bad_input
-    policy = jobset["spec"]["failurePolicy"]
-    (rule,) = policy["rules"]
+    assert bad_input == {"action": "FailJob", "onExitCodes": exits}
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    assert policy["maxRestarts"] > 0
 
 
 def test_image_holds_what_it_copies_and_installs_the_requirements_first():
@@ -452,7 +446,6 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     lines = [line for line in text.splitlines() if line and line[0] != "#"]
     sources = [shlex.split(line)[1] for line in lines if line.startswith("COPY")]
     assert sources == ["requirements.txt", "configs", "mf_jax"]
-    assert all((ROOT / source).exists() for source in sources)
     ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     assert {"*", *(f"!{source}" for source in sources)} <= set(ignored)
     (install,) = (i for i, line in enumerate(lines) if line.startswith("RUN pip install "))

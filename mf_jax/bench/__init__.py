@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import sys
-from typing import Protocol
 
 import jax
 from etils.epath import Path
@@ -15,9 +14,9 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench.attention import heads
 from mf_jax.bench.fits import virtual_devices
-from mf_jax.bench.measure import Result, Say
+from mf_jax.bench.measure import Result, turns
 from mf_jax.bench.step import Noise
-from mf_jax.bench.table import Column, show
+from mf_jax.bench.table import show
 from mf_jax.config import make_network, validate
 from mf_jax.data import Source
 from mf_jax.errors import BadInput, check_known
@@ -28,16 +27,7 @@ from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
-"""Modules of this folder, each a `Benchmark`."""
-
-
-class Benchmark(Protocol):
-    """A thing to measure, with the columns of its table."""
-
-    COLUMNS: tuple[Column, ...]
-
-    def run(self, config: ConfigDict, source: Source, say: Say) -> Result:
-        """Return `batch_size`, `notes` and the `rows` of the table; `input` alone reads data."""
+"""Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -46,7 +36,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_known("bench.what", what, BENCHMARKS)
     if what == "fits":
         virtual_devices(config.bench.devices)  # before anything else starts JAX
-    benchmark: Benchmark = importlib.import_module(f"mf_jax.bench.{what}")
+    benchmark = importlib.import_module(f"mf_jax.bench.{what}")
     source = _source(config)
     if config.bench.repeats < 1 and what not in ("step", "fits"):
         raise BadInput(f"bench.repeats=0: must be at least 1 where bench.what={what}")
@@ -89,6 +79,4 @@ def _describe(config: ConfigDict, source: Source) -> Result:
         "dtype": config.model.dtype,
         "shape": list(source.spec.shape),
         "num_classes": source.spec.num_classes,
-        "repeats": config.bench.repeats,
-        "dropped": config.bench.dropped,
-    }
+    } | turns(config)

@@ -38,7 +38,7 @@ def heads(network: nn.Module) -> tuple[int, int]:
 
 
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
-    """See `Benchmark.run`; a row for each length of `bench.tokens` and pass, on one device."""
+    """See `BENCHMARKS`; a row for each length of `bench.tokens` and pass, on one device."""
     (num_heads, width), rows = heads(make_network(config, source.spec)), []
     for tokens in config.bench.tokens:
         shape = (2, 3, config.train.batch_size, tokens, num_heads, width)
@@ -57,13 +57,11 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
 def _compare(name: str, inputs: tuple[QKV, QKV], turns: dict[str, int]) -> measure.Result:
     """Return a row about one pass of both kinds of attention."""
     jitted = [jax.jit(passes(kind)[name]) for kind in ATTENTIONS]
-    programs = [measure.compile_program(each, *inputs) for each in jitted]
-    runs = [program.executable for program in programs]
+    runs, costs = zip(*(measure.compile_program(each, *inputs) for each in jitted), strict=True)
     contenders = [(itertools.repeat(inputs), lambda pair, run=run: run(*pair)) for run in runs]
     times, row = measure.take_turns(*contenders, **turns), {}
-    for kind, program, seconds in zip(ATTENTIONS, programs, times, strict=True):
-        row |= measure.spread(kind, seconds)
-        row |= {f"{kind}_{key}": value for key, value in program.memory.items()}
+    for kind, cost, seconds in zip(ATTENTIONS, costs, times, strict=True):
+        row |= measure.spread(kind, seconds) | {f"{kind}_{key}": x for key, x in cost.items()}
     return row | {"seconds_ratio": row["fused_seconds_median"] / row["xla_seconds_median"]}
 
 

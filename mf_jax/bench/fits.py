@@ -43,14 +43,14 @@ def virtual_devices(count: int) -> Sequence[jax.Device]:
 
 
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
-    """See `Benchmark.run`."""
+    """See `BENCHMARKS`."""
     devices = virtual_devices(config.bench.devices)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     say(f"compiling {config.objective.name} for {len(devices)} devices")
     # a fused kernel is interpreted on a CPU
     parts = step_parts(changed(config, {"model": {"attention": "xla"}}), source)
     step, state, *batch = placed_step(parts, mesh)
-    found = measure.compile_program(step, state, *batch).executable.memory_analysis()
+    found = measure.compile_program(step, state, *batch)[0].memory_analysis()
     # results that take no argument's place are temporary too
     temp = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = found.argument_size_in_bytes + temp
@@ -59,8 +59,7 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     row = {f"{name}_bytes": _on_a_device(tree) for name, tree in held.items()}
     row |= {"temp_bytes": temp, "total_bytes": total, "left_bytes": left}
     row |= {"fits": "yes" if left >= 0 else "no"}
-    is_dropped = config.model.remat != "none" and not config.model.scan
-    notes = [_NOTE, *[_REMAT] * is_dropped]
+    notes = [_NOTE, *[_REMAT] * (config.model.remat != "none" and not config.model.scan)]
     result = {"batch_size": config.train.batch_size, "notes": notes, "rows": [row]}
     return result | {"memory_gb": config.bench.memory_gb, "mesh": list(mesh.devices.shape)}
 

@@ -22,10 +22,10 @@ LEAST_SECONDS = 1.0
 
 
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
-    """See `Benchmark.run`; a row for batches in host memory, and one for batches on the devices."""
+    """See `BENCHMARKS`; a row for batches in host memory, and one for batches on the devices."""
     mesh, size = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp), config.train.batch_size
     places = {"host memory": tuple, "devices": lambda batch: put_batch(mesh, tuple(batch))}
-    rows = []
+    turns, rows = measure.turns(config) | {"least_seconds": LEAST_SECONDS}, []
     for into, put in places.items():
         say(f"reading into {into}")
         batches = make_batches(
@@ -38,7 +38,6 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
         )
         # reading is timed too
         contender = itertools.repeat(batches), lambda batches, put=put: put(next(batches))
-        turns = measure.turns(config) | {"least_seconds": LEAST_SECONDS}
         (seconds,) = measure.take_turns(contender, **turns)
         rate = len(seconds) / sum(seconds)
         row = {"into": into, "batches": len(seconds), **measure.spread("batch", seconds)}

@@ -4,7 +4,6 @@ A time covers one call until its result lies in memory, not the making of its in
 Calls to be compared take turns, so that a drift of the machine hits all of them alike.
 """
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +33,7 @@ def turns(config: ConfigDict) -> dict[str, int]:
 
 
 def take_turns(
-    *contenders: Contender,
-    repeats: int,
-    dropped: int,
-    least_seconds: float = 0.0,
-    clock: Callable[[], float] = time.perf_counter,
+    *contenders: Contender, repeats: int, dropped: int, least_seconds: float = 0.0
 ) -> list[list[float]]:
     """Return the seconds of each counted call, a list for each contender; call a, b, a, b, ...
 
@@ -50,9 +45,9 @@ def take_turns(
     while len(times[0]) < dropped + repeats or sum(times[0][dropped:]) < least_seconds:
         for (inputs, run), seconds in zip(contenders, times, strict=True):
             prepared = next(inputs)
-            start = clock()
+            start = time.perf_counter()
             jax.block_until_ready(run(prepared))
-            seconds.append(clock() - start)
+            seconds.append(time.perf_counter() - start)
     return [seconds[dropped:] for seconds in times]
 
 
@@ -63,29 +58,20 @@ def spread(name: str, seconds: Sequence[float]) -> Result:
     return {f"{key}_median": median, f"{key}_quartiles": [first, third], key: list(seconds)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program, and the seconds that tracing and compiling took."""
-
-    executable: jax.stages.Compiled
-    trace_seconds: float
-    compile_seconds: float
-
-    @property
-    def flops(self) -> float:
-        """XLA's count for one device after its optimisations; the body of a loop counts once."""
-        return self.executable.cost_analysis()["flops"]
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """The bytes of its temporary arrays and of its arguments on one device."""
-        found = self.executable.memory_analysis()
-        temp, arguments = found.temp_size_in_bytes, found.argument_size_in_bytes
-        return {"temp_bytes": temp, "argument_bytes": arguments}
+def throughput(
+    name: str, seconds: Sequence[float], *, images: int, gflop: float, peak: Result
+) -> Result:
+    """Return a spread, the images per second, and the share of the peak of all devices."""
+    row = spread(name, seconds)
+    median = row[f"{name}_seconds_median"]
+    share = gflop / median / (peak["matmul_peak_gflops"] * jax.device_count())
+    return row | {"images_per_second": images / median, "peak_share": share}
 
 
-def compile_program(function: jax.stages.Wrapped, *arguments: PyTree) -> Program:
-    """Compile a jitted function for some arguments, without the persistent cache."""
+def compile_program(
+    function: jax.stages.Wrapped, *arguments: PyTree
+) -> tuple[jax.stages.Compiled, Result]:
+    """Compile a jitted function without the persistent cache; return its costs on a device too."""
     before = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -93,11 +79,14 @@ def compile_program(function: jax.stages.Wrapped, *arguments: PyTree) -> Program
         start = time.perf_counter()
         lowered = function.lower(*arguments)
         middle = time.perf_counter()
-        executable = lowered.compile()
-        return Program(executable, middle - start, time.perf_counter() - middle)
+        program = lowered.compile()
+        end = time.perf_counter()
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         reset_cache()
+    memory = program.memory_analysis()
+    costs = {f"{k}_bytes": getattr(memory, f"{k}_size_in_bytes") for k in ("temp", "argument")}
+    return program, costs | {"trace_seconds": middle - start, "compile_seconds": end - middle}
 
 
 def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
@@ -124,8 +113,3 @@ def matmul_peak(dtype: str) -> Result:
         rates[size] = 2 * size**3 / min(seconds) / 1e9
     best = max(rates, key=rates.get)
     return {"matmul_peak_gflops": rates[best], "matmul_peak_size": best, "matmul_peak_dtype": dtype}
-
-
-def peak_share(gflop: float, *, seconds: float, peak: Result) -> float:
-    """Return the share of all devices' peak that a program of so many GFLOP and seconds reaches."""
-    return gflop / seconds / (peak["matmul_peak_gflops"] * jax.device_count())

@@ -29,34 +29,31 @@ _PEAK_NOTE = "sampling multiplies at the highest precision, the peak at the defa
 
 
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
-    """See `Benchmark.run`; `config.sample` says what a batch is."""
+    """See `BENCHMARKS`; `config.sample` says what a batch is."""
     say("measuring the matmul peak")
     peak = measure.matmul_peak(config.model.dtype)
     turns = measure.turns(config)
-    plan, generator = sample_plan(config), _fresh_generator(config, source)
+    network = make_network(config, source.spec, for_sampling=True)
+    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    params = initial_params(network, source.spec.shape, jax.random.key(config.seed))
+    params = jax.device_put(params, everywhere)
+    plan, generator = (
+        sample_plan(config),
+        Generator(config, network, params, source.spec, 0, "none"),
+    )
     labels = generator.labels_for(config.sample.labels or None, plan.batch_size)
     say("compiling the sampler")
     generator.sample_raw(labels, plan=plan)
     say(f"timing {sum(turns.values())} batches")
     contender = itertools.count(), lambda seed: generator.sample_raw(labels, plan=plan, seed=seed)
-    row = measure.spread("batch", *measure.take_turns(contender, **turns))
-    median, evaluations = row["batch_seconds_median"], len(plan.grid) - 1
+    (seconds,) = measure.take_turns(contender, **turns)
+    evaluations = len(plan.grid) - 1
     gflop = _count_forward(changed(config, COUNTABLE), source) / 1e9
-    row |= {
-        "evaluations": evaluations,
-        "gflop_per_image": gflop / plan.batch_size,
-        "images_per_second": plan.batch_size / median,
-        "peak_share": measure.peak_share(evaluations * gflop, seconds=median, peak=peak),
-    }
+    work = {"images": plan.batch_size, "gflop": evaluations * gflop}
+    row = {"evaluations": evaluations, "gflop_per_image": gflop / plan.batch_size}
+    row |= measure.throughput("batch", seconds, **work, peak=peak)
     result = {"batch_size": plan.batch_size, "notes": [COUNT_NOTE, _PEAK_NOTE], "rows": [row]}
     return result | peak
-
-
-def _fresh_generator(config: ConfigDict, source: Source) -> Generator:
-    network = make_network(config, source.spec, for_sampling=True)
-    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = initial_params(network, source.spec.shape, jax.random.key(config.seed))
-    return Generator(config, network, jax.device_put(params, everywhere), source.spec, 0, "none")
 
 
 def _count_forward(config: ConfigDict, source: Source) -> float:

@@ -31,7 +31,7 @@ _NOTE = "peak: of the process, beyond JAX; the reference is in it"
 
 
 def run(config: ConfigDict, source: Source, say: Say) -> Result:
-    """See `Benchmark.run`; `peak_bytes` is the peak beyond the memory before the scores."""
+    """See `BENCHMARKS`; `peak_bytes` is the peak beyond the memory before the scores."""
     num, size, least = (config.eval[k] for k in ("num_samples", "batch_size", "least_samples"))
     with tempfile.TemporaryDirectory() as folder:
         say("compiling")

@@ -136,7 +136,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         body += _table(["", *columns], cells)
     if diagnostics := evaluation.get("diagnostics"):
         body += "<h3>Diagnostics</h3>\n"
-        body += _table([], [[_words(name), value] for name, value in diagnostics.items()])
+        body += _table([], [[name.replace("_", " "), value] for name, value in diagnostics.items()])
     return _section("Evaluation", body)
 
 
@@ -149,7 +149,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(_words(name))}</th>" for name in head)
+    top = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in head)
     cells = ("".join(f"<td>{escape(_cell(x))}</td>" for x in row) for row in rows)
     body = "".join(f"<tr>{row}</tr>\n" for row in cells)
     return f'<div class="scroll"><table><tr>{top}</tr>\n{body}</table></div>\n'
@@ -171,10 +171,6 @@ def _cell(value: Any) -> str:
         return f"{value:.3e}"
     value = float(f"{value:.3e}")
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:#.4g}".rstrip(".")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _step_of(path: Path) -> int:

@@ -80,8 +80,6 @@ def save_field(
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
 
     Args:
-      path: PNG file to write.
-      evaluate_u: of the run.
       limits: (low, high) of both axes.
       times: pairs (r, t), a panel each; r = t is the velocity v.
     """

@@ -19,12 +19,8 @@ class ProgressBar:
     """Show, within a `with`, how many steps are done, how fast, and how long the rest takes.
 
     Args:
-      title: of the work, or the name of a step.
-      total: steps to do.
-      done: steps done before.
       per_step: units in a step; the rate counts units.
       unit: in the plural.
-      is_wanted: False shows nothing.
     """
 
     def __init__(

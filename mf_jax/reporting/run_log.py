@@ -31,11 +31,8 @@ class RunLog:
     """Record a training run on the one process that reports; use it as a context manager.
 
     Args:
-      workdir: the run's folder; made if missing.
-      num_steps: steps of the whole run.
       start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
       batch_size: images in a step over all devices.
-      show_progress: show a live bar on a terminal, or a line per row elsewhere.
     """
 
     def __init__(
@@ -72,15 +69,15 @@ class RunLog:
             self._mark = (step, time.perf_counter())
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Append a row to metrics.jsonl; add its numbers and the throughput to TensorBoard.
-
-        Args:
-          step: steps done.
-          metrics: name -> number; one that is not finite becomes null.
-        """
+        """Append a row to metrics.jsonl, where a number that is not finite becomes null."""
         values = {name: float(metrics[name]) for name in sorted(metrics)}
         finite = {name: x for name, x in values.items() if math.isfinite(x)}
-        self._append(_line({"step": step} | {name: finite.get(name) for name in values}))
+        line = _line({"step": step} | {name: finite.get(name) for name in values})
+        if in_bucket(self._path):  # an object of a bucket cannot be added to
+            self._path.write_text(self._path.read_text() + line)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
         for name, x in finite.items():
             self._events.add(summary.scalar(f"train/{name}", x), step)
         if speed := self._steps_per_second(step):
@@ -95,13 +92,6 @@ class RunLog:
         with Path(path).open("rb") as file, Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         self._events.add(summary.image(name, pixels, dataformats="HWC"), step)
-
-    def _append(self, line: str) -> None:
-        if in_bucket(self._path):  # an object of a bucket cannot be added to
-            self._path.write_text(self._path.read_text() + line)
-            return
-        with self._path.open("a") as file:
-            file.write(line)
 
     def _steps_per_second(self, step: int) -> float | None:
         """Return the speed since the last row, and start the count of the next."""
