@@ -42,8 +42,6 @@ from mf_jax.scoring.scorers import Samples, Scorer
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64
 _POLL_SECONDS = 30
-_DECIDE_SAMPLES = ("model", "objective")
-"""With the scale of latents, the sections of the config that decide the samples of parameters."""
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -114,8 +112,7 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
 class Evaluation:
     """One command's evaluation.
 
-    config: of the command. workdir: of the run, or any folder. scorer: of all samples. data: the
-    training split, for the diagnostics of models; None where models are compared with references.
+    data: the training split, for diagnostics; None where models are compared with references.
     """
 
     config: ConfigDict
@@ -133,34 +130,31 @@ class Evaluation:
         return processes.from_first(saved_steps(self.workdir) if self.is_run else [])
 
     def score(
-        self,
-        subject: Row,
-        draw: Callable[[], Samples],
-        diagnose: Callable[[], Row] = dict,
+        self, subject: Row, draw: Callable[[], Samples], diagnose: Callable[[], Row] = dict
     ) -> list[Row]:
         """Return the rows of some samples; those that eval.jsonl lacks are computed and appended.
 
         Args:
           subject: the part of the protocol that decides the samples.
-          draw: makes them.
-          diagnose: gives what else belongs in the row.
+          draw: makes the samples.
+          diagnose: gives more entries of the rows.
         """
-        protocols = [subject | own for own in self.scorer.protocols()]
+        protocols = [subject | own for own in self.scorer.protocols]
         # another job may add rows meanwhile: all processes go by what the first has read
         stored = processes.from_first(score_rows.read_rows(self.workdir))
         known = {score_rows.key_of(row["protocol"]): row for row in stored}
         keys = [score_rows.key_of(protocol) for protocol in protocols]
         if set(keys) <= set(known):
             return [known[key] for key in keys]
-        compare, more, rows = self.scorer(draw()), diagnose(), []
+        compare, more, rows = self.scorer.gather(draw()), diagnose(), []
         with processes.together():
             if processes.is_first():
                 named = {"name": score_rows.name_of(subject)}
                 for scores, protocol in zip(compare(), protocols, strict=True):
                     rows.append(named | scores | more | {"protocol": protocol})
                 score_rows.append(self.workdir, rows)
-        for row in rows:
-            print(f"{row['name']}: {score_rows.words_of(row)}", flush=True)
+                for row in rows:
+                    print(f"{row['name']}: {score_rows.words_of(row)}", flush=True)
         return rows
 
     def score_grid(self, steps: list[int]) -> list[Row]:
@@ -196,7 +190,8 @@ class Evaluation:
             done, failed = done & set(steps), failed & set(steps)
             # one that cannot be read is tried again, last: it may be damaged, or not all here yet
             waiting = sorted(set(steps) - done, key=lambda step: (step not in failed, step))
-            if not waiting and steps and steps[-1] >= self._last_step():
+            last = run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
+            if not waiting and steps and steps[-1] >= last:
                 return score_rows.read_rows(self.workdir)
             if not waiting or waiting[-1] in failed:
                 time.sleep(_POLL_SECONDS)
@@ -211,9 +206,6 @@ class Evaluation:
                     done.add(waiting[-1])
                 failed.add(waiting[-1])
 
-    def _last_step(self) -> int:
-        return run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
-
     def _wait_for_run(self) -> None:
         if not self.is_run:
             print(f"waiting for a run in {self.workdir}", flush=True)
@@ -223,9 +215,10 @@ class Evaluation:
             _check_workdir(self.config, self.workdir)
 
     def _load(self, checkpoint: int, ema: str) -> Generator:
-        run = functools.partial(load_run, self.workdir)
-        model = self.config, ema, checkpoint
-        generator = load_initial(self.config) if ema == "init" else run(*model)
+        if ema == "init":
+            generator = load_initial(self.config)
+        else:
+            generator = load_run(self.workdir, self.config, ema, checkpoint)
         ours, data = generator.spec, self.data and self.data.spec
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
             raise BadInput(
@@ -243,9 +236,8 @@ class Evaluation:
         if self.is_run:
             weights = fingerprint(self.workdir, cell.checkpoint)
         else:
-            leaves = jax.tree.leaves(model().params)
-            weights = score_rows.digest(*map(np.asarray, leaves))
-        deciding = {section: config[section].to_dict() for section in _DECIDE_SAMPLES}
+            weights = score_rows.digest(*map(np.asarray, jax.tree.leaves(model().params)))
+        deciding = {section: config[section].to_dict() for section in ("model", "objective")}
         if decoder:
             deciding |= {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
         return cell.protocol | {
@@ -289,5 +281,4 @@ class Evaluation:
         if self.data is None:
             return {}
         model = generator.network, generator.params
-        found = diagnose(self.config, *model, self.data, seed=self.config.eval.seed)
-        return {"diagnostics": found}
+        return {"diagnostics": diagnose(self.config, *model, self.data)}

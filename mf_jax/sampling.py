@@ -63,13 +63,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _plot_vectors(
-    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n 2"]
+    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n d"]
 ) -> None:
-    """Plot samples beside the data, the learned field, and one-step transport."""
-    data = read(make_source(config.data, split="held_out"), _SCATTER_POINTS).x
+    """Plot samples beside the data; in the plane the learned field and one-step transport too."""
+    held_out = make_source(config.data, split="held_out")
+    data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
     steps = len(sample_plan(config).grid) - 1
     title = f"{steps}-step samples after {generator.step:,} training steps"
     save_scatter(workdir / _PLACES["scatter"], samples[:_SCATTER_POINTS], data, title=title)
+    if samples.shape[1] != 2:
+        return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
     if make_objective(config).learns_average:

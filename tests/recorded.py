@@ -20,8 +20,11 @@ def from_published(kind, flat):
     return unflatten_dict(ours, sep="/")
 
 
-def inception_weights(seed=0):
-    """Return weights of Inception-v3 under published names, drawn as the folder's README says."""
+def inception_weights(seed=0, divisor=1):
+    """Return weights of Inception-v3 under published names, drawn as the folder's README says.
+
+    Its layers have `divisor` times fewer channels.
+    """
 
     def draw(name, shape):
         a = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
@@ -38,4 +41,7 @@ def inception_weights(seed=0):
         return a.astype(np.float32)
 
     shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    return {
+        name: draw(name, [n // divisor if n > 7 else n for n in shape])
+        for name, shape in shapes.items()
+    }

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jobs import here
 from recorded import FOLDER
 
 import mf_jax
 from configs.digits import get_config
+from configs.toy2d import get_config as toy2d
 from mf_jax import generator as module
+from mf_jax import sampling
 from mf_jax.config import make_network
+from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
@@ -136,6 +140,15 @@ def test_sample_mode_of_vectors(toy_run):
     assert arrays["arr_0"].shape == (50, 2)
     assert arrays["arr_0"].dtype == np.float32
     assert all((workdir / f"{name}.png").exists() for name in ("scatter", "field", "transport"))
+
+
+def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatch):
+    batch = Batch(np.eye(3, dtype=np.float32), np.zeros(3, np.int32))
+    monkeypatch.setattr(sampling, "save_field", None)
+    monkeypatch.setattr(sampling, "read", lambda *_: batch)
+    solid = dataclasses.replace(generator, spec=DataSpec((3,)))
+    sampling._plot_vectors(toy2d(), epath.Path(tmp_path), solid, batch.x)
+    assert [path.name for path in tmp_path.iterdir()] == ["scatter.png"]
 
 
 def test_eval_of_vectors(toy_run):

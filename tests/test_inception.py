@@ -24,12 +24,7 @@ META = json.loads(str(CASE["meta"]))
 SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
 TOLERANCE = 1e-5  # relative to the largest number
 MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {
-    "<f4": "FloatStorage",
-    "<f8": "DoubleStorage",
-    "<f2": "HalfStorage",
-    "<i8": "LongStorage",
-}
+KINDS = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long"}
 
 
 # ---- files as torch.save writes them, put together by hand
@@ -57,9 +52,8 @@ def _tensor(storage, shape, strides, *, offset=0):
 
 
 def _storage(key, dtype, size, *view):
-    return _opcodes(
-        ("storage", b"ctorch\n" + STORAGES[dtype].encode() + b"\n", key, "cpu", size, *view)
-    )
+    kind = b"ctorch\n" + KINDS[dtype].encode() + b"Storage\n"
+    return _opcodes(("storage", kind, key, "cpu", size, *view))
 
 
 def _state_dict(arrays, *view):
@@ -67,20 +61,16 @@ def _state_dict(arrays, *view):
     tensors, data = {}, {}
     for i, (name, array) in enumerate(arrays.items()):
         strides = [stride // array.itemsize for stride in array.strides]
-        tensors[name] = _tensor(
-            _storage(str(i), array.dtype.str, array.size, *view), array.shape, strides
-        )
+        storage = _storage(str(i), array.dtype.str, array.size, *view)
+        tensors[name] = _tensor(storage, array.shape, strides)
         data[str(i)] = array.tobytes(order="A")
     return b"\x80\x02" + _opcodes(tensors) + b".", data
 
 
 def _write_zip(path, pickled, data, **records):
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {
-            "data.pkl": pickled,
-            **{f"data/{k}": v for k, v in data.items()},
-            **records,
-        }.items():
+        files = {f"data/{k}": v for k, v in data.items()}
+        for name, content in ({"data.pkl": pickled} | files | records).items():
             archive.writestr(f"weights/{name}", content)
     return path
 
@@ -103,11 +93,9 @@ def _save_zip(path, arrays):
     return _write_zip(path, *_state_dict(arrays), byteorder=b"little")
 
 
-WRITERS = {
-    "zip": _save_zip,
-    "old": _save_old,
-    "safetensors": lambda path, arrays: save_file(arrays, path) or path,
-}
+def _save_safetensors(path, arrays):
+    save_file(arrays, path)
+    return path
 
 
 def _small():
@@ -135,19 +123,16 @@ def inception(drawn, tmp_path_factory):
     return load_inception(_save_old(tmp_path_factory.mktemp("weights") / "inception.pth", drawn))
 
 
-def test_every_recorded_feature_is_compared():
-    names = {name.split("/")[2] for name in CASE if name.startswith("out/")}
-    assert names == set(FEATURES) - {"spatial"}
-    assert len(SIDES) >= 4
-
-
 def test_reference_features(inception):
+    recorded = {name.split("/")[2] for name in CASE if name.startswith("out/")}
+    assert recorded == set(FEATURES) - {"spatial"}
+    assert len(SIDES) >= 4
     for side in SIDES:
         images = CASE[f"in/images_{side}"]
         features = inception_features(inception.params, images)
         shapes = {name: array.shape for name, array in features.items()}
         assert shapes == {name: (len(images), width) for name, width in FEATURES.items()}
-        for name in set(FEATURES) - {"spatial"}:
+        for name in recorded:
             theirs = CASE[f"out/{side}/{name}"]
             scale = TOLERANCE * np.abs(theirs).max()
             np.testing.assert_allclose(features[name], theirs, rtol=1e-3, atol=scale)
@@ -188,7 +173,7 @@ def test_every_product_is_of_the_highest_precision(inception):
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products > 90
 
 
-def test_other_images_are_refused(inception):
+def test_other_images_are_refused():
     for shape, dtype in (
         ((2, 8, 8, 3), np.float32),
         ((2, 8, 8, 1), np.uint8),
@@ -196,7 +181,7 @@ def test_other_images_are_refused(inception):
         ((0, 8, 8, 3), np.uint8),
     ):
         with pytest.raises(BadInput, match=r"images are .*; must be uint8"):
-            inception_features(inception.params, np.zeros(shape, dtype))
+            inception_features({}, np.zeros(shape, dtype))
 
 
 # ---- weight files
@@ -205,20 +190,18 @@ def test_other_images_are_refused(inception):
 def test_a_file_is_known_by_its_hash_and_may_lack_counters_of_batches(drawn, inception, tmp_path):
     without = {name: array for name, array in drawn.items() if "num_batches" not in name}
     assert len(without) < len(drawn)
-    path = WRITERS["safetensors"](tmp_path / "inception.safetensors", without)
+    path = _save_safetensors(tmp_path / "inception.safetensors", without)
     other = load_inception(path)
     assert other.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != inception.sha256
     jax.tree.map(np.testing.assert_array_equal, other.params, inception.params)
 
 
 def test_parameters_that_do_not_fit_are_named(drawn, tmp_path):
-    arrays = dict(drawn) | {
-        "fc.bias": drawn["fc.bias"][:1000],
-        "AuxLogits.fc.bias": drawn["fc.bias"],
-    }
+    bias = drawn["fc.bias"]
+    arrays = dict(drawn) | {"fc.bias": bias[:1000], "AuxLogits.fc.bias": bias}
     del arrays["Mixed_7c.branch_pool.bn.running_var"]
     with pytest.raises(BadInput) as error:
-        load_inception(WRITERS["safetensors"](tmp_path / "other.safetensors", arrays))
+        load_inception(_save_safetensors(tmp_path / "other.safetensors", arrays))
     for part in (
         "other.safetensors",
         "missing: Mixed_7c.branch_pool.bn.running_var;",
@@ -229,7 +212,7 @@ def test_parameters_that_do_not_fit_are_named(drawn, tmp_path):
 
 
 def test_files_are_read_whatever_their_name(tmp_path):
-    for write in WRITERS.values():
+    for write in (_save_zip, _save_old, _save_safetensors):
         path = write(tmp_path / "weights", _small())
         state, digest = read_state_dict(path), hashlib.sha256(path.read_bytes()).hexdigest()
         assert (state.path, state.sha256) == (str(path), digest)
@@ -338,7 +321,6 @@ def _half_a_storage(path, pickled, data):
         (lambda p, t, d: _write_zip(p, t, d, byteorder=b"big"), "must be little-endian"),
         (lambda p, t, d: _write_old(p, t, d, [4], little=False), "must be little-endian"),
         (lambda p, t, d: _write_old(p, t, d, [3]), "does not have the 4 numbers of storage 0"),
-        (lambda p, t, d: _write_old(p, t, {"0": b""}, [4]), "not have the 4"),
         (lambda p, t, d: _cut(_write_old(p, t, d, [4]), 120), "cannot be read"),
         (lambda p, t, d: _cut(_write_old(p, t, d, [4]), -4), "not have the 4"),
         (lambda p, t, d: _cut(_write_zip(p, t, d), 120), "cannot be read"),
@@ -370,15 +352,10 @@ def test_damaged_and_other_files_are_refused(write, message, tmp_path):
 
 
 def test_fitted_parameters_are_float32(tmp_path):
-    state = read_state_dict(
-        _save_zip(tmp_path / "a.pth", {"b": np.ones(2), "a": np.ones(3, np.float16)})
-    )
+    arrays = {"b": np.ones(2), "a": np.ones(3, np.float16)}
+    state = read_state_dict(_save_zip(tmp_path / "a.pth", arrays))
     fitted = fit_state_dict(state, {"a": (3,), "b": (2,)})
-    assert {name: (array.dtype, array.shape) for name, array in fitted.items()} == {
-        "a": (np.float32, (3,)),
-        "b": (np.float32, (2,)),
-    }
-    with pytest.raises(
-        BadInput, match=r"of another shape: b is \[2\], must be \[3\]; use the published file"
-    ):
+    assert {name: array.shape for name, array in fitted.items()} == {"a": (3,), "b": (2,)}
+    assert {array.dtype.name for array in fitted.values()} == {"float32"}
+    with pytest.raises(BadInput, match=r"b is \[2\], must be \[3\]; use the published file"):
         fit_state_dict(state, {"a": (3,), "b": (3,)})

@@ -1,4 +1,4 @@
-"""ImageNet in small, from pictures to FID, by the command line: real networks, random weights.
+"""ImageNet in small, from pictures to FID, by the command line: narrow networks, random weights.
 
 Pictures -> latents in two parts -> 20 steps of a latent DiT -> FID of two checkpoints; and the
 numbers depend neither on the size of a batch nor on the number of processes.
@@ -7,12 +7,16 @@ numbers depend neither on the size of a batch nor on the number of processes.
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from jobs import Job
 from PIL import Image
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
+
+from mf_jax.metrics import inception
+from mf_jax.metrics.inception import FEATURES
 
 CLASSES = ("n01440764", "n02084071", "n03000134")
 SMALL = (
@@ -33,25 +37,45 @@ SMALL = (
     "--config.eval.least_samples=18",
     "--config.eval.steps=1,",
     "--config.eval.batch_size=8",  # as pictures are prepared: Inception is compiled once
+    "--config.log.sample_every_steps=0",
     "--config.log.progress=False",
     "--config.prepare.shards=4",
     "--config.prepare.batch_size=8",
 )
 
+NARROWER = 16
 PROGRAM = """
-import sys, jax
-jax.distributed.initialize()  # by the caller of main, which must then join
+import os, sys, jax, pytest
+# by the caller of main, which must then join
+jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCESS_ID"]))
+sys.path.insert(0, "tests")
 from mf_jax.main import main
+from test_rehearsal import shrink_inception
+shrink_inception(pytest.MonkeyPatch())
 sys.exit(main())
 """
 
 
-def _draw_pictures(folder, num):
-    """Write some pictures of each class: blobs of the class's own colour, of many sizes."""
+def shrink_inception(patch):
+    """Give Inception fewer channels, and pictures of the smallest side that passes its pools."""
+    conv, resized = inception._conv, inception._resized.__wrapped__
+
+    def narrow(x, name, features, *more, **options):
+        return conv(x, name, features // NARROWER, *more, **options)
+
+    patch.setattr(inception, "_conv", narrow)
+    patch.setattr(inception, "_SIDE", 75)
+    patch.setattr(inception, "_resized", jax.jit(lambda images: resized(images)))
+    for name, width in FEATURES.items():
+        patch.setitem(FEATURES, name, 3 * 3 * 7 if name == "spatial" else width // NARROWER)
+
+
+def _draw_pictures(folder):
+    """Write 40 pictures of each class: blobs of the class's own colour, of many sizes."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         (folder / "train" / name).mkdir(parents=True)
-        for i in range(num):
+        for i in range(40):
             size = rng.integers(40, 90, 2).tolist()
             coarse = rng.uniform(0, 120, (5, 5, 3))
             coarse[..., label] += 130
@@ -68,11 +92,11 @@ def _scores(row):
 
 
 @pytest.mark.slow
-def test_from_pictures_to_fid(command, tmp_path):
+def test_from_pictures_to_fid(command, tmp_path, monkeypatch):
+    shrink_inception(monkeypatch)
     latents, workdir, reference = tmp_path / "latents", tmp_path / "run", tmp_path / "reference.npz"
-    _draw_pictures(tmp_path / "imagenet", 40)
-    _draw_pictures(tmp_path / "few", 10)  # Inception takes a second for a few pictures
-    save_file(inception_weights(), tmp_path / "inception.safetensors")
+    _draw_pictures(tmp_path / "imagenet")
+    save_file(inception_weights(divisor=NARROWER), tmp_path / "inception.safetensors")
     common = (
         *SMALL,
         f"--config.data.path={latents}",
@@ -90,9 +114,8 @@ def test_from_pictures_to_fid(command, tmp_path):
         parts = "--config.prepare.process_count=2", f"--config.prepare.process_index={index}"
         start(*prepare, *parts)
     assert json.loads((latents / "manifest.json").read_text())["num_pictures"] == 120
-    few = f"--config.prepare.input={tmp_path / 'few'}", f"--config.prepare.reference={reference}"
-    start("--mode=prepare", *few, "--config.prepare.latents=False")
-    assert np.load(reference)["num_images"] == 30
+    start(*prepare, f"--config.prepare.reference={reference}", "--config.prepare.latents=False")
+    assert np.load(reference)["num_images"] == 120
 
     start("--mode=train")
     told = start("--mode=eval", "--config.eval.checkpoints=10,20")
@@ -111,7 +134,7 @@ def test_from_pictures_to_fid(command, tmp_path):
     shutil.copytree(workdir, other, ignore=shutil.ignore_patterns("eval.jsonl"))
     arguments = "--config.eval.batch_size=18", f"--workdir={other}", "--mode=eval"
     job = Job(2, *common, *arguments, program=("-c", PROGRAM))
-    ended = job.finish(timeout=600)
+    ended = job.finish()
     assert [process.code for process in ended] == [0, 0], ended
     (theirs,) = _rows(other)
     assert _scores(theirs) == pytest.approx(_scores(second), rel=1e-3, abs=1e-5)

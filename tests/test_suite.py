@@ -56,11 +56,10 @@ def test_scores_are_of_the_whole_whatever_the_batches(made):
     found, real = score(features, reference, NUM), reference.statistics
     own, spatial = (Moments.of(features[name]) for name in ("2048", "spatial"))
     pairs = pair_scores(features["2048"], real.features)
+    theirs = real.mean_spatial, real.covariance_spatial
     expected = dict(zip(("precision", "recall", "kid"), pairs, strict=True)) | {
         "fid": frechet_distance(own.mean, own.covariance, real.mean, real.covariance),
-        "sfid": frechet_distance(
-            spatial.mean, spatial.covariance, real.mean_spatial, real.covariance_spatial
-        ),
+        "sfid": frechet_distance(spatial.mean, spatial.covariance, *theirs),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert 0 < found["precision"] < 1
@@ -83,9 +82,7 @@ def test_samples_that_are_missing_or_too_few_are_refused(made):
     features, reference = made
     scores = SampleScores(NUM, least=10)
     scores.add({name: rows[:50] for name, rows in features.items()}, np.arange(50))
-    with pytest.raises(
-        BadInput, match="153 of 203 samples are missing or hold NaN, the first is 50"
-    ):
+    with pytest.raises(BadInput, match=r"153 of 203 samples are missing .*, the first is 50"):
         scores.against(reference)
     few = {name: rows[:8] for name, rows in features.items()}
     with pytest.raises(BadInput, match=r"eval\.num_samples=8: must be at least 9"):

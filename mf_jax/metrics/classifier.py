@@ -29,11 +29,7 @@ Described = tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n k"] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The training of a classifier.
-
-    learning_rate: peak, decayed to 0 along a cosine. weight_decay: decoupled. seed: of parameters,
-    order and shifts.
-    """
+    """The training of a classifier; the learning rate is decayed to 0 along a cosine."""
 
     steps: int = 500
     batch_size: int = 128
@@ -56,7 +52,7 @@ def train_classifier(
       images: real images, H and W at least 8, scaled to about [-1, 1].
       labels: classes in [0, num_classes).
       num_classes: at least 2.
-      recipe: of the training.
+      recipe: how to train.
       file: an `.npz` of its parameters, read if it is there and else written; "" for none.
     """
     images = _checked(images)
@@ -71,15 +67,16 @@ def train_classifier(
         params = unflatten_dict(arrays, sep="/")
     else:
         params = _train(images, labels, num_classes, recipe)
-        content = io.BytesIO()
-        np.savez(content, **flatten_dict(params, sep="/"))
         if file:
+            content = io.BytesIO()
+            np.savez(content, **flatten_dict(params, sep="/"))
             replace_file(file, content.getvalue())
     return functools.partial(_describe, num_classes, params, images.shape[1:])
 
 
 def _train(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe) -> PyTree:
-    state = _initial_state(num_classes, recipe, images[:1])
+    params = jax.jit(_Network(num_classes).init)(jax.random.key(recipe.seed), images[:1])
+    state = params, _optimiser(recipe).init(params)
     # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
     for batch in _batches(images, labels, recipe):
         state = _train_step(num_classes, recipe, state, *batch)
@@ -150,23 +147,14 @@ def _optimiser(recipe: Recipe) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_state(
-    outputs: int, recipe: Recipe, images: jax.Array
-) -> tuple[PyTree, optax.OptState]:
-    params = _Network(outputs).init(jax.random.key(recipe.seed), images)
-    return params, _optimiser(recipe).init(params)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _train_step(outputs: int, recipe: Recipe, state, images: jax.Array, labels: jax.Array):
     def loss(params):
         _, logits = _Network(outputs).apply(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     params, optimiser_state = state
-    updates, optimiser_state = _optimiser(recipe).update(
-        jax.grad(loss)(params), optimiser_state, params
-    )
+    gradient = jax.grad(loss)(params)
+    updates, optimiser_state = _optimiser(recipe).update(gradient, optimiser_state, params)
     return optax.apply_updates(params, updates), optimiser_state
 
 

@@ -149,9 +149,7 @@ def frechet_distance(
     for side, mean, covariance in (("a", mean_a, cov_a), ("b", mean_b, cov_b)):
         check_gaussian(mean, covariance, (f"mean_{side}", f"cov_{side}"))
     if mean_a.shape != mean_b.shape:
-        raise BadInput(
-            f"mean_b has {mean_b.size} features; it must have {mean_a.size}, like mean_a"
-        )
+        raise BadInput(f"mean_b has {mean_b.size} features; must have {mean_a.size}, like mean_a")
     return _distance(mean_a, cov_a, mean_b, cov_b, _root(cov_a).T @ _root(cov_b))
 
 
@@ -163,12 +161,8 @@ def frechet_with_error(
 ) -> tuple[float, float]:
     """Return `frechet_distance` and its standard error over draws of the samples.
 
-    The reference counts as exact. The error leaves out the bias, which falls with their number.
-
-    Args:
-      samples: moments of the samples.
-      mean, covariance: of the reference.
-      rows: feature rows of the samples.
+    The reference, of this mean and covariance, counts as exact. The error leaves out the bias,
+    which falls with the number of samples.
     """
     own, root = samples.covariance, _root(covariance)
     cross = _root(own).T @ root

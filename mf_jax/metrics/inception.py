@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Float32, PyTree, UInt8
+from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt8
 
 from mf_jax.errors import BadInput
 from mf_jax.published.torch_file import fit_state_dict, read_state_dict
@@ -41,11 +41,7 @@ _IGNORED = ".num_batches_tracked"  # written by some versions of PyTorch, and of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inception:
-    """Weights for `inception_features`.
-
-    params: the parameter tree. sha256: of the file they come from; numbers from different files
-    must not be compared.
-    """
+    """Weights for `inception_features`; numbers from files of different sha256 do not compare."""
 
     params: PyTree[Float32[Array, "..."]]
     sha256: str
@@ -75,7 +71,7 @@ def load_inception(path: epath.PathLike) -> Inception:
 
 
 def inception_features(
-    params: PyTree[Float32[Array, "..."]], images: Array | np.ndarray
+    params: PyTree[Float32[Array, "..."]], images: Shaped[Array | np.ndarray, "..."]
 ) -> dict[str, Float32[Array, "b _"]]:
     """Return all features of images; one compilation of the network serves images of any size.
 
@@ -83,10 +79,6 @@ def inception_features(
     before the last reduction; `2048` is for FID. `logits_unbiased` lack the bias of the last layer;
     Inception Score takes their softmax. `spatial` is for sFID: the first 7 channels of
     `mixed_6/conv:0` pixel by pixel (`Mixed_6d.branch1x1` after its ReLU).
-
-    Args:
-      params: of `Inception`.
-      images: `[B, H, W, 3]`, uint8, as many as fit into memory.
 
     Source: FID, arXiv 1706.08500; Inception Score, arXiv 1606.03498; sFID, Nash et al., arXiv
     2103.03841, section 5; the published evaluation of ADM.
@@ -171,10 +163,6 @@ def _averaged(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
-def _maximal(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    return nn.max_pool(x, (3, 3), padding="SAME")
-
-
 def _join(*branches: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
     return jnp.concatenate(branches, axis=-1)
 
@@ -247,7 +235,8 @@ class _Network(nn.Module):
             _halved(x),
         )
         x = _block_8(x, "Mixed_7b", _averaged(x))
-        x = jnp.mean(_block_8(x, "Mixed_7c", _maximal(x)), (1, 2))
+        x = _block_8(x, "Mixed_7c", nn.max_pool(x, (3, 3), padding="SAME"))
+        x = jnp.mean(x, (1, 2))
         features["2048"] = x
         features["logits_unbiased"] = nn.Dense(FEATURES["logits"], use_bias=False, name="fc")(x)
         bias = self.param("fc_bias", nn.initializers.zeros, (FEATURES["logits"],))

@@ -14,13 +14,7 @@ from mf_jax.errors import BadInput
 
 
 class InceptionScore:
-    """Sums over the samples of each part.
-
-    Args:
-      num_samples: of all parts, at least one for each.
-      num_classes: width of the logits.
-      splits: parts.
-    """
+    """Sums over the samples of each of `splits` parts; num_samples: of all parts."""
 
     def __init__(self, num_samples: int, num_classes: int, splits: int = 10) -> None:
         if not 1 <= splits <= num_samples:

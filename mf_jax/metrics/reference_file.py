@@ -77,11 +77,7 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics to compare with.
-
-    path: of the file. sha256: of its bytes, in hex digits. num_pictures: pictures in it for
-    `read_pictures`.
-    """
+    """Statistics of a file, whose bytes have a sha256; num_pictures: for `read_pictures`."""
 
     path: str
     statistics: Statistics
@@ -97,8 +93,7 @@ def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Refe
 
     Args:
       path: of the `.npz`.
-      compute: from blocks of pictures to their statistics, for files of pictures alone; None
-      refuses such files.
+      compute: for files of pictures alone, which None refuses; takes blocks of pictures.
     """
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
@@ -120,12 +115,7 @@ def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Refe
 def read_pictures(
     path: epath.PathLike, block_size: int = 250
 ) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
-    """Yield the pictures of a file in blocks; no more than one block is held in memory.
-
-    Args:
-      path: of an `.npz` whose `arr_0` is uint8 `[N, H, W, C]`.
-      block_size: pictures of a block, at least 1; the last may be smaller.
-    """
+    """Yield the pictures of a file in blocks; no more than one block is held in memory."""
     with _opened(epath.Path(path).expanduser()) as archive:
         shape = _picture_shape(archive)
         with archive.open(f"{_PICTURES}.npy") as member:
@@ -151,10 +141,10 @@ def write_reference(
     pictures: Iterable[UInt8[np.ndarray, "n h w c"]] = (),
     num_pictures: int = 0,
 ) -> None:
-    """Write a file of reference statistics, whole or not at all.
+    """Write a file of reference statistics, whole or not at all, and its folder.
 
     Args:
-      path: of the `.npz`, whose folder is created.
+      path: of the `.npz`.
       statistics: of the reference pictures.
       pictures: blocks to store with them, which ADM's evaluation needs; ours needs the features.
       num_pictures: their number in all blocks.

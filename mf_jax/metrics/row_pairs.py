@@ -57,12 +57,7 @@ class _Rows(NamedTuple):
 
 
 def own_pairs(rows: Float[np.ndarray, "n d"], *, k: int = 3) -> OwnPairs:
-    """Compare the rows of a set with one another.
-
-    Args:
-      rows: more than k, finite.
-      k: the neighbour that sets the radius of a ball, at least 1.
-    """
+    """Compare the rows of a set, finite and more than k, with one another."""
     n = len(rows)
     radii, kernels = _own(_shifted(rows, rows.mean(axis=0, dtype=np.float64)), k)
     return OwnPairs(np.asarray(radii), _sum(kernels) / (n * (n - 1)))
@@ -79,7 +74,7 @@ def pair_scores(
 
     Args:
       generated, reference: rows, more than k of each, finite.
-      k: the neighbour that sets the radius of a ball, at least 1.
+      k: at least 1.
       own: pairs of the generated rows, if they are known.
     """
     if k < 1:

@@ -46,7 +46,7 @@ class SampleScores:
         features: Mapping[str, Shaped[Array | np.ndarray, "b _"]],
         index: Shaped[Array | np.ndarray, "b"],
     ) -> None:
-        """Add a batch.
+        """Add features of a batch.
 
         Args:
           features: of `inception_features`.
@@ -56,7 +56,12 @@ class SampleScores:
         keep = numbers < self._num_samples
         rows = {name: on_host(features[name]) for name in (POOLED, SPATIAL, LOGITS)}
         widths = {name: array.shape[1] for name, array in rows.items()}
-        self._check_enough(widths)
+        least = self._least or 1 + max(widths[POOLED], widths[SPATIAL])
+        if self._num_samples < least:
+            raise BadInput(
+                f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances "
+                f"of {widths[POOLED]} features are singular below; use 50000, as published"
+            )
         if not is_first():
             return
         if self._rows is None:
@@ -65,14 +70,6 @@ class SampleScores:
         self._pooled += Moments.of(rows[POOLED][keep])
         self._spatial += Moments.of(rows[SPATIAL][keep])
         self._classes.add(rows[LOGITS][keep], numbers[keep])
-
-    def _check_enough(self, widths: Mapping[str, int]) -> None:
-        least = self._least or 1 + max(widths[POOLED], widths[SPATIAL])
-        if self._num_samples < least:
-            raise BadInput(
-                f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances "
-                f"of {widths[POOLED]} features are singular below; use 50000, as published"
-            )
 
     def _start(self, widths: Mapping[str, int]) -> None:
         # NaN until its sample has come: scores of samples that lack one are refused
@@ -87,7 +84,11 @@ class SampleScores:
     def against(self, reference: Reference) -> dict[str, float]:
         """Return all scores that the reference has statistics for."""
         check_widths(reference, self._pooled.mean.size, self._spatial.mean.size)
-        self._require_all()
+        if missing := np.flatnonzero(np.isnan(self._rows).any(axis=1)).tolist():
+            raise BadInput(
+                f"{len(missing)} of {self._num_samples} samples are missing or hold NaN, the "
+                f"first is {missing[0]}: look for a diverged network"
+            )
         real = reference.statistics
         fid, error = frechet_with_error(self._pooled, real.mean, real.covariance, self._rows)
         scores = {"fid": fid, "fid_standard_error": error}
@@ -99,13 +100,6 @@ class SampleScores:
             pairs = pair_scores(self._rows, real.features, own=self._own)
             scores |= dict(zip(("precision", "recall", "kid"), pairs, strict=True))
         return scores
-
-    def _require_all(self) -> None:
-        if missing := np.flatnonzero(np.isnan(self._rows).any(axis=1)).tolist():
-            raise BadInput(
-                f"{len(missing)} of {self._num_samples} samples are missing or hold NaN, the "
-                f"first is {missing[0]}: look for a diverged network"
-            )
 
 
 def check_widths(reference: Reference, pooled: int, spatial: int) -> None:

@@ -15,28 +15,19 @@ from mf_jax.flow import diagnostics
 from mf_jax.flow.records import Rows
 from mf_jax.models import as_field
 
-_DIAGNOSTIC_ROWS = 1024
-_DIAGNOSTIC_STREAM = 2**31  # sample i folds i into the same key, and i stays below
+_ROWS = 1024
+_STREAM = 2**31  # sample i folds i into the same key, and i stays below
 
 
 def diagnose(
-    config: ConfigDict, network: nn.Module, params: PyTree, source: Source, *, seed: int
+    config: ConfigDict, network: nn.Module, params: PyTree, source: Source
 ) -> dict[str, float]:
-    """Return the MeanFlow diagnostics on draws of real data with the run's own distribution of
-    times.
-
-    Args:
-      config: of the run.
-      network, params: the model.
-      source: real data.
-      seed: of the choice of rows, the noise and the times.
-    """
-    key = jax.random.fold_in(jax.random.key(seed), _DIAGNOSTIC_STREAM)
+    """Return the MeanFlow diagnostics on real data, at times of the run's own distribution."""
+    key = jax.random.fold_in(jax.random.key(config.eval.seed), _STREAM)
     rows_key, noise_key, times_key = jax.random.split(key, 3)
-    index = jax.random.randint(rows_key, (_DIAGNOSTIC_ROWS,), 0, len(source))
-    batch = source.gather(np.asarray(index))
-    x, labels = jnp.asarray(batch.x), jnp.asarray(batch.labels)
-    r, t = make_scheme(config).times.sample(times_key, _DIAGNOSTIC_ROWS)
+    index = jax.random.randint(rows_key, (_ROWS,), 0, len(source))
+    x, labels = map(jnp.asarray, source.gather(np.asarray(index)))
+    r, t = make_scheme(config).times.sample(times_key, _ROWS)
     e = jax.random.normal(noise_key, x.shape)
     rows = Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=jnp.zeros(labels.shape, bool))
     measures: list[Callable] = [diagnostics.velocity_error]

@@ -17,8 +17,7 @@ NEWEST = -1
 class Cell:
     """One model, sampled in one way.
 
-    checkpoint: its step, or `NEWEST`. ema: a moving average of the run, or `none`. plan: the
-    sampling.
+    checkpoint: its step, or `NEWEST`. ema: a moving average of the run, or `none`.
     """
 
     checkpoint: int

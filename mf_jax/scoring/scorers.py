@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,10 @@ from ml_collections import ConfigDict
 
 from mf_jax.data import Batch, Source, read
 from mf_jax.data.pixels import from_pixels, to_pixels
-from mf_jax.metrics.classifier import (
-    FEATURES_KEPT,
-    Described,
-    Recipe,
-    principal_components,
-    train_classifier,
-)
+from mf_jax.metrics import classifier, reference_file
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features, load_inception
-from mf_jax.metrics.reference_file import (
-    Reference,
-    Statistics,
-    count_pictures,
-    read_pictures,
-    read_reference,
-)
+from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
@@ -63,74 +51,18 @@ class Samples(NamedTuple):
     batch_size: int
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """Compares samples; `protocols` says with what, one entry for each record of scores."""
+class Scorer(NamedTuple):
+    """Compares samples.
 
-    def protocols(self) -> list[Row]: ...
-
-    def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
-        """Gather samples, on all processes of a job; return the comparison, for the first alone."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class InceptionScorer:
-    """Compare pictures with reference statistics.
-
-    references: to compare with. inception: the network of features. least_samples: of
-    `SampleScores`. show_progress: while samples are made.
+    protocols: with what, one for each record of scores. gather: takes samples, on all processes of
+    a job, and returns the comparison, for the first alone.
     """
 
-    references: Sequence[Reference]
-    inception: Inception
-    least_samples: int
-    show_progress: bool
-
-    def protocols(self) -> list[Row]:
-        """See `Scorer`."""
-        shared = {"inception": self.inception.sha256, "matmul_precision": "highest"}
-        return [
-            shared | {"reference": epath.Path(one.path).name, "reference_sha256": one.sha256}
-            for one in self.references
-        ]
-
-    def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
-        """See `Scorer`."""
-        num, size = len(samples.labels), samples.batch_size
-        scores = SampleScores(num, least=self.least_samples)
-        shown = {"per_step": size, "is_wanted": self.show_progress}
-        for pixels, index in track(samples.batches, samples.name, -(-num // size), **shown):
-            scores.add(_features(self.inception, pixels), index)
-        return functools.partial(self._compare, scores)
-
-    def _compare(self, scores: SampleScores) -> list[Scores]:
-        mean, deviation = scores.inception_score()
-        shared = {"inception_score": mean, "inception_score_std": deviation}
-        return [scores.against(reference) | shared for reference in self.references]
+    protocols: Sequence[Row]
+    gather: Callable[[Samples], Callable[[], list[Scores]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataScorer:
-    """Compare samples with real data.
-
-    reference: its protocol. compare: gives the scores of samples with their labels.
-    """
-
-    reference: Row
-    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores]
-
-    def protocols(self) -> list[Row]:
-        """See `Scorer`."""
-        return [self.reference]
-
-    def __call__(self, samples: Samples) -> Callable[[], list[Scores]]:
-        """See `Scorer`."""
-        rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
-        return lambda: [self.compare(rows[: len(samples.labels)], samples.labels)]
-
-
-def scorer_of_references(config: ConfigDict) -> InceptionScorer | None:
+def scorer_of_references(config: ConfigDict) -> Scorer | None:
     """Return the scorer against `eval.references`, or None if there are none."""
     section = config.eval
     if not section.references:
@@ -139,7 +71,36 @@ def scorer_of_references(config: ConfigDict) -> InceptionScorer | None:
     inception = load_inception(path)
     verify(section.inception, inception.sha256)
     references = [load_reference(path, inception) for path in section.references]
-    return InceptionScorer(references, inception, section.least_samples, config.log.progress)
+    shared = {"inception": inception.sha256, "matmul_precision": "highest"}
+    protocols = [
+        shared | {"reference": epath.Path(one.path).name, "reference_sha256": one.sha256}
+        for one in references
+    ]
+    return Scorer(protocols, functools.partial(_score_pictures, config, inception, references))
+
+
+def _score_pictures(
+    config: ConfigDict, inception: Inception, references: Sequence[Reference], samples: Samples
+) -> Callable[[], list[Scores]]:
+    num, size = len(samples.labels), samples.batch_size
+    scores = SampleScores(num, least=config.eval.least_samples)
+    shown = {"per_step": size, "is_wanted": config.log.progress}
+    for pixels, index in track(samples.batches, samples.name, -(-num // size), **shown):
+        scores.add(_features(inception, pixels), index)
+
+    def compare() -> list[Scores]:
+        mean, deviation = scores.inception_score()
+        shared = {"inception_score": mean, "inception_score_std": deviation}
+        return [scores.against(reference) | shared for reference in references]
+
+    return compare
+
+
+def _score_whole(
+    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores], samples: Samples
+) -> Callable[[], list[Scores]]:
+    rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
+    return lambda: [compare(rows[: len(samples.labels)], samples.labels)]
 
 
 def scorer_of_data(
@@ -152,46 +113,46 @@ def scorer_of_data(
     """
     if train.spec.is_picture:
         whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
-        scorer = _of_pictures(whole, train.spec.num_classes, workdir)
+        protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir)
     else:
         real = read(train, config.eval.num_samples)
-        scorer = _of_vectors(read(held_out, config.eval.num_samples).x)
+        points = read(held_out, config.eval.num_samples).x
+        name, measures = f"{len(points)} held-out vectors", (energy_distance, sliced_wasserstein)
+        protocol = {"reference": name, "reference_sha256": digest(points)}
+
+        def compare(x: np.ndarray, labels: np.ndarray) -> Scores:
+            return {each.__name__: each(x, points) for each in measures}
+
     num = len(real.x)
     samples = Samples(_REAL_DATA, [(real.x, np.arange(num))], real.labels, num)
+    scorer = Scorer([protocol], functools.partial(_score_whole, compare))
     return scorer, ({"samples": _REAL_DATA, "num_samples": num}, lambda: samples)
 
 
-def _of_vectors(held_out: Float[np.ndarray, "n d"]) -> DataScorer:
-    name, measures = f"{len(held_out)} held-out vectors", (energy_distance, sliced_wasserstein)
-    return DataScorer(
-        {"reference": name, "reference_sha256": digest(held_out)},
-        lambda x, labels: {each.__name__: each(x, held_out) for each in measures},
-    )
-
-
-def _of_pictures(train: Batch, num_classes: int, workdir: epath.Path) -> DataScorer:
-    """Return a scorer in features of the training split.
-
-    Those are of a small classifier, or principal components where there is nothing to classify.
-    """
+def _of_pictures(
+    train: Batch, num_classes: int, workdir: epath.Path
+) -> tuple[Row, Callable[..., Scores]]:
+    """Return protocol and comparison in features of a classifier, or components without classes."""
     has_classes = num_classes > 1
-    recipe = f"classifier, {Recipe()}" if has_classes else "principal components"
+    recipe = classifier.Recipe()
+    kind = f"classifier, {recipe}" if has_classes else "principal components"
     protocol = {
         "reference": f"{len(train.x)} training images",
         "reference_sha256": digest(*(train if has_classes else train[:1])),
-        "features": f"{FEATURES_KEPT} of the {recipe}",
+        "features": f"{classifier.FEATURES_KEPT} of the {kind}",
         "neighbours": 3,
     }
 
     @functools.cache
-    def learnt() -> tuple[Callable[..., Described], Float[np.ndarray, "n d"]]:
+    def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
         images = from_pixels(train.x)
         if has_classes:
             name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
             file = workdir / name  # training takes as long as the rest
-            describe = train_classifier(images, train.labels, num_classes, file=file)
+            training = images, train.labels, num_classes, recipe
+            describe = classifier.train_classifier(*training, file=file)
         else:
-            describe = principal_components(images)
+            describe = classifier.principal_components(images)
         return describe, describe(images)[0]
 
     def compare(x: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> Scores:
@@ -205,17 +166,17 @@ def _of_pictures(train: Batch, num_classes: int, workdir: epath.Path) -> DataSco
             scores["class_accuracy"] = float(np.mean(logits.argmax(axis=1) == labels))
         return {"frechet_distance": frechet_distance(*gaussians)} | scores
 
-    return DataScorer(protocol, compare)
+    return protocol, compare
 
 
 def samples_of_file(config: ConfigDict) -> tuple[Row, Callable[[], Samples]]:
     """Return the protocol of the pictures in a file, all of them, and how to read them."""
     path = epath.Path(config.eval.samples).expanduser()
-    num, mesh = count_pictures(path), make_mesh(data=0, fsdp=1)
+    num, mesh = reference_file.count_pictures(path), make_mesh(data=0, fsdp=1)
     size = -(-min(config.eval.batch_size, num) // mesh.size) * mesh.size
 
     def batches() -> Iterator:
-        for first, block in enumerate(read_pictures(path, size)):
+        for first, block in enumerate(reference_file.read_pictures(path, size)):
             padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
             index = np.arange(first * size, (first + 1) * size, dtype=np.int32)
             yield jax.device_put(padded, batch_sharding(mesh)), index
@@ -226,18 +187,14 @@ def samples_of_file(config: ConfigDict) -> tuple[Row, Callable[[], Samples]]:
 
 
 def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
-    """Read reference statistics; whatever a file of pictures lacks is computed from them.
-
-    Args:
-      path: of the `.npz`.
-      inception: the network of features, which the statistics must be of too.
-    """
-    reference = read_reference(path, functools.partial(_statistics, inception))
+    """Read reference statistics; whatever a file of pictures lacks is computed from them."""
+    reference = reference_file.read_reference(path, functools.partial(_statistics, inception))
     check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
     if reference.statistics.features is not None or not reference.num_pictures:
         return reference
     # as the evaluation of ADM has its files
-    blocks = itertools.islice(read_pictures(path, _BLOCK), _KEPT_FEATURES // _BLOCK)
+    blocks = reference_file.read_pictures(path, _BLOCK)
+    blocks = itertools.islice(blocks, _KEPT_FEATURES // _BLOCK)
     rows = [np.asarray(_features(inception, jnp.asarray(block))[POOLED]) for block in blocks]
     statistics = dataclasses.replace(reference.statistics, features=np.concatenate(rows))
     return dataclasses.replace(reference, statistics=statistics)
