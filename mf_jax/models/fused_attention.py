@@ -134,9 +134,7 @@ def _heads_first(x: Array, length: int) -> Array:
 def _with_gradient(attention: Callable) -> Callable:
     """Return an attention that computes its weights again for its gradient, to keep none."""
     forward = _on_each_device(attention, 3)
-    backward = _on_each_device(
-        lambda q, k, v, gradient: jax.vjp(attention, q, k, v)[1](gradient), 4, 3
-    )
+    backward = _on_each_device(lambda q, k, v, g: jax.vjp(attention, q, k, v)[1](g), 4, 3)
     both = jax.custom_vjp(forward)
     both.defvjp(
         lambda *inputs: (forward(*inputs), inputs),

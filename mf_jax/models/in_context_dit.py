@@ -56,7 +56,6 @@ def rotary_angles(
     Args:
       positions: one of `POSITIONS`.
       num_prefix: tokens before the patches; on a grid they do not turn.
-      rows, columns: of the grid of patches.
       head_width: even; on a grid divisible by 4: the first half turns by row, the second by column.
 
     Source: RoFormer, arXiv 2104.09864.

@@ -101,21 +101,15 @@ class ConditionEmbedding(nn.Module):
             for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])
         )
         if self.num_classes:
-            embedding += embed_class(
-                labels,
-                self.num_classes,
-                self.width,
-                init=nn.initializers.normal(0.02),
-                name="label_embedding",
-            )
+            sizes, init = (self.num_classes, self.width), nn.initializers.normal(0.02)
+            embedding += embed_class(labels, *sizes, init=init, name="label_embedding")
         return embedding
 
 
 def sine_cosine_positions(height: int, width: int, num_features: int) -> Float[np.ndarray, "n d"]:
-    """Return the fixed position embedding of a grid of patches, rows one after another.
+    """Return the fixed position embedding of height x width patches, row by row.
 
     Args:
-      height, width: in patches.
       num_features: divisible by 4; the first half encodes the column, the second the row.
 
     Source: MAE, arXiv 2111.06377, as used by DiT, arXiv 2212.09748.

@@ -134,13 +134,8 @@ class UNet(Network):
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
         self._check_levels(z.shape)
-        embed = ConditionEmbedding(
-            4 * self.channels,
-            self.time_conditioning,
-            self.num_classes,
-            self.channels,
-            name="condition",
-        )
+        fields = 4 * self.channels, self.time_conditioning, self.num_classes, self.channels
+        embed = ConditionEmbedding(*fields, name="condition")
         c = nn.silu(embed(r=r, t=t, labels=condition.labels))
         layers = itertools.count()
 
@@ -169,9 +164,8 @@ class UNet(Network):
                 x = jnp.concatenate([x, skipped.pop()], axis=-1)
                 is_last = i == self.num_blocks
                 x = block(x, features, f"up_{level}_{i}", attention=attends and is_last)
-        x = nn.silu(_norm(x, "norm"))
-        zero = nn.initializers.zeros
-        u = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", init=zero)(x)
+        last = _conv(z.shape[-1], 3, dtype=self.dtype, name="last", init=nn.initializers.zeros)
+        u = last(nn.silu(_norm(x, "norm")))
         return Prediction(u=at_least_float32(u))
 
     def _check_levels(self, shape: tuple[int, ...]) -> None:

@@ -122,10 +122,9 @@ def fit_published(
         if fitting[name].shape != wanted[name].shape:
             shapes = f"is {list(stored.shape)}, must become {list(wanted[name].shape)}"
             misshapen.append(f"{published} ({name}) {shapes}")
+    names_of = {name: published_name(kind, name) for name in wanted if name not in fitting}
     missing = [
-        f"{(published_name(kind, name) or ['nothing published'])[0]} ({name})"
-        for name in wanted
-        if name not in fitting
+        f"{(known or ['nothing published'])[0]} ({name})" for name, known in names_of.items()
     ]
     names = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
     if problems := list_problems(names):

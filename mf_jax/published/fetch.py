@@ -32,12 +32,10 @@ def _autoencoder(name: str, revision: str, sha256: str) -> tuple[PublishedFile, 
     """Return the two files of an autoencoder of Stable Diffusion; all have one size and config."""
     config_sha256 = "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e"
     at = f"https://huggingface.co/stabilityai/{name}/resolve/{revision}"
-    return tuple(
-        PublishedFile(f"{name}/{file}", num_bytes, digest, f"{at}/{file}")
-        for file, num_bytes, digest in (
-            ("diffusion_pytorch_model.safetensors", 334_643_276, sha256),
-            ("config.json", 547, config_sha256),
-        )
+    weights = "diffusion_pytorch_model.safetensors"
+    return (
+        PublishedFile(f"{name}/{weights}", 334_643_276, sha256, f"{at}/{weights}"),
+        PublishedFile(f"{name}/config.json", 547, config_sha256, f"{at}/config.json"),
     )
 
 
@@ -82,11 +80,9 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
             problems.append(f"{problem}; {_where_to_get(file, place)}")
     if problems:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
-        command = (
-            f"python -m mf_jax.main --config=CONFIG --mode=weights --config.weights_dir={place}"
-        )
         raise BadInput(
-            f"{key}={name_or_path!r}: {'; '.join(problems)}; or run {command}{of_latents}"
+            f"{key}={name_or_path!r}: {'; '.join(problems)}; or run python -m mf_jax.main"
+            f" --config=CONFIG --mode=weights --config.weights_dir={place}{of_latents}"
         )
     return folder / files[0].path if len(files) == 1 else (folder / files[0].path).parent
 
@@ -102,12 +98,8 @@ def verify(name_or_path: str, sha256: str) -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Try to fetch all published files that a config names; one error has a line for each failure.
-
-    Args:
-      workdir: not used; the files belong to no run.
-    """
-    del workdir
+    """Fetch the published files that a config names; an error has a line for each failure."""
+    del workdir  # the files belong to no run
     keys = {"eval.inception": config.eval.inception}
     if config.data.name == "latents" or config.prepare.input:
         keys["data.autoencoder"] = config.data.autoencoder
@@ -165,10 +157,7 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     path = folder / file.path
     if path.exists():
         if problem := _problem(file, path, whole=True):
-            raise BadInput(
-                f"{problem}; it is left as it is: delete or move it, then run the same command "
-                "again"
-            )
+            raise BadInput(f"{problem}; delete or move it, then run the same command again")
         return "already there"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

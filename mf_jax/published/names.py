@@ -130,7 +130,7 @@ def published_name(kind: str, ours: str) -> tuple[str, str] | None:
 
 
 def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] | None:
-    """Return a name after the rule that is for it, from one field of `_Rule` to another."""
+    """Return a name after its rule, from one field of `_Rule` to another."""
     check_known("kind", kind, KINDS)
     for rule in _RULES[kind]:
         before, after = getattr(rule, source), getattr(rule, target)

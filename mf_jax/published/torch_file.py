@@ -71,21 +71,18 @@ def fit_state_dict(
     state: StateDict, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """Return the parameters of the wanted shapes in float32; the file must have just these."""
-    arrays = state.arrays
-    both = {name: (arrays[name], tuple(shape)) for name, shape in wanted.items() if name in arrays}
+    arrays, misshapen, mistyped = state.arrays, [], []
+    for name in filter(arrays.__contains__, wanted):
+        array, shape = arrays[name], list(wanted[name])
+        if list(array.shape) != shape:
+            misshapen.append(f"{name} is {list(array.shape)}, must be {shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            mistyped.append(f"{name} is {array.dtype}, must be floating point")
     problems = {
         "missing": [name for name in wanted if name not in arrays],
         "left over": [name for name in arrays if name not in wanted],
-        "of another shape": [
-            f"{name} is {list(array.shape)}, must be {list(shape)}"
-            for name, (array, shape) in both.items()
-            if array.shape != shape
-        ],
-        "of another type": [
-            f"{name} is {array.dtype}, must be floating point"
-            for name, (array, _) in both.items()
-            if not jnp.issubdtype(array.dtype, jnp.floating)
-        ],
+        "of another shape": misshapen,
+        "of another type": mistyped,
     }
     if misfits := list_problems(problems):
         raise BadInput(
