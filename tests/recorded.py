@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "ref
 def from_published(kind, flat):
     """Return published parameters as the tree of our network."""
     ours = {our_name(kind, name)[0]: as_ours(array) for name, array in flat.items()}
-    return unflatten_dict(ours, sep="/")
+    return unflatten_dict(dict(sorted(ours.items())), sep="/")
 
 
 def inception_weights(seed=0, divisor=1):
