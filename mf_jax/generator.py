@@ -11,7 +11,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
@@ -32,6 +31,7 @@ from mf_jax.runtime.sharding import batch_sharding
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
+_load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int] | Int[np.ndarray, "n"] | None
 
 
@@ -55,14 +55,12 @@ class Decoder:
 def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     """Return the decoder of a run's latents, or None if its network generates pictures or vectors.
 
-    Args:
-      config: of the run.
-      origin: SHA-256 of the autoencoder that made the latents, "" where it is not known.
+    The origin is the SHA-256 of the autoencoder that made the latents, "" where it is not known.
     """
     if config.data.name != "latents":
         return None
     path = find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
-    autoencoder = _read(str(path))
+    autoencoder = _load_autoencoder(path)
     verify(config.data.autoencoder, autoencoder.sha256)
     if origin not in ("", autoencoder.sha256):
         raise BadInput(
@@ -72,11 +70,6 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
         )
     scale = (config.data.latent_mean, config.data.latent_std)
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
-
-
-@functools.lru_cache(1)
-def _read(path: str) -> Autoencoder:
-    return load_autoencoder(epath.Path(path))
 
 
 @dataclasses.dataclass(frozen=True)

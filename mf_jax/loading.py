@@ -35,22 +35,15 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
     """Load the newest checkpoint of a run.
 
     Args:
-      workdir: the run's folder.
+      workdir: of the run.
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
     """
     folder = Path(workdir)
     return load_run(folder, run_folder.stored_config(folder), ema)
 
 
-def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = None) -> Generator:
-    """Load the run of a workdir, or the weights of `init` where it holds none.
-
-    Args:
-      workdir: the run's folder.
-      config: of the command, which must describe the same run.
-      ema: as `load` takes it.
-      step: of the checkpoint; None for the newest.
-    """
+def load_for(workdir: Path, config: ConfigDict, *, ema: str) -> Generator:
+    """Load the run of a workdir, which a config must describe, or `init` where it holds none."""
     if config.init.path and not run_folder.exists(workdir):
         generator = load_initial(config)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +51,7 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str, step: int | None = 
     with processes.together():
         run_folder.check(workdir, config)
         run_folder.check_writable(workdir)
-    return load_run(workdir, config, ema, step)
+    return load_run(workdir, config, ema)
 
 
 def load_initial(config: ConfigDict) -> Generator:
@@ -73,12 +66,7 @@ def load_initial(config: ConfigDict) -> Generator:
 
 
 def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
-    """Return the parameters that `init` names, float32.
-
-    Args:
-      config: with an `init.path`.
-      like: shapes of the parameters; a second head that they lack is left out.
-    """
+    """Return the parameters that `init` names, float32, without a second head that shapes lack."""
     path, kind, which = config.init.path, config.init.kind, config.init.which
     check_known("init.kind", kind, INIT_KINDS)
     if kind != "run":
@@ -154,10 +142,7 @@ def _restore(
 def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
     """Return the parameters that a network has, its blocks laid out as it has them.
 
-    Args:
-      params: of the checkpoint; a second head may be left over.
-      like: shapes of the network's.
-      where: the checkpoint lies, for the error.
+    A second head may be left over. Where the checkpoint lies is for the error.
     """
     params = laid_out_like(params, like)
     stored, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")

@@ -24,11 +24,8 @@ _KIMG = "kimg"
 def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
-    Args:
-      lr: peak value.
-      warmup_steps: steps of linear warm-up from 0 to the peak.
-      schedule: `constant`, or `cosine` to 0 at the last step.
-      num_steps: of the whole run, warm-up included.
+    A linear warm-up to the peak comes before a schedule, `constant`, or `cosine` to 0 at the last
+    of all the steps.
     """
     after = optax.constant_schedule(lr)
     if schedule == "cosine":
@@ -46,20 +43,16 @@ def _is_fused(path: KeyPath) -> bool:
 
 def _split_qkv(tree: PyTree) -> PyTree:
     """Make three matrices of each fused projection: `[..., in, 3 out]` to `[..., in, 3, out]`."""
-
-    def split(path: KeyPath, x: Any) -> Any:
-        return x.reshape(*x.shape[:-1], 3, -1) if _is_fused(path) else x
-
-    return tree_map_with_path(split, tree)
+    return tree_map_with_path(
+        lambda path, x: x.reshape(*x.shape[:-1], 3, -1) if _is_fused(path) else x, tree
+    )
 
 
 def _fuse_qkv(tree: PyTree) -> PyTree:
     """Undo `_split_qkv`."""
-
-    def fuse(path: KeyPath, x: Any) -> Any:
-        return x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x
-
-    return tree_map_with_path(fuse, tree)
+    return tree_map_with_path(
+        lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree
+    )
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
@@ -67,10 +60,7 @@ def muon_dimensions(params: PyTree) -> PyTree:
 
     Muon moves the kernels of linear layers, except the patch embedding. Adamw moves tables, learned
     tokens and positions, gates, norms, biases and convolutions. Axes in front count matrices, each
-    made orthogonal by itself: blocks in a loop (`model.scan`), parts of a fused projection.
-
-    Args:
-      params: nested dicts, fused projections as `_split_qkv` leaves them.
+    made orthogonal by itself: blocks in a loop (`model.scan`), parts that `_split_qkv` leaves.
     """
 
     def dimensions(path: KeyPath, leaf: Any) -> MuonDimensionNumbers | None:
@@ -151,9 +141,7 @@ def decay_of(name: str, *, batch_size: int) -> float:
 def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
     """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg").
 
-    Args:
-      ema: the section of the config.
-      target_ema: decay of the objective's own average, which comes last; 0 = none.
+    The objective's own average, which comes last, has the decay target_ema; 0 = none.
     """
     names = [average_name(decay) for decay in ema.decays]
     names += [f"{halflife:.15g}{_KIMG}" for halflife in ema.halflives_kimg]

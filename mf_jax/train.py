@@ -130,8 +130,7 @@ def first_state(
     """Return the newest undamaged state, else one of weights, else the seed's."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
-    restored = checkpoints.restore_state(placed(shapes, shardings))
-    if restored is not None:
+    if restored := checkpoints.restore_state(placed(shapes, shardings)):
         return restored
     if weights is None:
         return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
@@ -159,7 +158,16 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(run.parts, run.mesh)
     train_step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-    batches, schedule = _batches(run, start), make_schedule(config)
+    batches = make_batches(
+        run.source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start,
+        flip=config.data.flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    schedule = make_schedule(config)
     with _open_log(run, start) as log:
         done = start
         for done in range(start + 1, num_steps + 1):
@@ -184,18 +192,6 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     return done
 
 
-def _batches(run: _Run, start: int) -> Iterator[PyTree]:
-    return make_batches(
-        run.source,
-        batch_size=run.config.train.batch_size,
-        seed=run.config.seed,
-        start_step=start,
-        flip=run.config.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
 def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog | None]:
     """Return the log of the run on the first process, None on the others."""
     if not processes.is_first():
@@ -210,8 +206,7 @@ def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog
 
 
 def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    step = int(state.first_bad_step)
-    if step == NEVER:
+    if (step := int(state.first_bad_step)) == NEVER:
         return
     metrics = jax.device_get(state.metrics)
     names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from hlo import exchanged
 from steps import lowered_step, parts_of
 
@@ -26,30 +27,18 @@ CASES = {
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
-CHOSEN = [
-    ("data", "guided", "step"),
-    ("both", "loop", "step"),
-    ("both", "loop", "block"),
-    ("fsdp", "terminal", "step"),
-]
+CHOSEN = ["data/guided/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
 
 
 def first_moments(parts, mesh, compiled):
     """Return Adam's first moment, a multiple of the gradient, after a step without zeros."""
-
-    def moved(a):
-        return a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape)
-
-    def state():
-        plain = initial_state(parts)
-        return plain.replace(params=jax.tree.map(moved, plain.params))
-
+    state = initial_state(parts)
+    wave = lambda a: a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape)  # noqa: E731
+    state = state.replace(params=jax.tree.map(wave, state.params))
     x = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
-    labels = jnp.arange(BATCH) % 10
     places = jax.tree.map(lambda leaf: leaf.sharding, placed_step(parts, mesh)[1:])
-    return jax.tree.leaves(
-        jax.device_get(compiled(*jax.device_put((state(), x, labels), places)).opt_state[0].mu)
-    )
+    given = jax.device_put((state, x, jnp.arange(BATCH) % 10), places)
+    return jax.tree.leaves(jax.device_get(compiled(*given).opt_state[0].mu))
 
 
 def main():
@@ -59,7 +48,8 @@ def main():
     "apart" is the largest relative difference between the gradients of a loop and one device's.
     """
     out = {}
-    for mesh_name, name, gather in CHOSEN:
+    for chosen in CHOSEN:
+        mesh_name, name, gather = chosen.split("/")
         data, fsdp = MESHES[mesh_name]
         mesh, (network, objective, more) = make_mesh(data=data, fsdp=fsdp), CASES[name]
         parts = parts_of(network, objective, shape=SHAPE, batch=BATCH, **more)
@@ -67,27 +57,21 @@ def main():
         shapes = parameter_shapes(network, SHAPE)
         shardings = state_sharding(mesh, shapes)
         compiled = lowered_step(parts, mesh).compile()
-        paths = [
-            tuple(entry.key for entry in path)
-            for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
-        ]
-        pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
-        out[f"{mesh_name}/{name}/{gather}"] = {
+        named, places = flatten_dict(shapes), flatten_dict(shardings)
+        split = {path: len(place.spec) - 1 for path, place in places.items() if place.spec}
+        in_blocks = [path for path, axis in split.items() if is_axis_of_block(path, axis)]
+        out[chosen] = {
             "collectives": exchanged(compiled.as_text()),
-            "split": sum(a.size for a, s in pairs if s.spec),
-            "in_blocks": sum(
-                a.size
-                for path, (a, s) in zip(paths, pairs, strict=True)
-                if s.spec and is_axis_of_block(path, len(s.spec) - 1)
-            ),
-            "whole": sum(a.size for a, s in pairs if not s.spec),
+            "split": sum(named[path].size for path in split),
+            "in_blocks": sum(named[path].size for path in in_blocks),
+            "whole": sum(leaf.size for path, leaf in named.items() if path not in split),
         }
         if name == "loop":
             if gather == "step":  # one device has nothing to gather
                 alone = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
                 of_one = first_moments(parts, alone, lowered_step(parts, alone).compile())
             of_all = first_moments(parts, mesh, compiled)
-            out[f"{mesh_name}/{name}/{gather}"]["apart"] = max(
+            out[chosen]["apart"] = max(
                 float(jnp.abs(a - b).max() / jnp.abs(a).max())
                 for a, b in zip(of_one, of_all, strict=True)
             )

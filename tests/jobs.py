@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+from configs.digits import get_config
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -38,30 +40,31 @@ def here(*arguments):
     return Ended(code, output.getvalue(), errors.getvalue())
 
 
+def works(*arguments):
+    """Run a command line in this process, which must end well; return its output."""
+    ended = here(*arguments)
+    assert ended.code == 0, ended
+    return ended.output
+
+
+def tiny_config(**more):
+    """Return the config of digits with a tiny network; keys may hold dots."""
+    config = get_config()
+    config.model.depth, config.model.width, config.train.batch_size = 1, 16, 16
+    config.update_from_flattened_dict(more)
+    return config
+
+
 class Job:
     """Processes of one job over loopback, of a program or else of the command line.
 
-    Args:
-      num: how many.
-      arguments: of all.
-      program: arguments of the interpreter in front.
-      devices: of each process.
-      own: more arguments of a process, from its number.
-      environment: more variables of all.
+    The program is the interpreter's arguments in front of all others. Each process has the devices.
     """
 
-    def __init__(
-        self,
-        num,
-        *arguments,
-        program=("-m", "mf_jax.main"),
-        devices=1,
-        own=lambda index: (),
-        environment=(),
-    ):
+    def __init__(self, num, *arguments, program=("-m", "mf_jax.main"), devices=1):
         xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
-        env = os.environ | env | {"XLA_FLAGS": xla} | dict(environment)
+        env = os.environ | env | {"XLA_FLAGS": xla}
         if num > 1:
             env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
             env["JAX_NUM_PROCESSES"] = str(num)
@@ -69,7 +72,7 @@ class Job:
         self._texts = [[tempfile.TemporaryFile() for _ in range(2)] for _ in range(num)]  # noqa: SIM115
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *program, *map(str, [*arguments, *own(index)])],
+                [sys.executable, *program, *map(str, arguments)],
                 cwd=ROOT,
                 env=env | ({"JAX_PROCESS_ID": str(index)} if num > 1 else {}),
                 stdout=output,
@@ -78,9 +81,9 @@ class Job:
             for index, (output, errors) in enumerate(self._texts)
         ]
 
-    def output(self, index=0):
-        """Return what a process has printed so far."""
-        return _content(self._texts[index][0])
+    def output(self):
+        """Return what the first process has printed so far."""
+        return _content(self._texts[0][0])
 
     def wait_for(self, is_there, timeout=240):
         """Wait until something is there; return whether it comes before a process ends, in time."""
@@ -92,10 +95,9 @@ class Job:
             time.sleep(0.002)
         return True
 
-    def send(self, number, *indices):
-        """Send a signal to some of the processes, by default to all."""
-        for index in indices or range(len(self.processes)):
-            self.processes[index].send_signal(number)
+    def send(self, number, index=0):
+        """Send a signal to a process."""
+        self.processes[index].send_signal(number)
 
     def finish(self, timeout=240):
         """Wait for the processes; none survives, whatever happens."""

@@ -2,17 +2,15 @@
 
 import contextlib
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
 from conftest import TINY
-from jobs import here
+from jobs import here, tiny_config, works
 from recorded import FOLDER
 
 import mf_jax
-from configs.digits import get_config
 from mf_jax.config import make_network, validate
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
@@ -27,11 +25,9 @@ LABELS = [3, 1, 4, 1]
 DIGITS = ("--config=configs/digits.py", *TINY)
 
 
-def _config(**more):
-    config = get_config()
-    config.model.depth, config.model.width, config.train.batch_size = 1, 16, 16
-    config.update_from_flattened_dict(more)
-    return config
+def _from(place, kind="run", **more):
+    """Return a config that starts from a place."""
+    return tiny_config(**{"init.path": str(place), "init.kind": kind}, **more)
 
 
 def _like(config):
@@ -48,7 +44,8 @@ def exported(trained, tmp_path_factory):
 
 
 def test_training_starts_from_another_run(trained, tmp_path):
-    config = _config(**{"init.path": str(trained)})
+    """From its moving average, or from the raw parameters."""
+    config = _from(trained)
     parts, mesh = step_parts(config, validate(config, num_devices=1)), make_mesh(data=0, fsdp=1)
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         state = first_state(parts, mesh, checkpoints, load_weights(config, _like(config)))
@@ -56,10 +53,7 @@ def test_training_starts_from_another_run(trained, tmp_path):
     assert int(state.step) == 0
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
-
-
-def test_the_raw_parameters_can_be_chosen(trained):
-    config = _config(**{"init.path": str(trained), "init.which": "none"})
+    config.init.which = "none"
     raw = mf_jax.load(trained, ema="none").params
     jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
 
@@ -72,7 +66,7 @@ def test_weights_sample_the_same_though_their_data_are_not_there(trained, export
     expected = generator.sample(LABELS, seed=2)
     for place, kind in places.items():
         lost = {"data.name": "image_folder", "data.path": str(tmp_path / "nowhere")}
-        again = load_initial(_config(**lost, **{"init.path": str(place), "init.kind": kind}))
+        again = load_initial(_from(place, kind, **lost))
         assert again.step == 0
         np.testing.assert_array_equal(again.sample(LABELS, seed=2), expected)
 
@@ -82,14 +76,11 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, exported, 
     generator, path = exported
     expected = generator.sample_raw(LABELS, seed=2)
     for place, kind in {trained: "run", path: "meanflow"}.items():
-        loop = load_initial(
-            _config(**{"init.path": str(place), "init.kind": kind, "model.scan": True})
-        )
+        loop = load_initial(_from(place, kind, **{"model.scan": True}))
         assert "blocks" in loop.params
         np.testing.assert_allclose(loop.sample_raw(LABELS, seed=2), expected, atol=1e-5)
         loop.export(tmp_path / "back.npz", kind="meanflow")
-        config = _config(**{"init.path": str(tmp_path / "back.npz"), "init.kind": "meanflow"})
-        back = load_initial(config)
+        back = load_initial(_from(tmp_path / "back.npz", "meanflow"))
         jax.tree.map(np.testing.assert_array_equal, back.params, generator.params)
 
 
@@ -97,8 +88,7 @@ def test_a_run_that_loops_over_its_blocks(tmp_path):
     keys = ("model.scan=True", "model.depth=2", "model.remat=block", "train.num_steps=1")
     flags = (*DIGITS, f"--workdir={tmp_path}/run", *(f"--config.{key}" for key in keys))
     for mode in ("train", "sample"):
-        ended = here(*flags, f"--mode={mode}")
-        assert ended.code == 0, ended
+        works(*flags, f"--mode={mode}")
     assert mf_jax.load(tmp_path / "run").params["blocks"]["expand"]["kernel"].shape == (2, 16, 64)
 
 
@@ -117,24 +107,21 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
         "sample.num=13",
     )
     flags = (f"--config.{key}" for key in keys)
-    ended = here("--config=configs/digits.py", "--mode=sample", f"--workdir={tmp_path}", *flags)
-    assert ended.code == 0, ended
+    works("--config=configs/digits.py", "--mode=sample", f"--workdir={tmp_path}", *flags)
     samples = np.load(tmp_path / "samples.npz")
     assert samples["arr_0"].shape == (13, 32, 32, 3)
     np.testing.assert_array_equal(samples["arr_1"], [*range(10), 0, 1, 2])
 
 
-@pytest.mark.parametrize("more", [{}, {"data.latent_std": (2.0,)}], ids=["pictures", "scale"])
-def test_a_run_on_other_latents_is_refused(trained, tmp_path, more):
-    theirs = tmp_path / "theirs"
-    shutil.copytree(trained, theirs)
-    if more:
-        stored = json.loads((theirs / "config.json").read_text())
-        stored["data"]["name"] = "latents"
-        (theirs / "config.json").write_text(json.dumps(stored))
-    config = _config(**{"init.path": str(theirs), "data.name": "latents", **more})
-    with pytest.raises(BadInput, match=r"was trained on .*latents.*set data.name, data.latent_m"):
-        load_weights(config, _like(config))
+def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
+    """Or on pictures."""
+    stored = json.loads((trained / "config.json").read_text())
+    stored["data"]["name"] = "latents"
+    (copy_of_trained / "config.json").write_text(json.dumps(stored))
+    for theirs, more in (trained, {}), (copy_of_trained, {"data.latent_std": (2.0,)}):
+        config = _from(theirs, **{"data.name": "latents"}, **more)
+        with pytest.raises(BadInput, match=r"was trained on .*latents.*set data.name, data.late"):
+            load_weights(config, _like(config))
 
 
 def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path):
@@ -143,14 +130,13 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
     code, _, errors = here(*arguments, f"--config.init.path={tmp_path / 'weight.npz'}")
     assert (code, "weight.npz" in errors) == (2, True)
     assert not (tmp_path / "run").exists()
-    ended = here(*arguments, f"--config.init.path={exported[1]}", "--config.train.num_steps=1")
-    assert ended.code == 0, ended
+    works(*arguments, f"--config.init.path={exported[1]}", "--config.train.num_steps=1")
 
 
 def test_parameters_that_do_not_fit_are_listed(trained):
     other = {"model.depth": 2, "model.time_conditioning": "t"}
     other |= {"model.num_heads": 2, "model.patch_size": 2}
-    config = _config(**{"init.path": str(trained)}, **other)
+    config = _from(trained, **other)
     with pytest.raises(BadInput) as error:
         load_weights(config, _like(config))
     for part in (
@@ -164,23 +150,20 @@ def test_parameters_that_do_not_fit_are_listed(trained):
 
 def test_bad_places_are_named():
     for kind, named in {"run": "nowhere", "imf": "nowhere", "dit": "init.kind"}.items():
-        config = _config(**{"init.path": "nowhere", "init.kind": kind})
+        config = _from("nowhere", kind)
         with pytest.raises(BadInput, match=named):
             load_weights(config, _like(config))
 
 
-STEPS = (
-    {"model.name": "affine"},
-    {"model.name": "low_rank"},
-    {"model.time_conditioning": "t|r", "model.depth": 2},
-    {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
-)
-
-
 def test_every_network_has_a_step():
     """Target averages are kept where an objective wants one."""
-    for more in STEPS:
-        config = _config(**more)
+    for more in (
+        {"model.name": "affine"},
+        {"model.name": "low_rank"},
+        {"model.time_conditioning": "t|r", "model.depth": 2},
+        {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
+    ):
+        config = tiny_config(**more)
         parts = step_parts(config, validate(config, num_devices=1))
         before = jax.eval_shape(lambda parts=parts: initial_state(parts))
         after = jax.eval_shape(make_train_step(parts), before, *parts.batch)

@@ -6,11 +6,12 @@ import signal
 
 import pytest
 from conftest import ROOT, TINY
-from jobs import Job, free_port, here
+from jobs import Job, free_port, here, works
 from scenarios import WIDE, restore, save
 
 import mf_jax
 from mf_jax.errors import BadInput
+from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh
@@ -19,11 +20,7 @@ DIGITS = (f"--config={ROOT}/configs/digits.py", *TINY, *WIDE)
 
 
 def _assert_same_numbers(ours, theirs):
-    rows = [
-        [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        for workdir in (ours, theirs)
-    ]
-    for a, b in zip(*rows, strict=True):
+    for a, b in zip(read_metrics(ours), read_metrics(theirs), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
@@ -31,8 +28,7 @@ def _assert_same_numbers(ours, theirs):
 def folder(tmp_path_factory):
     """Return a folder with `run`, a finished run in one process on one device, and its weights."""
     folder = tmp_path_factory.mktemp("job")
-    ended = here(*DIGITS, f"--workdir={folder / 'run'}")
-    assert ended.code == 0, ended
+    works(*DIGITS, f"--workdir={folder / 'run'}")
     mf_jax.load(folder / "run").export(folder / "weights.npz", kind="meanflow")
     save(folder / "moved", make_mesh(data=0, fsdp=1), 1)
     return folder
@@ -72,7 +68,7 @@ def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
     assert [scenarios["eval"][0] for scenarios in lived[0]] == [0, 0], lived[0]
     ours = json.loads((folder / "run" / "eval.json").read_text())
     (folder / "run" / "eval.jsonl").unlink()
-    assert here(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval").code == 0
+    works(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval")
     theirs = json.loads((folder / "run" / "eval.json").read_text())
     assert ours["protocol"] == theirs["protocol"]
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
@@ -127,8 +123,8 @@ def test_a_run_on_other_processes_and_devices_has_the_same_numbers(lived, folder
     _assert_same_numbers(workdir, folder / "run")
 
 
-LIMITED = """import resource, runpy, signal, sys
-if sys.argv.pop() == "1":
+LIMITED = """import os, resource, runpy, signal
+if os.environ["JAX_PROCESS_ID"] == "1":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 runpy.run_module("mf_jax.main", run_name="__main__")
@@ -142,7 +138,7 @@ def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, fol
     workdir = folder / "as_stopped"
     (before,) = (workdir / "checkpoints").iterdir()
     arguments = (*DIGITS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
-    ended = Job(2, *arguments, program=("-c", LIMITED), own=lambda i: [str(i)]).finish(timeout=120)
+    ended = Job(2, *arguments, program=("-c", LIMITED)).finish(timeout=120)
     assert 0 not in [process.code for process in ended], ended
     assert Checkpoints(workdir, read_only=True).steps == [int(before.name)]
     job = Job(2, *arguments)
@@ -152,17 +148,20 @@ def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, fol
     assert code not in (0, 2)
     # ours, or JAX's as it aborts
     assert "another process" in errors or "another task died" in errors
-    ended = here(*arguments)
-    assert ended.code == 0, ended
-    assert f"continuing at step {before.name}" in ended.output
+    assert f"continuing at step {before.name}" in works(*arguments)
     _assert_same_numbers(workdir, folder / "run")
 
 
-def test_a_coordinator_that_does_not_answer():
+def _describe_job(monkeypatch, *values):
+    for name, value in zip(processes._VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_coordinator_that_does_not_answer(monkeypatch):
     address = f"127.0.0.1:{free_port()}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    _describe_job(monkeypatch, address, "2", "1")
     arguments = ("--config=configs/digits.py", "--config.job.start_timeout_seconds=0.5")
-    ((code, _, errors),) = Job(1, *arguments, environment=job).finish()
+    ((code, _, errors),) = Job(1, *arguments).finish()
     assert code == 2
     assert errors.startswith(f"mf_jax: {address}: 2 processes have not met there within 0.5 s; ")
     assert len(errors.splitlines()) == 1
@@ -176,8 +175,7 @@ def test_a_job_described_wrongly(monkeypatch):
         ("host:1", "two", "0"): "must be whole numbers",
     }
     for values, message in cases.items():
-        for name, value in zip(processes._VARIABLES, values, strict=True):
-            monkeypatch.setenv(name, value)
+        _describe_job(monkeypatch, *values)
         code, _, errors = here("--config=configs/digits.py")
         assert (code, len(errors.splitlines())) == (2, 1)
         assert message in errors

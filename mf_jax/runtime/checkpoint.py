@@ -39,7 +39,7 @@ _Index = dict[str, dict[str, list]]
 """{item: {name of an array: [shape, type, fingerprint]}}."""
 _NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, JaxRuntimeError)
 _PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
-_PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+_PASSING_WORDS = "UNAVAILABLE|DEADLINE_EXCEEDED"
 """Numbers and words of errors where storage cannot be reached, and may be later."""
 
 
@@ -72,12 +72,9 @@ def _items(state: _State) -> _Items:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, on a file system or in a bucket.
+    """The checkpoints of one workdir, on a file system or in a bucket; the newest few are kept.
 
-    Args:
-      workdir: of the run.
-      keep: newest checkpoints kept.
-      read_only: never change anything, for processes beside the one that trains.
+    Processes beside the one that trains are `read_only`: they never change anything.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
@@ -112,10 +109,9 @@ class Checkpoints:
         step, items = int(state.step), _items(state)
         if step in self._manager.all_steps():
             return
-        index = {name: index_of(item) for name, item in items.items()}
+        index = ocp.args.JsonSave({name: index_of(item) for name, item in items.items()})
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        arguments["index"] = ocp.args.JsonSave(index)
-        self._manager.save(step, args=ocp.args.Composite(**arguments))
+        self._manager.save(step, args=ocp.args.Composite(index=index, **arguments))
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -124,32 +120,24 @@ class Checkpoints:
         self._reader.close()
 
     def restore_state(self, like: _State) -> _State | None:
-        """Return the newest undamaged state, or None where there is no checkpoint.
-
-        Args:
-          like: a state of the shapes, types and shardings wanted.
-        """
-        if (restored := self._newest(_items(like))) is None:
-            return None
-        _, items = restored
-        return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
+        """Return the newest undamaged state, placed like another; None without a checkpoint."""
+        if newest := self._newest(_items(like)):
+            _, items = newest
+            return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
+        return None
 
     def restore(self, like: _Items, step: int | None = None) -> tuple[int, _Items]:
-        """Return the step and some items of a checkpoint.
+        """Return the step and some items of a checkpoint, shaped and placed like others.
 
-        Args:
-          like: the items wanted, of the shapes, types and shardings wanted.
-          step: None for the newest undamaged one; UnreadableCheckpoint if another is not.
+        None is the newest undamaged step. Another must be undamaged, else UnreadableCheckpoint.
         """
         if step is not None:
             with self._asked_for(step):
                 return step, self._restore(step, like)
-        if (newest := self._newest(like)) is None:
-            raise BadInput(
-                f"{self._folder} holds no checkpoint; "
-                "train first: --mode=train with the same --workdir"
-            )
-        return newest
+        if newest := self._newest(like):
+            return newest
+        fix = "train first: --mode=train with the same --workdir"
+        raise BadInput(f"{self._folder} holds no checkpoint; {fix}")
 
     def index(self, step: int) -> _Index:
         """Return the index of a checkpoint, or raise UnreadableCheckpoint."""
@@ -165,14 +153,12 @@ class Checkpoints:
             except DamagedCheckpoint as problem:
                 damaged.append(step)
                 print(f"checkpoint {step} is damaged ({problem}); trying the one before it")
-                continue
-            self._set_aside(damaged)
-            return step, items
-        if damaged:
-            raise BadInput(
-                f"{self._folder}: every checkpoint is damaged; move it away to start again"
-            )
-        return None
+            else:
+                self._set_aside(damaged)
+                return step, items
+        if not damaged:
+            return None
+        raise BadInput(f"{self._folder}: every checkpoint is damaged; move it away to start again")
 
     @contextlib.contextmanager
     def _asked_for(self, step: int) -> Iterator[None]:
@@ -268,9 +254,7 @@ def _damage() -> Iterator[None]:
     except Exception as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
-        if errno.errorcode.get(number) in _PASSING or any(
-            word in str(error) for word in _PASSING_WORDS
-        ):
+        if errno.errorcode.get(number) in _PASSING or re.search(_PASSING_WORDS, str(error)):
             raise
         text = " ".join(str(error).split())[:120]
         raise DamagedCheckpoint(f"{type(error).__name__}: {text}") from error

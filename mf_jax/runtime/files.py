@@ -39,10 +39,10 @@ def on_disk(path: epath.Path) -> Iterator[str]:
     if not in_bucket(path):
         yield str(path)
         return
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
-        copy.write(path.read_bytes())
-        copy.flush()
-        yield copy.name
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(path.read_bytes())
+        yield str(copy)
 
 
 @contextlib.contextmanager
@@ -72,9 +72,7 @@ def written_aside(path: epath.Path) -> Iterator[str]:
 def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
     """Hold a file, made if missing, against other processes; buckets know no locks.
 
-    Args:
-      path: the file.
-      wait: for another process to let it go; else raise BlockingIOError.
+    Where another process holds it, wait or raise BlockingIOError.
     """
     if in_bucket(path):
         yield

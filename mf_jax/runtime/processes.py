@@ -9,6 +9,7 @@ together. Otherwise the others would wait for ever, in a collective, for one tha
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -86,9 +87,9 @@ def _described() -> dict[str, Any]:
 
 def _give_up(seconds: float, job: dict[str, Any]) -> None:
     """End the process, which waits for others and cannot be interrupted, with one line."""
-    address = job.get("coordinator_address", "the coordinator of the job")
     print(
-        f"mf_jax: {address}: {job.get('num_processes', 'all')} processes have not met there "
+        f"mf_jax: {job.get('coordinator_address', 'the coordinator of the job')}: "
+        f"{job.get('num_processes', 'all')} processes have not met there "
         f"within {seconds:g} s; check that each was started, that the address is process 0's, "
         "and that its port is open (in a SLURM script: srun)",
         file=sys.stderr,
@@ -146,15 +147,12 @@ def on_host(x: Shaped[Array | np.ndarray, "*_"]) -> Shaped[np.ndarray, "*_"]:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raise the BadInput of any process on all; the body must not compute with the others."""
-    own = None
     try:
         yield
     except BadInput as error:
-        own = error
-    problems = from_all(str(own) if own else "")
-    if own:
-        raise own
-    for index, problem in enumerate(problems):
+        from_all(str(error))
+        raise
+    for index, problem in enumerate(from_all("")):
         if problem:
             raise BadInput(f"process {index} has: {problem}")
 
@@ -184,15 +182,11 @@ def explain(error: Exception) -> str:
 
 
 def leave(code: int, *, patience: float = 10) -> int:
-    """Leave the job; return the exit code.
+    """Leave the job, waiting some seconds for the others; return the exit code.
 
     After an error the others may not come to leave together. JAX also waits for ever where SIGTERM
     comes after the last step that the processes agreed on. Then this process ends alone, and they
     notice. A process whose output goes nowhere ends too.
-
-    Args:
-      code: the exit code.
-      patience: seconds to wait for the others.
     """
     if are_several():
         _timer(patience, lambda: os._exit(code))
@@ -202,11 +196,6 @@ def leave(code: int, *, patience: float = 10) -> int:
     return code
 
 
-@contextlib.contextmanager
-def only_first_talks() -> Iterator[None]:
+def only_first_talks() -> contextlib.AbstractContextManager[Any]:
     """Keep standard output to the first process; errors are told by all."""
-    if is_first():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+    return contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())

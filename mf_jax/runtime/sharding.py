@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, tree_map_with_path
+from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import Array, PyTree, Shaped
 
 from mf_jax.errors import BadInput
@@ -38,8 +38,7 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
     follow the torus of a TPU slice, on which processes alternate.
 
     Args:
-      data: devices along `data`; 0 = all that remain.
-      fsdp: devices along `fsdp`.
+      data, fsdp: devices along each axis; data=0 are all that remain.
       devices: all by default.
     """
     devices = jax.devices() if devices is None else devices
@@ -101,7 +100,6 @@ def per_device(
     Args:
       gradient: from whole parameters and some rows to sums over these rows, and before them the
         gradient of their mean with respect to the first entry of the parameters.
-      mesh: of the devices.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
       late: which parameters `gradient` gathers itself with `gather_late`; None for none.
@@ -122,14 +120,9 @@ def per_device(
         own = jax.tree.map(reduce, own, axes[0], are_late[0])
         return own, jax.lax.psum(sums, ("data", "fsdp"))
 
-    rows_spec = batch_sharding(mesh).spec
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs, rows_spec),
-        out_specs=(specs[0], PartitionSpec()),
-        check_vma=False,  # gradients differ from device to device until `_reduce`
-    )
+    in_specs, out_specs = (specs, batch_sharding(mesh).spec), (specs[0], PartitionSpec())
+    # gradients differ from device to device until `_reduce`
+    split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(params, rows)
 
 
@@ -141,9 +134,8 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTr
     leaves each device its part.
 
     Args:
-      mesh: as `per_device` takes it.
+      mesh, late: as `per_device` takes them.
       params: nested dicts of whole parameters, placed by `state_sharding`, or their shapes.
-      late: as `per_device` takes it.
     """
     # from the end, which a loop does not move
     axes = jax.tree.map(
@@ -171,7 +163,7 @@ def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
 
 
 def _are_late(mesh: Mesh, params: PyTree, late: Late | None) -> PyTree:
-    def is_late(path: Sequence[Any], axis: int) -> bool:
+    def is_late(path: KeyPath, axis: int) -> bool:
         names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
         return late is not None and axis != _WHOLE and late(names, axis)
 
@@ -195,9 +187,8 @@ def _reduce(gradient: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Arr
         whole = jax.lax.psum(gradient, ("data", "fsdp"))
         size = whole.shape[axis] // mesh.shape["fsdp"]
         return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
-    return _sum_over_data(
-        jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True), mesh
-    )
+    part = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
+    return _sum_over_data(part, mesh)
 
 
 def _sum_over_data(part: Shaped[Array, "..."], mesh: Mesh) -> Shaped[Array, "..."]:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from etils.epath import Path
@@ -21,15 +21,9 @@ _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
 SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
-_OF_A_HOST = ("data.copy_to",)
-"""Keys of these sections that decide nothing."""
-_RENAMED = {
-    "guidance.t_start": "guidance.t_min",
-    "guidance.t_end": "guidance.t_max",
-    "init.from": "init.path",
-}
-_WITHOUT: dict[str, Any] = {}
-"""Values of keys that a config.json of an earlier version lacks."""
+_RENAMED = {"guidance.t_start": "guidance.t_min", "guidance.t_end": "guidance.t_max"}
+_RENAMED |= {"init.from": "init.path"}
+"""Keys of a config.json that an earlier version has written."""
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -42,26 +36,20 @@ def as_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1)
 
 
-def _of_today(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"section.key": value} of a config.json, which an earlier version may have written."""
-    values = flatten_dict(stored, sep=".")
-    return _WITHOUT | {_RENAMED.get(key, key): value for key, value in values.items()}
-
-
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raise BadInput, naming keys that differ, unless a config continues the run of a workdir.
 
     Under a constant schedule, a run may go on for more steps. Nothing else that decides its numbers
     may change.
     """
-    ours, theirs = flat(config), _of_today(_read(workdir, _CONFIG))
+    ours, theirs = flat(config), flat(stored_config(workdir))
     steps = "train.num_steps"
     if ours["optim.schedule"] == "constant" and ours[steps] >= theirs[steps]:
         ours[steps] = theirs[steps]
     differences = [
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in _OF_A_HOST
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key != "data.copy_to"  # a disk of the host
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
@@ -73,19 +61,17 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterator[None]:
-    """Hold a workdir for a training run: make it, keep other runs out, check and store the config.
+    """Hold a workdir for a training run: make it, keep other runs out, store config and data.
 
-    Args:
-      workdir: made if missing.
-      config: of the run; one stored there must describe the same run.
-      spec: of the run's data, stored for sampling.
-      size: of the run's data.
+    Stored ones must describe the same run. Size is the number of examples.
     """
     data = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
-                held.enter_context(_locked(workdir))
+                with _writable(workdir):
+                    workdir.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(workdir / _LOCK, wait=False))
                 if exists(workdir):
                     check(workdir, config)
                     _check_same_data(workdir, data)
@@ -96,23 +82,13 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as lock:
-        with _writable(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.enter_context(locked(workdir / _LOCK, wait=False))
-            except BlockingIOError as error:
-                raise BadInput(
-                    f"--workdir={workdir}: another process is training in it; choose another"
-                ) from error
-        yield
-
-
-@contextlib.contextmanager
 def _writable(workdir: Path) -> Iterator[None]:
     try:
         yield
+    except BlockingIOError as error:
+        raise BadInput(
+            f"--workdir={workdir}: another process is training in it; choose another"
+        ) from error
     except OSError as error:
         raise BadInput(
             f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
@@ -147,7 +123,7 @@ def _check_same_data(workdir: Path, ours: dict[str, Any]) -> None:
 
 
 def exists(workdir: Path) -> bool:
-    """Return whether a workdir holds a run."""
+    """Return whether there is a run in a workdir."""
     return (workdir / _CONFIG).exists()
 
 
@@ -166,7 +142,8 @@ def check_writable(workdir: Path) -> None:
 
 def stored_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in a workdir, in today's keys."""
-    values = _of_today(_read(workdir, _CONFIG))
+    stored = flatten_dict(_read(workdir, _CONFIG), sep=".")
+    values = {_RENAMED.get(key, key): value for key, value in stored.items()}
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
 
 
