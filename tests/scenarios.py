@@ -25,16 +25,19 @@ WIDE = ("--config.model.width=128", "--config.log.sample_every_steps=0", "--conf
 """Wide enough for parameters that are worth splitting; samples are drawn at the end alone."""
 
 
+def put(tree, places):
+    """Return arrays that all processes hold, on the devices."""
+    return jax.tree.map(
+        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda i: x[i]), tree, places
+    )
+
+
 def state(mesh, step):
     """Return a state that depends on the step alone, split over a mesh."""
     rng = np.random.default_rng(step)
     wide = {name: rng.standard_normal((256, 64)).astype(np.float32) for name in ("a", "b")}
     whole = TrainState(np.int32(step), wide, {"0.9": wide}, {"mu": wide}, {}, np.int32(-1))
-    return jax.tree.map(
-        lambda x, where: jax.make_array_from_callback(np.shape(x), where, lambda i: x[i]),
-        jax.tree.map(np.asarray, whole),
-        state_sharding(mesh, whole),
-    )
+    return put(jax.tree.map(np.asarray, whole), state_sharding(mesh, whole))
 
 
 def save(folder, mesh, step):
@@ -93,8 +96,7 @@ def reduce_without_scattering():
     mesh = make_mesh(data=2, fsdp=2)
     params = (np.arange(2**15, dtype=np.float32).reshape(2**13, 4) % 7,)
     rows = np.arange(8.0, dtype=np.float32)[:, None]
-    put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda i: x[i])  # noqa: E731
-    given = (put(params[0], state_sharding(mesh, params)[0]),), put(rows, batch_sharding(mesh))
+    given = put(params, state_sharding(mesh, params)), put(rows, batch_sharding(mesh))
     gradient_of = lambda p, x: (p[0] * x.mean(), x.sum())  # noqa: E731
     compiled = jax.jit(lambda p, x: per_device(gradient_of, mesh, p, x)).lower(*given).compile()
     gradient, total = compiled(*given)

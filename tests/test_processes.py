@@ -10,7 +10,6 @@ from jobs import Job, free_port, here, works
 from scenarios import WIDE, restore, save
 
 import mf_jax
-from mf_jax.errors import BadInput
 from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import Checkpoints
@@ -66,10 +65,11 @@ def test_every_process_tells_bad_input_in_one_line(lived, folder):
 
 def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
     assert [scenarios["eval"][0] for scenarios in lived[0]] == [0, 0], lived[0]
-    ours = json.loads((folder / "run" / "eval.json").read_text())
-    (folder / "run" / "eval.jsonl").unlink()
-    works(*DIGITS, f"--workdir={folder / 'run'}", "--mode=eval")
-    theirs = json.loads((folder / "run" / "eval.json").read_text())
+    run = folder / "run"
+    ours = json.loads((run / "eval.json").read_text())
+    (run / "eval.jsonl").unlink()
+    works(*DIGITS, f"--workdir={run}", "--mode=eval")
+    theirs = json.loads((run / "eval.json").read_text())
     assert ours["protocol"] == theirs["protocol"]
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
         assert a.pop("name") == b.pop("name")
@@ -179,14 +179,3 @@ def test_a_job_described_wrongly(monkeypatch):
         code, _, errors = here("--config=configs/digits.py")
         assert (code, len(errors.splitlines())) == (2, 1)
         assert message in errors
-
-
-def test_alone_everything_is_the_process_itself():
-    assert processes.is_first()
-    assert not processes.are_several()
-    assert processes.from_all({"a": 1}) == [{"a": 1}]
-    assert processes.name() == ""
-    processes.check_alike({"seed": 1})
-    with pytest.raises(BadInput, match="broken"), processes.together():
-        raise BadInput("broken")
-    assert processes.leave(1) == 1

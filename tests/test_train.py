@@ -137,38 +137,23 @@ def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
     assert _results(copy_of_trained) == _results(trained)
 
 
-def _arrays_of(folder):
-    """Return the largest file; others may be left from writing."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return max(files, key=lambda path: (path.stat().st_size, path))
-
-
-def _cut_short(checkpoint):
-    path = _arrays_of(checkpoint)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _flip_a_bit(checkpoint):
-    path = _arrays_of(checkpoint / "rest")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def _lose_an_item(checkpoint):
-    shutil.rmtree(checkpoint / "ema")
-
-
-def _empty_index(checkpoint):
-    (checkpoint / "index" / "metadata").write_text("")
-
-
-def _save_other_numbers(checkpoint):
-    """Every file is sound, the state is not what was saved."""
-    index = checkpoint / "index" / "metadata"
-    entries = json.loads(index.read_text())
-    next(iter(entries["params"].values()))[2] ^= 1
-    index.write_text(json.dumps(entries))
+def _damage(checkpoint, how):
+    """Damage a checkpoint; its largest file is of arrays, others may be left from writing."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    largest, index = max(files, key=lambda path: path.stat().st_size), checkpoint / "index/metadata"
+    content, entries = bytearray(largest.read_bytes()), json.loads(index.read_text())
+    if how == "cut short":
+        largest.write_bytes(content[: len(content) // 2])
+    elif how == "a bit flipped":
+        content[len(content) // 2] ^= 4
+        largest.write_bytes(content)
+    elif how == "an item lost":
+        shutil.rmtree(checkpoint / "ema")
+    elif how == "no index":
+        index.write_text("")
+    else:  # every file is sound, the state is not what was saved
+        next(iter(entries["params"].values()))[2] ^= 1
+        index.write_text(json.dumps(entries))
 
 
 def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
@@ -177,12 +162,12 @@ def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
     """Each kind is found by what reads the state; then the run goes on from step 8 to its end."""
     whole, newest = _arrays(copy_of_trained, 12), copy_of_trained / "checkpoints" / "12"
     shutil.copytree(newest, copy_of_trained / "kept")
-    for damage in (_cut_short, _flip_a_bit, _empty_index, _lose_an_item, _save_other_numbers):
+    for how in ("cut short", "a bit flipped", "no index", "an item lost", "other numbers"):
         shutil.rmtree(newest)
         shutil.copytree(copy_of_trained / "kept", newest)
-        damage(newest)
+        _damage(newest, how)
         restored = Checkpoints(copy_of_trained, read_only=True).restore_state(shapes)
-        assert int(restored.step) == 8, damage
+        assert int(restored.step) == 8, how
     assert "12 is damaged (fingerprints of params differ)" in capsys.readouterr().out
     output = works(*_args(copy_of_trained))
     assert "checkpoint 12 is damaged" in output
@@ -199,7 +184,7 @@ def test_fingerprints_depend_on_the_order_of_numbers():
 def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(copy_of_trained):
     metrics = (copy_of_trained / "metrics.jsonl").read_bytes()
     for checkpoint in (copy_of_trained / "checkpoints").iterdir():
-        _lose_an_item(checkpoint)
+        _damage(checkpoint, "an item lost")
     code, _, errors = here(*_args(copy_of_trained))
     assert code == 2
     assert "every checkpoint is damaged" in errors
