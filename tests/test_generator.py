@@ -38,12 +38,6 @@ def generator(trained):
     return mf_jax.load(trained, ema="none")
 
 
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("toy") / "run"
-    return workdir, works(f"--config={ROOT}/configs/toy2d.py", f"--workdir={workdir}", *TINY)
-
-
 def test_the_promised_two_lines(trained):
     images = mf_jax.load(str(trained)).sample(labels=[3, 3, 7], steps=1, seed=0)
     assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
@@ -118,16 +112,22 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     assert "samples.npz" in output
 
 
-def test_sample_mode_of_vectors(toy_run):
-    workdir, output = toy_run
+def test_vectors_are_generated_drawn_and_scored(tmp_path):
+    workdir = tmp_path / "run"
+    toy = (f"--config={ROOT}/configs/toy2d.py", f"--workdir={workdir}", *TINY)
+    output = works(*toy)
     for name in ("metrics.jsonl", "checkpoints", "samples", "report.html"):
         assert f"{workdir.name}/{name}" in output
-    toy = ("--config=configs/toy2d.py", "--mode=sample", f"--workdir={workdir}", *TINY)
-    works(*toy, "--config.sample.num=50")
+    works(*toy, "--mode=sample", "--config.sample.num=50")
     arrays = np.load(workdir / "samples.npz")
     assert arrays.files == ["arr_0"]
     assert (arrays["arr_0"].shape, arrays["arr_0"].dtype) == ((50, 2), np.float32)
     assert all((workdir / f"{name}.png").exists() for name in ("scatter", "field", "transport"))
+    works(*toy, "--mode=eval")
+    floor, *rows = json.loads((workdir / "eval.json").read_text())["rows"]
+    assert len(rows) == 2
+    assert {"energy_distance", "sliced_wasserstein"} <= set(floor)
+    assert all(row["sliced_wasserstein"] > floor["sliced_wasserstein"] for row in rows)
 
 
 def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatch):
@@ -137,15 +137,6 @@ def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatc
     solid = dataclasses.replace(generator, spec=DataSpec((3,)))
     sampling._plot_vectors(toy2d(), epath.Path(tmp_path), solid, batch.x)
     assert [path.name for path in tmp_path.iterdir()] == ["scatter.png"]
-
-
-def test_eval_of_vectors(toy_run):
-    workdir, _ = toy_run
-    works("--config=configs/toy2d.py", "--mode=eval", f"--workdir={workdir}", *TINY)
-    floor, *rows = json.loads((workdir / "eval.json").read_text())["rows"]
-    assert len(rows) == 2
-    assert {"energy_distance", "sliced_wasserstein"} <= set(floor)
-    assert all(row["sliced_wasserstein"] > floor["sliced_wasserstein"] for row in rows)
 
 
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):

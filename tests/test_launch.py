@@ -59,11 +59,15 @@ def test_local_passes_arguments_to_the_modes_and_stops_where_one_fails(launch):
 
 
 def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(launch, tmp_path):
+    """Without it, an installation is announced and tried where requirements have changed."""
     (tmp_path / ".installed").write_text("jax==0.1\n")
     code, lines, errors = _lines(launch("local.sh", "--dry-run", "--workdir=runs/a b"))
     main = f"{tmp_path}/bin/python -m mf_jax.main --config=configs/digits.py '--workdir=runs/a b'"
     assert (code, errors) == (0, "")
     assert lines == [f"{main} --mode={mode}" for mode in MODES]
+    _, lines, _ = _lines(launch("local.sh"))
+    assert "installing" in lines[0]
+    assert any("pip install" in line for line in lines)
 
 
 def test_sigterm_reaches_the_run_and_ends_the_script(launch):
@@ -78,10 +82,3 @@ def test_test_script_checks_style_and_passes_arguments_to_pytest(launch):
     _, (*checks, tests), _ = _lines(launch("test.sh", "-k", "draws"))
     assert checks == ["python -m ruff check .", "python -m ruff format --check ."]
     assert fnmatch(tests, "python -m pytest * -k draws")
-
-
-def test_an_installation_is_announced_and_tried_when_requirements_change(launch, tmp_path):
-    (tmp_path / ".installed").write_text("jax==0.1\n")
-    _, lines, _ = _lines(launch("local.sh"))
-    assert "installing" in lines[0]
-    assert any("pip install" in line for line in lines)

@@ -134,9 +134,8 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
 
 
 def test_parameters_that_do_not_fit_are_listed(trained):
-    other = {"model.depth": 2, "model.time_conditioning": "t"}
-    other |= {"model.num_heads": 2, "model.patch_size": 2}
-    config = _from(trained, **other)
+    sizes = {"model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
+    config = _from(trained, **sizes, **{"model.time_conditioning": "t"})
     with pytest.raises(BadInput) as error:
         load_weights(config, _like(config))
     for part in (

@@ -61,33 +61,33 @@ SCALARS = 200
 """Metrics add about 25 numbers; of two biases of 128 with one gradient, XLA reduces one."""
 
 
-def test_devices_that_split_rows_exchange_the_gradient_once_and_nothing_else(compiled):
-    found = compiled["data/guided/step"]
-    assert set(found["collectives"]) == {"all-reduce"}
-    assert abs(found["collectives"]["all-reduce"] - found["whole"]) < SCALARS
+@pytest.mark.parametrize(
+    ("case", "gathers", "gathers_in_blocks", "shares"),
+    [
+        ("data/guided/step", 0, 0, 0),
+        ("both/loop/step", 1, 0, 2),
+        ("fsdp/terminal/step", 2, 0, 0),
+        ("both/loop/block", 1, 4, 2),
+    ],
+)
+def test_devices_exchange_the_gradient_once_and_split_parameters_as_often_as_they_need_them(
+    compiled, case, gathers, gathers_in_blocks, shares
+):
+    """Terminal velocity gathers twice: its targets come from the moving average.
 
-
-def test_devices_that_split_parameters_also_gather_each_once(compiled):
-    """Terminal velocity gathers twice: its targets come from the moving average."""
-    for case, copies, shards in (("both/loop", 1, 2), ("fsdp/terminal", 2, 0)):
-        found = compiled[f"{case}/step"]
-        exchanged, split = found["collectives"], found["split"]
-        assert split > 0
-        assert set(exchanged) == {"all-gather", "reduce-scatter", "all-reduce"}
-        assert exchanged["all-gather"] == copies * split
-        assert exchanged["reduce-scatter"] == split
-        reduced = found["whole"] + (split // shards if shards else 0)
-        assert abs(exchanged["all-reduce"] - reduced) < SCALARS
-
-
-def test_blocks_that_gather_their_own_parameters_do_it_wherever_they_are_computed(compiled):
-    """Forwards for targets, rows with r < t and r = t, the last two again for gradients: five."""
-    found = compiled["both/loop/block"]
-    assert 0 < found["in_blocks"] < found["split"]
-    assert found["collectives"]["all-gather"] == found["split"] + 4 * found["in_blocks"]
-    assert found["collectives"]["reduce-scatter"] == found["split"] + found["in_blocks"]
-    reduced = found["whole"] + found["split"] // 2
-    assert abs(found["collectives"]["all-reduce"] - reduced) < SCALARS
+    Blocks that gather their own parameters do it wherever they are computed: forwards for targets,
+    rows with r < t and r = t, the last two again for gradients.
+    """
+    found = compiled[case]
+    exchanged, split = found["collectives"], found["split"]
+    in_blocks = found["in_blocks"] if gathers_in_blocks else 0
+    assert (split > in_blocks) == (gathers > 0)
+    assert (in_blocks > 0) == (gathers_in_blocks > 0)
+    assert set(exchanged) == {"all-reduce"} | ({"all-gather", "reduce-scatter"} if split else set())
+    assert exchanged.get("all-gather", 0) == gathers * split + gathers_in_blocks * in_blocks
+    assert exchanged.get("reduce-scatter", 0) == split + in_blocks
+    reduced = found["whole"] + (split // shares if shares else 0)
+    assert abs(exchanged["all-reduce"] - reduced) < SCALARS
 
 
 def test_eight_devices_compute_what_one_computes(compiled):

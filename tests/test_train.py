@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -80,18 +81,17 @@ def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(trained, tm
     assert _results(workdir) == _results(trained)
 
 
-def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path, monkeypatch):
+def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
     workdir = tmp_path / "run"
     arguments = _args(workdir, "--config.checkpoint.every_steps=1000")
     advance = train.RunLog.advance
 
-    def stop_at_7(log, step, **more):
+    def stop_at_7(log, step):
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        advance(log, step, **more)
+        advance(log, step)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train.RunLog, "advance", stop_at_7)
+    with mock.patch.object(train.RunLog, "advance", stop_at_7):
         ended = here(*arguments)
     (step,) = Checkpoints(workdir, read_only=True).steps
     assert (ended.code, step in (7, 8)) == (0, True)
