@@ -140,7 +140,8 @@ def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
 def _damage(checkpoint, how):
     """Damage a checkpoint; its largest file is of arrays, others may be left from writing."""
     files = (path for path in checkpoint.rglob("*") if path.is_file())
-    largest, index = max(files, key=lambda path: path.stat().st_size), checkpoint / "index/metadata"
+    largest = max(files, key=lambda path: (path.stat().st_size, path))
+    index = checkpoint / "index" / "metadata"
     content, entries = bytearray(largest.read_bytes()), json.loads(index.read_text())
     if how == "cut short":
         largest.write_bytes(content[: len(content) // 2])
