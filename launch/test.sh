@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
-quick=(architecture draws objectives samplers diagnostics configs)
+quick=(architecture draws objectives samplers configs)
 if [ "${1:-}" = --quick ]; then
   files=("${quick[@]/#/tests/test_}")
   # mutations, a second reading of the loss and small copies of configs take most of the time

@@ -30,9 +30,8 @@ def added(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(file, module.__name__, "exec"), module.__dict__)
     monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES)
-    monkeypatch.setitem(
-        objectives.OBJECTIVES, "modular_meanflow", None
-    )  # taken out again afterwards
+    # taken out again afterwards
+    monkeypatch.setitem(objectives.OBJECTIVES, "modular_meanflow", None)
     exec(line, {"OBJECTIVES": objectives.OBJECTIVES, "ModularMeanFlow": module.ModularMeanFlow})
     scope = {}
     exec(config, scope)
