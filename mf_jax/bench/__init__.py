@@ -22,6 +22,7 @@ from mf_jax.data import Source
 from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
+from mf_jax.ranges import check_tuples
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
@@ -34,6 +35,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Write `bench_WHAT.json` and print it as a table; nothing is written after bad input."""
     what = config.bench.what
     check_known("bench.what", what, BENCHMARKS)
+    check_tuples(config)  # the shape of the data is read before the rest is checked
     if what == "fits":
         virtual_devices(config.bench.devices)  # before anything else starts JAX
     benchmark = importlib.import_module(f"mf_jax.bench.{what}")
