@@ -1,6 +1,7 @@
 """The training state and the one pure step that advances it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from mf_jax.data import Stored
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.records import Draws
-from mf_jax.models import as_field, initial_params, with_gather
+from mf_jax.models import as_field, initial_params, parameter_shapes, with_gather
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives import Objective
 from mf_jax.objectives.terms import Average, average, average_over
@@ -70,6 +71,24 @@ class StepParts:
             jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
         )
 
+    def draw(self, step: Int[Array, ""] | int, x: Array, labels: Int[Array, "b"]) -> Draws:
+        """Draw a step, whose key is a pure function of (seed, step)."""
+        key = jax.random.fold_in(_keys(self.seed)[1], step)
+        if self.stored:
+            key, stored_key = jax.random.split(key)
+            x = self.stored.draw(stored_key, x)
+        return self.scheme.draw(key, x, labels)
+
+    @functools.cached_property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what a step measures, which the loss alone knows."""
+
+        def measure(params: PyTree, *batch: Array) -> dict[str, Average]:
+            return self.objective.loss(as_field(self.network), params, self.draw(0, *batch))[1]
+
+        params = parameter_shapes(self.network, self.shape)
+        return ("loss", "grad_norm", *jax.eval_shape(measure, params, *self.batch))
+
 
 def _keys(seed: int) -> tuple[Array, Array]:
     """Return the key of the initial parameters and the key of the steps."""
@@ -81,15 +100,13 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
     ema = start_averages(params, parts.ema_names)
-    _, metrics = jax.eval_shape(
-        lambda *inputs: _gradient(parts, *inputs), params, ema, jnp.int32(0), *parts.batch
-    )
+    nothing = Average(total=jnp.float32(0), count=jnp.float32(0))
     return TrainState(
         step=jnp.int32(0),
         params=params,
         ema=ema,
         opt_state=parts.optimizer.init(params),
-        metrics=jax.tree.map(jnp.zeros_like, metrics),
+        metrics=dict.fromkeys(parts.metric_names, nothing),
         first_bad_step=jnp.int32(NEVER),
     )
 
@@ -103,14 +120,10 @@ def _gradient(
     labels: Int[Array, "b"],
     mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Average]]:
-    """Return gradient and metrics of one step, whose key is a pure function of (seed, step)."""
+    """Return gradient and metrics of one step."""
     target_ema = parts.objective.target_ema
     target_params = ema[average_name(target_ema)] if target_ema else None
-    key = jax.random.fold_in(_keys(parts.seed)[1], step)
-    if parts.stored:
-        key, stored_key = jax.random.split(key)
-        x = parts.stored.draw(stored_key, x)
-    draws = parts.scheme.draw(key, x, labels)
+    draws = parts.draw(step, x, labels)
     network, late = parts.network, None
     if mesh is not None and mesh.size > 1 and parts.gather == "block":
         late = is_axis_of_block
