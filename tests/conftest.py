@@ -13,23 +13,9 @@ from etils import epath
 from etils.epath.backend import fsspec_backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from jobs import ROOT as ROOT
+from jobs import TINY as TINY
 from recorded import FOLDER
-
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "--config.model.depth=1",
-    "--config.model.width=16",
-    "--config.train.num_steps=12",
-    "--config.train.batch_size=16",
-    "--config.optim.warmup_steps=0",
-    "--config.train.log_every_steps=3",
-    "--config.log.sample_every_steps=5",
-    "--config.checkpoint.every_steps=4",
-    "--config.eval.num_samples=80",
-    "--config.eval.steps=1,2",
-)
-"""Makes any config of digits or toy2d a matter of seconds."""
-
 
 _QUICK_TO_COMPILE = (
     ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()

@@ -16,6 +16,19 @@ from unittest import mock
 from configs.digits import get_config
 
 ROOT = Path(__file__).parent.parent
+TINY = (
+    "--config.model.depth=1",
+    "--config.model.width=16",
+    "--config.train.num_steps=12",
+    "--config.train.batch_size=16",
+    "--config.optim.warmup_steps=0",
+    "--config.train.log_every_steps=3",
+    "--config.log.sample_every_steps=5",
+    "--config.checkpoint.every_steps=4",
+    "--config.eval.num_samples=80",
+    "--config.eval.steps=1,2",
+)
+"""Makes any config of digits or toy2d a matter of seconds."""
 
 
 class Ended(NamedTuple):

@@ -1,8 +1,7 @@
 """What two processes of two devices live through, in one job: a script, see test_processes.py.
 
-Both give each command of the command line. The first argument is a folder, in which `run` is a
-finished run of one process. Each process writes {scenario: [exit code, output, errors]} to
-lived_INDEX.json there.
+The argument is a folder, in which `run` is a finished run of one process. Each process writes
+{scenario: [exit code, output, errors]} to lived_INDEX.json there.
 """
 
 import json
@@ -13,7 +12,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jobs import ROOT, here
+from jobs import ROOT, TINY, here
 
 from mf_jax.main import main as command_line
 from mf_jax.runtime import processes
@@ -21,8 +20,14 @@ from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, per_device, placed, state_sharding
 from mf_jax.step import TrainState
 
-WIDE = ("--config.model.width=128", "--config.log.sample_every_steps=0", "--config.eval.steps=(1,)")
-"""Wide enough for parameters that are worth splitting; samples are drawn at the end alone."""
+POINTS = (
+    f"--config={ROOT}/configs/toy2d.py",
+    *TINY,
+    "--config.model.width=128",
+    "--config.log.sample_every_steps=0",
+    "--config.eval.steps=(1,)",
+)
+"""A run of points, compiled soon; it is wide enough for parameters that are worth splitting."""
 
 
 def put(tree, places):
@@ -110,15 +115,14 @@ def reduce_without_scattering():
 
 def main():
     """Live through everything."""
-    folder, tiny = Path(sys.argv[1]), sys.argv[2:]
+    folder = Path(sys.argv[1])
     processes.start(start_timeout=60, heartbeat_timeout=100, stops_together=True)
     index, lived = jax.process_index(), {}
-    digits = (f"--config={ROOT}/configs/digits.py", *tiny, *WIDE)
 
-    def command(name, *more, workdir=folder / "none"):
+    def command(name, *more, workdir=folder / "none", config=POINTS):
         # a job is left once, at the end
         with mock.patch.object(processes, "leave", lambda code: code):
-            lived[name] = here(*digits, f"--workdir={workdir}", *more)
+            lived[name] = here(*config, f"--workdir={workdir}", *more)
 
     reduce_without_scattering()
     move(folder / "moved")
@@ -134,12 +138,12 @@ def main():
     os.chdir(host)
     command("apart", workdir="apart")
     weights = ("--config.init.path=weights.npz", "--config.init.kind=meanflow")
-    command("weights", "--mode=sample", *weights, workdir="run")
+    digits = (f"--config={ROOT}/configs/digits.py", *TINY)
+    command("weights", "--mode=sample", *weights, config=digits)
     (folder / f"lived_{index}.json").write_text(json.dumps(lived))
     # the signal of the parent stops this one at last
-    split = ("--config.mesh.fsdp=2", "--config.mesh.gather=block")
-    split += ("--config.job.stopped_exit_code=9", f"--workdir={folder / 'split'}")
-    sys.argv[1:] = [*digits, *split]
+    split = ("--config.mesh.fsdp=2", "--config.job.stopped_exit_code=9")
+    sys.argv[1:] = [*POINTS, *split, f"--workdir={folder / 'split'}"]
     return command_line()
 
 

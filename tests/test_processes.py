@@ -4,18 +4,20 @@ import json
 import shutil
 import signal
 
+import jax
+import numpy as np
 import pytest
-from conftest import ROOT, TINY
-from jobs import Job, free_port, here, works
-from scenarios import WIDE, restore, save
+from jobs import Job, free_port, here, tiny_config, works
+from scenarios import POINTS, restore, save
 
-import mf_jax
+from mf_jax.config import make_network
+from mf_jax.flow.records import DataSpec
+from mf_jax.models import parameter_shapes
+from mf_jax.published.checkpoints import write_published
 from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh
-
-DIGITS = (f"--config={ROOT}/configs/digits.py", *TINY, *WIDE)
 
 
 def _assert_same_numbers(ours, theirs):
@@ -25,10 +27,13 @@ def _assert_same_numbers(ours, theirs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with `run`, a finished run in one process on one device, and its weights."""
+    """Return a folder with `run`, a finished run in one process, and the weights of others."""
     folder = tmp_path_factory.mktemp("job")
-    works(*DIGITS, f"--workdir={folder / 'run'}")
-    mf_jax.load(folder / "run").export(folder / "weights.npz", kind="meanflow")
+    works(*POINTS, f"--workdir={folder / 'run'}")
+    digits = DataSpec((8, 8, 1), 10)
+    shapes = parameter_shapes(make_network(tiny_config(), digits), digits.shape)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    write_published(folder / "weights.npz", "meanflow", zeros, patch_size=4)
     save(folder / "moved", make_mesh(data=0, fsdp=1), 1)
     return folder
 
@@ -36,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lived(folder):
     """Return what two processes of two devices live through, and how a signal to one ends both."""
-    job = Job(2, folder, *TINY, program=("tests/scenarios.py",), devices=2)
+    job = Job(2, folder, program=("tests/scenarios.py",), devices=2)
     assert job.wait_for(lambda: "parameters, " in job.output()), job.finish()
     job.send(signal.SIGTERM, 1)
     stopped = job.finish()
@@ -68,7 +73,7 @@ def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
     run = folder / "run"
     ours = json.loads((run / "eval.json").read_text())
     (run / "eval.jsonl").unlink()
-    works(*DIGITS, f"--workdir={run}", "--mode=eval")
+    works(*POINTS, f"--workdir={run}", "--mode=eval")
     theirs = json.loads((run / "eval.json").read_text())
     assert ours["protocol"] == theirs["protocol"]
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
@@ -109,12 +114,12 @@ def test_the_first_process_alone_talks(lived):
 
 
 def test_a_run_on_other_processes_and_devices_has_the_same_numbers(lived, folder):
-    """Begun on two processes of two devices that gather parameters by block, ended on two of one.
+    """Begun on two processes of two devices that split parameters, ended on two of one.
 
     The signal comes when nothing is left to stop: no step follows that all could agree on.
     """
     workdir = folder / "split"
-    job = Job(2, *DIGITS, f"--workdir={workdir}")
+    job = Job(2, *POINTS, f"--workdir={workdir}")
     assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
     job.send(signal.SIGTERM, 0)
     ended = job.finish()
@@ -137,7 +142,7 @@ def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, fol
     """Each befalls the second process alone; one process goes on."""
     workdir = folder / "as_stopped"
     (before,) = (workdir / "checkpoints").iterdir()
-    arguments = (*DIGITS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
+    arguments = (*POINTS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
     ended = Job(2, *arguments, program=("-c", LIMITED)).finish(timeout=120)
     assert 0 not in [process.code for process in ended], ended
     assert Checkpoints(workdir, read_only=True).steps == [int(before.name)]
