@@ -100,13 +100,12 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
     ema = start_averages(params, parts.ema_names)
-    nothing = Average(total=jnp.float32(0), count=jnp.float32(0))
     return TrainState(
         step=jnp.int32(0),
         params=params,
         ema=ema,
         opt_state=parts.optimizer.init(params),
-        metrics=dict.fromkeys(parts.metric_names, nothing),
+        metrics={name: Average(jnp.float32(0), jnp.float32(0)) for name in parts.metric_names},
         first_bad_step=jnp.int32(NEVER),
     )
 

@@ -19,11 +19,11 @@ from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state
 
 SHAPE, BATCH = (8, 8, 4), 256
-DIT = DiT(patch_size=4, depth=2, width=128, num_heads=2, num_classes=10)
+DIT = DiT(patch_size=4, depth=1, width=128, num_heads=2, num_classes=10)
 GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
 CASES = {
     "guided": (DIT, GUIDED, {}),
-    "loop": (DIT.clone(scan=True, remat="block"), GUIDED, {}),
+    "loop": (DIT.clone(depth=2, scan=True, remat="block"), GUIDED, {}),
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}

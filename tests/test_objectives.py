@@ -423,9 +423,7 @@ def _plain_reading(params, draws, guidance, weight):
 def test_split_equals_plain_reading():
     weight, params = AdaptiveWeight(p=0.75, c=1e-3), jnp.array(BENT_PARAMS)
     windowed = Guidance(0.2, 0.9, 0.3, 0.7)
-    cases = [
-        ((6, 2), guidance) for guidance in (PLAIN, SCALED, GUIDED, Guidance(0.5, 0.5), windowed)
-    ]
+    cases = [((6, 2), PLAIN), ((6, 2), Guidance(0.5, 0.5)), ((6, 2), windowed)]
     for sizes, guidance in [*cases, ((0, 4), windowed), ((4, 0), windowed)]:
         objective, draws = MeanFlow(guidance, weight), _off_draws(*sizes)
         ours = jax.value_and_grad(lambda p, o=objective, d=draws: o.loss(FIELD, p, d)[0])(params)

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, TINY
 from etils import epath
 from jobs import Job, here, tiny_config, works
+from scenarios import POINTS
 from steps import parts_of
 
 import mf_jax
@@ -78,17 +79,18 @@ def test_a_run_leaves_what_it_says(trained):
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(trained, tmp_path):
+def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(tmp_path):
     """One is being written nearly all the time."""
-    workdir = tmp_path / "run"
-    arguments = _args(workdir, "--config.checkpoint.every_steps=1")
+    points = (*POINTS, "--config.checkpoint.every_steps=1")
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    works(*points, f"--workdir={whole}")
     for step in (2, 7):
-        job = Job(1, *arguments)
+        job = Job(1, *points, f"--workdir={workdir}")
         assert job.wait_for((workdir / "checkpoints" / str(step)).exists), job.finish()
         job.send(signal.SIGKILL)
         assert job.finish()[0].code == -signal.SIGKILL
-    works(*arguments)
-    assert _results(workdir) == _results(trained)
+    works(*points, f"--workdir={workdir}")
+    assert _results(workdir) == _results(whole)
 
 
 def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
