@@ -18,7 +18,9 @@ from jobs import TINY as TINY
 from recorded import FOLDER
 
 _QUICK_TO_COMPILE = (
-    ("--xla_cpu_use_fusion_emitters=false",) if jax.__version_info__ < (0, 11) else ()
+    ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+    if jax.__version_info__ < (0, 11)
+    else ()
 )
 """Options that later versions may lack: XLA ends the process at one that it does not know."""
 
