@@ -52,7 +52,8 @@ def make_objective(config: ConfigDict) -> Objective:
 def make_scheme(config: ConfigDict) -> DrawScheme:
     """Return how a config draws its random numbers."""
     times = look_up("times.name", config.times.name, TIMES)
-    return from_section(DrawScheme, config.draws, times=from_section(times, config.times))
+    times = from_section(times, config.times)
+    return from_section(DrawScheme, config.draws, times=times, for_networks=True)
 
 
 def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = False) -> nn.Module:

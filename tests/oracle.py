@@ -63,7 +63,8 @@ def exact_rows(z, r, t, labels, dropped, mean_of_data, **more):
     """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian."""
     v = gaussian_velocity(z, per_row(t, z), per_row(mean_of_data, z))
     x, e = z - per_row(t, z) * v, z + per_row(1 - t, z) * v
-    return Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=dropped, **more)
+    told = {"condition": labels, "null": jnp.full_like(labels, NO_LABEL), "for_networks": True}
+    return Rows(x=x, e=e, t=t, r=r, dropped=dropped, **told | more)
 
 
 def class_mean(labels):

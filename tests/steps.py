@@ -16,7 +16,7 @@ def parts_of(network, objective, *, shape, batch, **draws):
         network=network,
         shape=shape,
         objective=objective,
-        scheme=DrawScheme(LogitNormalTimes(), **draws),
+        scheme=DrawScheme(LogitNormalTimes(), for_networks=True, **draws),
         optimizer=optax.adamw(1e-4),
         ema_names=("0.9",),
         seed=0,

@@ -51,7 +51,8 @@ def _forward(field, params, head="u"):
 
 def _step(objective, field, params, *, instant_share=0.75, **more):
     """Return the operations of loss and gradient, the draws made beforehand."""
-    scheme = DrawScheme(UniformTimes(), instant_share=instant_share, **more)
+    more |= {"instant_share": instant_share, "for_networks": True}
+    scheme = DrawScheme(UniformTimes(), **more)
     x = jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32)
 
     def loss(params, x):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import DrawScheme, condition_of, group_sizes, join_rows, split_rows
+from mf_jax.flow.draws import DrawScheme, group_sizes
 from mf_jax.flow.records import NO_LABEL
+from mf_jax.flow.rows import condition_of, join_rows, split_rows
 from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
 
 ROWS = 4096
@@ -75,8 +76,8 @@ def test_labels_are_dropped_where_the_name_says():
         dropped = [np.asarray(rows.dropped) for rows in (draws.instant, draws.interval)]
         np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.01)
         assert dropped[1].any() == (label_drop == "any_row" and share > 0)
-        rows, seen = draws.instant, condition_of(draws.instant).labels
-        np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.labels))
+        rows, seen = draws.instant, condition_of(draws.instant)
+        np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.condition))
 
 
 def test_no_key_is_used_twice():
@@ -113,7 +114,8 @@ def test_dyadic_times_are_steps_of_a_ladder():
 
 def test_drawn_guidance_has_the_density_it_names():
     for power in (0.0, 1.0, 2.5):
-        scheme = DrawScheme(UniformTimes(), 0.0, 0.0, omega_max=8.0, omega_power=power)
+        told = {"omega_max": 8.0, "omega_power": power, "for_networks": True}
+        scheme = DrawScheme(UniformTimes(), 0.0, 0.0, **told)
         scale = _draw(scheme, 8000).interval.guidance
         edges = np.linspace(1, 8, 2001)
         density = edges**-power
@@ -125,7 +127,9 @@ def test_drawn_guidance_has_the_density_it_names():
 
 
 def test_more_draws_do_not_change_those_before_them():
-    plain, guided = (_draw(DrawScheme(UniformTimes(), omega_max=w), 8) for w in (1.0, 4.0))
+    plain, guided = (
+        _draw(DrawScheme(UniformTimes(), omega_max=w, for_networks=True), 8) for w in (1.0, 4.0)
+    )
     assert plain.interval.guidance is None
     _assert_same(plain.interval, guided.interval.replace(guidance=None))
     assert (guided.instant.guidance.t_min == 0).all()

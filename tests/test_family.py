@@ -8,10 +8,10 @@ import pytest
 from oracle import exact_draws, gaussian_field
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import at_time, condition_of
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, GuidanceScale, Prediction
+from mf_jax.flow.rows import at_time, condition_of
 from mf_jax.models import DataPrediction, as_field
 from mf_jax.objectives import Controlled, Controls
 from mf_jax.objectives.alpha_flow import AlphaFlow

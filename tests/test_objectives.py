@@ -15,10 +15,10 @@ from oracle import STD, class_mean, exact_draws, gaussian_field
 
 import mf_jax.objectives
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import condition_of
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate, per_row, velocity
 from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
+from mf_jax.flow.rows import condition_of
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
@@ -88,8 +88,9 @@ def _mean_gradient(objective, guidance, drawn_omega=None, label=2):
     def loss(params, x, e, r, t):
         def row(r):
             more = {"guidance": drawn, "fraction": jnp.array([0.3])}
-            labels, dropped = jnp.int32([label]), jnp.array([False])
-            return Rows(x[None, None], e[None, None], t[None], r[None], labels, dropped, **more)
+            told = {"condition": jnp.int32([label]), "null": jnp.int32([NO_LABEL])}
+            more.update(told, dropped=jnp.array([False]), for_networks=True)
+            return Rows(x[None, None], e[None, None], t[None], r[None], **more)
 
         return objective.loss(field, params, Draws(instant=row(t), interval=row(r)))[0]
 
@@ -258,6 +259,7 @@ def test_gradient_is_that_of_constant_targets_by_the_teachers_parameters(name, s
 
 
 TERMS, PATHS, GUIDANCE = "objectives.terms", "flow.paths", "flow.guidance"
+ROWS = "flow.rows"
 _STOPS = [
     (TERMS, "jax.lax.stop_gradient((error", "((error"),
     (TERMS, "jax.lax.stop_gradient(target)", "(target)"),
@@ -273,7 +275,8 @@ MUTATIONS = {
         (GUIDANCE, "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
         (GUIDANCE, "guidance.kappa * v_class", "guidance.omega * v_class"),
         (GUIDANCE, "& ~rows.dropped", "& rows.dropped"),
-        (GUIDANCE, "jnp.full_like(rows.labels, NO_LABEL)", "jnp.full_like(rows.labels, 1)"),
+        (GUIDANCE, "is_null=not labelled", "is_null=False"),
+        (ROWS, "return null if is_null", "return own if is_null"),
         (GUIDANCE, "condition(interval, labelled=True)", "condition(interval, labelled=False)"),
         (PATHS, "(1 - t) * x", "(1 + t) * x"),
         (PATHS, "return e - x", "return x - e"),
@@ -292,7 +295,7 @@ MUTATIONS = {
     ],
     ("improved_meanflow", "boundary", GUIDED, None): [
         ("", "v.interval - per_row(", "v.interval + per_row("),
-        ("", "rows, v.own)", "rows, v.interval)"),
+        ("", "rows, v.own,", "rows, v.interval,"),
     ],
     ("improved_meanflow", "head", PLAIN, None): [
         ("", "(own, v.instant)", "(own, v.instant * 2)"),
@@ -313,9 +316,9 @@ MUTATIONS = {
     ("alpha_flow", "step", GUIDED, None): [
         ("", "rows.t - alpha * (rows.t - rows.r)", "rows.t - alpha * (rows.t + rows.r)"),
         ("", "+ (1 - alpha) * u_s", "+ (1 + alpha) * u_s"),
-        ("", "r=rows.r, t=s,", "r=rows.r, t=rows.t,"),
+        ("", "z_s, r=rows.r, t=s)", "z_s, r=rows.r, t=rows.t)"),
         ("", "squared_error(u, clipped) / a**2", "squared_error(u, clipped)"),
-        ("", "a * self.weight(u_error)", "self.weight(u_error)"),
+        ("", "a * self.weight(u_error", "self.weight(u_error"),
     ],
     ("split_meanflow", "uniform", SCALED, None): [
         ("", "t - share * (t - r)", "t - share * (t + r)"),
@@ -335,7 +338,7 @@ MUTATIONS = {
 
 def _load_mutated(monkeypatch, name, target, old, new):
     """Return the objective's module, on copies of modules, one with a token replaced."""
-    chain = ["flow.paths", "flow.draws", "flow.guidance", "objectives.terms"]
+    chain = ["flow.paths", "flow.rows", "flow.guidance", "objectives.terms"]
     chain += ["objectives.improved_meanflow"] * (name == "pixel_meanflow")
     chain.append(f"objectives.{name}")
     for short in chain:
@@ -402,9 +405,10 @@ def _plain_reading(params, draws, guidance, weight):
     """Compute the MeanFlow loss with the JVP of every row, neither split nor shared."""
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     z, v, t, r = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e), rows.t, rows.r
-    null = jnp.full_like(rows.labels, NO_LABEL)
+    null = jnp.full_like(rows.condition, NO_LABEL)
     u_class, u_null = (
-        FIELD(params, z, r=t, t=t, condition=Condition(labels)).u for labels in (rows.labels, null)
+        FIELD(params, z, r=t, t=t, condition=Condition(labels)).u
+        for labels in (rows.condition, null)
     )
     omega, kappa = guidance.omega, guidance.kappa
     guided = omega * v + kappa * u_class + (1 - omega - kappa) * u_null
@@ -457,7 +461,7 @@ def test_adaptive_weight_scales_the_gradient_without_being_differentiated():
     error = jnp.array([0.5, 2.0, 7.0])
     for p in (0.0, 0.75, 1.0, 2.0):
         weight = AdaptiveWeight(p=p, c=0.1)
-        gradient = jax.grad(lambda e, w=weight: w.mean(e[:2], e[2:]))(error)
+        gradient = jax.grad(lambda e, w=weight: w.mean(_off_draws(2, 1), e[:2], e[2:]))(error)
         np.testing.assert_allclose(gradient, (error + 0.1) ** -p / 3, rtol=1e-12)
 
 

@@ -12,10 +12,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from recorded import FOLDER, from_published
 
-from mf_jax.flow.draws import at_time
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
-from mf_jax.flow.records import Condition, Draws, GuidanceScale, Rows
+from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
+from mf_jax.flow.rows import at_time
 from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
@@ -62,7 +62,7 @@ def _network(meta, params):
 
 
 def _draws(meta, case):
-    names = {"x": "x", "e": "e", "t": "t", "r": "r", "labels": "y", "dropped": "dropped"}
+    names = {"x": "x", "e": "e", "t": "t", "r": "r", "condition": "y", "dropped": "dropped"}
     n = meta["batch"]["num_instant"]
     told = None
     if "in/omega" in case:
@@ -70,8 +70,11 @@ def _draws(meta, case):
             *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
         )
     rows = Rows(
-        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()}, guidance=told
+        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
+        guidance=told,
+        for_networks=True,
     )
+    rows = rows.replace(null=jnp.full_like(rows.condition, NO_LABEL))
     instant, interval = (
         jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n), slice(n, None))
     )
@@ -104,7 +107,7 @@ def test_recorded_case(path):
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     with jax.default_matmul_precision(meta["matmul_precision"]):
         z = interpolate(rows.x, rows.e, t=rows.t)
-        condition = Condition(rows.labels, rows.guidance)
+        condition = Condition(rows.condition, rows.guidance)
         outputs = jax.jit(field)(params, z, r=rows.r, t=rows.t, condition=condition)
         loss, ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(field, p, draws)[0]))(
             params

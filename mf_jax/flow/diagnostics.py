@@ -1,51 +1,72 @@
 """How well a network obeys the identities of an average velocity, on real draws.
 
-Each figure is a root mean square per number, in units of the velocity.
+Each figure is a root mean square per counted number, in units of the velocity.
 
 Source: MeanFlow, arXiv 2505.13447, equation 6 and section 4.1 (consistency).
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.flow.draws import condition_of
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.paths import advance, interpolate, per_row, velocity
 from mf_jax.flow.records import Field, Rows
+from mf_jax.flow.rows import predict
+
+ALONG_THE_PATH = (1.0, 0.0, 1.0)
+"""Tangent of (z, r, t), in units of the velocity and of 1, that du/dt is taken along."""
 
 
-def _rms(a: Float[Array, "b ..."]) -> Float[Array, ""]:
-    return jnp.sqrt(jnp.mean(a**2))
+def rms(a: Float[Array, "b ..."], rows: Rows) -> Float[Array, ""]:
+    """Return the root mean square of an array like x, which is 0 where a mask hides."""
+    if rows.mask is None:
+        return jnp.sqrt(jnp.mean(a**2))
+    return jnp.sqrt(jnp.sum(a**2) / jnp.maximum(jnp.sum(rows.mask), 1))
 
 
 def velocity_error(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
     """Return the size of u(z, t, t) - v; the spread of v given z keeps it above 0."""
     z = interpolate(rows.x, rows.e, t=rows.t)
-    u = field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
-    return _rms(u - velocity(rows.x, rows.e))
+    u = predict(field, params, rows, z, r=rows.t, t=rows.t).u
+    return rms(u - velocity(rows.x, rows.e), rows)
+
+
+def derivative_at(
+    field: Field,
+    params: PyTree,
+    rows: Rows,
+    *,
+    how: Derivative = Derivative(),
+    along: tuple[float, float, float] = ALONG_THE_PATH,
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Return v = u(z, t, t), u(z, r, t), and du/dt with v the velocity of z."""
+
+    def u(z: Array, r: Array, t: Array) -> tuple[Array, Array]:
+        value = predict(field, params, rows, z, r=r, t=t, forward_mode=how.is_jvp).u
+        return value, value
+
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    v, one = u(z, rows.t, rows.t)[0], jnp.ones_like(rows.t)
+    dz, dr, dt = along
+    return v, *how.along(u, u, (z, rows.r, rows.t), (dz * v, dr * one, dt * one))
 
 
 def identity_residual(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
     """Return the size of u - (v - (t - r) du/dt) with the network's own velocity v = u(z, t, t)."""
-    condition = condition_of(rows).replace(forward_mode=True)
+    return residual_of(rows, *derivative_at(field, params, rows))
 
-    def u(z: Array, r: Array, t: Array) -> Array:
-        return field(params, z, r=r, t=t, condition=condition).u
 
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    v = u(z, rows.t, rows.t)
-    tangent = (v, jnp.zeros_like(rows.r), jnp.ones_like(rows.t))
-    value, derivative = jax.jvp(u, (z, rows.r, rows.t), tangent)
-    return _rms(value - (v - per_row(rows.t - rows.r, z) * derivative))
+def residual_of(rows: Rows, v: Array, u: Array, du_dt: Array) -> Float[Array, ""]:
+    """Return the size of the same from its terms."""
+    return rms(u - (v - per_row(rows.t - rows.r, u) * du_dt), rows)
 
 
 def additivity_gap(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
     """Return how far one step from t to r ends from two steps by way of the middle."""
-    condition = condition_of(rows)
 
     def step(z: Array, *, r: Array, t: Array) -> Array:
-        return advance(z, field(params, z, r=r, t=t, condition=condition).u, r=r, t=t)
+        return advance(z, predict(field, params, rows, z, r=r, t=t).u, r=r, t=t)
 
     z = interpolate(rows.x, rows.e, t=rows.t)
     s = (rows.r + rows.t) / 2
-    return _rms(step(z, r=rows.r, t=rows.t) - step(step(z, r=s, t=rows.t), r=rows.r, t=s))
+    return rms(step(z, r=rows.r, t=rows.t) - step(step(z, r=s, t=rows.t), r=rows.r, t=s), rows)

@@ -8,59 +8,21 @@ four. A group never crosses devices, so splitting and joining are local reshapes
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mf_jax.errors import BadInput, check_known
-from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
+from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
+from mf_jax.flow.rows import at_time, split_rows
 from mf_jax.flow.times import Times
 
 LABEL_DROP_ROWS = ("instant_rows", "any_row")
 _LARGEST_GROUP = 64
 _SHARE_TOLERANCE = 1e-3
-
-
-def condition_of(rows: Rows) -> Condition:
-    """Return the inputs of the network for these rows: dropped labels become `NO_LABEL`."""
-    labels = jnp.where(rows.dropped, NO_LABEL, rows.labels)
-    return Condition(labels=labels, guidance=rows.guidance, dropout=rows.dropout)
-
-
-def at_time(rows: Rows, t: Float[Array, "b"]) -> Rows:
-    """Return rows with r = t at the given times, whose guidance holds for all t."""
-    guidance = rows.guidance
-    if guidance is not None:
-        guidance = guidance.replace(t_min=jnp.zeros_like(t), t_max=jnp.ones_like(t))
-    return rows.replace(r=t, t=t, guidance=guidance)
-
-
-def split_rows(rows: PyTree, sizes: Sequence[int]) -> list[PyTree]:
-    """Deal the rows of a tree into parts of these sizes, group by group."""
-    groups = math.gcd(*sizes)
-    ends = list(itertools.accumulate(size // groups for size in sizes))[:-1]
-
-    def split(leaf: Array) -> list[Array]:
-        grouped = leaf.reshape(groups, -1, *leaf.shape[1:])
-        return [part.reshape(-1, *leaf.shape[1:]) for part in jnp.split(grouped, ends, axis=1)]
-
-    leaves, tree = jax.tree.flatten(rows)
-    return [tree.unflatten(part) for part in zip(*map(split, leaves), strict=True)]
-
-
-def join_rows(parts: Sequence[PyTree]) -> PyTree:
-    """Undo `split_rows`: interleave the rows of alike trees group by group."""
-    groups = math.gcd(*(jax.tree.leaves(part)[0].shape[0] for part in parts))
-
-    def join(*leaves: Array) -> Array:
-        shape = leaves[0].shape[1:]
-        grouped = [leaf.reshape(groups, leaf.shape[0] // groups, *shape) for leaf in leaves]
-        return jnp.concatenate(grouped, axis=1).reshape(-1, *shape)
-
-    return jax.tree.map(join, *parts)
 
 
 def group_sizes(instant_share: float) -> tuple[int, int]:
@@ -82,11 +44,15 @@ class DrawScheme:
     """How a step's random numbers are drawn.
 
     Args:
+      times: distribution of (r, t).
       instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
-      label_drop_share: share of all rows trained without their label, in [0, 1).
+      label_drop_share: share of all rows trained without their condition, in [0, 1).
       label_drop: which rows lose it: `instant_rows` (r = t, as published) or `any_row`.
-      omega_max: largest scale of guidance as an input of the network; 1 = no such input.
+      omega_max: largest scale of guidance as an input of the network; 1 = no such input, more
+        needs `for_networks`.
       omega_power: the scale has density omega^-omega_power on [1, omega_max]; at least 0.
+      for_networks: whether the field is one of this project's networks, which are told a
+        `Condition` with guidance and dropout seeds; else it is told its own condition alone.
 
     Source of the drawn guidance: improved MeanFlow, arXiv 2512.02012, section 4.2.
     """
@@ -97,6 +63,7 @@ class DrawScheme:
     label_drop: str = "instant_rows"
     omega_max: float = 1.0
     omega_power: float = 1.0
+    for_networks: bool = False
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
@@ -110,6 +77,11 @@ class DrawScheme:
             )
         if not 1 <= self.omega_max < math.inf:
             raise BadInput(f"draws.omega_max={self.omega_max}: must be at least 1; 1 = no guidance")
+        if self.omega_max > 1 and not self.for_networks:
+            raise BadInput(
+                f"draws.omega_max={self.omega_max}: a drawn scale is told in a Condition, which a "
+                "field gets with for_networks=True alone; set it, or omega_max=1"
+            )
         if not 0 <= self.omega_power < math.inf:
             raise BadInput(f"draws.omega_power={self.omega_power}: must be at least 0; try 1.0")
 
@@ -118,28 +90,66 @@ class DrawScheme:
         """The number of rows whose multiple each device must have."""
         return sum(group_sizes(self.instant_share))
 
-    def draw(self, key: PRNGKeyArray, x: Float[Array, "b ..."], labels: Int[Array, "b"]) -> Draws:
-        """Draw one step for a multiple of `group` rows; labels are classes or `NO_LABEL`."""
-        if x.shape[0] == 0 or x.shape[0] % self.group:
-            raise BadInput(f"a batch of {x.shape[0]} rows: must be a multiple of {self.group}")
+    def draw(
+        self,
+        key: PRNGKeyArray,
+        x: Float[Array, "b ..."],
+        condition: PyTree = None,
+        *,
+        e: Float[Array, "b ..."] | None = None,
+        mask: Bool[Array, "..."] | None = None,
+        null: PyTree = None,
+    ) -> Draws:
+        """Draw one step; raise BadInput at a batch that is no multiple of `group`.
+
+        Args:
+          x: data `[B, ...]` of any rank.
+          condition: any tree of arrays `[B, ...]`; classes are one int array `[B]`.
+          e: like x, the noise that belongs to each row; drawn, standard normal, unless given.
+          mask: with as many axes as x, True where a number counts; what it hides may be NaN.
+          null: a tree like condition without the axis B, or one array for all: what a row without
+            its condition is told. Classes alone have a default, `NO_LABEL`.
+        """
+        num_rows = x.shape[0]
+        if num_rows == 0 or num_rows % self.group:
+            below = num_rows - num_rows % self.group
+            fit = " or ".join(str(size) for size in (below, below + self.group) if size)
+            raise BadInput(
+                f"a batch of {num_rows} rows: must be a multiple of {self.group}, since "
+                f"instant_share={self.instant_share} of each group have r = t; use {fit} rows"
+            )
+        null = _null_of(condition, null, num_rows, is_needed=self.label_drop_share > 0)
         noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
-        r, t = self.times.sample(times_key, x.shape[0])
-        drop = self.label_drop_share
+        r, t = self.times.sample(times_key, num_rows)
+        drop = 0.0 if null is None else self.label_drop_share
         if drop and self.label_drop != "any_row":
             drop /= self.instant_share
+        direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
+        e = jax.random.normal(noise_key, x.shape, x.dtype) if e is None else e
+        if e.shape != x.shape:
+            raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
+        mask = _mask_of(mask, x)
+        if mask is not None:
+            x, e, direction = (jnp.where(mask, each, 0) for each in (x, e, direction))
+        dropout = None
+        if self.for_networks:
+            dropout = jax.random.bits(more_keys[1], (num_rows,), jnp.uint32)
         rows = Rows(
             x=x,
-            e=jax.random.normal(noise_key, x.shape, x.dtype),
+            e=e,
             t=t,
             r=r,
-            labels=labels,
-            dropped=jax.random.uniform(drop_key, labels.shape) < drop,
-            guidance=self._guidance(guidance_key, x.shape[0]),
-            fraction=jax.random.uniform(more_keys[0], labels.shape),
-            dropout=jax.random.bits(more_keys[1], labels.shape, jnp.uint32),
-            direction=jax.random.normal(more_keys[2], x.shape, x.dtype),
+            dropped=jax.random.uniform(drop_key, (num_rows,)) < drop,
+            condition=condition,
+            null=null,
+            mask=mask,
+            guidance=self._guidance(guidance_key, num_rows),
+            fraction=jax.random.uniform(more_keys[0], (num_rows,)),
+            dropout=dropout,
+            direction=direction,
+            for_networks=self.for_networks,
         )
-        sizes = [size * (x.shape[0] // self.group) for size in group_sizes(self.instant_share)]
+        sizes = [size * (num_rows // self.group) for size in group_sizes(self.instant_share)]
         instant, interval = split_rows(rows, sizes)
         if self.label_drop != "any_row":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
@@ -156,3 +166,46 @@ class DrawScheme:
             power = 1 - self.omega_power
             omega = (1 + omega * (self.omega_max**power - 1)) ** (1 / power)
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
+
+
+def _mask_of(mask: Array | None, x: Float[Array, "b ..."]) -> Bool[Array, "b ..."] | None:
+    """Return a mask of x's own shape."""
+    if mask is None:
+        return None
+    axes = itertools.zip_longest(mask.shape, x.shape)
+    fits = all(length in (1, whole) for length, whole in axes) and mask.ndim == x.ndim
+    if mask.dtype != bool or not fits:
+        raise BadInput(
+            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool with "
+            "as many axes as x, each of x's length or 1, e.g. (mask > 0)[..., None]"
+        )
+    return jnp.broadcast_to(mask, x.shape)
+
+
+def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool) -> PyTree:
+    """Return `null` as a tree like the condition, with its axis B; None without a null."""
+    leaves = jax.tree.leaves(condition)
+    for leaf in leaves:
+        if jnp.shape(leaf)[:1] != (num_rows,):
+            shape = jnp.shape(leaf)
+            raise BadInput(f"condition: has shape {shape}; its first axis must be {num_rows} rows")
+    if not leaves:
+        return None
+    if null is None and leaves[0] is condition and condition.ndim == 1:
+        null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.integer) else None
+    fit = "give a tree like condition, without its first axis"
+    if null is None and is_needed:
+        raise BadInput(
+            "null=None: a row that trains without its condition is told null; "
+            f"{fit}, or use label_drop_share=0"
+        )
+    if null is None:
+        return None
+
+    def spread(own: Array, to: Any) -> Array:
+        return jnp.broadcast_to(jnp.asarray(to, own.dtype), own.shape)
+
+    try:
+        return jax.tree.map(spread, condition, jax.tree.broadcast(null, condition))
+    except ValueError as problem:
+        raise BadInput(f"null: {fit} ({problem})") from problem

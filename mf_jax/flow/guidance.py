@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import condition_of, join_rows, split_rows
 from mf_jax.flow.paths import interpolate, per_row, velocity
-from mf_jax.flow.records import NO_LABEL, Condition, Draws, Field, GuidanceScale, Prediction, Rows
+from mf_jax.flow.records import Draws, Field, GuidanceScale, Prediction, Rows
+from mf_jax.flow.rows import call, condition_of, join_rows, split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,8 @@ def guided_velocities(
     needs_own = is_drawn or guidance.kappa != 0 or with_own
     wanted = []
     if needs_null:
+        if interval.null is None:
+            raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
         wanted += [(rows, _teacher_condition(rows, labelled=False)) for rows in (instant, interval)]
     if needs_own:
         wanted.append((interval, _teacher_condition(interval, labelled=True)))
@@ -138,28 +140,28 @@ def _guide(
     return jnp.where(per_row(inside & ~rows.dropped, v), guided, v)
 
 
-def _teacher_condition(rows: Rows, *, labelled: bool) -> Condition:
+def _teacher_condition(rows: Rows, *, labelled: bool) -> PyTree:
     """Return a teacher's inputs: at r = t the window is whole, without class the scale is 1."""
-    own, one = condition_of(rows), jnp.ones_like(rows.t)
-    if not labelled:
-        own = own.replace(labels=jnp.full_like(rows.labels, NO_LABEL))
-    if rows.guidance is None:
-        return own
-    scale = jnp.where(_is_inside(rows, rows.guidance), rows.guidance.omega, 1) if labelled else one
-    return own.replace(guidance=GuidanceScale(omega=scale, t_min=0 * one, t_max=one))
+    if rows.guidance is not None:
+        one = jnp.ones_like(rows.t)
+        scale = jnp.where(_is_inside(rows, rows.guidance), rows.guidance.omega, 1)
+        scale = scale if labelled else one
+        rows = rows.replace(guidance=GuidanceScale(omega=scale, t_min=0 * one, t_max=one))
+    return condition_of(rows, is_null=not labelled)
 
 
 def _teach(
     field: Field,
     params: PyTree,
-    wanted: list[tuple[Rows, Condition]],
+    wanted: list[tuple[Rows, PyTree]],
     read: Callable[[Prediction], Array],
 ) -> list[Float[Array, "_ ..."]]:
     """Return v_hat of each sub-batch, from one call for all of them."""
     sizes = [rows.t.shape[0] for rows, _ in wanted]
     if not any(sizes):
         return [rows.x for rows, _ in wanted]
-    z, t, condition = join_rows(
-        [(interpolate(rows.x, rows.e, t=rows.t), rows.t, inputs) for rows, inputs in wanted]
+    z, t, condition, mask = join_rows(
+        [(interpolate(rows.x, rows.e, t=rows.t), rows.t, told, rows.mask) for rows, told in wanted]
     )
-    return split_rows(read(field(params, z, r=t, t=t, condition=condition)), sizes)
+    taught = call(field, params, z, r=t, t=t, condition=condition, mask=mask)
+    return split_rows(read(taught), sizes)

@@ -14,7 +14,7 @@ Source: MeanFlow, arXiv 2505.13447, section 4.1.
 from jaxtyping import Array, Float, Shaped
 
 
-def per_row(t: Shaped[Array, "b"], z: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+def per_row(t: Shaped[Array, "b"], z: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """Return one number per row as `[B, 1, ...]`, with the number of axes of z."""
     return t.reshape(t.shape + (1,) * (z.ndim - 1))
 

@@ -62,21 +62,21 @@ class GuidanceScale:
 
 @flax.struct.dataclass
 class Condition:
-    """Inputs of a network besides z, r and t.
+    """What this project's networks are told besides z, r and t.
 
-    labels: classes or `NO_LABEL`. guidance: for networks that learn a range of scales. dropout: a
-    seed for each row's masks; None = no dropout. forward_mode: whether `jax.jvp` follows, without a
-    gradient of the derivative; fused attention must know.
+    labels: classes or `NO_LABEL`, or a caller's own tree. guidance: for networks that learn a range
+    of scales. dropout: a seed for each row's masks; None = no dropout. forward_mode: whether
+    `jax.jvp` follows, without a gradient of the derivative; fused attention must know.
     """
 
-    labels: Int[Array, "b"]
+    labels: PyTree
     guidance: GuidanceScale | None = None
     dropout: UInt32[Array, "b"] | None = None
     forward_mode: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Prediction(NamedTuple):
-    """Outputs of a network: average velocity u and, from a second head, velocity v."""
+    """Outputs of a network like z: average velocity u and, from a second head, velocity v."""
 
     u: Float[Array, "b ..."]
     v: Float[Array, "b ..."] | None = None
@@ -84,7 +84,11 @@ class Prediction(NamedTuple):
 
 @runtime_checkable
 class Field(Protocol):
-    """A pure function from parameters and a point on the path to a `Prediction`."""
+    """A pure function from parameters and points on the path to u, or to a `Prediction`.
+
+    It sees z of any rank and times 0 <= r <= t <= 1. The condition is the caller's own tree, or a
+    `Condition` where `DrawScheme.for_networks` is set.
+    """
 
     def __call__(
         self,
@@ -93,29 +97,34 @@ class Field(Protocol):
         *,
         r: Float[Array, "b"],
         t: Float[Array, "b"],
-        condition: Condition,
-    ) -> Prediction: ...
+        condition: PyTree,
+    ) -> Float[Array, "b ..."] | Prediction: ...
 
 
 @flax.struct.dataclass
 class Rows:
     """A sub-batch of training rows: data x, noise e, times 0 <= r <= t <= 1.
 
-    labels: the true classes or `NO_LABEL`. dropped: whether a row trains without its label.
-    fraction: in [0, 1), places a time between r and t. direction: standard normal, for derivatives
-    along it. guidance, dropout: see `Condition`.
+    condition: the caller's tree of arrays `[B, ...]`. null: the same tree of what a dropped row is
+    told; None = nothing is dropped. dropped: whether a row trains without its condition. mask:
+    where x counts; elsewhere x, e and direction are 0. fraction: in [0, 1), places a time between r
+    and t. direction: standard normal, for derivatives along it. guidance, dropout: see `Condition`.
+    for_networks: whether the field gets a `Condition`.
     """
 
     x: Float[Array, "b ..."]
     e: Float[Array, "b ..."]
     t: Float[Array, "b"]
     r: Float[Array, "b"]
-    labels: Int[Array, "b"]
     dropped: Bool[Array, "b"]
+    condition: PyTree = None
+    null: PyTree = None
+    mask: Bool[Array, "b ..."] | None = None
     guidance: GuidanceScale | None = None
     fraction: Float[Array, "b"] | None = None
     dropout: UInt32[Array, "b"] | None = None
     direction: Float[Array, "b ..."] | None = None
+    for_networks: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.paths import advance
-from mf_jax.flow.records import Condition, Field
+from mf_jax.flow.paths import advance, interpolate
+from mf_jax.flow.records import Field
+from mf_jax.flow.rows import call
 
 NO_GUIDANCE = (1.0, 0.0, 1.0)
 
@@ -93,22 +94,39 @@ def sample(
     field: Field,
     params: PyTree,
     e: Float[Array, "b ..."],
-    condition: Condition,
+    condition: PyTree = None,
     *,
-    times: Sequence[float] | Float[Array, "n"],
-    learns_average: bool,
+    steps: int = 1,
+    times: Sequence[float] | Float[Array, "n"] = (),
+    renoise: PRNGKeyArray | None = None,
+    learns_average: bool = True,
 ) -> Float[Array, "b ..."]:
-    """Carry noise e to data in len(times) - 1 network evaluations.
+    """Carry noise e `[B, ...]` to data like e, one evaluation of the field a step.
 
     Args:
-      times: `SamplePlan.grid`.
-      learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method.
+      condition: what the field is told, unchanged.
+      steps, times: see `SamplePlan`; BadInput unless they are as it says.
+      renoise: a key; each step then goes to the data, x_hat = z - t u(z, 0, t), and back to fresh
+        noise, z_r = (1 - r) x_hat + r e'. None = from t to r along the flow.
+      learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method, as networks of
+        flow matching need.
+
+    Source of renoising: consistency models, arXiv 2303.01469, algorithm 1; SoFlow.
     """
+    is_known = isinstance(times, jax.core.Tracer)
+    grid = times if is_known else SamplePlan(steps, tuple(map(float, times))).grid
 
     def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:
-        t, r = (jnp.full(z.shape[:1], time) for time in interval)
-        u = field(params, z, r=r if learns_average else t, t=t, condition=condition).u
-        return advance(z, u, r=r, t=t), None
+        t, r, key = interval
+        t, r = (jnp.full(z.shape[:1], time) for time in (t, r))
+        to = r if key is None else jnp.zeros_like(r)
+        told = to if learns_average else t
+        u = call(field, params, z, r=told, t=t, condition=condition).u
+        moved = advance(z, u, r=to, t=t)
+        if key is not None:
+            moved = interpolate(moved, jax.random.normal(key, z.shape, z.dtype), t=r)
+        return moved.astype(z.dtype), None
 
-    grid = jnp.asarray(times, jnp.float32)
-    return jax.lax.scan(step, e, (grid[:-1], grid[1:]))[0]
+    grid = jnp.asarray(grid, jnp.float32)
+    keys = None if renoise is None else jax.random.split(renoise, len(grid) - 1)
+    return jax.lax.scan(step, e, (grid[:-1], grid[1:], keys))[0]

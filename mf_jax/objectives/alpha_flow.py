@@ -27,10 +27,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.errors import BadInput, check_known
-from mf_jax.flow.draws import condition_of
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.rows import predict
 from mf_jax.objectives import terms
 
 ANNEALINGS = ("sigmoid", "exponential")
@@ -47,6 +48,7 @@ class AlphaFlow(terms.Objective):
       sharpness: of `sigmoid`.
       derivative_below: use the derivative where a is below it; 0 = never.
       target_clip: largest size of an entry of the target of rows with r < t.
+      derivative: how it is taken, below `derivative_below`.
     """
 
     guidance: Guidance = Guidance()
@@ -60,6 +62,7 @@ class AlphaFlow(terms.Objective):
     derivative_below: float = 5e-3
     target_clip: float = 4.0
     target_ema: float = 0.0
+    derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
         check_known("objective.annealing", self.annealing, ANNEALINGS)
@@ -103,15 +106,16 @@ class AlphaFlow(terms.Objective):
             if rows.t.shape[0] == 0:
                 return rows.x, rows.x, rows.x
             teacher = params if target_params is None else target_params
-            s, condition = rows.t - alpha * (rows.t - rows.r), condition_of(rows)
+            s = rows.t - alpha * (rows.t - rows.r)
             z = interpolate(rows.x, rows.e, t=rows.t)
             z_s = advance(z, v.interval, r=s, t=rows.t)
-            u = field(params, z, r=rows.r, t=rows.t, condition=condition).u
-            u_s = field(teacher, z_s, r=rows.r, t=s, condition=condition).u
+            u = predict(field, params, rows, z, r=rows.r, t=rows.t).u
+            u_s = predict(field, teacher, rows, z_s, r=rows.r, t=s).u
             return u, alpha * v.interval + (1 - alpha) * u_s, (u - u_s) / per_row(rows.t - s, u)
 
         def by_derivative() -> tuple[Array, Array, Array]:
-            (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval)
+            how = self.derivative
+            (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval, how=how)
             return u, v.interval - per_row(rows.t - rows.r, u) * du_dt, du_dt
 
         if self.derivative_below == 0:
@@ -123,6 +127,6 @@ class AlphaFlow(terms.Objective):
         v_error = terms.squared_error(u_instant, v.instant)
         clipped = jnp.clip(target, -self.target_clip, self.target_clip)
         u_error = terms.squared_error(u, clipped) / a**2
-        loss = terms.row_mean(self.weight(v_error), a * self.weight(u_error))
+        loss = terms.row_mean(self.weight(v_error, draws.instant), a * self.weight(u_error, rows))
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         return loss, metrics | {"alpha": terms.average_over(alpha, draws)}

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.errors import BadInput
-from mf_jax.flow.draws import condition_of
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.rows import predict
 from mf_jax.objectives import terms
 
 
@@ -47,14 +47,15 @@ class Controls:
     ) -> tuple[Float[Array, ""], terms.Metrics]:
         """Return the sum of the terms, over the rows with r < t (over all if there are none)."""
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
-        axes, condition = tuple(range(1, rows.x.ndim)), condition_of(rows)
-        n = rows.direction / per_row(jnp.sqrt(jnp.sum(rows.direction**2, axis=axes)), rows.x)
+        axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
+        length = jnp.sqrt(jnp.sum(rows.direction**2, axis=axes) + tiny)
+        n = rows.direction / per_row(length, rows.x)
 
         def u(z: Array) -> Array:
-            return field(params, z, r=rows.r, t=rows.t, condition=condition).u
+            return predict(field, params, rows, z, r=rows.r, t=rows.t).u
 
         _, slope = jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
-        rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + jnp.finfo(slope.dtype).tiny)
+        rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + tiny)
         gain = 1 - (rows.t - rows.r) * jnp.sum(n * slope, axis=axes)
         steep = jax.nn.relu(rate - self.lipschitz_bound) ** 2
         folded = jax.nn.relu(-gain) ** 2

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from jaxtyping import PyTree
 
-from mf_jax.flow.draws import join_rows
 from mf_jax.flow.paths import velocity
 from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.rows import join_rows
 from mf_jax.objectives import terms
 
 
@@ -35,4 +35,4 @@ class FlowMatching(terms.Objective):
         rows = join_rows([draws.instant, draws.interval])
         u = terms.at_instant(field, params, rows).u
         error = terms.squared_error(u, velocity(rows.x, rows.e))
-        return self.weight.mean(error), terms.binned_errors("v_error", error, rows)
+        return terms.row_mean(self.weight(error, rows)), terms.binned_errors("v_error", error, rows)

@@ -18,13 +18,14 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
 
 import dataclasses
-import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Prediction, Step
@@ -34,8 +35,9 @@ from mf_jax.objectives import terms
 def _head_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
     if prediction.v is None:
         raise BadInput(
-            "objective.velocity='head': the network has no second head; use "
-            "model.name=in_context_dit with model.second_head=True, or objective.velocity=boundary"
+            "objective.velocity='head': the network has no second head; return Prediction(u, v), "
+            "from the command line model.name=in_context_dit and model.second_head=True, or use "
+            "objective.velocity=boundary"
         )
     return prediction.v
 
@@ -50,11 +52,13 @@ class ImprovedMeanFlow(terms.Objective):
 
     Args:
       velocity: a key of `VELOCITIES`.
+      derivative: how du/dt is taken.
     """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     velocity: str = "head"
+    derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
         check_known("objective.velocity", self.velocity, VELOCITIES)
@@ -74,15 +78,15 @@ class ImprovedMeanFlow(terms.Objective):
         v = guided_velocities(
             self.guidance, field, params, draws, own_instant=own, with_own=True, read=read
         )
-        at_r, du_dt = terms.with_derivative(field, params, rows, v.own)
+        at_r, du_dt = terms.with_derivative(field, params, rows, v.own, how=self.derivative)
         v_error = terms.squared_error(at_t.u, v.instant)
         u_error = terms.squared_error(at_r.u, v.interval - per_row(rows.t - rows.r, du_dt) * du_dt)
-        loss = self.weight.mean(v_error, u_error)
+        loss = self.weight.mean(draws, v_error, u_error)
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         if self.needs_second_head:
             pairs = (own, v.instant), (read(at_r), v.interval)
             errors = [terms.squared_error(*pair) for pair in pairs]
-            loss += self.weight.mean(*errors)
-            per_number = jnp.concatenate(errors) / math.prod(rows.x.shape[1:])
-            metrics |= {"head_error": terms.average(per_number)}
+            loss += self.weight.mean(draws, *errors)
+            both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+            metrics |= {"head_error": terms.per_number(jnp.concatenate(errors), both)}
         return loss, metrics

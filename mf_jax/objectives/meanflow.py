@@ -23,6 +23,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from mf_jax.errors import check_known
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step
@@ -43,11 +44,13 @@ class MeanFlow(terms.Objective):
 
     Args:
       tangent: direction of du/dt, a key of `TANGENTS`.
+      derivative: how du/dt is taken.
     """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     tangent: str = "v01"
+    derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
         check_known("objective.tangent", self.tangent, TANGENTS)
@@ -60,8 +63,10 @@ class MeanFlow(terms.Objective):
         u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
         tangent = TANGENTS[self.tangent]
-        (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval, tangent=tangent)
+        (u, _), du_dt = terms.with_derivative(
+            field, params, rows, v.interval, tangent=tangent, how=self.derivative
+        )
         v_error = terms.squared_error(u_instant, v.instant)
         u_error = terms.squared_error(u, v.interval - per_row(rows.t - rows.r, u) * du_dt)
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return self.weight.mean(v_error, u_error), metrics
+        return self.weight.mean(draws, v_error, u_error), metrics

@@ -43,7 +43,7 @@ class PixelMeanFlow(ImprovedMeanFlow):
     ) -> terms.Loss:
         """See `Objective.loss`."""
         clipped = Draws(self._clip(draws.instant), self._clip(draws.interval))
-        return super().loss(field, params, clipped)
+        return super().loss(field, params, clipped, step, target_params)
 
     def _clip(self, rows: Rows) -> Rows:
         z = interpolate(rows.x, rows.e, t=rows.t)

@@ -23,10 +23,10 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.errors import check_known
-from mf_jax.flow.draws import condition_of
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.rows import predict
 from mf_jax.objectives import terms
 
 SPLITS = ("uniform", "midpoint")
@@ -61,20 +61,20 @@ class SplitMeanFlow(terms.Objective):
         u, target, du_dt = self._parts(field, params, teacher, draws.interval)
         v_error, u_error = terms.squared_error(u_instant, v.instant), terms.squared_error(u, target)
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return self.weight.mean(v_error, u_error), metrics
+        return self.weight.mean(draws, v_error, u_error), metrics
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
         """Return u over the interval, over its two parts, and the difference quotient of u."""
-        r, t, condition = rows.r, rows.t, condition_of(rows)
+        r, t = rows.r, rows.t
         if t.shape[0] == 0:
             return rows.x, rows.x, rows.x
         share = 0.5 if self.split == "midpoint" else 1 - rows.fraction  # of the first part, > 0
         s = t - share * (t - r)
         z = interpolate(rows.x, rows.e, t=t)
-        first = field(teacher, z, r=s, t=t, condition=condition).u
-        second = field(teacher, advance(z, first, r=s, t=t), r=r, t=s, condition=condition).u
-        u = field(params, z, r=r, t=t, condition=condition).u
+        first = predict(field, teacher, rows, z, r=s, t=t).u
+        second = predict(field, teacher, rows, advance(z, first, r=s, t=t), r=r, t=s).u
+        u = predict(field, params, rows, z, r=r, t=t).u
         weight = per_row((t - s) / (t - r), z)
         return u, weight * first + (1 - weight) * second, (u - second) / per_row(t - s, u)

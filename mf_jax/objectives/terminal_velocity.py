@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from mf_jax.flow.draws import at_time, join_rows
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.rows import at_time, join_rows
 from mf_jax.objectives import terms
 
 
@@ -63,6 +63,7 @@ class TerminalVelocity(terms.Objective):
         target = terms.at_instant(field, teacher, at_r, end).u
         v_error = terms.squared_error(u_r, v.instant)
         u_error = terms.squared_error(u - per_row(interval.t - interval.r, u) * du_dr, target)
-        loss = (jnp.sum(self.weight(v_error)) + jnp.sum(self.weight(u_error))) / rows.t.shape[0]
         draws = draws.replace(instant=rows)
+        loss = jnp.sum(self.weight(v_error, rows)) + jnp.sum(self.weight(u_error, interval))
+        loss /= rows.t.shape[0]
         return loss, terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dr)

@@ -6,6 +6,7 @@ r = t and r < t, and by quarter of t. Steps and devices add a metric's sum and c
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.errors import BadInput
-from mf_jax.flow.draws import condition_of
+from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Draws, Field, Prediction, Rows, Step
+from mf_jax.flow.rows import num_counted, predict
 
 NUM_BINS = 4
 
@@ -72,7 +74,7 @@ def at_instant(
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x)
     z = interpolate(rows.x, rows.e, t=rows.t) if z is None else z
-    return field(params, z, r=rows.t, t=rows.t, condition=condition_of(rows))
+    return predict(field, params, rows, z, r=rows.t, t=rows.t)
 
 
 def with_derivative(
@@ -83,26 +85,28 @@ def with_derivative(
     *,
     tangent: tuple[float, float, float] = (1.0, 0.0, 1.0),
     with_gradient: bool = False,
+    how: Derivative = Derivative(),
 ) -> tuple[Prediction, Float[Array, "b ..."]]:
     """Return the prediction at (z_t, r, t), and du/dt along a path of the given velocity dz_t/dt.
 
     Args:
       tangent: of (z, r, t), in units of (velocity, 1, 1); the total derivative in t is (1, 0, 1).
-      with_gradient: whether the derivative's own gradient follows; fused attention refuses it.
+      with_gradient: whether the JVP's own gradient follows; fused attention refuses it.
+      how: differences have no gradient.
     """
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x), rows.x
-    condition = condition_of(rows).replace(forward_mode=not with_gradient)
+    forward_mode = how.is_jvp and not with_gradient
 
-    def u(z: Array, r: Array, t: Array) -> tuple[Array, Prediction]:
-        prediction = field(params, z, r=r, t=t, condition=condition)
+    def u(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Prediction]:
+        prediction = predict(field, params, rows, z, r=r, t=t, forward_mode=forward_mode)
         return prediction.u, prediction
 
     dz, dr, dt = tangent
     point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
     direction = dz * velocity, dr * jnp.ones_like(rows.r), dt * jnp.ones_like(rows.t)
-    _, derivative, prediction = jax.jvp(u, point, direction, has_aux=True)
-    return prediction, derivative
+    still = functools.partial(u, params=jax.lax.stop_gradient(params))
+    return how.along(u, still, point, direction)
 
 
 def squared_error(
@@ -115,31 +119,38 @@ def squared_error(
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveWeight:
-    """Weight a row's squared error l by stop_gradient((l + c)^-p).
+    """Weight a row's error l by stop_gradient((l + c)^-p).
 
     Args:
       p: at least 0; 0 weights all rows alike, 1 makes the loss nearly scale-free.
-      c: above 0.
+      c: above 0, in the units of l: published for sums, one for means is smaller by D, the number
+        of counted entries of a row.
+      of: l is the `sum` of a row's squared errors, as published, or their `mean`.
 
     Source: MeanFlow, arXiv 2505.13447, equation 22.
     """
 
     p: float = 1.0
     c: float = 0.01
+    of: str = "sum"
 
     def __post_init__(self) -> None:
         if not 0 <= self.p < math.inf:
             raise BadInput(f"weight.p={self.p}: must be at least 0; MeanFlow uses 1.0")
         if not 0 < self.c < math.inf:
             raise BadInput(f"weight.c={self.c}: must be above 0; MeanFlow uses 0.01")
+        check_known("weight.of", self.of, ("sum", "mean"))
 
-    def __call__(self, error: Float[Array, "_"]) -> Float[Array, "_"]:
-        """Return the weighted squared error of each row."""
+    def __call__(self, error: Float[Array, "b"], rows: Rows) -> Float[Array, "b"]:
+        """Return the weighted error of each row, given its sum of squared errors."""
+        error = error / num_counted(rows) if self.of == "mean" else error
         return error * jax.lax.stop_gradient((error + self.c) ** -self.p)
 
-    def mean(self, *errors: Float[Array, "_"]) -> Float[Array, ""]:
-        """Return the `row_mean` of the weighted errors."""
-        return row_mean(*(self(error) for error in errors))
+    def mean(
+        self, draws: Draws, v_error: Float[Array, "b1"], u_error: Float[Array, "b2"]
+    ) -> Float[Array, ""]:
+        """Return the `row_mean` of the weighted errors of rows with r = t and with r < t."""
+        return row_mean(self(v_error, draws.instant), self(u_error, draws.interval))
 
 
 def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
@@ -170,10 +181,25 @@ def average_over(value: Float[Array, ""], draws: Draws) -> Average:
 
 def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
     """Return the mean squared error per number, `name`, and `name_t0` .. `_t3` by quarter of t."""
-    per_number = error / math.prod(rows.x.shape[1:])
     bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-    metrics = {f"{name}_t{i}": average(per_number, bins == i) for i in range(NUM_BINS)}
-    return {name: average(per_number), **metrics}
+    metrics = {f"{name}_t{i}": per_number(error, rows, bins == i) for i in range(NUM_BINS)}
+    return {name: per_number(error, rows), **metrics}
+
+
+def per_number(
+    error: Float[Array, "b"], rows: Rows, where: Bool[Array, "b"] | None = None
+) -> Average:
+    """Return the mean squared error per counted number, over rows that have any."""
+    return _over_counted(error / num_counted(rows), rows, where)
+
+
+def _over_counted(
+    values: Float[Array, "b"], rows: Rows, where: Bool[Array, "b"] | None = None
+) -> Average:
+    if rows.mask is not None:
+        counts = jnp.any(rows.mask, axis=tuple(range(1, rows.mask.ndim)))
+        where = counts if where is None else counts & where
+    return average(values, where)
 
 
 def step_metrics(
@@ -184,8 +210,9 @@ def step_metrics(
     du_dt: Float[Array, "b2 ..."],
 ) -> Metrics:
     """Return the binned errors of r = t and of r < t, and the size of du/dt or of its quotient."""
+    squares = jnp.sum(du_dt**2, axis=tuple(range(1, du_dt.ndim)))
     return {
         **binned_errors("u_error", u_error, draws.interval),
         **binned_errors("v_error", v_error, draws.instant),
-        "du_dt": average(jnp.sqrt(jnp.mean(du_dt**2, axis=tuple(range(1, du_dt.ndim))))),
+        "du_dt": _over_counted(jnp.sqrt(squares / num_counted(draws.interval)), draws.interval),
     }

@@ -29,7 +29,8 @@ def diagnose(
     x, labels = map(jnp.asarray, source.gather(np.asarray(index)))
     r, t = make_scheme(config).times.sample(times_key, _ROWS)
     e = jax.random.normal(noise_key, x.shape)
-    rows = Rows(x=x, e=e, t=t, r=r, labels=labels, dropped=jnp.zeros(labels.shape, bool))
+    told = {"condition": labels, "dropped": jnp.zeros(labels.shape, bool), "for_networks": True}
+    rows = Rows(x=x, e=e, t=t, r=r, **told)
     measures: list[Callable] = [diagnostics.velocity_error]
     if make_objective(config).learns_average:
         measures += [diagnostics.identity_residual, diagnostics.additivity_gap]
