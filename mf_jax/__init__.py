@@ -3,13 +3,37 @@
 import mf_jax
 generator = mf_jax.load("runs/digits")
 images = generator.sample(labels=[3, 3, 7], steps=1, seed=0)
+
+Loss, sampler and self-check for any network, data and loop: docs/from_your_own_code.md.
 """
 
 import importlib
 
 __version__ = "0.1.0"
-_HOMES = {"Generator": "mf_jax.generator", "load": "mf_jax.loading"}
-__all__ = ["Generator", "__version__", "load"]
+_NAMES = {
+    "mf_jax.errors": "BadInput",
+    "mf_jax.flow.check": "check",
+    "mf_jax.flow.derivative": "Derivative",
+    "mf_jax.flow.draws": "DrawScheme",
+    "mf_jax.flow.guidance": "Guidance",
+    "mf_jax.flow.records": "NO_LABEL Condition Draws Field GuidanceScale Prediction Rows",
+    "mf_jax.flow.sampler": "sample",
+    "mf_jax.flow.times": "ConsistencyTimes DyadicTimes LogitNormalTimes Times UniformTimes",
+    "mf_jax.generator": "Generator",
+    "mf_jax.loading": "load",
+    "mf_jax.objectives.alpha_flow": "AlphaFlow",
+    "mf_jax.objectives.average_divergence": "AverageDivergence",
+    "mf_jax.objectives.controls": "Controlled Controls",
+    "mf_jax.objectives.flow_matching": "FlowMatching",
+    "mf_jax.objectives.improved_meanflow": "ImprovedMeanFlow",
+    "mf_jax.objectives.meanflow": "MeanFlow",
+    "mf_jax.objectives.pixel_meanflow": "PixelMeanFlow",
+    "mf_jax.objectives.split_meanflow": "SplitMeanFlow",
+    "mf_jax.objectives.terminal_velocity": "TerminalVelocity",
+    "mf_jax.objectives.terms": "AdaptiveWeight Objective",
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
@@ -96,8 +96,8 @@ class DrawScheme:
         x: Float[Array, "b ..."],
         condition: PyTree = None,
         *,
-        e: Float[Array, "b ..."] | None = None,
-        mask: Bool[Array, "..."] | None = None,
+        e: Float[Array, "..."] | None = None,
+        mask: Shaped[Array, "..."] | None = None,
         null: PyTree = None,
     ) -> Draws:
         """Draw one step; raise BadInput at a batch that is no multiple of `group`.

@@ -1,6 +1,7 @@
 """One small file per method behind one interface: `terms.Objective`."""
 
 from mf_jax.objectives.alpha_flow import AlphaFlow
+from mf_jax.objectives.average_divergence import AverageDivergence
 from mf_jax.objectives.controls import Controlled, Controls
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
@@ -10,7 +11,7 @@ from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.terms import Objective
 
-__all__ = ["OBJECTIVES", "Controlled", "Controls", "Objective"]
+__all__ = ["OBJECTIVES", "AverageDivergence", "Controlled", "Controls", "Objective"]
 
 OBJECTIVES = {
     "flow_matching": FlowMatching,
