@@ -68,3 +68,22 @@ def test_importing_is_light_and_starts_no_device():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.split("\n") == ["False", "[]", "False", "[]", "True", ""]
+
+
+def test_the_core_brings_nothing_heavy():
+    code = (
+        "import sys, jax, jax.numpy as jnp, mf_jax\n"
+        "core = set(mf_jax.__all__) - {'Generator', 'load'}\n"
+        "print(all(getattr(mf_jax, name) for name in core))\n"
+        "x = jax.random.normal(jax.random.key(0), (8, 2))\n"
+        "draws = mf_jax.DrawScheme(mf_jax.UniformTimes()).draw(jax.random.key(1), x)\n"
+        "field = lambda params, z, **told: params * z\n"
+        "jax.grad(lambda p: mf_jax.MeanFlow().loss(field, p, draws)[0])(1.0)\n"
+        "mf_jax.check(field, 1.0, draws), mf_jax.sample(field, 1.0, x)\n"
+        "heavy = 'orbax grain sklearn matplotlib tensorflow ml_collections optax'\n"
+        "print(sorted(set(heavy.split()) & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split("\n") == ["True", "[]", ""]

@@ -55,6 +55,18 @@ def test_the_added_objective_is_meanflow_at_share_0_and_another_above(added):
         )
 
 
+def test_the_page_for_other_codes_runs(capsys):
+    text = (ROOT / "docs" / "from_your_own_code.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert np.isfinite([float(value) for value in scope["metrics"].values()]).all()
+    printed = capsys.readouterr().out
+    named = re.findall(r"^\| .*\| `(\w+)`:", text, re.MULTILINE)
+    assert len(named) == 7
+    assert all(name in printed for name in named)
+
+
 def test_the_added_config_trains(added):
     config = added[1]()
     config.model.depth, config.model.width, config.train.batch_size = 1, 16, 16

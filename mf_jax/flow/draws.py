@@ -6,7 +6,6 @@ four. A group never crosses devices, so splitting and joining are local reshapes
 """
 
 import dataclasses
-import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -106,7 +105,7 @@ class DrawScheme:
           x: data `[B, ...]` of any rank.
           condition: any tree of arrays `[B, ...]`; classes are one int array `[B]`.
           e: like x, the noise that belongs to each row; drawn, standard normal, unless given.
-          mask: with as many axes as x, True where a number counts; what it hides may be NaN.
+          mask: bool that broadcasts to x, True where a number counts; what it hides may be NaN.
           null: a tree like condition without the axis B, or one array for all: what a row without
             its condition is told. Classes alone have a default, `NO_LABEL`.
         """
@@ -172,12 +171,13 @@ def _mask_of(mask: Array | None, x: Float[Array, "b ..."]) -> Bool[Array, "b ...
     """Return a mask of x's own shape."""
     if mask is None:
         return None
-    axes = itertools.zip_longest(mask.shape, x.shape)
-    fits = all(length in (1, whole) for length, whole in axes) and mask.ndim == x.ndim
-    if mask.dtype != bool or not fits:
+    axes = (1,) * (x.ndim - mask.ndim) + mask.shape
+    fits = len(axes) == x.ndim and all(m in (1, n) for m, n in zip(axes, x.shape, strict=True))
+    of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
+    if mask.dtype != bool or not fits or of_rows:
         raise BadInput(
-            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool with "
-            "as many axes as x, each of x's length or 1, e.g. (mask > 0)[..., None]"
+            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool that "
+            "broadcasts to x, a mask of rows with all axes of x, e.g. (mask > 0)[..., None]"
         )
     return jnp.broadcast_to(mask, x.shape)
 
