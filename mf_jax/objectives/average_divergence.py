@@ -1,17 +1,17 @@
 """Average divergence: the likelihood of a sample drawn in one step.
 
-1. Along the flow the log-density falls by the divergence of v: d log p_t(z_t)/dt = -div v(z_t, t).
+1. Along the flow, d log p_t(z_t)/dt = -div v(z_t, t).
 2. With q(z_t, r, t) the average of div v from r to t,  log p_r(z_r) = log p_t(z_t) + (t - r) q.
 3. As in MeanFlow, differentiating (t - r) q by t gives  q = div v - (t - r) dq/dt. Hence
 
     loss = w |q - sg[div u(z_t, t, t) - (t - r) dq/dt]|^2,   dq/dt along (u(z_t, t, t), 0, 1)
 
-The divergence is n . (du/dz n) for a random direction n of length sqrt(D) (Hutchinson), D the
-number of counted entries: exact where du/dz is a multiple of the identity.
+The divergence is n . (du/dz n), n random of length sqrt(D), D the counted entries of a row: exact
+where du/dz is a multiple of the identity.
 
-FLOPs of a step: of q as MeanFlow, of u a forward and a tangent of every row.
+FLOPs of a step: of q a forward, a backward and a tangent, of u a forward and a tangent of every row.
 
-Source: MFPO, arXiv 2604.14698; Hutchinson's estimate as in FFJORD, arXiv 1810.01367.
+Source: MFPO, arXiv 2604.14698; the estimate of the divergence, FFJORD, arXiv 1810.01367.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from mf_jax.errors import BadInput
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
@@ -30,9 +31,7 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class AverageDivergence:
-    """Regress q(z, r, t) `[B]`, the average divergence of a trained average velocity u.
-
-    q is a field of its own, `q(params, z, *, r, t, condition)`, which returns a number per row.
+    """Regress `q(params, z, *, r, t, condition) -> [B]`, the average divergence of a trained u.
 
     Args:
       weight: of a row's squared error; all alike by default.
@@ -45,19 +44,17 @@ class AverageDivergence:
     def loss(
         self, q: Any, params: PyTree, draws: Draws, *, flow: Field, flow_params: PyTree
     ) -> terms.Loss:
-        """Return loss and metrics of one step, whose gradient is with respect to q's parameters.
-
-        Args:
-          q, params: the average divergence and its parameters.
-          draws: with `direction`, as `DrawScheme.draw` makes them.
-          flow, flow_params: the average velocity, trained; it gets no gradient.
-        """
+        """Return loss and metrics of one step of q's parameters; `flow`, u, gets no gradient."""
         rows = join_rows([draws.instant, draws.interval])
         v, divergence = jax.lax.stop_gradient(_velocity_and_divergence(flow, flow_params, rows))
         condition, one = condition_of(rows), jnp.ones_like(rows.t)
 
         def of(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Array]:
             value = q(params, z, r=r, t=t, condition=condition)
+            if value.shape != t.shape:
+                raise BadInput(
+                    f"q: is {value.shape}; return a number for each of the rows {t.shape}"
+                )
             return value, value
 
         def still(*point: Array) -> tuple[Array, Array]:
@@ -66,9 +63,9 @@ class AverageDivergence:
         point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
         value, slope = self.derivative.along(of, still, point, (v, 0 * one, one))
         error = terms.squared_error(value, divergence - (rows.t - rows.r) * slope)
-        one_number = rows.replace(x=value[:, None], mask=None)  # a row is its q alone
-        loss = terms.row_mean(self.weight(error, one_number))
-        return loss, terms.binned_errors("q_error", error, one_number)
+        numbers = rows.replace(x=value[:, None], mask=None)  # a row is its q alone
+        loss = terms.row_mean(self.weight(error, numbers))
+        return loss, terms.binned_errors("q_error", error, numbers)
 
     def log_likelihood(
         self,
@@ -80,28 +77,23 @@ class AverageDivergence:
         flow: Field,
         flow_params: PyTree,
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
-        """Return samples x = e - u(e, 0, 1) and log p(x) in nats, by one evaluation of u and of q.
-
-        Args:
-          e: standard normal noise `[B, ...]`; its density is where the likelihood starts.
-        """
-        t, axes = jnp.ones(e.shape[:1], e.dtype), tuple(range(1, e.ndim))
-        at = {"r": 0 * t, "t": t}
-        u = call(flow, flow_params, e, **at, condition=condition).u
-        log_p = jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=axes)
-        return advance(e, u, **at), log_p + q(params, e, **at, condition=condition)
+        """Return samples x = e - u(e, 0, 1) of standard normal e, and log p(x) in nats."""
+        t = jnp.ones(e.shape[:1], e.dtype)
+        told = {"r": 0 * t, "t": t, "condition": condition}
+        x = advance(e, call(flow, flow_params, e, **told).u, r=0 * t, t=t)
+        of_noise = jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=tuple(range(1, e.ndim)))
+        return x, of_noise + q(params, e, **told)
 
 
 def _velocity_and_divergence(
     flow: Field, params: PyTree, rows: Rows
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
     axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
-    scale = jnp.sqrt(num_counted(rows) / (jnp.sum(rows.direction**2, axis=axes) + tiny))
-    n = rows.direction * per_row(scale, rows.x)
+    scale = num_counted(rows) / (jnp.sum(rows.direction**2, axis=axes) + tiny)
+    n = rows.direction * per_row(jnp.sqrt(scale), rows.x)
 
     def v(z: Array) -> Array:
-        at = {"r": rows.t, "t": rows.t, "forward_mode": True}
-        return predict(flow, params, rows, z, **at).u
+        return predict(flow, params, rows, z, r=rows.t, t=rows.t, forward_mode=True).u
 
     velocity, slope = jax.jvp(v, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
     return velocity, jnp.sum(n * slope, axis=axes)
