@@ -23,31 +23,21 @@ from mf_jax.flow.rows import join_rows, predict
 
 _FLOOR = 0.01
 """Share of |v| below which a figure is as good as 0."""
-_SMALL_IS_BAD = {"direction": -0.1, "condition_effect": 1e-3}
-_LARGE_IS_BAD = {
-    "boundary_error": 1.0,
-    "identity_residual": 0.5,
-    "additivity_gap": 0.5,
-    "exact_error": 0.5,
-    "jvp_error": 0.1,
-    "time_reversed": 0.1,
-    "exchanged": 2.0,
-    "partial_derivative": 2.0,
-    "time_scale": 50.0,
+_INF = float("inf")
+ITEMS = {
+    "boundary_error": (0, 1.0, "u(z, t, t) is further from e - x than 0 is"),
+    "identity_residual": (0, 0.5, "u is not v - (t - r) du/dt: untrained, or a mistake below"),
+    "additivity_gap": (0, 0.5, "one step is not two: untrained, or a mistake below"),
+    "exact_error": (0, 0.5, "u is far from the exact field"),
+    "jvp_error": (0, 0.1, "JVP is no central difference: wrong or no derivative rule, or bfloat16"),
+    "direction": (-0.1, _INF, "flipped end: u goes from noise to data, x - e; see time_reversed"),
+    "time_reversed": (-_INF, 0.1, "flipped end: t = 0 is noise to the network; tell it 1 - t, -u"),
+    "exchanged": (0, 2.0, "r and t are exchanged, or u was fitted at z_r and is used at z_t"),
+    "partial_derivative": (0, 2.0, "fitted with du/dt at fixed z: v . du/dz was left out"),
+    "time_scale": (0, 50.0, "|du/dt| far above |u|: t is scaled, by 1000 in many embeddings"),
+    "condition_effect": (1e-3, _INF, "another condition changes nothing: not used, or untrained"),
 }
-MEANINGS = {
-    "boundary_error": "u(z, t, t) is further from e - x than 0 is",
-    "identity_residual": "u is not v - (t - r) du/dt: untrained, or a mistake below",
-    "additivity_gap": "one step is not two: untrained, or a mistake below",
-    "exact_error": "u is far from the exact field",
-    "jvp_error": "JVP and central difference differ: wrong or no derivative rule, or bfloat16",
-    "direction": "flipped end: u points from noise to data, x - e; negate it or see time_reversed",
-    "time_reversed": "flipped end: t = 0 is noise to the network; tell it 1 - t, 1 - r, negate u",
-    "exchanged": "r and t are exchanged, or u was fitted at z_r and is used at z_t",
-    "partial_derivative": "fitted with du/dt at fixed z: v . du/dz was left out",
-    "time_scale": "|du/dt| far above |u|: t is scaled, by 1000 in many embeddings",
-    "condition_effect": "another condition changes nothing: not used, or untrained",
-}
+"""What a figure is within where all is well, and what another one means."""
 
 
 class Findings(dict[str, float]):
@@ -55,19 +45,18 @@ class Findings(dict[str, float]):
 
     @property
     def problems(self) -> dict[str, str]:
-        """Return the meaning of each figure that is beyond its bound, or not finite."""
-        low, high = _SMALL_IS_BAD, _LARGE_IS_BAD
-        fine = {k for k, v in self.items() if (v >= low[k] if k in low else v <= high[k])}
-        return {name: MEANINGS[name] for name in self if name not in fine}
+        """Return the meaning of each figure that is outside its bounds."""
+        bounds = {name: ITEMS[name][:2] for name in self}
+        fine = {name for name, (low, high) in bounds.items() if low <= self[name] <= high}
+        return {name: ITEMS[name][2] for name in self if name not in fine}
 
     def __str__(self) -> str:
-        problems = self.problems
         lines = [
-            f"{'!' if name in problems else ' '} {name:<19}{value:>10.4g}   "
-            f"{'small' if name in _SMALL_IS_BAD else 'large'}: {MEANINGS[name]}"
+            f"{'!' if name in self.problems else ' '} {name:<19}{value:>10.4g}   "
+            f"{'large' if ITEMS[name][1] < _INF else 'small'}: {ITEMS[name][2]}"
             for name, value in self.items()
         ]
-        return "\n".join([*lines, f"{len(problems)} of {len(lines)} look wrong (marked !)"])
+        return "\n".join([*lines, f"{len(self.problems)} of {len(lines)} look wrong (marked !)"])
 
     __repr__ = __str__
 

@@ -113,8 +113,8 @@ def sample(
 
     Source of renoising: consistency models, arXiv 2303.01469, algorithm 1; SoFlow.
     """
-    is_known = isinstance(times, jax.core.Tracer)
-    grid = times if is_known else SamplePlan(steps, tuple(map(float, times))).grid
+    is_traced = isinstance(times, jax.core.Tracer)
+    grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
 
     def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:
         t, r, key = interval

@@ -9,7 +9,7 @@
 The divergence is n . (du/dz n), n random of length sqrt(D), D the counted entries of a row: exact
 where du/dz is a multiple of the identity.
 
-FLOPs of a step: of q a forward, a backward and a tangent, of u a forward and a tangent of every row.
+FLOPs of a step: a forward, a backward and a tangent of q, a forward and a tangent of u.
 
 Source: MFPO, arXiv 2604.14698; the estimate of the divergence, FFJORD, arXiv 1810.01367.
 """
