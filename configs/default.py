@@ -13,6 +13,7 @@ DEFAULTS = dict(
         path="",  # image_folder, latents: their folder; tfds: its data folder, "" for TFDS's own
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
         flip=False,  # mirror every other picture at random
+        class_order="number",  # of classes that are all numbers: number | name (10 before 2)
         held_out_share=0.1,  # image_folder: share of the pictures of each class kept for evaluation
         dataset="cifar10",  # tfds: name of the data set
         split_train="train",  # tfds: the split to train on

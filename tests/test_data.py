@@ -1,5 +1,6 @@
 """Data: a batch is a pure function of (seed, step), and sources refuse what they cannot read."""
 
+import io
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import data
 from mf_jax.data import pictures, toy2d
-from mf_jax.data.crop import adm_crop, as_rgb
+from mf_jax.data.crop import adm_crop, as_rgb, open_picture
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.errors import BadInput
@@ -239,6 +240,27 @@ def test_every_mode_becomes_upright_rgb():
     ):
         image = as_rgb(Image.new(mode, (1, 1), colour))
         assert (image.mode, image.getpixel((0, 0))) == ("RGB", expected), mode
+    deep = np.arange(0, 256, 51, dtype=np.uint16)[None] * 257
+    for levels, options, expected in (
+        (deep, {"format": "PPM"}, range(0, 256, 51)),  # read as mode I
+        (deep.astype(">u2"), {"format": "TIFF"}, range(0, 256, 51)),
+        (deep, {"format": "TIFF", "tiffinfo": {262: 0}}, range(255, -1, -51)),  # white is 0
+        (deep, {"format": "PNG", "transparency": 51 * 257}, (0, 255, 102, 153, 204, 255)),
+        (np.float32(deep / 65535), {"format": "TIFF"}, range(0, 256, 51)),
+        (np.float32(deep / 257), {"format": "TIFF"}, "leave the range 0 to 1"),
+        (np.float32(deep * np.nan), {"format": "TIFF"}, "leave the range 0 to 1"),
+        (deep.astype(np.int32), {"format": "TIFF"}, "no known range"),
+    ):
+        content = io.BytesIO()
+        Image.fromarray(levels).save(content, **options)
+        with open_picture(content.getvalue()) as image:
+            if isinstance(expected, str):
+                with pytest.raises(ValueError, match=expected):
+                    as_rgb(image)
+            else:
+                assert np.asarray(as_rgb(image))[0, :, 1].tolist() == list(expected), options
+    with pytest.raises(OSError, match="cannot identify"):  # a program, which starts another
+        open_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     picture = Image.new("RGB", (16, 16), "black")
     picture.paste("white", (0, 0, 16, 8))
     picture.getexif()[0x0112] = 6  # upright after a quarter turn clockwise: the top becomes right
@@ -356,7 +378,7 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     kept, opened = folder(classes), []
     expected, stream = identities(kept), take(kept, 5)
     image_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or image_open(file))
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or image_open(*a, **k))
     assert identities(kept) == expected
     assert not opened
     monkeypatch.setattr(pictures, "CACHE_BYTES", 15 * 8 * 8 * 3 - 1)
@@ -368,6 +390,19 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     np.testing.assert_equal(
         take(folder(classes), 5, threads=8, prefetch=8), stream
     )  # threads share a cache
+
+
+def test_other_names_are_another_digest_and_a_lost_picture_is_named(classes):
+    before = folder(classes)
+    assert folder(classes).digest == before.digest
+    assert make("image_folder", "held_out", path=str(classes)).digest != before.digest
+    name = before._list.name(before._indices[0])
+    content = (classes / name).read_bytes()
+    (classes / name).unlink()
+    with pytest.raises(BadInput, match=f"{name} has gone or changed.*put any picture in its place"):
+        before.gather(np.array([0]))
+    (classes / name).with_name("other.png").write_bytes(content)
+    assert folder(classes).digest != before.digest
 
 
 def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
@@ -386,6 +421,9 @@ def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"none of 1 pictures is readable.*a\.png"):
         folder(flat)
     monkeypatch.chdir(classes)
+    with pytest.raises(BadInput, match=r"pictures of class flat are broken.*flat/a\.png"):
+        folder(".")
+    save(flat / "a.png", 0)
     assert folder(".").spec.num_classes == 3  # an unset path is not the current directory
 
 

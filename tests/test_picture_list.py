@@ -1,15 +1,16 @@
 """The input of --mode=prepare: which pictures it finds wherever they lie, and in which order."""
 
 import io
-import os
 import tarfile
 from pathlib import Path
 
 import pytest
+from absl import logging
 from test_data import write_tfds
 from test_prepare import CLASSES, CONTENTS, NAMES, write_tree
 
-from mf_jax.data.picture_list import digest, list_pictures
+from mf_jax.data import files_in
+from mf_jax.data.picture_list import digest, list_files, list_pictures
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 
@@ -49,7 +50,7 @@ INPUTS = {
 
 
 def listed(path):
-    return list_pictures(str(path), key="input", tfds_split="train")
+    return list_pictures(str(path), key="input", tfds_split="train", class_order="number")
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -92,7 +93,7 @@ def test_the_order_is_that_of_names_and_the_digest_tells_lists_apart(tmp_path, m
         (tree / "n01" / name).write_text("no picture")
     digests = [digest(listed(tree))]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda path, f=os.listdir: sorted(f(path), reverse=True))
+        patch.setattr(files_in, "_names", lambda *a, f=files_in._names: sorted(f(*a), reverse=True))
         found = listed(tree)
     assert [found.name(i) for i in range(len(found))] == NAMES
     assert digest(found) == digests[0] == DIGEST
@@ -110,7 +111,7 @@ def test_a_tfds_set_is_read_as_it_is_stored(tmp_path, monkeypatch):
     assert (pictures.class_names, pictures.name(1)) == (("cat", "dog"), "train[1]")
     assert [pictures.read(i) for i in range(len(pictures))] == examples
     with pytest.raises(BadInput, match="dataset='tiny' split 'test'"):
-        list_pictures("tfds:tiny", key="input", tfds_split="test")
+        list_pictures("tfds:tiny", key="input", tfds_split="test", class_order="number")
 
 
 def test_inputs_that_are_none_are_refused(tmp_path):
@@ -126,14 +127,13 @@ def test_inputs_that_are_none_are_refused(tmp_path):
     write_tar(tars / "mixed.tar", {"n01/a.png": b"", "b.png": b""})
     for path, message in (
         (tmp_path / "nowhere.tar", "is neither a folder of pictures nor a .tar file"),
-        (tmp_path / "a", r"pictures holds no pictures.*only folders \(n01, n02, n10\)"),
         (tars / "empty", "holds no pictures; must hold either class folders"),
         (tars / "a.zip", "is neither a folder of pictures nor a .tar file"),
         (tars / "damaged.tar", "damaged.tar is cut short, or no uncompressed tar file"),
         (tars / "cut.tar", "is cut short"),
-        (tars / "text.tar", "text.tar holds no pictures"),
+        (tars / "text.tar", "text.tar' holds no pictures"),
         (tars / "nested.tar", "nested.tar:n01.tar holds no pictures"),
-        (tars / "mixed.tar", "both directly and in class folders"),
+        (tars / "mixed.tar", r"pictures \(b.png\) and folders \(n01\)"),
     ):
         with pytest.raises(BadInput, match=message):
             listed(path)
@@ -143,3 +143,67 @@ def test_inputs_that_are_none_are_refused(tmp_path):
     (tree / "a.png").write_bytes(b"")
     with pytest.raises(BadInput, match=r"holds pictures \(a.png\) and folders \(n01, n02, n10\)"):
         listed(tree)
+
+
+def test_folders_and_tar_files_hold_the_same_pictures_and_tell_the_rest(tmp_path, monkeypatch):
+    """Below classes, with any ending or none; not the companions of Macs, or validation splits."""
+    content, told = CONTENTS[NAMES[0]], []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: told.append(text % values))
+    good = {f"train/{name}": content for name in ("10/a.jfif", "2/b/c/d.AVIF", "2/none", "2/x.mpo")}
+    hidden = dict.fromkeys(("train/2/._a.png", "__MACOSX/2/a.png", ".cache/a.png"), b"nothing")
+    rest = dict.fromkeys(("train/2/README", "train/2/b.heic", "train/10/eps.eps"), b"nothing")
+    contents = {f"top/{n}": c for n, c in (good | hidden | rest | {"val/2/a.png": content}).items()}
+    tar = write_tar(tmp_path / "all.tar", contents)
+    with tarfile.open(tar, "a") as more:
+        for name, kind, target in (
+            ("hard.png", tarfile.LNKTYPE, "top/train/2/none"),
+            ("soft.png", tarfile.SYMTYPE, "../2/b/c/d.AVIF"),
+        ):
+            link = tarfile.TarInfo(f"top/train/10/{name}")
+            link.type, link.linkname = kind, target
+            more.addfile(link)
+    with tarfile.open(tar) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    (tmp_path / "unpacked" / "top" / "train" / "2" / "loop").symlink_to("..")
+    for place in (tar, tmp_path / "unpacked"):
+        found = list_files(str(place), key="input", class_order="number")
+        names = [found.name(i).removeprefix("top/train/") for i in range(len(found))]
+        assert names == [
+            "2/b/c/d.AVIF",
+            "2/none",
+            "2/x.mpo",
+            "10/a.jfif",
+            "10/hard.png",
+            "10/soft.png",
+        ]
+        assert (found.class_names, found.labels) == (("2", "10"), [0, 0, 0, 1, 1, 1])
+        assert [found.read(i)[0] for i in range(len(found))] == [content] * 6
+        assert [Path(name).name for name in found.left_out] == [
+            "eps.eps",
+            "README",
+            "b.heic",
+            "a.png",
+        ]
+        found.tell_left_out("PICTURES")
+        assert "PICTURES: left out 4 files" in told.pop()
+        older = list_files(str(place), key="input", class_order="name")
+        assert (older.class_names, older.labels) == (("10", "2"), [0, 0, 0, 1, 1, 1])
+    for names, classes in (
+        (("train/a.png", "val/b.png"), ()),
+        (("Training/c/a.png", "test/c/b.png", "Training/d/e/a.png"), ("c", "d")),
+        (("-1.5/a.png", "-10/a.png", "3/a.png"), ("-10", "-1.5", "3")),
+        (("1/a.png", "10/a.png", "2x/a.png"), ("1", "10", "2x")),
+    ):
+        packed = write_tar(tmp_path / "some.tar", dict.fromkeys(names, content))
+        assert listed(packed).class_names == classes
+    for names, message in (
+        (("a/x.png", "b/y.heic"), "b holds no pictures"),  # or labels would shift
+        (("a/x.png", "b/._y.png", "b/"), "b holds no pictures"),
+    ):
+        packed = write_tar(tmp_path / "some.tar", {n: content for n in names if n[-1] != "/"})
+        with tarfile.open(packed, "a") as more:
+            folder = tarfile.TarInfo("b")
+            folder.type = tarfile.DIRTYPE
+            more.addfile(folder)
+        with pytest.raises(BadInput, match=message):
+            listed(packed)

@@ -32,9 +32,11 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     check_known("split", split, SPLITS)
     check_known("name", section.get("name", ""), SOURCES)
     constructor = pkgutil.resolve_name(SOURCES[section["name"]])
-    wanted = [key for key in inspect.signature(constructor).parameters if key != "split"]
-    if missing := [key for key in wanted if key not in section]:
+    parameters = inspect.signature(constructor).parameters
+    given = {key: section[key] for key in parameters if key != "split" and key in section}
+    needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
+    if missing := [key for key in needed if key not in given and key != "split"]:
         raise BadInput(
             f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name"
         )
-    return constructor(**{key: section[key] for key in wanted}, split=split)
+    return constructor(**given, split=split)

@@ -1,4 +1,9 @@
-"""A decoded picture in RGB, and the centre crop of published latents and statistics."""
+"""An encoded picture in RGB, and the centre crop of published latents and statistics."""
+
+import functools
+import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -6,17 +11,64 @@ from PIL import Image, ImageOps
 
 CROP = "adm"
 """The crop's name in manifests."""
+_FORMATS = """AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF HEIF ICNS ICO IM JPEG JPEG2000 MSP
+PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM"""
+"""Those with pixels in them: EPS and WMF are programs, others hold a picture of any format."""
+_SIXTEEN_BITS = 2**16 - 1
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that are opened, of which an installation of Pillow may lack some."""
+    Image.init()
+    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the endings of pictures' names, in small letters."""
+    known = {*formats(), "MPO"}  # which is read as JPEG
+    return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """Open an encoded picture; its pixels are read when they are asked for."""
+    return Image.open(io.BytesIO(content), formats=formats())
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return the picture upright and in RGB; transparent pixels become white."""
+    tags, image_format = getattr(image, "tag_v2", {}), image.format
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255, not scale it
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image, image_format, tags)
     if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden underneath
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(
+    image: Image.Image, image_format: str | None, tags: Mapping[int, Any]
+) -> Image.Image:
+    """Return grey of more than 8 bits as 8, which convert() would clip at 255, not scale."""
+    if image.mode == "I" and image_format not in (None, "PNG", "PPM"):  # which have 16 bits
+        raise ValueError("its grey levels have no known range: save it with 8 or 16 bits")
+    is_fraction = image.mode == "F"
+    high = 2 ** tags[_BITS][0] - 1 if _BITS in tags and not is_fraction else _SIXTEEN_BITS
+    levels = np.asarray(image)
+    if is_fraction:
+        levels = np.rint(levels * np.float64(high))
+    if not (levels.min() >= 0 and levels.max() <= high):
+        raise ValueError(
+            f"its grey levels leave the range 0 to {1 if is_fraction else high}: save it with 8 or "
+            "16 bits"
+        )
+    grey = levels.astype(np.int64) * 255 // high
+    grey = 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+    grey[levels == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size c"]:

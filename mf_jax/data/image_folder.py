@@ -1,7 +1,6 @@
 """Pictures in a folder, whatever their size and mode; sub-folders are classes."""
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image
+from PIL import UnidentifiedImageError
 
-from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.picture_list import Listed, list_files
+from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
+from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures
 from mf_jax.data.pipeline import check_at_least
 from mf_jax.errors import BadInput, listed
-from mf_jax.flow.records import DataSpec
+from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket
@@ -27,16 +26,26 @@ _SHOWN_FROM = 10_000  # pictures; fewer are checked in seconds
 class ImageFolder(Pictures):
     """The pictures of a folder, or of tar files, as `[image_size, image_size, 3]`.
 
-    Broken pictures are skipped with one warning and listed in `broken`.
+    Broken pictures are skipped with one warning and listed in `broken`. Digest: of the names and
+    classes of the others.
     """
 
-    def __init__(self, *, path: str, image_size: int, held_out_share: float, split: str) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        image_size: int,
+        held_out_share: float,
+        split: str,
+        class_order: str = "name",
+    ) -> None:
         """List one split and decode each of its pictures once, to find the broken ones.
 
         Args:
           path: see `list_files`.
           held_out_share: share of each class, in (0, 1), chosen by file names alone; of two
             pictures or more, both splits get one.
+          class_order: see `list_files`; the default is how earlier runs ordered them.
         """
         check_at_least("image_size", image_size, 1)
         if not 0 < held_out_share < 1:
@@ -47,7 +56,9 @@ class ImageFolder(Pictures):
             raise BadInput(
                 f"path={path!r} is in a bucket: copy the folder to each host, and set path to that"
             )
-        self._list = list_files(path, key="path")
+        self._list = list_files(path, key="path", class_order=class_order)
+        if split == "train":
+            self._list.tell_left_out(path)
         labels = np.array(self._list.labels)
         listed = [
             index
@@ -56,16 +67,27 @@ class ImageFolder(Pictures):
         ]
         if not listed:
             raise BadInput(f"path={path!r} has no picture for split={split!r}: add a second one")
+        self._path = path
         self._indices, self.broken = _readable(self._list, listed, path, split)
+        self.digest = digest(self._list, self._indices)
         names = self._list.class_names
         super().__init__(
             DataSpec((image_size, image_size, 3), len(names), names), len(self._indices)
         )
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        content, label = self._list.read(self._indices[index])
-        with Image.open(io.BytesIO(content)) as image:
-            return adm_crop(as_rgb(image), self.spec.shape[0]), label
+        try:
+            content, label = self._list.read(self._indices[index])
+            with open_picture(content) as image:
+                return adm_crop(as_rgb(image), self.spec.shape[0]), label
+        except MemoryError:
+            raise
+        except Exception as error:  # it was readable when it was listed
+            raise BadInput(
+                f"data.path={self._path!r}: {self._list.name(self._indices[index])} has gone or "
+                f"changed and cannot be read ({error}): put any picture in its place, and run the "
+                "same command again, which continues"
+            ) from error
 
 
 def _part(
@@ -86,30 +108,42 @@ def _readable(
     pictures: Listed, indices: list[int], path: str, split: str
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the indices of the pictures that can be decoded, and the names of the others."""
-    Image.init()  # before the threads: a race in Pillow would reject a good picture
+    formats()  # before the threads: a race in Pillow would reject a good picture
     is_long = len(indices) >= _SHOWN_FROM and processes.is_first()
     with ThreadPoolExecutor(THREADS) as pool:
-        checked = pool.map(lambda index: _is_readable(pictures, index), indices)
+        checked = pool.map(lambda index: _problem(pictures, index), indices)
         title = f"checking {split} pictures"
-        good = np.array(list(track(checked, title, len(indices), is_wanted=is_long)))
-    broken = [pictures.name(indices[row]) for row in np.flatnonzero(~good)]
-    if not good.any():
-        count, named = len(broken), listed(broken)
-        raise BadInput(f"path={path!r}: none of {count} pictures is readable: replace {named}")
-    if broken:
-        share = f"{len(broken)} broken of {len(indices)} pictures"
-        logging.warning("%s: skipped %s: %s", path, share, listed(broken))
-    return np.array(indices)[good].tolist(), tuple(broken)
+        problems = list(track(checked, title, len(indices), is_wanted=is_long))
+    good = [index for index, problem in zip(indices, problems, strict=True) if not problem]
+    bad = {i: problem for i, problem in zip(indices, problems, strict=True) if problem}
+    named = listed([f"{pictures.name(index)} ({problem})" for index, problem in bad.items()], 4)
+    labels = {pictures.labels[index] for index in good}
+    if not good:
+        raise BadInput(f"path={path!r}: none of {len(bad)} pictures is readable: replace {named}")
+    lost = {pictures.labels[index] for index in bad} - labels if split == "train" else set()
+    if lost and NO_LABEL not in lost:
+        names = listed([pictures.class_names[label] for label in sorted(lost)])
+        raise BadInput(
+            f"path={path!r}: all {split} pictures of class {names} are broken: replace {named}, or "
+            "remove the class"
+        )
+    if bad:
+        share = f"{len(bad)} broken of {len(indices)} pictures"
+        logging.warning("%s: skipped %s: %s", path, share, named)
+    return good, tuple(pictures.name(index) for index in bad)
 
 
-def _is_readable(pictures: Listed, index: int) -> bool:
+def _problem(pictures: Listed, index: int) -> str:
+    """Return why a picture cannot be decoded, or nothing."""
     try:
-        with Image.open(io.BytesIO(pictures.read(index)[0])) as image:
+        with open_picture(pictures.read(index)[0]) as image:
             # cheaper: a JPEG is read to its end, but decoded at an eighth of its size
             image.draft(None, (1, 1))
             as_rgb(image)
     except MemoryError:
         raise
-    except Exception:  # the decoders of Pillow raise anything
-        return False
-    return True
+    except UnidentifiedImageError:
+        return "no picture"
+    except Exception as error:  # the decoders of Pillow raise anything
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    return ""

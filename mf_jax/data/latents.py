@@ -1,7 +1,9 @@
 """Latents as --mode=prepare leaves them; training draws mean + std * noise at every visit."""
 
 import functools
+import hashlib
 import itertools
+import json
 import math
 import threading
 from collections.abc import Sequence
@@ -65,6 +67,7 @@ class Latents:
         self.spec = DataSpec(shape, len(names), names, manifest["autoencoder"]["sha256"])
         rows = jax.ShapeDtypeStruct((2, *shape), NUMBER)
         self.stored = Stored(rows, self._draw)
+        self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         self._shards = manifest["shards"]
         counts = itertools.accumulate(shard["count"] for shard in self._shards)
         self._starts = np.array([0, *counts])

@@ -2,25 +2,34 @@
 
 Classes and pictures are in the order of their names. Hence a picture has the same number on every
 host, and ImageNet's labels are the usual 0 to 999.
+
+Folders and tar files are one list of files. A folder around all others is opened, and so is
+`train` beside other splits. What lies below a folder at the top then is its class. Names that begin
+with a dot are no pictures: Macs leave such companions.
 """
 
-import contextlib
+import decimal
 import hashlib
-import io
-import tarfile
+import posixpath
+import re
 from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 from etils import epath
 
+from mf_jax.data.crop import open_picture, suffixes
+from mf_jax.data.files_in import File, in_folder, in_tar
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.errors import BadInput, listed
+from mf_jax.errors import BadInput, check_known, listed
 from mf_jax.flow.records import NO_LABEL
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_TAR = ".tar"
-_Binary = IO[bytes] | io.BufferedIOBase
+CLASS_ORDERS = ("number", "name")
+_TAR, _NUMBER = ".tar", re.compile(r"-?\d+(\.\d+)?")
+_TRAIN = ("train", "training")
+_SPLITS = {*_TRAIN, "val", "valid", "validation", "dev", "test", "testing"}
+_HEAD_BYTES = 2**24  # of a name without ending, to see whether it is a picture
 
 
 @runtime_checkable
@@ -44,27 +53,23 @@ class PicturesIn(Protocol):
         """Yield text that differs between different lists."""
 
 
-class _Listed(NamedTuple):
-    """A picture of a listing: its class or "", its name, and its place in a file (size -1: all)."""
-
-    class_name: str
-    name: str
-    file: str
-    offset: int = 0
-    size: int = -1
-
-
 class Listed:
-    """Pictures in folders or in tar files, read by their place."""
+    """Pictures in folders or in tar files, read by their place.
 
-    def __init__(self, listed: Iterable[_Listed]) -> None:
-        listed = sorted(listed)
-        self.class_names = tuple(sorted({picture.class_name for picture in listed} - {""}))
+    left_out: names of files that are no pictures, or outside of the part that is taken.
+    """
+
+    def __init__(
+        self, classes: Iterable[tuple[str, File]], left_out: list[str], class_order: str
+    ) -> None:
+        classes = list(classes)
+        self.left_out, self.class_names = sorted(left_out), _ordered(classes, class_order)
         numbers = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = [numbers.get(picture.class_name, NO_LABEL) for picture in listed]
-        self._names = [picture.name for picture in listed]
-        self._files = [picture.file for picture in listed]
-        self._places = np.array([(p.offset, p.size) for p in listed], np.int64).reshape(-1, 2)
+        found = sorted((numbers.get(name, NO_LABEL), file[1:]) for name, file in classes)
+        self.labels = [label for label, _ in found]
+        self._names = [name for _, (name, _, *_) in found]
+        self._files = [path for _, (_, path, *_) in found]
+        self._places = np.array([place for _, (_, _, *place) in found], np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -75,10 +80,14 @@ class Listed:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """See `PicturesIn.read`."""
-        offset, size = self._places[index].tolist()
-        with epath.Path(self._files[index]).open("rb") as file:
-            file.seek(offset)
-            return file.read(size), self.labels[index]
+        place = self._places[index].tolist()
+        return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
+
+    def tell_left_out(self, path: str) -> None:
+        """Warn of the files of an input that are left out, if there are some."""
+        if names := self.left_out:
+            text = "%s: left out %d files, no pictures or outside of the classes: %s"
+            logging.warning(text, path, len(names), listed(names))
 
     def lines(self) -> Iterator[str]:
         """See `PicturesIn.lines`."""
@@ -86,138 +95,122 @@ class Listed:
             yield f"{self.class_names[label] if label != NO_LABEL else ''}\0{name}\0{size}"
 
 
-def list_pictures(path: str, *, key: str, tfds_split: str) -> PicturesIn:
+def list_pictures(path: str, *, key: str, tfds_split: str, class_order: str) -> PicturesIn:
     """List the pictures of an input: of the TFDS set X for `tfds:X`, and else of `list_files`."""
     if path.startswith("tfds:"):
         return TfdsPictures(path.removeprefix("tfds:"), tfds_split, "", encoded=True)
-    return list_files(path, key=key)
+    return list_files(path, key=key, class_order=class_order)
 
 
-def list_files(path: str, *, key: str) -> Listed:
+def list_files(path: str, *, key: str, class_order: str) -> Listed:
     """List pictures, at least one.
 
     Args:
       path: a folder of class folders, or with `train/` above them; a folder of pictures without
-        classes; a tar file of such folders; or one tar file a class, in a folder or a tar file.
+        classes; one tar file a class, in a folder; or a tar file of any of these.
       key: config key that holds the path, for errors.
+      class_order: see `CLASS_ORDERS`; `number` is the order of names that are all numbers.
     """
+    check_known("class_order", class_order, CLASS_ORDERS)
     root = epath.Path(path).expanduser()
     if path and root.is_dir():  # "" would be the current directory
-        return Listed(_in_folder(root, key))
-    if root.suffix == _TAR and root.exists():
-        return Listed(_in_tar(root, key))
+        return Listed(*_classes(list(in_folder(root)), root, key), class_order)
+    if root.suffix.lower() == _TAR and root.exists():
+        return Listed(*_classes(list(in_tar(File((), "", str(root)), key)), root, key), class_order)
     raise BadInput(f"{key}={path!r} is neither a folder of pictures nor a .tar file: set {key}")
 
 
-def digest(pictures: PicturesIn) -> str:
-    """Return hex digits that tell lists of pictures apart."""
-    total = hashlib.sha256()
-    for line in pictures.lines():
+def digest(pictures: PicturesIn, indices: Iterable[int] | None = None) -> str:
+    """Return hex digits that tell lists of pictures, or of some of them, apart."""
+    total, lines = hashlib.sha256(), list(pictures.lines())
+    for line in lines if indices is None else (lines[index] for index in indices):
         total.update(line.encode(errors="surrogateescape") + b"\n")
     return total.hexdigest()
 
 
-class _Listing(NamedTuple):
-    pictures: list[str]
-    tars: list[str]
-    folders: list[str]
+def _ordered(classes: list[tuple[str, File]], class_order: str) -> tuple[str, ...]:
+    names = sorted({name for name, _ in classes} - {""})
+    if class_order == "number" and all(map(_NUMBER.fullmatch, names)):
+        names.sort(key=decimal.Decimal)
+    return tuple(names)
 
 
-def _listing(folder: epath.Path) -> _Listing:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-    tars = [name for name in names if name.endswith(_TAR)]
-    # asking each picture whether it is a folder would take hours on a network
-    others = [name for name in names if not name.lower().endswith((*SUFFIXES, _TAR))]
-    return _Listing(pictures, tars, [name for name in others if (folder / name).is_dir()])
+def _is_tar(file: File) -> bool:
+    return len(file.parts) == 1 and file.parts[0].lower().endswith(_TAR)
 
 
-def _in_folder(root: epath.Path, key: str) -> list[_Listed]:
-    listing = _listing(root)
-    if "train" in listing.folders and not listing.pictures:  # ImageNet's tree
-        below = _listing(root / "train")
-        if not below.pictures:  # a class called train would hold pictures itself
-            root, listing = root / "train", below
-    if listing.pictures:  # folders beside pictures are classes only if they hold some
-        classes = [name for name in listing.folders if _listing(root / name).pictures]
-        listing = listing._replace(folders=classes)
-    present = [f"{kind} ({listed(names, 3)})" for kind, names in listing._asdict().items() if names]
+def _is_picture(file: File) -> bool:
+    suffix = posixpath.splitext(file.parts[-1])[1].lower()
+    if suffix or not file.parts[-1]:
+        return suffix in suffixes()
+    try:
+        size = file.size if 0 <= file.size < _HEAD_BYTES else _HEAD_BYTES
+        with open_picture(file._replace(size=size).read()):
+            return True
+    except Exception:  # the decoders of Pillow raise anything
+        return False
+
+
+def _classes(
+    files: list[File], root: epath.Path, key: str
+) -> tuple[list[tuple[str, File]], list[str]]:
+    """Return pictures and their classes, "" without any, and the names of the other files."""
+    pictures = {file.name for file in files if _is_picture(file)}
+    every = files
+    while folder := _to_open(files, pictures):
+        below = (f._replace(parts=f.parts[1:]) for f in files if f.parts[0] == folder)
+        files = [file for file in below if file.parts and file.parts != ("",)]
+    flat = [("", file) for file in files if len(file.parts) == 1 and file.name in pictures]
+    tars = [file for file in files if _is_tar(file)]
+    folders = sorted({file.parts[0] for file in files if len(file.parts) > 1})
+    deep = [(f.parts[0], f) for f in files if len(f.parts) > 1 and f.name in pictures]
+    full = {name for name, _ in deep}
+    kinds = {
+        "pictures": [file.name for _, file in flat],
+        "tars": [file.name for file in tars],
+        # folders beside pictures are classes only if they hold some
+        "folders": [name for name in folders if name in full or not flat],
+    }
+    present = [f"{kind} ({listed(names, 3)})" for kind, names in kinds.items() if names]
     if len(present) != 1:
         raise BadInput(
             f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either "
-            f"class folders, or tar files of classes, or pictures ({' '.join(SUFFIXES)}): move the "
+            f"class folders, or tar files of classes, or pictures as Pillow reads them: move the "
             f"others away, or set {key}"
         )
-    pictures = [_Listed("", name, str(root / name)) for name in listing.pictures]
-    for name in listing.tars:
-        with (root / name).open("rb") as file:
-            pictures += _of_class(file, str(root / name), root / name, key)
-    for name in listing.folders:
-        inside, _, folders = _listing(root / name)
-        if not inside:
-            but = f", only folders ({listed(folders, 3)})" * bool(folders)
-            _refuse_empty(root / name, key, but)
-        pictures += [_Listed(name, f"{name}/{file}", str(root / name / file)) for file in inside]
-    return pictures
+    if empty := [name for name in kinds["folders"] if name not in full]:
+        _refuse_empty(f"{root}: {listed(empty)}", key)
+    found = flat + deep + [pair for tar in tars for pair in _of_class(tar, key)]
+    taken = {file.name for _, file in found} | {file.name for file in tars}
+    return found, [file.name for file in every if file.parts[-1] and file.name not in taken]
 
 
-def _in_tar(path: epath.Path, key: str) -> list[_Listed]:
-    """List a tar file of one tar file a class, or else of pictures, whose folder is their class."""
-    with path.open("rb") as file, _opened(file, str(path), key) as (tar, members):
-        class_tars = [member for member in members if member.name.endswith(_TAR)]
-        pictures: list[_Listed] = []
-        for member in class_tars:
-            name, start = f"{path}:{member.name}", member.offset_data
-            pictures += _of_class(tar.extractfile(member), name, path, key, start)
-    if class_tars:
-        return pictures
-    pictures = [
-        _Listed(epath.Path(m.name).parent.name, m.name, str(path), m.offset_data, m.size)
-        for m in members
-        if m.name.lower().endswith(SUFFIXES)
-    ]
+def _to_open(files: list[File], pictures: set[str]) -> str:
+    """Return the folder that holds the classes in place of the root; "" means the root."""
+    if any(len(file.parts) == 1 and (file.name in pictures or _is_tar(file)) for file in files):
+        return ""
+    folders = {file.parts[0] for file in files if len(file.parts) > 1}
+    # a class that is called train would hold pictures itself
+    direct = {f.parts[0] for f in files if len(f.parts) == 2 and f.name in pictures}
+    for name in sorted(folders):
+        is_train = name.lower() in _TRAIN
+        if is_train and (name not in direct or {other.lower() for other in folders} <= _SPLITS):
+            return name
+    return next(iter(folders)) if len(folders) == 1 and not direct else ""
+
+
+def _of_class(tar: File, key: str) -> Iterator[tuple[str, File]]:
+    """Yield the pictures of a class's tar file."""
+    class_name = posixpath.splitext(tar.parts[-1])[0]
+    pictures = [file for file in in_tar(tar, key) if _is_picture(file)]
     if not pictures:
-        _refuse_empty(path, key)
-    if len({picture.class_name == "" for picture in pictures}) == 2:
-        raise BadInput(
-            f"{key}={str(path)!r} holds pictures both directly and in class folders: pack one kind"
-        )
-    return pictures
+        _refuse_empty(f"{tar.path}:{tar.name}", key)
+    for file in pictures:
+        yield class_name, file._replace(name=f"{class_name}/{posixpath.basename(file.name)}")
 
 
-def _of_class(
-    file: _Binary, name: str, path: epath.Path, key: str, start: int = 0
-) -> list[_Listed]:
-    """List a class's tar file, which begins at byte `start` of the file at `path`."""
-    class_name = epath.Path(name.rpartition(":")[2]).stem
-    with _opened(file, name, key) as (_, members):
-        pictures = [member for member in members if member.name.lower().endswith(SUFFIXES)]
-    if not pictures:
-        _refuse_empty(name, key)
-    names = [f"{class_name}/{epath.Path(member.name).name}" for member in pictures]
-    return [
-        _Listed(class_name, name, str(path), start + member.offset_data, member.size)
-        for name, member in zip(names, pictures, strict=True)
-    ]
-
-
-@contextlib.contextmanager
-def _opened(
-    file: _Binary, name: str, key: str
-) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
-    """Yield a tar file and the files in it."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            yield tar, [member for member in tar if member.isfile()]
-    except tarfile.TarError as error:
-        raise BadInput(
-            f"{key}: {name} is cut short, or no uncompressed tar file ({error}): fetch it again, "
-            "or unpack it"
-        ) from error
-
-
-def _refuse_empty(place: epath.PathLike, key: str, but: str = "") -> None:
+def _refuse_empty(place: str, key: str) -> None:
     raise BadInput(
-        f"{key}: {place} holds no pictures ({' '.join(SUFFIXES)}){but}; a class must have one: "
-        f"remove it, or set {key} to the folder whose sub-folders hold pictures"
+        f"{key}: {place} holds no pictures that Pillow reads; a class must have one: remove it, or "
+        f"set {key} to the folder whose sub-folders hold pictures"
     )

@@ -53,7 +53,8 @@ class Stored(NamedTuple):
 class Source(Protocol):
     """A fixed, ordered collection of elements with random access.
 
-    spec: of its elements. stored: None where `gather` returns the elements themselves.
+    spec: of its elements. stored: None where `gather` returns the elements themselves. A source
+    whose elements may be replaced has a `digest` too, of their names.
     """
 
     spec: DataSpec

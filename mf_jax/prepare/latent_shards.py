@@ -25,7 +25,7 @@ from mf_jax.data.latent_records import (
     to_record,
 )
 from mf_jax.data.pixels import from_pixels
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, listed
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import replace_file, written_aside
@@ -177,7 +177,12 @@ class LatentShards:
         if not any(side["count"] for side in sides):
             raise BadInput("prepare.input: none of its pictures can be read; set another folder")
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
-        names = enumerate(self._class_names)
+        names = list(enumerate(self._class_names))
+        if empty := [name for label, name in names if not counts[str(label)]]:
+            raise BadInput(
+                f"prepare.input: no picture of class {listed(empty)} can be read: replace them, or "
+                f"remove the class, delete {self._folder} and prepare again"
+            )
         return self._settings | {
             "num_pictures": sum(side["count"] for side in sides),
             "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],

@@ -1,7 +1,6 @@
 """Decode and crop pictures in threads, ahead of the device, and pack the good ones into batches."""
 
 import dataclasses
-import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -11,9 +10,8 @@ import grain
 import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
-from PIL import Image
 
-from mf_jax.data.crop import adm_crop, as_rgb
+from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import PicturesIn
 from mf_jax.errors import BadInput, listed
 
@@ -60,7 +58,7 @@ class _Decoder:
                 "its permissions or the connection, and run again, which continues"
             ) from error
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with open_picture(content) as image:
                 return _Decoded(index, label, adm_crop(as_rgb(image), self.image_size))
         except MemoryError as error:
             raise BadInput(
@@ -91,7 +89,7 @@ class PictureStream:
         max_bad: int,
         skipped: tuple[str, ...] = (),
     ) -> None:
-        Image.init()  # before the threads: a race in Pillow would reject a good picture
+        formats()  # before the threads: a race in Pillow would reject a good picture
         threads = len(os.sched_getaffinity(0)) + 1
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)

@@ -1,0 +1,105 @@
+"""The files of an input: those in a folder and below it, or those packed in a tar file."""
+
+import math
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from mf_jax.errors import BadInput
+from mf_jax.runtime.files import in_bucket
+
+_LINKS = 8  # that a link of a tar file may lead through
+
+
+class File(NamedTuple):
+    """A file of an input, or a folder.
+
+    parts: its name below the root; of a folder, the last is empty. name: as it is shown and told
+    apart. path, offset, size: its place; a size of -1 means the whole file.
+    """
+
+    parts: tuple[str, ...]
+    name: str
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        with epath.Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def in_folder(root: epath.Path) -> Iterator[File]:
+    if in_bucket(root):
+        tree = ((str(folder.relative_to(root)), names) for folder, _, names in root.walk())
+        names = (posixpath.join(folder, name) for folder, names in tree for name in names)
+    else:
+        names = _names(os.fspath(root), "", ())
+    for name in names:
+        if parts := _parts(name):
+            yield File(parts, name, f"{root}/{name}")
+
+
+def _names(root: str, below: str, within: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names of files, and of folders with a slash, in the folder `below` of a root."""
+    within = (*within, os.path.realpath(f"{root}/{below}"))
+    with os.scandir(f"{root}/{below}") as entries:  # which knows folders without asking for each
+        for entry in entries:
+            name = below + entry.name
+            if not entry.is_dir():
+                yield from [name] if entry.is_file() or entry.is_symlink() else []
+            elif _parts(name) and os.path.realpath(entry.path) not in within:
+                yield f"{name}/"
+                yield from _names(root, f"{name}/", within)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Return a name's parts, or () if it is hidden or outside of the root."""
+    parts = *posixpath.normpath(name.strip("/")).split("/"), *[""] * name.endswith("/")
+    is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return () if is_hidden else parts
+
+
+def in_tar(tar_file: File, key: str) -> Iterator[File]:
+    """Yield the files of a tar file, which may lie in another."""
+    shown = tar_file.path if tar_file.size < 0 else f"{tar_file.path}:{tar_file.name}"
+    end = math.inf if tar_file.size < 0 else tar_file.offset + tar_file.size
+    members: dict[str, tarfile.TarInfo] = {}
+    try:
+        with epath.Path(tar_file.path).open("rb") as file:
+            file.seek(tar_file.offset)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.size < 0 or member.offset_data + member.size > end:
+                        raise tarfile.ReadError("a size is wrong")
+                    members[posixpath.normpath(member.name)] = member
+    except (tarfile.TarError, OSError) as error:
+        raise BadInput(
+            f"{key}: {shown} is cut short, or no uncompressed tar file ({error}): fetch it "
+            "again, or unpack it"
+        ) from error
+    for member in members.values():
+        target = _target(member, members)
+        parts = _parts(member.name + "/" * member.isdir())
+        if parts and member.isdir():
+            yield File(parts, member.name, tar_file.path)
+        elif parts and (target.isfile() or target.islnk() or target.issym()):
+            place = (target.offset_data, target.size) if target.isfile() else (0, 0)
+            yield File(parts, member.name, tar_file.path, *place)
+
+
+def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Return what a link leads to; a link that leads nowhere itself."""
+    for _ in range(_LINKS):
+        if not (member.islnk() or member.issym()):
+            break
+        above = posixpath.dirname(member.name) if member.issym() else ""
+        place = posixpath.normpath(posixpath.join(above, member.linkname))
+        member = members.get(place, member)
+    return member
