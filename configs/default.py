@@ -154,7 +154,7 @@ DEFAULTS = dict(
         num=100,  # samples to write, exactly
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...
         times=(),  # or the time grid itself, e.g. (1.0, 0.5, 0.0); () = equal steps
-        labels=(),  # classes, repeated over the samples, -1 = none; () = all classes in turn
+        labels=(),  # classes or their names, repeated, -1 = none; () = all classes in turn
         guidance=(1.0, 0.0, 1.0),  # (omega, t_min, t_max), for a network that was told them
         seed=0,  # of the noise
         ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first

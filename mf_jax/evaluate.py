@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import validate
 from mf_jax.data import Source, make_source
 from mf_jax.data.pixels import QUANTISATION
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, listed
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values
@@ -31,7 +31,7 @@ from mf_jax.reporting.sample_grid import save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.files import replace_file, to_json
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if not processes.is_first():  # which alone has all scores
         return
     table = score_rows.as_table(rows)
-    replace_file(workdir / "eval.json", json.dumps(table, indent=1).encode())
+    replace_file(workdir / "eval.json", to_json(table, indent=1).encode())
     write_report(workdir)
     score_rows.show(table)
     places = {"table": "eval.json", "rows": score_rows.ROWS_FILE, "pictures": PICTURES}
@@ -220,6 +220,12 @@ class Evaluation:
         else:
             generator = load_run(self.workdir, self.config, ema, checkpoint)
         ours, data = generator.spec, self.data and self.data.spec
+        if data and self.is_run and ours.class_names != data.class_names:
+            raise BadInput(
+                f"data.path={self.config.data.path!r}: its classes are no longer those of the run "
+                f"({listed(list(ours.class_names))} -> {listed(list(data.class_names))}): restore "
+                "them"
+            )
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
             raise BadInput(
                 f"init.path={generator.ema}: its samples are of {ours.shape}, {ours.num_classes} "

@@ -32,7 +32,7 @@ from mf_jax.runtime.sharding import batch_sharding
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
-Labels = Sequence[int] | Int[np.ndarray, "n"] | None
+Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
 
 
 @flax.struct.dataclass
@@ -103,7 +103,7 @@ class Generator:
         Sample i depends on (seed, i, its label), the times and the guidance alone.
 
         Args:
-          labels: classes, one for each sample, -1 for none; by default all classes in turn.
+          labels: classes or their names, one for each sample, -1 for none; by default all in turn.
           num: number of samples; by default one for each label. Labels are repeated to reach it.
           plan: steps, times, guidance, seed and batch size.
           changes: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max).
@@ -151,6 +151,11 @@ class Generator:
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
             )
+            if bad := int(_not_finite(x, place(index < len(labels)))):
+                raise BadInput(
+                    f"{bad} of {len(labels)} samples are not finite: the network has diverged; "
+                    "take an earlier checkpoint, or train with a lower optim.lr"
+                )
             yield x, index
 
     @property
@@ -169,7 +174,8 @@ class Generator:
 
     def labels_for(self, labels: Labels, num: int | None = None) -> Int[np.ndarray, "n"]:
         """Return the label of each of num samples, int32 `[num]`; see `sample`."""
-        given = np.asarray([] if labels is None else labels, np.int32).ravel()
+        given = np.asarray([] if labels is None else labels, object).ravel()
+        given = np.array([self.spec.label_of(label) for label in given], np.int32)
         num = len(given) if num is None and len(given) else num
         if num is None or num < 1:
             raise BadInput(f"num={num}: must be at least 1; give num or labels")
@@ -217,6 +223,12 @@ def _sample(
         return sampler.sample(
             as_field(network), params, e, condition, times=times, learns_average=learns_average
         )
+
+
+@jax.jit
+def _not_finite(x: Array, counted: Array) -> Array:
+    """Return the number of rows, of those counted, that hold NaN or infinity."""
+    return jnp.sum(counted & ~jnp.isfinite(x).reshape(len(x), -1).all(axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

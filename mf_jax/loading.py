@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_network
-from mf_jax.errors import BadInput, check_known, list_problems
+from mf_jax.errors import BadInput, check_known, list_problems, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
@@ -25,7 +25,7 @@ from mf_jax.published.checkpoints import describe_published, load_published
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.checkpoint import Checkpoints
+from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.sharding import make_mesh, placed
 
 INIT_KINDS = ("run", *KINDS)
@@ -157,4 +157,7 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
     }
     if wrong := list_problems(problems):
         raise BadInput(f"init.path={where}: its parameters do not fit the network; {wrong}")
+    if bad := [name for name in wanted if not np.isfinite(np.asarray(stored[name])).all()]:
+        problem = f"{where}: its parameters are not finite ({listed(bad, 3)})"
+        raise UnreadableCheckpoint(f"{problem}: the run has diverged; take an earlier checkpoint")
     return unflatten_dict({name: stored[name] for name in wanted}, sep="/")

@@ -49,6 +49,7 @@ RANGES = (
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.prediction": ("velocity", "data"),
+    "data.class_order": ("number", "name"),
     "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES,
     "mesh.gather": GATHERS,
@@ -62,7 +63,7 @@ _TUPLES = {
     "ema.decays": float,
     "ema.halflives_kimg": float,
     "sample.times": float,
-    "sample.labels": int,
+    "sample.labels": int | str,
     "sample.guidance": float,
     "eval.steps": int,
     "eval.omegas": float,
@@ -85,8 +86,20 @@ def check_values(config: ConfigDict) -> None:
 
 def check_tuples(config: ConfigDict) -> None:
     """Raise BadInput unless tuples hold what they must."""
-    words = {int: "a whole number", float: "a number", str: "a text", tuple: "(t_min, t_max)"}
-    examples = {int: "(1,)", float: "(1.0,)", str: "\"('a','b')\"", tuple: "'((0.4, 0.6),)'"}
+    words = {
+        int: "a whole number",
+        int | str: "a class",
+        float: "a number",
+        str: "a text",
+        tuple: "(t_min, t_max)",
+    }
+    examples = {
+        int: "(1,)",
+        int | str: "\"(1,'cat')\"",
+        float: "(1.0,)",
+        str: "\"('a','b')\"",
+        tuple: "'((0.4, 0.6),)'",
+    }
     for key, kind in _TUPLES.items():
         for value in attrgetter(key)(config):
             if not _fits(value, kind):
@@ -94,7 +107,7 @@ def check_tuples(config: ConfigDict) -> None:
                 raise BadInput(f"{key}: {value!r} is not {words[kind]}; {fix}")
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     if kind is tuple:
         return isinstance(value, tuple | list) and all(_fits(each, float) for each in value)
     return not isinstance(value, bool) and isinstance(

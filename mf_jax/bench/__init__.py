@@ -5,7 +5,6 @@ A benchmark needs no checkpoint. It leaves one file, bench_WHAT.json, so its wor
 
 import functools
 import importlib
-import json
 import sys
 
 import jax
@@ -25,7 +24,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.ranges import check_tuples
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.files import replace_file, to_json
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
 """Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""
@@ -48,7 +47,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     result |= benchmark.run(config, source, say) | {"config": config.to_dict()}
     name = f"bench_{what}.json"
     if processes.is_first():
-        replace_file(workdir / name, json.dumps(result, indent=1, allow_nan=False).encode())
+        replace_file(workdir / name, to_json(result, indent=1).encode())
     show(result, benchmark.COLUMNS)
     run_folder.tell(workdir, table=name)
 

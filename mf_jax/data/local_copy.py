@@ -1,7 +1,6 @@
 """A copy of latents on a disk of this host: record by record, a network is too slow."""
 
 import collections
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ from mf_jax.data.latent_records import MANIFEST, read_manifest
 from mf_jax.errors import BadInput
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
-from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
+from mf_jax.runtime.files import in_bucket, locked, replace_file, to_json, written_aside
 
 _AT_ONCE = 8
 _CHUNK_BYTES = 2**24
@@ -30,7 +29,7 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
         target.mkdir(parents=True, exist_ok=True)
         with locked(target / ".lock", wait=True), ThreadPoolExecutor(_AT_ONCE) as pool:
             if not (target / MANIFEST).exists():
-                replace_file(target / MANIFEST, json.dumps(manifest).encode())
+                replace_file(target / MANIFEST, to_json(manifest).encode())
             elif read_manifest(target) != manifest:
                 message = f"holds other latents than {source}; choose another folder"
                 raise BadInput(f"copy_to={str(target)!r}: {message}")

@@ -22,10 +22,9 @@ from etils import epath
 from mf_jax.data.crop import open_picture, suffixes
 from mf_jax.data.files_in import File, in_folder, in_tar
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.errors import BadInput, check_known, listed
+from mf_jax.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
 
-CLASS_ORDERS = ("number", "name")
 _TAR, _NUMBER = ".tar", re.compile(r"-?\d+(\.\d+)?")
 _TRAIN = ("train", "training")
 _SPLITS = {*_TRAIN, "val", "valid", "validation", "dev", "test", "testing"}
@@ -109,9 +108,8 @@ def list_files(path: str, *, key: str, class_order: str) -> Listed:
       path: a folder of class folders, or with `train/` above them; a folder of pictures without
         classes; one tar file a class, in a folder; or a tar file of any of these.
       key: config key that holds the path, for errors.
-      class_order: see `CLASS_ORDERS`; `number` is the order of names that are all numbers.
+      class_order: `number` orders names that are all numbers as such, `name` as text.
     """
-    check_known("class_order", class_order, CLASS_ORDERS)
     root = epath.Path(path).expanduser()
     if path and root.is_dir():  # "" would be the current directory
         return Listed(*_classes(list(in_folder(root)), root, key), class_order)

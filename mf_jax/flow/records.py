@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, listed, nearest
 
 Step = Int[Array, ""] | int
 NO_LABEL = -1
@@ -38,8 +38,18 @@ class DataSpec:
         """Whether an element is a picture, or the latent of one."""
         return len(self.shape) == 3
 
-    def check_labels(self, labels: Iterable[int], *, has_null: bool) -> None:
+    def label_of(self, label: int | str) -> int:
+        """Return the number of a class, which may be given by its name."""
+        if not isinstance(label, str):
+            return int(label)
+        if label not in self.class_names:
+            known = f"{listed(list(self.class_names)) or 'none'}{nearest(label, self.class_names)}"
+            raise BadInput(f"labels: {label!r} is no name of a class; the names are {known}")
+        return self.class_names.index(label)
+
+    def check_labels(self, labels: Iterable[int | str], *, has_null: bool) -> None:
         """Raise BadInput unless all labels are classes, or `NO_LABEL` if the network has it."""
+        labels = list(map(self.label_of, labels))
         lowest = NO_LABEL if has_null or not self.num_classes else 0
         wrong = [label for label in labels if not lowest <= label < self.num_classes]
         if wrong and not self.num_classes:

@@ -169,7 +169,7 @@ def frechet_with_error(
     # (F^T G)^T (F^T G) = W diag(s^2) W^T for A = F F^T, B = G G^T: G W s^(-1/2) is a root of I - M
     squares, vectors = scipy.linalg.eigh(cross.T @ cross, overwrite_a=True, driver="evr")
     distance = _distance(samples.mean, own, mean, covariance, cross)
-    kept = squares > _SINGULAR**2 * squares[-1]
+    kept = squares > max(_SINGULAR**2 * squares[-1], 0)
     # in float32 from here on: it is the size of the noise, not of the distance
     carrier = (root @ (vectors[:, kept] / squares[kept] ** 0.25)).astype(np.float32)
     influence = []

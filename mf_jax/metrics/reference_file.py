@@ -18,10 +18,10 @@ from numpy.lib import format as npy
 
 from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
+from mf_jax.metrics.row_pairs import LEAST_ROWS
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
-_LEAST_FEATURES = 4  # of precision and recall with three neighbours
 _KEYS = {
     "num_images": np.int64,
     "mu": np.float64,
@@ -67,10 +67,10 @@ class Statistics:
         if self.features is None:
             return
         shape, width = self.features.shape, self.mean.size
-        if len(shape) != 2 or shape[1] != width or shape[0] < _LEAST_FEATURES:
+        if len(shape) != 2 or shape[1] != width or shape[0] < LEAST_ROWS:
             raise BadInput(
                 f"features is {list(shape)}; must be [rows, {width}] like mu, with at least "
-                f"{_LEAST_FEATURES} rows"
+                f"{LEAST_ROWS} rows"
             )
         require_finite(self.features, "features")
 
@@ -237,6 +237,9 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
     arrays = dict.fromkeys(_KEYS)
     for name in set(_KEYS) & names:
         with archive.open(f"{name}.npy") as member:
-            arrays[name] = np.asarray(npy.read_array(member, allow_pickle=False), _KEYS[name])
+            array = npy.read_array(member, allow_pickle=False)
+        if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
+            raise ValueError(f"{name} is {array.dtype} or below 0")
+        arrays[name] = np.asarray(array, _KEYS[name])
     arrays["num_images"] = int(np.sum(arrays["num_images"] or 0))
     return Statistics(*arrays.values())

@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32
 from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import checked_features
 
+LEAST_ROWS = 4
+"""Fewest rows of a set that have three neighbours each."""
 _ROWS_AT_ONCE = 512
 _NOISE = 4 * np.finfo(np.float32).eps
 """Times the root of the width: below this share of |a|^2 + |b|^2 a squared distance is rounding."""

@@ -9,7 +9,7 @@ from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
 from mf_jax.metrics.inception_score import InceptionScore
 from mf_jax.metrics.reference_file import Reference
-from mf_jax.metrics.row_pairs import OwnPairs, own_pairs, pair_scores
+from mf_jax.metrics.row_pairs import LEAST_ROWS, OwnPairs, own_pairs, pair_scores
 from mf_jax.runtime.processes import is_first, on_host
 
 POOLED, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
@@ -69,19 +69,22 @@ class SampleScores:
         self._rows[numbers[keep]] = rows[POOLED][keep]
         self._pooled += Moments.of(rows[POOLED][keep])
         self._spatial += Moments.of(rows[SPATIAL][keep])
-        self._classes.add(rows[LOGITS][keep], numbers[keep])
+        if self._classes:
+            self._classes.add(rows[LOGITS][keep], numbers[keep])
 
     def _start(self, widths: Mapping[str, int]) -> None:
         # NaN until its sample has come: scores of samples that lack one are refused
         self._rows = np.full((self._num_samples, widths[POOLED]), np.nan, np.float32)
         self._pooled, self._spatial = (Moments.none(widths[name]) for name in (POOLED, SPATIAL))
-        self._classes = InceptionScore(self._num_samples, widths[LOGITS], self._splits)
+        is_enough = self._num_samples >= self._splits
+        scored = (self._num_samples, widths[LOGITS], self._splits)
+        self._classes = InceptionScore(*scored) if is_enough else None
 
-    def inception_score(self) -> tuple[float, float]:
-        """Return the mean and the standard deviation of Inception Score over its parts."""
-        return self._classes.result()
+    def inception_score(self) -> tuple[float | None, float | None]:
+        """Return the mean and the standard deviation of Inception Score over its parts, if any."""
+        return self._classes.result() if self._classes else (None, None)
 
-    def against(self, reference: Reference) -> dict[str, float]:
+    def against(self, reference: Reference) -> dict[str, float | None]:
         """Return all scores that the reference has statistics for."""
         check_widths(reference, self._pooled.mean.size, self._spatial.mean.size)
         if missing := np.flatnonzero(np.isnan(self._rows).any(axis=1)).tolist():
@@ -96,8 +99,10 @@ class SampleScores:
             own = self._spatial.mean, self._spatial.covariance
             scores["sfid"] = frechet_distance(*own, real.mean_spatial, real.covariance_spatial)
         if real.features is not None:
-            self._own = self._own or own_pairs(self._rows)
-            pairs = pair_scores(self._rows, real.features, own=self._own)
+            pairs: tuple[float | None, ...] = (None, None, None)
+            if self._num_samples >= LEAST_ROWS:
+                self._own = self._own or own_pairs(self._rows)
+                pairs = pair_scores(self._rows, real.features, own=self._own)
             scores |= dict(zip(("precision", "recall", "kid"), pairs, strict=True))
         return scores
 

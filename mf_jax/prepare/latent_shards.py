@@ -4,7 +4,6 @@ Several processes fill the folder side by side; `claim` makes sure that they agr
 """
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from mf_jax.data.pixels import from_pixels
 from mf_jax.errors import BadInput, listed
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
-from mf_jax.runtime.files import replace_file, written_aside
+from mf_jax.runtime.files import replace_file, to_json, written_aside
 
 
 def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
@@ -45,7 +44,7 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         if SETTINGS not in present:
             if present:
                 raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
-            replace_file(path, json.dumps(settings, indent=1).encode())
+            replace_file(path, to_json(settings, indent=1).encode())
     except OSError as error:
         raise BadInput(
             f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
@@ -117,7 +116,7 @@ class LatentShards:
                 "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
                 "skipped": list(skipped),
             }
-            replace_file(self._side_path(shard), json.dumps(side).encode())
+            replace_file(self._side_path(shard), to_json(side).encode())
             self._open.close()
 
     def finish(self) -> str:
@@ -127,7 +126,7 @@ class LatentShards:
             share = f"{present} of {self._shards} shards are there"
             return f"{self._folder}: {share}; the last one brings the manifest"
         manifest = self._manifest()
-        replace_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        replace_file(self._folder / MANIFEST, to_json(manifest, indent=1).encode())
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
 

@@ -246,4 +246,6 @@ def _as_float32(name: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray
         array = array.view(bfloat16)
     if array.dtype not in (np.float32, np.float16, bfloat16):
         raise BadInput(f"{name} is {array.dtype}; must be float32, bfloat16 or float16")
+    if not np.isfinite(array).all():
+        raise BadInput(f"{name} has numbers that are not finite; take another checkpoint")
     return array.astype(np.float32, copy=False)

@@ -83,6 +83,7 @@ def fit_state_dict(
         "left over": [name for name in arrays if name not in wanted],
         "of another shape": misshapen,
         "of another type": mistyped,
+        "not finite": [name for name in wanted if not np.isfinite(arrays.get(name, 0)).all()],
     }
     if misfits := list_problems(problems):
         raise BadInput(

@@ -20,7 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mf_jax.errors import BadInput
 from mf_jax.reporting.progress import ProgressBar
-from mf_jax.runtime.files import in_bucket, replace_file
+from mf_jax.runtime.files import in_bucket, replace_file, to_json
 
 METRICS_FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 30
@@ -72,7 +72,7 @@ class RunLog:
         """Append a row to metrics.jsonl, where a number that is not finite becomes null."""
         values = {name: float(metrics[name]) for name in sorted(metrics)}
         finite = {name: x for name, x in values.items() if math.isfinite(x)}
-        line = _line({"step": step} | {name: finite.get(name) for name in values})
+        line = _line({"step": step} | values)
         if in_bucket(self._path):  # an object of a bucket cannot be added to
             self._path.write_text(self._path.read_text() + line)
         else:
@@ -122,7 +122,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
+    return to_json(row) + "\n"
 
 
 class _Events:

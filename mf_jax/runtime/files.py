@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import json
+import math
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -25,6 +28,19 @@ def sha256_of(path: epath.PathLike) -> str:
     """Return the SHA-256 of the bytes of a file, in hex digits."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Return a value as JSON, in which a number that is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def replace_file(path: epath.PathLike, content: bytes) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
-from mf_jax.runtime.files import in_bucket, locked, replace_file
+from mf_jax.runtime.files import in_bucket, locked, replace_file, to_json
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
@@ -33,7 +33,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 def as_json(config: ConfigDict) -> str:
     """Return a config as JSON, keys in their own order."""
-    return json.dumps(config.to_dict(), indent=1)
+    return to_json(config.to_dict(), indent=1)
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -50,7 +50,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
         if key.split(".")[0] in SECTIONS_OF_A_RUN
-        and key not in ("data.copy_to", "data.class_order")  # data.json has the classes
+        and key != "data.copy_to"  # a disk of the host
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
@@ -76,7 +76,7 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
                 if exists(workdir):
                     check(workdir, config)
                     _check_same_data(workdir, data)
-                replace_file(workdir / _DATA, json.dumps(data).encode())
+                replace_file(workdir / _DATA, to_json(data).encode())
                 replace_file(workdir / _CONFIG, as_json(config).encode())
         _check_shared(workdir)
         yield

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mf_jax.errors import BadInput
 from mf_jax.metrics.frechet import noise_line
-from mf_jax.runtime.files import locked, replace_file
+from mf_jax.runtime.files import locked, replace_file, to_json
 
 ROWS_FILE = "eval.jsonl"
 _LOCK = ".eval.lock"
@@ -49,7 +49,7 @@ def name_of(protocol: Row, parts: Sequence[str] = _PARTS) -> str:
 
 def words_of(row: Row) -> str:
     """Return the scores of a row, in words."""
-    return "  ".join(f"{name} {row[name]:.4g}" for name in _scores_in([row]))
+    return _in_words({name: row[name] for name in _scores_in([row])})
 
 
 def as_table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -76,7 +76,13 @@ def as_table(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _scores_in(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float)))
+    kinds = float | None  # without a value where there are too few samples
+    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, kinds)))
+
+
+def _in_words(values: Row) -> str:
+    words = {name: "none" if value is None else f"{value:.4g}" for name, value in values.items()}
+    return "  ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items())
 
 
 def _shared(rows: Sequence[Row]) -> list[str]:
@@ -87,8 +93,8 @@ def _shared(rows: Sequence[Row]) -> list[str]:
     shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
     words = [f"{key.replace('_', ' ')} {protocols[0][key]}" for key in shared]
     words = [re.sub(_CHECKSUM, r"\1", text) for text in words]
-    if of_models and "fid_standard_error" in of_models[0]:
-        words.append(noise_line(protocols[0]["num_samples"], of_models[0]["fid_standard_error"]))
+    if of_models and (error := of_models[0].get("fid_standard_error")) is not None:
+        words.append(noise_line(protocols[0]["num_samples"], error))
     return words
 
 
@@ -98,7 +104,7 @@ def append(workdir: Path, new: Sequence[Row]) -> None:
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
         rows += [row for row in new if key_of(row["protocol"]) not in there]
-        replace_file(workdir / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        replace_file(workdir / ROWS_FILE, "".join(to_json(row) + "\n" for row in rows).encode())
 
 
 def key_of(protocol: Row) -> str:
@@ -132,5 +138,4 @@ def show(table: Row) -> None:
             *("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells),
         )
     console.print(shown)
-    words = (f"{k.replace('_', ' ')} {value:.4g}" for k, value in table["diagnostics"].items())
-    console.print("  ".join(words))
+    console.print(_in_words(table["diagnostics"]))

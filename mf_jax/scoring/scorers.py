@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 
 from mf_jax.data import Batch, Source, read
 from mf_jax.data.pixels import from_pixels, to_pixels
+from mf_jax.errors import BadInput
 from mf_jax.metrics import classifier, reference_file
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features, load_inception
 from mf_jax.metrics.reference_file import Reference, Statistics
-from mf_jax.metrics.row_pairs import pair_scores
+from mf_jax.metrics.row_pairs import LEAST_ROWS, pair_scores
 from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
 from mf_jax.published.fetch import find_weights, verify
@@ -35,7 +36,7 @@ from mf_jax.scoring.rows import Row, digest, key_of
 
 _REAL_DATA = "real data (held-out)"
 _KEPT_FEATURES, _BLOCK = 10_000, 250
-Scores = dict[str, float]
+Scores = dict[str, float | None]
 
 
 class Samples(NamedTuple):
@@ -121,8 +122,13 @@ def scorer_of_data(
         protocol = {"reference": name, "reference_sha256": digest(points)}
 
         def compare(x: np.ndarray, labels: np.ndarray) -> Scores:
-            return {each.__name__: each(x, points) for each in measures}
+            return {each.__name__: each(x, points) if len(x) > 1 else None for each in measures}
 
+    if len(train if train.spec.is_picture else points) < 2:
+        raise BadInput(
+            f"data.held_out_share={config.data.held_out_share}: leaves one element to compare "
+            "with, and no score can be computed: add data, or train a run with another share"
+        )
     num = len(real.x)
     samples = Samples(_REAL_DATA, [(real.x, np.arange(num))], real.labels, num)
     scorer = Scorer([protocol], functools.partial(_score_whole, compare))
@@ -159,12 +165,15 @@ def _of_pictures(
         describe, real = learnt()
         features, logits = describe(from_pixels(x))
         ours, theirs = Moments.of(features), Moments.of(real)
-        gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
-        precision, recall, _ = pair_scores(features, real)
-        scores = {"precision": precision, "recall": recall}
+        scores: Scores = dict.fromkeys(("frechet_distance", "precision", "recall"))
+        if len(features) > 1:
+            gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
+            scores["frechet_distance"] = frechet_distance(*gaussians)
+        if min(len(features), len(real)) >= LEAST_ROWS:
+            scores["precision"], scores["recall"], _ = pair_scores(features, real)
         if logits is not None:
             scores["class_accuracy"] = float(np.mean(logits.argmax(axis=1) == labels))
-        return {"frechet_distance": frechet_distance(*gaussians)} | scores
+        return scores
 
     return protocol, compare
 
