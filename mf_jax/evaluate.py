@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import validate
 from mf_jax.data import Source, make_source
 from mf_jax.data.pixels import QUANTISATION
-from mf_jax.errors import BadInput, listed
+from mf_jax.errors import BadInput
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values
@@ -220,12 +220,6 @@ class Evaluation:
         else:
             generator = load_run(self.workdir, self.config, ema, checkpoint)
         ours, data = generator.spec, self.data and self.data.spec
-        if data and self.is_run and ours.class_names != data.class_names:
-            raise BadInput(
-                f"data.path={self.config.data.path!r}: its classes are no longer those of the run "
-                f"({listed(list(ours.class_names))} -> {listed(list(data.class_names))}): restore "
-                "them"
-            )
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
             raise BadInput(
                 f"init.path={generator.ema}: its samples are of {ours.shape}, {ours.num_classes} "

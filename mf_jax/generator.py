@@ -151,7 +151,8 @@ class Generator:
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
             )
-            if bad := int(_not_finite(x, place(index < len(labels)))):
+            is_good = jnp.isfinite(x).reshape(size, -1).all(axis=1) | (index >= len(labels))
+            if bad := size - int(is_good.sum()):
                 raise BadInput(
                     f"{bad} of {len(labels)} samples are not finite: the network has diverged; "
                     "take an earlier checkpoint, or train with a lower optim.lr"
@@ -223,12 +224,6 @@ def _sample(
         return sampler.sample(
             as_field(network), params, e, condition, times=times, learns_average=learns_average
         )
-
-
-@jax.jit
-def _not_finite(x: Array, counted: Array) -> Array:
-    """Return the number of rows, of those counted, that hold NaN or infinity."""
-    return jnp.sum(counted & ~jnp.isfinite(x).reshape(len(x), -1).all(axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

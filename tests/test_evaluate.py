@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from etils import epath
+from test_data import Numbered
 
-from mf_jax import evaluate
+from configs.digits import get_config
+from mf_jax import data, evaluate
+from mf_jax.errors import BadInput
 from mf_jax.metrics import classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception
@@ -306,6 +310,30 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
         ("2 steps", 2, 80),
     ]
     assert table["diagnostics"] == model["diagnostics"]
+
+
+def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
+    """What has no value is null in files, and a dash for people."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    _, compare = scorers._of_pictures(
+        data.Batch(pixels, np.full(9, -1, np.int32)), 0, epath.Path(tmp_path)
+    )
+    rows = []
+    for count, known in (1, 0), (3, 1), (4, 3):
+        scores = compare(pixels[:count], np.full(count, -1))
+        assert sum(value is not None for value in scores.values()) == known
+        rows.append({"name": str(count), **scores, "protocol": {"num_samples": count}})
+    rows[2]["diagnostics"] = {"identity_residual": np.inf}
+    score_rows.append(epath.Path(tmp_path), rows)
+    stored = score_rows.read_rows(epath.Path(tmp_path))
+    assert stored[0]["precision"] is stored[2]["diagnostics"]["identity_residual"] is None
+    assert "Infinity" not in (tmp_path / "eval.jsonl").read_text()
+    table = score_rows.as_table(stored)
+    assert table["columns"] == ["samples", "frechet_distance", "precision", "recall"]
+    score_rows.show(table)
+    assert "precision none" in score_rows.words_of(stored[0])
+    with pytest.raises(BadInput, match="leaves one element"):
+        scorers.scorer_of_data(get_config(), epath.Path(tmp_path), Numbered(1), Numbered(9))
 
 
 def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, reference):

@@ -81,7 +81,20 @@ def test_labels(generator):
     for labels, has_null in ([10], True), ([-2], True), ([-1], False):
         with pytest.raises(BadInput, match="not a class"):
             LATENT.check_labels(labels, has_null=has_null)
-    LATENT.check_labels([-1, 9], has_null=True)
+    LATENT.check_labels([-1, 9, "3"], has_null=True)
+    named = dataclasses.replace(generator, spec=DataSpec((2,), 3, ("10", "cat", "dog")))
+    np.testing.assert_array_equal(named.labels_for(["cat", 0, "10", 2]), [1, 0, 0, 2])
+    np.testing.assert_array_equal(named.labels_for("dog", 2), [2, 2])
+    with pytest.raises(BadInput, match=r"'cart' is no name.*10, cat, dog \(did you mean cat"):
+        named.labels_for(["cart"])
+
+
+def test_samples_that_are_not_finite_are_counted_not_drawn(generator):
+    params = jax.tree.map(lambda x: x * jnp.nan, generator.params)
+    broken = dataclasses.replace(generator, params=params)
+    for sample in (broken.sample, broken.sample_raw):
+        with pytest.raises(BadInput, match="3 of 3 samples are not finite"):
+            sample(num=3)
 
 
 def test_a_plan_that_cannot_be_followed_is_refused(generator):

@@ -11,6 +11,7 @@ from jobs import here, tiny_config, works
 from recorded import FOLDER
 
 import mf_jax
+from mf_jax import loading
 from mf_jax.config import make_network, validate
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
@@ -41,6 +42,19 @@ def exported(trained, tmp_path_factory):
     generator = mf_jax.load(trained)
     generator.export(path, kind="meanflow")
     return generator, path
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_path):
+    arrays = dict(np.load(exported[1]))
+    name = sorted(arrays)[0]
+    arrays[name] = arrays[name] * np.nan
+    np.savez(tmp_path / "nan.npz", **arrays)
+    config = _from(tmp_path / "nan.npz", "meanflow")
+    with pytest.raises(BadInput, match=f"{name} has numbers that are not finite"):
+        load_weights(config, _like(config))
+    params = jax.tree.map(lambda x: x * np.inf, exported[0].params)
+    with pytest.raises(BadInput, match="RUN: its parameters are not finite"):
+        loading._fit(params, params, "RUN")
 
 
 def test_training_starts_from_another_run(trained, tmp_path):

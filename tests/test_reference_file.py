@@ -140,6 +140,8 @@ def test_bad_statistics_are_named_in_one_line(path, statistics):
         ({"features": np.full((4, 6), np.nan)}, "features has 24 values"),
         ({"mu": np.array([{}], object)}, "an array in it cannot be read"),
         ({"mu": np.array(["a"] * 6)}, "an array in it cannot be read"),
+        ({"mu": np.zeros(6) * 1j}, r"cannot be read \(mu is complex128"),
+        ({"num_images": np.int64(-5)}, r"cannot be read \(num_images is int64 or below 0"),
     ):
         np.savez(path, **{k: array for k, array in (good | change).items() if array is not None})
         with pytest.raises(BadInput, match=f"^{path}: .*{message}") as error:

@@ -2,8 +2,6 @@
 
 import functools
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -39,32 +37,25 @@ def open_picture(content: bytes) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return the picture upright and in RGB; transparent pixels become white."""
-    tags, image_format = getattr(image, "tag_v2", {}), image.format
-    image = ImageOps.exif_transpose(image)
+    stored, image = image, ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, image_format, tags)
+        image = _eight_bits(image, stored)
     if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden underneath
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(
-    image: Image.Image, image_format: str | None, tags: Mapping[int, Any]
-) -> Image.Image:
+def _eight_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
     """Return grey of more than 8 bits as 8, which convert() would clip at 255, not scale."""
-    if image.mode == "I" and image_format not in (None, "PNG", "PPM"):  # which have 16 bits
-        raise ValueError("its grey levels have no known range: save it with 8 or 16 bits")
-    is_fraction = image.mode == "F"
-    high = 2 ** tags[_BITS][0] - 1 if _BITS in tags and not is_fraction else _SIXTEEN_BITS
-    levels = np.asarray(image)
-    if is_fraction:
+    levels, tags, high = np.asarray(image), getattr(stored, "tag_v2", {}), _SIXTEEN_BITS
+    if image.mode == "F":  # from 0 to 1
         levels = np.rint(levels * np.float64(high))
-    if not (levels.min() >= 0 and levels.max() <= high):
-        raise ValueError(
-            f"its grey levels leave the range 0 to {1 if is_fraction else high}: save it with 8 or "
-            "16 bits"
-        )
+    elif _BITS in tags:
+        high = 2 ** tags[_BITS][0] - 1
+    is_known = image.mode != "I" or stored.format in (None, "PNG", "PPM")  # these have 16 bits
+    if not (is_known and levels.min() >= 0 and levels.max() <= high):
+        raise ValueError("its grey levels have no known range: save it with 8 or 16 bits")
     grey = levels.astype(np.int64) * 255 // high
     grey = 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
     grey[levels == image.info.get("transparency", -1)] = 255

@@ -12,8 +12,6 @@ from etils import epath
 from mf_jax.errors import BadInput
 from mf_jax.runtime.files import in_bucket
 
-_LINKS = 8  # that a link of a tar file may lead through
-
 
 class File(NamedTuple):
     """A file of an input, or a folder.
@@ -36,11 +34,11 @@ class File(NamedTuple):
 
 
 def in_folder(root: epath.Path) -> Iterator[File]:
+    """Yield the files below a folder, and its folders."""
+    names = _names(os.fspath(root), "", ())
     if in_bucket(root):
-        tree = ((str(folder.relative_to(root)), names) for folder, _, names in root.walk())
-        names = (posixpath.join(folder, name) for folder, names in tree for name in names)
-    else:
-        names = _names(os.fspath(root), "", ())
+        start = len(f"{root}/")
+        names = (f"{place}/{name}"[start:] for place, _, each in root.walk() for name in each)
     for name in names:
         if parts := _parts(name):
             yield File(parts, name, f"{root}/{name}")
@@ -86,20 +84,12 @@ def in_tar(tar_file: File, key: str) -> Iterator[File]:
         ) from error
     for member in members.values():
         target = _target(member, members)
-        parts = _parts(member.name + "/" * member.isdir())
-        if parts and member.isdir():
-            yield File(parts, member.name, tar_file.path)
-        elif parts and (target.isfile() or target.islnk() or target.issym()):
+        if parts := _parts(member.name + "/" * member.isdir()):
             place = (target.offset_data, target.size) if target.isfile() else (0, 0)
             yield File(parts, member.name, tar_file.path, *place)
 
 
 def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """Return what a link leads to; a link that leads nowhere itself."""
-    for _ in range(_LINKS):
-        if not (member.islnk() or member.issym()):
-            break
-        above = posixpath.dirname(member.name) if member.issym() else ""
-        place = posixpath.normpath(posixpath.join(above, member.linkname))
-        member = members.get(place, member)
-    return member
+    """Return what a link leads to; a link that leads nowhere, and all else, itself."""
+    above = posixpath.dirname(member.name) if member.issym() else ""
+    return members.get(posixpath.normpath(posixpath.join(above, member.linkname)), member)

@@ -15,7 +15,7 @@ from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures
 from mf_jax.data.pipeline import check_at_least
 from mf_jax.errors import BadInput, listed
-from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket
@@ -57,8 +57,6 @@ class ImageFolder(Pictures):
                 f"path={path!r} is in a bucket: copy the folder to each host, and set path to that"
             )
         self._list = list_files(path, key="path", class_order=class_order)
-        if split == "train":
-            self._list.tell_left_out(path)
         labels = np.array(self._list.labels)
         listed = [
             index
@@ -113,15 +111,14 @@ def _readable(
     with ThreadPoolExecutor(THREADS) as pool:
         checked = pool.map(lambda index: _problem(pictures, index), indices)
         title = f"checking {split} pictures"
-        problems = list(track(checked, title, len(indices), is_wanted=is_long))
-    good = [index for index, problem in zip(indices, problems, strict=True) if not problem]
-    bad = {i: problem for i, problem in zip(indices, problems, strict=True) if problem}
+        problems = track(checked, title, len(indices), is_wanted=is_long)
+        bad = {i: problem for i, problem in zip(indices, problems, strict=True) if problem}
+    good = [index for index in indices if index not in bad]
     named = listed([f"{pictures.name(index)} ({problem})" for index, problem in bad.items()], 4)
-    labels = {pictures.labels[index] for index in good}
     if not good:
         raise BadInput(f"path={path!r}: none of {len(bad)} pictures is readable: replace {named}")
-    lost = {pictures.labels[index] for index in bad} - labels if split == "train" else set()
-    if lost and NO_LABEL not in lost:
+    lost = {pictures.labels[index] for index in bad} - {pictures.labels[index] for index in good}
+    if lost and split == "train":
         names = listed([pictures.class_names[label] for label in sorted(lost)])
         raise BadInput(
             f"path={path!r}: all {split} pictures of class {names} are broken: replace {named}, or "

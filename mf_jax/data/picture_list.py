@@ -53,16 +53,10 @@ class PicturesIn(Protocol):
 
 
 class Listed:
-    """Pictures in folders or in tar files, read by their place.
+    """Pictures in folders or in tar files, read by their place."""
 
-    left_out: names of files that are no pictures, or outside of the part that is taken.
-    """
-
-    def __init__(
-        self, classes: Iterable[tuple[str, File]], left_out: list[str], class_order: str
-    ) -> None:
-        classes = list(classes)
-        self.left_out, self.class_names = sorted(left_out), _ordered(classes, class_order)
+    def __init__(self, classes: list[tuple[str, File]], class_order: str) -> None:
+        self.class_names = _ordered(classes, class_order)
         numbers = {name: label for label, name in enumerate(self.class_names)}
         found = sorted((numbers.get(name, NO_LABEL), file[1:]) for name, file in classes)
         self.labels = [label for label, _ in found]
@@ -82,12 +76,6 @@ class Listed:
         place = self._places[index].tolist()
         return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
 
-    def tell_left_out(self, path: str) -> None:
-        """Warn of the files of an input that are left out, if there are some."""
-        if names := self.left_out:
-            text = "%s: left out %d files, no pictures or outside of the classes: %s"
-            logging.warning(text, path, len(names), listed(names))
-
     def lines(self) -> Iterator[str]:
         """See `PicturesIn.lines`."""
         for label, name, size in zip(self.labels, self._names, self._places[:, 1], strict=True):
@@ -102,7 +90,7 @@ def list_pictures(path: str, *, key: str, tfds_split: str, class_order: str) -> 
 
 
 def list_files(path: str, *, key: str, class_order: str) -> Listed:
-    """List pictures, at least one.
+    """List pictures, at least one; warn of what is left out.
 
     Args:
       path: a folder of class folders, or with `train/` above them; a folder of pictures without
@@ -112,10 +100,12 @@ def list_files(path: str, *, key: str, class_order: str) -> Listed:
     """
     root = epath.Path(path).expanduser()
     if path and root.is_dir():  # "" would be the current directory
-        return Listed(*_classes(list(in_folder(root)), root, key), class_order)
-    if root.suffix.lower() == _TAR and root.exists():
-        return Listed(*_classes(list(in_tar(File((), "", str(root)), key)), root, key), class_order)
-    raise BadInput(f"{key}={path!r} is neither a folder of pictures nor a .tar file: set {key}")
+        files = list(in_folder(root))
+    elif root.suffix.lower() == _TAR and root.exists():
+        files = list(in_tar(File((), "", str(root)), key))
+    else:
+        raise BadInput(f"{key}={path!r} is neither a folder of pictures nor a .tar file: set {key}")
+    return Listed(_classes(files, root, key), class_order)
 
 
 def digest(pictures: PicturesIn, indices: Iterable[int] | None = None) -> str:
@@ -133,10 +123,6 @@ def _ordered(classes: list[tuple[str, File]], class_order: str) -> tuple[str, ..
     return tuple(names)
 
 
-def _is_tar(file: File) -> bool:
-    return len(file.parts) == 1 and file.parts[0].lower().endswith(_TAR)
-
-
 def _is_picture(file: File) -> bool:
     suffix = posixpath.splitext(file.parts[-1])[1].lower()
     if suffix or not file.parts[-1]:
@@ -149,17 +135,15 @@ def _is_picture(file: File) -> bool:
         return False
 
 
-def _classes(
-    files: list[File], root: epath.Path, key: str
-) -> tuple[list[tuple[str, File]], list[str]]:
-    """Return pictures and their classes, "" without any, and the names of the other files."""
+def _classes(files: list[File], root: epath.Path, key: str) -> list[tuple[str, File]]:
+    """Return pictures and their classes, "" without any; warn of the other files."""
     pictures = {file.name for file in files if _is_picture(file)}
     every = files
     while folder := _to_open(files, pictures):
         below = (f._replace(parts=f.parts[1:]) for f in files if f.parts[0] == folder)
         files = [file for file in below if file.parts and file.parts != ("",)]
     flat = [("", file) for file in files if len(file.parts) == 1 and file.name in pictures]
-    tars = [file for file in files if _is_tar(file)]
+    tars = [file for file in files if file.parts[0].lower().endswith(_TAR) and len(file.parts) == 1]
     folders = sorted({file.parts[0] for file in files if len(file.parts) > 1})
     deep = [(f.parts[0], f) for f in files if len(f.parts) > 1 and f.name in pictures]
     full = {name for name, _ in deep}
@@ -180,12 +164,16 @@ def _classes(
         _refuse_empty(f"{root}: {listed(empty)}", key)
     found = flat + deep + [pair for tar in tars for pair in _of_class(tar, key)]
     taken = {file.name for _, file in found} | {file.name for file in tars}
-    return found, [file.name for file in every if file.parts[-1] and file.name not in taken]
+    if out := sorted(file.name for file in every if file.parts[-1] and file.name not in taken):
+        text = "%s: left out %d files, no pictures or outside of the classes: %s"
+        logging.warning(text, root, len(out), listed(out))
+    return found
 
 
 def _to_open(files: list[File], pictures: set[str]) -> str:
     """Return the folder that holds the classes in place of the root; "" means the root."""
-    if any(len(file.parts) == 1 and (file.name in pictures or _is_tar(file)) for file in files):
+    top = [file for file in files if len(file.parts) == 1]
+    if any(file.name in pictures or file.name.lower().endswith(_TAR) for file in top):
         return ""
     folders = {file.parts[0] for file in files if len(file.parts) > 1}
     # a class that is called train would hold pictures itself

@@ -17,13 +17,8 @@ class InceptionScore:
     """Sums over the samples of each of `splits` parts; num_samples: of all parts."""
 
     def __init__(self, num_samples: int, num_classes: int, splits: int = 10) -> None:
-        if not 1 <= splits <= num_samples:
-            raise BadInput(
-                f"eval.num_samples={num_samples}: must be at least {splits}, the parts of "
-                "Inception Score; use more samples"
-            )
         self._starts = np.arange(splits) * num_samples // splits
-        self._counts = np.zeros(splits)
+        self._counts, self._is_enough = np.zeros(splits), num_samples >= splits
         self._classes = np.zeros((splits, num_classes))
         self._certainty = np.zeros(splits)
 
@@ -35,8 +30,13 @@ class InceptionScore:
         np.add.at(self._classes, part, p)
         np.add.at(self._certainty, part, xlogy(p, p).sum(axis=1))
 
-    def result(self) -> tuple[float, float]:
-        """Return the mean of the score over the parts, and its (biased) standard deviation."""
+    def result(self) -> tuple[float | None, float | None]:
+        """Return the mean of the score over the parts, and its (biased) standard deviation.
+
+        Both are None if there are fewer samples than parts.
+        """
+        if not self._is_enough:
+            return None, None
         if not self._counts.all():
             raise BadInput("Inception Score has a part without samples; add all samples first")
         marginal = self._classes / self._counts[:, None]

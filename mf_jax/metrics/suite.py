@@ -69,20 +69,17 @@ class SampleScores:
         self._rows[numbers[keep]] = rows[POOLED][keep]
         self._pooled += Moments.of(rows[POOLED][keep])
         self._spatial += Moments.of(rows[SPATIAL][keep])
-        if self._classes:
-            self._classes.add(rows[LOGITS][keep], numbers[keep])
+        self._classes.add(rows[LOGITS][keep], numbers[keep])
 
     def _start(self, widths: Mapping[str, int]) -> None:
         # NaN until its sample has come: scores of samples that lack one are refused
         self._rows = np.full((self._num_samples, widths[POOLED]), np.nan, np.float32)
         self._pooled, self._spatial = (Moments.none(widths[name]) for name in (POOLED, SPATIAL))
-        is_enough = self._num_samples >= self._splits
-        scored = (self._num_samples, widths[LOGITS], self._splits)
-        self._classes = InceptionScore(*scored) if is_enough else None
+        self._classes = InceptionScore(self._num_samples, widths[LOGITS], self._splits)
 
     def inception_score(self) -> tuple[float | None, float | None]:
         """Return the mean and the standard deviation of Inception Score over its parts, if any."""
-        return self._classes.result() if self._classes else (None, None)
+        return self._classes.result()
 
     def against(self, reference: Reference) -> dict[str, float | None]:
         """Return all scores that the reference has statistics for."""

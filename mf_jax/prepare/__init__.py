@@ -21,7 +21,7 @@ from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
-from mf_jax.data.picture_list import Listed, PicturesIn, digest, list_pictures
+from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
 from mf_jax.errors import BadInput
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
@@ -66,8 +66,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     prepare, key = config.prepare, "prepare.input"
     taken = {"tfds_split": config.data.split_train, "class_order": config.data.class_order}
     pictures = list_pictures(prepare.input, key=key, **taken)
-    if isinstance(pictures, Listed):
-        pictures.tell_left_out(prepare.input)
     if len(pictures) < prepare.shards:
         raise BadInput(
             f"prepare.shards={prepare.shards}: the input has {len(pictures)} pictures: set "

@@ -49,8 +49,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     differences = [
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] in SECTIONS_OF_A_RUN
-        and key != "data.copy_to"  # a disk of the host
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key != "data.copy_to"  # a disk of the host
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
