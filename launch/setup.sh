@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv in the checkout and install requirements.txt into it, unless
-# that is done already. Sourced by the other scripts; leaves the environment's interpreter in
-# $python.
+# Make the virtual environment .venv in the checkout and install the checkout into it, editable and
+# with what its tests need, unless that is done already. Sourced by the other scripts; leaves the
+# environment's interpreter in $python.
 #
 # Usage: bash launch/setup.sh [--help]
 #   MF_ACCELERATOR=cuda13 bash launch/setup.sh    with the build of JAX for cuda12, cuda13 or tpu (cpu: the plain one)
@@ -25,6 +25,7 @@ stamp="$venv/.installed${accelerator:+_$accelerator}"
 
 mf_install() {
   local base="${PYTHON:-python3}" packages=(-r "$root/requirements.txt")
+  [ ! -f "$root/setup.cfg" ] || packages+=(-e "${root}[test]") # hosts of a pod have the code alone
   [ -z "$accelerator" ] || packages+=("jax[$accelerator]")
   [ "$accelerator" != tpu ] || packages+=("etils[epath-gcs]") # workdirs of TPU slices are in buckets
   if command -v uv >/dev/null 2>&1; then
@@ -41,10 +42,10 @@ mf_install() {
   "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
 }
 
-if [ "${dry_run:-0}" = 0 ] && ! cmp -s "$root/requirements.txt" "$stamp"; then
+wanted=$(cat "$root/requirements.txt" "$root/setup.cfg" 2>/dev/null || true)
+if [ "${dry_run:-0}" = 0 ] && [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ]; then
   echo "installing requirements.txt${accelerator:+ and jax[$accelerator]} into $venv (once; about a minute)"
   mf_install || exit $?
   # with an accelerator's build everything else is there too
-  cp "$root/requirements.txt" "$venv/.installed"
-  [ "$stamp" = "$venv/.installed" ] || cp "$root/requirements.txt" "$stamp"
+  for each in "$venv/.installed" "$stamp"; do echo "$wanted" >"$each"; done
 fi

@@ -2,6 +2,10 @@
 
 import sys
 
+from jobs import ROOT
+
+INSTALLED = "".join((ROOT / name).read_text() for name in ("requirements.txt", "setup.cfg"))
+"""What launch/setup.sh notes of an installation."""
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
   "-c "*) exec {sys.executable} "$@" ;;

@@ -1,12 +1,12 @@
 """The launch scripts, with an interpreter that only tells what it was called with."""
 
-import shutil
 import signal
 import subprocess
 from fnmatch import fnmatch
 
 import pytest
 from conftest import ROOT
+from fakes import INSTALLED
 
 STUB = """#!/usr/bin/env bash
 echo "python $*"
@@ -30,7 +30,7 @@ def launch(tmp_path):
     stub = tmp_path / "bin" / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / ".installed")
+    (tmp_path / ".installed").write_text(INSTALLED)
 
     def start(script, *arguments):
         command = ["bash", str(ROOT / "launch" / script), *arguments]

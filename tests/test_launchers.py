@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from fakes import GCLOUD, PYTHON, UV
+from fakes import GCLOUD, INSTALLED, PYTHON, UV
 
 from configs.default import get_config
 
@@ -35,7 +35,7 @@ def start(tmp_path):
     venv = tmp_path / "venv"
     _program(venv / "bin" / "python", PYTHON)
     for stamp in (".installed", ".installed_cuda13"):
-        shutil.copy(ROOT / "requirements.txt", venv / stamp)
+        (venv / stamp).write_text(INSTALLED)
     path = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "MF_VENV": str(venv)}
     path |= {"RECORD": str(tmp_path), "TMPDIR": str(tmp_path)}
 
@@ -145,7 +145,7 @@ def test_setup_installs_the_build_for_the_accelerator_once(finish, tmp_path):
         code, _, errors = finish("setup.sh", fakes={"uv": calls}, MF_ACCELERATOR="tpu")
         assert (code, errors) == (0, "")
     (line,) = (tmp_path / "uv").read_text().splitlines()
-    assert line.endswith(f"-r {ROOT}/requirements.txt jax[tpu] etils[epath-gcs]")
+    assert line.endswith(f"-r {ROOT}/requirements.txt -e {ROOT}[test] jax[tpu] etils[epath-gcs]")
     code, out, errors = finish("setup.sh", MF_ACCELERATOR="gpu")
     assert (code, out) == (2, "")
     assert "MF_ACCELERATOR=gpu" in errors
