@@ -12,6 +12,10 @@ class BadInput(ValueError):
     """
 
 
+class Failure(Exception):
+    """Tell in one line why a command failed though its input was right; exit code 1."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the known name nearest to an unknown one, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -26,6 +26,7 @@ from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
+from mf_jax.runtime.files import place
 from mf_jax.runtime.sharding import make_mesh, placed
 
 INIT_KINDS = ("run", *KINDS)
@@ -38,7 +39,7 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
       workdir: of the run.
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
     """
-    folder = Path(workdir)
+    folder = place(workdir, "workdir")
     return load_run(folder, run_folder.stored_config(folder), ema)
 
 
@@ -59,7 +60,10 @@ def load_initial(config: ConfigDict) -> Generator:
     path, kind = config.init.path, config.init.kind
     check_known("init.kind", kind, INIT_KINDS)
     with processes.together():
-        spec = run_folder.stored_data(Path(path)) if kind == "run" else _published_spec(config)
+        if kind == "run":
+            spec = run_folder.stored_data(place(path, "init.path"), "init.path")
+        else:
+            spec = _published_spec(config)
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
     return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
@@ -75,10 +79,11 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
             published = load_published(path, kind, plain, section=which or "ema_params")
         return laid_out_like(published, like)
     with processes.together():
-        theirs = run_folder.stored_config(Path(path))
+        folder = place(path, "init.path")
+        theirs = run_folder.stored_config(folder, "init.path")
         _check_latents(config, theirs)
     ema = choose_ema("init.which", which, averages(theirs))
-    return _fit(_restore(Path(path), theirs, ema)[1], like, path)
+    return _fit(_restore(folder, theirs, ema)[1], like, path)
 
 
 def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:

@@ -91,13 +91,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
     parts, weights = step_parts(config, source), None
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-    with run_folder.own(workdir, config, source.spec, len(source)), _stop_signal() as stop:
+    with run_folder.own(workdir, config, source), _stop_signal() as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights)
             del weights  # which lie on the devices
             _describe(workdir, source, state)
             this = _Run(config, workdir, source, parts, mesh, checkpoints, can_draw)
             done = _loop(this, state, stop)
+            checkpoints.verify()
         if processes.is_first():
             write_report(workdir)
     is_complete = done == config.train.num_steps

@@ -22,7 +22,7 @@ from etils import epath, epy
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, Failure
 from mf_jax.runtime import processes
 from mf_jax.runtime.fingerprints import check_same_model, index_of
 
@@ -109,9 +109,33 @@ class Checkpoints:
         step, items = int(state.step), _items(state)
         if step in self._manager.all_steps():
             return
+        self.verify()
         index = ocp.args.JsonSave({name: index_of(item) for name, item in items.items()})
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(step, args=ocp.args.Composite(index=index, **arguments))
+
+    def verify(self) -> None:
+        """Wait for the newest checkpoint, and raise Failure unless every array of it can be opened.
+
+        What happens to a file later is found when it is read, by the fingerprints.
+        """
+        self._manager.wait_until_finished()
+        self._reader.reload()
+        for step in processes.from_first(self.steps[-1:]):
+            try:
+                _agreed(lambda step=step: self._open_all(step))
+            except DamagedCheckpoint as problem:
+                raise Failure(
+                    f"{self._folder / str(step)} was saved and cannot be read ({problem}); see to "
+                    "its file system, or choose another --workdir"
+                ) from problem
+
+    def _open_all(self, step: int) -> None:
+        """Read the index of a checkpoint, and what is stored about each array."""
+        index = self._read_index(step)
+        with _damage():
+            for name in index:
+                ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name)
 
     def close(self) -> None:
         """Wait until everything is written."""

@@ -1,12 +1,12 @@
 """Files that are written whole or not at all, on a file system or in a bucket."""
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 import time
@@ -16,7 +16,47 @@ from typing import Any
 
 from etils import epath
 
+from mf_jax.errors import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two trainings apart
+    fcntl = None
+
 _ABANDONED_SECONDS = 24 * 60 * 60
+STORES = {"gs": "etils[epath-gcs]", "s3": "etils[epath-s3]"}
+"""The package that a path in a store of objects needs, by its scheme."""
+PATHS = ("data.path", "data.autoencoder", "data.copy_to", "prepare.input", "prepare.reference")
+PATHS += ("init.path", "eval.references", "eval.samples", "eval.inception", "weights_dir")
+"""Keys of a config that hold a path, or a name where a path may stand."""
+_PathOfEtils = type(epath.Path())
+_glob_of_etils = _PathOfEtils.glob
+
+
+def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """Yield what a pattern finds in a folder, whatever its own name holds.
+
+    etils takes brackets in the name of the folder for a part of the pattern. Orbax then finds
+    nothing of what its processes have written, and leaves a checkpoint without its arrays.
+    """
+    if in_bucket(folder):
+        return _glob_of_etils(folder, pattern)
+    return (folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
+_PathOfEtils.glob = _glob
+
+
+def place(path: epath.PathLike, key: str) -> epath.Path:
+    """Return the path that a key holds, `~` expanded; BadInput where nothing here can reach it."""
+    text = os.path.expanduser(os.fspath(path))
+    scheme = re.match(r"([A-Za-z][\w+.-]+):/", text)
+    if scheme and scheme[1] not in STORES:
+        stores = " or ".join(f"{name}://" for name in STORES)
+        raise BadInput(f"{key}={text}: cannot be reached; use a path of this machine, or {stores}")
+    if scheme and re.search(r"[*?\[\]]", text):
+        raise BadInput(f"{key}={text}: a name in a store must be without * ? [ ]; choose another")
+    return epath.Path(text)
 
 
 def in_bucket(path: epath.Path) -> bool:
@@ -86,11 +126,11 @@ def written_aside(path: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
-    """Hold a file, made if missing, against other processes; buckets know no locks.
+    """Hold a file, made if missing, against other processes; buckets and Windows know no locks.
 
     Where another process holds it, wait or raise BlockingIOError.
     """
-    if in_bucket(path):
+    if in_bucket(path) or fcntl is None:
         yield
         return
     with path.open("w") as file:

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,15 +16,45 @@ from ml_collections import ConfigDict
 from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
-from mf_jax.runtime.files import in_bucket, locked, replace_file, to_json
+from mf_jax.runtime.checkpoint import saved_steps
+from mf_jax.runtime.files import PATHS, in_bucket, locked, place, replace_file, to_json
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
 SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
+_FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
+_FREE += ("model.attention", "model.remat")
+"""Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 _RENAMED = {"guidance.t_start": "guidance.t_min", "guidance.t_end": "guidance.t_max"}
-_RENAMED |= {"init.from": "init.path"}
+_RENAMED |= {"init.from": "init.path", "log.every_steps": "train.log_every_steps"}
 """Keys of a config.json that an earlier version has written."""
+_ADDED: dict[str, dict[str, Any]] = {
+    "model": {"prediction": "velocity", "t_clip": 0.05, "second_head": True, "rank": 8}
+    | {"attention": "xla", "remat": "none", "scan": False, "r_blocks": 0, "dropout": 0.0}
+    | {"head_depth": 0, "bottleneck": 0, "positions": "", "channels": 128, "num_blocks": 4}
+    | {"channel_multipliers": (2, 2, 2), "attention_resolutions": (16,)},
+    "objective": {"alpha_start": 1.0, "alpha_end": 0.0, "anneal_from": 0, "anneal_to": 10_000}
+    | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
+    | {"velocity": "head", "split": "uniform", "target_ema": 0.0},
+    "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0},
+    "times": {"levels": 7},
+    "draws": {"omega_max": 1.0, "omega_power": 1.0},
+    "init": {"path": "", "kind": "run", "which": ""},
+    "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
+    | {"copy_to": ""},
+    "optim": {"name": "adamw", "momentum": 0.95},
+    "ema": {"halflives_kimg": ()},
+}
+"""What was done before a key was there: the value of a key that a stored config lacks."""
+
+
+class _Data(Protocol):
+    """The examples of a run; see `mf_jax.data.Source`."""
+
+    spec: DataSpec
+
+    def __len__(self) -> int: ...
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -39,33 +70,37 @@ def as_json(config: ConfigDict) -> str:
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raise BadInput, naming keys that differ, unless a config continues the run of a workdir.
 
-    Under a constant schedule, a run may go on for more steps. Nothing else that decides its numbers
-    may change.
+    Nothing that decides its numbers may change. Under a constant schedule the number of steps does
+    not, but for those that are done.
     """
     ours, theirs = flat(config), flat(stored_config(workdir))
-    steps = "train.num_steps"
-    if ours["optim.schedule"] == "constant" and ours[steps] >= theirs[steps]:
+    for values in (ours, theirs):  # one folder has many spellings
+        values["init.path"] = values["init.path"] and os.path.realpath(values["init.path"])
+    steps, reason = "train.num_steps", ""
+    if ours["optim.schedule"] == "constant" and ours[steps] >= max(saved_steps(workdir), default=0):
         ours[steps] = theirs[steps]
+    elif ours[steps] != theirs[steps]:
+        reason = f"; its rates fall to 0 at {steps}" * (ours["optim.schedule"] != "constant")
     differences = [
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] in SECTIONS_OF_A_RUN and key != "data.copy_to"  # a disk of the host
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in _FREE
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
         raise BadInput(
-            f"workdir {workdir} holds a run of another config ({', '.join(differences)}); "
-            "choose another --workdir, or set these back"
+            f"--workdir={workdir}: holds a run of another config ({', '.join(differences)}){reason}"
+            "; set these back (without --config, its own config is taken), or choose another "
+            f"--workdir, where --config.init.path={workdir} starts from its weights"
         )
 
 
 @contextlib.contextmanager
-def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterator[None]:
+def own(workdir: Path, config: ConfigDict, data: _Data) -> Iterator[None]:
     """Hold a workdir for a training run: make it, keep other runs out, store config and data.
 
-    Stored ones must describe the same run. Size is the number of examples.
+    Stored ones must describe the same run.
     """
-    data = json.loads(json.dumps(dataclasses.asdict(spec) | {"size": size}))
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
@@ -74,9 +109,9 @@ def own(workdir: Path, config: ConfigDict, spec: DataSpec, size: int) -> Iterato
                     held.enter_context(locked(workdir / _LOCK, wait=False))
                 if exists(workdir):
                     check(workdir, config)
-                    _check_same_data(workdir, data)
-                replace_file(workdir / _DATA, to_json(data).encode())
-                replace_file(workdir / _CONFIG, as_json(config).encode())
+                    check_data(workdir, data)
+                replace_file(workdir / _DATA, to_json(_about(data)).encode())
+                replace_file(workdir / _CONFIG, as_json(_for_any_folder(config)).encode())
         _check_shared(workdir)
         yield
 
@@ -111,15 +146,38 @@ def _check_shared(workdir: Path) -> None:
         mark.unlink()
 
 
-def _check_same_data(workdir: Path, ours: dict[str, Any]) -> None:
-    # batches depend on the number of examples, labels on the order of the class names
+def _about(data: _Data) -> dict[str, Any]:
+    """Return what batches and labels depend on, and a digest of the data's own list of names."""
+    digest = getattr(data, "digest", "")
+    about = {**dataclasses.asdict(data.spec), "size": len(data), "digest": digest}
+    return json.loads(json.dumps(about))
+
+
+def check_data(workdir: Path, data: _Data) -> None:
+    """Raise BadInput unless data, wherever they lie, are what the run of a workdir trained on."""
     stored = _read(workdir, _DATA)
-    for name, value in ours.items():
+    for name, value in _about(data).items():
         if stored.get(name, value) != value:
             raise BadInput(
                 f"--workdir={workdir}: its run was trained on other data ({name} "
-                f"{stored.get(name)} -> {value}); restore the data, or choose another --workdir"
+                f"{stored.get(name)} -> {value}); restore the data, name the folder where they are "
+                "with --config.data.path, or choose another --workdir"
             )
+
+
+def _for_any_folder(config: ConfigDict) -> ConfigDict:
+    """Return a config whose paths mean the same in every current folder."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(absolute, value))
+        path = Path(value or ".")
+        return str(path.absolute()) if value and not in_bucket(path) and path.exists() else value
+
+    stored = config.copy_and_resolve_references()
+    values = {key: operator.attrgetter(key)(stored) for key in PATHS}
+    stored.update_from_flattened_dict({key: absolute(value) for key, value in values.items()})
+    return stored
 
 
 def exists(workdir: Path) -> bool:
@@ -140,31 +198,43 @@ def check_writable(workdir: Path) -> None:
         raise BadInput(f"--workdir={workdir}: cannot be written; change its permissions")
 
 
-def stored_config(workdir: Path) -> ConfigDict:
-    """Return the config of the run in a workdir, in today's keys."""
-    stored = flatten_dict(_read(workdir, _CONFIG), sep=".")
-    values = {_RENAMED.get(key, key): value for key, value in stored.items()}
+def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
+    """Return the config of the run in a workdir, in today's keys.
+
+    Args:
+      workdir: of the run.
+      key: that names the workdir, for errors.
+    """
+    stored = flatten_dict(_read(workdir, _CONFIG, key), sep=".")
+    values = {_RENAMED.get(key, key): _tuples(value) for key, value in stored.items()}
+    values = flatten_dict(_ADDED, sep=".") | values
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
 
 
-def stored_data(workdir: Path) -> DataSpec:
-    """Return the spec of a run's data."""
-    stored = _read(workdir, _DATA)
+def _tuples(value: Any) -> Any:
+    """Return a value with tuples for the lists that JSON makes of them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def stored_data(workdir: Path, key: str = "--workdir") -> DataSpec:
+    """Return the spec of a run's data; see `stored_config`."""
+    stored = _read(workdir, _DATA, key)
     classes = stored["num_classes"], tuple(stored["class_names"])
     return DataSpec(tuple(stored["shape"]), *classes, stored.get("origin", ""))
 
 
-def _read(workdir: Path, name: str) -> dict[str, Any]:
+def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
+    workdir = place(workdir, key)
     try:
-        return json.loads((workdir / name).read_text())
-    except FileNotFoundError as error:
+        return dict(json.loads((workdir / name).read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        fix = "train first: --mode=train with this --workdir"
+        if key != "--workdir":
+            fix = f"name the workdir of a run, or set init.kind to what {key} holds"
+        raise BadInput(f"{key}={workdir}: holds no run ({name} is missing); {fix}") from error
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(
-            f"--workdir={workdir}: holds no run ({name} is missing); "
-            "train first: --mode=train with this --workdir"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"--workdir={workdir}: its {name} cannot be read ({error}); restore it or train anew"
+            f"{key}={workdir}: its {name} cannot be read ({error}); restore it or train anew"
         ) from error
 
 
