@@ -121,7 +121,8 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
       source: takes the place of the data that the config names, which are not opened then.
     """
     check_tuples(config)  # nothing below could read them
-    problems = list(wrong_values(config))
+    wrong = list(wrong_values(config))
+    problems = list(wrong)
 
     @contextlib.contextmanager
     def collect() -> Iterator[None]:
@@ -145,7 +146,9 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     if source is not None:
         spec = source.spec
         with collect():
-            parameter_shapes(make_network(config, spec), spec.shape)  # finds what does not fit
+            network = make_network(config, spec)
+            if not any(problem.startswith("model.") for problem in wrong):
+                parameter_shapes(network, spec.shape)  # finds what does not fit
         if objective and config.model.name in NETWORKS:
             problems += _wrong_guidance(config, objective, spec)
             problems += _wrong_network(config, objective)

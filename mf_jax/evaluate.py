@@ -56,6 +56,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         scorer = scorers.scorer_of_references(config)
         if scorer is None:
             data = validate(config, num_devices=1)
+            if run_folder.exists(workdir):
+                run_folder.check_data(workdir, data)
             held_out = make_source(config.data, split="held_out")
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
     evaluation = Evaluation(config, workdir, scorer, data)

@@ -19,6 +19,7 @@ from mf_jax.config import make_objective
 from mf_jax.data.pixels import to_pixels
 from mf_jax.errors import BadInput
 from mf_jax.flow import sampler
+from mf_jax.flow.draws import key_of
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
@@ -72,7 +73,7 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generator:
     """A trained model, ready to sample.
 
@@ -90,6 +91,14 @@ class Generator:
     step: int
     ema: str
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        classes = f"{self.spec.num_classes} classes" if self.spec.num_classes else "no classes"
+        return (
+            f"Generator({self.config.model.name} of {count:,} parameters, samples of shape "
+            f"{self.spec.shape}, {classes}, step {self.step}, ema {self.ema})"
+        )
+
     def sample(
         self,
         labels: Labels = None,
@@ -104,7 +113,8 @@ class Generator:
 
         Args:
           labels: classes or their names, one for each sample, -1 for none; by default all in turn.
-          num: number of samples; by default one for each label. Labels are repeated to reach it.
+          num: number of samples; by default one for each label, which are repeated to reach it,
+            or for each class.
           plan: steps, times, guidance, seed and batch size.
           changes: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max).
         """
@@ -177,9 +187,9 @@ class Generator:
         """Return the label of each of num samples, int32 `[num]`; see `sample`."""
         given = np.asarray([] if labels is None else labels, object).ravel()
         given = np.array([self.spec.label_of(label) for label in given], np.int32)
-        num = len(given) if num is None and len(given) else num
-        if num is None or num < 1:
-            raise BadInput(f"num={num}: must be at least 1; give num or labels")
+        num = len(given) or max(self.spec.num_classes, 1) if num is None else num
+        if num < 1:
+            raise BadInput(f"num={num}: must be at least 1")
         has_null = self.config.draws.label_drop_share > 0
         self.spec.check_labels(given.tolist(), has_null=has_null)
         if not len(given):
@@ -215,8 +225,8 @@ def _sample(
     index: Array,
     labels: Array,
 ) -> Array:
-    key = jax.random.key(seed)
-    e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
+    key = key_of(seed)
+    e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     condition = Condition(labels, guidance=scale)
     # evaluation must not depend on what precision a platform calls its default

@@ -1,126 +1,111 @@
-"""The command line.
+"""The command line; `--help` prints the page below. See docs/pods.md for jobs on many machines."""
 
-python -m mf_jax.main --config=configs/NAME.py[:ROW] [--workdir=runs/NAME] [--config.KEY=VALUE ...]
-  [--mode=train|eval|sample|bench|weights|prepare|config]
-
-Every key of configs/default.py can be set, for example --config.optim.lr=1e-3. --mode=config prints
-them all. A job on many machines is the same command on each; docs/pods.md.
-"""
-
+import codecs
 import contextlib
 import errno
 import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
-from absl import flags, logging
+from absl import logging
 from etils.epath import Path
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from mf_jax.errors import BadInput, check_known, nearest
+from mf_jax.arguments import MODES, defaults, last_of_each, parse, reachable
+from mf_jax.errors import BadInput, Failure
+from mf_jax.runtime.files import STORES, in_bucket
 
-MODES = {
-    "train": "mf_jax.train",
-    "eval": "mf_jax.evaluate",
-    "sample": "mf_jax.sampling",
-    "bench": "mf_jax.bench",
-    "weights": "mf_jax.published.fetch",
-    "prepare": "mf_jax.prepare",
-    "config": "",
-}
+_HELP = """python -m mf_jax.main --config=FILE.py[:ROW] [--mode=MODE] [--workdir=runs/NAME]
+  [--config.KEY=VALUE ...]
+
+A workdir that holds a run needs no --config: --mode=sample --workdir=runs/digits
+
+modes:
+  train     train, or continue the run of the workdir (the default)
+  eval      score samples, into eval.json
+  sample    write samples.npz and pictures
+  config    print every key and its value, * where it is not the default
+  prepare   encode pictures to latents, and make reference statistics
+  weights   fetch the published weights that a config names
+  bench     time a step, sampling, the input; or tell whether a config fits a machine
+
+examples:
+  python -m mf_jax.main --config=configs/digits.py:shortcut --config.train.num_steps=500
+  python -m mf_jax.main --config=configs/pictures.py --config.data.path=FOLDER --mode=train
+  python -m mf_jax.main --mode=sample --workdir=runs/pictures --config.sample.num=64
+  python -m mf_jax.main --mode=eval --workdir=runs/pictures --config.eval.steps=1,2
+
+configs/default.py has every key, its default and its unit. docs/pods.md is about many machines."""
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What errors say, whatever their type: a library in another language writes checkpoints."""
-_OF_BUCKETS = "gcsfs"
-"""The package that a path in a bucket of Google needs."""
-_FIX_OF_BUCKETS = 'pip install "etils[epath-gcs]"'
+_OF_BUCKETS = "gcsfs|s3fs"
+"""The packages that paths in buckets need, as errors name them."""
+_FIX_OF_BUCKETS = " or ".join(f'pip install "{package}"' for package in STORES.values())
+_PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u00b7": "-", "\u2026": "..."})
+"""For terminals that know few letters."""
 _OF_ONE_PROCESS = ("prepare.process_index",)
 """Settings in which the processes of a job may differ."""
-
-
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
-    """Return the config, the mode and the workdir that a command line asks for.
-
-    Args:
-      argv: of this process (overrides of config keys are read from `sys.argv` itself).
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.", flag_values=values)
-    flags.DEFINE_string("mode", "train", "", flag_values=values)
-    flags.DEFINE_string("workdir", "", "", flag_values=values)
-    try:
-        rest = values(list(argv))
-        config = values.config
-        if config is not None:
-            config.lock()  # a file that could not be loaded says so at the first use
-    except Exception as error:  # a config file is a program: it may raise anything
-        raise BadInput(_explain(error, argv)) from error
-    if len(rest) > 1:
-        raise BadInput(
-            f"{rest[1]!r}: not an option; options look like --mode=train or --config.seed=1"
-        )
-    if config is None:
-        raise BadInput("--config is missing; for example --config=configs/digits.py")
-    check_known("--mode", values.mode, MODES)
-    file, _, row = values["config"].config_filename.partition(":")
-    name = "_".join([Path(file).stem, row] if row else [Path(file).stem])
-    return config, values.mode, Path(values.workdir or f"runs/{name}")
-
-
-def _explain(error: Exception, argv: Sequence[str]) -> str:
-    """Return one line about an error of the flag parser."""
-    text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
-    if "Error whilst parsing config file" in text:  # and the traceback of a ValueError
-        while error.__context__:
-            error = error.__context__
-        if isinstance(error, BadInput):
-            return str(error)
-        return f"the config file raises {type(error).__name__}: {error}"
-    if isinstance(error, OSError):
-        paths = (Path(path) for path in re.findall(r"--config[= ]([^:\s]+)", " ".join(argv)))
-        path = next((path for path in paths if not path.exists()), Path(""))
-        similar = nearest(str(path), map(str, path.parent.glob("*.py")))
-        return f"--config={path}: no such file{similar}"
-    if isinstance(error, KeyError | AttributeError):
-        similar = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
-        key = similar[2] if similar else text.strip("'\" ")
-        fix = f" (did you mean {similar[1]}?)" if similar else ""
-        return f"--config has no key {key!r}{fix}"
-    if isinstance(error, flags.Error):
-        return text
-    return f"the config file raises {type(error).__name__}: {text}"
-
-
-def _last_of_each(arguments: Iterable[str]) -> list[str]:
-    """Return arguments without settings of a key that is set again: tuples would be joined."""
-    kept: dict[str, str] = {}
-    for number, argument in enumerate(arguments):
-        key = re.match(r"--?(config\.[\w.]+)=", argument)
-        name = key[1] if key else str(number)
-        kept.pop(name, None)
-        kept[name] = argument
-    return list(kept.values())
 
 
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 bad input."""
     logging.set_verbosity(logging.WARNING)
-    if {"-h", "--help", "--helpfull"} & set(sys.argv[1:]):
-        print(__doc__)
+    _say_anything(sys.stdout)
+    if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+        print("\n".join([_HELP, "", *_tables()]))
         return _OK
     try:
-        sys.argv[:] = _last_of_each(sys.argv)
+        sys.argv[:] = last_of_each(sys.argv)
         config, mode, workdir = parse(sys.argv)
     except BadInput as error:
         print(f"mf_jax: {error}", file=sys.stderr)
         return _BAD_INPUT
     if mode == "config":
-        default = importlib.import_module("configs.default").get_config()
-        print("\n".join(_differences(config, default)))
+        print("\n".join(_differences(config, defaults() or config)))
         return _OK
     return _run(mode, config, workdir)
+
+
+def _say_anything(stream: Any) -> None:
+    """Let a stream take every letter, and outlive the reader of its pipe, as `| head` asks."""
+    if stream is not sys.__stdout__ or not hasattr(stream, "reconfigure"):
+        return
+
+    def plain(error: UnicodeEncodeError) -> tuple[str, int]:
+        text = error.object[error.start : error.end].translate(_PLAIN)
+        return text.encode("ascii", "backslashreplace").decode(), error.end
+
+    codecs.register_error("plain", plain)
+    stream.reconfigure(errors="plain")
+
+    def lasting(act: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            try:
+                return act(*arguments)
+            except BrokenPipeError:  # a run goes on though nobody reads
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                return None
+
+        return call
+
+    stream.write, stream.flush = lasting(stream.write), lasting(stream.flush)
+
+
+def _tables() -> Iterator[str]:
+    """Yield the lines of `--help` about configs and objectives."""
+    from mf_jax.objectives import OBJECTIVES  # brings JAX
+
+    yield "configs, and their rows:"
+    for path in sorted(Path("configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        if path.stem != "default" and hasattr(module, "get_config"):
+            rows = ", ".join(filter(None, getattr(module, "ROWS", {})))
+            yield f"  {path}  {module.__doc__.splitlines()[0]}" + f"\n    {rows}" * bool(rows)
+    yield f"\nobjectives: {', '.join(OBJECTIVES)}"
 
 
 def _differences(config: ConfigDict, default: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -143,11 +128,11 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
         return processes.leave(_one_process(mode, config, workdir))
     except BadInput as error:
         text, code = f"{processes.name()}{error}", _BAD_INPUT
-    except FloatingPointError as error:
+    except (FloatingPointError, Failure) as error:
         text, code = f"{processes.name()}{error}", _FAILED
     except Exception as error:
         reason = next((reason for reason in _NO_ROOM if reason in str(error)), "")
-        if isinstance(error, ImportError) and _OF_BUCKETS in str(error):
+        if isinstance(error, ImportError) and re.search(_OF_BUCKETS, str(error)):
             text, code = f"{processes.name()}{error}; {_FIX_OF_BUCKETS}", _BAD_INPUT
         elif reason:
             fix = "make room, and the same command continues"
@@ -172,22 +157,14 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     )
     settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
     processes.check_alike({k: v for k, v in settings.items() if k not in _OF_ONE_PROCESS})
-    with processes.together():
-        _check_place(workdir)
+    with processes.together(), reachable(workdir):
+        if in_bucket(workdir):
+            workdir.exists()
     with processes.only_first_talks():
         code = importlib.import_module(MODES[mode]).run(config, workdir) or _OK
     # those that wait have not left before the first has written its last file
     processes.from_all(code)
     return code
-
-
-def _check_place(workdir: Path) -> None:
-    """Raise BadInput for a bucket that cannot be reached."""
-    try:
-        if "://" in str(workdir):
-            workdir.exists()
-    except ImportError as error:
-        raise BadInput(f"--workdir={workdir}: {error}; {_FIX_OF_BUCKETS}") from error
 
 
 if __name__ == "__main__":

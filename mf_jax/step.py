@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.data import Stored
-from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.draws import DrawScheme, key_of
 from mf_jax.flow.records import Draws
 from mf_jax.models import as_field, initial_params, parameter_shapes, with_gather
 from mf_jax.models.blocks import is_axis_of_block
@@ -92,7 +92,7 @@ class StepParts:
 
 def _keys(seed: int) -> tuple[Array, Array]:
     """Return the key of the initial parameters and the key of the steps."""
-    return tuple(jax.random.split(jax.random.key(seed)))
+    return tuple(jax.random.split(key_of(seed)))
 
 
 def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:

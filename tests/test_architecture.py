@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 
 LAYERS = [
-    ["main", "bench", "train", "evaluate", "sampling", "prepare"],
+    ["main", "arguments", "bench", "train", "evaluate", "sampling", "prepare"],
     ["loading", "generator", "scoring"],
     ["step", "config", "ranges"],
     ["data", "metrics", "models", "objectives", "published", "reporting"],

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY
 from etils import epath
 
 from mf_jax import models
-from mf_jax.main import MODES, _last_of_each, parse
+from mf_jax.arguments import MODES, last_of_each, parse
 from mf_jax.runtime.files import locked
 
 DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
@@ -239,7 +239,9 @@ def test_a_misspelt_config_is_told_without_importing_jax():
 def test_help_names_modes(command):
     code, out, _ = command("--help")
     assert code == 0
-    assert f"--mode={'|'.join(MODES)}" in out
+    assert all(f"\n  {mode} " in out for mode in MODES)
+    assert "configs/digits.py  MeanFlow on the 1,797" in out
+    assert "shortcut, terminal_velocity" in out
 
 
 def test_config_is_printed_with_what_differs_marked(command):
@@ -270,4 +272,4 @@ def test_the_last_of_several_settings_of_a_key_counts():
     """Not all of them, as the parser of tuples would have it."""
     first, *kept = ["--config.eval.steps=1,", "--mode=eval", "--config.seed=1"]
     kept = ["x", *kept, "--config.eval.steps=2,4"]
-    assert _last_of_each(["x", first, *kept[1:]]) == kept
+    assert last_of_each(["x", first, *kept[1:]]) == kept

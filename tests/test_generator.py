@@ -99,7 +99,6 @@ def test_samples_that_are_not_finite_are_counted_not_drawn(generator):
 
 def test_a_plan_that_cannot_be_followed_is_refused(generator):
     for arguments, text in (
-        ({"num": None}, "num=None"),
         ({"num": 0}, "num=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),

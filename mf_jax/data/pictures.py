@@ -1,7 +1,6 @@
 """What all sources of pictures share: they decode on all cores, and keep in memory what fits."""
 
 import abc
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,10 +9,11 @@ from jaxtyping import Int, UInt8
 from mf_jax.data.pipeline import Batch
 from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.records import DataSpec
+from mf_jax.runtime import processes
 
 CACHE_BYTES = 2**30
 """Pictures that take at most this many bytes together are decoded once and kept."""
-THREADS = max(16, len(os.sched_getaffinity(0)))  # also where there are fewer cores: reading waits
+THREADS = max(16, processes.cpu_count())  # also where there are fewer cores: reading waits
 
 
 class Pictures(abc.ABC):

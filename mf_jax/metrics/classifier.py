@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.errors import BadInput
+from mf_jax.flow.draws import key_of
 from mf_jax.runtime.files import replace_file
 
 FEATURES_KEPT = 64
@@ -75,7 +76,7 @@ def train_classifier(
 
 
 def _train(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe) -> PyTree:
-    params = jax.jit(_Network(num_classes).init)(jax.random.key(recipe.seed), images[:1])
+    params = jax.jit(_Network(num_classes).init)(key_of(recipe.seed), images[:1])
     state = params, _optimiser(recipe).init(params)
     # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
     for batch in _batches(images, labels, recipe):

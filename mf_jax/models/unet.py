@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from mf_jax.errors import BadInput
+from mf_jax.flow.draws import key_of
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.attention import attend
 from mf_jax.models.layers import (
@@ -69,7 +70,7 @@ def drop_out(
         return x
 
     def keep(seed: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), layer)
+        key = jax.random.fold_in(key_of(seed), layer)
         return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
 
     return jnp.where(jax.vmap(keep)(seeds), x / (1 - rate), 0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Int, UInt8
 from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import PicturesIn
 from mf_jax.errors import BadInput, listed
+from mf_jax.runtime import processes
 
 _AHEAD = 2  # batches of decoded pictures that wait for the device
 
@@ -90,7 +90,7 @@ class PictureStream:
         skipped: tuple[str, ...] = (),
     ) -> None:
         formats()  # before the threads: a race in Pillow would reject a good picture
-        threads = len(os.sched_getaffinity(0)) + 1
+        threads = processes.cpu_count() + 1
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
         )

@@ -10,11 +10,13 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from mf_jax.errors import BadInput
 
@@ -87,6 +89,17 @@ def replace_file(path: epath.PathLike, content: bytes) -> None:
     """Write a whole file, in an existing folder, or nothing."""
     with written_aside(epath.Path(path)) as aside:
         Path(aside).write_bytes(content)
+
+
+def change_paths(config: ConfigDict, change: Callable[[str, str], str]) -> None:
+    """Set each path in a config, unless it is empty, to change(path, key)."""
+
+    def changed(value: Any, key: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(changed(each, key) for each in value)
+        return change(value, key) if value and isinstance(value, str) else value
+
+    config.update_from_flattened_dict({k: changed(attrgetter(k)(config), k) for k in PATHS})
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
     """
     if jax.distributed.is_initialized():  # by the program that calls this one
         return
+    jax.config.update("jax_enable_x64", False)  # nothing here is computed in 64 bits
     job = _described()
     jax.config.update("jax_enable_preemption_service", stops_together)
     # process 0 goes last: the others lose their connection with it
@@ -62,6 +63,27 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
             raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
     finally:
         watch.cancel()
+    _check_devices()
+
+
+def _check_devices() -> None:
+    """Raise BadInput where the platform that JAX is told to use is not here."""
+    try:
+        jax.devices()
+    except Exception as error:  # of any type: a missing build fails an assertion
+        asked = jax.config.jax_platforms or "any"
+        reason = (str(error).splitlines() or ["no such device"])[0][:160]
+        raise BadInput(
+            f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason}); unset it, or "
+            'install the build of JAX for the device: pip install -U "jax[cuda13]" or "jax[tpu]"'
+        ) from error
+
+
+def cpu_count() -> int:
+    """Return how many cores this process may use, or that the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _described() -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import json
-import operator
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,7 +16,7 @@ from mf_jax.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps
-from mf_jax.runtime.files import PATHS, in_bucket, locked, place, replace_file, to_json
+from mf_jax.runtime.files import change_paths, in_bucket, locked, place, replace_file, to_json
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
@@ -42,13 +41,14 @@ _ADDED: dict[str, dict[str, Any]] = {
     "draws": {"omega_max": 1.0, "omega_power": 1.0},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
-    | {"copy_to": ""},
+    | {"copy_to": "", "class_order": "name"},
     "optim": {"name": "adamw", "momentum": 0.95},
     "ema": {"halflives_kimg": ()},
 }
 """What was done before a key was there: the value of a key that a stored config lacks."""
 
 
+@runtime_checkable
 class _Data(Protocol):
     """The examples of a run; see `mf_jax.data.Source`."""
 
@@ -168,15 +168,12 @@ def check_data(workdir: Path, data: _Data) -> None:
 def _for_any_folder(config: ConfigDict) -> ConfigDict:
     """Return a config whose paths mean the same in every current folder."""
 
-    def absolute(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(absolute, value))
-        path = Path(value or ".")
-        return str(path.absolute()) if value and not in_bucket(path) and path.exists() else value
+    def absolute(path: str, key: str) -> str:
+        is_here = not in_bucket(place(path, key)) and Path(path).exists()
+        return os.path.abspath(path) if is_here else path
 
     stored = config.copy_and_resolve_references()
-    values = {key: operator.attrgetter(key)(stored) for key in PATHS}
-    stored.update_from_flattened_dict({key: absolute(value) for key, value in values.items()})
+    change_paths(stored, absolute)
     return stored
 
 

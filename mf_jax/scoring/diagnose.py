@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import make_objective, make_scheme
 from mf_jax.data import Source
 from mf_jax.flow import diagnostics
+from mf_jax.flow.draws import key_of
 from mf_jax.flow.records import Rows
 from mf_jax.models import as_field
 
@@ -23,7 +24,7 @@ def diagnose(
     config: ConfigDict, network: nn.Module, params: PyTree, source: Source
 ) -> dict[str, float]:
     """Return the MeanFlow diagnostics on real data, at times of the run's own distribution."""
-    key = jax.random.fold_in(jax.random.key(config.eval.seed), _STREAM)
+    key = jax.random.fold_in(key_of(config.eval.seed), _STREAM)
     rows_key, noise_key, times_key = jax.random.split(key, 3)
     index = jax.random.randint(rows_key, (_ROWS,), 0, len(source))
     x, labels = map(jnp.asarray, source.gather(np.asarray(index)))
