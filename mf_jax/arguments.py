@@ -34,18 +34,17 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     values = flags.FlagValues()
     flags.DEFINE_string("mode", "train", "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
+    run = _run_without_config(argv)
+    base = _of_run(run) if run else None
     try:
-        run = _run_without_config(argv)
         if run:
-            config_flags.DEFINE_config_dict("config", _of_run(run), flag_values=values)
+            config_flags.DEFINE_config_dict("config", base, flag_values=values)
         else:
             config_flags.DEFINE_config_file("config", None, "", flag_values=values)
         rest = values(list(argv))
         config = values.config
         if not isinstance(config, dict | None):
             config.lock()  # a file that could not be loaded says so at the first use
-    except BadInput:
-        raise
     except Exception as error:  # a config file is a program: it may raise anything
         raise BadInput(_explain(error, argv)) from error
     if len(rest) > 1:
@@ -125,7 +124,7 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     chain = [error]
     while chain[-1].__context__:
         chain.append(chain[-1].__context__)
-    if problem := next((each for each in chain if isinstance(each, BadInput)), None):
+    if problem := next((each for each in chain[::-1] if isinstance(each, BadInput)), None):
         return str(problem)
     text, where = " ".join(f"{error}".replace("\\n", " ").split()), _line_of_file(chain)
     everything = " ".join(map(str, chain)).replace("\\", "")

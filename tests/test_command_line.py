@@ -124,7 +124,7 @@ ROUNDS = (
     {"mesh.data=3": "mesh.data=3"},
     {"model.attention=fussed": "did you mean fused?"},
     {"model.remat=blok": "model.remat='blok'"},
-    {"sample.labels=(1.5,)": "sample.labels: 1.5 is not a whole number"},
+    {"sample.labels=(1.5,)": "sample.labels: 1.5 is not a class"},
     {"sample.times=(1.0,'a',0.0)": "sample.times: 'a' is not a number"},
     {"eval.steps=(1.5,)": "eval.steps: 1.5"},
     {"eval.references=(1,)": "eval.references: 1 is not a text"},

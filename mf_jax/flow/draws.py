@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
@@ -24,7 +24,7 @@ _LARGEST_GROUP = 64
 _SHARE_TOLERANCE = 1e-3
 
 
-def key_of(seed: Int[Array, ""] | int) -> PRNGKeyArray:
+def key_of(seed: Shaped[Array, ""] | int) -> PRNGKeyArray:
     """Return the random key of a seed, of one kind whatever JAX calls its default.
 
     Keys of other kinds would draw other numbers in batches of other sizes.
