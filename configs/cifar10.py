@@ -32,7 +32,7 @@ def get_config(row: str = "") -> ConfigDict:
     config.weight.p, config.weight.c = 0.75, 1e-3
     config.train.num_steps, config.train.batch_size = STEPS, 1024
     config.optim.lr, config.optim.warmup_steps, config.optim.b2 = 6e-4, 10_000, 0.999
-    config.ema.decays = (0.99995,)
+    config.ema.decays, config.ema.rampup = (0.99995,), 0.0
     config.log.sample_every_steps = config.checkpoint.every_steps = 5_000
     config.eval.num_samples, config.eval.steps = 50_000, (1, 2)
     config.eval.references = ("data/cifar10_reference.npz",)

@@ -131,6 +131,7 @@ DEFAULTS = dict(
     ema=dict(
         decays=(0.9999,),  # each in [0, 1): one moving average of the parameters for each
         halflives_kimg=(),  # and for each half-life in thousands of images; 500.0 is named 500kimg
+        rampup=0.05,  # their longest half-life, as a share of the images seen so far; 0 = no limit
     ),
     log=dict(
         sample_every_steps=1000,  # steps between sample grids; 0 = only at the end

@@ -124,6 +124,7 @@ def _set_common(config: ConfigDict, row: Row, size: str) -> None:
     config.model.remat = {"B": "none", "M": "dots", "L": "dots"}.get(size, "block")
     config.train.num_steps = row.epochs * IMAGES // row.batch
     config.train.batch_size, config.optim.lr = row.batch, 1e-4
+    config.ema.rampup = 0.0
     config.log.sample_every_steps = config.checkpoint.every_steps = 10_000
     config.eval.num_samples, config.eval.steps = 50_000, (1, 2)
     config.eval.references = (f"data/imagenet{row.pixels}_reference.npz",)

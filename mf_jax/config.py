@@ -67,8 +67,8 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     model = config.model
     network = look_up("model.name", model.name, NETWORKS)
     kind = "images" if spec.is_picture else "vectors"
-    if kind not in network.takes:
-        fit = ", ".join(name for name, other in NETWORKS.items() if kind in other.takes)
+    if kind not in getattr(network, "takes", (kind,)):
+        fit = ", ".join(k for k, each in NETWORKS.items() if kind in getattr(each, "takes", ()))
         data = f"the data are {kind} of shape {spec.shape}"
         raise BadInput(f"model.name={model.name!r}: {data}; use one of {fit}")
     fields = {**model, **_sizes(model)} | ({"second_head": False} if for_sampling else {})
@@ -186,9 +186,10 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
         yield f"{setting}: {config.objective.name} has no guidance in its target; {off}"
     if is_guided and is_drawn:
         yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
-    if is_drawn and not NETWORKS[config.model.name].can_be_told_guidance:
-        able = ", ".join(name for name, each in NETWORKS.items() if each.can_be_told_guidance)
-        yield f"{setting}: model.name={config.model.name} cannot be told guidance; use {able}"
+    able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
+    if is_drawn and config.model.name not in able:
+        fix = f"use {', '.join(able)}"
+        yield f"{setting}: model.name={config.model.name} cannot be told guidance; {fix}"
     if config.draws.label_drop_share == 0:
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
@@ -202,7 +203,8 @@ def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
             f"model.attention='fused': {name}, with or without controls, takes the gradient of a "
             "derivative, which only model.attention=xla has"
         )
-    if objective.needs_second_head and not (network.second_head and model.second_head):
+    has_second_head = getattr(network, "second_head", False) and model.second_head
+    if objective.needs_second_head and not has_second_head:
         yield (
             "objective.velocity='head': the network has no second head; use model.name="
             "in_context_dit with model.second_head=True, or objective.velocity=boundary"

@@ -16,6 +16,16 @@ class Failure(Exception):
     """Tell in one line why a command failed though its input was right; exit code 1."""
 
 
+@contextlib.contextmanager
+def left_out(what: str) -> Iterator[None]:
+    """Turn an error of the body into one line: nothing that only shows a run may end it."""
+    try:
+        yield
+    except Exception as error:  # of drawing, of a disk, of a library: whatever it is
+        reason = " ".join(str(error).split())[:200]
+        print(f"{what} is left out: {type(error).__name__}: {reason}", flush=True)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the known name nearest to an unknown one, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

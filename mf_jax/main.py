@@ -148,7 +148,7 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     from mf_jax.runtime import processes
-    from mf_jax.runtime.workdir import flat
+    from mf_jax.runtime.workdir import flat, keep_habits
 
     processes.start(
         start_timeout=config.job.start_timeout_seconds,
@@ -160,6 +160,8 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     with processes.together(), reachable(workdir):
         if in_bucket(workdir):
             workdir.exists()
+        if mode in ("train", "sample", "eval"):
+            keep_habits(workdir, config)
     with processes.only_first_talks():
         code = importlib.import_module(MODES[mode]).run(config, workdir) or _OK
     # those that wait have not left before the first has written its last file

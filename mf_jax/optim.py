@@ -1,14 +1,16 @@
 """The optimiser, its schedule, and moving averages of the parameters."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
@@ -19,6 +21,7 @@ SCHEDULES = ("constant", "cosine")
 _NOT_HIDDEN = ("patch_embedding", "bottleneck")
 """Linear layers that see the data: convolutions, and so no matrices, in the published code."""
 _KIMG = "kimg"
+_MOST_LEFT = 0.01
 
 
 def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int) -> optax.Schedule:
@@ -129,10 +132,7 @@ def average_name(decay: float) -> str:
 
 
 def decay_of(name: str, *, batch_size: int) -> float:
-    """Return the decay per step of a moving average, which its name or its half-life says.
-
-    Source: EDM, arXiv 2206.00364, appendix F.2; without the ramp-up of the first steps.
-    """
+    """Return the decay per step of a moving average, which its name or its half-life says."""
     if name.endswith(_KIMG):
         return 0.5 ** (batch_size / (1000 * float(name.removesuffix(_KIMG))))
     return float(name)
@@ -147,6 +147,18 @@ def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
     names += [f"{halflife:.15g}{_KIMG}" for halflife in ema.halflives_kimg]
     names += [average_name(target_ema)] if target_ema else []
     return tuple(dict.fromkeys(names))
+
+
+def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int) -> str:
+    """Return a warning of averages that still are the initial parameters in part, "" if none is."""
+    left = {name: decay_of(name, batch_size=batch_size) ** num_steps for name in names}
+    late = [f"{share:.0%} of {name}" for name, share in left.items() if share > _MOST_LEFT]
+    if not late:
+        return ""
+    return (
+        f"after {num_steps:,} steps {', '.join(late)} will still be the initial parameters, which "
+        "pictures and scores show; set ema.rampup=0.05, or a smaller ema.decays"
+    )
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
@@ -165,10 +177,28 @@ def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
 
 
 def update_averages(
-    averages: dict[str, PyTree], params: PyTree, *, batch_size: int
+    averages: dict[str, PyTree],
+    params: PyTree,
+    *,
+    batch_size: int,
+    step: Int[Array, ""] | int = 0,
+    rampup: float = 0.0,
+    fixed: str = "",
 ) -> dict[str, PyTree]:
-    """Move each average towards the parameters: a <- d a + (1 - d) p, with the decay d."""
-    return {
-        name: optax.incremental_update(params, average, 1 - decay_of(name, batch_size=batch_size))
-        for name, average in averages.items()
-    }
+    """Move each average towards the parameters: a <- d a + (1 - d) p, with the decay d.
+
+    Args:
+      step: steps done before this one.
+      rampup: longest half-life as a share of those steps, or of their images; 0 = no limit.
+      fixed: the average that has no limit.
+
+    Source: EDM, arXiv 2206.00364, appendix F.2.
+    """
+
+    def move(name: str, average: PyTree) -> PyTree:
+        share = 1 - decay_of(name, batch_size=batch_size)
+        if rampup and name != fixed:
+            share = jnp.maximum(share, -jnp.expm1(-math.log(2) / (rampup * jnp.float32(step))))
+        return optax.incremental_update(params, average, share)
+
+    return {name: move(name, average) for name, average in averages.items()}

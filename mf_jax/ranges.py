@@ -45,6 +45,7 @@ RANGES = (
     ("optim.clip_norm", 0, math.inf, "[)"),
     ("ema.decays", 0, 1, "[)"),
     ("ema.halflives_kimg", 0, math.inf, "()"),
+    ("ema.rampup", 0, math.inf, "[)"),
     ("log.sample_every_steps", 0, math.inf, "[)"),
     ("checkpoint.every_steps", 1, math.inf, "[)"),
     ("checkpoint.keep", 1, math.inf, "[)"),

@@ -48,6 +48,7 @@ class StepParts:
 
     shape: of one data element. log_every_steps: steps over which metrics are averaged. stored: how
     batches become elements, where each visit draws them anew. gather: one of `sharding.GATHERS`.
+    ema_rampup: see `update_averages`; the objective's own average has none.
     """
 
     network: nn.Module
@@ -61,6 +62,7 @@ class StepParts:
     batch_size: int
     stored: Stored | None = None
     gather: str = "step"
+    ema_rampup: float = 0.0
 
     @property
     def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -156,7 +158,14 @@ def make_train_step(
         return TrainState(
             step=state.step + 1,
             params=params,
-            ema=update_averages(state.ema, params, batch_size=parts.batch_size),
+            ema=update_averages(
+                state.ema,
+                params,
+                batch_size=parts.batch_size,
+                step=state.step,
+                rampup=parts.ema_rampup,
+                fixed=average_name(parts.objective.target_ema),
+            ),
             opt_state=opt_state,
             metrics=collected,
             first_bad_step=first_bad_step,

@@ -122,6 +122,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         batch_size=config.train.batch_size,
         stored=source.stored,
         gather=config.mesh.gather,
+        ema_rampup=config.ema.rampup,
     )
 
 

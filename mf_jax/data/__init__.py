@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
 from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.records import DataSpec
 
 __all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]
 
@@ -31,7 +32,9 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     """
     check_known("split", split, SPLITS)
     check_known("name", section.get("name", ""), SOURCES)
-    constructor = pkgutil.resolve_name(SOURCES[section["name"]])
+    constructor = SOURCES[section["name"]]  # of your own: a class
+    if isinstance(constructor, str):
+        constructor = pkgutil.resolve_name(constructor)
     parameters = inspect.signature(constructor).parameters
     given = {key: section[key] for key in parameters if key != "split" and key in section}
     needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
@@ -39,4 +42,7 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
         raise BadInput(
             f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name"
         )
-    return constructor(**given, split=split)
+    source = constructor(**given, split=split)
+    if not hasattr(source, "spec"):  # of your own: plain attributes
+        source.spec = DataSpec(source.shape, source.num_classes, source.class_names)
+    return source

@@ -43,9 +43,11 @@ _ADDED: dict[str, dict[str, Any]] = {
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
     | {"copy_to": "", "class_order": "name"},
     "optim": {"name": "adamw", "momentum": 0.95},
-    "ema": {"halflives_kimg": ()},
+    "ema": {"halflives_kimg": (), "rampup": 0.0},
 }
 """What was done before a key was there: the value of a key that a stored config lacks."""
+_HABITS = ("data.class_order", "ema.rampup")
+"""Keys of these whose default does not do what was done before."""
 
 
 @runtime_checkable
@@ -93,6 +95,14 @@ def check(workdir: Path, config: ConfigDict) -> None:
             "; set these back (without --config, its own config is taken), or choose another "
             f"--workdir, where --config.init.path={workdir} starts from its weights"
         )
+
+
+def keep_habits(workdir: Path, config: ConfigDict) -> None:
+    """Set keys that the run of a workdir has never heard of to what it has always done."""
+    if not exists(workdir):
+        return
+    known, added = (flatten_dict(each, sep=".") for each in (_read(workdir, _CONFIG), _ADDED))
+    config.update_from_flattened_dict({k: added[k] for k in _HABITS if k not in known})
 
 
 @contextlib.contextmanager
