@@ -1,26 +1,34 @@
-"""--mode=sample: samples.npz in the convention of the field's evaluators, and pictures."""
+"""--mode=sample: samples.npz in the convention of the field's evaluators, and pictures.
+
+Training draws its samples here too.
+"""
 
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_objective, sample_plan
-from mf_jax.data import make_source, read
-from mf_jax.generator import Generator
+from mf_jax.data import Source, make_source, read
+from mf_jax.data.pixels import to_pixels
+from mf_jax.errors import BadInput, left_out
+from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
+from mf_jax.published.fetch import find_weights
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_transport
-from mf_jax.reporting.sample_grid import save_sample_grid
+from mf_jax.reporting.sample_grid import REAL_FILE, describe, few_classes, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
 
-_SCATTER_POINTS = 5000
+_GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 """Where (r, t) the velocity of a network that never saw r < t is plotted."""
 _PLACES = {
@@ -51,12 +59,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(workdir / _PLACES["samples"], content.getvalue())
-    if generator.spec.is_picture:
-        names = generator.spec.class_names
-        save_sample_grid(workdir / _PLACES["picture"], samples, labels, names)
-    else:
-        _plot_vectors(config, workdir, generator, samples)
-    write_report(workdir)
+    with left_out("the picture of the samples"):
+        if generator.spec.is_picture:
+            names, caption = generator.spec.class_names, _caption(generator)
+            path = workdir / _PLACES["picture"]
+            save_sample_grid(path, samples, labels, names, caption=caption)
+        else:
+            _plot_vectors(config, workdir, generator, samples)
+    with left_out(_PLACES["report"]):
+        write_report(workdir)
     source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
     print(f"{len(samples)} samples from {source}:")
     run_folder.tell(workdir, **_PLACES)
@@ -68,10 +79,9 @@ def _plot_vectors(
     """Plot samples beside the data; in the plane the learned field and one-step transport too."""
     held_out = make_source(config.data, split="held_out")
     data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
-    steps = len(sample_plan(config).grid) - 1
-    title = f"{steps}-step samples after {generator.step:,} training steps"
-    save_scatter(workdir / _PLACES["scatter"], samples[:_SCATTER_POINTS], data, title=title)
-    if samples.shape[1] != 2:
+    path, title = workdir / _PLACES["scatter"], _caption(generator)
+    save_scatter(path, samples[:_SCATTER_POINTS], data, title=title)
+    if samples.shape[1:] != (2,):
         return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
@@ -80,3 +90,62 @@ def _plot_vectors(
         save_transport(workdir / _PLACES["transport"], velocity, data, limits=limits)
     else:
         save_field(workdir / _PLACES["field"], velocity, limits=limits, times=_INSTANTS)
+
+
+def _caption(generator: Generator) -> str:
+    evaluations = len(sample_plan(generator.config).grid) - 1
+    return describe(step=generator.step, evaluations=evaluations, ema=generator.ema)
+
+
+def can_draw(config: ConfigDict, source: Source) -> bool:
+    """Return whether samples can be shown; a missing decoder of latents does not stop a run."""
+    if source.stored:
+        try:
+            find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
+        except BadInput as problem:
+            print(f"no pictures of samples while training: {problem}")
+            return False
+        load_decoder(config, origin=source.spec.origin)  # raises for another autoencoder
+    return True
+
+
+def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
+    """Return the picture of some samples of a run in training, beside real data; all must call."""
+    path = workdir / "samples" / f"step_{generator.step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    spec, plan, caption = generator.spec, sample_plan(generator.config), _caption(generator)
+    if not spec.is_picture:
+        points = generator.sample(num=_SCATTER_POINTS, plan=plan)
+        if processes.is_first():
+            data = read(source, min(_SCATTER_POINTS, len(source))).x
+            save_scatter(path, points, data, title=caption)
+        return path
+    labels = few_classes(_GRID_SAMPLES, spec.num_classes)
+    samples = generator.sample(labels, plan=plan)
+    if processes.is_first():
+        save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
+    real = workdir / REAL_FILE
+    if not processes.are_several() and not real.exists():
+        with left_out(REAL_FILE):
+            _draw_real(real, generator, source, labels)
+    return path
+
+
+def _draw_real(
+    path: Path, generator: Generator, source: Source, labels: Int[np.ndarray, "n"]
+) -> None:
+    """Save real pictures, of the classes of these labels where some are found."""
+    spread = np.linspace(0, len(source) - 1, min(len(source), _REAL_ROWS)).astype(int)
+    rows = source.gather(spread)
+    found = np.flatnonzero(np.isin(rows.labels, labels))
+    x, kept = (values[found if len(found) else ...] for values in rows)
+    # the devices decode latents together
+    num = len(x) if generator.decoder is None else min(len(x), _GRID_SAMPLES)
+    x, kept = (
+        values[: max(num // generator.mesh.size, 1) * generator.mesh.size] for values in (x, kept)
+    )
+    if source.stored:
+        x = source.stored.draw(jax.random.key(0), jnp.asarray(x))
+    pixels = to_pixels(x) if generator.decoder is None else generator.pixels(x)
+    names = generator.spec.class_names
+    save_sample_grid(path, np.asarray(pixels), kept, names, caption="real pictures")

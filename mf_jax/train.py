@@ -6,17 +6,21 @@
 3. Batch and random numbers of a step are pure functions of (seed, step). A continued run repeats
    the run that was never stopped bit for bit, its metrics included.
 4. One compiled step runs, its state donated, until the last step or a signal to stop. The host
-   waits for the device only to log, to draw sample grids and to save.
+   waits for the step before, so that it knows how far the device is.
 5. A metric that is not finite stops the run before anything is saved.
+6. Saving comes first. Nothing that draws, writes the report or feeds TensorBoard can end a run.
 """
 
 import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +28,7 @@ from clu import parameter_overview
 from etils.epath import Path
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import (
@@ -34,28 +38,24 @@ from mf_jax.config import (
     make_objective,
     make_schedule,
     make_scheme,
-    sample_plan,
     validate,
 )
-from mf_jax.data import Source, make_batches, read
-from mf_jax.errors import BadInput
-from mf_jax.generator import Generator, load_decoder
+from mf_jax.data import Source, make_batches
+from mf_jax.errors import left_out
+from mf_jax.generator import Generator
 from mf_jax.loading import load_weights
 from mf_jax.models import parameter_shapes
-from mf_jax.optim import make_optimizer
-from mf_jax.published.fetch import find_weights
+from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.plots import save_scatter
 from mf_jax.reporting.run_log import RunLog
-from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.checkpoint import Checkpoints, saved_steps
+from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
+from mf_jax.sampling import can_draw, draw_progress
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
 
-_GRID_SAMPLES = 100
-_SCATTER_SAMPLES = 5000
+_SECONDS_PER_LOOK = 1.0
 _RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
 _RESULTS |= {"pictures": "samples", "report": "report.html"}
 
@@ -86,21 +86,25 @@ def run(config: ConfigDict, workdir: Path) -> int:
     with processes.together():
         source = validate(config, num_devices=jax.device_count())
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-        can_draw = _can_draw(config, source)
-    can_draw = all(processes.from_all(can_draw))  # drawing takes every process
+        draws = can_draw(config, source)
+    draws = all(processes.from_all(draws))  # drawing takes every process
     parts, weights = step_parts(config, source), None
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-    with run_folder.own(workdir, config, source), _stop_signal() as stop:
+    stop_signal = _stop_signal(workdir, config.train.num_steps)
+    with run_folder.own(workdir, config, source), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights)
             del weights  # which lie on the devices
             _describe(workdir, source, state)
-            this = _Run(config, workdir, source, parts, mesh, checkpoints, can_draw)
+            names = () if parts.ema_rampup else parts.ema_names
+            amounts = {"num_steps": config.train.num_steps, "batch_size": parts.batch_size}
+            if warning := forgetful(names, **amounts):
+                print(warning)
+            this = _Run(config, workdir, source, parts, mesh, checkpoints, draws)
             done = _loop(this, state, stop)
             checkpoints.verify()
-        if processes.is_first():
-            write_report(workdir)
+        _write_report(workdir)
     is_complete = done == config.train.num_steps
     stopped = f"stopped at step {done}; the same command continues"
     print(f"trained {done} steps" if is_complete else stopped)
@@ -140,18 +144,29 @@ def first_state(
     return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
 
 
+def _write_report(workdir: Path) -> None:
+    if processes.is_first():
+        with left_out("report.html"):
+            write_report(workdir)
+
+
 def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     if processes.is_first():
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         (workdir / "parameters.txt").write_text(overview + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    device = jax.devices()[0]
     print(
         f"{count:,} parameters, {len(source):,} training examples of shape {source.spec.shape}, "
-        f"{jax.device_count()} {device.platform} device{'s' * (jax.device_count() > 1)}"
-        + (f" in {jax.process_count()} processes" if processes.are_several() else "")
-        + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
+        f"{_hardware()}" + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
     )
+
+
+def _hardware() -> str:
+    device, count = jax.devices()[0], jax.device_count()
+    kind = device.platform if device.platform == "cpu" else device.device_kind
+    cores = f" of {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    several = f" in {jax.process_count()} processes" if processes.are_several() else ""
+    return f"{count} {kind} device{'s' * (count > 1)}{cores}{several}"
 
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
@@ -159,7 +174,18 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     config, start, num_steps = run.config, int(state.step), run.config.train.num_steps
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(run.parts, run.mesh)
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+    def marked(state: TrainState, x: Array, labels: Array) -> tuple[TrainState, Array]:
+        state = step(state, x, labels)
+        return state, state.step  # the next step takes the state, and leaves this
+
+    train_step = jax.jit(marked, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+    def advance(state: TrainState, mark: Any, batch: tuple) -> tuple[TrainState, Array]:
+        after = train_step(state, *batch)
+        jax.block_until_ready(mark)
+        return after
+
     batches = make_batches(
         run.source,
         batch_size=config.train.batch_size,
@@ -170,28 +196,52 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         process_count=jax.process_count(),
     )
     schedule = make_schedule(config)
-    with _open_log(run, start) as log:
-        done = start
+    with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
+        done, mark = start, None
         for done in range(start + 1, num_steps + 1):
-            state = train_step(state, *put_batch(run.mesh, tuple(next(batches))))
+            batch = put_batch(run.mesh, tuple(next(batches)))
+            state, mark = _patiently(pool, log, advance, state, mark, batch)
+            if log and done - 1 > start:
+                log.advance(done - 1)
             is_stopped = stop(done)
-            if log:
-                log.advance(done)
             if run.is_due(done, config.train.log_every_steps):
                 metrics = _read_metrics(state, run.checkpoints)
                 if log:
                     log.write(done, metrics | {"learning_rate": float(schedule(done - 1))})
-            if run.can_draw and run.is_due(done, config.log.sample_every_steps):
-                picture = _draw(run, state)
-                if log:
-                    log.picture("samples", done, picture)
             if is_stopped or run.is_due(done, config.checkpoint.every_steps):
                 _check_finite(state, run.checkpoints)
                 run.checkpoints.save(state)
-            if is_stopped and done < num_steps:
-                print(f"told to stop: saving step {done}")
+            if run.is_due(done, config.log.sample_every_steps):
+                _draw(run, state, log)
+            if is_stopped:
                 break
     return done
+
+
+def _patiently(
+    pool: ThreadPoolExecutor, log: RunLog | None, call: Callable, *arguments: Any
+) -> Any:
+    """Return what a call returns: it compiles or waits, and meanwhile this thread hears signals."""
+    future = pool.submit(call, *arguments)
+    while wait([future], timeout=_SECONDS_PER_LOOK).not_done:
+        if log:
+            log.remind()
+    return future.result()
+
+
+def _draw(run: _Run, state: TrainState, log: RunLog | None) -> None:
+    """Draw this step's samples, of the first moving average if there is one, and the report."""
+    done, names = int(state.step), run.parts.ema_names
+    if run.can_draw:
+        ema, params = (names[0], state.ema[names[0]]) if names else ("none", state.params)
+        spec = run.source.spec
+        generator = Generator(run.config, run.parts.network, params, spec, step=done, ema=ema)
+        with left_out(f"the picture of step {done}"):
+            picture = draw_progress(run.workdir, generator, run.source)
+            if log:
+                log.picture("samples", done, picture)
+    if done < run.config.train.num_steps:
+        _write_report(run.workdir)
 
 
 def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog | None]:
@@ -204,6 +254,7 @@ def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog
         start_step=start,
         batch_size=run.config.train.batch_size,
         show_progress=run.config.log.progress,
+        hardware=_hardware(),
     )
 
 
@@ -228,59 +279,37 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
     return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
 
 
-def _can_draw(config: ConfigDict, source: Source) -> bool:
-    """Return whether samples can be shown; a missing decoder of latents does not stop a run."""
-    if source.stored:
-        try:
-            find_weights(config.data.autoencoder, config.weights_dir, key="data.autoencoder")
-        except BadInput as problem:
-            print(f"no pictures of samples while training: {problem}")
-            return False
-        load_decoder(config, origin=source.spec.origin)  # raises for another autoencoder
-    return True
-
-
-def _draw(run: _Run, state: TrainState) -> Path:
-    """Write the picture of this step's samples, of the first moving average if there is one."""
-    done, source, names = int(state.step), run.source, run.parts.ema_names
-    ema, params = (names[0], state.ema[names[0]]) if names else ("none", state.params)
-    generator = Generator(run.config, run.parts.network, params, source.spec, step=done, ema=ema)
-    path = run.workdir / "samples" / f"step_{done:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    plan = sample_plan(run.config)
-    if source.spec.is_picture:
-        labels = few_classes(_GRID_SAMPLES, source.spec.num_classes)
-        samples = generator.sample(labels, plan=plan)
-        if processes.is_first():
-            save_sample_grid(path, samples, labels, source.spec.class_names)
-    else:
-        points = generator.sample(num=_SCATTER_SAMPLES, plan=plan)
-        if processes.is_first():
-            data = read(source, _SCATTER_SAMPLES).x
-            save_scatter(path, points, data, title=f"samples at step {done}")
-    return path
-
-
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
+def _stop_signal(workdir: Path, num_steps: int) -> Iterator[Callable[[int], bool]]:
     """Turn SIGTERM, and the first Ctrl-C, into the wish to save and end after the step at hand.
 
-    Yields a function of the steps done that says whether to stop; all processes say the same.
+    Yields a function of the steps begun that says whether to stop; all processes say the same.
     """
-    stop, several = threading.Event(), processes.are_several()
+    next_step, last_step, several = 0, None, processes.are_several()
 
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal last_step
         signal.signal(number, before[number])  # a second one acts as it always does
-        stop.set()
+        last_step = next_step if last_step is None else last_step
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
+        step = "the next step" if several or not last_step else f"step {min(last_step, num_steps)}"
+        with contextlib.suppress(OSError, RuntimeError):  # amid another print
+            place = workdir / FOLDER
+            print(f"stopping after {step}; the checkpoint of {step} will be saved in {place}")
+            sys.stdout.flush()
+
+    def is_last(done: int) -> bool:
+        nonlocal next_step
+        next_step = done + 1  # what a signal from now on promises
+        return last_step is not None and done >= last_step
 
     caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
         caught = ()
     before = {number: signal.signal(number, ask) for number in caught}
     try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda _: stop.is_set()
+        yield multihost_utils.reached_preemption_sync_point if several else is_last
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

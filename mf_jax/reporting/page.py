@@ -13,8 +13,9 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from mf_jax.reporting.plots import save_curves
-from mf_jax.reporting.run_log import read_metrics
+from mf_jax.reporting.plots import draw_curves
+from mf_jax.reporting.run_log import TIMING_FILE, read_metrics
+from mf_jax.reporting.sample_grid import CAPTION, REAL_FILE
 from mf_jax.runtime.files import replace_file
 
 _MOST_GRIDS = 24
@@ -25,6 +26,20 @@ _PICTURES = {
     "scatter.png": ("Data and samples", "plot"),
     "transport.png": ("One-step transport of the noise", "grid"),
     "field.png": ("Learned average velocity", "plot"),
+}
+_CURVES = {
+    "loss": "The objective, each row weighted by its own error; no unit.",
+    "u_error": "Squared error of the average velocity u where r < t, per number of a sample, in "
+    "squared units of the data. It does not fall to 0.",
+    "v_error": "Squared error of the velocity v, where r = t, per number of a sample, in squared "
+    "units of the data. It does not fall to 0.",
+    "du_dt": "Size of the derivative of u along the path, in units of the data per unit of time.",
+    "grad_norm": "Length of the gradient over all parameters, before clipping; no unit.",
+    "learning_rate": "Step size of the optimiser; no unit.",
+    "head_error": "Squared error of the second head's velocity, in squared units of the data.",
+    "alpha": "Length of the finite step as a share of the interval; no unit.",
+    "u_error_t": "u_error by quarter of t: t0 is next to the data, t3 next to the noise.",
+    "v_error_t": "v_error by quarter of t: t0 is next to the data, t3 next to the noise.",
 }
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1f2933;--muted:#66727f;
@@ -42,12 +57,17 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,t
 text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}
 th{color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;
-margin:0 0 10px}h2+.note{margin-top:-8px}h3{font-size:14px;margin:22px 0 6px}
+margin:0 0 10px}h2+.note,h3+.note{margin-top:-4px}h3{font-size:14px;margin:22px 0 6px}
 input[type=range]{width:100%;accent-color:var(--accent);margin:0}.slider{display:flex;gap:16px;
 align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7.5em;
 text-align:right;font-variant-numeric:tabular-nums}summary{cursor:pointer;font-weight:600;
 font-size:16px}pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
-overflow-x:auto;margin:14px 0 0}
+overflow-x:auto;margin:14px 0 0}.facts{display:grid;gap:14px 24px;margin:0 0 24px;
+grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.facts dt{color:var(--muted);font-size:13px}
+.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
+align-items:start}.curves h3{margin-top:0}.curves img{width:100%}.pair h3{margin-top:0}
+@media(max-width:600px){main{padding:24px 12px 40px}section{padding:16px 14px}}
 """
 _SCRIPT = """
 const slider=document.getElementById("when"),shots=[...document.querySelectorAll(".shot")];
@@ -58,29 +78,33 @@ if(slider){slider.oninput=show;show()}
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
-    """Write `report.html` and `curves.png` from what the folder of a run holds so far."""
+    """Write `report.html` from what the folder of a run holds so far."""
     folder = Path(workdir)
-    grids = sorted(folder.glob("samples/step_*.png"), key=_step_of)
+    samples = folder / "samples"
+    # no pattern: brackets in the name of a folder above would be part of it
+    grids = [path for path in samples.iterdir() if _step_of(path) >= 0] if samples.exists() else []
+    grids = sorted(grids, key=_step_of)
     title = escape(folder.resolve().name)
-    rows = read_metrics(folder)
-    if rows:
-        save_curves(folder / "curves.png", rows)
+    config, rows = _read_json(folder / "config.json"), read_metrics(folder)
+    if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
+        rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
-        _evaluation(_read_json(folder / "eval.json")),
+        _training_samples(grids, folder / REAL_FILE),
         *(_picture(folder / name, caption, kind) for name, (caption, kind) in _PICTURES.items()),
-        _training_samples(grids),
-        _picture(folder / "curves.png", "Training curves", "plot") if rows else "",
-        _config(_read_json(folder / "config.json")),
+        _evaluation(_read_json(folder / "eval.json")),
+        _curves(rows),
+        _config(config),
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
         f'<p class="state">{escape(_state(rows, grids))}</p>\n'
+        f"{_facts(config, _read_json(folder / TIMING_FILE), grids)}"
         f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
     path = folder / "report.html"
-    replace_file(path, page.encode())
+    replace_file(path, page.encode(errors="backslashreplace"))  # names of files may be any bytes
     return path
 
 
@@ -101,14 +125,56 @@ def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
     return " · ".join([f"Step {max(steps):,}", *(f"{k} {_cell(latest[k])}" for k in names)])
 
 
-def _training_samples(grids: Sequence[Path]) -> str:
+def _facts(config: Mapping[str, Any], timing: Mapping[str, Any], grids: Sequence[Path]) -> str:
+    """Return how the run was made, and what its newest samples show."""
+    step, evaluations, shown, *_ = (
+        [*_caption(grids[-1]).split(" · "), "", ""] if grids else [""] * 3
+    )
+    num_steps, seconds = config.get("train", {}).get("num_steps"), timing.get("wall_seconds")
+    speed = timing.get("images_per_second")
+    facts = {
+        "Newest samples": f"{step} of {_cell(num_steps)}" if step and num_steps else step,
+        "Network evaluations": evaluations,
+        "Parameters shown": shown,
+        "Hardware": timing.get("hardware"),
+        "Wall time of training": seconds and _duration(int(seconds)),
+        "Throughput": speed and f"{_cell(speed)} examples/s",
+    }
+    items = [f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v]
+    return f'<dl class="facts">{"".join(items)}</dl>\n' if items else ""
+
+
+def _duration(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _caption(path: Path) -> str:
+    with path.open("rb") as file, Image.open(file) as picture:
+        return str(picture.info.get(CAPTION, ""))
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    figures = [
+        f"<div><h3>{escape(name.removesuffix('_t'))}{' by bin of t' * name.endswith('_t')}</h3>"
+        f'<p class="note">{_CURVES.get(name, "As the objective reports it.")}</p>'
+        f'<img class="plot" alt="{escape(name)} by step" src="{_uri(content)}"></div>\n'
+        for name, content in draw_curves(rows)
+    ]
+    curves = f'<div class="curves">{"".join(figures)}</div>\n'
+    return _section("Training curves, by step", curves) if figures else ""
+
+
+def _training_samples(grids: Sequence[Path], real: Path) -> str:
     if not grids:
         return ""
     last = min(len(grids), _MOST_GRIDS) - 1
     chosen = [grids[i] for i in np.linspace(0, len(grids) - 1, last + 1).round().astype(int)]
     steps = [f"step {_step_of(grid):,}" for grid in chosen]
     shots = "".join(
-        f'<img class="shot grid" data-step="{step}" alt="samples at {step}" src="{_data_uri(grid)}"'
+        f'<img class="shot grid" data-step="{step}" alt="{escape(_caption(grid) or step)}"'
+        f' src="{_data_uri(grid)}"'
         f"{' hidden' if grid != chosen[-1] else ''}>\n"
         for step, grid in zip(steps, chosen, strict=True)
     )
@@ -116,14 +182,21 @@ def _training_samples(grids: Sequence[Path]) -> str:
         f'<div class="slider"><input id="when" type="range" min="0" max="{last}" value="{last}"'
         f' aria-label="training step"><output id="step">{steps[-1]}</output></div>\n'
     )
-    return _section("Samples during training", slider + shots)
+    body = slider + shots
+    if real.exists():
+        image = f'<img class="grid" alt="real pictures" src="{_data_uri(real)}">'
+        body = f'<div class="pair"><div>{body}</div><div><h3>Real pictures</h3>{image}</div></div>'
+    return _section("Samples during training", body)
 
 
 def _picture(path: Path, caption: str, kind: str) -> str:
     if not path.exists():
         return ""
     image = f'<img class="{kind}" alt="{escape(caption)}" src="{_data_uri(path)}">\n'
-    return _section(caption, image)
+    note, shown = "", _caption(path)
+    if " · " in shown:  # plots bear their titles
+        note = f'<p class="note">{escape(shown)}</p>\n'
+    return _section(caption, note + image)
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -174,8 +247,9 @@ def _cell(value: Any) -> str:
 
 
 def _step_of(path: Path) -> int:
+    """Return the step of a grid of samples, -1 for any other file."""
     digits = path.stem.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else -1
+    return int(digits) if digits.isdecimal() and path.suffix == ".png" else -1
 
 
 def _data_uri(path: Path) -> str:
@@ -188,4 +262,8 @@ def _data_uri(path: Path) -> str:
         packed = io.BytesIO()
         small.save(packed, "JPEG", quality=88)
         content, kind = packed.getvalue(), "jpeg"
+    return _uri(content, kind)
+
+
+def _uri(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

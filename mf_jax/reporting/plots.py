@@ -1,9 +1,10 @@
-"""Plots of a run as PNG files: 2-D toy data and training curves.
+"""Plots of a run as PNG files: vectors, the field of 2-D toy data, and training curves.
 
 Figures are drawn off screen, without pyplot. matplotlib is imported at the first plot.
 """
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,14 @@ import numpy as np
 from etils import epath, epy
 from jaxtyping import Float
 
+from mf_jax.reporting.sample_grid import CAPTION
 from mf_jax.runtime.files import written_aside
 
 with epy.lazy_imports():
     import matplotlib as mpl
     from matplotlib import collections, colors, figure
     from scipy import ndimage
+    from sklearn import decomposition
 
 EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
 """The average velocity `evaluate_u(z, r=r, t=t)` of 2-D points z at two numbers r and t."""
@@ -44,7 +47,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": _MUTED,
     "legend.fontsize": 7.5,
-    "savefig.dpi": 130,
+    "savefig.dpi": 180,
 }
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
 _INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
@@ -52,13 +55,23 @@ _INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 
 
 def save_scatter(
     path: str | os.PathLike[str],
-    samples: Float[np.ndarray, "n d"],
-    data: Float[np.ndarray, "m d"],
+    samples: Float[np.ndarray, "n ..."],
+    data: Float[np.ndarray, "m ..."],
     *,
     title: str,
 ) -> None:
-    """Save the first two coordinates of data, whose range sets the axes, beside samples."""
-    samples, data = (np.pad(points, ((0, 0), (0, 1)))[:, :2] for points in (samples, data))
+    """Save data, whose range sets the axes, beside samples, both as vectors of any length.
+
+    Of one coordinate it is histograms, of more than two the data's first two principal components.
+    """
+    samples, data = (points.reshape(len(points), -1) for points in (samples, data))
+    if data.shape[1] == 1:
+        _save_histograms(path, samples, data, title)
+        return
+    if data.shape[1] > 2:
+        components = decomposition.PCA(2, random_state=0).fit(data)
+        samples, data = (components.transform(points) for points in (samples, data))
+        title = f"{title}\nfirst two principal components of the data"
     middle = (data.min(axis=0) + data.max(axis=0)) / 2
     reach = 0.62 * np.ptp(data, axis=0).max()
     limits = np.stack([middle - reach, middle + reach], axis=1).tolist()
@@ -68,6 +81,17 @@ def save_scatter(
             _square(ax, *limits, f"{name} ({len(points):,})")
             alpha = min(0.6, 1200 / max(len(points), 1))
             ax.scatter(*points.T, s=5, c=color, alpha=alpha, linewidths=0)
+
+
+def _save_histograms(
+    path: str | os.PathLike[str], samples: np.ndarray, data: np.ndarray, title: str
+) -> None:
+    bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
+    with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, axes):
+        for name, points, color in (("data", data, _MUTED), ("samples", samples, _BLUE)):
+            label, shown = f"{name} ({len(points):,})", points.ravel()
+            axes[0].hist(shown, bins, density=True, color=color, alpha=0.5, label=label)
+        axes[0].legend()
 
 
 def save_field(
@@ -133,36 +157,31 @@ def save_transport(
             ax.scatter(*points[: len(dots)].T, s=6, c=dot_colors, linewidths=0, zorder=3)
 
 
-def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Save training curves as small multiples, one panel a metric, bins of t together."""
-    panels = _panels(rows)
-    columns = min(3, len(panels)) or 1
-    height = -(-len(panels) // columns) or 1
-    with _figure(path, height, columns, width=3.4, height=2.3) as (_, axes):
-        for ax in axes[len(panels) :]:
-            ax.set_visible(False)
-        for ax, (title, curves) in zip(axes, panels.items(), strict=False):
+def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each metric and its curve as a PNG file, bins of t in one, `NAME_t`."""
+    for name, curves in _panels(rows).items():
+        content = io.BytesIO()
+        with _figure(content, 1, 1, width=3.4, height=1.9) as (_, (ax,)):
             shades = _BINS if len(curves) > 1 else (_BLUE,)
-            for i, (name, (steps, values)) in enumerate(curves.items()):
+            for i, (line, (steps, values)) in enumerate(curves.items()):
                 shade, is_smooth = shades[i % len(shades)], name != "learning_rate"
-                _draw_curve(ax, steps, values, shade, label=name[-2:], is_smooth=is_smooth)
-            ax.set_title(title, loc="left", color=_INK, fontsize=10)
+                _draw_curve(ax, steps, values, shade, label=line[-2:], is_smooth=is_smooth)
             _finish_curves(ax, np.concatenate([values for _, values in curves.values()]))
             if len(curves) > 1:
-                ax.legend(ncols=2, handlelength=1.2)
+                ax.legend(ncols=4, handlelength=1.2)
+        yield name, content.getvalue()
 
 
 def _panels(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return title -> name -> (steps, values), the best known first."""
+    """Return panel -> name -> (steps, values), the best known first."""
     names = {name for row in rows for name, x in row.items() if isinstance(x, int | float)}
     rank = {name: i for i, name in enumerate(_FIRST)}
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name in sorted(names - {"step"}, key=lambda name: (rank.get(name, len(rank)), name)):
         known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        title = re.sub(r"_t\d$", " by bin of t", name)
-        panels.setdefault(title, {})[name] = tuple(np.array(known, float).T)
+        panels.setdefault(re.sub(r"_t\d$", "_t", name), {})[name] = tuple(np.array(known, float).T)
     return panels
 
 
@@ -207,7 +226,7 @@ def _colors_of_noise(e: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _figure(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | io.BytesIO,
     rows: int,
     columns: int,
     *,
@@ -216,14 +235,16 @@ def _figure(
     title: str = "",
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
-    size = (columns * width, rows * height + 0.35 * bool(title))
+    size = (columns * width, rows * height + 0.3 * len(title.splitlines()))
+    in_memory = isinstance(path, io.BytesIO)
     with mpl.rc_context(_STYLE):
         sheet = figure.Figure(figsize=size, layout="constrained")
         if title:
             sheet.suptitle(title)
         yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
-        with written_aside(epath.Path(path)) as aside:
-            sheet.savefig(aside, format="png")
+        place = contextlib.nullcontext(path) if in_memory else written_aside(epath.Path(path))
+        with place as file:
+            sheet.savefig(file, format="png", metadata={CAPTION: title})
 
 
 def _square(

@@ -73,8 +73,13 @@ class ProgressBar:
         if not count:
             return
         self._bar.update(self._id, advance=count)
-        is_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
-        if is_due or self._bar.finished:
+        if self._bar.finished:
+            self.print_line()
+        self.remind()
+
+    def remind(self) -> None:
+        """Print a line if the last one was long ago: it tells that the work goes on."""
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self.print_line()
 
     def print_line(self) -> None:

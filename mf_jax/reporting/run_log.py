@@ -1,8 +1,10 @@
 """The log of a run: metrics.jsonl for programs, TensorBoard for browsers, a bar for people.
 
 metrics.jsonl holds nothing of the clock: a resumed run writes the bytes of one never stopped.
+timing.json alone has wall time and throughput.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,11 +20,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from mf_jax.errors import BadInput
+from mf_jax.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 _FLUSH_SECONDS = 30
 _SHOWN = ("loss", "u_error", "v_error")
 
@@ -33,6 +35,7 @@ class RunLog:
     Args:
       start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
       batch_size: images in a step over all devices.
+      hardware: for people.
     """
 
     def __init__(
@@ -43,13 +46,18 @@ class RunLog:
         start_step: int,
         batch_size: int,
         show_progress: bool = True,
+        hardware: str = "",
     ):
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
+        self._hardware, self._speed, self._started = hardware, 0.0, time.monotonic()
+        self._seconds_before = _seconds_of(self._path.parent) if start_step else 0.0
         self._mark: tuple[int, float] | None = None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         replace_file(self._path, "".join(map(_line, kept)).encode())
-        self._events = _Events(self._path.parent / "tensorboard", start_step)
+        self._events = None
+        with left_out("TensorBoard"):
+            self._events = _Events(self._path.parent / "tensorboard", start_step)
         self._bar = ProgressBar(
             "step", num_steps, done=start_step, per_step=batch_size, is_wanted=show_progress
         )
@@ -60,13 +68,20 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self._bar.__exit__(*error)
-        self._events.close()
+        with left_out("TensorBoard"):
+            if self._events:
+                self._events.close()
 
     def advance(self, step: int) -> None:
         """Count a step as done; cheap enough for every step."""
         self._bar.move(step)
+        self._bar.remind()
         if self._mark is None:  # the first step compiles: the throughput counts from its end
             self._mark = (step, time.perf_counter())
+
+    def remind(self) -> None:
+        """Show that the run goes on, where no step ends for long."""
+        self._bar.remind()
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append a row to metrics.jsonl, where a number that is not finite becomes null."""
@@ -79,11 +94,14 @@ class RunLog:
             with self._path.open("a") as file:
                 file.write(line)
         for name, x in finite.items():
-            self._events.add(summary.scalar(f"train/{name}", x), step)
+            self._add(summary.scalar(f"train/{name}", x), step)
         if speed := self._steps_per_second(step):
+            self._speed = speed * self._batch_size
             for unit, size in (("steps", 1), ("images", self._batch_size)):
                 rate = summary.scalar(f"throughput/{unit}_per_second", speed * size)
-                self._events.add(rate, step)
+                self._add(rate, step)
+        with left_out(TIMING_FILE):
+            self._save_timing()
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
         self._bar.print_line()
 
@@ -91,7 +109,22 @@ class RunLog:
         """Add a picture file to TensorBoard."""
         with Path(path).open("rb") as file, Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        self._events.add(summary.image(name, pixels, dataformats="HWC"), step)
+        self._add(summary.image(name, pixels, dataformats="HWC"), step)
+
+    def _save_timing(self) -> None:
+        """Write the hardware, wall seconds over all starts, and the latest speed."""
+        seconds = self._seconds_before + time.monotonic() - self._started
+        timing = {"hardware": self._hardware, "wall_seconds": round(seconds, 1)}
+        timing |= {"images_per_second": self._speed} if self._speed else {}
+        replace_file(self._path.parent / TIMING_FILE, json.dumps(timing).encode())
+
+    def _add(self, content: Summary, step: int) -> None:
+        """Add to TensorBoard; an error ends it, not the run."""
+        events, self._events = self._events, None
+        if events:
+            with left_out("TensorBoard"):
+                events.add(content, step)
+                self._events = events
 
     def _steps_per_second(self, step: int) -> float | None:
         """Return the speed since the last row, and start the count of the next."""
@@ -99,6 +132,12 @@ class RunLog:
         self._mark = (step, now)
         is_measured = mark and step > mark[0] and now > mark[1]
         return (step - mark[0]) / (now - mark[1]) if is_measured else None
+
+
+def _seconds_of(folder: Path) -> float:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads((folder / TIMING_FILE).read_text())["wall_seconds"])
+    return 0.0
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,20 +1,37 @@
 """Grids of sample images as PNG files."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.runtime.files import written_aside
 
+with epy.lazy_imports():  # brings the font, whose letters are many
+    import matplotlib as mpl
+    from matplotlib import ft2font
+
+CAPTION = "Description"
+"""The key of a picture's caption among the texts of its PNG file."""
+REAL_FILE = "real.png"
+"""Real pictures of a run, as its samples are shown."""
 _INK, _MUTED = "#1f2933", "#66727f"
-_TILE, _GAP, _FONT = 56, 4, 13
+_TILE, _GAP, _FONT, _LINE = 56, 4, 11, 13
 _MOST_TILES, _MOST_CLASSES = 100, 10
+_WIDEST, _WIDEST_NAME, _MOST_OBLONG = 1600, 240, 1.6
+
+
+def describe(*, step: int, evaluations: int, ema: str) -> str:
+    """Return the caption of samples: whose they are, and how they were made."""
+    shown = "raw parameters" if ema == "none" else f"average {ema}" if step else f"weights {ema}"
+    return f"step {step:,} · {evaluations} evaluation{'s' * (evaluations > 1)} a sample · {shown}"
 
 
 def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
@@ -30,50 +47,85 @@ def save_sample_grid(
     images: UInt8[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, "n"],
     class_names: Sequence[str],
+    *,
+    caption: str = "",
 ) -> None:
-    """Save at most 100 samples: a row for each class, or labels below where classes are too many.
+    """Save at most 100 samples near a square: rows of each class, or names below if they are many.
 
     Args:
       images: at least one; 3 channels are RGB, of any other number the first is shown in grey.
       labels: classes, `NO_LABEL` for none.
       class_names: empty for an unconditional model, whose samples bear no names.
+      caption: of the whole, above it and in the file.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    columns = min(_MOST_TILES // len(classes), int(counts.min()))
-    if class_names and columns >= 2:
-        chosen = np.concatenate([np.flatnonzero(labels == k)[:columns] for k in classes])
-        row_names = [_class_name(k, class_names) for k in classes.tolist()]
-        sheet = _sheet(images[chosen], columns, row_names=row_names)
+    each = min(_MOST_TILES // len(classes), int(counts.min()))
+    shape = images.shape[1:3]
+    columns, oblong = _columns(len(classes), each, shape) if class_names and each else (0, math.inf)
+    if oblong <= _MOST_OBLONG:
+        each -= each % columns * (len(classes) > 1)  # whole rows
+        chosen = [np.flatnonzero(labels == k)[:each] for k in classes]
+        rows = [
+            (_class_name(k, class_names), images[at]) for k, at in zip(classes, chosen, strict=True)
+        ]
+        sheet = _sheet(rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
-        names = [_class_name(k, class_names) for k in labels.tolist()] if class_names else []
-        sheet = _sheet(images, math.ceil(math.sqrt(len(images))), names=names)
+        names = [_class_name(k, class_names) for k in labels] if class_names else ()
+        columns, _ = _columns(1, len(images), shape)
+        sheet = _sheet([("", images)], columns, caption, names)
+    info = PngInfo()
+    info.add_itxt(CAPTION, caption)
     with written_aside(epath.Path(path)) as aside:
-        sheet.save(aside, format="PNG")
+        sheet.save(aside, format="PNG", pnginfo=info)
+
+
+def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
+    """Return the columns that bring whole rows of each group nearest to a square, and how near."""
+
+    def oblong(columns: int) -> float:
+        ratio = groups * -(-each // columns) * shape[0] / (columns * shape[1])
+        return max(ratio, 1 / ratio)
+
+    best = min(range(each, 0, -1), key=oblong)
+    return best, oblong(best)
 
 
 def _sheet(
-    images: np.ndarray, columns: int, *, row_names: Sequence[str] = (), names: Sequence[str] = ()
+    groups: Sequence[tuple[str, np.ndarray]],
+    columns: int,
+    caption: str,
+    names: Sequence[str] = (),
 ) -> Image.Image:
-    """Return images row by row, tiny ones as large pixels, with names beside or below."""
-    count, height, width, channels = images.shape
-    font = ImageFont.load_default(_FONT)
-    scale = max(1, round(_TILE / max(height, width)))
-    left = round(max(map(font.getlength, row_names))) + 4 * _GAP if row_names else _GAP
-    step_x, step_y = width * scale + _GAP, height * scale + _GAP + bool(names) * (_FONT + _GAP)
-    size = (left + columns * step_x, _GAP + -(-count // columns) * step_y)
-    sheet = Image.new("RGB", size, "white")
+    """Return images row by row, tiny ones as large pixels, with names of groups beside them.
+
+    Other names stand below the images of the only group.
+    """
+    font, _ = _font()
+    height, width, channels = groups[0][1].shape[1:]
+    sides = [_shorten(name, _WIDEST_NAME) for name, _ in groups]
+    left = round(max(map(font.getlength, sides))) + 4 * _GAP if any(sides) else _GAP
+    most = ((_WIDEST - left) // columns - _GAP) / width
+    scale = min(max(1, round(_TILE / max(height, width))), most)
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    step_x, step_y = size[0] + _GAP, size[1] + _GAP + bool(names) * (_LINE + _GAP)
+    top = _GAP + bool(caption) * (_LINE + _GAP)
+    rows = -(-len(groups[0][1]) // columns)
+    sheet = Image.new("RGB", (left + columns * step_x, top + len(groups) * rows * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = left + i % columns * step_x, _GAP + i // columns * step_y
-        tile = Image.fromarray(image if channels == 3 else image[..., 0])
-        sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
-        if names:
-            place = (x + width * scale // 2, y + height * scale + 2)
-            draw.text(place, _shorten(names[i], font, width * scale), _MUTED, font, anchor="ma")
-    for row, name in enumerate(row_names):
-        place = (left - 2 * _GAP, _GAP + row * step_y + height * scale // 2)
-        draw.text(place, name, _INK, font, anchor="rm")
+    draw.text((_GAP, _GAP), _shorten(caption, sheet.width - 2 * _GAP), _MUTED, font)
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    for i, (side, images) in enumerate(zip(sides, (images for _, images in groups), strict=True)):
+        first = top + i * rows * step_y
+        middle = first + (rows * step_y - _GAP) // 2
+        draw.text((left - 2 * _GAP, middle), side, _INK, font, anchor="rm")
+        for j, image in enumerate(images):
+            x, y = left + j % columns * step_x, first + j // columns * step_y
+            tile = Image.fromarray(image if channels == 3 else image[..., 0])
+            sheet.paste(tile.resize(size, how), (x, y))
+            if names:
+                name = _shorten(names[j], size[0])
+                draw.text((x + size[0] // 2, y + size[1] + 2), name, _MUTED, font, anchor="ma")
     return sheet
 
 
@@ -83,7 +135,17 @@ def _class_name(label: int, class_names: Sequence[str]) -> str:
     return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+@functools.cache
+def _font() -> tuple[ImageFont.FreeTypeFont, frozenset[int]]:
+    """Return a font of many letters, and their codes."""
+    path = f"{mpl.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(path, _FONT), frozenset(ft2font.FT2Font(path).get_charmap())
+
+
+def _shorten(name: str, width: int) -> str:
+    """Return a name no wider than some pixels, letters that the font lacks by their codes."""
+    font, known = _font()
+    name = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in name)
     while font.getlength(name) > width and len(name) > 2:
         name = name.rstrip("…")[:-1] + "…"
     return name
