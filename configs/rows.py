@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mf_jax.errors import check_known
+from mf_jax.flow.errors import check_known
 
 
 def choose(file: str, row: str, rows: Mapping[str, Any]) -> Any:

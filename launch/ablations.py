@@ -33,7 +33,7 @@ from configs.rows import soflow
 from mf_jax import evaluate, train
 from mf_jax.bench.step import placed_step
 from mf_jax.config import validate
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import replace_file
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json

@@ -11,7 +11,7 @@ import importlib
 
 __version__ = "0.1.0"
 _NAMES = {
-    "mf_jax.errors": "BadInput",
+    "mf_jax.flow.errors": "BadInput",
     "mf_jax.flow.check": "check",
     "mf_jax.flow.derivative": "Derivative",
     "mf_jax.flow.draws": "DrawScheme",

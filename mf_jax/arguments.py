@@ -11,7 +11,7 @@ from absl import flags
 from etils.epath import Path
 from ml_collections import ConfigDict, config_flags
 
-from mf_jax.errors import BadInput, check_known, listed, nearest
+from mf_jax.flow.errors import BadInput, check_known, listed, nearest
 from mf_jax.runtime.files import STORES, change_paths, place
 
 MODES = {

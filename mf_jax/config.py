@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mf_jax.data import Source, make_source
-from mf_jax.errors import BadInput, check_known, in_section
 from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.errors import BadInput, check_known, in_section
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import validate
 from mf_jax.data import Source, make_source
 from mf_jax.data.pixels import QUANTISATION
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values

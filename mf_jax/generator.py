@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from mf_jax.config import make_objective
 from mf_jax.data.pixels import to_pixels
-from mf_jax.errors import BadInput
 from mf_jax.flow import sampler
 from mf_jax.flow.draws import key_of
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field

@@ -15,7 +15,7 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 
 from mf_jax.arguments import MODES, defaults, last_of_each, parse, reachable
-from mf_jax.errors import BadInput, Failure
+from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime.files import STORES, in_bucket
 
 _HELP = """python -m mf_jax.main --config=FILE.py[:ROW] [--mode=MODE] [--workdir=runs/NAME]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")

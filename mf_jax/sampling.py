@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import averages, make_objective, sample_plan
 from mf_jax.data import Source, make_source, read
 from mf_jax.data.pixels import to_pixels
-from mf_jax.errors import BadInput, left_out
+from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema

@@ -41,7 +41,7 @@ from mf_jax.config import (
     validate,
 )
 from mf_jax.data import Source, make_batches
-from mf_jax.errors import left_out
+from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
 from mf_jax.loading import load_weights
 from mf_jax.models import parameter_shapes

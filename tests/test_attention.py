@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jobs import Job
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.models import fused_attention
 from mf_jax.models.attention import attend
 from mf_jax.models.fused_attention import attention_tangent

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from recorded import FOLDER
 from safetensors.numpy import load_file, save_file
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.models.autoencoder import AutoencoderKL, _norm, load_autoencoder
 
 VAE = FOLDER / "vae"

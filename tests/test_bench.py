@@ -25,7 +25,7 @@ from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench.step import FLOW_MATCHING, Noise, changed, fresh_batches
 from mf_jax.config import make_network, make_objective, validate
 from mf_jax.data import Source
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, parameter_shapes

@@ -21,7 +21,7 @@ from mf_jax.data import pictures, toy2d
 from mf_jax.data.crop import adm_crop, as_rgb, open_picture
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.data.pixels import from_pixels, to_pixels
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, DataSpec
 
 SECTION = {

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.draws import DrawScheme, group_sizes
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of, join_rows, split_rows
 from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes

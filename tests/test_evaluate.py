@@ -12,7 +12,7 @@ from test_data import Numbered
 
 from configs.digits import get_config
 from mf_jax import data, evaluate
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracle import exact_draws, gaussian_field
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, GuidanceScale, Prediction

@@ -8,7 +8,7 @@ import threading
 import pytest
 from etils import epath
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.published.fetch import PUBLISHED, PublishedFile, find_weights, verify
 
 CONTENT = {"/inception": b"features" * 1000, "/vae": b"pictures" * 700_000, "/config": b"{}"}

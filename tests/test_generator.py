@@ -21,7 +21,7 @@ from mf_jax import sampling
 from mf_jax.config import make_network
 from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder

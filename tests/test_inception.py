@@ -14,7 +14,7 @@ import pytest
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import inception as inception_module
 from mf_jax.metrics.inception import FEATURES, inception_features, load_inception
 from mf_jax.published.torch_file import fit_state_dict, read_state_dict

@@ -16,7 +16,7 @@ from configs.default import get_config
 from mf_jax import data
 from mf_jax.data import local_copy
 from mf_jax.data.latent_records import MANIFEST, WRITER_OPTIONS, shard_name, to_record
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import written_aside

@@ -9,7 +9,7 @@ import pytest
 from oracle import STD, gaussian_average, gaussian_velocity, moments
 
 import mf_jax
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.rows import condition_of
 

@@ -13,7 +13,7 @@ from recorded import FOLDER
 import mf_jax
 from mf_jax import loading
 from mf_jax.config import make_network, validate
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.loading import load_initial, load_weights
 from mf_jax.models import parameter_shapes

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel
 from sklearn.model_selection import train_test_split
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import classifier as classifiers
 from mf_jax.metrics import frechet, row_pairs, two_sample
 from mf_jax.metrics.classifier import Recipe, principal_components, train_classifier

@@ -22,7 +22,7 @@ from networks import (
 )
 from oracle import gaussian_average
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.models import (
     MLP,

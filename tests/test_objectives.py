@@ -14,7 +14,7 @@ import pytest
 from oracle import STD, class_mean, exact_draws, gaussian_field
 
 import mf_jax.objectives
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate, per_row, velocity
 from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows

@@ -11,7 +11,7 @@ from recorded import FOLDER
 
 from configs.default import get_config
 from mf_jax.config import averages
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.models import DiT, InContextDiT, UNet, initial_params
 from mf_jax.models.blocks import stack_blocks
 from mf_jax.optim import (

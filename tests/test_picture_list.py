@@ -11,7 +11,7 @@ from test_prepare import CLASSES, CONTENTS, NAMES, write_tree
 
 from mf_jax.data import files_in
 from mf_jax.data.picture_list import digest, list_files, list_pictures
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 
 

@@ -19,7 +19,7 @@ from recorded import FOLDER
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
 from mf_jax.data.latents import Latents
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.inception import Inception
 from mf_jax.metrics.reference_file import read_reference
 from mf_jax.models.autoencoder import load_autoencoder

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from recorded import FOLDER, from_published
 from safetensors.numpy import save_file
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.published.checkpoints import (
     describe_published,
     fit_published,

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import reference_file
 from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.reference_file import (

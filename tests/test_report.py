@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.reporting import page as report_page
 from mf_jax.reporting import plots, progress, run_log
 from mf_jax.reporting.page import write_report

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from oracle import STD, exact_rows, gaussian_field
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.diagnostics import additivity_gap, identity_residual, velocity_error
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.flow.sampler import SamplePlan, sample
 

@@ -18,7 +18,7 @@ from mf_jax.bench.step import Noise
 from mf_jax.bench.table import show
 from mf_jax.config import make_network, validate
 from mf_jax.data import Source
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
 from mf_jax.ranges import check_tuples

@@ -13,7 +13,7 @@ from mf_jax.bench import measure
 from mf_jax.bench.table import Column, timing
 from mf_jax.config import make_network
 from mf_jax.data import Source
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.models import DataPrediction, DiT, InContextDiT
 from mf_jax.models.attention import ATTENTIONS, attend
 

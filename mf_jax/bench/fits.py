@@ -15,7 +15,7 @@ from mf_jax.bench import measure
 from mf_jax.bench.step import changed, placed_step
 from mf_jax.bench.table import Column
 from mf_jax.data import Source
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.train import step_parts
 

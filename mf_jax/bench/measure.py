@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 PEAK_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 """Sides of the square matrices whose products are timed for the peak."""

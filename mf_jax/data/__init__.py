@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
 
 __all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]

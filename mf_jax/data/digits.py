@@ -5,7 +5,7 @@ from etils import epy
 from jaxtyping import Int
 
 from mf_jax.data.pipeline import SPLITS, Batch
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 
 with epy.lazy_imports():  # takes a second

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import in_bucket
 
 

@@ -14,7 +14,7 @@ from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures
 from mf_jax.data.pipeline import check_at_least
-from mf_jax.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes

@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Float16
 
 from mf_jax.data.crop import CROP
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"

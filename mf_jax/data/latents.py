@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
 from mf_jax.data.local_copy import local_copy
 from mf_jax.data.pipeline import Batch, Stored
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import in_bucket, sha256_of

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from mf_jax.data.latent_records import MANIFEST, read_manifest
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket, locked, replace_file, to_json, written_aside

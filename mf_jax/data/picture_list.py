@@ -22,7 +22,7 @@ from etils import epath
 from mf_jax.data.crop import open_picture, suffixes
 from mf_jax.data.files_in import File, in_folder, in_tar
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
 
 _TAR, _NUMBER = ".tar", re.compile(r"-?\d+(\.\d+)?")

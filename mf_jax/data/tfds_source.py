@@ -9,7 +9,7 @@ from PIL import Image
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pictures import Pictures
 from mf_jax.data.pipeline import check_at_least
-from mf_jax.errors import BadInput, nearest
+from mf_jax.flow.errors import BadInput, nearest
 from mf_jax.flow.records import NO_LABEL, DataSpec
 
 

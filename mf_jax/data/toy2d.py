@@ -11,7 +11,7 @@ from etils import epy
 from jaxtyping import Float, Int
 
 from mf_jax.data.pipeline import Batch
-from mf_jax.errors import check_known
+from mf_jax.flow.errors import check_known
 from mf_jax.flow.records import NO_LABEL, DataSpec
 
 with epy.lazy_imports():  # takes a second

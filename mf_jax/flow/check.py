@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.diagnostics import additivity_gap, derivative_at, residual_of, rms, velocity_error
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import interpolate, velocity
 from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.flow.rows import join_rows, predict

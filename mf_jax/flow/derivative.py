@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.paths import per_row
 
 _DELTAS = {"jvp": 0.0, "backward": 0.05, "central": 5e-3}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, split_rows
 from mf_jax.flow.times import Times

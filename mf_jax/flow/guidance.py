@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import interpolate, per_row, velocity
 from mf_jax.flow.records import Draws, Field, GuidanceScale, Prediction, Rows
 from mf_jax.flow.rows import call, condition_of, join_rows, split_rows

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from mf_jax.errors import BadInput, listed, nearest
+from mf_jax.flow.errors import BadInput, listed, nearest
 
 Step = Int[Array, ""] | int
 NO_LABEL = -1

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import advance, interpolate
 from mf_jax.flow.records import Field
 from mf_jax.flow.rows import call

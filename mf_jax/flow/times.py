@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 TimePair = tuple[Float[Array, "b"], Float[Array, "b"]]
 

@@ -17,8 +17,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.draws import key_of
+from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import replace_file
 
 FEATURES_KEPT = 64

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Float64
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 _ROUNDING = 1e-6
 """Share of the largest entry or the trace: smaller faults of a covariance are rounding."""

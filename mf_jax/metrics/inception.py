@@ -19,7 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt8
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.published.torch_file import fit_state_dict, read_state_dict
 
 FEATURES = {

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from scipy.special import softmax, xlogy
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 
 class InceptionScore:

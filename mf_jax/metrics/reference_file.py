@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from numpy.lib import format as npy
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
 from mf_jax.metrics.row_pairs import LEAST_ROWS
 from mf_jax.runtime.files import sha256_of, written_aside

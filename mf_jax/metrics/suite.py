@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
 from mf_jax.metrics.inception_score import InceptionScore
 from mf_jax.metrics.reference_file import Reference

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from scipy.spatial.distance import cdist
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import checked_features
 
 _CHUNK_ENTRIES = 2**24  # 128 MiB of float64

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.errors import check_known
+from mf_jax.flow.errors import check_known
 
 ATTENTIONS = ("xla", "fused")
 

@@ -17,7 +17,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.models.layers import Image
 from mf_jax.models.unet import double
 from mf_jax.published import reading

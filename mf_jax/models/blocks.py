@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from mf_jax.errors import check_known
+from mf_jax.flow.errors import check_known
 from mf_jax.models.attention import attend
 from mf_jax.models.layers import Network, Tokens
 

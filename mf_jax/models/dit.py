@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.blocks import Transformer, run_blocks
 from mf_jax.models.layers import (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
 from mf_jax.models.blocks import Transformer, run_blocks
 from mf_jax.models.layers import (

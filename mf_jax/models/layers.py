@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 
 Time = Float[Array, "b"]
 Image = Float[Array, "b h w c"]

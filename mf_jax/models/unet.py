@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.draws import key_of
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.attention import attend
 from mf_jax.models.layers import (

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.errors import BadInput
 from mf_jax.flow.derivative import Derivative
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.flow.rows import call, condition_of, join_rows, num_counted, predict

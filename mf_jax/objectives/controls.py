@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.flow.rows import predict

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.derivative import Derivative
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Prediction, Step

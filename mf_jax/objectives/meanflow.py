@@ -22,8 +22,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from mf_jax.errors import check_known
 from mf_jax.flow.derivative import Derivative
+from mf_jax.flow.errors import check_known
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.errors import check_known
+from mf_jax.flow.errors import check_known
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.errors import BadInput, check_known
 from mf_jax.flow.derivative import Derivative
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Draws, Field, Prediction, Rows, Step
 from mf_jax.flow.rows import num_counted, predict

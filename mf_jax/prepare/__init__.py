@@ -22,7 +22,7 @@ from orbax.checkpoint.multihost import get_barrier_sync_fn
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim

@@ -24,7 +24,7 @@ from mf_jax.data.latent_records import (
     to_record,
 )
 from mf_jax.data.pixels import from_pixels
-from mf_jax.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import replace_file, to_json, written_aside

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, UInt8
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference

@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 
 from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import PicturesIn
-from mf_jax.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed
 from mf_jax.runtime import processes
 
 _AHEAD = 2  # batches of decoded pictures that wait for the device

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 
 @contextlib.contextmanager

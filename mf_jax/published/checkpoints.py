@@ -23,7 +23,7 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mf_jax.errors import BadInput, check_known, list_problems
+from mf_jax.flow.errors import BadInput, check_known, list_problems
 from mf_jax.published import reading
 from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
 from mf_jax.runtime.files import on_disk, written_aside

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.errors import BadInput, nearest
+from mf_jax.flow.errors import BadInput, nearest
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import sha256_of, written_aside
 

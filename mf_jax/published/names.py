@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree, Shaped
 
-from mf_jax.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known
 
 Leaf = Shaped[np.ndarray, "..."]
 

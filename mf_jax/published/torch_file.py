@@ -22,7 +22,7 @@ from etils import epath
 from jaxtyping import Float32, Shaped
 from safetensors import safe_open
 
-from mf_jax.errors import BadInput, list_problems, listed
+from mf_jax.flow.errors import BadInput, list_problems, listed
 from mf_jax.published import reading
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")

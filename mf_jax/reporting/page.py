@@ -63,9 +63,9 @@ align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7
 text-align:right;font-variant-numeric:tabular-nums}summary{cursor:pointer;font-weight:600;
 font-size:16px}pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 overflow-x:auto;margin:14px 0 0}.facts{display:grid;gap:14px 24px;margin:0 0 24px;
-grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.facts dt{color:var(--muted);font-size:13px}
-.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
+grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.facts dt{color:var(--muted);
+font-size:13px}.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;
+overflow-wrap:anywhere}.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
 align-items:start}.curves h3{margin-top:0}.curves img{width:100%}.pair h3{margin-top:0}
 @media(max-width:600px){main{padding:24px 12px 40px}section{padding:16px 14px}}
 """

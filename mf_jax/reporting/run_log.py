@@ -20,7 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from mf_jax.errors import BadInput, left_out
+from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
 

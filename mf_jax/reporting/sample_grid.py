@@ -66,12 +66,13 @@ def save_sample_grid(
         each -= each % columns * (len(classes) > 1)  # whole rows
         chosen = [np.flatnonzero(labels == k)[:each] for k in classes]
         rows = [
-            (_class_name(k, class_names), images[at]) for k, at in zip(classes, chosen, strict=True)
+            (_class_name(k, class_names), images[at])
+            for k, at in zip(classes.tolist(), chosen, strict=True)
         ]
         sheet = _sheet(rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
-        names = [_class_name(k, class_names) for k in labels] if class_names else ()
+        names = [_class_name(k, class_names) for k in labels.tolist()] if class_names else ()
         columns, _ = _columns(1, len(images), shape)
         sheet = _sheet([("", images)], columns, caption, names)
     info = PngInfo()

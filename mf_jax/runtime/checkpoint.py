@@ -22,7 +22,7 @@ from etils import epath, epy
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
-from mf_jax.errors import BadInput, Failure
+from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime import processes
 from mf_jax.runtime.fingerprints import check_same_model, index_of
 

@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 try:
     import fcntl

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from mf_jax.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

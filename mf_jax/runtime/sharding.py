@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import Array, PyTree, Shaped
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 
 _REPLICATE_BELOW = 2**14
 """Arrays with fewer numbers stay whole on every device: splitting costs more than it saves."""

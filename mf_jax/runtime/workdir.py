@@ -12,7 +12,7 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps

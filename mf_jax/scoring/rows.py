@@ -14,7 +14,7 @@ from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file, to_json
 

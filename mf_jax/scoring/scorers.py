@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.data import Batch, Source, read
 from mf_jax.data.pixels import from_pixels, to_pixels
-from mf_jax.errors import BadInput
+from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import classifier, reference_file
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features, load_inception
