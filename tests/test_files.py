@@ -59,7 +59,7 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     save_sample_grid(path / "samples.png", images, few_classes(4, 0), ())
     replace_file(path / "config.json", b'{"seed": 0}')
     write_report(path)
-    assert {"metrics.jsonl", "samples.png", "curves.png", "report.html"} <= {
+    assert {"metrics.jsonl", "samples.png", "timing.json", "report.html"} <= {
         each.name for each in folder.iterdir()
     }
 
