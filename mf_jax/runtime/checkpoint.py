@@ -10,8 +10,10 @@ Orbax writes into a temporary folder and renames it at the end: a process may be
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -78,7 +80,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
-        self._folder = epath.Path(workdir).absolute() / FOLDER
+        self._folder = _in_letters(epath.Path(workdir).absolute()) / FOLDER
         self._read_only = read_only
         if self._folder.exists() and not self._folder.is_dir():
             raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
@@ -237,6 +239,14 @@ class Checkpoints:
                 print(f"moved damaged checkpoint {step} to {target}")
         processes.from_first(None)  # the others look when it is done
         self._manager.reload()
+
+
+@functools.lru_cache
+def _in_letters(folder: epath.Path) -> epath.Path:
+    """Return a folder's path in UTF-8, which Orbax needs; Linux, where others occur, has one."""
+    if os.fsencode(folder) == str(folder).encode(errors="replace") or not folder.exists():
+        return folder
+    return epath.Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:
