@@ -12,7 +12,10 @@ from etils import epath
 
 from mf_jax import models
 from mf_jax.arguments import MODES, last_of_each, parse
-from mf_jax.runtime.files import locked
+from mf_jax.data import make_source
+from mf_jax.flow.errors import BadInput
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.runtime.files import PATHS, locked
 
 DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
 
@@ -113,6 +116,15 @@ ROUNDS = (
         "sample.ema=0.5": "sample.ema='0.5': this run has 0.9, none",
         "eval.steps=(1,0)": "eval.steps=0",
     },
+    {
+        "model.name=in_context_dit": "model.bottleneck=-1: must be at least 0",
+        "model.bottleneck=-1": "model.head_depth=-1",
+        "model.head_depth=-1": "model.channel_multipliers=(0,): must be at least 1",
+        "model.channel_multipliers=(0,)": "times.levels=0: must be at least 1",
+        "times.levels=0": "objective.alpha_end=nan",
+        "objective.alpha_end=nan": "model.t_clip=1.0: must be within (0, 1)",
+        "model.t_clip=1.0": "",
+    },
     {"model.depth=-1": "model.depth=-1", "weight.p=-1.0": "weight.p=-1.0"},
     {"guidance.omega=-1.0": "omega=-1.0"},
     {"guidance.t_min=0.9": "t_min=0.9", "guidance.t_max=0.1": "t_max=0.1"},
@@ -156,6 +168,85 @@ def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+REFUSED_IN_A_FILE = {
+    # the end of a config file, and what its error must say
+    "config.optim.learning_rate = 3e-4\n    return config": ("learning_rate", "there are name, lr"),
+    "config.optm.lr = 1\n    return config": ("'optm'", "did you mean optim?"),
+    "config.update({'optim': {'lrr': 3}})\n    return config": ("'lrr'", "did you mean lr?"),
+    "config.train.num_steps = 1e5\n    return config": (
+        "config.train.num_steps = 1e5",
+        "num_steps = 100000.0: must be a whole number",
+    ),
+    "config.optim = ConfigDict({'lr': 3.0})\n    return config": ("lacks optim.b1",),
+    "config.seed = 3": ("NoneType", "return config"),
+    "return {'seed': 3}": ("dict", "return config"),
+    "return open('/nowhere/at_all')": ("No such file",),
+}
+
+
+def test_a_config_file_is_checked_as_the_command_line_is(command, tmp_path):
+    path = tmp_path / "own.py"
+    head = "from ml_collections import ConfigDict\nfrom configs.default import get_config as get\n"
+    for body, words in REFUSED_IN_A_FILE.items():
+        path.write_text(f"{head}def get_config():\n    config = get()\n    {body}\n")
+        result = command(f"--config={path}")
+        _assert_refused(result, *words)
+        assert len(result[2]) < 400
+
+
+def test_paths_are_expanded_or_refused_wherever_they_are_given(command, monkeypatch):
+    """Before anything is read or written."""
+    for key in (*(f"config.{key}" for key in PATHS), "workdir"):
+        value = "('hdfs://a/b',)" if key == "config.eval.references" else "hdfs://a/b"
+        refused = command(DIGITS, f"--{key}={value}")
+        _assert_refused(refused, f"{key.removeprefix('config.')}=hdfs://a/b", "gs://")
+    _assert_refused(command("--workdir=file:///x"), "--workdir=file:///x")
+    _assert_refused(command(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = ["mf_jax", DIGITS, "--workdir=~/x", "--config.data.path=~/y/"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    config, _, workdir = parse(arguments)
+    assert (str(workdir), config.data.path) == ("/home/me/x", "/home/me/y")
+
+
+def test_a_run_needs_no_config(command, copy_of_trained):
+    """Overrides apply to its own; whatever does not decide its numbers may change."""
+    run = f"--workdir={copy_of_trained}"
+    code, out, _ = command("--mode=sample", run, "--config.sample.num=3")
+    assert (code, out.startswith("3 samples from step 12")) == (0, True)
+    assert "* train.num_steps = 12" in command("--mode=config", run)[1]
+    _assert_refused(command("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
+    _assert_refused(command("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
+    _assert_refused(command(run, "--config.train.num_steps=13"), "rates fall to 0 at")
+    folder = epath.Path(copy_of_trained)
+    config = run_folder.stored_config(folder)
+    more = {"train.log_every_steps": 7, "log.progress": False, "data.path": "elsewhere"}
+    config.update_from_flattened_dict(more | {"model.remat": "block", "checkpoint.keep": 9})
+    run_folder.check(folder, config)
+    stored = json.loads((copy_of_trained / "config.json").read_text())
+    stored["optim"]["schedule"] = config.optim.schedule = "constant"
+    (copy_of_trained / "config.json").write_text(json.dumps(stored))
+    for steps in (12, 20):
+        config.train.num_steps = steps
+        run_folder.check(folder, config)
+    config.train.num_steps = 11
+    with pytest.raises(BadInput, match="12 steps are done"):
+        run_folder.check(folder, config)
+
+
+def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained):
+    folder = epath.Path(copy_of_trained)
+    config = run_folder.stored_config(folder)
+    config.data.path = "configs"
+    data = make_source(config.data, split="train")
+    data.digest = "a"  # none was stored before
+    with run_folder.own(folder, config, data):
+        assert run_folder.stored_config(folder).data.path == str(ROOT / "configs")
+    data.digest = "b"
+    with pytest.raises(BadInput, match=r"other data \(files\).*data\.path"):
+        run_folder.check_data(folder, data)
+
+
 def test_bad_arguments(command, tmp_path):
     broken, empty = tmp_path / "broken.py", tmp_path / "pictures"
     broken.write_text("def get_config():\n    return 1 / 0\n")
@@ -168,6 +259,12 @@ def test_bad_arguments(command, tmp_path):
         (["--config=nowhere/at_all.py:row"], "--config=nowhere/at_all.py: no such file"),
         ([f"--config={broken}"], "division by zero"),
         ([DIGITS, "--mode=trian"], "trian", "did you mean train?"),
+        ([f"--workdir={empty}"], str(empty), "holds no run", "--config"),
+        (
+            [DIGITS, "--config.init.path=/nowhere", f"--workdir={tmp_path}/run"],
+            "init.path=/nowhere",
+        ),
+        ([DIGITS, "--config.train.num_steps=1e5"], "num_steps=1e5: must be a whole number"),
         ([DIGITS, "--wordir=x"], "wordir", "workdir"),
         ([DIGITS, "train"], "'train'", "--mode=train"),
         (["--config.seed=1", DIGITS], "--config.seed=1"),
@@ -269,7 +366,11 @@ def test_workdir_and_mode_have_defaults(monkeypatch):
 
 
 def test_the_last_of_several_settings_of_a_key_counts():
-    """Not all of them, as the parser of tuples would have it."""
+    """Not all of them, as the parser of tuples would have it; with a space as with `=`."""
     first, *kept = ["--config.eval.steps=1,", "--mode=eval", "--config.seed=1"]
     kept = ["x", *kept, "--config.eval.steps=2,4"]
     assert last_of_each(["x", first, *kept[1:]]) == kept
+    spaced = ["x", "--config.eval.steps", "1,", "--mode", "eval", "--config.data.flip"]
+    spaced += ["--config.seed", "-1", "--noconfig.data.flip", "--config.eval.steps=2"]
+    kept = ["x", "--mode=eval", "--config.seed=-1", "--noconfig.data.flip", "--config.eval.steps=2"]
+    assert last_of_each(spaced) == kept

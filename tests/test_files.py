@@ -6,17 +6,24 @@ import json
 import os
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
 from mf_jax import train
+from mf_jax.flow.errors import Failure
+from mf_jax.main import _say_anything
 from mf_jax.reporting import run_log as report
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog, read_metrics
 from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
+from mf_jax.runtime import files
+from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
+from mf_jax.step import TrainState
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -39,6 +46,46 @@ def test_what_killed_processes_have_left_is_tidied_up(tmp_path):
     replace_file(tmp_path / "file", b"new")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"file", ".file.b.1.part", ".other.a.1.part"}
+
+
+def test_a_checkpoint_is_whole_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    """Else training ends with an error; and the page of the run is written."""
+    state = TrainState(np.int32(1), {"a": np.arange(4.0, dtype=np.float32)}, {}, {}, {}, -1)
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state))
+    for name in ("lr[1]", "[", "a*b?", "caf\udce9", "x y%#\n"):
+        folder = epath.Path(tmp_path) / name / "run"
+        folder.mkdir(parents=True)
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            checkpoints.save(jax.tree.map(jnp.asarray, state))
+            checkpoints.verify()
+            restored = checkpoints.restore_state(like)
+        np.testing.assert_array_equal(restored.params["a"], state.params["a"])
+        replace_file(folder / "config.json", json.dumps({"path": name}).encode())
+        assert write_report(folder).exists()
+    monkeypatch.setattr(type(folder), "glob", files._glob_of_etils)
+    with contextlib.closing(Checkpoints(tmp_path / "lr[1]" / "other")) as checkpoints:
+        checkpoints.save(jax.tree.map(jnp.asarray, state))
+        with pytest.raises(Failure, match=r"other.*/1 was saved and cannot be read"):
+            checkpoints.verify()
+
+
+def test_output_takes_every_letter_and_outlives_its_reader(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for place in (tmp_path / "out", writer):
+        with open(place, "w", encoding="ascii") as stream:
+            monkeypatch.setattr("sys.__stdout__", stream)
+            _say_anything(stream)
+            print("a \u2014 \u732b \udce9", file=stream, flush=True)
+            print("more", file=stream, flush=True)
+    assert (tmp_path / "out").read_text() == "a - \\u732b \\udce9\nmore\n"
+
+
+def test_a_device_that_is_not_here_is_one_line(command, monkeypatch):
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
+    code, _, errors = command("--config=configs/digits.py")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "JAX_PLATFORMS=" in errors
 
 
 def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):

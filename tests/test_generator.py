@@ -21,6 +21,7 @@ from mf_jax import sampling
 from mf_jax.config import make_network
 from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
+from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import SamplePlan
@@ -50,6 +51,10 @@ def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
     for num, batch_size in ((23, 7), (23, 100), (9, 512)):
         part = generator.sample_raw(num=num, batch_size=batch_size)
         np.testing.assert_allclose(part, whole[:num], atol=1e-5)
+    with jax.default_prng_impl("rbg"):  # whatever JAX calls its default
+        assert jax.random.key_impl(key_of(3)) == "threefry2x32"
+        part = generator.sample_raw(num=9, batch_size=4)
+    np.testing.assert_allclose(part, whole[:9], atol=1e-5)
 
 
 def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
@@ -74,7 +79,11 @@ def test_seed_label_and_average_matter(generator, trained):
 def test_labels(generator):
     np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
     np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
+    np.testing.assert_array_equal(generator.labels_for(None), range(10))
     none = dataclasses.replace(generator, spec=DataSpec((2,)))
+    np.testing.assert_array_equal(none.labels_for(None), [-1])
+    assert repr(generator).startswith("Generator(dit of ")
+    assert len(repr(generator)) < 120
     np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
     with pytest.raises(BadInput, match="no classes"):
         none.labels_for([0])

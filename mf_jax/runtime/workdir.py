@@ -78,11 +78,13 @@ def check(workdir: Path, config: ConfigDict) -> None:
     ours, theirs = flat(config), flat(stored_config(workdir))
     for values in (ours, theirs):  # one folder has many spellings
         values["init.path"] = values["init.path"] and os.path.realpath(values["init.path"])
-    steps, reason = "train.num_steps", ""
-    if ours["optim.schedule"] == "constant" and ours[steps] >= max(saved_steps(workdir), default=0):
+    steps, done, reason = "train.num_steps", max(saved_steps(workdir), default=0), ""
+    if ours["optim.schedule"] != "constant":
+        reason = f"; its rates fall to 0 at {steps}" * (ours[steps] != theirs[steps])
+    elif ours[steps] >= done:
         ours[steps] = theirs[steps]
-    elif ours[steps] != theirs[steps]:
-        reason = f"; its rates fall to 0 at {steps}" * (ours["optim.schedule"] != "constant")
+    else:
+        reason = f"; {done} steps are done"
     differences = [
         f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
@@ -168,10 +170,10 @@ def check_data(workdir: Path, data: _Data) -> None:
     stored = _read(workdir, _DATA)
     for name, value in _about(data).items():
         if stored.get(name, value) != value:
+            change = "files" if name == "digest" else f"{name} {stored[name]} -> {value}"
             raise BadInput(
-                f"--workdir={workdir}: its run was trained on other data ({name} "
-                f"{stored.get(name)} -> {value}); restore the data, name the folder where they are "
-                "with --config.data.path, or choose another --workdir"
+                f"--workdir={workdir}: its run was trained on other data ({change}); restore them, "
+                "name their folder with --config.data.path, or choose another --workdir"
             )
 
 
