@@ -60,22 +60,15 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     return config, values.mode, place(values.workdir or f"runs/{name}", "--workdir")
 
 
-def _given(flag: str, argv: Sequence[str]) -> str:
-    """Return the last value that arguments give a flag; "" for none."""
-    return next(
-        (each.partition("=")[2] for each in argv[::-1] if each.startswith(f"--{flag}=")), ""
-    )
-
-
 def _run_without_config(argv: Sequence[str]) -> Path | None:
     """Return the workdir that a command line names if it names no config, and a run is there."""
-    given = _given("workdir", argv)
-    if _given("config", argv):
+    given = dict(each.lstrip("-").split("=", 1) for each in argv if "=" in each)
+    if given.get("config"):
         return None
-    if not given:
+    if not given.get("workdir"):
         fix = "for example --config=configs/digits.py, or --workdir=RUN of a run"
         raise BadInput(f"--config is missing; {fix}")
-    workdir = place(given, "--workdir")
+    workdir = place(given["workdir"], "--workdir")
     with reachable(workdir):
         if (workdir / "config.json").exists():
             return workdir

@@ -111,12 +111,13 @@ def _tables() -> Iterator[str]:
 def _differences(config: ConfigDict, default: ConfigDict, prefix: str = "") -> Iterator[str]:
     """Yield a line for each key, marked where its value is not the default."""
     for key, value in config.items():
+        usual = default.get(key, value)  # an own or an old key has no default
         if isinstance(value, ConfigDict):
-            yield from _differences(value, default[key], f"{prefix}{key}.")
-        elif value == default[key]:
+            yield from _differences(value, usual, f"{prefix}{key}.")
+        elif value == usual:
             yield f"  {prefix}{key} = {value!r}"
         else:
-            yield f"* {prefix}{key} = {value!r}  (default {default[key]!r})"
+            yield f"* {prefix}{key} = {value!r}  (default {usual!r})"
 
 
 def _run(mode: str, config: ConfigDict, workdir: Path) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -48,15 +48,6 @@ _ADDED: dict[str, dict[str, Any]] = {
 """What was done before a key was there: the value of a key that a stored config lacks."""
 _HABITS = ("data.class_order", "ema.rampup")
 """Keys of these whose default does not do what was done before."""
-
-
-@runtime_checkable
-class _Data(Protocol):
-    """The examples of a run; see `mf_jax.data.Source`."""
-
-    spec: DataSpec
-
-    def __len__(self) -> int: ...
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -108,10 +99,10 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 
 
 @contextlib.contextmanager
-def own(workdir: Path, config: ConfigDict, data: _Data) -> Iterator[None]:
+def own(workdir: Path, config: ConfigDict, data: Any) -> Iterator[None]:
     """Hold a workdir for a training run: make it, keep other runs out, store config and data.
 
-    Stored ones must describe the same run.
+    Stored ones must describe the same run. Data: its `mf_jax.data.Source`.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -158,14 +149,14 @@ def _check_shared(workdir: Path) -> None:
         mark.unlink()
 
 
-def _about(data: _Data) -> dict[str, Any]:
+def _about(data: Any) -> dict[str, Any]:
     """Return what batches and labels depend on, and a digest of the data's own list of names."""
     digest = getattr(data, "digest", "")
     about = {**dataclasses.asdict(data.spec), "size": len(data), "digest": digest}
     return json.loads(json.dumps(about))
 
 
-def check_data(workdir: Path, data: _Data) -> None:
+def check_data(workdir: Path, data: Any) -> None:
     """Raise BadInput unless data, wherever they lie, are what the run of a workdir trained on."""
     stored = _read(workdir, _DATA)
     for name, value in _about(data).items():
