@@ -17,6 +17,7 @@ from mf_jax.models.blocks import stack_blocks
 from mf_jax.optim import (
     choose_ema,
     decay_of,
+    forgetful,
     learning_rate,
     make_optimizer,
     muon_dimensions,
@@ -71,6 +72,24 @@ def test_averages_move_as_their_names_say():
     decay = decay_of("2000kimg", batch_size=1024)
     np.testing.assert_allclose(decay ** (2e6 / 1024), 0.5, rtol=1e-9)
     assert decay_of("0.9999", batch_size=1024) == 0.9999
+
+
+def test_averages_forget_their_start_by_a_ramp():
+    """Their half-life is at most a share of the steps done; the average of targets has no limit."""
+    start, zero = (
+        {name: {"w": jnp.array(1.0)} for name in ("0.9999", "0.5", "0.99")},
+        jnp.array(0.0),
+    )
+    ramp = {"batch_size": 1, "rampup": 0.05, "fixed": "0.99"}
+    for step, left in ((0, 0), (200, 0.5**0.1), (10**6, 0.9999)):
+        after = update_averages(start, zero, step=step, **ramp)
+        fast = min(left, 0.5)
+        for name, expected in {"0.9999": left, "0.5": fast, "0.99": 0.99}.items():
+            np.testing.assert_allclose(after[name]["w"], expected, rtol=1e-6)
+    assert forgetful(("0.995", "0.9999"), num_steps=4000, batch_size=1).startswith(
+        "after 4,000 steps 67% of 0.9999 will still be the initial parameters"
+    )
+    assert forgetful(("0.995",), num_steps=4000, batch_size=1) == ""
 
 
 def test_averages_are_named_by_decay_or_half_life():

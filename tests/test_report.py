@@ -177,6 +177,14 @@ def test_grid_enlarges_tiny_images_and_places_them_row_by_row(tmp_path):
     assert pixels.shape == (4 + 2 * 68, 4 + 2 * 68, 3)
     assert pixels[30, 100].tolist() == [10, 20, 30]
     assert pixels[100, 100].tolist() == [255, 255, 255]
+    for count, side, names in ((100, 64, ["même"]), (90, 300, ["猫 a", "b", "c"]), (100, 8, ["x"])):
+        labels = sorted(i % len(names) for i in range(count))
+        pixels = _grid(
+            tmp_path / "a.png", np.zeros((count, side, side, 3), np.uint8), labels, names
+        )
+        height, width = pixels.shape[:2]
+        assert width <= 1600
+        assert 0.5 < width / height < 2
     many = np.zeros((101, 8, 8, 2), np.uint8)
     assert _grid(tmp_path / "grid.png", many, [-1] * 101).shape == (604, 604, 3)
 

@@ -107,6 +107,7 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
         ended = here(*arguments)
     (step,) = Checkpoints(workdir, read_only=True).steps
     assert (ended.code, step in (7, 8)) == (0, True)
+    assert f"stopping after step {step}; the checkpoint of step {step} will be" in ended.output
     assert f"stopped at step {step}" in ended.output
     assert f"continuing at step {step}" in works(*arguments)
     assert _results(workdir) == _results(trained)
@@ -141,13 +142,49 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
         np.testing.assert_allclose(samples, expected[f"samples_of_step_{step}"], atol=1e-5)
 
 
-def test_a_run_without_moving_averages(tmp_path):
+def test_a_run_without_moving_averages_whose_pictures_cannot_be_drawn(tmp_path):
+    """All that only shows a run fails, each in one line."""
     keys = ("ema.decays=()", "train.num_steps=2", "optim.warmup_steps=2", "train.log_every_steps=1")
     arguments = _args(tmp_path / "run", *(f"--config.{key}" for key in keys))
-    works(*arguments)
+    broken = mock.Mock(side_effect=OSError("no font"))
+    with (
+        mock.patch.object(train, "draw_progress", broken),
+        mock.patch.object(train, "write_report", broken),
+        mock.patch("mf_jax.reporting.run_log._Events", broken),
+    ):
+        output = works(*arguments)
+    for what in ("TensorBoard", "the picture of step 2", "report.html"):
+        assert f"{what} is left out: OSError: no font" in output
+    assert Checkpoints(tmp_path / "run", read_only=True).steps == [2]
     assert "ema none" in works(*arguments, "--mode=sample")
     first, second = [row["learning_rate"] for row in read_metrics(tmp_path / "run")]
     assert first == second / 2
+
+
+def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
+    """They are registered by a config, and name none of our traits; a loss of weight 1 is flat."""
+    workdir = tmp_path / "run"
+    config = (f"--config={ROOT}/tests/own_vectors.py", f"--workdir={workdir}", *TINY)
+    with (
+        mock.patch.dict("mf_jax.data.SOURCES"),
+        mock.patch.dict("mf_jax.models.NETWORKS"),
+        mock.patch.dict("mf_jax.objectives.OBJECTIVES"),
+    ):
+        works(*config)
+        works(*config, "--mode=sample", "--config.sample.num=6")
+        works(*config, "--mode=eval")
+    assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
+    assert (workdir / "scatter.png").exists()
+    assert "sliced_wasserstein" in json.loads((workdir / "eval.json").read_text())["rows"][0]
+    page = (workdir / "report.html").read_text()
+    for text in (
+        "step 12 of 12",
+        "average 0.9999",
+        "examples/s",
+        "Squared error of the velocity v",
+    ):
+        assert text in page
+    assert "<h3>loss</h3>" not in page
 
 
 def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
