@@ -309,12 +309,12 @@ def test_a_damaged_copy_is_mended_by_the_same_command(copied):
         latents.gather(np.arange(2 * LENGTH))
 
 
-def test_where_the_copy_lies_may_change_when_a_run_continues(tmp_path):
+def test_where_data_and_their_copy_lie_may_change_when_a_run_continues(tmp_path):
     config = get_config()
     workdir = epath.Path(tmp_path)
     (workdir / "config.json").write_text(as_json(config))
-    config.data.copy_to = "/elsewhere"
+    config.data.copy_to = config.data.path = "/elsewhere"
     check(workdir, config)
-    config.data.path = "/elsewhere"
-    with pytest.raises(BadInput, match=r"data\.path '' -> '/elsewhere'"):
+    config.data.flip = not config.data.flip
+    with pytest.raises(BadInput, match=r"data\.flip"):
         check(workdir, config)

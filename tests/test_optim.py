@@ -76,10 +76,8 @@ def test_averages_move_as_their_names_say():
 
 def test_averages_forget_their_start_by_a_ramp():
     """Their half-life is at most a share of the steps done; the average of targets has no limit."""
-    start, zero = (
-        {name: {"w": jnp.array(1.0)} for name in ("0.9999", "0.5", "0.99")},
-        jnp.array(0.0),
-    )
+    start = {name: {"w": jnp.array(1.0)} for name in ("0.9999", "0.5", "0.99")}
+    zero = {"w": jnp.array(0.0)}
     ramp = {"batch_size": 1, "rampup": 0.05, "fixed": "0.99"}
     for step, left in ((0, 0), (200, 0.5**0.1), (10**6, 0.9999)):
         after = update_averages(start, zero, step=step, **ramp)
