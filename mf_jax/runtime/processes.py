@@ -68,14 +68,15 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
 
 def _check_devices() -> None:
     """Raise BadInput where the platform that JAX is told to use is not here."""
-    if jax.config.jax_platforms in (None, "", "cpu"):
+    asked = jax.config.jax_platforms
+    if asked in (None, "", "cpu"):
         return  # and a benchmark may still choose how many devices there are
     try:
         jax.devices()
     except Exception as error:  # of any type: a missing build fails an assertion
         reason = (str(error).splitlines() or ["no such device"])[0][:160]
         raise BadInput(
-            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such device here ({reason}); unset it, or "
+            f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason}); unset it, or "
             'install the build of JAX for the device: pip install -U "jax[cuda13]" or "jax[tpu]"'
         ) from error
 
