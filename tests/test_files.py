@@ -83,9 +83,14 @@ def test_output_takes_every_letter_and_outlives_its_reader(tmp_path, monkeypatch
 
 def test_a_device_that_is_not_here_is_one_line(command, monkeypatch):
     monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
-    code, _, errors = command("--config=configs/digits.py")
+    asked = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        code, _, errors = command("--config=configs/digits.py")
+    finally:
+        jax.config.update("jax_platforms", asked)
     assert (code, errors.count("\n")) == (2, 1)
-    assert "JAX_PLATFORMS=" in errors
+    assert "JAX_PLATFORMS=cuda" in errors
 
 
 def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
