@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import importlib.util
 import re
+import sys
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +34,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     Args:
       argv: of this process (overrides of config keys are read from `sys.argv` itself).
     """
+    _bring_configs()
     values = flags.FlagValues()
     flags.DEFINE_string("mode", "train", "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
@@ -58,6 +62,14 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     _checked(config, f"--config={file}")
     name = "_".join([Path(file).stem, row] if row else [Path(file).stem])
     return config, values.mode, place(values.workdir or f"runs/{name}", "--workdir")
+
+
+def _bring_configs() -> None:
+    """Let config files import `configs`, which lies in the package or beside it, from anywhere."""
+    if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
+        home, module = Path(__file__).parent, types.ModuleType("configs")
+        module.__path__ = [str(home / "configs"), str(home.parent / "configs")]
+        sys.modules["configs"] = module
 
 
 def _run_without_config(argv: Sequence[str]) -> Path | None:
