@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import validate
 from mf_jax.data import Source, make_source
 from mf_jax.data.pixels import QUANTISATION
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values
@@ -72,7 +72,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     table = score_rows.as_table(rows)
     replace_file(workdir / "eval.json", to_json(table, indent=1).encode())
-    write_report(workdir)
+    with left_out("report.html"):
+        write_report(workdir)
     score_rows.show(table)
     places = {"table": "eval.json", "rows": score_rows.ROWS_FILE, "pictures": PICTURES}
     run_folder.tell(workdir, **places, report="report.html")
@@ -274,9 +275,10 @@ class Evaluation:
                 if processes.is_first():
                     file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
                     path = self.workdir / PICTURES / f"{file}.png"
-                    path.parent.mkdir(exist_ok=True)
                     names = generator.spec.class_names
-                    save_sample_grid(path, shown, labels[: len(shown)], names)
+                    with left_out(f"{PICTURES}/{path.name}"):
+                        path.parent.mkdir(exist_ok=True)
+                        save_sample_grid(path, shown, labels[: len(shown)], names)
             yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:
