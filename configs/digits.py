@@ -77,7 +77,7 @@ def get_config(row: str = "") -> ConfigDict:
     config.times.t_mean, config.times.t_std = 0.4, 1.2
     config.times.r_mean, config.times.r_std = -2.0, 1.4
     config.draws.instant_share, config.draws.label_drop_share = 0.5, 0.0
-    config.weight.p, config.ema.decays, config.ema.rampup = 0.5, (0.995,), 0.0
+    config.weight.p, config.ema.decays = 0.5, (0.995,)
     config.train.num_steps, config.log.sample_every_steps = STEPS, 500
     config.optim.lr, config.optim.warmup_steps, config.optim.schedule = 2e-3, 100, "cosine"
     config.update_from_flattened_dict(choose("configs/digits.py", row, ROWS))
