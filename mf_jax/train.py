@@ -14,19 +14,14 @@
 import contextlib
 import dataclasses
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from types import FrameType
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from etils.epath import Path
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -48,14 +43,13 @@ from mf_jax.models import parameter_shapes
 from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog
-from mf_jax.runtime import processes
+from mf_jax.runtime import processes, stopping
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.sampling import can_draw, draw_progress
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
 
-_SECONDS_PER_LOOK = 1.0
 _RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
 _RESULTS |= {"pictures": "samples", "report": "report.html"}
 
@@ -91,7 +85,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     parts, weights = step_parts(config, source), None
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-    stop_signal = _stop_signal(workdir, config.train.num_steps)
+    stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
     with run_folder.own(workdir, config, source), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights)
@@ -200,7 +194,8 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         done, mark = start, None
         for done in range(start + 1, num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
-            state, mark = _patiently(pool, log, advance, state, mark, batch)
+            ahead = pool.submit(advance, state, mark, batch)
+            state, mark = stopping.awaited(ahead, log.remind if log else None)
             if log and done - 1 > start:
                 log.advance(done - 1)
             is_stopped = stop(done)
@@ -216,17 +211,6 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
             if is_stopped:
                 break
     return done
-
-
-def _patiently(
-    pool: ThreadPoolExecutor, log: RunLog | None, call: Callable, *arguments: Any
-) -> Any:
-    """Return what a call returns: it compiles or waits, and meanwhile this thread hears signals."""
-    future = pool.submit(call, *arguments)
-    while wait([future], timeout=_SECONDS_PER_LOOK).not_done:
-        if log:
-            log.remind()
-    return future.result()
 
 
 def _draw(run: _Run, state: TrainState, log: RunLog | None) -> None:
@@ -277,39 +261,3 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
     _check_finite(state, checkpoints)
     metrics = jax.device_get(state.metrics)
     return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
-
-
-@contextlib.contextmanager
-def _stop_signal(workdir: Path, num_steps: int) -> Iterator[Callable[[int], bool]]:
-    """Turn SIGTERM, and the first Ctrl-C, into the wish to save and end after the step at hand.
-
-    Yields a function of the steps begun that says whether to stop; all processes say the same.
-    """
-    next_step, last_step, several = 0, None, processes.are_several()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal last_step
-        signal.signal(number, before[number])  # a second one acts as it always does
-        last_step = next_step if last_step is None else last_step
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
-        step = "the next step" if several or not last_step else f"step {min(last_step, num_steps)}"
-        with contextlib.suppress(OSError, RuntimeError):  # amid another print
-            place = workdir / FOLDER
-            print(f"stopping after {step}; the checkpoint of {step} will be saved in {place}")
-            sys.stdout.flush()
-
-    def is_last(done: int) -> bool:
-        nonlocal next_step
-        next_step = done + 1  # what a signal from now on promises
-        return last_step is not None and done >= last_step
-
-    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
-        caught = ()
-    before = {number: signal.signal(number, ask) for number in caught}
-    try:
-        yield multihost_utils.reached_preemption_sync_point if several else is_last
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
