@@ -73,7 +73,7 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True)
 class Generator:
     """A trained model, ready to sample.
 

@@ -165,6 +165,8 @@ def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_p
             overrides = [f"--config.{override}" for override in bad]
             more = [] if config == TOY else ["--config.ema.decays=(0.9,)"]
             _assert_refused(command(config, run, *TINY, *more, *overrides), *bad.values())
+    unet = ("--config.model.name=unet", "--config.model.channel_multipliers=(0,)")
+    _assert_refused(command(DIGITS, run, *TINY, *unet), "channel_multipliers=(0,): must be at")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,6 +227,7 @@ def test_a_run_needs_no_config(command, copy_of_trained):
     run_folder.check(folder, config)
     stored = json.loads((copy_of_trained / "config.json").read_text())
     stored["optim"]["schedule"] = config.optim.schedule = "constant"
+    stored["train"]["num_steps"] = 30
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
     for steps in (12, 20):
         config.train.num_steps = steps

@@ -175,6 +175,8 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config, "--mode=eval")
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
+    arrays = _arrays(workdir, 12)
+    assert [*arrays["ema"].values()] != [*arrays["params"].values()], "the ramp counts steps"
     assert "sliced_wasserstein" in json.loads((workdir / "eval.json").read_text())["rows"][0]
     page = (workdir / "report.html").read_text()
     for text in (
