@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     Args:
       argv: of this process (overrides of config keys are read from `sys.argv` itself).
     """
-    _bring_configs()
+    configs()
     values = flags.FlagValues()
     flags.DEFINE_string("mode", "train", "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
@@ -64,12 +64,31 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     return config, values.mode, place(values.workdir or f"runs/{name}", "--workdir")
 
 
-def _bring_configs() -> None:
-    """Let config files import `configs`, which lies in the package or beside it, from anywhere."""
-    if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
-        home, module = Path(__file__).parent, types.ModuleType("configs")
-        module.__path__ = [str(home / "configs"), str(home.parent / "configs")]
+def configs() -> Path:
+    """Return the folder of the configs, in the package or beside it, and let `configs` be imported.
+
+    A folder of that name in the caller's own project stays importable beside it.
+    """
+    home = Path(__file__).parent
+    folder = next(path for path in (home / "configs", home.parent / "configs") if path.exists())
+    if "configs" not in sys.modules:
+        spec, module = importlib.util.find_spec("configs"), types.ModuleType("configs")
+        module.__path__ = [str(folder), *((spec and spec.submodule_search_locations) or ())]
         sys.modules["configs"] = module
+    return folder
+
+
+def _with_file(argument: str) -> str:
+    """Return an argument with the file of a config that it gives by name, as --config=digits."""
+    flag, _, value = argument.partition("=")
+    name, colon, row = value.partition(":")
+    if flag.lstrip("-") != "config" or not re.fullmatch(r"\w+", name) or Path(name).is_file():
+        return argument
+    if not (file := configs() / f"{name}.py").exists():
+        names = [path.stem for path in configs().glob("*.py")]
+        fix = nearest(name, names) or f"; there are {listed(names, 12)}, or name a FILE.py"
+        raise BadInput(f"--config={name}: no such config{fix}")
+    return f"{flag}={file}{colon}{row}"
 
 
 def _run_without_config(argv: Sequence[str]) -> Path | None:
@@ -78,7 +97,7 @@ def _run_without_config(argv: Sequence[str]) -> Path | None:
     if given.get("config"):
         return None
     if not given.get("workdir"):
-        fix = "for example --config=configs/digits.py, or --workdir=RUN of a run"
+        fix = "for example --config=digits, or --workdir=RUN of a run"
         raise BadInput(f"--config is missing; {fix}")
     workdir = place(given["workdir"], "--workdir")
     with reachable(workdir):
@@ -91,18 +110,16 @@ def _of_run(workdir: Path) -> ConfigDict:
     """Return the config that a run has stored, over the defaults of keys that are younger."""
     from mf_jax.runtime.workdir import stored_config  # brings JAX
 
-    config, stored = defaults() or ConfigDict(), stored_config(workdir)
+    config, stored = defaults(), stored_config(workdir)
     with config.unlocked():
         config.update(stored)
     return config
 
 
-def defaults() -> ConfigDict | None:
-    """Return the config of configs/default.py, or None where it is not beside the caller."""
-    try:
-        return importlib.import_module("configs.default").get_config()
-    except ModuleNotFoundError:
-        return None
+def defaults() -> ConfigDict:
+    """Return the config of configs/default.py: every key, and its default."""
+    configs()
+    return importlib.import_module("configs.default").get_config()
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -116,8 +133,8 @@ def _checked(config: Any, source: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise BadInput(f"{source}: get_config returns a {kind}; end it with: return config")
-    there, default = set(_keys(config)), defaults()
-    if missing := [key for key in _keys(default or config) if key not in there]:
+    there = set(_keys(config))
+    if missing := [key for key in _keys(defaults()) if key not in there]:
         fix = "start from configs.default.get_config(), and set single keys"
         raise BadInput(f"{source}: lacks {listed(missing, 4)}; {fix}")
     change_paths(config, lambda path, key: str(place(path, key)))
@@ -168,7 +185,10 @@ def _line_of_file(chain: Sequence[BaseException]) -> str:
 
 
 def last_of_each(arguments: Sequence[str]) -> list[str]:
-    """Return arguments, values joined to their flags, without flags that are set again later."""
+    """Return arguments, values joined to their flags, without flags that are set again later.
+
+    A config that is given by its name becomes its file.
+    """
     kept: dict[str, str] = {}
     left = list(arguments)
     while left:
@@ -179,7 +199,7 @@ def last_of_each(arguments: Sequence[str]) -> list[str]:
             argument = f"--{name}={left.pop(0)}"
         kept.pop(name, None)
         kept[name] = argument
-    return list(kept.values())
+    return [_with_file(argument) for argument in kept.values()]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.sample_grid import save_sample_grid
+from mf_jax.reporting.sample_grid import describe, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
@@ -261,11 +261,18 @@ class Evaluation:
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
         batches = generator.batches(labels, cell.plan)
         if generator.spec.is_picture:
-            batches = self._pictures(batches, labels, generator, name)
+            evaluations = len(cell.plan.grid) - 1
+            caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)
+            batches = self._pictures(batches, labels, generator, name, caption)
         return Samples(name, batches, labels, cell.plan.batch_size)
 
     def _pictures(
-        self, batches: Iterator, labels: Int[np.ndarray, "n"], generator: Generator, name: str
+        self,
+        batches: Iterator,
+        labels: Int[np.ndarray, "n"],
+        generator: Generator,
+        name: str,
+        caption: str,
     ) -> Iterator:
         """Yield samples as bytes, and draw the first ones."""
         for x, index in batches:
@@ -275,10 +282,10 @@ class Evaluation:
                 if processes.is_first():
                     file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
                     path = self.workdir / PICTURES / f"{file}.png"
-                    names = generator.spec.class_names
+                    first, names = labels[: len(shown)], generator.spec.class_names
                     with left_out(f"{PICTURES}/{path.name}"):
                         path.parent.mkdir(exist_ok=True)
-                        save_sample_grid(path, shown, labels[: len(shown)], names)
+                        save_sample_grid(path, shown, first, names, caption=caption)
             yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:

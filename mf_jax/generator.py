@@ -181,7 +181,10 @@ class Generator:
 
     def pixels(self, x: Float[Array, "b ..."]) -> UInt8[Array, "b h w c"]:
         """Return samples of `batches` as pictures of bytes, on the devices."""
-        return _pixels(self.mesh, self.decoder, x)
+        pixels, are_finite = _pixels(self.mesh, self.decoder, x)
+        if not are_finite:
+            raise BadInput("a decoded sample is not finite; see data.latent_mean, data.latent_std")
+        return pixels
 
     def labels_for(self, labels: Labels, num: int | None = None) -> Int[np.ndarray, "n"]:
         """Return the label of each of num samples, int32 `[num]`; see `sample`."""
@@ -245,8 +248,8 @@ def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array) 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> Array:
-    """Return bytes; each device decodes its own rows."""
+def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> tuple[Array, Array]:
+    """Return bytes, and whether all came of finite numbers; each device decodes its own rows."""
     if decoder is not None:
         rows = batch_sharding(mesh).spec
         decode = jax.shard_map(
@@ -257,4 +260,4 @@ def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> Array:
             check_vma=False,
         )
         x = decode(decoder, x)
-    return to_pixels(x)
+    return to_pixels(x), jnp.isfinite(x).all()

@@ -14,12 +14,14 @@ from absl import logging
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax.arguments import MODES, defaults, last_of_each, parse, reachable
+from mf_jax.arguments import MODES, configs, defaults, last_of_each, parse, reachable
 from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime.files import STORES, in_bucket
 
-_HELP = """python -m mf_jax.main --config=FILE.py[:ROW] [--mode=MODE] [--workdir=runs/NAME]
+_HELP = """python -m mf_jax.main --config=NAME[:ROW] [--mode=MODE] [--workdir=runs/NAME]
   [--config.KEY=VALUE ...]
+
+NAME is one of the configs below, or a FILE.py of your own.
 
 A workdir that holds a run needs no --config: --mode=sample --workdir=runs/digits
 
@@ -33,8 +35,8 @@ modes:
   bench     time a step, sampling, the input; or tell whether a config fits a machine
 
 examples:
-  python -m mf_jax.main --config=configs/digits.py:shortcut --config.train.num_steps=500
-  python -m mf_jax.main --config=configs/pictures.py --config.data.path=FOLDER --mode=train
+  python -m mf_jax.main --config=digits:shortcut --config.train.num_steps=500
+  python -m mf_jax.main --config=pictures --config.data.path=FOLDER --mode=train
   python -m mf_jax.main --mode=sample --workdir=runs/pictures --config.sample.num=64
   python -m mf_jax.main --mode=eval --workdir=runs/pictures --config.eval.steps=1,2
 
@@ -65,7 +67,7 @@ def main() -> int:
         print(f"mf_jax: {error}", file=sys.stderr)
         return _BAD_INPUT
     if mode == "config":
-        print("\n".join(_differences(config, defaults() or config)))
+        print("\n".join(_differences(config, defaults())))
         return _OK
     return _run(mode, config, workdir)
 
@@ -100,11 +102,11 @@ def _tables() -> Iterator[str]:
     from mf_jax.objectives import OBJECTIVES  # brings JAX
 
     yield "configs, and their rows:"
-    for path in sorted(Path("configs").glob("*.py")):
+    for path in sorted(configs().glob("*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
         if path.stem != "default" and hasattr(module, "get_config"):
             rows = ", ".join(filter(None, getattr(module, "ROWS", {})))
-            yield f"  {path}  {module.__doc__.splitlines()[0]}" + f"\n    {rows}" * bool(rows)
+            yield f"  {path.stem}  {module.__doc__.splitlines()[0]}" + f"\n    {rows}" * bool(rows)
     yield f"\nobjectives: {', '.join(OBJECTIVES)}"
 
 

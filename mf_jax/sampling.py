@@ -6,7 +6,6 @@ Training draws its samples here too.
 import io
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from jaxtyping import Float, Int
@@ -27,6 +26,7 @@ from mf_jax.reporting.sample_grid import REAL_FILE, describe, few_classes, save_
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.sharding import batch_sharding
 
 _GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
@@ -125,7 +125,8 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
     if processes.is_first():
         save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
     real = workdir / REAL_FILE
-    if not processes.are_several() and not real.exists():
+    # latents are decoded on the devices of all processes
+    if processes.from_first(not real.exists()) and (source.stored or processes.is_first()):
         with left_out(REAL_FILE):
             _draw_real(real, generator, source, labels)
     return path
@@ -134,18 +135,24 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
 def _draw_real(
     path: Path, generator: Generator, source: Source, labels: Int[np.ndarray, "n"]
 ) -> None:
-    """Save real pictures, of the classes of these labels where some are found."""
+    """Save real pictures, of the classes of these labels where some are found.
+
+    All processes must call for latents.
+    """
     spread = np.linspace(0, len(source) - 1, min(len(source), _REAL_ROWS)).astype(int)
     rows = source.gather(spread)
     found = np.flatnonzero(np.isin(rows.labels, labels))
     x, kept = (values[found if len(found) else ...] for values in rows)
-    # the devices decode latents together
-    num = len(x) if generator.decoder is None else min(len(x), _GRID_SAMPLES)
-    x, kept = (
-        values[: max(num // generator.mesh.size, 1) * generator.mesh.size] for values in (x, kept)
-    )
     if source.stored:
-        x = source.stored.draw(jax.random.key(0), jnp.asarray(x))
-    pixels = to_pixels(x) if generator.decoder is None else generator.pixels(x)
-    names = generator.spec.class_names
-    save_sample_grid(path, np.asarray(pixels), kept, names, caption="real pictures")
+        kept = kept[:_GRID_SAMPLES]
+        padded = -(-len(kept) // generator.mesh.size) * generator.mesh.size
+        rows = source.stored.draw(
+            jax.random.key(0), np.resize(x[: len(kept)], (padded, *x.shape[1:]))
+        )
+        z = jax.device_put(rows, batch_sharding(generator.mesh))
+        pixels = processes.on_host(generator.pixels(z))[: len(kept)]
+    else:
+        pixels = to_pixels(x)
+    if processes.is_first():
+        names = generator.spec.class_names
+        save_sample_grid(path, pixels, kept, names, caption="real pictures")

@@ -261,6 +261,8 @@ def test_bad_arguments(command, tmp_path):
     for arguments, *words in (
         ([], "--config is missing"),
         (["--config=configs/digit.py"], "configs/digit.py", "did you mean configs/digits.py?"),
+        (["--config=digit"], "--config=digit: no such config (did you mean digits?)"),
+        (["--config=elsewhere:row"], "--config=elsewhere: no such config", "imagenet_b2"),
         (["--config=nowhere/at_all.py"], "nowhere/at_all.py", "no such file"),
         (["--config=nowhere/at_all.py:row"], "--config=nowhere/at_all.py: no such file"),
         ([f"--config={broken}"], "division by zero"),
@@ -343,8 +345,31 @@ def test_help_names_modes(command):
     code, out, _ = command("--help")
     assert code == 0
     assert all(f"\n  {mode} " in out for mode in MODES)
-    assert "configs/digits.py  MeanFlow on the 1,797" in out
+    assert "\n  digits  MeanFlow on the 1,797" in out
     assert "shortcut, terminal_velocity" in out
+
+
+def test_configs_have_names_beside_a_folder_configs_of_the_caller(command, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text("SEED = 7\n")
+    (tmp_path / "own.py").write_text(
+        "from configs.digits import get_config as digits\n"
+        "from configs.mine import SEED\n"
+        "def get_config():\n"
+        "    config = digits()\n"
+        "    config.seed = SEED\n"
+        "    return config\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "configs", raising=False)
+    for config, line in (
+        ("imagenet:xl2", "* model.size = 'XL'"),
+        (tmp_path / "own.py", "* seed = 7  (default 0)"),
+    ):
+        code, out, errors = command(f"--config={config}", "--mode=config")
+        assert not errors
+        assert code == 0
+        assert line in out
 
 
 def test_config_is_printed_with_what_differs_marked(command):

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
 from etils import epath
+from PIL import Image
 from test_data import Numbered
 
 from configs.digits import get_config
@@ -105,10 +107,15 @@ def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(score, looks,
     assert _protocols([first], "checkpoint", "steps", "ema", "seed") == [(12, 2, "0.995", 1)]
     assert first["protocol"]["reference_sha256"] == read_reference(reference).sha256
     assert first["name"] == "checkpoint 12, EMA 0.995, 2 steps"
-    pictures = [path.name for path in (score.workdir / "eval_samples").iterdir()]
-    assert pictures == ["checkpoint_12_EMA_0.995_2_steps.png"]
+    (picture,) = (score.workdir / "eval_samples").iterdir()
+    assert picture.name == "checkpoint_12_EMA_0.995_2_steps.png"
+    with Image.open(picture) as image:
+        shown = image.text["Description"]
+    assert shown == "step 12 · 2 evaluations a sample · average 0.995"
 
-    rows = score("--config.eval.steps=2,1", "--config.eval.emas=('', 'none')")
+    with mock.patch("mf_jax.evaluate.save_sample_grid", side_effect=OSError("no font")):
+        rows = score("--config.eval.steps=2,1", "--config.eval.emas=('', 'none')")
+    assert score.out.count("eval_samples/checkpoint_12_EMA_0.995_1_step.png is left out") == 1
     assert sum(looks) == 3 * 80  # one of four cells was there
     assert rows[0] == first
     every = {(steps, ema) for steps in (1, 2) for ema in ("0.995", "none")}

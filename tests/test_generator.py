@@ -195,6 +195,15 @@ def test_pictures_are_the_decoded_latents_at_any_batch_size(of_latents):
     np.testing.assert_array_equal(of_latents.sample(labels), pictures)
 
 
+def test_a_decoded_picture_that_is_not_finite_is_refused(of_latents):
+    config = of_latents.config.copy_and_resolve_references()
+    config.data.latent_std = (np.inf, 1.0, 1.0, 1.0)
+    broken = dataclasses.replace(of_latents, config=config)
+    assert np.isfinite(broken.sample_raw(num=2)).all()
+    with pytest.raises(BadInput, match="decoded sample is not finite"):
+        broken.sample(num=2)
+
+
 def test_an_autoencoder_that_is_missing_or_another_is_refused(of_latents):
     """Latents themselves need none."""
     config, sha256 = of_latents.config, load_autoencoder(VAE).sha256

@@ -118,6 +118,7 @@ def test_from_pictures_to_fid(command, tmp_path, monkeypatch):
     assert np.load(reference)["num_images"] == 120
 
     start("--mode=train")
+    assert (workdir / "real.png").stat().st_size > 1000  # latents are decoded
     told = start("--mode=eval", "--config.eval.checkpoints=10,20")
     first, second = _rows(workdir)
     assert [row["protocol"]["checkpoint"] for row in (first, second)] == [10, 20]

@@ -95,7 +95,10 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
     if not exists(workdir):
         return
     known, added = (flatten_dict(each, sep=".") for each in (_read(workdir, _CONFIG), _ADDED))
-    config.update_from_flattened_dict({k: added[k] for k in _HABITS if k not in known})
+    for key in (key for key in _HABITS if key not in known):
+        if flat(config)[key] != added[key]:
+            print(f"{key}={added[key]!r}: what this run has done since an earlier version began it")
+        config.update_from_flattened_dict({key: added[key]})
 
 
 @contextlib.contextmanager
