@@ -283,7 +283,7 @@ def test_a_pickle_cannot_alter_its_functions(tmp_path):
     state = b"(N" + _opcodes({"__defaults__": 1}) + b"t"
     for target in (b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n"):
         pickled = b"\x80\x02" + target + state + b"b."
-        with pytest.raises(BadInput, match=r"cannot be read|holds a"):
+        with pytest.raises(BadInput, match="asks for BUILD, which is refused"):
             read_state_dict(_write_zip(tmp_path / "a.pth", pickled, {}))
         read_state_dict(_save_zip(tmp_path / "b.pth", _small()))
 

@@ -7,12 +7,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from mf_jax.runtime.archives import check_claim
+
 CROP = "adm"
 """The crop's name in manifests."""
 _FORMATS = """AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF HEIF ICNS ICO IM JPEG JPEG2000 MSP
 PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM"""
 """Those with pixels in them: EPS and WMF are programs, others hold a picture of any format."""
 _SIXTEEN_BITS = 2**16 - 1
+_MOST_TIMES = 100  # may a picture be as long as wide: the crop scales its short side
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 
 
@@ -32,7 +35,11 @@ def suffixes() -> frozenset[str]:
 
 def open_picture(content: bytes) -> Image.Image:
     """Open an encoded picture; its pixels are read when they are asked for."""
-    return Image.open(io.BytesIO(content), formats=formats())
+    image = Image.open(io.BytesIO(content), formats=formats())
+    if max(image.size) > _MOST_TIMES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a crop")
+    check_claim(3 * image.width * image.height, len(content))
+    return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """The files of an input: those in a folder and below it, or those packed in a tar file."""
 
-import math
 import os
 import posixpath
 import tarfile
@@ -10,7 +9,11 @@ from typing import NamedTuple
 from etils import epath
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.runtime.files import in_bucket
+from mf_jax.runtime.files import in_bucket, opened
+
+_OF_TARFILE = b"LKxgX"
+"""Types of members that tarfile reads itself: long names, and headers of POSIX."""
+_MOST_OF_A_NAME = 2**20
 
 
 class File(NamedTuple):
@@ -28,7 +31,7 @@ class File(NamedTuple):
 
     def read(self) -> bytes:
         """Return its bytes."""
-        with epath.Path(self.path).open("rb") as file:
+        with opened(self.path) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -67,17 +70,20 @@ def _parts(name: str) -> tuple[str, ...]:
 def in_tar(tar_file: File, key: str) -> Iterator[File]:
     """Yield the files of a tar file, which may lie in another."""
     shown = tar_file.path if tar_file.size < 0 else f"{tar_file.path}:{tar_file.name}"
-    end = math.inf if tar_file.size < 0 else tar_file.offset + tar_file.size
     members: dict[str, tarfile.TarInfo] = {}
     try:
-        with epath.Path(tar_file.path).open("rb") as file:
+        with opened(tar_file.path) as file:
+            end = file.seek(0, os.SEEK_END)
+            end = end if tar_file.size < 0 else min(end, tar_file.offset + tar_file.size)
             file.seek(tar_file.offset)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 for member in tar:
-                    if member.size < 0 or member.offset_data + member.size > end:
+                    if not 0 <= member.size <= end - member.offset_data or member.issparse():
                         raise tarfile.ReadError("a size is wrong")
                     members[posixpath.normpath(member.name)] = member
-    except (tarfile.TarError, OSError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # its type depends on where tarfile stumbles over the damage
         raise BadInput(
             f"{key}: {shown} is cut short, or no uncompressed tar file ({error}): fetch it "
             "again, or unpack it"
@@ -87,6 +93,17 @@ def in_tar(tar_file: File, key: str) -> Iterator[File]:
         if parts := _parts(member.name + "/" * member.isdir()):
             place = (target.offset_data, target.size) if target.isfile() else (0, 0)
             yield File(parts, member.name, tar_file.path, *place)
+
+
+class _Header(tarfile.TarInfo):
+    """The header of a member, before tarfile skips what it says, or reads it as a long name."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _OF_TARFILE and header.size > _MOST_OF_A_NAME):
+            raise tarfile.ReadError("a size is wrong")
+        return header
 
 
 def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:

@@ -117,7 +117,7 @@ class Latents:
 
     def _check_length(self, shard: dict[str, Any]) -> None:
         path = self._folder / shard["name"]
-        if not path.exists():
+        if not path.is_file():
             self._refuse(shard, "is missing")
         length = path.stat().length
         if length != shard["bytes"]:
@@ -164,7 +164,7 @@ def _sha256(autoencoder: str) -> str:
     path = epath.Path(autoencoder).expanduser()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if autoencoder and path.exists():
-        return sha256_of(path)
+        return sha256_of(path)  # which refuses what is no file
     return PUBLISHED[autoencoder][0].sha256 if autoencoder in PUBLISHED else ""
 
 

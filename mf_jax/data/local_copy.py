@@ -10,7 +10,7 @@ from mf_jax.data.latent_records import MANIFEST, read_manifest
 from mf_jax.flow.errors import BadInput
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
-from mf_jax.runtime.files import in_bucket, locked, replace_file, to_json, written_aside
+from mf_jax.runtime.files import in_bucket, locked, opened, replace_file, to_json, written_aside
 
 _AT_ONCE = 8
 _CHUNK_BYTES = 2**24
@@ -47,7 +47,7 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
 
 
 def _is_there(path: epath.Path, length: int) -> bool:
-    return path.exists() and path.stat().length == length
+    return path.is_file() and path.stat().length == length
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
@@ -59,7 +59,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 def _chunks(path: epath.Path) -> Iterator[bytes]:
     """Yield a file's bytes; only errors of reading it are caught here."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
     except OSError as error:
         raise BadInput(

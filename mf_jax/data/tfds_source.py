@@ -1,9 +1,12 @@
 """Any image classification set of TensorFlow Datasets, read without TensorFlow."""
 
+import glob
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
@@ -11,6 +14,11 @@ from mf_jax.data.pictures import Pictures
 from mf_jax.data.pipeline import check_at_least
 from mf_jax.flow.errors import BadInput, nearest
 from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.runtime.files import in_bucket, opened
+
+_FEATURES = "tensorflow_datasets.core.features."
+_NAMING = {"pythonClassName", "python_class_name", "type"}
+"""Keys of a features.json that name a class, of which TFDS imports the module."""
 
 
 class TfdsPictures:
@@ -78,8 +86,14 @@ class Tfds(Pictures):
 def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict[str, Any]]:
     """Return what TFDS calls a data source, and its features by name."""
     import tensorflow_datasets as tfds  # takes most of a second, which other inputs need not pay
+    from tensorflow_datasets.core.utils import file_utils
 
     try:
+        name, _ = tfds.core.naming.parse_builder_name_kwargs(dataset)
+        if name.namespace:
+            raise BadInput(f"dataset={dataset!r}: may not be a community's, which brings its code")
+        for folder in file_utils.list_data_dirs(given_data_dir=path or None):
+            _check_features(epath.Path(folder) / name.name)
         data = tfds.data_source(
             dataset,
             split=split,
@@ -92,6 +106,8 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
         raise BadInput(
             f"dataset={dataset!r} is unknown to TFDS{hint}, and not prepared in path={path!r}"
         ) from error
+    except BadInput:
+        raise
     except Exception as error:
         # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -108,3 +124,31 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
             f"{list(features)}"
         )
     return data, features
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Raise BadInput if a prepared set, in a version or in that of a variant, names other classes.
+
+    TFDS would import them, and so run what lies in a folder from which Python imports.
+    """
+    for versions in ("", "*/", "*/*/"):
+        pattern = f"{versions}features.json"
+        if in_bucket(folder):
+            found = list(folder.glob(pattern))
+        else:
+            found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
+        for path in found:
+            with opened(path) as file:
+                names = _class_names(json.load(file))
+            if other := [name for name in names if not str(name).startswith(_FEATURES)]:
+                raise BadInput(f"{path} asks for {str(other[0])[:80]}, which is no feature of TFDS")
+
+
+def _class_names(value: Any) -> Iterator[Any]:
+    """Yield all names of classes in the content of a features.json."""
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if key in _NAMING:
+            yield each
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, dict | list):
+            yield from _class_names(each)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
+from mf_jax.runtime.archives import array_names, opened_npz, read_array
 from mf_jax.runtime.files import replace_file
 
 FEATURES_KEPT = 64
@@ -64,7 +65,8 @@ def train_classifier(
             "at least 2 classes, numbered from 0"
         )
     if file and epath.Path(file).exists():
-        arrays = dict(np.load(io.BytesIO(epath.Path(file).read_bytes())))
+        with opened_npz(file) as archive:
+            arrays = {name: read_array(archive, name) for name in array_names(archive)}
         params = unflatten_dict(arrays, sep="/")
     else:
         params = _train(images, labels, num_classes, recipe)

@@ -19,6 +19,7 @@ from numpy.lib import format as npy
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
 from mf_jax.metrics.row_pairs import LEAST_ROWS
+from mf_jax.runtime.archives import array_header, array_names, opened_npz, read_array, read_header
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
@@ -97,8 +98,8 @@ def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Refe
     """
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        shape = _header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
+        names = set(array_names(archive))
+        shape = array_header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
         num_pictures = shape[0] if shape else 0
         has_statistics = "mu" in names or "sigma" in names or not num_pictures
         if has_statistics:
@@ -119,7 +120,7 @@ def read_pictures(
     with _opened(epath.Path(path).expanduser()) as archive:
         shape = _picture_shape(archive)
         with archive.open(f"{_PICTURES}.npy") as member:
-            _read_header(member)
+            read_header(member)
             for start in range(0, shape[0], block_size):
                 block = (min(block_size, shape[0] - start), *shape[1:])
                 content = member.read(math.prod(block))
@@ -192,7 +193,7 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
     if not path.is_file():
         raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
     try:
-        with _naming(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with _naming(path), opened_npz(path) as archive:
             yield archive
     except BadInput:
         raise
@@ -203,20 +204,10 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
         ) from error
 
 
-def _read_header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = npy.read_magic(member)
-    return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
-
-
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    with archive.open(f"{name}.npy") as member:
-        return _read_header(member)
-
-
 def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
     if f"{_PICTURES}.npy" not in archive.namelist():
         raise BadInput("has no pictures; must have arr_0, uint8 [N, H, W, C]")
-    shape, fortran, dtype = _header(archive, _PICTURES)
+    shape, fortran, dtype = array_header(archive, _PICTURES)
     if dtype != np.uint8 or len(shape) != 4 or fortran or 0 in shape:
         raise BadInput(
             f"arr_0 is {dtype} {list(shape)}{' in Fortran order' * fortran}; must be uint8 "
@@ -236,8 +227,7 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
         )
     arrays = dict.fromkeys(_KEYS)
     for name in set(_KEYS) & names:
-        with archive.open(f"{name}.npy") as member:
-            array = npy.read_array(member, allow_pickle=False)
+        array = read_array(archive, name)
         if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
             raise ValueError(f"{name} is {array.dtype} or below 0")
         arrays[name] = np.asarray(array, _KEYS[name])

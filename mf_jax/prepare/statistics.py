@@ -20,6 +20,7 @@ from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
+from mf_jax.runtime.archives import array_names, opened_npz, read_array
 from mf_jax.runtime.files import replace_file
 
 KEPT_FEATURES = 10_000
@@ -171,15 +172,20 @@ class ReferenceStatistics:
 
     def _shards(self) -> list[int]:
         """Return the shards in the sums of any process."""
-        shards = (_read(path, lambda a: a["shards"].tolist()) for path in self._part_paths())
+        shards = (
+            _read(path, lambda a: a["shards"].tolist(), ["shards"]) for path in self._part_paths()
+        )
         return list(itertools.chain.from_iterable(shards))
 
 
-def _read(path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any]) -> Any:
-    """Return what a function reads of the arrays in a file; others are not loaded."""
+def _read(
+    path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any], only: Sequence[str] = ()
+) -> Any:
+    """Return what a function reads of the arrays in a file, of all or `only` some."""
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return read(arrays)
+        with opened_npz(path) as archive:
+            names = only or array_names(archive)
+            return read({name: read_array(archive, name) for name in names})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         problem = f"{path} is no file of sums ({error}): delete it and run again"
         raise BadInput(problem) from error

@@ -10,8 +10,9 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 
 import functools
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from urllib.parse import quote
 
 import numpy as np
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 from mf_jax.flow.errors import BadInput, check_known, list_problems
 from mf_jax.published import reading
 from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
+from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
 from mf_jax.runtime.files import on_disk, written_aside
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -88,7 +90,7 @@ def read_published(
     path = epath.Path(path).expanduser().absolute()
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    if not path.is_dir() and path.suffix not in _FILES:
+    if not path.is_dir() and (path.suffix not in _FILES or not path.is_file()):
         raise BadInput(
             f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_FILES)}"
         )
@@ -184,14 +186,24 @@ def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
         spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
         return ts.open(spec, open=True, read=True)
 
-    arrays = {short: open_array(name) for short, name in choose(dotted).items()}
-    reads = {short: array.result().read() for short, array in arrays.items()}
+    opening = {short: open_array(name) for short, name in choose(dotted).items()}
+    arrays = {short: array.result() for short, array in opening.items()}
+    claimed = sum(_num_bytes(array, array.shape) for array in arrays.values())
+    chunks = (_num_bytes(array, array.chunk_layout.read_chunk.shape) for array in arrays.values())
+    length = sum(file.stat().length for file in folder.rglob("*") if file.is_file())
+    check_claim(max([claimed, *chunks]), length)
+    reads = {short: array.read() for short, array in arrays.items()}
     return {short: read.result() for short, read in reads.items()}
 
 
+def _num_bytes(array: ts.TensorStore, shape: Sequence[int]) -> int:
+    return math.prod(shape) * array.dtype.numpy_dtype.itemsize
+
+
 def _read_npz(path: epath.Path, choose: _Choose) -> Arrays:
-    with path.open("rb") as file, np.load(file) as arrays:
-        return {short: arrays[name] for short, name in choose(arrays.files).items()}
+    with opened_npz(path) as archive:
+        chosen = choose(array_names(archive)).items()
+        return {short: read_array(archive, name) for short, name in chosen}
 
 
 def _read_safetensors(path: epath.Path, choose: _Choose) -> Arrays:

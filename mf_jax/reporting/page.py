@@ -16,7 +16,7 @@ from PIL import Image
 from mf_jax.reporting.plots import draw_curves
 from mf_jax.reporting.run_log import TIMING_FILE, read_metrics
 from mf_jax.reporting.sample_grid import CAPTION, REAL_FILE
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.files import opened, replace_file
 
 _MOST_GRIDS = 24
 _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
@@ -151,7 +151,7 @@ def _duration(seconds: int) -> str:
 
 
 def _caption(path: Path) -> str:
-    with path.open("rb") as file, Image.open(file) as picture:
+    with opened(path) as file, Image.open(file, formats=["PNG"]) as picture:
         return str(picture.info.get(CAPTION, ""))
 
 
@@ -254,9 +254,10 @@ def _step_of(path: Path) -> int:
 
 def _data_uri(path: Path) -> str:
     """Return a picture as text, a large one smaller, so that the page can be mailed."""
-    content, kind = path.read_bytes(), "png"
+    with opened(path) as file:
+        content, kind = file.read(), "png"
     if len(content) > _LARGE_BYTES:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             small = picture.convert("RGB")
         small.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS))
         packed = io.BytesIO()

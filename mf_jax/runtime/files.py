@@ -1,19 +1,21 @@
 """Files that are written whole or not at all, on a file system or in a bucket."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
 import re
-import socket
+import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -66,9 +68,24 @@ def in_bucket(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def opened(path: epath.PathLike) -> BinaryIO:
+    """Open a regular file to read; BadInput for a pipe, which waits, and a device, without end."""
+    path = epath.Path(path)
+    return path.open("rb") if in_bucket(path) else _open_regular(path, os.O_RDONLY)
+
+
+def _open_regular(path: epath.Path, flags: int) -> BinaryIO:
+    waits_for_no_writer = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags | waits_for_no_writer, 0o666), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BadInput(f"{path}: is a pipe or a device; must be a file")
+    return file
+
+
 def sha256_of(path: epath.PathLike) -> str:
     """Return the SHA-256 of the bytes of a file, in hex digits."""
-    with epath.Path(path).open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -124,17 +141,18 @@ def written_aside(path: epath.Path) -> Iterator[str]:
             path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
         return
     final = Path(path)
-    aside = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.part")
+    # nobody else can put a link into a folder of this process under a name that none can guess
+    folder = Path(tempfile.mkdtemp(".part", f".{final.name}.", final.parent))
     try:
-        yield str(aside)
-        aside.replace(final)
-    except BaseException:
-        aside.unlink(missing_ok=True)  # it may be what fills the disk
-        raise
+        yield str(folder / final.name)
+        (folder / final.name).replace(final)
+    finally:
+        shutil.rmtree(folder)  # it may be what fills the disk
     for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                left.unlink()
+            if time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+                left.unlink(missing_ok=True)  # where it is no folder
 
 
 @contextlib.contextmanager
@@ -146,6 +164,12 @@ def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
     if in_bucket(path) or fcntl is None:
         yield
         return
-    with path.open("w") as file:
+    try:
+        file = _open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise BadInput(f"{path}: is a link, which another may have put there: remove it") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
