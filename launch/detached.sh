@@ -35,6 +35,7 @@ shift 2
 # was started anew.
 runs() {
   [ -d "$folder" ] || return
+  [ ! -L "$folder/lock" ] || mf_refuse "$folder/lock is a link, which another may have put there: remove it"
   exec 9>>"$folder/lock"
   ! flock --nonblock 9
 }

@@ -51,6 +51,7 @@ mf_sort_arguments "project zone type runtime capacity name repo commit poll retr
 mf_positive --poll "$poll"
 mf_positive --retries "$retries"
 case "$capacity" in spot | on-demand) ;; *) mf_refuse "--capacity=$capacity: must be spot or on-demand" ;; esac
+[[ $commit != -* ]] || mf_refuse "--commit=$commit: must be a commit, not an option"
 [ -z "$repo$commit" ] || { [ -n "$repo" ] && [ -n "$commit" ]; } || mf_refuse "--repo and --commit belong together"
 
 case "$action" in
@@ -120,13 +121,16 @@ create() {
 }
 
 setup() {
-  local get archive="${TMPDIR:-/tmp}/mf_jax_$UID/$name.tar.gz"
+  local get archive="" code=0
   if [ -n "$repo" ]; then
-    get="git clone --quiet $(mf_print "$repo") mf_jax/checkout && git -C mf_jax/checkout checkout --quiet $(mf_print "$commit")"
+    get="git clone --quiet -- $(mf_print "$repo") mf_jax/checkout && git -C mf_jax/checkout checkout --quiet $(mf_print "$commit") --"
   else
-    mf_run mkdir -p -m 700 "$(dirname "$archive")" || return
-    mf_run tar -czf "$archive" -C "$root" --exclude=__pycache__ requirements.txt mf_jax configs launch || return
-    mf_run "${tpus[@]}" tpu-vm scp "$archive" "$name:mf_jax.tar.gz" "${where[@]}" --worker=all || return
+    archive=TEMPORARY
+    [ "$dry_run" = 1 ] || archive=$(mktemp -d) || return # a folder that nobody else can have made
+    mf_run tar -czf "$archive/$name.tar.gz" -C "$root" --exclude=__pycache__ requirements.txt mf_jax configs launch || return
+    mf_run "${tpus[@]}" tpu-vm scp "$archive/$name.tar.gz" "$name:mf_jax.tar.gz" "${where[@]}" --worker=all || code=$?
+    mf_run rm -rf "$archive"
+    [ "$code" = 0 ] || return "$code"
     get="mkdir -p mf_jax/checkout && tar -xzf mf_jax.tar.gz -C mf_jax/checkout"
   fi
   # images of TPU hosts have an older Python; uv brings one

@@ -75,10 +75,14 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     for key in _AT_LEAST_ONE & inspect.signature(network).parameters.keys():
         if fields[key] < 1:
             raise BadInput(f"model.{key}={model[key]}: {model.name} needs it above 0")
+    for key in ("depth", "num_blocks", "head_depth", "r_blocks"):
+        if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
+            raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
     made = from_section(network, ConfigDict(fields), num_classes=spec.num_classes)
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
+_MOST_LAYERS = 500  # tracing more takes minutes
 _AT_LEAST_ONE = {"depth", "width", "num_heads", "patch_size", "channels", "num_blocks", "rank"}
 
 

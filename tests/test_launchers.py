@@ -334,7 +334,7 @@ def test_tpu_other_actions_print_their_commands(finish):
     log = _gcloud("tpu-vm", "ssh", "n", *WHERE)
     assert dry("log") == [[*log, "--worker=0", "--command=tail -n 50 -F mf_jax/runs/latest/log"]]
     (clone,) = dry("setup", "--repo=https://example.org/mf jax.git", "--commit=abc")
-    repo = "git clone --quiet 'https://example.org/mf jax.git' mf_jax/checkout && git -C "
+    repo = "git clone --quiet -- 'https://example.org/mf jax.git' mf_jax/checkout && git -C "
     assert repo in clone[-1]
     assert "checkout --quiet abc" in clone[-1]
     (run,) = dry("run", *MAIN, "--workdir=/shared/digits")
@@ -445,11 +445,15 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     text = (LAUNCH / "Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line and line[0] != "#"]
     sources = [shlex.split(line)[1] for line in lines if line.startswith("COPY")]
-    assert sources == ["requirements.txt", "configs", "mf_jax"]
+    assert sources == ["launch/locks", "configs", "mf_jax"]
     ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     assert {"*", *(f"!{source}" for source in sources)} <= set(ignored)
     (install,) = (i for i, line in enumerate(lines) if line.startswith("RUN pip install "))
-    assert lines[install].endswith('-r requirements.txt "jax[$ACCELERATOR]" "etils[epath-gcs]"')
+    assert lines[install].endswith('--require-hashes -r "locks/$ACCELERATOR.txt"')
+    locked = (LAUNCH / "locks" / "cpu.txt").read_text().lower().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in locked)
+    wanted = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text().lower(), re.MULTILINE)
+    assert set(wanted) <= {line.split("==")[0] for line in locked}, "run launch/lock.sh"
     assert install < lines.index("COPY mf_jax mf_jax")
     assert {"ARG ACCELERATOR=cpu", "USER 1000"} <= set(lines)
     assert lines[-1] == 'ENTRYPOINT ["python", "-m", "mf_jax.main"]'

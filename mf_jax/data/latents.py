@@ -163,8 +163,8 @@ def _sha256(autoencoder: str) -> str:
     """Return the SHA-256 of an autoencoder's weights, or "" for a path that is not there."""
     path = epath.Path(autoencoder).expanduser()
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if autoencoder and path.exists():
-        return sha256_of(path)  # which refuses what is no file
+    if autoencoder and not in_bucket(path) and path.exists():
+        return sha256_of(path)
     return PUBLISHED[autoencoder][0].sha256 if autoencoder in PUBLISHED else ""
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.flow.errors import BadInput, nearest
 from mf_jax.reporting.progress import ProgressBar
-from mf_jax.runtime.files import sha256_of, written_aside
+from mf_jax.runtime.files import in_bucket, sha256_of, written_aside
 
 ENVIRONMENT_VARIABLE = "MF_WEIGHTS"
 _NAME_A_FOLDER = f"set --config.weights_dir=DIR or the environment variable {ENVIRONMENT_VARIABLE}"
@@ -70,7 +70,12 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
       weights_dir: the folder of published files; "" for $MF_WEIGHTS.
       key: the config key that holds name_or_path, for the error.
     """
-    if name_or_path and (path := epath.Path(name_or_path).expanduser()).exists():
+    path = epath.Path(name_or_path).expanduser()
+    if in_bucket(path):  # a stranger's config may name it; weights are mapped from a disk
+        raise BadInput(f"{key}={name_or_path!r}: must be on a disk of this machine: copy it there")
+    if name_or_path and path.exists():
+        if not path.is_dir() and not path.is_file():
+            raise BadInput(f"{key}={name_or_path!r}: is a pipe or a device; must be a file")
         return path
     files, folder = _files(name_or_path, key), _folder(weights_dir)
     place = folder or epath.Path("DIR")
