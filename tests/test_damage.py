@@ -143,7 +143,7 @@ def _tar(path, pictures, *, size=None, kind=None):
             tar.addfile(member, io.BytesIO(content))
     if size is not None:  # of the first member, as its header says
         header = bytearray(path.read_bytes())
-        header[124:136] = (size & (2**95 - 1) | 2**95 * (1 + 254 * (size < 0))).to_bytes(12, "big")
+        header[124:136] = (size % 2**96 if size < 0 else size | 2**95).to_bytes(12, "big")
         header[156:157] = kind or b"0"
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header[:512])
@@ -276,7 +276,7 @@ def test_no_manifest_chooses_a_place_and_no_set_a_class(tmp_path, monkeypatch, r
         with pytest.raises(BadInput, match=r"manifest.json.* cannot be as it says"):
             data.make_source(SECTION | section, split="train")
         assert kept.read_text() == "kept"
-    write_tfds(tmp_path / "sets", [(rng.integers(0, 9, (4, 4, 3), np.uint8), 0)], 3)
+    write_tfds(tmp_path / "sets", [(_png(rng), 0)], 3)
     (features,) = (tmp_path / "sets").rglob("features.json")
     marker = tmp_path / "marker"
     (tmp_path / "hook.py").write_text(f"open({str(marker)!r}, 'w')")
