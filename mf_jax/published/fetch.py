@@ -74,7 +74,7 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
     if in_bucket(path):  # a stranger's config may name it; weights are mapped from a disk
         raise BadInput(f"{key}={name_or_path!r}: must be on a disk of this machine: copy it there")
     if name_or_path and path.exists():
-        if not path.is_dir() and not path.is_file():
+        if not path.is_dir() and not os.path.isfile(path):
             raise BadInput(f"{key}={name_or_path!r}: is a pipe or a device; must be a file")
         return path
     files, folder = _files(name_or_path, key), _folder(weights_dir)

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from mf_jax.flow.errors import BadInput, list_problems, listed
 from mf_jax.published import reading
 from mf_jax.runtime.archives import check_members
+from mf_jax.runtime.files import opened
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """Is in the first pickle of a file without an archive."""
@@ -64,7 +65,8 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
         raise BadInput(
             f"{path}: no such file; must be a .pth or .safetensors file of published weights"
         )
-    content = path.read_bytes()
+    with opened(path) as file:
+        content = file.read()
     with reading(path, ".pth or .safetensors"):
         if content.startswith(b"PK\x03\x04"):
             arrays = _read_archive(content)
