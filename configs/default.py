@@ -109,8 +109,8 @@ DEFAULTS = dict(
     ),
     init=dict(
         path="",  # a run's workdir, or a published checkpoint; "" = start from the seed
-        kind="run",  # what lies there: run | meanflow | imf | pmf
-        which="",  # run: an average or none; published: params or ema_params; "" = the average
+        kind="auto",  # what lies there: auto = found | run | meanflow | imf | pmf | sit | ...
+        which="",  # run: an average or none; published: a section, as params; "" = the average
     ),
     train=dict(
         num_steps=10_000,  # optimisation steps of the whole run

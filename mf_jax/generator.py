@@ -25,8 +25,10 @@ from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
 from mf_jax.models.blocks import unstack_blocks
+from mf_jax.models.layers import sine_cosine_positions
 from mf_jax.published.checkpoints import write_published
 from mf_jax.published.fetch import find_weights, verify
+from mf_jax.published.names import TORCH_KINDS
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
@@ -210,10 +212,13 @@ class Generator:
 
         Args:
           path: a `.npz` or `.safetensors` file.
-          kind: `meanflow` of a dit, `imf` or `pmf` of an in_context_dit.
+          kind: `meanflow`, `sit`, `zhuyu_meanflow`, `soflow` or `alphaflow` of a dit, `imf` or
+            `pmf` of an in_context_dit. A `sit` has the velocity u(z, t, t) alone.
         """
-        params = unstack_blocks(jax.device_get(self.params))
-        write_published(path, kind, params, patch_size=self.config.model.patch_size)
+        params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
+        grid = (side // model.patch_size for side in self.spec.shape[:2])
+        positions = sine_cosine_positions(*grid, model.width) if kind in TORCH_KINDS else ()
+        write_published(path, kind, params, patch_size=model.patch_size, positions=positions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,7 +1,7 @@
 """From weights that exist to a model: a run's, or published ones.
 
-`init.path` names the place. `init.kind` says what lies there: `run` for a workdir, or the kind of a
-published checkpoint. Parameters must fit the network by name and shape.
+`init.path` names the place. What lies there, a run or a kind of published checkpoint, is found by
+its names, or told by `init.kind`. Parameters must fit the network by name and shape.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.optim import choose_ema
-from mf_jax.published.checkpoints import describe_published, load_published
+from mf_jax.published.checkpoints import describe_published, find_kind, load_published
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -29,7 +29,11 @@ from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.files import place
 from mf_jax.runtime.sharding import make_mesh, placed
 
-INIT_KINDS = ("run", *KINDS)
+_NOTES = {
+    "dit": ", which predicts noise: a start, not a flow map",
+    "sit": ", as the flow map u(z, r, t) = v(z, t)",
+}
+INIT_KINDS = ("auto", "run", *KINDS)
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
@@ -57,13 +61,12 @@ def load_for(workdir: Path, config: ConfigDict, *, ema: str) -> Generator:
 
 def load_initial(config: ConfigDict) -> Generator:
     """Return the weights of `init` as a model at step 0; their data need not be there."""
-    path, kind = config.init.path, config.init.kind
-    check_known("init.kind", kind, INIT_KINDS)
+    path = config.init.path
     with processes.together():
-        if kind == "run":
+        if (kind := _kind(config)) == "run":
             spec = run_folder.stored_data(place(path, "init.path"), "init.path")
         else:
-            spec = _published_spec(config)
+            spec = _published_spec(config, kind)
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
     return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
@@ -71,12 +74,14 @@ def load_initial(config: ConfigDict) -> Generator:
 
 def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     """Return the parameters that `init` names, float32, without a second head that shapes lack."""
-    path, kind, which = config.init.path, config.init.kind, config.init.which
-    check_known("init.kind", kind, INIT_KINDS)
+    path, which = config.init.path, config.init.which
+    with processes.together():
+        kind = _kind(config)
     if kind != "run":
         plain = jax.eval_shape(unstack_blocks, like)
         with processes.together():
-            published = load_published(path, kind, plain, section=which or "ema_params")
+            published = load_published(path, kind, plain, section=which)
+        print(f"init.path={path}: {which or 'weights'} of {kind}{_NOTES.get(kind, '')}")
         return laid_out_like(published, like)
     with processes.together():
         folder = place(path, "init.path")
@@ -95,12 +100,22 @@ def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None
     return Generator(config, network, params, spec, step, ema)
 
 
-def _published_spec(config: ConfigDict) -> DataSpec:
+def _kind(config: ConfigDict) -> str:
+    """Return what lies at `init.path`: a run, or a kind of published checkpoint."""
+    path, kind = config.init.path, config.init.kind
+    check_known("init.kind", kind, INIT_KINDS)
+    if kind != "auto":
+        return kind
+    if not (there := place(path, "init.path")).exists():
+        fix = "name the workdir of a run, or a published checkpoint"
+        raise BadInput(f"init.path={path}: no such file or folder; {fix}")
+    return "run" if run_folder.exists(there) else find_kind(there, section=config.init.which)
+
+
+def _published_spec(config: ConfigDict, kind: str) -> DataSpec:
     """Return what a published network generates; its classes are called by their numbers."""
     init = config.init
-    channels, num_classes = describe_published(
-        init.path, init.kind, section=init.which or "ema_params"
-    )
+    channels, num_classes = describe_published(init.path, kind, section=init.which)
     decoder = load_decoder(config, origin="")
     side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
     return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))

@@ -16,7 +16,10 @@ FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "ref
 
 def from_published(kind, flat):
     """Return published parameters as the tree of our network."""
-    ours = {our_name(kind, name)[0]: as_ours(array) for name, array in flat.items()}
+    ours = {
+        our_name(kind, name)[0]: as_ours(array, our_name(kind, name)[1])
+        for name, array in flat.items()
+    }
     return unflatten_dict(dict(sorted(ours.items())), sep="/")
 
 

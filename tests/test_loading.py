@@ -162,7 +162,7 @@ def test_parameters_that_do_not_fit_are_listed(trained):
 
 
 def test_bad_places_are_named():
-    for kind, named in {"run": "nowhere", "imf": "nowhere", "dit": "init.kind"}.items():
+    for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
         config = _from("nowhere", kind)
         with pytest.raises(BadInput, match=named):
             load_weights(config, _like(config))

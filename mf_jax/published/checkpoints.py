@@ -3,7 +3,8 @@
 A published checkpoint is a folder `checkpoint_N` that a published training script wrote with
 Orbax: a tree of `params`, `ema_params`, `opt_state` and `step`, the parameters below `net`. Pixel
 MeanFlow keeps several averages: there `ema_params` holds one tree for each. A `.npz` or
-`.safetensors` file holds the same names, joined by "/".
+`.safetensors` file holds the same names, joined by "/". A `.pt` or `.pth` file of PyTorch holds
+`model`, `ema` or `ema_model`, or one of them alone.
 
 Source: the recorded checkpoints of the published implementations (tests/reference).
 """
@@ -13,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -24,20 +26,33 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mf_jax.flow.errors import BadInput, check_known, list_problems
-from mf_jax.published import reading
-from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
+from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
+from mf_jax.published import flow_matching, reading, torch_file
+from mf_jax.published.names import (
+    KINDS,
+    TORCH_KINDS,
+    as_ours,
+    our_name,
+    published_name,
+    to_published,
+)
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
 from mf_jax.runtime.files import on_disk, written_aside
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 _Choose = Callable[[Collection[str]], dict[str, str]]
 """From the names that are stored to {short name: stored name} of the wanted ones."""
-_SECTIONS = ("ema_params", "params")
+_SECTIONS = ("ema_params", "ema", "ema_model", "params", "model")
+"""Of a training checkpoint; the first that is there is taken."""
 _NETWORK = "net/"
+_WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network)\.)*")
+"""In front of the names of a network's parameters."""
 _SECOND_HEAD = "v_head/"
 _TELLING = {
-    "meanflow": ("patch_embedding/kernel", "condition/label_embedding/embedding"),
+    **dict.fromkeys(
+        ("meanflow", *TORCH_KINDS),
+        ("patch_embedding/kernel", "condition/label_embedding/embedding"),
+    ),
     "imf": ("patch_embedding/kernel", "class_tokens/embedding/embedding"),
     "pmf": ("bottleneck/kernel", "class_tokens/embedding/embedding"),
 }
@@ -45,7 +60,7 @@ _TELLING = {
 
 
 def load_published(
-    path: epath.PathLike, kind: str, like: PyTree, *, section: str = "ema_params"
+    path: epath.PathLike, kind: str, like: PyTree, *, section: str = ""
 ) -> PyTree[Float[np.ndarray, "..."]]:
     """Return a published checkpoint (`read_published`) as a network's tree (`fit_published`)."""
     flat = read_published(path, kind, section=section)
@@ -53,9 +68,7 @@ def load_published(
         return fit_published(kind, flat, like)
 
 
-def describe_published(
-    path: epath.PathLike, kind: str, *, section: str = "ema_params"
-) -> tuple[int, int]:
+def describe_published(path: epath.PathLike, kind: str, *, section: str = "") -> tuple[int, int]:
     """Return channels and classes of a published network (`read_published`), 0 without labels."""
     check_known("kind", kind, KINDS)
     patches, table = (published_name(kind, ours)[0] for ours in _TELLING[kind])
@@ -67,40 +80,74 @@ def describe_published(
         )
     # The last row of the table stands for no label.
     num_classes = arrays[table].shape[-2] - 1 if table in arrays else 0
-    return arrays[patches].shape[2], num_classes
+    return arrays[patches].shape[1 if kind in TORCH_KINDS else 2], num_classes
 
 
 def read_published(
-    path: epath.PathLike, kind: str, *, section: str = "ema_params", only: Collection[str] = ()
+    path: epath.PathLike, kind: str, *, section: str = "", only: Collection[str] = ()
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Return the parameters in a published checkpoint: names without section and `net/`, float32.
 
     Args:
       path: a folder `checkpoint_N`, or the folder around it (the largest N is taken), or a file
-        `.npz` or `.safetensors`.
-      section: `ema_params`, `params`, or one of several averages, e.g. `ema_params/1000`. A file
-        without sections is taken as it is.
+        `.npz`, `.safetensors`, `.pt` or `.pth`.
+      section: one of `_SECTIONS`, or one of several averages, e.g. `ema_params/1000`; "" for the
+        first that is there. A file without sections is taken as it is.
       only: names to read, where they are there; empty for all.
     """
     check_known("kind", kind, KINDS)
-    if section.split("/")[0] not in _SECTIONS:
-        raise BadInput(
-            f"section={section!r}: must be one of {', '.join(_SECTIONS)}, or below one of them"
-        )
-    path = epath.Path(path).expanduser().absolute()
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    if not path.is_dir() and (path.suffix not in _FILES or not path.is_file()):
-        raise BadInput(
-            f"{path}: must be a folder checkpoint_N, or a file ending in {' or '.join(_FILES)}"
-        )
+    path, read = _opened(path)
     choose = functools.partial(_choose, section, only)
     with reading(path, "a published checkpoint"):
-        read = _read_folder if path.is_dir() else _FILES[path.suffix][0]
         flat = read(path, choose)
         if not only:
             _check_kind(flat, kind)
         return {name: _as_float32(name, array) for name, array in sorted(flat.items())}
+
+
+def find_kind(path: epath.PathLike, *, section: str = "") -> str:
+    """Return the kind of a published checkpoint, as the names of its parameters tell it."""
+    path, read = _opened(path)
+    names: list[str] = []
+
+    def take(stored: Collection[str]) -> dict[str, str]:
+        names.extend(_choose(section, (), stored))
+        return {}
+
+    with reading(path, "a published checkpoint"):
+        read(path, take)
+        fitting = _kinds_of(names)
+        if not fitting:
+            raise BadInput(f"its parameters ({listed(names, 3)}) have names of no published kind")
+        return _sit_or_dit(path) if set(flow_matching.KINDS) <= set(fitting) else fitting[0]
+
+
+def _sit_or_dit(path: epath.Path) -> str:
+    """Return which of two kinds, whose names are the same, its settings or its own name tell."""
+    is_torch = path.suffix in _TORCH_FILES
+    settings = torch_file.read_training(path.read_bytes())[1] if is_torch else {}
+    for text in (settings.get("model"), path.name):
+        told = [kind for kind in flow_matching.KINDS if kind in str(text).lower()]
+        if len(told) != 1:
+            continue
+        asked = {"path_type": "Linear", "prediction": "velocity"} if told == ["sit"] else {}
+        for key, value in asked.items():
+            if settings.get(key, value) != value:
+                raise BadInput(f"was trained with {key}={settings[key]!r}; must be {value!r}")
+        return told[0]
+    raise BadInput("is of SiT or of DiT, whose names are the same; set init.kind=sit or dit")
+
+
+def _opened(path: epath.PathLike) -> tuple[epath.Path, Callable[[epath.Path, _Choose], Arrays]]:
+    """Return where a published checkpoint lies, and how it is read."""
+    path = epath.Path(path).expanduser().absolute()
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
+    readers = {suffix: read for suffix, (read, _) in _FILES.items()}
+    readers |= dict.fromkeys(_TORCH_FILES, _read_torch)
+    if not path.is_dir() and (path.suffix not in readers or not path.is_file()):
+        raise BadInput(f"{path}: must be a folder checkpoint_N, or end in {' or '.join(readers)}")
+    return path, _read_folder if path.is_dir() else readers[path.suffix]
 
 
 def fit_published(
@@ -112,18 +159,24 @@ def fit_published(
     """
     wanted = flatten_dict(like, sep="/")
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
-    fitting, unknown, misshapen = {}, [], []
+    fitting, unknown, origin = {}, [], {}
     for published, stored in flat.items():
-        name, _ = our_name(kind, published) or ("", "")
-        if one_head and name.startswith(_SECOND_HEAD):
+        name, how = our_name(kind, published) or ("", "")
+        if how == "computed" or (one_head and name.startswith(_SECOND_HEAD)):
             continue
         if name not in wanted:
             unknown.append(f"{published} ({name})" if name else published)
             continue
-        fitting[name] = as_ours(stored)
-        if fitting[name].shape != wanted[name].shape:
-            shapes = f"is {list(stored.shape)}, must become {list(wanted[name].shape)}"
-            misshapen.append(f"{published} ({name}) {shapes}")
+        fitting[name], origin[name] = as_ours(stored, how), published
+    if kind in flow_matching.KINDS:
+        channels = flat[published_name(kind, _TELLING[kind][0])[0]].shape[1]
+        fitting = flow_matching.as_flow_map(kind, fitting, wanted, channels=channels)
+    misshapen = [
+        f"{origin[name]} ({name}) is {list(flat[origin[name]].shape)}, "
+        f"must become {list(wanted[name].shape)}"
+        for name, array in fitting.items()
+        if name in origin and array.shape != wanted[name].shape
+    ]
     names_of = {name: published_name(kind, name) for name in wanted if name not in fitting}
     missing = [
         f"{(known or ['nothing published'])[0]} ({name})" for name, known in names_of.items()
@@ -137,16 +190,25 @@ def fit_published(
     return unflatten_dict(fitting, sep="/")
 
 
-def write_published(path: epath.PathLike, kind: str, params: PyTree, *, patch_size: int) -> None:
+def write_published(
+    path: epath.PathLike, kind: str, params: PyTree, *, patch_size: int, positions: Any = ()
+) -> None:
     """Write a transformer's parameters for published code and `read_published`.
 
     Args:
       path: ends in `.npz` or `.safetensors`; the file is replaced if it exists.
+      positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
     path = epath.Path(path).expanduser().absolute()
     if path.suffix not in _FILES:
         raise BadInput(f"{path}: must end in {' or '.join(_FILES)}")
+    if kind == "sit":
+        ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+        params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
+        params = unflatten_dict(params, sep="/")
     flat = to_published(kind, params, patch_size=patch_size)
+    if kind in TORCH_KINDS and len(positions):
+        flat["pos_embed"] = positions[None]
     try:
         with written_aside(path) as aside:
             _FILES[path.suffix][1](aside, flat)
@@ -211,6 +273,11 @@ def _read_safetensors(path: epath.Path, choose: _Choose) -> Arrays:
         return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
 
 
+def _read_torch(path: epath.Path, choose: _Choose) -> Arrays:
+    arrays, _ = torch_file.read_training(path.read_bytes())
+    return {short: arrays[name] for short, name in choose(arrays).items()}
+
+
 def _write_npz(path: str, flat: Arrays) -> None:
     with open(path, "wb") as file:  # given a path, numpy would append .npz
         np.savez(file, **flat)
@@ -220,6 +287,7 @@ def _write_safetensors(path: str, flat: Arrays) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
 
 
+_TORCH_FILES = (".pt", ".pth")
 _FILES = {
     ".npz": (_read_npz, _write_npz),
     ".safetensors": (_read_safetensors, _write_safetensors),
@@ -228,29 +296,44 @@ _FILES = {
 
 def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Return {name without section and net/: stored name} of a section's parameters."""
-    sections = sorted({name.split("/")[0] for name in names} & set(_SECTIONS))
+    if section and section.split("/")[0] not in _SECTIONS:
+        raise BadInput(
+            f"section={section!r}: must be one of {', '.join(_SECTIONS)}, or below one of them"
+        )
+    there = {name.split("/")[0] for name in names if "/" in name}
+    sections = [each for each in _SECTIONS if each in there]
+    section = section or next(iter(sections), "")
     start = f"{section}/" if sections else ""
     chosen = {name.removeprefix(start): name for name in names if name.startswith(start)}
     if not chosen:
-        raise BadInput(f"holds no {section}, but {', '.join(sections) or 'no parameters at all'}")
+        raise BadInput(
+            f"holds no {section or 'parameters'}, but {', '.join(sections) or 'nothing'}"
+        )
     inner = f"/{_NETWORK}"
     averages = sorted({short.split(inner)[0] for short in chosen if inner in short})
     if len(averages) > 1:
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
-    prefix = averages[0] + inner if averages else _NETWORK
-    chosen = {short.removeprefix(prefix): name for short, name in chosen.items()}
+    prefix = f"{averages[0]}/" if averages else ""
+    chosen = {
+        _WRAPPERS.sub("", short.removeprefix(prefix), count=1): name
+        for short, name in chosen.items()
+    }
     return {short: name for short, name in chosen.items() if not only or short in only}
 
 
 def _check_kind(names: Collection[str], kind: str) -> None:
     """Raise BadInput if all names are of another kind, or none is of this."""
-    known = {other: [our_name(other, name) is not None for name in names] for other in KINDS}
-    fitting = [other for other in KINDS if all(known[other])]
+    fitting = _kinds_of(names)
     if fitting and kind not in fitting:
         raise BadInput(f"kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
-    if not any(known[kind]):
+    if not any(our_name(kind, name) for name in names):
         raise BadInput(f"kind={kind!r}: none of its parameters has a published name of any kind")
+
+
+def _kinds_of(names: Collection[str]) -> list[str]:
+    """Return the kinds that have all of some names, the plainest first."""
+    return [kind for kind in KINDS if all(our_name(kind, name) for name in names)]
 
 
 def _as_float32(name: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

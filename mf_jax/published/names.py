@@ -1,7 +1,9 @@
 """Names and shapes of published parameters become ours, and back.
 
 Published trees are flat dictionaries `{"blocks/layers_0/attn/qkv/_flax_linear/kernel": array, ...}`
-of three kinds: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`).
+of three kinds in JAX: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`). Codes in
+PyTorch say `{"blocks.0.attn.qkv.weight": array, ...}`; their kinds, all of them a `DiT`, differ in
+the names of the embeddings of times.
 
 Source: the recorded cases of the published implementations (tests/reference).
 """
@@ -22,8 +24,9 @@ class _Rule(NamedTuple):
     """The names of one parameter, or of one in each block, `{i}` its number.
 
     A name that ends in / stands for its kernel, bias and embedding. The published array is `stored`
-    as ours ("same"), as a kernel [p, p, C, width] ("patch") or [1, 1, C, width] ("pixel"), or with
-    a first axis of one ("row").
+    as ours ("same"), as a kernel [p, p, C, width] ("patch") or [1, 1, C, width] ("pixel"), with a
+    first axis of one ("row"), as [out, in] ("transposed") or [width, C, p, p] ("convolution"), or
+    we compute it ("computed").
     """
 
     published: str
@@ -95,6 +98,27 @@ def _in_context(tokens: str) -> tuple[_Rule, ...]:
     return (*rules, _Rule("class_tokens", "class_tokens/tokens", tokens))
 
 
+def _of_torch(**embeddings: str) -> tuple[_Rule, ...]:
+    """Return the rules of a DiT in PyTorch, whose embeddings of t, h = t - r and r have names."""
+    rules = [_Rule("pos_embed", "", "computed")]
+    for published, ours, stored in _DIT:
+        embedding = re.match("[thr](?=_embedder)", published)
+        if embedding and embedding[0] not in embeddings:
+            continue
+        name = re.sub("_flax_(linear|embedding)/|layers_", "", published).replace("/", ".")
+        name = embeddings[embedding[0]] + name.removeprefix(embedding[0]) if embedding else name
+        leaves = {"kernel": "transposed", "bias": "same"}
+        if "label_embedding" in ours:
+            leaves = {"embedding": "same"}
+        if stored == "patch" or not ours.endswith("/"):
+            leaves = {"": "convolution" if stored == "patch" else "same"}
+        rules += [
+            _Rule(re.sub("(kernel|embedding)$", "weight", f"{name}{leaf}"), f"{ours}{leaf}", how)
+            for leaf, how in leaves.items()
+        ]
+    return tuple(rules)
+
+
 _RULES = {
     "meanflow": _DIT,
     "imf": (
@@ -113,7 +137,15 @@ _RULES = {
         _Rule("y_embedder/embedding_table/embedding", "class_tokens/embedding/embedding", "row"),
     ),
 }
+_RULES |= {
+    "sit": _of_torch(t="t"),
+    "dit": _of_torch(t="t"),
+    "zhuyu_meanflow": _of_torch(t="t", h="r"),
+    "soflow": _of_torch(t="t", h="s"),
+    "alphaflow": _of_torch(t="noise_labels", r="noise_labels_next"),
+}
 KINDS = tuple(_RULES)
+TORCH_KINDS = KINDS[3:]
 
 
 def our_name(kind: str, published: str) -> tuple[str, str] | None:
@@ -141,8 +173,10 @@ def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] 
     return None
 
 
-def as_ours(array: Leaf) -> Leaf:
-    """Return a published array as a matrix or a vector."""
+def as_ours(array: Leaf, stored: str) -> Leaf:
+    """Return a published array, stored so (`_Rule`), as a matrix or a vector."""
+    if stored in ("transposed", "convolution"):
+        array = array.transpose(*range(2, array.ndim), 1, 0)
     return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
 
 
@@ -159,11 +193,16 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
                 f"parameter {ours!r}: unknown to published {kind} checkpoints; check the kind"
             )
         (name, stored), array = renamed, np.asarray(leaf)
-        if stored == "patch" and (patch_size <= 0 or array.shape[0] % patch_size**2):
+        is_patch = stored in ("patch", "convolution")
+        if is_patch and (patch_size <= 0 or array.shape[0] % patch_size**2):
             raise BadInput(
                 f"patch_size={patch_size}: {ours} of shape {array.shape} is of another patch size"
             )
         patch = patch_size, patch_size, -1
-        before = {"patch": patch, "pixel": (1, 1, -1), "row": (1, len(array))}
-        flat[name] = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
+        before = {"pixel": (1, 1, -1), "row": (1, len(array))}
+        before |= dict.fromkeys(("patch", "convolution"), patch)
+        array = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
+        if stored in ("transposed", "convolution"):
+            array = array.transpose(-1, -2, *range(array.ndim - 2))
+        flat[name] = array
     return dict(sorted(flat.items()))

@@ -68,15 +68,42 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
     with opened(path) as file:
         content = file.read()
     with reading(path, ".pth or .safetensors"):
-        if content.startswith(b"PK\x03\x04"):
-            arrays = _read_archive(content)
-        elif _MAGIC in content[:32]:
-            arrays = _read_pickles(content)
+        if is_torch(content):
+            arrays = _arrays(_read(content))
         else:
             with safe_open(path, framework="np") as file:
                 names = file.keys()
                 arrays = {name: file.get_tensor(name) for name in names}
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
+
+
+def is_torch(content: bytes) -> bool:
+    """Return whether a file of this content is one of `torch.save`."""
+    return content.startswith(b"PK\x03\x04") or _MAGIC in content[:32]
+
+
+def _read(content: bytes) -> Any:
+    return (_read_archive if content.startswith(b"PK") else _read_pickles)(content)
+
+
+def read_training(content: bytes) -> tuple[Arrays, dict[str, Any]]:
+    """Return the arrays {"section/name": array} that a training script has saved, and its settings.
+
+    A state_dict alone has no sections.
+    """
+    saved = _read(content)
+    if not isinstance(saved, dict):
+        raise BadInput(f"holds a {type(saved).__name__}; must be names and tensors")
+    sections = {f"{name}/": value for name, value in saved.items() if isinstance(value, dict)}
+    named = [("", saved), *sections.items()]
+    arrays = {
+        f"{section}{name}": value
+        for section, values in named
+        for name, value in values.items()
+        if isinstance(value, np.ndarray)
+    }
+    settings = getattr(saved.get("args"), "state", {})
+    return arrays, settings if isinstance(settings, dict) else {}
 
 
 def fit_state_dict(
@@ -143,11 +170,14 @@ def _unpickle(file: io.BytesIO, storage: Callable[[str, np.dtype, int], _Row]) -
             _extend(stack[-1], items)
         elif name == "GLOBAL":
             stack.append(_global(argument))
-        elif name == "REDUCE":
+        elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = popped(-2)
             stack.append(function(*arguments[:_MOST_ARGUMENTS]))
         elif name == "BINPERSID":
             stack.append(_row(stack.pop(), storage))
+        elif name == "BUILD" and isinstance(stack[-2], _Inert):
+            state = stack.pop()
+            stack[-1].state = state
         elif name == "BUILD" and type(stack[-2]) is collections.OrderedDict:
             stack.pop()  # versions of modules, which PyTorch hangs on a state_dict
         elif name == "STOP":
@@ -161,7 +191,7 @@ def _extend(target: Any, items: list[Any]) -> None:
         target.update(zip(items[::2], items[1::2], strict=True))
     elif isinstance(target, list):
         target.extend(items)
-    else:
+    elif not isinstance(target, _Inert):
         raise BadInput("fills what is no list, and no dictionary of names; may only hold tensors")
 
 
@@ -171,6 +201,8 @@ def _global(name: str) -> Any:
         return kind
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
+    if module.split(".")[0] in _SETTINGS or name in _OF_SETTINGS:
+        return _Inert
     raise BadInput(
         f"asks for {module}.{kind}, which is refused; may only hold tensors: save a"
         " state_dict(), or convert the file to .safetensors"
@@ -199,13 +231,24 @@ def _tensor(row: _Row, offset: int, shape: tuple, strides: tuple, *_: Any) -> np
     return np.ndarray(shape, row.dtype, row, offset * size, [stride * size for stride in strides])
 
 
+class _Inert:
+    """Stands for an object of settings, which is not built."""
+
+    def __init__(self, *_: Any):
+        self.state = {}
+
+
+_SETTINGS = ("argparse", "omegaconf")
+_OF_SETTINGS = ("typing Any", "collections defaultdict", "builtins dict", "builtins list")
+_OF_SETTINGS += ("builtins int", "builtins float", "builtins str", "builtins bool")
 _FUNCTIONS = {
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "collections OrderedDict": lambda: collections.OrderedDict(),
     "torch._utils _rebuild_tensor_v2": _tensor,
 }
 
 
-def _read_archive(content: bytes) -> Arrays:
+def _read_archive(content: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         check_members(archive, len(content), stored=True)
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -217,10 +260,10 @@ def _read_archive(content: bytes) -> Arrays:
         def storage(key: str, dtype: np.dtype, size: int) -> _Row:
             return np.frombuffer(read(key), dtype, size)
 
-        return _arrays(_unpickle(io.BytesIO(archive.read(pickled)), storage))
+        return _unpickle(io.BytesIO(archive.read(pickled)), storage)
 
 
-def _read_pickles(content: bytes) -> Arrays:
+def _read_pickles(content: bytes) -> Any:
     """Read a file whose numbers come after the pickle, which only says how many there will be."""
     file, rows, left = io.BytesIO(content), {}, len(content)
 
@@ -242,7 +285,7 @@ def _read_pickles(content: bytes) -> Arrays:
         size = int.from_bytes(file.read(8), "little")
         if size != row.size or file.readinto(row.view(np.uint8)) < row.nbytes:
             raise BadInput(f"does not have the {row.size} numbers of storage {key}; fetch it again")
-    return _arrays(saved)
+    return saved
 
 
 def _check_byte_order(little: bool) -> None:
