@@ -25,6 +25,7 @@ from mf_jax import train
 from mf_jax.config import validate
 from mf_jax.data import Batch, Stored, make_batches
 from mf_jax.data.pipeline import stream_flips, stream_indices
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.models.dit import DiT
@@ -173,6 +174,8 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
+    with pytest.raises(BadInput, match=r"^model.name='own': is registered by .*own_vectors.py"):
+        mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
     arrays = _arrays(workdir, 12)
