@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -163,9 +164,12 @@ def test_a_run_without_moving_averages_whose_pictures_cannot_be_drawn(tmp_path):
 
 
 def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
-    """They are registered by a config, and name none of our traits; a loss of weight 1 is flat."""
+    """The page on own parts registers them by a config, and names none of our traits."""
     workdir = tmp_path / "run"
-    config = (f"--config={ROOT}/tests/own_vectors.py", f"--workdir={workdir}", *TINY)
+    text = (ROOT / "docs" / "own_parts.md").read_text()
+    file = tmp_path / "clouds.py"
+    file.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    config = (f"--config={file}", f"--workdir={workdir}", *TINY)
     with (
         mock.patch.dict("mf_jax.data.SOURCES"),
         mock.patch.dict("mf_jax.models.NETWORKS"),
@@ -174,7 +178,7 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
-    with pytest.raises(BadInput, match=r"^model.name='own': is registered by .*own_vectors.py"):
+    with pytest.raises(BadInput, match=r"^model.name='own': is registered by .*/clouds.py"):
         mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
