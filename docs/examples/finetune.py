@@ -5,7 +5,8 @@ exactly. Training goes on with MeanFlow. A cold start has the same network and a
 
     python docs/examples/finetune.py
 
-No figures are recorded yet.
+Sliced Wasserstein distance of one-step samples, seed 0: flow matching 0.875 (0.064 in 50 steps),
+warm start 0.086, cold start 0.095.
 """
 
 import jax
@@ -87,8 +88,9 @@ def main(steps=500, before=2000, seeds=1):
         found["flow_matching_1"].append(distance(flow, keys[4], learns_average=False))
         found["warm"].append(distance(warm, keys[4]))
         found["cold"].append(distance(cold, keys[4]))
+    found = {name: float(np.mean(values)) for name, values in found.items()}
     print(found, distance(flow, keys[4], learns_average=False, steps=50))
-    return {k: np.mean(v) for k, v in found.items()}
+    return found
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def train(loss, x, steps, seed):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    bad, state = jnp.asarray(degrade(x)), optimizer.init(params)
+    bad, x, state = jnp.asarray(degrade(x)), jnp.asarray(x), optimizer.init(params)
     for key in jax.random.split(keys[-1], steps):
         params, state = step(params, state, key)
     return params
