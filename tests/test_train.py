@@ -178,7 +178,7 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
-    with pytest.raises(BadInput, match=r"^model.name='own': is registered by .*/clouds.py"):
+    with pytest.raises(BadInput, match=r"^data.name='clouds': is registered by .*/clouds.py"):
         mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
