@@ -63,6 +63,8 @@ DEFAULTS = dict(
     ),
     objective=dict(
         name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
+        derivative="jvp",  # of u in t, where the objective has one: jvp | backward | central
+        derivative_delta=0.0,  # backward, central: step in t, in (0, 1); 0 = as published
         tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong
         velocity="head",  # improved_meanflow, pixel_meanflow: of the network: head | boundary
         annealing="sigmoid",  # alpha_flow: how alpha moves: sigmoid | exponential
@@ -86,6 +88,7 @@ DEFAULTS = dict(
     weight=dict(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike
         c=0.01,  # above 0; keeps the weight of a small error finite
+        of="sum",  # l is the sum of a row's squared errors, or their mean: sum | mean
     ),
     controls=dict(  # optional terms on any objective, along a random direction of z
         lipschitz=0.0,  # factor of relu(|du/dz n| - lipschitz_bound)^2; 0 = off

@@ -10,7 +10,8 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import Source, make_source
+from mf_jax.data import SOURCES, Source, make_source
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
 from mf_jax.flow.guidance import Guidance
@@ -23,6 +24,28 @@ from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.optim import choose_ema, ema_names, learning_rate
 from mf_jax.ranges import check_tuples, wrong_values
 
+PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
+"""Tables where a config file may register parts of its own."""
+
+
+def own_parts(config: ConfigDict) -> dict[str, str]:
+    """Return the file of each part of a config that is not of this package, by section."""
+    parts = {section: table[config[section].name] for section, table in PARTS.items()}
+    own = (each for each in parts.items() if not isinstance(each[1], str))
+    is_ours = __name__.partition(".")[0] + "."
+    return {k: inspect.getfile(v) for k, v in own if not v.__module__.startswith(is_ours)}
+
+
+def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
+    """Raise BadInput that names the file if a part that a run's file registered is unknown."""
+    for section, file in files.items():
+        name = config[section].name
+        if name not in PARTS[section]:
+            raise BadInput(
+                f"{section}.name={name!r}: is registered by {file}; import this file first "
+                f"(runpy.run_path({file!r})), at the command line add --config={file}"
+            )
+
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
     """Return a table's entry, which a config key names."""
@@ -33,7 +56,7 @@ def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
 def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
     """Call a constructor with the keys of a section that are its arguments, and with more."""
     fields = inspect.signature(record).parameters
-    return record(**{key: value for key, value in section.items() if key in fields}, **more)
+    return record(**{key: value for key, value in section.items() if key in fields} | more)
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -44,6 +67,17 @@ def make_objective(config: ConfigDict) -> Objective:
     more = {name: from_section(*part) for name, part in parts.items() if name in fields}
     if "t_clip" in fields:  # the objective's is the network's
         more["t_clip"] = config.model.t_clip
+    kind, delta = config.objective.derivative, config.objective.derivative_delta
+    with in_section("objective"):
+        more |= {"derivative": Derivative(kind, delta)} if "derivative" in fields else {}
+        if "derivative" not in fields and (kind, delta) != ("jvp", 0):
+            able = [
+                k for k, v in OBJECTIVES.items() if "derivative" in inspect.signature(v).parameters
+            ]
+            raise BadInput(
+                f"derivative={kind!r}, derivative_delta={delta}: {config.objective.name} takes no "
+                f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
+            )
     made = from_section(objective, config.objective, **more)
     controls = from_section(Controls, config.controls)
     return Controlled(made, controls) if controls.lipschitz or controls.monotone else made

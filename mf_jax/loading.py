@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, make_network
+from mf_jax.config import averages, check_registered, make_network
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
@@ -93,6 +93,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
 
 def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:
     """Load a checkpoint of a workdir that is known to hold the run of a config."""
+    check_registered(config, run_folder.own_parts(folder))
     ema, spec = choose_ema("ema", ema, averages(config)), run_folder.stored_data(folder)
     network = make_network(config, spec, for_sampling=True)
     step, params = _restore(folder, config, ema, step)

@@ -33,6 +33,7 @@ from mf_jax.config import (
     make_objective,
     make_schedule,
     make_scheme,
+    own_parts,
     validate,
 )
 from mf_jax.data import Source, make_batches
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
     stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
-    with run_folder.own(workdir, config, source), stop_signal as stop:
+    with run_folder.own(workdir, config, source, own_parts(config)), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights)
             del weights  # which lie on the devices

@@ -246,7 +246,7 @@ def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained
     stored.pop("digest")
     (copy_of_trained / "data.json").write_text(json.dumps(stored))
     data.digest = "a"  # none was stored before
-    with run_folder.own(folder, config, data):
+    with run_folder.own(folder, config, data, {}):
         assert run_folder.stored_config(folder).data.path == str(ROOT / "configs")
     data.digest = "b"
     with pytest.raises(BadInput, match=r"other data \(files\).*data\.path"):

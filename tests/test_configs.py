@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import inspect
 import json
 import re
 
@@ -17,9 +18,12 @@ from recorded import FOLDER
 from configs import cifar10, digits, imagenet
 from configs.default import get_config as defaults
 from mf_jax.bench.step import Noise
-from mf_jax.config import averages, make_network, validate
+from mf_jax.config import averages, make_network, make_objective, validate
+from mf_jax.flow.derivative import Derivative
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
+from mf_jax.objectives import OBJECTIVES
 from mf_jax.scoring.grid import cells
 from mf_jax.step import NEVER, initial_state, make_train_step
 from mf_jax.train import step_parts
@@ -220,6 +224,27 @@ def test_no_dead_option():
         for key in section
     ]
     assert [key for key in keys if not re.search(rf"\b{key}\b", code)] == []
+
+
+def test_the_derivative_and_the_sum_or_mean_of_the_weight_are_keys():
+    config = defaults()
+    for name, record in OBJECTIVES.items():
+        config.objective.name, config.weight.of = name, "mean"
+        config.objective.derivative, config.objective.derivative_delta = "central", 0.01
+        if "derivative" not in inspect.signature(record).parameters:
+            with pytest.raises(
+                BadInput, match=rf"^objective.derivative='central'.*{name} takes no"
+            ):
+                make_objective(config)
+            config.objective.derivative, config.objective.derivative_delta = "jvp", 0.0
+            assert make_objective(config).weight.of == "mean"
+        else:
+            assert make_objective(config).derivative == Derivative("central", 0.01)
+    config.objective.name = "meanflow"
+    for kind, delta, match in (("cental", 0.0, "central"), ("jvp", 0.1, "derivative_delta=0.1")):
+        config.objective.derivative, config.objective.derivative_delta = kind, delta
+        with pytest.raises(BadInput, match=f"^objective.*{match}"):
+            validate(config, num_devices=1)
 
 
 def test_a_config_file_cannot_add_a_key():

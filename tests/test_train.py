@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -25,6 +26,7 @@ from mf_jax import train
 from mf_jax.config import validate
 from mf_jax.data import Batch, Stored, make_batches
 from mf_jax.data.pipeline import stream_flips, stream_indices
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.models.dit import DiT
@@ -164,9 +166,12 @@ def test_a_run_without_moving_averages_whose_pictures_cannot_be_drawn(tmp_path):
 
 
 def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
-    """They are registered by a config, and name none of our traits; a loss of weight 1 is flat."""
+    """The page on own parts registers them by a config, and names none of our traits."""
     workdir = tmp_path / "run"
-    config = (f"--config={ROOT}/tests/own_vectors.py", f"--workdir={workdir}", *TINY)
+    text = (ROOT / "docs" / "own_parts.md").read_text()
+    file = tmp_path / "clouds.py"
+    file.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    config = (f"--config={file}", f"--workdir={workdir}", *TINY)
     with (
         mock.patch.dict("mf_jax.data.SOURCES"),
         mock.patch.dict("mf_jax.models.NETWORKS"),
@@ -175,6 +180,8 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
+    with pytest.raises(BadInput, match=r"^data.name='clouds': is registered by .*/clouds.py"):
+        mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
     arrays = _arrays(workdir, 12)

@@ -42,10 +42,10 @@ class Derivative:
     delta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_known("derivative.kind", self.kind, _DELTAS)
+        check_known("derivative", self.kind, _DELTAS)
         if not 0 <= self.delta < 1 or (self.delta and self.kind == "jvp"):
             raise BadInput(
-                f"derivative.delta={self.delta}: must be within (0, 1) for backward and central, "
+                f"derivative_delta={self.delta}: must be within (0, 1) for backward and central, "
                 "0 for jvp; 0 is what is published"
             )
 

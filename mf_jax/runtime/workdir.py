@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils.epath import Path
@@ -35,7 +35,9 @@ _ADDED: dict[str, dict[str, Any]] = {
     | {"channel_multipliers": (2, 2, 2), "attention_resolutions": (16,)},
     "objective": {"alpha_start": 1.0, "alpha_end": 0.0, "anneal_from": 0, "anneal_to": 10_000}
     | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
-    | {"velocity": "head", "split": "uniform", "target_ema": 0.0},
+    | {"velocity": "head", "split": "uniform", "target_ema": 0.0}
+    | {"derivative": "jvp", "derivative_delta": 0.0},
+    "weight": {"of": "sum"},
     "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0},
     "times": {"levels": 7},
     "draws": {"omega_max": 1.0, "omega_power": 1.0},
@@ -102,10 +104,11 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 
 
 @contextlib.contextmanager
-def own(workdir: Path, config: ConfigDict, data: Any) -> Iterator[None]:
+def own(workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str]) -> Iterator[None]:
     """Hold a workdir for a training run: make it, keep other runs out, store config and data.
 
-    Stored ones must describe the same run. Data: its `mf_jax.data.Source`.
+    Stored ones must describe the same run. Data: its `mf_jax.data.Source`. Parts: the files that
+    registered parts of the user's own, by section of the config.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -116,7 +119,7 @@ def own(workdir: Path, config: ConfigDict, data: Any) -> Iterator[None]:
                 if exists(workdir):
                     check(workdir, config)
                     check_data(workdir, data)
-                replace_file(workdir / _DATA, to_json(_about(data)).encode())
+                replace_file(workdir / _DATA, to_json(_about(data) | {"own_parts": parts}).encode())
                 replace_file(workdir / _CONFIG, as_json(_for_any_folder(config)).encode())
         _check_shared(workdir)
         yield
@@ -224,6 +227,11 @@ def stored_data(workdir: Path, key: str = "--workdir") -> DataSpec:
     stored = _read(workdir, _DATA, key)
     classes = stored["num_classes"], tuple(stored["class_names"])
     return DataSpec(tuple(stored["shape"]), *classes, stored.get("origin", ""))
+
+
+def own_parts(workdir: Path) -> dict[str, str]:
+    """Return the files that registered parts of the user's own, by section of the config."""
+    return dict(_read(workdir, _DATA).get("own_parts", {}))
 
 
 def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
