@@ -150,6 +150,7 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
+    from mf_jax.ranges import check_sizes
     from mf_jax.runtime import processes
     from mf_jax.runtime.workdir import flat, keep_habits
 
@@ -161,6 +162,7 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
     processes.check_alike({k: v for k, v in settings.items() if k not in _OF_ONE_PROCESS})
     with processes.together(), reachable(workdir):
+        check_sizes(config, mode)
         if in_bucket(workdir):
             workdir.exists()
         if mode in ("train", "sample", "eval"):

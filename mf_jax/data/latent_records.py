@@ -5,7 +5,6 @@ A record is a label (int32), then the mean and standard deviation of a latent (f
 and record 2i + 1 of the mirror image.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Float16
 
 from mf_jax.data.crop import CROP
 from mf_jax.flow.errors import BadInput
+from mf_jax.runtime.files import misfit, read_json
 
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -22,7 +22,12 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 """Each record can be read alone, and as fast as it lies there: noise does not compress."""
 LABEL = np.dtype("<i4")
 NUMBER = np.dtype("<f2")
-_KEYS = {"image_size", "latent_shape", "autoencoder", "classes", "shards"}
+_SIDE = {"count": 0, "bytes": 0, "sha256?": ""}
+SIDE = _SIDE | {"labels": {}, "skipped": [""]}
+_MANIFEST = {"image_size": 1, "latent_shape": [1], "autoencoder": {"name": "", "sha256": ""}}
+_MANIFEST |= {"classes": [{"name": ""}], "shards": [{"name": ""} | _SIDE]}
+"""What the files are like; see `parse_json`."""
+AGAIN = "delete it and prepare again"
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -40,35 +45,25 @@ def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
     return np.array(label, LABEL).tobytes() + np.ascontiguousarray(rows, NUMBER).tobytes()
 
 
-def read_json(path: epath.Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file, which is a `what`."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path} is no {what} ({error}); must be a JSON object: delete it and prepare again"
-        ) from error
-
-
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """Return the manifest of a folder; of an unfinished one, say how much is there."""
     path = folder / MANIFEST
     if not path.exists():
         _refuse_unfinished(folder)
-    manifest = read_json(path, "manifest of latents")
+    manifest = read_json(path, {}, AGAIN)
     needed = {"format_version": FORMAT_VERSION, "crop": CROP}
     stored = {key: manifest.get(key) for key in needed}
     if stored != needed:
         raise BadInput(f"{path} says {stored}; must say {needed}: prepare them again")
-    if missing := _KEYS - set(manifest):
-        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: delete it and prepare again")
+    if problem := misfit(manifest, _MANIFEST, str(path)):
+        raise BadInput(f"{problem}: {AGAIN}")
     return manifest
 
 
 def _refuse_unfinished(folder: epath.Path) -> None:
     if not (folder / SETTINGS).exists():
         raise BadInput(f"path={str(folder)!r} holds no latents: run --mode=prepare first")
-    shards = int(read_json(folder / SETTINGS, "settings of latents").get("num_shards", 0))
+    shards = read_json(folder / SETTINGS, {"num_shards": 0}, AGAIN)["num_shards"]
     present = sum((folder / shard_name(shard, shards)).exists() for shard in range(shards))
     raise BadInput(
         f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no "

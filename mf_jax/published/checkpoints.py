@@ -9,7 +9,6 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from urllib.parse import quote
@@ -26,7 +25,7 @@ from safetensors.numpy import save_file
 from mf_jax.flow.errors import BadInput, check_known, list_problems
 from mf_jax.published import reading
 from mf_jax.published.names import KINDS, as_ours, our_name, published_name, to_published
-from mf_jax.runtime.files import on_disk, written_aside
+from mf_jax.runtime.files import on_disk, parse_json, written_aside
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 _Choose = Callable[[Collection[str]], dict[str, str]]
@@ -169,7 +168,8 @@ def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
     about damaged files.
     """
     folder = _newest(folder)
-    metadata = json.loads((folder / "_METADATA").read_text())
+    like = {"tree_metadata": {}}
+    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), like)
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
     dotted = {"/".join(parts): ".".join(parts) for parts in keys}
