@@ -1,12 +1,8 @@
 """What a command line asks for: a config, from a file or from the run of a workdir, and a mode."""
 
 import contextlib
-import importlib
-import importlib.util
 import re
-import sys
 import traceback
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +11,7 @@ from etils.epath import Path
 from ml_collections import ConfigDict, config_flags
 
 from mf_jax.flow.errors import BadInput, check_known, listed, nearest
+from mf_jax.runtime.configs import configs, defaults
 from mf_jax.runtime.files import STORES, change_paths, place
 
 MODES = {
@@ -49,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
         config = values.config
         if not isinstance(config, dict | None):
             config.lock()  # a file that could not be loaded says so at the first use
-    except Exception as error:  # a config file is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # a config file is a program: it may raise anything
         raise BadInput(_explain(error, argv)) from error
     if len(rest) > 1:
         raise BadInput(
@@ -62,20 +59,6 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     _checked(config, f"--config={file}")
     name = "_".join([Path(file).stem, row] if row else [Path(file).stem])
     return config, values.mode, place(values.workdir or f"runs/{name}", "--workdir")
-
-
-def configs() -> Path:
-    """Return the folder of the configs, in the package or beside it, and let `configs` be imported.
-
-    A folder of that name in the caller's own project stays importable beside it.
-    """
-    home = Path(__file__).parent
-    folder = next(path for path in (home / "configs", home.parent / "configs") if path.exists())
-    if "configs" not in sys.modules:
-        spec, module = importlib.util.find_spec("configs"), types.ModuleType("configs")
-        module.__path__ = [str(folder), *((spec and spec.submodule_search_locations) or ())]
-        sys.modules["configs"] = module
-    return folder
 
 
 def _with_file(argument: str) -> str:
@@ -116,12 +99,6 @@ def _of_run(workdir: Path) -> ConfigDict:
     return config
 
 
-def defaults() -> ConfigDict:
-    """Return the config of configs/default.py: every key, and its default."""
-    configs()
-    return importlib.import_module("configs.default").get_config()
-
-
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     for key, value in config.items():
         is_section = isinstance(value, ConfigDict)
@@ -141,7 +118,7 @@ def _checked(config: Any, source: str) -> ConfigDict:
     return config
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
     """Return one line about an error of the flag parser."""
     chain = [error]
     while chain[-1].__context__:

@@ -24,14 +24,14 @@ from mf_jax.data import Source, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
-from mf_jax.loading import load_initial, load_run
+from mf_jax.loading import load_initial, load_run, weights_sha256
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.sample_grid import describe, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
-from mf_jax.runtime.files import replace_file, to_json
+from mf_jax.runtime.json_files import write_json
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if not processes.is_first():  # which alone has all scores
         return
     table = score_rows.as_table(rows)
-    replace_file(workdir / "eval.json", to_json(table, indent=1).encode())
+    write_json(workdir / "eval.json", table, indent=1)
     with left_out("report.html"):
         write_report(workdir)
     score_rows.show(table)
@@ -289,7 +289,8 @@ class Evaluation:
             yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:
+        row = {} if self.is_run else {"init_sha256": weights_sha256(self.config)}
         if self.data is None:
-            return {}
+            return row
         model = generator.network, generator.params
-        return {"diagnostics": diagnose(self.config, *model, self.data)}
+        return row | {"diagnostics": diagnose(self.config, *model, self.data)}

@@ -26,7 +26,8 @@ from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
-from mf_jax.runtime.files import place
+from mf_jax.runtime.files import place, sha256_of
+from mf_jax.runtime.json_files import tell_once
 from mf_jax.runtime.sharding import make_mesh, placed
 
 _NOTES = {
@@ -69,7 +70,18 @@ def load_initial(config: ConfigDict) -> Generator:
             spec = _published_spec(config, kind)
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
+    weights_sha256(config)
     return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
+
+
+def weights_sha256(config: ConfigDict) -> str:
+    """Return and tell the SHA-256 of the file that `init` names; most formats have no checksum."""
+    path = place(config.init.path, "init.path")
+    if path.is_dir() or not path.exists():
+        return ""
+    sha256 = sha256_of(path)
+    tell_once(f"init.path={path}: SHA-256 {sha256}")
+    return sha256
 
 
 def load_weights(config: ConfigDict, like: PyTree) -> PyTree:

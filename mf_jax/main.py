@@ -14,8 +14,9 @@ from absl import logging
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax.arguments import MODES, configs, defaults, last_of_each, parse, reachable
+from mf_jax.arguments import MODES, last_of_each, parse, reachable
 from mf_jax.flow.errors import BadInput, Failure
+from mf_jax.runtime.configs import configs, defaults
 from mf_jax.runtime.files import STORES, in_bucket
 
 _HELP = """python -m mf_jax.main --config=NAME[:ROW] [--mode=MODE] [--workdir=runs/NAME]
@@ -150,6 +151,7 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
+    from mf_jax.ranges import check_sizes
     from mf_jax.runtime import processes
     from mf_jax.runtime.workdir import flat, keep_habits
 
@@ -161,6 +163,7 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
     processes.check_alike({k: v for k, v in settings.items() if k not in _OF_ONE_PROCESS})
     with processes.together(), reachable(workdir):
+        check_sizes(config, mode)
         if in_bucket(workdir):
             workdir.exists()
         if mode in ("train", "sample", "eval"):

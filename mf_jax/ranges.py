@@ -1,16 +1,21 @@
 """What single keys of a config may hold: one table of ranges."""
 
 import math
+import os
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.models.sizes import SIZES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 
+_LARGEST = 2**31 - 1
 RANGES = (
     # key, low, high (or the key that holds it), which ends belong to it; of a tuple for each number
     ("seed", 0, 2**31, "[)"),
@@ -19,10 +24,12 @@ RANGES = (
     ("prepare.max_bad", 0, math.inf, "[)"),
     ("prepare.process_count", 0, "prepare.shards", "[]"),
     ("data.image_size", 1, math.inf, "[)"),
-    *((f"model.{size}", 0, math.inf, "[)") for size in ("depth", "width", "num_heads", "r_blocks")),
-    *((f"model.{size}", 0, math.inf, "[)") for size in ("head_depth", "bottleneck")),
-    *((f"model.{size}", 1, math.inf, "[)") for size in ("patch_size", "channels", "num_blocks")),
-    *((f"model.{size}", 1, math.inf, "[)") for size in ("channel_multipliers", "rank")),
+    # to write down a deeper network takes minutes, whatever its width
+    *((f"model.{size}", 0, 1024, "[]") for size in ("depth", "head_depth", "r_blocks")),
+    *((f"model.{size}", 0, math.inf, "[)") for size in ("width", "num_heads", "bottleneck")),
+    ("model.num_blocks", 1, 1024, "[]"),
+    *((f"model.{size}", 1, math.inf, "[)") for size in ("patch_size", "channels", "rank")),
+    ("model.channel_multipliers", 1, math.inf, "[)"),
     ("model.attention_resolutions", 1, math.inf, "[)"),
     ("model.t_clip", 0, 1, "()"),
     ("model.dropout", 0, 1, "[)"),
@@ -59,7 +66,7 @@ RANGES = (
     ("bench.repeats", 0, math.inf, "[)"),
     ("bench.dropped", 0, math.inf, "[)"),
     ("bench.tokens", 1, math.inf, "[)"),
-    ("bench.devices", 1, math.inf, "[)"),
+    ("bench.devices", 1, 2**14, "[]"),
     ("bench.memory_gb", 0, math.inf, "()"),
 )
 CHOICES = {
@@ -150,6 +157,76 @@ def wrong_values(config: ConfigDict) -> Iterator[str]:
             check_known(key, attrgetter(key)(config), known)
         except BadInput as problem:
             yield str(problem)
+
+
+def check_sizes(config: ConfigDict, mode: str) -> None:
+    """Raise BadInput, before anything is allocated, for sizes that the machines cannot hold."""
+    if mode == "weights":
+        return
+    check_tuples(config)
+    is_of_others = mode == "bench" and config.bench.what == "fits"  # which starts JAX itself
+    memory = math.inf if is_of_others else _memory()
+    problems = [
+        f"{keys}: needs at least {size / 1e9:.3g} GB; the machine has {memory / 1e9:.3g}: use less"
+        for keys, size in _least_bytes(config, mode).items()
+        if size > memory
+    ]
+    for key, value in flatten_dict(config.to_dict(), sep=".").items():
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, int) and abs(each) > _LARGEST for each in values):
+            problems.append(f"{key}={value}: must be at most {_LARGEST}")
+    if problems:
+        raise BadInput("; ".join(problems))
+
+
+def _memory() -> int | float:
+    """Return the bytes of all devices, or of all machines where their devices are processors."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] * jax.device_count()
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+    return pages * jax.process_count()
+
+
+def _least_bytes(config: ConfigDict, mode: str) -> dict[str, int | float]:
+    """Return {keys and values: bytes that a mode holds at once at the very least}."""
+    data, model, sample, scored = config.data, config.model, config.sample, config.eval
+    pixels = 1 if data.name == "toy2d" else data.image_size**2
+    pixels = math.prod(config.bench.shape) if mode == "bench" and config.bench.shape else pixels
+    rows = pixels // 64 if data.name == "latents" else pixels
+    sizes = SIZES.get(model.name, {}).get(model.size, {})
+    depth, width = (model[key] or sizes.get(key, 1) for key in ("depth", "width"))
+    channels = model.channels * max((1, *model.channel_multipliers))
+    squares = {
+        "mlp": depth * width**2,
+        "unet": 9 * model.num_blocks * channels**2,
+        "affine": rows**2,
+        "low_rank": rows * model.rank,
+    }
+    params = squares.get(model.name, width * (12 * depth * width + model.bottleneck))
+    network = f"model.depth={depth}, model.width={width}"
+    if model.name in squares:
+        network = f"model.width={width}, model.channels={channels}, model.rank={model.rank}"
+    side, batch = f"data.image_size={data.image_size}", config.train.batch_size
+    tokens = max((rows // max(model.patch_size, 1) ** 2, *config.bench.tokens * (mode == "bench")))
+    needs = {network: 4 * params}
+    if mode in ("train", "bench"):
+        needs[f"train.batch_size={batch}, {side}"] = 4 * batch * max(rows, tokens)
+    if mode == "sample":
+        needs[f"sample.num={sample.num}, {side}"] = sample.num * (8 + pixels)
+        needs[f"sample.steps={sample.steps}"] = 64 * sample.steps
+    if mode == "eval":
+        needs[f"eval.num_samples={scored.num_samples}"] = 8 * scored.num_samples
+        size = min(scored.batch_size, scored.num_samples)
+        needs[f"eval.batch_size={size}, {side}"] = size * pixels
+        needs[f"eval.steps={scored.steps}"] = 64 * max((1, *scored.steps))
+    if mode == "prepare":
+        batch = config.prepare.batch_size
+        needs[f"prepare.batch_size={batch}, {side}"] = 12 * batch * pixels
+    return needs
 
 
 def _is_within(value: int | float, low: int | float, high: int | float, brackets: str) -> bool:

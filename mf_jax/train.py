@@ -39,7 +39,7 @@ from mf_jax.config import (
 from mf_jax.data import Source, make_batches
 from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
-from mf_jax.loading import load_weights
+from mf_jax.loading import load_weights, weights_sha256
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
@@ -83,11 +83,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
         draws = can_draw(config, source)
     draws = all(processes.from_all(draws))  # drawing takes every process
-    parts, weights = step_parts(config, source), None
+    parts, weights, sha256 = step_parts(config, source), None, ""
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
+        sha256 = weights_sha256(config)
     stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
-    with run_folder.own(workdir, config, source, own_parts(config)), stop_signal as stop:
+    with run_folder.own(workdir, config, source, own_parts(config), sha256), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights)
             del weights  # which lie on the devices

@@ -226,6 +226,7 @@ def test_a_run_needs_no_config(command, copy_of_trained):
     config.update_from_flattened_dict(more | {"model.remat": "block", "checkpoint.keep": 9})
     run_folder.check(folder, config)
     stored = json.loads((copy_of_trained / "config.json").read_text())
+    del stored["checksum"]  # as who edits it does
     stored["optim"]["schedule"] = config.optim.schedule = "constant"
     stored["train"]["num_steps"] = 30
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
@@ -243,7 +244,7 @@ def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained
     config.data.path = "configs"
     data = make_source(config.data, split="train")
     stored = json.loads((copy_of_trained / "data.json").read_text())
-    stored.pop("digest")
+    del stored["digest"], stored["checksum"]
     (copy_of_trained / "data.json").write_text(json.dumps(stored))
     data.digest = "a"  # none was stored before
     with run_folder.own(folder, config, data, {}):
@@ -253,9 +254,31 @@ def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained
         run_folder.check_data(folder, data)
 
 
+def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(command, tmp_path):
+    for mode, *keys in (
+        ("sample", "sample.num=1000000000000"),
+        ("sample", "sample.steps=1000000000"),
+        ("train", "train.batch_size=1000000000", "data.image_size=1000"),
+        ("train", "model.width=400000000"),
+        ("train", "model.depth=1000000", "model.width=4096"),
+        ("train", "data.image_size=1000000"),
+        ("train", "train.num_steps=1000000000000000000"),
+        ("eval", "eval.num_samples=1000000000000"),
+        ("bench", "train.batch_size=1000000000", "data.image_size=1000"),
+        ("prepare", "prepare.batch_size=1000000000", "data.image_size=1000"),
+    ):
+        flags = [f"--config.{key}" for key in keys]
+        refused = command(DIGITS, f"--mode={mode}", f"--workdir={tmp_path}/run", *flags)
+        word = "must be at most" if "num_steps" in keys[0] else "GB"
+        _assert_refused(refused, keys[0], word)
+        assert not (tmp_path / "run").exists()
+
+
 def test_bad_arguments(command, tmp_path):
     broken, empty = tmp_path / "broken.py", tmp_path / "pictures"
     broken.write_text("def get_config():\n    return 1 / 0\n")
+    leaves = tmp_path / "leaves.py"
+    leaves.write_text("raise SystemExit(3)\n")
     empty.mkdir()
     pictures = (DIGITS, "--config.data.name=image_folder", f"--config.data.path={empty}")
     for arguments, *words in (
@@ -266,6 +289,7 @@ def test_bad_arguments(command, tmp_path):
         (["--config=nowhere/at_all.py"], "nowhere/at_all.py", "no such file"),
         (["--config=nowhere/at_all.py:row"], "--config=nowhere/at_all.py: no such file"),
         ([f"--config={broken}"], "division by zero"),
+        ([f"--config={leaves}"], "the config file raises SystemExit"),
         ([DIGITS, "--mode=trian"], "trian", "did you mean train?"),
         ([f"--workdir={empty}"], str(empty), "holds no run", "--config"),
         (
@@ -299,7 +323,7 @@ def test_workdir_of_another_run(mode, command, copy_of_trained):
             _assert_refused(command(*arguments), "another process is training")
         data = copy_of_trained / "data.json"
         stored = data.read_text()
-        data.write_text(json.dumps(json.loads(stored) | {"size": 1436}))
+        data.write_text(json.dumps(json.loads(stored) | {"size": 1436, "checksum": None}))
         _assert_refused(command(*arguments), "other data", "1436", "1437")
         assert json.loads(data.read_text())["size"] == 1436
         data.write_text(stored)
@@ -310,6 +334,7 @@ def test_workdir_of_another_run(mode, command, copy_of_trained):
         assert _contents(copy_of_trained) == before
         return
     stored = json.loads((copy_of_trained / "config.json").read_text())
+    del stored["checksum"]  # as who edits it does
     stored["model"]["width"] = 32
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
     refused = command(*arguments, "--config.model.width=32")

@@ -87,7 +87,7 @@ def score(looks, command, copy_of_trained, reference):
 
 
 def _rows(workdir):
-    return [json.loads(line) for line in (workdir / "eval.jsonl").read_text().splitlines()]
+    return score_rows.read_rows(epath.Path(workdir))
 
 
 def _table(workdir):
@@ -297,7 +297,7 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
     assert model["name"] == "checkpoint 12, EMA 0.995, 1 step"
     assert floor["name"] == "real data (held-out)"
     columns = ["frechet_distance", "precision", "recall", "class_accuracy"]
-    assert set(floor) == {"name", "protocol", *columns}
+    assert set(floor) == {"name", "protocol", "classifier_sha256", *columns}
     assert set(model) == {"diagnostics", *floor}
     (features,) = {row["protocol"]["features"] for row in rows}
     assert str(recipe) in features
@@ -363,10 +363,9 @@ def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, refere
         assert message in errors
         assert not looks or message == "eval.num_samples=6", "refused before samples are made"
         assert not (copy_of_trained / "eval.jsonl").exists()
-    (copy_of_trained / "eval.jsonl").write_text("nonsense\n")
+    (copy_of_trained / "eval.jsonl").mkdir()
     code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
     assert (code, "eval.jsonl" in errors) == (2, True)
-    assert (copy_of_trained / "eval.jsonl").read_text() == "nonsense\n"
 
 
 def test_published_weights_that_are_missing_are_named(trained, command, reference, tmp_path):

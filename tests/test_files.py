@@ -101,7 +101,7 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     settings = {"num_steps": 4, "batch_size": 2, "show_progress": False}
     with RunLog(path, start_step=0, **settings) as log:
         log.write(1, {"loss": 3.0})
-        assert json.loads((folder / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
+        assert read_metrics(path) == [{"step": 1, "loss": 3.0}]
         log.write(2, {"loss": 2.0})
     with RunLog(path, start_step=1, **settings) as log:
         log.write(2, {"loss": 1.0})

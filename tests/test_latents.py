@@ -66,7 +66,7 @@ def write_folder(folder, labels=LABELS, classes=("a", "b", "c")):
 
 def change_manifest(folder, **changes):
     path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes, "checksum": None}))
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ from mf_jax.flow.rows import call
 NO_GUIDANCE = (1.0, 0.0, 1.0)
 
 
+_MOST_STEPS = 10**6
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplePlan:
     """How samples are drawn.
@@ -50,6 +53,8 @@ class SamplePlan:
         for key in ("batch_size",) if grid else ("steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise BadInput(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.steps > _MOST_STEPS:
+            raise BadInput(f"steps={self.steps}: must be at most {_MOST_STEPS}")
         if not 1 <= self.omega < float("inf") or not 0 <= self.t_min <= self.t_max <= 1:
             raise BadInput(
                 f"guidance={self.guidance}: must be (omega, t_min, t_max) with omega at least 1, "

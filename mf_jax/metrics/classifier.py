@@ -7,7 +7,7 @@ numpy from fixed seeds: training again on one platform gives the same parameters
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.archives import array_names, opened_npz, read_array
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.files import replace_file, sha256_of
 
 FEATURES_KEPT = 64
 _SMALLEST_SIDE = 8
@@ -47,6 +47,7 @@ def train_classifier(
     recipe: Recipe = Recipe(),
     *,
     file: epath.PathLike = "",
+    trusted: Collection[str] = (),
 ) -> Callable[[Float[np.ndarray, "m h w c"]], Described]:
     """Train a classifier; return the function from images to their features and logits.
 
@@ -55,7 +56,8 @@ def train_classifier(
       labels: classes in [0, num_classes).
       num_classes: at least 2.
       recipe: how to train.
-      file: an `.npz` of its parameters, read if it is there and else written; "" for none.
+      file: an `.npz` of its parameters, read if it is trusted and else written; "" for none.
+      trusted: SHA-256 of files that were written here.
     """
     images = _checked(images)
     low, high = int(np.min(labels)), int(np.max(labels))
@@ -64,11 +66,14 @@ def train_classifier(
             f"num_classes is {num_classes} and labels lie in [{low}, {high}]; there must be "
             "at least 2 classes, numbered from 0"
         )
-    if file and epath.Path(file).exists():
+    is_there = file and epath.Path(file).exists()
+    if is_there and sha256_of(file) in trusted:
         with opened_npz(file) as archive:
             arrays = {name: read_array(archive, name) for name in array_names(archive)}
         params = unflatten_dict(arrays, sep="/")
     else:
+        if is_there:
+            print(f"{file}: no stored score was made with it; the classifier is trained again")
         params = _train(images, labels, num_classes, recipe)
         if file:
             content = io.BytesIO()

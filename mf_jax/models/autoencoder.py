@@ -4,8 +4,8 @@ Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G; layers and
 `AutoencoderKL` of diffusers, whose weight files these are.
 """
 
+import difflib
 import itertools
-import json
 import re
 from typing import Any
 
@@ -22,6 +22,7 @@ from mf_jax.models.layers import Image
 from mf_jax.models.unet import double
 from mf_jax.published import reading
 from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
+from mf_jax.runtime.json_files import parse_json
 
 _FILE = "diffusion_pytorch_model.safetensors"
 _DEFAULTS = {
@@ -34,6 +35,7 @@ _DEFAULTS = {
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """Keys that a config.json must not set: latents would then be scaled by more than a factor."""
+_KNOWN = (*_SIZES, *_UNKNOWN, "scaling_factor")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LOG_VARIANCE = (-30.0, 20.0)
 
@@ -250,8 +252,10 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
     with reading(path, "the config of an autoencoder"):
-        config = dict(json.loads(path.read_text()))
-        float(config.get("scaling_factor", 1))
+        config, _ = parse_json(path.read_bytes(), {"scaling_factor?": 0.0})
+        for key in set(config) - set(_KNOWN):
+            if meant := difflib.get_close_matches(key, _KNOWN, cutoff=0.9):
+                raise BadInput(f"sets {key}, which is damaged or misspelt; must be {meant[0]}")
         if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
             raise BadInput(
                 f"sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1 or 2"

@@ -15,10 +15,11 @@ from etils import epath
 from jaxtyping import Array, Float16, UInt8
 
 from mf_jax.data.latent_records import (
+    AGAIN,
     MANIFEST,
     SETTINGS,
+    SIDE,
     WRITER_OPTIONS,
-    read_json,
     shard_name,
     side_name,
     to_record,
@@ -27,7 +28,8 @@ from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.errors import BadInput, listed
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
-from mf_jax.runtime.files import replace_file, to_json, written_aside
+from mf_jax.runtime.files import sha256_of, written_aside
+from mf_jax.runtime.json_files import read_json, write_json
 
 
 def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
@@ -44,12 +46,12 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         if SETTINGS not in present:
             if present:
                 raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
-            replace_file(path, to_json(settings, indent=1).encode())
+            write_json(path, settings, indent=1)
     except OSError as error:
         raise BadInput(
             f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
         ) from error
-    stored = read_json(path, "settings file")
+    stored = read_json(path, {}, AGAIN)
     changes = [
         f"{name} {stored.get(name)!r} -> {settings.get(name)!r}"
         for name in sorted(stored | settings)
@@ -113,10 +115,11 @@ class LatentShards:
             side = {
                 "count": self._counts.total(),
                 "bytes": epath.Path(self._local).stat().length,
+                "sha256": sha256_of(self._local),
                 "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
                 "skipped": list(skipped),
             }
-            replace_file(self._side_path(shard), to_json(side).encode())
+            write_json(self._side_path(shard), side)
             self._open.close()
 
     def finish(self) -> str:
@@ -126,7 +129,7 @@ class LatentShards:
             share = f"{present} of {self._shards} shards are there"
             return f"{self._folder}: {share}; the last one brings the manifest"
         manifest = self._manifest()
-        replace_file(self._folder / MANIFEST, to_json(manifest, indent=1).encode())
+        write_json(self._folder / MANIFEST, manifest, indent=1)
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
 
@@ -168,7 +171,7 @@ class LatentShards:
         return self._folder / side_name(shard, self._shards)
 
     def _side(self, shard: int) -> dict[str, Any]:
-        return read_json(self._side_path(shard), "side file of a shard")
+        return read_json(self._side_path(shard), SIDE, AGAIN)
 
     def _manifest(self) -> dict[str, Any]:
         """Return the manifest, a function of the shards alone."""
@@ -188,7 +191,7 @@ class LatentShards:
             "skipped": self.skipped(range(self._shards)),
             "shards": [
                 {"name": shard_name(shard, self._shards)}
-                | {key: side[key] for key in ("count", "bytes")}
+                | {key: side[key] for key in ("count", "bytes", "sha256") if key in side}
                 for shard, side in enumerate(sides)
             ],
         }

@@ -10,7 +10,6 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -38,6 +37,7 @@ from mf_jax.published.names import (
 )
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
 from mf_jax.runtime.files import on_disk, written_aside
+from mf_jax.runtime.json_files import parse_json
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 _Choose = Callable[[Collection[str]], dict[str, str]]
@@ -233,7 +233,8 @@ def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
     about damaged files.
     """
     folder = _newest(folder)
-    metadata = json.loads((folder / "_METADATA").read_text())
+    like = {"tree_metadata": {}}
+    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), like)
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
     dotted = {"/".join(parts): ".".join(parts) for parts in keys}

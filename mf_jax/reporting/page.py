@@ -13,12 +13,16 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
+from mf_jax.flow.errors import BadInput
 from mf_jax.reporting.plots import draw_curves
-from mf_jax.reporting.run_log import TIMING_FILE, read_metrics
+from mf_jax.reporting.run_log import TIMING, TIMING_FILE, read_metrics
 from mf_jax.reporting.sample_grid import CAPTION, REAL_FILE
 from mf_jax.runtime.files import opened, replace_file
+from mf_jax.runtime.json_files import read_json
 
 _MOST_GRIDS = 24
+_CONFIG = {"weight?": {}, "train?": {}}
+_TABLE = {"rows?": [{"name?": ""}], "columns?": [""], "diagnostics?": {}}
 _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
 # A dark page inverts the colours of a plot and keeps those of a grid, which mean something.
 _PICTURES = {
@@ -85,13 +89,13 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     grids = [path for path in samples.iterdir() if _step_of(path) >= 0] if samples.exists() else []
     grids = sorted(grids, key=_step_of)
     title = escape(folder.resolve().name)
-    config, rows = _read_json(folder / "config.json"), read_metrics(folder)
+    config, rows = _read_json(folder / "config.json", _CONFIG), read_metrics(folder)
     if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
         rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
         _training_samples(grids, folder / REAL_FILE),
         *(_picture(folder / name, caption, kind) for name, (caption, kind) in _PICTURES.items()),
-        _evaluation(_read_json(folder / "eval.json")),
+        _evaluation(_read_json(folder / "eval.json", _TABLE)),
         _curves(rows),
         _config(config),
     ]
@@ -100,7 +104,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
         f'<p class="state">{escape(_state(rows, grids))}</p>\n'
-        f"{_facts(config, _read_json(folder / TIMING_FILE), grids)}"
+        f"{_facts(config, _read_json(folder / TIMING_FILE, TIMING), grids)}"
         f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
     path = folder / "report.html"
@@ -108,12 +112,12 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object, or a note where the file is damaged: a page never ends a run."""
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        return {"protocol": f"{path.name} is not a JSON object: {error}"}
+        return read_json(path, like) if path.exists() else {}
+    except BadInput as problem:
+        return {"protocol": str(problem)}
 
 
 def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:

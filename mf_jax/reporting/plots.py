@@ -31,6 +31,7 @@ _INK, _MUTED, _FAINT, _BLUE = "#1f2933", "#66727f", "#d9dee4", "#2563eb"
 _BINS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
 _STYLE = {
     "font.size": 8,
+    "text.parse_math": False,  # a name may hold a $
     "text.color": _INK,
     "figure.titlesize": 11,
     "axes.titlesize": 9.5,

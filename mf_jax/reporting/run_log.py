@@ -4,8 +4,6 @@ metrics.jsonl holds nothing of the clock: a resumed run writes the bytes of one 
 timing.json alone has wall time and throughput.
 """
 
-import contextlib
-import json
 import math
 import os
 import time
@@ -23,8 +21,18 @@ from tensorboardX.proto.summary_pb2 import Summary
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
+from mf_jax.runtime.json_files import (
+    parse_json,
+    read_json,
+    sealed,
+    tell_once,
+    tell_unsealed,
+    write_json,
+)
 
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
+TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
+"""What timing.json is like; see `parse_json`."""
 _FLUSH_SECONDS = 30
 _SHOWN = ("loss", "u_error", "v_error")
 
@@ -50,11 +58,14 @@ class RunLog:
     ):
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
         self._hardware, self._speed, self._started = hardware, 0.0, time.monotonic()
-        self._seconds_before = _seconds_of(self._path.parent) if start_step else 0.0
+        timing = _timing_of(self._path.parent) if start_step else {}
+        self._seconds_before = timing.get("wall_seconds", 0.0)
         self._mark: tuple[int, float] | None = None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         replace_file(self._path, "".join(map(_line, kept)).encode())
+        with left_out(TIMING_FILE):
+            self._save_timing(kept[-1]["step"] if kept else 0)
         self._events = None
         with left_out("TensorBoard"):
             self._events = _Events(self._path.parent / "tensorboard", start_step)
@@ -101,7 +112,7 @@ class RunLog:
                 rate = summary.scalar(f"throughput/{unit}_per_second", speed * size)
                 self._add(rate, step)
         with left_out(TIMING_FILE):
-            self._save_timing()
+            self._save_timing(step)
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
         self._bar.print_line()
 
@@ -111,12 +122,13 @@ class RunLog:
             pixels = np.asarray(picture.convert("RGB"))
         self._add(summary.image(name, pixels, dataformats="HWC"), step)
 
-    def _save_timing(self) -> None:
-        """Write the hardware, wall seconds over all starts, and the latest speed."""
+    def _save_timing(self, last_row: int) -> None:
+        """Write the hardware, wall seconds over all starts, the latest speed and row."""
         seconds = self._seconds_before + time.monotonic() - self._started
         timing = {"hardware": self._hardware, "wall_seconds": round(seconds, 1)}
+        timing |= {"last_row": last_row}
         timing |= {"images_per_second": self._speed} if self._speed else {}
-        replace_file(self._path.parent / TIMING_FILE, json.dumps(timing).encode())
+        write_json(self._path.parent / TIMING_FILE, timing)
 
     def _add(self, content: Summary, step: int) -> None:
         """Add to TensorBoard; an error ends it, not the run."""
@@ -134,10 +146,14 @@ class RunLog:
         return (step - mark[0]) / (now - mark[1]) if is_measured else None
 
 
-def _seconds_of(folder: Path) -> float:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((folder / TIMING_FILE).read_text())["wall_seconds"])
-    return 0.0
+def _timing_of(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / TIMING_FILE, TIMING)
+    except FileNotFoundError:
+        return {}
+    except BadInput as problem:
+        tell_once(f"{problem}; it is left out")
+        return {}
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -146,22 +162,36 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise BadInput(
-                    f"{path} line {number} is {line[:80]!r}; every line but the last must be JSON; "
-                    "delete that line"
-                ) from None
+            rows.append(_row_of(line, path.parent))
+        except ValueError as error:
+            problem = f"{path} line {number} is {line[:80]!r}: {error}"
+            if number < len(lines):  # no kill has torn it
+                raise BadInput(f"{problem}; delete that line") from None
+            tell_once(f"{problem}; it is left out, as torn by a kill")
+    last = rows[-1]["step"] if rows else 0
+    if last < (written := _timing_of(path.parent).get("last_row", 0)):
+        tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
     return rows
 
 
+def _row_of(line: bytes, folder: Path) -> dict[str, Any]:
+    row, is_sealed = parse_json(line, {"step": 0})
+    if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
+        raise ValueError(f"{', '.join(wrong)} must be a number or null")
+    if not is_sealed:
+        tell_unsealed(folder)
+    return row
+
+
 def _line(row: Mapping[str, Any]) -> str:
-    return to_json(row) + "\n"
+    return to_json(sealed(row)) + "\n"
 
 
 class _Events:

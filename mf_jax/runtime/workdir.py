@@ -16,9 +16,16 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps
-from mf_jax.runtime.files import change_paths, in_bucket, locked, place, replace_file, to_json
+from mf_jax.runtime.configs import defaults
+from mf_jax.runtime.files import change_paths, in_bucket, locked, place, to_json
+from mf_jax.runtime.json_files import misfit, read_json, tell_once, write_json
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
+_LIKE = {
+    _CONFIG: {},
+    _DATA: {"shape": [1], "num_classes": 0, "class_names": [""], "origin?": "", "size?": 0}
+    | {"digest?": "", "init_sha256?": ""},
+}
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
 SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
@@ -104,11 +111,21 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 
 
 @contextlib.contextmanager
-def own(workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str]) -> Iterator[None]:
+def own(
+    workdir: Path,
+    config: ConfigDict,
+    data: Any,
+    parts: Mapping[str, str],
+    init_sha256: str = "",
+) -> Iterator[None]:
     """Hold a workdir for a training run: make it, keep other runs out, store config and data.
 
-    Stored ones must describe the same run. Data: its `mf_jax.data.Source`. Parts: the files that
-    registered parts of the user's own, by section of the config.
+    Stored ones must describe the same run.
+
+    Args:
+      data: its `mf_jax.data.Source`.
+      parts: the files that registered parts of the user's own, by section of the config.
+      init_sha256: of the file of weights that it starts from, if it starts.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -116,11 +133,12 @@ def own(workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str]) 
                 with _writable(workdir):
                     workdir.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(workdir / _LOCK, wait=False))
+                about = _about(data) | ({"init_sha256": init_sha256} if init_sha256 else {})
                 if exists(workdir):
                     check(workdir, config)
-                    check_data(workdir, data)
-                replace_file(workdir / _DATA, to_json(_about(data) | {"own_parts": parts}).encode())
-                replace_file(workdir / _CONFIG, as_json(_for_any_folder(config)).encode())
+                    about = check_data(workdir, data, init_sha256) | about
+                write_json(workdir / _DATA, about | {"own_parts": dict(parts)})
+                write_json(workdir / _CONFIG, _for_any_folder(config).to_dict(), indent=1)
         _check_shared(workdir)
         yield
 
@@ -162,16 +180,31 @@ def _about(data: Any) -> dict[str, Any]:
     return json.loads(json.dumps(about))
 
 
-def check_data(workdir: Path, data: Any) -> None:
-    """Raise BadInput unless data, wherever they lie, are what the run of a workdir trained on."""
-    stored = _read(workdir, _DATA)
-    for name, value in _about(data).items():
+def check_data(workdir: Path, data: Any, init_sha256: str = "") -> dict[str, Any]:
+    """Return what is stored about a run's data; raise BadInput unless these, wherever, are them.
+
+    So must the file of weights be that it starts from, if it starts; see `own`.
+    """
+    stored, about = _read(workdir, _DATA), _about(data)
+    if about["digest"] and not stored.get("digest"):
+        stored.pop("digest", "")
+        tell_once(
+            f"--workdir={workdir}: its version kept no digest of the data, so that they cannot be "
+            "compared; training keeps one from now on"
+        )
+    for name, value in about.items():
         if stored.get(name, value) != value:
             change = "files" if name == "digest" else f"{name} {stored[name]} -> {value}"
             raise BadInput(
                 f"--workdir={workdir}: its run was trained on other data ({change}); restore them, "
                 "name their folder with --config.data.path, or choose another --workdir"
             )
+    if init_sha256 not in ("", started := stored.get("init_sha256", init_sha256)):
+        raise BadInput(
+            f"init.path: has SHA-256 {init_sha256}, but the run of --workdir={workdir} started "
+            f"from {started}; restore that file, or choose another --workdir"
+        )
+    return stored
 
 
 def _for_any_folder(config: ConfigDict) -> ConfigDict:
@@ -214,7 +247,26 @@ def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
     stored = flatten_dict(_read(workdir, _CONFIG, key), sep=".")
     values = {_RENAMED.get(key, key): _tuples(value) for key, value in stored.items()}
     values = flatten_dict(_ADDED, sep=".") | values
+    if problem := _misfit(values):
+        raise BadInput(f"{key}={workdir}: its {_CONFIG} cannot be used ({problem}); restore it")
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
+
+
+def _misfit(values: dict[str, Any]) -> str:
+    """Return which key of a stored config is missing, or of another type than its default."""
+    known = flatten_dict(defaults().to_dict(), sep=".")
+    for key, default in known.items():
+        is_number = isinstance(default, int) and not isinstance(default, bool)
+        like = -(2**63) if is_number else default
+        like = list(default[:1]) if isinstance(default, tuple) else like
+        if key not in values:
+            if key.split(".")[0] in SECTIONS_OF_A_RUN:
+                return f"it lacks {key}"
+            continue
+        value = list(values[key]) if isinstance(values[key], tuple) else values[key]
+        if problem := misfit(value, like, key):
+            return problem
+    return ""
 
 
 def _tuples(value: Any) -> Any:
@@ -237,16 +289,12 @@ def own_parts(workdir: Path) -> dict[str, str]:
 def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
     workdir = place(workdir, key)
     try:
-        return dict(json.loads((workdir / name).read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
+        return read_json(workdir / name, _LIKE[name], "restore it or train anew")
+    except FileNotFoundError as error:
         fix = "train first: --mode=train with this --workdir"
         if key != "--workdir":
             fix = f"name the workdir of a run, or set init.kind to what {key} holds"
         raise BadInput(f"{key}={workdir}: holds no run ({name} is missing); {fix}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"{key}={workdir}: its {name} cannot be read ({error}); restore it or train anew"
-        ) from error
 
 
 def tell(workdir: Path, **places: str) -> None:

@@ -17,11 +17,15 @@ from rich.table import Table
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file, to_json
+from mf_jax.runtime.json_files import parse_json, sealed, tell_once, tell_unsealed
 
 ROWS_FILE = "eval.jsonl"
 _LOCK = ".eval.lock"
 _CHECKSUM = "([0-9a-f]{12})[0-9a-f]{52}$"  # of which 12 digits are shown
 Row = dict[str, Any]
+_ROW = {"protocol?": {"samples?": "", "reference?": ""}, "name?": "", "diagnostics?": {}}
+_OF_A_MODEL = {"ema": "", "checkpoint": 0, "steps": 1, "omega": 0.0, "t_min": 0.0, "t_max": 0.0}
+"""What rows are like, and the protocols of models; see `parse_json`."""
 _PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
 """Of a name, in their order."""
 
@@ -104,7 +108,8 @@ def append(workdir: Path, new: Sequence[Row]) -> None:
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
         rows += [row for row in new if key_of(row["protocol"]) not in there]
-        replace_file(workdir / ROWS_FILE, "".join(to_json(row) + "\n" for row in rows).encode())
+        lines = [to_json(sealed(row)) + "\n" for row in rows]
+        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
 
 
 def key_of(protocol: Row) -> str:
@@ -118,13 +123,25 @@ def digest(*parts: np.ndarray | bytes) -> str:
 
 
 def read_rows(workdir: Path) -> list[Row]:
-    """Return the rows of eval.jsonl, oldest first."""
+    """Return the rows of eval.jsonl, oldest first; damaged ones are left out, in a line each."""
     path = workdir / ROWS_FILE
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [{"protocol": {}} | json.loads(line) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: has a line that is no row ({error}); remove the line") from error
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row, is_sealed = parse_json(line, _ROW)
+            if "ema" in row.get("protocol", {}):
+                parse_json(to_json(row["protocol"]).encode(), _OF_A_MODEL)
+        except ValueError as error:
+            tell_once(f"{path} line {number}: {error}; it is left out, and computed again if asked")
+            continue
+        if not is_sealed:
+            tell_unsealed(workdir)
+        rows.append({"name": "", "protocol": {}} | row)
+    return rows
 
 
 def show(table: Row) -> None:

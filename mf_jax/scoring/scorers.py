@@ -32,11 +32,12 @@ from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import sha256_of
 from mf_jax.runtime.sharding import batch_sharding, make_mesh
-from mf_jax.scoring.rows import Row, digest, key_of
+from mf_jax.scoring.rows import Row, digest, key_of, read_rows
 
 _REAL_DATA = "real data (held-out)"
+_CLASSIFIER = "classifier_sha256"
 _KEPT_FEATURES, _BLOCK = 10_000, 250
-Scores = dict[str, float | None]
+Scores = dict[str, float | str | None]
 
 
 class Samples(NamedTuple):
@@ -149,14 +150,16 @@ def _of_pictures(
         "neighbours": 3,
     }
 
+    name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
+    file = workdir / name  # training takes as long as the rest
+
     @functools.cache
     def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
         images = from_pixels(train.x)
         if has_classes:
-            name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
-            file = workdir / name  # training takes as long as the rest
             training = images, train.labels, num_classes, recipe
-            describe = classifier.train_classifier(*training, file=file)
+            trusted = {str(row.get(_CLASSIFIER)) for row in read_rows(workdir)}
+            describe = classifier.train_classifier(*training, file=file, trusted=trusted)
         else:
             describe = classifier.principal_components(images)
         return describe, describe(images)[0]
@@ -173,6 +176,7 @@ def _of_pictures(
             scores["precision"], scores["recall"], _ = pair_scores(features, real)
         if logits is not None:
             scores["class_accuracy"] = float(np.mean(logits.argmax(axis=1) == labels))
+            scores[_CLASSIFIER] = sha256_of(file)
         return scores
 
     return protocol, compare

@@ -1,0 +1,124 @@
+"""JSON files whose content is checked: its types, and its damage by a checksum."""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from mf_jax.flow.errors import BadInput
+from mf_jax.runtime.files import in_bucket, replace_file, to_json
+
+CHECKSUM = "checksum"
+_LARGEST_JSON, _LONGEST_INTEGER = 2**28, 19
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object with a checksum of all that it says, which `parse_json` checks."""
+    return {CHECKSUM: _checksum(value), **value}
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    text = json.dumps(json.loads(to_json(value)), sort_keys=True)  # as it will be read
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -> None:
+    """Write an object with its checksum as a whole JSON file."""
+    replace_file(path, to_json(sealed(value), **options).encode())
+
+
+def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
+    """Return an object and whether it had a checksum; ValueError unless it fits an example.
+
+    Args:
+      content: JSON in UTF-8, whose numbers are finite.
+      like: has the keys that must be there, those that end in ? may be missing. A whole number is
+        the least one allowed, the first element of a list stands for all of them.
+    """
+
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return float(text)
+
+    def integer(text: str) -> int:
+        if len(text) > _LONGEST_INTEGER:
+            raise ValueError(f"{text[:20]}... has too many digits")
+        return int(text)
+
+    try:
+        value = json.loads(
+            content.decode(), parse_float=number, parse_int=integer, parse_constant=number
+        )
+        stored = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+        if stored is not None and stored != _checksum(value):
+            raise ValueError(
+                "its checksum says that it is damaged or edited: restore it, or delete its "
+                f"{CHECKSUM!r} if you have edited it"
+            )
+        if problem := misfit(value, like, "it"):
+            raise ValueError(problem)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value, stored is not None
+
+
+def misfit(value: Any, like: Any, name: str) -> str:
+    """Return where a value of JSON is not like an example (`parse_json`), or nothing."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    kind = type(like)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        return f"{name} is {str(value)[:40]!r}, not {kinds.get(kind, 'a number')}"
+    if kind is int and value < like:
+        return f"{name} is {value}, and must be at least {like}"
+    if kind is list:
+        parts = [(each, like[0], f"an element of {name}") for each in value] if like else []
+    elif kind is dict:
+        wanted = {key.removesuffix("?"): key for key in like}
+        if lacking := [key for key, full in wanted.items() if key == full and key not in value]:
+            return f"{name} lacks {', '.join(lacking)}"
+        parts = [(value[key], like[wanted[key]], key) for key in wanted if key in value]
+    else:
+        parts = []
+    return next(filter(None, itertools.starmap(misfit, parts)), "")
+
+
+def read_json(path: epath.PathLike, like: Any, fix: str = "restore it") -> dict[str, Any]:
+    """Return the object of a JSON file that is like an example (`parse_json`).
+
+    BadInput says which file is none, and a line on the terminal that one has no checksum.
+    """
+    path = epath.Path(path)
+    try:
+        is_here = not in_bucket(path) and path.exists()
+        if is_here and not (path.is_file() and path.stat().length < _LARGEST_JSON):
+            raise ValueError("it is no regular file of a reasonable size")
+        value, is_sealed = parse_json(path.read_bytes(), like)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path}: cannot be used ({reason}); {fix}") from error
+    if not is_sealed:
+        tell_unsealed(path.parent)
+    return value
+
+
+def tell_unsealed(folder: epath.Path) -> None:
+    """Say that damage may pass in a folder's files that have no checksum."""
+    tell_once(
+        f"{folder}: has files without a checksum, of an earlier version or edited by hand: damage "
+        "in them cannot be noticed"
+    )
+
+
+@functools.cache
+def tell_once(text: str) -> None:
+    """Print a line, the first time that it is told."""
+    print(text, flush=True)
