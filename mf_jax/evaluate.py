@@ -20,7 +20,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import validate
-from mf_jax.data import Source, make_source
+from mf_jax.data import Source, in_turn, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
@@ -46,7 +46,7 @@ _POLL_SECONDS = 30
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Append to eval.jsonl what `eval` asks for, write the table `eval.json`, and print it."""
-    section, data = config.eval, None
+    section, data, held_out = config.eval, None, None
     with processes.together():
         _check(config)
         if section.samples:
@@ -59,8 +59,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             if run_folder.exists(workdir):
                 run_folder.check_data(workdir, data)
             held_out = make_source(config.data, split="held_out")
+            scorers.lower_num_samples(config, data, held_out)
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
-    evaluation = Evaluation(config, workdir, scorer, data)
+    evaluation = Evaluation(config, workdir, scorer, data, held_out)
     if section.samples:
         rows = evaluation.score(*scorers.samples_of_file(config))
     elif section.watch:
@@ -115,13 +116,15 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
 class Evaluation:
     """One command's evaluation.
 
-    data: the training split, for diagnostics; None where models are compared with references.
+    data, held_out: the splits, for diagnostics and for what samples are told besides labels; None
+    where models are compared with references.
     """
 
     config: ConfigDict
     workdir: epath.Path
     scorer: Scorer
     data: Source | None
+    held_out: Source | None = None
 
     @property
     def is_run(self) -> bool:
@@ -259,7 +262,12 @@ class Evaluation:
         if section.labels == "random" and generator.spec.num_classes:
             draws = np.random.default_rng(section.seed)
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        batches = generator.batches(labels, cell.plan)
+        given = {}
+        if generator.spec.more:
+            source = self.held_out or make_source(self.config.data, split="held_out")
+            rows = in_turn(source, section.num_samples)
+            labels, given = rows.labels, generator.given_for(rows.more)
+        batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1
             caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)

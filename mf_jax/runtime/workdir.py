@@ -222,8 +222,13 @@ def _tuples(value: Any) -> Any:
 def stored_data(workdir: Path, key: str = "--workdir") -> DataSpec:
     """Return the spec of a run's data; see `stored_config`."""
     stored = _read(workdir, _DATA, key)
-    classes = stored["num_classes"], tuple(stored["class_names"])
-    return DataSpec(tuple(stored["shape"]), *classes, stored.get("origin", ""))
+    tuples = {key: tuple(stored[key]) for key in ("shape", "class_names")}
+    known = {
+        field.name: stored[field.name]
+        for field in dataclasses.fields(DataSpec)
+        if field.name in stored
+    }
+    return DataSpec(**known | tuples)
 
 
 def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
