@@ -227,5 +227,5 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
         raise OSError("no route to host")
 
     monkeypatch.setattr(openml.sklearn.datasets, "fetch_openml", fail)
-    with pytest.raises(BadInput, match="no route to host.*set path to a folder"):
+    with pytest.raises(BadInput, match=r"no route to host.*set path to a folder"):
         make_source(section, split="train")
