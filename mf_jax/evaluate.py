@@ -20,7 +20,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import validate
-from mf_jax.data import Source, in_turn, make_source
+from mf_jax.data import Batch, Source, in_turn, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
@@ -46,7 +46,7 @@ _POLL_SECONDS = 30
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Append to eval.jsonl what `eval` asks for, write the table `eval.json`, and print it."""
-    section, data, held_out = config.eval, None, None
+    section, data = config.eval, None
     with processes.together():
         _check(config)
         if section.samples:
@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             held_out = make_source(config.data, split="held_out")
             scorers.lower_num_samples(config, data, held_out)
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
-    evaluation = Evaluation(config, workdir, scorer, data, held_out)
+    evaluation = Evaluation(config, workdir, scorer, data)
     if section.samples:
         rows = evaluation.score(*scorers.samples_of_file(config))
     elif section.watch:
@@ -116,15 +116,13 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
 class Evaluation:
     """One command's evaluation.
 
-    data, held_out: the splits, for diagnostics and for what samples are told besides labels; None
-    where models are compared with references.
+    data: the training split, for diagnostics; None where models are compared with references.
     """
 
     config: ConfigDict
     workdir: epath.Path
     scorer: Scorer
     data: Source | None
-    held_out: Source | None = None
 
     @property
     def is_run(self) -> bool:
@@ -250,7 +248,7 @@ class Evaluation:
             "weights": weights,
             "config": score_rows.digest(json.dumps(deciding, sort_keys=True).encode()),
             "num_samples": config.eval.num_samples,
-            "labels": config.eval.labels,
+            "labels": "of rows" if self.data and self.data.spec.more else config.eval.labels,
             "network_dtype": config.model.dtype,
             "autoencoder": decoder.autoencoder.sha256 if decoder else "none",
             "quantisation": QUANTISATION,
@@ -262,11 +260,10 @@ class Evaluation:
         if section.labels == "random" and generator.spec.num_classes:
             draws = np.random.default_rng(section.seed)
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        given = {}
+        rows = Batch(labels, labels)
         if generator.spec.more:
-            source = self.held_out or make_source(self.config.data, split="held_out")
-            rows = in_turn(source, section.num_samples)
-            labels, given = rows.labels, generator.given_for(rows.more)
+            rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
+        labels, given = rows.labels, generator.given_for(rows.more) if rows.more else {}
         batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1

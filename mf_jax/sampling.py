@@ -31,6 +31,8 @@ from mf_jax.runtime.sharding import batch_sharding
 _GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 """Where (r, t) the velocity of a network that never saw r < t is plotted."""
+_PLOTS = {2: ("scatter", save_scatter), 3: ("signals", save_signals)}
+"""Of samples beside the data, by the rank of both."""
 _PLACES = {
     "samples": "samples.npz",
     "picture": "samples.png",
@@ -87,8 +89,8 @@ def _plot_vectors(
     """Plot samples beside the data; in the plane the learned field and one-step transport too."""
     held_out = make_source(config.data, split="held_out")
     data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
-    kind = "scatter" if data.ndim == 2 else "signals"
-    _save_beside(workdir / _PLACES[kind], samples, data, title=_caption(generator))
+    kind, save = _PLOTS[data.ndim]
+    save(workdir / _PLACES[kind], samples[:_SCATTER_POINTS], data, title=_caption(generator))
     if samples.shape[1:] != (2,) or generator.spec.more:
         return
     reach = 1.25 * float(np.abs(data).max())
@@ -98,14 +100,6 @@ def _plot_vectors(
         save_transport(workdir / _PLACES["transport"], velocity, data, limits=limits)
     else:
         save_field(workdir / _PLACES["field"], velocity, limits=limits, times=_INSTANTS)
-
-
-def _save_beside(
-    path: Path, samples: Float[np.ndarray, "n ..."], data: Float[np.ndarray, "m ..."], *, title: str
-) -> None:
-    """Save vectors as points, signals as lines."""
-    save = save_scatter if data.ndim == 2 else save_signals
-    save(path, samples[:_SCATTER_POINTS], data, title=title)
 
 
 def _caption(generator: Generator) -> str:
@@ -139,7 +133,7 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
         points = generator.sample(labels if given else None, num=num, plan=plan, **given)
         if processes.is_first():
             data = read(source, min(num, len(source))).x
-            _save_beside(path, points, data, title=caption)
+            _PLOTS[data.ndim][1](path, points, data, title=caption)
         return path
     samples = generator.sample(labels, plan=plan, **given)
     if processes.is_first():

@@ -176,7 +176,7 @@ def test_bad_files_are_one_line(tmp_path):
         ({"x": x, "label": np.zeros(N - 1, int)}, "a row for each row of x"),
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
         ({"x": x, "condition": nan}, "condition is not finite"),
-        ({"x": x, "pair": np.zeros((N, 5))}, "the same shape"),
+        ({"x": x, "pair": np.zeros((N, 5))}, "a pair x's shape"),
         (good | {"mask": np.ones((N, 7, 1), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8, 1))}, "must be bool"),

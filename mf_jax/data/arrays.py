@@ -6,7 +6,7 @@ disk. Names are x, label, condition, pair and mask; others are refused.
 
 import functools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -104,16 +104,14 @@ def _checked(file: str, where: str, *_: float) -> tuple[Arrays, str]:
     if min(x.shape) < 1 or len(x) < 2:
         raise BadInput(f"{where}: x is {list(x.shape)}; must have 2 rows or more, none empty")
     for key, array in arrays.items():
-        if key != "mask" and array.shape[:1] != x.shape[:1]:
+        needed = x.shape if key == "pair" else x.shape[:1]
+        if key != "mask" and array.shape[: len(needed)] != needed:
             raise BadInput(
                 f"{where}: {key} is {list(array.shape)} where x is {list(x.shape)}; must have a "
-                "row for each row of x"
+                "row for each row of x, and a pair x's shape"
             )
     checks = {"label": _label, "condition": _condition, "mask": functools.partial(_mask, x=x)}
     arrays |= {key: checks[key](arrays[key], where) for key in checks if key in arrays}
-    if "pair" in arrays and arrays["pair"].shape != x.shape:
-        shapes = f"{list(arrays['pair'].shape)} where x is {list(x.shape)}"
-        raise BadInput(f"{where}: pair is {shapes}; must have the same shape")
     for key in ("x", "pair"):
         if key in arrays:
             _check_numbers(arrays[key], arrays.get("mask"), f"{where}: {key}", is_x=key == "x")
@@ -141,20 +139,17 @@ def _check_numbers(x: np.ndarray, mask: np.ndarray | None, name: str, *, is_x: b
     if not np.issubdtype(x.dtype, np.floating):
         fix = "must be float, or uint8, which is scaled to [-1, 1]: use x.astype(numpy.float32)"
         raise BadInput(f"{name} is {x.dtype}; {fix}")
-    for rows in _chunks(x):
+    size = max(1, _CHUNK * len(x) // x.size)
+    for first in range(0, len(x), size):
+        rows = slice(first, first + size)
         seen = _as_floats(x[rows], None if mask is None else mask[rows])
-        if not np.isfinite(seen).all():
-            row = rows.start + int(np.argmin(np.isfinite(seen).reshape(len(seen), -1).all(axis=1)))
+        if not (is_finite := np.isfinite(seen).reshape(len(seen), -1).all(axis=1)).all():
+            row = first + int(np.argmin(is_finite))
             fix = "must be finite, as float32 too, but where mask is False"
             raise BadInput(f"{name} is not finite in row {row}; {fix}: leave such rows out")
         if is_x and x.ndim == 4 and np.abs(seen).max() > 1:
             ends = f"[{seen.min():g}, {seen.max():g}]"
             raise BadInput(f"{name}: pictures lie in {ends}; must be in [-1, 1] or uint8: scale x")
-
-
-def _chunks(x: np.ndarray) -> Iterator[slice]:
-    size = max(1, _CHUNK * len(x) // x.size)
-    return (slice(first, first + size) for first in range(0, len(x), size))
 
 
 def _as_floats(

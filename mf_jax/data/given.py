@@ -22,27 +22,20 @@ def checked_given(
     """
     arrays = {}
     for name, value in given.items():
-        if value is not None:
-            arrays[name] = _checked(spec, name, value, has_null)
-    missing = set(spec.more) - set(arrays) - {"mask"} - ({"condition"} if has_null else set())
-    for name in sorted(missing):
-        shape = ", ".join(map(str, spec.more[name][0]))
-        raise BadInput(f"{name}: this model was never trained without; give {name}=, [N, {shape}]")
+        shape, dtype = spec.more.get(name, ((), "float32"))
+        needed = f"[N, {', '.join(map(str, shape))}]"
+        if value is None:
+            if name in spec.more and name != "mask" and not (name == "condition" and has_null):
+                raise BadInput(f"{name}: this model was never trained without; give {needed}")
+            continue
+        if name not in spec.more:
+            raise BadInput(f"{name}: this model was trained without; leave {name} out")
+        array = np.asarray(value, dtype)
+        array = array[None] if array.ndim == len(shape) else array
+        if array.shape[1:] != shape or not len(array):
+            raise BadInput(f"{name}: is {list(array.shape)}; must be {needed}")
+        is_null = np.isnan(array).all(axis=-1, keepdims=True) & (name == "condition") & has_null
+        if not (np.isfinite(array) | is_null).all():
+            raise BadInput(f"{name}: holds NaN or infinite values; must be finite")
+        arrays[name] = array
     return arrays
-
-
-def _checked(spec: DataSpec, name: str, value: Any, has_null: bool) -> Shaped[np.ndarray, "n ..."]:
-    if name not in spec.more:
-        raise BadInput(f"{name}: this model was trained without; leave {name} out")
-    shape, dtype = spec.more[name]
-    array = np.asarray(value, dtype)
-    array = array[None] if array.ndim == len(shape) else array
-    if array.shape[1:] != shape or not len(array):
-        needed = ", ".join(map(str, shape))
-        raise BadInput(f"{name}: is {list(array.shape)}; must be [N, {needed}]")
-    bad = ~np.isfinite(array)
-    if name == "condition" and has_null:
-        bad &= ~np.isnan(array).all(axis=1, keepdims=True)
-    if bad.any():
-        raise BadInput(f"{name}: holds NaN or infinite values; must be finite")
-    return array

@@ -47,9 +47,8 @@ class Batch(NamedTuple):
     @property
     def more(self) -> dict[str, np.ndarray]:
         """What there is besides x and labels, by name."""
-        return {
-            key: value for key, value in self._asdict().items() if value is not None and key in MORE
-        }
+        given = {key: getattr(self, key) for key in MORE}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class Stored(NamedTuple):
@@ -159,14 +158,12 @@ class _Steps:
         flips = stream_flips(first, share, seed=self.seed)
         if self.source.stored:
             return self.source.gather(indices + len(self.source) * flips)
-        batch, of_rows = self.source.gather(indices), flips[:, None, None, None]
-        pictures = {"x": batch.x, "e": batch.e, "mask": batch.mask}
-        return batch._replace(
-            **{
-                name: each if each is None else np.where(of_rows, each[:, :, ::-1], each)
-                for name, each in pictures.items()
-            }
-        )
+        batch = self.source.gather(indices)
+        pictures = {"x": batch.x, **batch.more}
+        pictures.pop("condition", None)
+        of_rows = flips[:, None, None, None]
+        mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
+        return batch._replace(**mirrored)
 
 
 def make_batches(

@@ -46,15 +46,12 @@ class DataSpec:
     @property
     def more(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and type of what a row brings besides x and its label, by `Batch`'s names."""
-        known = {
-            "condition": ((self.condition_size,), "float32"),
-            "e": (self.shape, "float32"),
-            "mask": (self.shape, "bool"),
+        every = {
+            "condition": (self.condition_size, (self.condition_size,), "float32"),
+            "e": (self.has_pairs, self.shape, "float32"),
+            "mask": (self.has_mask, self.shape, "bool"),
         }
-        has = (self.condition_size > 0, self.has_pairs, self.has_mask)
-        return {
-            key: row for (key, row), is_there in zip(known.items(), has, strict=True) if is_there
-        }
+        return {key: (shape, dtype) for key, (has, shape, dtype) in every.items() if has}
 
     def label_of(self, label: int | str) -> int:
         """Return the number of a class, which may be given by its name."""

@@ -222,13 +222,8 @@ def _tuples(value: Any) -> Any:
 def stored_data(workdir: Path, key: str = "--workdir") -> DataSpec:
     """Return the spec of a run's data; see `stored_config`."""
     stored = _read(workdir, _DATA, key)
-    tuples = {key: tuple(stored[key]) for key in ("shape", "class_names")}
-    known = {
-        field.name: stored[field.name]
-        for field in dataclasses.fields(DataSpec)
-        if field.name in stored
-    }
-    return DataSpec(**known | tuples)
+    names = {field.name for field in dataclasses.fields(DataSpec)}
+    return DataSpec(**{name: _tuples(value) for name, value in stored.items() if name in names})
 
 
 def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
