@@ -53,7 +53,7 @@ class Rows:
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """See `Source.gather`; x and e are 0 where a mask hides them."""
         order, back = np.unique(self._rows[indices], return_inverse=True)  # as they lie on a disk
-        found = {key: array[order][back] for key, array in self._arrays.items()}
+        found = {key: np.asarray(array[order][back]) for key, array in self._arrays.items()}
         mask = found.get("mask")
         x, e = (_as_floats(found.get(key), mask) for key in ("x", "pair"))
         labels = found.get("label", np.full(len(indices), NO_LABEL))

@@ -1,5 +1,6 @@
 """MNIST and Fashion-MNIST, fetched once from OpenML through scikit-learn."""
 
+import functools
 import os
 
 import numpy as np
@@ -27,18 +28,24 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
       path: folder to keep what is fetched; "" = scikit-learn's own.
     """
     check_known("dataset", dataset, DATASETS)
-    folder = os.path.expanduser(path) or None
-    try:
+    x, labels = _fetch(dataset, os.path.expanduser(path))
+    start = len(x) - len(x) // _HELD_OUT_OF
+    rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
+    return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], "")
+
+
+@functools.lru_cache(1)  # for both splits: to parse the text takes a minute
+def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:
+    options = {"version": 1, "as_frame": False, "return_X_y": True}
+    try:  # pandas, the usual parser, is one package more
         pixels, labels = sklearn.datasets.fetch_openml(
-            dataset, version=1, data_home=folder, as_frame=False, return_X_y=True
+            dataset, data_home=path or None, parser="liac-arff", **options
         )
     except (OSError, ValueError) as error:  # no network; an answer that is no data set
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"dataset={dataset!r} cannot be fetched from OpenML ({reason}): try again with a "
-            f"network, or set path to a folder with a copy, where it is {path or 'the default'!r}"
+            f"network, or set path to a folder with a copy; it is {path or 'the usual one'!r}"
         ) from error
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
-    start = len(x) - len(x) // _HELD_OUT_OF
-    rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
-    return Rows({"x": x, "label": labels.astype(np.int32)}, rows, DATASETS[dataset], "")
+    return x, labels.astype(np.int32)
