@@ -5,6 +5,7 @@ disk. Names are x, label, condition, pair and mask; others are refused.
 """
 
 import functools
+import os
 import zipfile
 from collections.abc import Mapping
 
@@ -33,7 +34,7 @@ class Rows:
     stored = None
 
     def __init__(
-        self, arrays: Arrays, rows: Int[np.ndarray, "n"], class_names: tuple[str, ...], digest: str
+        self, arrays: Arrays, rows: Int[np.ndarray, "k"], class_names: tuple[str, ...], digest: str
     ) -> None:
         """Take arrays by the names of `KEYS`, which fit one another."""
         self._arrays, self._rows, self.digest = arrays, rows, digest
@@ -77,8 +78,8 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
     if file.suffix not in (".npz", ".npy") or not file.is_file():
         what = "is no .npz or .npy file" if file.exists() else "does not exist"
         raise BadInput(f"{where} {what}; name a file of numpy.savez(file, x=x) or numpy.save")
-    status = file.stat()
-    arrays, digest = _checked(str(file), where, status.mtime, status.length)
+    status = os.stat(file)
+    arrays, digest = _checked(str(file), where, (status.st_mtime_ns, status.st_size))
     num = len(arrays["x"])
     held_out = min(max(round(held_out_share * num), 1), num - 1)
     order = np.random.default_rng(SPLIT_SEED).permutation(num)
@@ -88,8 +89,8 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
 
 
 @functools.lru_cache(1)  # for both splits
-def _checked(file: str, where: str, *_: float) -> tuple[Arrays, str]:
-    """Return the arrays of a file, which fit one another, and its SHA-256."""
+def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, str]:
+    """Return the arrays of a version of a file, which fit one another, and its SHA-256."""
     arrays = _read(file, where)
     if unknown := [key for key in arrays if key not in KEYS]:
         hint = nearest(unknown[0], KEYS)
