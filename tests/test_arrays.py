@@ -129,7 +129,8 @@ def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
 def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
     np.savez(tmp_path / "x.npz", **FILES["signals"])
     source = _open(tmp_path / "x.npz")
-    network = DiT(2, 1, 16, 2, num_classes=0, condition_size=3)
+    sizes = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
+    network = DiT(**sizes, num_classes=0, condition_size=3)
     parts = parts_of(network, mf_jax.MeanFlow(), shape=(8, 2), batch=16, label_drop_share=0.5)
     parts = dataclasses.replace(parts, more=source.spec.more)
     batch = next(make_batches(source, batch_size=16, seed=0, threads=0))
@@ -213,7 +214,7 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
         pixels = np.tile(np.arange(14)[:, None], (1, 784))
         return pixels.astype(float), np.array([str(i % 10) for i in range(14)], object)
 
-    monkeypatch.setattr(openml.sklearn.datasets, "fetch_openml", fetch)
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
     section = {"name": "openml", "dataset": "Fashion-MNIST", "path": str(tmp_path)}
     train, held_out = (make_source(section, split=split) for split in ("train", "held_out"))
     assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits
@@ -226,6 +227,6 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
     def fail(name, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(openml.sklearn.datasets, "fetch_openml", fail)
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fail)
     with pytest.raises(BadInput, match=r"no route to host.*set path to a folder"):
         make_source(section | {"dataset": "mnist_784"}, split="train")
