@@ -260,7 +260,7 @@ class Evaluation:
         if section.labels == "random" and generator.spec.num_classes:
             draws = np.random.default_rng(section.seed)
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        rows = Batch(labels, labels)
+        rows = Batch(np.empty(len(labels)), labels)
         if generator.spec.more:
             rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
         labels, given = rows.labels, generator.given_for(rows.more) if rows.more else {}

@@ -140,7 +140,7 @@ class Generator:
     ) -> Shaped[np.ndarray, "n ..."]:
         given = self.given_for({key: changes.pop(key, None) for key in MORE})
         if num is None and given:
-            labels = labels if labels is None else np.ravel(np.asarray(labels, object))
+            labels = labels if labels is None else np.ravel(np.asarray(labels, object)).tolist()
             num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
         batches = self.batches(labels, plan.replace(**changes), given)
