@@ -20,6 +20,7 @@ from mf_jax.models.layers import (
     Attention,
     ConditionEmbedding,
     Image,
+    Signal,
     Time,
     Tokens,
     at_least_float32,
@@ -102,7 +103,7 @@ class DiT(Transformer, kw_only=True):
     condition_size: int = 0
 
     @nn.compact
-    def __call__(self, z: Image | Tokens, *, r: Time, t: Time, condition: Condition) -> Prediction:
+    def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
         if self.width % 4 or self.width % self.num_heads:
             raise BadInput(
                 f"model.width={self.width}: must be divisible by 4 and by"

@@ -13,6 +13,7 @@ from mf_jax.flow.records import Told
 
 Time = Float[Array, "b"]
 Image = Float[Array, "b h w c"]
+Signal = Float[Array, "b l c"]
 Tokens = Float[Array, "b n d"]
 
 TIME_CONDITIONINGS = {
@@ -145,7 +146,7 @@ def sine_cosine_positions(*grid: int, num_features: int) -> Float[np.ndarray, "n
     return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def patches_of(z: Image | Tokens, size: int) -> Tokens:
+def patches_of(z: Image | Signal, size: int) -> Tokens:
     """Cut images into patches of size x size pixels, row by row, or signals into pieces of size."""
     if z.ndim == 3:
         if size <= 0 or z.shape[1] % size:
@@ -158,7 +159,7 @@ def patches_of(z: Image | Tokens, size: int) -> Tokens:
     return z.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
-def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image | Tokens:
+def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image | Signal:
     """Undo `patches_of`, given the shape of the images or signals; at least float32."""
     if len(shape) == 3:
         return at_least_float32(patches.reshape(shape))
