@@ -58,7 +58,7 @@ def take(source, count, **options):
     """Return x and labels `[count, batch, ...]` of the first batches, prepared in this thread."""
     options = {"batch_size": 6, "seed": 5, "flip": True, "threads": 0, "prefetch": 0} | options
     batches = list(itertools.islice(data.make_batches(source, **options), count))
-    return [np.stack(arrays) for arrays in zip(*batches, strict=True)]
+    return [np.stack(arrays) for arrays in zip(*(batch[:2] for batch in batches), strict=True)]
 
 
 def make(name="digits", split="train", **changes):
