@@ -9,13 +9,15 @@ from ml_collections import ConfigDict
 DEFAULTS = dict(
     seed=0,  # everything random in training is a pure function of it and of the step
     data=dict(
-        name="digits",  # digits | toy2d | image_folder | tfds | latents (made by --mode=prepare)
-        path="",  # image_folder, latents: their folder; tfds: its data folder, "" for TFDS's own
+        # digits | toy2d | image_folder | tfds | openml | latents (made by --mode=prepare), and
+        name="digits",  # arrays (vectors, signals or pictures in an .npz or .npy file)
+        # arrays: their file; image_folder, latents: their folder; tfds, openml: the folder that
+        path="",  # they keep data in, "" for the usual one
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
         flip=False,  # mirror every other picture at random
         class_order="number",  # of classes that are all numbers: number | name (10 before 2)
-        held_out_share=0.1,  # image_folder: share of the pictures of each class kept for evaluation
-        dataset="cifar10",  # tfds: name of the data set
+        held_out_share=0.1,  # image_folder (of each class), arrays: share kept for evaluation
+        dataset="cifar10",  # tfds: name of the data set; openml: mnist_784 | Fashion-MNIST
         split_train="train",  # tfds: the split to train on
         split_held_out="test",  # tfds: the split to evaluate against
         toy="checkerboard",  # checkerboard | two_moons | eight_gaussians | spirals | gaussian
@@ -35,10 +37,10 @@ DEFAULTS = dict(
         process_index=0,  # which part of the work this process takes, in [0, process_count)
         process_count=0,  # processes that share the work; 0 = the JAX job's own count and index
     ),
-    model=dict(
+    model=dict(  # dit and mlp take signals too, and a condition of numbers
         name="dit",  # dit | in_context_dit | unet (images), mlp (vectors), affine | low_rank
         size="digits",  # digits | S | B | M | L | XL; in_context_dit: pixel_B | pixel_L | pixel_H
-        patch_size=4,  # dit, in_context_dit: pixels, divides data.image_size
+        patch_size=4,  # dit, in_context_dit: pixels, or places of a signal; divides their number
         depth=0,  # blocks; 0 = as the size says
         width=0,  # width of a token or layer; 0 = as the size says
         num_heads=0,  # dit, in_context_dit: attention heads; 0 = as the size says
@@ -105,7 +107,7 @@ DEFAULTS = dict(
     ),
     draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
-        label_drop_share=0.1,  # share of all rows trained without their label, in [0, 1)
+        label_drop_share=0.1,  # share of all rows trained without label or condition, in [0, 1)
         label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row
         omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
@@ -159,6 +161,7 @@ DEFAULTS = dict(
         steps=1,  # network evaluations of one sample: 1, 2, 4, ...
         times=(),  # or the time grid itself, e.g. (1.0, 0.5, 0.0); () = equal steps
         labels=(),  # classes or their names, repeated, -1 = none; () = all classes in turn
+        condition=(),  # arrays: numbers told to all samples; () = of the held-out rows in turn
         guidance=(1.0, 0.0, 1.0),  # (omega, t_min, t_max), for a network that was told them
         seed=0,  # of the noise
         ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first

@@ -100,20 +100,31 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     """
     model = config.model
     network = look_up("model.name", model.name, NETWORKS)
-    kind = "images" if spec.is_picture else "vectors"
+    kind = {1: "vectors", 2: "signals"}.get(len(spec.shape), "images")
     if kind not in getattr(network, "takes", (kind,)):
         fit = ", ".join(k for k, each in NETWORKS.items() if kind in getattr(each, "takes", ()))
         data = f"the data are {kind} of shape {spec.shape}"
         raise BadInput(f"model.name={model.name!r}: {data}; use one of {fit}")
     fields = {**model, **_sizes(model)} | ({"second_head": False} if for_sampling else {})
-    for key in _AT_LEAST_ONE & inspect.signature(network).parameters.keys():
+    for key in _AT_LEAST_ONE & _fields_of(network):
         if fields[key] < 1:
             raise BadInput(f"model.{key}={model[key]}: {model.name} needs it above 0")
     for key in ("depth", "num_blocks", "head_depth", "r_blocks"):
         if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
             raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
-    made = from_section(network, ConfigDict(fields), num_classes=spec.num_classes)
+    told = {"num_classes": spec.num_classes}
+    if spec.condition_size:
+        told["condition_size"] = spec.condition_size
+        able = [k for k, each in NETWORKS.items() if told.keys() <= _fields_of(each)]
+        if model.name not in able:
+            fit = f"use one of {', '.join(able)}, or data without `condition`"
+            raise BadInput(f"model.name={model.name!r}: is told no condition but classes; {fit}")
+    made = from_section(network, ConfigDict(fields), **told)
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
+
+
+def _fields_of(network: Callable) -> set[str]:
+    return set(inspect.signature(network).parameters)
 
 
 _MOST_LAYERS = 500  # tracing more takes minutes
@@ -218,7 +229,7 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
         return
     setting = f"guidance.omega={omega}, guidance.kappa={kappa}, draws.omega_max={omega_max}"
     off = "use omega=1, kappa=0, omega_max=1"
-    if spec.num_classes == 0:
+    if spec.num_classes == spec.condition_size == 0:
         yield f"{setting}: the data have no labels to guide by; {off}"
     if not objective.guidable:
         yield f"{setting}: {config.objective.name} has no guidance in its target; {off}"

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import validate
-from mf_jax.data import Source, make_source
+from mf_jax.data import Batch, Source, in_turn, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
@@ -59,6 +59,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             if run_folder.exists(workdir):
                 run_folder.check_data(workdir, data)
             held_out = make_source(config.data, split="held_out")
+            scorers.lower_num_samples(config, data, held_out)
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
     evaluation = Evaluation(config, workdir, scorer, data)
     if section.samples:
@@ -247,7 +248,7 @@ class Evaluation:
             "weights": weights,
             "config": score_rows.digest(json.dumps(deciding, sort_keys=True).encode()),
             "num_samples": config.eval.num_samples,
-            "labels": config.eval.labels,
+            "labels": "of rows" if self.data and self.data.spec.more else config.eval.labels,
             "network_dtype": config.model.dtype,
             "autoencoder": decoder.autoencoder.sha256 if decoder else "none",
             "quantisation": QUANTISATION,
@@ -259,7 +260,11 @@ class Evaluation:
         if section.labels == "random" and generator.spec.num_classes:
             draws = np.random.default_rng(section.seed)
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        batches = generator.batches(labels, cell.plan)
+        rows = Batch(np.empty(len(labels)), labels)
+        if generator.spec.more:
+            rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
+        labels, given = rows.labels, generator.given_for(rows.more) if rows.more else {}
+        batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1
             caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +17,14 @@ from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax.config import make_objective
+from mf_jax.data.given import checked_given
+from mf_jax.data.pipeline import MORE
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow import sampler
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale
+from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale, Told
+from mf_jax.flow.rows import call
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
 from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
@@ -107,21 +111,22 @@ class Generator:
         *,
         num: int | None = None,
         plan: SamplePlan = ONE_STEP,
-        **changes: Any,
+        **more: Any,
     ) -> Shaped[np.ndarray, "n ..."]:
-        """Return images uint8 `[N, H, W, C]`, or vectors float32 `[N, D]`.
+        """Return images uint8 `[N, H, W, C]`, or float32 vectors `[N, D]` or signals `[N, L, C]`.
 
-        Sample i depends on (seed, i, its label), the times and the guidance alone.
+        Sample i depends on (seed, i, what it is told), the times and the guidance alone.
 
         Args:
           labels: classes or their names, one for each sample, -1 for none; by default all in turn.
           num: number of samples; by default one for each label, which are repeated to reach it,
             or for each class.
           plan: steps, times, guidance, seed and batch size.
-          changes: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max).
+          more: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max). Of a model
+            that was trained with them also condition `[N, K]` (a row of NaN for none), e and mask.
         """
         convert = self.pixels if self.spec.is_picture else on_host
-        return self._collect(convert, labels, num, plan, **changes)
+        return self._collect(convert, labels, num, plan, **more)
 
     def sample_raw(self, labels: Labels = None, **request: Any) -> Float[np.ndarray, "n ..."]:
         """Return samples as the network makes them, not decoded; takes what `sample` takes."""
@@ -135,17 +140,25 @@ class Generator:
         plan: SamplePlan = ONE_STEP,
         **changes: Any,
     ) -> Shaped[np.ndarray, "n ..."]:
+        given = self.given_for({key: changes.pop(key, None) for key in MORE})
+        if num is None and given:
+            labels = labels if labels is None else np.ravel(np.asarray(labels, object)).tolist()
+            num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
-        samples = [on_host(convert(x)) for x, _ in self.batches(labels, plan.replace(**changes))]
+        batches = self.batches(labels, plan.replace(**changes), given)
+        samples = [on_host(convert(x)) for x, _ in batches]
         return np.concatenate(samples)[: len(labels)]
 
     def batches(
-        self, labels: Int[np.ndarray, "n"], plan: SamplePlan
+        self,
+        labels: Int[np.ndarray, "n"],
+        plan: SamplePlan,
+        given: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers.
 
         All batches have one size, a multiple of the number of devices. Numbers from len(labels) on
-        are padding.
+        are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
         size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
@@ -162,6 +175,7 @@ class Generator:
                 jnp.asarray(plan.guidance, jnp.float32),
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
+                {name: place(each[index % len(each)]) for name, each in given.items()},
             )
             is_good = jnp.isfinite(x).reshape(size, -1).all(axis=1) | (index >= len(labels))
             if bad := size - int(is_good.sum()):
@@ -201,6 +215,11 @@ class Generator:
             given = np.arange(self.spec.num_classes) if self.spec.num_classes else [NO_LABEL]
         return np.resize(given, num).astype(np.int32)
 
+    def given_for(self, given: Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
+        """Return what samples are given besides labels; see `checked_given`."""
+        has_null = self.config.draws.label_drop_share > 0
+        return checked_given(self.spec, given, has_null=has_null)
+
     def average_velocity(
         self, z: Float[np.ndarray, "n ..."], *, r: float, t: float
     ) -> Float[np.ndarray, "n ..."]:
@@ -232,15 +251,23 @@ def _sample(
     guidance: Array,
     index: Array,
     labels: Array,
+    given: Mapping[str, Array] = MappingProxyType({}),
 ) -> Array:
     key = key_of(seed)
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
-    condition = Condition(labels, guidance=scale)
+    told = Told(labels, given["condition"]) if "condition" in given else labels
+    condition, field = Condition(told, guidance=scale), as_field(network)
+    e = given.get("e", e)
+    if "mask" in given:  # what it hides is 0 at all times, as in training
+        e, field = (
+            jnp.where(given["mask"], e, 0),
+            functools.partial(call, field, mask=given["mask"]),
+        )
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
         return sampler.sample(
-            as_field(network), params, e, condition, times=times, learns_average=learns_average
+            field, params, e, condition, times=times, learns_average=learns_average
         )
 
 

@@ -87,6 +87,7 @@ _TUPLES = {
     "ema.halflives_kimg": float,
     "sample.times": float,
     "sample.labels": int | str,
+    "sample.condition": float,
     "sample.guidance": float,
     "eval.steps": int,
     "eval.omegas": float,

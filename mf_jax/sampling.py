@@ -12,16 +12,16 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_objective, sample_plan
-from mf_jax.data import Source, make_source, read
+from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import to_pixels
-from mf_jax.flow.errors import BadInput, left_out
+from mf_jax.flow.errors import BadInput, in_section, left_out
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
 from mf_jax.published.fetch import find_weights
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.plots import save_field, save_scatter, save_transport
+from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
 from mf_jax.reporting.sample_grid import REAL_FILE, describe, few_classes, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -31,10 +31,13 @@ from mf_jax.runtime.sharding import batch_sharding
 _GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 """Where (r, t) the velocity of a network that never saw r < t is plotted."""
+_PLOTS = {2: ("scatter", save_scatter), 3: ("signals", save_signals)}
+"""Of samples beside the data, by the rank of both."""
 _PLACES = {
     "samples": "samples.npz",
     "picture": "samples.png",
     "scatter": "scatter.png",
+    "signals": "signals.png",
     "field": "field.png",
     "transport": "transport.png",
     "report": "report.html",
@@ -44,18 +47,25 @@ _PLACES = {
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write `samples.npz` and a picture of the samples.
 
-    `arr_0` holds the samples (uint8 `[N, H, W, C]`, or float32 `[N, D]` for vectors), `arr_1` their
-    int32 labels where the model has classes.
+    `arr_0` holds the samples (uint8 `[N, H, W, C]`, or float32 for vectors and signals), `arr_1`
+    their int32 labels where the model has classes. `condition`, `e` and `mask` are what else the
+    samples were told, where the model was trained with it.
     """
     check_values(config)
     section = config.sample
     ema = choose_ema("sample.ema", section.ema, averages(config))
     generator = load_for(workdir, config, ema=ema)
     labels = generator.labels_for(section.labels or None, section.num)
-    samples = generator.sample(labels, plan=sample_plan(config))
+    given = {"condition": np.float32([section.condition])} if section.condition else {}
+    if generator.spec.more.keys() - given:
+        rows = in_turn(make_source(config.data, split="held_out"), len(labels))
+        labels, given = labels if section.labels else rows.labels, rows.more | given
+    with in_section("sample"):
+        samples = generator.sample(labels, plan=sample_plan(config), **given)
     if not processes.is_first():
         return
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
+    arrays |= {key: each[np.arange(len(labels)) % len(each)] for key, each in given.items()}
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(workdir / _PLACES["samples"], content.getvalue())
@@ -74,14 +84,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _plot_vectors(
-    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n d"]
+    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n ..."]
 ) -> None:
     """Plot samples beside the data; in the plane the learned field and one-step transport too."""
     held_out = make_source(config.data, split="held_out")
     data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
-    path, title = workdir / _PLACES["scatter"], _caption(generator)
-    save_scatter(path, samples[:_SCATTER_POINTS], data, title=title)
-    if samples.shape[1:] != (2,):
+    kind, save = _PLOTS[data.ndim]
+    save(workdir / _PLACES[kind], samples[:_SCATTER_POINTS], data, title=_caption(generator))
+    if samples.shape[1:] != (2,) or generator.spec.more:
         return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
@@ -114,14 +124,18 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
     path = workdir / "samples" / f"step_{generator.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
     spec, plan, caption = generator.spec, sample_plan(generator.config), _caption(generator)
+    num = _GRID_SAMPLES if spec.is_picture else _SCATTER_POINTS
+    labels, given = few_classes(num, spec.num_classes), {}
+    if spec.more:
+        rows = in_turn(source, num)
+        labels, given = rows.labels, rows.more
     if not spec.is_picture:
-        points = generator.sample(num=_SCATTER_POINTS, plan=plan)
+        points = generator.sample(labels if given else None, num=num, plan=plan, **given)
         if processes.is_first():
-            data = read(source, min(_SCATTER_POINTS, len(source))).x
-            save_scatter(path, points, data, title=caption)
+            data = read(source, min(num, len(source))).x
+            _PLOTS[data.ndim][1](path, points, data, title=caption)
         return path
-    labels = few_classes(_GRID_SAMPLES, spec.num_classes)
-    samples = generator.sample(labels, plan=plan)
+    samples = generator.sample(labels, plan=plan, **given)
     if processes.is_first():
         save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
     real = workdir / REAL_FILE
@@ -142,7 +156,7 @@ def _draw_real(
     spread = np.linspace(0, len(source) - 1, min(len(source), _REAL_ROWS)).astype(int)
     rows = source.gather(spread)
     found = np.flatnonzero(np.isin(rows.labels, labels))
-    x, kept = (values[found if len(found) else ...] for values in rows)
+    x, kept = (values[found if len(found) else ...] for values in (rows.x, rows.labels))
     if source.stored:
         kept = kept[:_GRID_SAMPLES]
         padded = -(-len(kept) // generator.mesh.size) * generator.mesh.size

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from mf_jax.data import Stored
+from mf_jax.data import Batch, Stored
 from mf_jax.flow.draws import DrawScheme, key_of
-from mf_jax.flow.records import Draws
+from mf_jax.flow.records import NOTHING_TOLD, Draws, Told
 from mf_jax.models import as_field, initial_params, parameter_shapes, with_gather
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives import Objective
@@ -47,7 +48,8 @@ class StepParts:
     """Parts of a training step, fixed for a run.
 
     shape: of one data element. log_every_steps: steps over which metrics are averaged. stored: how
-    batches become elements, where each visit draws them anew. gather: one of `sharding.GATHERS`.
+    batches become elements, where each visit draws them anew. more: see `DataSpec.more`. gather:
+    one of `sharding.GATHERS`.
     ema_rampup: see `update_averages`; the objective's own average has none.
     """
 
@@ -61,31 +63,39 @@ class StepParts:
     log_every_steps: int
     batch_size: int
     stored: Stored | None = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: str = "step"
     ema_rampup: float = 0.0
 
     @property
-    def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Shapes of the rows, as the data have them, and of their labels."""
+    def batch(self) -> Batch:
+        """Shapes of the rows, as the data have them, of their labels and of all else they bring."""
         row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, jnp.float32)
-        return (
-            jax.ShapeDtypeStruct((self.batch_size, *row.shape), row.dtype),
-            jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
+        rows = {"x": (row.shape, row.dtype), "labels": ((), jnp.int32), **self.more}
+        return Batch(
+            **{
+                name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+                for name, (shape, dtype) in rows.items()
+            }
         )
 
-    def draw(self, step: Int[Array, ""] | int, x: Array, labels: Int[Array, "b"]) -> Draws:
-        """Draw a step, whose key is a pure function of (seed, step)."""
+    def draw(self, step: Int[Array, ""] | int, *batch: PyTree) -> Draws:
+        """Draw a step from the fields of a `Batch`; its key is a pure function of (seed, step)."""
+        x, labels, condition, e, mask = Batch(*batch)
         key = jax.random.fold_in(_keys(self.seed)[1], step)
         if self.stored:
             key, stored_key = jax.random.split(key)
             x = self.stored.draw(stored_key, x)
-        return self.scheme.draw(key, x, labels)
+        if condition is None:
+            return self.scheme.draw(key, x, labels, e=e, mask=mask)
+        told = Told(labels, condition)
+        return self.scheme.draw(key, x, told, e=e, mask=mask, null=NOTHING_TOLD)
 
     @functools.cached_property
     def metric_names(self) -> tuple[str, ...]:
         """Names of what a step measures, which the loss alone knows."""
 
-        def measure(params: PyTree, *batch: Array) -> dict[str, Average]:
+        def measure(params: PyTree, *batch: PyTree) -> dict[str, Average]:
             return self.objective.loss(as_field(self.network), params, self.draw(0, *batch))[1]
 
         params = parameter_shapes(self.network, self.shape)
@@ -117,14 +127,13 @@ def _gradient(
     params: PyTree,
     ema: dict[str, PyTree],
     step: Int[Array, ""],
-    x: Float[Array, "b ..."],
-    labels: Int[Array, "b"],
+    batch: tuple[PyTree, ...],
     mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Average]]:
     """Return gradient and metrics of one step."""
     target_ema = parts.objective.target_ema
     target_params = ema[average_name(target_ema)] if target_ema else None
-    draws = parts.draw(step, x, labels)
+    draws = parts.draw(step, *batch)
     network, late = parts.network, None
     if mesh is not None and mesh.size > 1 and parts.gather == "block":
         late = is_axis_of_block
@@ -145,13 +154,11 @@ def _gradient(
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
 
 
-def make_train_step(
-    parts: StepParts, mesh: Mesh | None = None
-) -> Callable[[TrainState, Array, Array], TrainState]:
-    """Return the pure function (state, x, labels) -> state of one optimisation step."""
+def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[..., TrainState]:
+    """Return the pure function of one step: (state, x, labels, and what else) -> state."""
 
-    def train_step(state: TrainState, x: Array, labels: Array) -> TrainState:
-        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, x, labels, mesh)
+    def train_step(state: TrainState, *batch: PyTree) -> TrainState:
+        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, batch, mesh)
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         collected, first_bad_step = _collect(parts, state, metrics)

@@ -121,6 +121,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
         stored=source.stored,
+        more=source.spec.more,
         gather=config.mesh.gather,
         ema_rampup=config.ema.rampup,
     )
@@ -171,8 +172,8 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(run.parts, run.mesh)
 
-    def marked(state: TrainState, x: Array, labels: Array) -> tuple[TrainState, Array]:
-        state = step(state, x, labels)
+    def marked(state: TrainState, *batch: PyTree) -> tuple[TrainState, Array]:
+        state = step(state, *batch)
         return state, state.step  # the next step takes the state, and leaves this
 
     train_step = jax.jit(marked, donate_argnums=0, out_shardings=(shardings, shardings.step))

@@ -24,7 +24,7 @@ from mf_jax.published.torch_file import StateDict
 from mf_jax.reporting import run_log
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog, read_metrics
-from mf_jax.runtime import json_files
+from mf_jax.runtime import files, json_files
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.scoring import rows as score_rows
 

@@ -127,9 +127,10 @@ def test_networks_without_classes_have_no_parameters_for_them():
 
 def test_classes_of_networks_say_what_they_can():
     takes = {name: network.takes for name, network in NETWORKS.items()}
-    assert takes["mlp"] == ("vectors",)
+    assert takes["mlp"] == ("vectors", "signals")
     assert takes["affine"] == takes["low_rank"] == ("images", "vectors")
-    assert takes["dit"] == takes["in_context_dit"] == takes["unet"] == ("images",)
+    assert takes["dit"] == ("images", "signals")
+    assert takes["in_context_dit"] == takes["unet"] == ("images",)
     told = [name for name, network in NETWORKS.items() if network.can_be_told_guidance]
     assert told == ["in_context_dit"]
     heads = [name for name, (network, _) in CASES.items() if network.second_head]

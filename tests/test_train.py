@@ -265,9 +265,9 @@ def test_one_compilation_and_divergence_that_names_step_and_metric(tmp_path, mon
     def poisoned(parts, mesh):
         step = make(parts, mesh)
 
-        def train_step(state, x, labels):
+        def train_step(state, x, *more):
             traced.append(1)
-            return step(state, jax.numpy.where(state.step == 5, jax.numpy.nan, x), labels)
+            return step(state, jax.numpy.where(state.step == 5, jax.numpy.nan, x), *more)
 
         return train_step
 

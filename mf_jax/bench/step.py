@@ -57,9 +57,14 @@ class Noise:
         rng = np.random.default_rng(indices)
         row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.spec.shape, np.float32)
         x = rng.standard_normal((len(indices), *row.shape), np.float32).astype(row.dtype)
-        if not self.spec.num_classes:
-            return Batch(x, np.full(len(indices), NO_LABEL, np.int32))
-        return Batch(x, rng.integers(self.spec.num_classes, size=len(indices), dtype=np.int32))
+        labels = np.full(len(indices), NO_LABEL, np.int32)
+        if self.spec.num_classes:
+            labels = rng.integers(self.spec.num_classes, size=len(indices), dtype=np.int32)
+        more = {
+            name: rng.standard_normal((len(indices), *shape)).astype(dtype)
+            for name, (shape, dtype) in self.spec.more.items()
+        }
+        return Batch(x, labels, **more)
 
 
 def fresh_batches(config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tuple[Array, Array]]:
@@ -121,7 +126,8 @@ def placed_step(
     state = jax.eval_shape(functools.partial(initial_state, parts))
     shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)
     step = jax.jit(make_train_step(parts, mesh), donate_argnums=0, out_shardings=shardings)
-    return step, placed(state, shardings), *placed(parts.batch, (rows, rows))
+    batch = placed(parts.batch, jax.tree.map(lambda _: rows, parts.batch))
+    return step, placed(state, shardings), *batch
 
 
 def _contender(

@@ -7,11 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, make_batches, read
+from mf_jax.data.pipeline import SPLITS, Batch, Source, Stored, in_turn, make_batches, read
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
 
-__all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored", "make_batches", "make_source", "read"]
+__all__ = ["SOURCES", "SPLITS", "Batch", "Source", "Stored"]
+__all__ += ["in_turn", "make_batches", "make_source", "read"]
 
 SOURCES = {
     "digits": "mf_jax.data.digits:Digits",
@@ -19,6 +20,8 @@ SOURCES = {
     "image_folder": "mf_jax.data.image_folder:ImageFolder",
     "tfds": "mf_jax.data.tfds_source:Tfds",
     "latents": "mf_jax.data.latents:Latents",
+    "arrays": "mf_jax.data.arrays:of_file",
+    "openml": "mf_jax.data.openml:of_openml",
 }
 """Where each source is defined; its module is imported when a config names it."""
 

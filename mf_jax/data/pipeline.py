@@ -28,14 +28,27 @@ _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
 
 
+MORE = ("condition", "e", "mask")
+
+
 class Batch(NamedTuple):
     """Some elements of a source.
 
-    x: `[n, *shape]`, pictures in [-1, 1], or stored rows. labels: classes or `NO_LABEL`.
+    x: `[n, *shape]`, pictures in [-1, 1], or stored rows. labels: classes or `NO_LABEL`. Others, if
+    any, are as `DrawScheme.draw` takes them, and named in `DataSpec.more`.
     """
 
     x: Float[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, "n"]
+    condition: Float32[np.ndarray, "n k"] | None = None
+    e: Float32[np.ndarray, "n ..."] | None = None
+    mask: Bool[np.ndarray, "n ..."] | None = None
+
+    @property
+    def more(self) -> dict[str, np.ndarray]:
+        """What there is besides x and labels, by name."""
+        given = {key: getattr(self, key) for key in MORE}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class Stored(NamedTuple):
@@ -146,7 +159,11 @@ class _Steps:
         if self.source.stored:
             return self.source.gather(indices + len(self.source) * flips)
         batch = self.source.gather(indices)
-        return batch._replace(x=np.where(flips[:, None, None, None], batch.x[:, :, ::-1], batch.x))
+        pictures = {"x": batch.x, **batch.more}
+        pictures.pop("condition", None)
+        of_rows = flips[:, None, None, None]
+        mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
+        return batch._replace(**mirrored)
 
 
 def make_batches(
@@ -190,3 +207,8 @@ def read(source: Source, n: int = 0) -> Batch:
     if n > len(source):
         raise BadInput(f"n={n} must be at most {len(source)}: lower it, or 0 for all")
     return source.gather(np.arange(n or len(source)))
+
+
+def in_turn(source: Source, n: int) -> Batch:
+    """Return n elements in order, from the first again after the last."""
+    return source.gather(np.arange(n) % len(source))

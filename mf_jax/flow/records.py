@@ -20,12 +20,17 @@ class DataSpec:
 
     shape: `(H, W, C)` of a picture, `(D,)` of a vector. num_classes: 0 without labels. class_names:
     in the order of the labels. origin: SHA-256 of the autoencoder behind latents, "" if unknown.
+    condition_size: numbers of a row's condition, 0 without one. has_pairs, has_mask: whether rows
+    bring their own e, and a mask.
     """
 
     shape: tuple[int, ...]
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     origin: str = ""
+    condition_size: int = 0
+    has_pairs: bool = False
+    has_mask: bool = False
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
@@ -37,6 +42,16 @@ class DataSpec:
     def is_picture(self) -> bool:
         """Whether an element is a picture, or the latent of one."""
         return len(self.shape) == 3
+
+    @property
+    def more(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The shape and type of what a row brings besides x and its label, by `Batch`'s names."""
+        every = {
+            "condition": (self.condition_size, (self.condition_size,), "float32"),
+            "e": (self.has_pairs, self.shape, "float32"),
+            "mask": (self.has_mask, self.shape, "bool"),
+        }
+        return {key: (shape, dtype) for key, (has, shape, dtype) in every.items() if has}
 
     def label_of(self, label: int | str) -> int:
         """Return the number of a class, which may be given by its name."""
@@ -70,13 +85,23 @@ class GuidanceScale:
     t_max: Float[Array, "b"]
 
 
+class Told(NamedTuple):
+    """Classes or `NO_LABEL`, and numbers, where a row has both; a row of NaN has no numbers."""
+
+    labels: Int[Array, "b"] | int
+    numbers: Float[Array, "b k"] | float
+
+
+NOTHING_TOLD = Told(NO_LABEL, float("nan"))
+
+
 @flax.struct.dataclass
 class Condition:
     """What this project's networks are told besides z, r and t.
 
-    labels: classes or `NO_LABEL`, or a caller's own tree. guidance: for networks that learn a range
-    of scales. dropout: a seed for each row's masks; None = no dropout. forward_mode: whether
-    `jax.jvp` follows, without a gradient of the derivative; fused attention must know.
+    labels: classes or `NO_LABEL`, a `Told`, or a caller's own tree. guidance: for networks that
+    learn a range of scales. dropout: a seed for each row's masks; None = no dropout. forward_mode:
+    whether `jax.jvp` follows, without a gradient of the derivative; fused attention must know.
     """
 
     labels: PyTree

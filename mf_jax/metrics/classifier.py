@@ -19,11 +19,12 @@ from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
+from mf_jax.metrics.frechet import checked_features
 from mf_jax.runtime.archives import array_names, opened_npz, read_array
 from mf_jax.runtime.files import replace_file, sha256_of
 
 FEATURES_KEPT = 64
-_SMALLEST_SIDE = 8
+SMALLEST_SIDE = 8
 _INFERENCE_BATCH = 256
 Described = tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n k"] | None]
 """Features of images, and their logits where there are classes."""
@@ -92,17 +93,16 @@ def _train(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Rec
 
 
 def principal_components(
-    images: Float[np.ndarray, "n h w c"],
-) -> Callable[[Float[np.ndarray, "m h w c"]], Described]:
-    """Fit principal components; return the function from images to them."""
+    elements: Float[np.ndarray, "n ..."],
+) -> Callable[[Float[np.ndarray, "m ..."]], Described]:
+    """Fit principal components; return the function from elements of any rank to them."""
     from sklearn.decomposition import PCA
 
-    images = _checked(images)
-    rows = images.reshape(len(images), -1)
+    rows = checked_features(elements.reshape(len(elements), -1), "elements", at_least=1)
     components = PCA(min(FEATURES_KEPT, *rows.shape), random_state=0).fit(rows)
 
-    def describe(images: Float[np.ndarray, "m h w c"]) -> Described:
-        rows = _checked(images).reshape(len(images), -1)
+    def describe(elements: Float[np.ndarray, "m ..."]) -> Described:
+        rows = checked_features(elements.reshape(len(elements), -1), "elements", at_least=1)
         return components.transform(rows).astype(np.float32), None
 
     return describe
@@ -171,7 +171,7 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield shuffled, randomly shifted batches."""
     generator = np.random.default_rng(recipe.seed)
-    reach = min(images.shape[1:3]) // _SMALLEST_SIDE  # of the shifts, in pixels
+    reach = min(images.shape[1:3]) // SMALLEST_SIDE  # of the shifts, in pixels
     rows = np.empty(0, np.int64)
     for _ in range(recipe.steps):
         while len(rows) < recipe.batch_size:
@@ -191,10 +191,10 @@ def _shifted(images: np.ndarray, reach: int, generator: np.random.Generator) -> 
 
 def _checked(images: np.ndarray) -> Float32[np.ndarray, "n h w c"]:
     shape = np.shape(images)
-    if len(shape) != 4 or not shape[0] or min(shape[1:3]) < _SMALLEST_SIDE:
+    if len(shape) != 4 or not shape[0] or min(shape[1:3]) < SMALLEST_SIDE:
         raise BadInput(
             f"images have shape {shape}; must be [n, H, W, C], n at least 1, H and W at least "
-            f"{_SMALLEST_SIDE}: compare smaller samples directly, as flat rows"
+            f"{SMALLEST_SIDE}: compare smaller samples directly, as flat rows"
         )
     images = np.asarray(images, np.float32)
     if not np.isfinite(images).all():

@@ -20,6 +20,7 @@ from mf_jax.models.layers import (
     Attention,
     ConditionEmbedding,
     Image,
+    Signal,
     Time,
     Tokens,
     at_least_float32,
@@ -88,18 +89,21 @@ class Block(nn.Module):
 
 
 class DiT(Transformer, kw_only=True):
-    """Predict u(z, r, t) of images or latents.
+    """Predict u(z, r, t) of images, latents or signals.
 
     Args:
       time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
       r_blocks: see `num_r_blocks`, where time_conditioning is `DECOUPLED`.
     """
 
+    takes = ("images", "signals")
+
     time_conditioning: str = "t,t-r"
     r_blocks: int = 0
+    condition_size: int = 0
 
     @nn.compact
-    def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
+    def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
         if self.width % 4 or self.width % self.num_heads:
             raise BadInput(
                 f"model.width={self.width}: must be divisible by 4 and by"
@@ -108,7 +112,8 @@ class DiT(Transformer, kw_only=True):
         p, dense = self.patch_size, functools.partial(zero_dense, dtype=self.dtype)
         patches = patches_of(z, p)
         x = xavier_dense(self.width, dtype=self.dtype, name="patch_embedding")(patches)
-        positions = sine_cosine_positions(z.shape[1] // p, z.shape[2] // p, self.width)
+        grid = (size // p for size in z.shape[1:-1])
+        positions = sine_cosine_positions(*grid, num_features=self.width)
         x = x + jnp.asarray(positions, self.dtype)
         conditions, c = self._conditions(r, t, condition)
         x = run_blocks(
@@ -123,7 +128,13 @@ class DiT(Transformer, kw_only=True):
         """Return the conditions of the blocks and of the output layer."""
         decoupled = self.time_conditioning == DECOUPLED
         conditioning = "t" if decoupled else self.time_conditioning
-        embed = ConditionEmbedding(self.width, conditioning, self.num_classes, name="condition")
+        embed = ConditionEmbedding(
+            self.width,
+            conditioning,
+            self.num_classes,
+            condition_size=self.condition_size,
+            name="condition",
+        )
         c = embed(r=r, t=t, labels=condition.labels)
         if not decoupled:
             return [c] * self.depth, c

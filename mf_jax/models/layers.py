@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.records import Told
 
 Time = Float[Array, "b"]
 Image = Float[Array, "b h w c"]
+Signal = Float[Array, "b l c"]
 Tokens = Float[Array, "b n d"]
 
 TIME_CONDITIONINGS = {
@@ -33,7 +35,8 @@ class Network(nn.Module):
     """A network predicts velocities from z, the times and the condition.
 
     Fields that several networks have:
-      num_classes: of the data; 0 for an unconditional network.
+      num_classes: of the data; 0 for a network without classes.
+      condition_size: numbers of a row's condition; 0 for a network without one.
       time_conditioning: a key of `TIME_CONDITIONINGS`.
       dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
         normalisation and softmax are float32 in any case.
@@ -83,17 +86,35 @@ def embed_class(
     return table(jnp.where(labels < 0, num_classes, labels))
 
 
+class VectorEmbedding(nn.Module):
+    """Embed the numbers of each row by one layer; a row with NaN becomes a learned vector."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, numbers: Float[Array, "b k"]) -> Float[Array, "b d"]:
+        is_null = jnp.isnan(numbers).any(axis=1, keepdims=True)
+        numbers = jnp.where(is_null, 0, at_least_float32(numbers))  # gradients must see no NaN
+        init = nn.initializers.normal(0.02)
+        embedding = nn.Dense(self.width, name="dense")(numbers)
+        return jnp.where(is_null, self.param("null", init, (self.width,)), embedding)
+
+
 class ConditionEmbedding(nn.Module):
-    """Embed times and class: the sum of the embeddings of each, in float32."""
+    """Embed times, class and numbers: the sum of the embeddings of each, in float32."""
 
     width: int
     time_conditioning: str
     num_classes: int
     num_features: int = 256
+    condition_size: int = 0
 
     @nn.compact
-    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
-        """Return the embedding; a negative label selects the null class."""
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Float[Array, "b d"]:
+        """Return the embedding; a negative label is the null class, labels alone are no numbers."""
+        if not isinstance(labels, Told):
+            labels = Told(labels, jnp.full((len(t), self.condition_size), jnp.nan))
+        labels, numbers = labels
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
         embedding = sum(
@@ -103,26 +124,34 @@ class ConditionEmbedding(nn.Module):
         if self.num_classes:
             sizes, init = (self.num_classes, self.width), nn.initializers.normal(0.02)
             embedding += embed_class(labels, *sizes, init=init, name="label_embedding")
+        if self.condition_size:
+            embedding += VectorEmbedding(self.width, name="vector_embedding")(numbers)
         return embedding
 
 
-def sine_cosine_positions(height: int, width: int, num_features: int) -> Float[np.ndarray, "n d"]:
-    """Return the fixed position embedding of height x width patches, row by row.
+def sine_cosine_positions(*grid: int, num_features: int) -> Float[np.ndarray, "n d"]:
+    """Return the fixed position embedding of a grid of patches, row by row.
 
     Args:
-      num_features: divisible by 4; the first half encodes the column, the second the row.
+      grid: height and width, or the length alone.
+      num_features: divisible by 4; of a picture the first half is of the column, then the row.
 
     Source: MAE, arXiv 2111.06377, as used by DiT, arXiv 2212.09748.
     """
-    frequencies = LONGEST_PERIOD ** -np.linspace(0, 1, num_features // 4, endpoint=False)
-    rows, columns = np.divmod(np.arange(height * width), width)
-    angles = [np.outer(place, frequencies) for place in (columns, rows)]
+    count = num_features // (2 * len(grid))
+    frequencies = LONGEST_PERIOD ** -np.linspace(0, 1, count, endpoint=False)
+    places = np.indices(grid).reshape(len(grid), -1)[::-1]
+    angles = [np.outer(place, frequencies) for place in places]
     waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
     return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def patches_of(z: Image, size: int) -> Tokens:
-    """Cut images into patches of size x size pixels, row by row."""
+def patches_of(z: Image | Signal, size: int) -> Tokens:
+    """Cut images into patches of size x size pixels, row by row, or signals into pieces of size."""
+    if z.ndim == 3:
+        if size <= 0 or z.shape[1] % size:
+            raise BadInput(f"model.patch_size={size}: must divide the length {z.shape[1]}")
+        return z.reshape(len(z), -1, size * z.shape[2])
     batch, height, width, channels = z.shape
     if size <= 0 or height % size or width % size:
         raise BadInput(f"model.patch_size={size}: must divide the image size {height}x{width}")
@@ -130,8 +159,10 @@ def patches_of(z: Image, size: int) -> Tokens:
     return z.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
-def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image:
-    """Undo `patches_of`, given the shape of the images; at least float32."""
+def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image | Signal:
+    """Undo `patches_of`, given the shape of the images or signals; at least float32."""
+    if len(shape) == 3:
+        return at_least_float32(patches.reshape(shape))
     batch, height, width, channels = shape
     x = patches.reshape(batch, height // size, width // size, size, size, channels)
     return at_least_float32(x.swapaxes(2, 3).reshape(shape))

@@ -28,6 +28,7 @@ _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
 _PICTURES = {
     "samples.png": ("Samples", "grid"),
     "scatter.png": ("Data and samples", "plot"),
+    "signals.png": ("Data and samples", "plot"),
     "transport.png": ("One-step transport of the noise", "grid"),
     "field.png": ("Learned average velocity", "plot"),
 }

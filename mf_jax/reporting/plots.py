@@ -50,6 +50,7 @@ _STYLE = {
     "legend.fontsize": 7.5,
     "savefig.dpi": 180,
 }
+_SIGNAL_ROWS = 6
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
 _INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 
@@ -82,6 +83,30 @@ def save_scatter(
             _square(ax, *limits, f"{name} ({len(points):,})")
             alpha = min(0.6, 1200 / max(len(points), 1))
             ax.scatter(*points.T, s=5, c=color, alpha=alpha, linewidths=0)
+
+
+def save_signals(
+    path: str | os.PathLike[str],
+    samples: Float[np.ndarray, "n l c"],
+    data: Float[np.ndarray, "m l c"],
+    *,
+    title: str,
+) -> None:
+    """Save the first signals of the data, whose range sets the axes, beside samples.
+
+    Of more channels than four the first four are drawn.
+    """
+    middle, reach = (data.min() + data.max()) / 2, 0.6 * np.ptp(data) or 1.0
+    panels = [(f"data ({len(data):,})", data), (f"samples ({len(samples):,})", samples)]
+    with _figure(path, _SIGNAL_ROWS, 4, width=2.1, height=1.1, title=title) as (_, axes):
+        for i, ax in enumerate(axes):
+            name, signals = panels[i % 4 // 2]
+            ax.set(ylim=(middle - reach, middle + reach), xticks=[], yticks=[])
+            ax.set_title(name if i in (0, 2) else "", loc="left")
+            chosen = i // 4 * 2 + i % 2
+            if chosen < len(signals):
+                for line, shade in zip(signals[chosen].T, reversed(_BINS), strict=False):
+                    ax.plot(line, color=shade if i % 4 > 1 else _MUTED, linewidth=0.9)
 
 
 def _save_histograms(

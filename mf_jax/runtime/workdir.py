@@ -277,8 +277,8 @@ def _tuples(value: Any) -> Any:
 def stored_data(workdir: Path, key: str = "--workdir") -> DataSpec:
     """Return the spec of a run's data; see `stored_config`."""
     stored = _read(workdir, _DATA, key)
-    classes = stored["num_classes"], tuple(stored["class_names"])
-    return DataSpec(tuple(stored["shape"]), *classes, stored.get("origin", ""))
+    names = {field.name for field in dataclasses.fields(DataSpec)}
+    return DataSpec(**{name: _tuples(value) for name, value in stored.items() if name in names})
 
 
 def own_parts(workdir: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mf_jax.config import make_objective, make_scheme
 from mf_jax.data import Source
 from mf_jax.flow import diagnostics
 from mf_jax.flow.draws import key_of
-from mf_jax.flow.records import Rows
+from mf_jax.flow.records import Rows, Told
 from mf_jax.models import as_field
 
 _ROWS = 1024
@@ -27,10 +27,13 @@ def diagnose(
     key = jax.random.fold_in(key_of(config.eval.seed), _STREAM)
     rows_key, noise_key, times_key = jax.random.split(key, 3)
     index = jax.random.randint(rows_key, (_ROWS,), 0, len(source))
-    x, labels = map(jnp.asarray, source.gather(np.asarray(index)))
+    x, labels, condition, e, mask = jax.tree.map(jnp.asarray, source.gather(np.asarray(index)))
     r, t = make_scheme(config).times.sample(times_key, _ROWS)
-    e = jax.random.normal(noise_key, x.shape)
-    told = {"condition": labels, "dropped": jnp.zeros(labels.shape, bool), "for_networks": True}
+    e = jax.random.normal(noise_key, x.shape) if e is None else e
+    if mask is not None:
+        x, e = (jnp.where(mask, each, 0) for each in (x, e))
+    told = {"condition": labels if condition is None else Told(labels, condition)}
+    told |= {"dropped": jnp.zeros(labels.shape, bool), "mask": mask, "for_networks": True}
     rows = Rows(x=x, e=e, t=t, r=r, **told)
     measures: list[Callable] = [diagnostics.velocity_error]
     if make_objective(config).learns_average:

@@ -105,27 +105,29 @@ def _score_whole(
     return lambda: [compare(rows[: len(samples.labels)], samples.labels)]
 
 
+def lower_num_samples(config: ConfigDict, train: Source, held_out: Source) -> None:
+    """Have as many samples as there are rows, where rows are compared or tell samples more."""
+    asked, most = config.eval.num_samples, min(len(train), len(held_out))
+    if asked > most and (not train.spec.is_picture or train.spec.more):
+        print(f"eval.num_samples={asked}: lowered to {most}, as many as there are held-out rows")
+        config.eval.num_samples = most
+
+
 def scorer_of_data(
     config: ConfigDict, workdir: epath.Path, train: Source, held_out: Source
 ) -> tuple[Scorer, tuple[Row, Callable[[], Samples]]]:
     """Return a scorer against one split of the data, and as `samples_of_file` the other split.
 
-    The reference is the training split for pictures, as is usual for the Fréchet distance, and the
-    held-out one for vectors.
+    The reference is the training split. Of vectors and signals as many elements are taken from it
+    as are compared, since distances grow as elements become few.
     """
     if train.spec.is_picture:
         whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
         protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir)
     else:
-        real = read(train, config.eval.num_samples)
-        points = read(held_out, config.eval.num_samples).x
-        name, measures = f"{len(points)} held-out vectors", (energy_distance, sliced_wasserstein)
-        protocol = {"reference": name, "reference_sha256": digest(points)}
-
-        def compare(x: np.ndarray, labels: np.ndarray) -> Scores:
-            return {each.__name__: each(x, points) if len(x) > 1 else None for each in measures}
-
-    if len(train if train.spec.is_picture else points) < 2:
+        whole, real = (read(each, config.eval.num_samples) for each in (train, held_out))
+        protocol, compare = _of_vectors(whole.x)
+    if len(whole.x) < 2:
         raise BadInput(
             f"data.held_out_share={config.data.held_out_share}: leaves one element to compare "
             "with, and no score can be computed: add data, or train a run with another share"
@@ -136,16 +138,40 @@ def scorer_of_data(
     return scorer, ({"samples": _REAL_DATA, "num_samples": num}, lambda: samples)
 
 
+def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., Scores]]:
+    """Return protocol and comparison of vectors, or of signals as vectors."""
+    points = train.reshape(len(train), -1)
+    is_long = points.shape[1] > classifier.FEATURES_KEPT
+    protocol = {
+        "reference": f"{len(points)} training {'signals' if train.ndim > 2 else 'vectors'}",
+        "reference_sha256": digest(points),
+        "features": f"{classifier.FEATURES_KEPT} principal components" if is_long else "raw",
+    }
+    measures = (energy_distance, sliced_wasserstein)
+
+    def compare(x: Float[np.ndarray, "n ..."], labels: Int[np.ndarray, "n"]) -> Scores:
+        x = x.reshape(len(x), -1)
+        if min(len(x), len(points)) < 2:
+            return dict.fromkeys(["frechet_distance", *(each.__name__ for each in measures)])
+        describe = classifier.principal_components(points) if is_long else lambda rows: (rows, None)
+        ours, theirs = (Moments.of(describe(rows)[0]) for rows in (x, points))
+        gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
+        scores: Scores = {"frechet_distance": frechet_distance(*gaussians)}
+        return scores | {each.__name__: each(x, points) for each in measures}
+
+    return protocol, compare
+
+
 def _of_pictures(
     train: Batch, num_classes: int, workdir: epath.Path
 ) -> tuple[Row, Callable[..., Scores]]:
     """Return protocol and comparison in features of a classifier, or components without classes."""
-    has_classes = num_classes > 1
+    has_classes = num_classes > 1 and min(train.x.shape[1:3]) >= classifier.SMALLEST_SIDE
     recipe = classifier.Recipe()
     kind = f"classifier, {recipe}" if has_classes else "principal components"
     protocol = {
         "reference": f"{len(train.x)} training images",
-        "reference_sha256": digest(*(train if has_classes else train[:1])),
+        "reference_sha256": digest(*train[: 1 + has_classes]),
         "features": f"{classifier.FEATURES_KEPT} of the {kind}",
         "neighbours": 3,
     }
@@ -174,6 +200,8 @@ def _of_pictures(
             scores["frechet_distance"] = frechet_distance(*gaussians)
         if min(len(features), len(real)) >= LEAST_ROWS:
             scores["precision"], scores["recall"], _ = pair_scores(features, real)
+        if logits is None and len(features) > 1:
+            scores["sliced_wasserstein"] = sliced_wasserstein(features, real)
         if logits is not None:
             scores["class_accuracy"] = float(np.mean(logits.argmax(axis=1) == labels))
             scores[_CLASSIFIER] = sha256_of(file)

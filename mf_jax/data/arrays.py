@@ -1,0 +1,199 @@
+"""Arrays of a file: vectors `[N, D]`, signals `[N, L, C]` or pictures `[N, H, W, C]`.
+
+A file is an `.npz` of arrays by name, or an `.npy` of x alone, which is read row by row from the
+disk. Names are x, label, condition, pair and mask; others are refused.
+"""
+
+import functools
+import os
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, Int, Shaped
+
+from mf_jax.data.pipeline import SPLITS, Batch
+from mf_jax.data.pixels import from_pixels
+from mf_jax.flow.errors import BadInput, listed, nearest
+from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.runtime.files import in_bucket, sha256_of
+
+KEYS = ("x", "label", "condition", "pair", "mask")
+SPLIT_SEED = 0
+"""Seed of the split, fixed so that every run and every host holds out the same rows."""
+_RANKS = {2: "[N, D]", 3: "[N, L, C]", 4: "[N, H, W, C]"}
+_MOST_CLASSES = 100_000
+_CHUNK = 2**22  # numbers looked at together
+Arrays = Mapping[str, Shaped[np.ndarray, "n ..."]]
+
+
+class Rows:
+    """Some rows of arrays, in the order given; x float32, bytes scaled to [-1, 1]."""
+
+    stored = None
+
+    def __init__(
+        self, arrays: Arrays, rows: Int[np.ndarray, "k"], class_names: tuple[str, ...], digest: str
+    ) -> None:
+        """Take arrays by the names of `KEYS`, which fit one another."""
+        self._arrays, self._rows, self.digest = arrays, rows, digest
+        condition = arrays.get("condition", np.empty((0, 0)))
+        self.spec = DataSpec(
+            arrays["x"].shape[1:],
+            len(class_names),
+            class_names,
+            condition_size=condition.shape[1],
+            has_pairs="pair" in arrays,
+            has_mask="mask" in arrays,
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        """See `Source.gather`; x and e are 0 where a mask hides them."""
+        order, back = np.unique(self._rows[indices], return_inverse=True)  # as they lie on a disk
+        found = {key: np.asarray(array[order][back]) for key, array in self._arrays.items()}
+        mask = found.get("mask")
+        x, e = (_as_floats(found.get(key), mask) for key in ("x", "pair"))
+        labels = found.get("label", np.full(len(indices), NO_LABEL))
+        condition = found.get("condition")
+        condition = None if condition is None else condition.astype(np.float32)
+        return Batch(x, labels.astype(np.int32), condition, e, mask)
+
+
+def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
+    """Open one split of the arrays in a file.
+
+    Args:
+      path: an `.npz` or `.npy` file.
+      held_out_share: share of the rows, in (0, 1), chosen at random once and for all.
+    """
+    if not 0 < held_out_share < 1:
+        raise BadInput(f"held_out_share={held_out_share!r}: must lie between 0 and 1: try 0.1")
+    file, where = epath.Path(path).expanduser(), f"path={path!r}"
+    if in_bucket(file):
+        raise BadInput(f"{where} is in a bucket: copy the file to each host, and set path to that")
+    if file.suffix not in (".npz", ".npy") or not file.is_file():
+        what = "is no .npz or .npy file" if file.exists() else "does not exist"
+        raise BadInput(f"{where} {what}; name a file of numpy.savez(file, x=x) or numpy.save")
+    status = os.stat(file)
+    arrays, digest = _checked(str(file), where, (status.st_mtime_ns, status.st_size))
+    num = len(arrays["x"])
+    held_out = min(max(round(held_out_share * num), 1), num - 1)
+    order = np.random.default_rng(SPLIT_SEED).permutation(num)
+    rows = order[held_out:] if split == SPLITS[0] else order[:held_out]
+    num_classes = int(arrays["label"].max()) + 1 if "label" in arrays else 0
+    return Rows(arrays, rows, tuple(map(str, range(num_classes))), digest)
+
+
+@functools.lru_cache(1)  # for both splits
+def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, str]:
+    """Return the arrays of a version of a file, which fit one another, and its SHA-256."""
+    arrays = _read(file, where)
+    if unknown := [key for key in arrays if key not in KEYS]:
+        hint = nearest(unknown[0], KEYS)
+        raise BadInput(f"{where} has {unknown[0]!r}{hint}; must be {', '.join(KEYS)}: leave it out")
+    if "x" not in arrays:
+        known = listed(list(arrays)) or "nothing"
+        raise BadInput(f"{where} has no array x, but {known}; save it with numpy.savez(FILE, x=x)")
+    x = arrays["x"]
+    if x.ndim not in _RANKS:
+        kinds = " or ".join(_RANKS.values())
+        raise BadInput(f"{where}: x is {list(x.shape)}; must be {kinds}: reshape it")
+    if min(x.shape) < 1 or len(x) < 2:
+        raise BadInput(f"{where}: x is {list(x.shape)}; must have 2 rows or more, none empty")
+    for key, array in arrays.items():
+        needed = x.shape if key == "pair" else x.shape[:1]
+        if key != "mask" and array.shape[: len(needed)] != needed:
+            raise BadInput(
+                f"{where}: {key} is {list(array.shape)} where x is {list(x.shape)}; must have a "
+                "row for each row of x, and a pair x's shape"
+            )
+    checks = {"label": _label, "condition": _condition, "mask": functools.partial(_mask, x=x)}
+    arrays |= {key: checks[key](arrays[key], where) for key in checks if key in arrays}
+    for key in ("x", "pair"):
+        if key in arrays:
+            _check_numbers(arrays[key], arrays.get("mask"), f"{where}: {key}", is_x=key == "x")
+    return arrays, sha256_of(epath.Path(file))
+
+
+def _read(file: str, where: str) -> dict[str, np.ndarray]:
+    try:
+        if file.endswith(".npy"):
+            return {"x": np.load(file, mmap_mode="r", allow_pickle=False)}
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays}
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{where} cannot be read ({reason}); must hold arrays of numbers, no objects: save "
+            "it again with numpy.savez(FILE, x=x)"
+        ) from error
+
+
+def _check_numbers(x: np.ndarray, mask: np.ndarray | None, name: str, *, is_x: bool) -> None:
+    """Raise BadInput unless x is bytes, or finite where the mask does not hide it."""
+    if x.dtype == np.uint8:
+        return
+    if not np.issubdtype(x.dtype, np.floating):
+        fix = "must be float, or uint8, which is scaled to [-1, 1]: use x.astype(numpy.float32)"
+        raise BadInput(f"{name} is {x.dtype}; {fix}")
+    size = max(1, _CHUNK * len(x) // x.size)
+    for first in range(0, len(x), size):
+        rows = slice(first, first + size)
+        seen = _as_floats(x[rows], None if mask is None else mask[rows])
+        if not (is_finite := np.isfinite(seen).reshape(len(seen), -1).all(axis=1)).all():
+            row = first + int(np.argmin(is_finite))
+            fix = "must be finite, as float32 too, but where mask is False"
+            raise BadInput(f"{name} is not finite in row {row}; {fix}: leave such rows out")
+        if is_x and x.ndim == 4 and np.abs(seen).max() > 1:
+            ends = f"[{seen.min():g}, {seen.max():g}]"
+            raise BadInput(f"{name}: pictures lie in {ends}; must be in [-1, 1] or uint8: scale x")
+
+
+def _as_floats(
+    x: np.ndarray | None, mask: np.ndarray | None
+) -> Float32[np.ndarray, "n ..."] | None:
+    if x is None:
+        return None
+    with np.errstate(over="ignore"):
+        x = from_pixels(x) if x.dtype == np.uint8 else x.astype(np.float32)
+    return x if mask is None else np.where(mask, x, np.float32(0))
+
+
+def _label(label: np.ndarray, where: str) -> Int[np.ndarray, "n"]:
+    is_number = label.ndim == 1 and label.dtype.kind in "uif"
+    if not is_number or not np.isfinite(label).all() or (label != np.floor(label)).any():
+        kind = f"{label.dtype}{list(label.shape)}"
+        raise BadInput(f"{where}: label is {kind}; must be whole numbers [N], classes from 0")
+    if label.min() < 0 or label.max() >= _MOST_CLASSES:
+        ends = f"{label.min():g} to {label.max():g}"
+        raise BadInput(f"{where}: label is {ends}; must be classes from 0 on: number them anew")
+    return label.astype(np.int32)
+
+
+def _condition(condition: np.ndarray, where: str) -> Float32[np.ndarray, "n k"]:
+    if condition.ndim != 2 or not condition.shape[1] or condition.dtype.kind not in "uifb":
+        kind = f"{condition.dtype}{list(condition.shape)}"
+        raise BadInput(f"{where}: condition is {kind}; must be numbers [N, K]: reshape it")
+    with np.errstate(over="ignore"):
+        condition = condition.astype(np.float32)
+    if not np.isfinite(condition).all():
+        raise BadInput(f"{where}: condition is not finite; must be, as float32 too: leave rows out")
+    return condition
+
+
+def _mask(mask: np.ndarray, where: str, *, x: np.ndarray) -> Shaped[np.ndarray, "n ..."]:
+    """Return a mask with x's shape, which takes no more memory than it did."""
+    is_of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
+    try:
+        if mask.dtype == bool and not is_of_rows:
+            return np.broadcast_to(mask, x.shape)
+    except ValueError:
+        pass  # told below
+    raise BadInput(
+        f"{where}: mask is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; must be bool "
+        "that broadcasts to x, a mask of rows with all axes of x: e.g. mask[..., None]"
+    )

@@ -1,0 +1,232 @@
+"""Vectors, signals and pictures in a file of arrays: through the command line, and their parts."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jobs import here, works
+from steps import parts_of
+
+import mf_jax
+from mf_jax.data import make_batches, make_source, openml, read
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import Condition, DataSpec, Told
+from mf_jax.models import MLP, DiT, as_field, initial_params
+from mf_jax.models.layers import sine_cosine_positions
+
+N = 40
+TINY = (
+    "--config=configs/digits.py",
+    "--config.data.name=arrays",
+    "--config.data.held_out_share=0.3",
+    "--config.model.depth=1",
+    "--config.model.width=16",
+    "--config.train.num_steps=2",
+    "--config.train.batch_size=8",
+    "--config.optim.warmup_steps=0",
+    "--config.log.progress=False",
+    "--config.eval.steps=1,",
+    "--config.sample.num=15",
+)
+
+
+def _arrays(*shape, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    arrays = {"x": rng.uniform(-1, 1, (N, *shape)), "condition": rng.normal(size=(N, 3))}
+    return arrays | {key: make(rng) for key, make in more.items()}
+
+
+def _masked_pairs():
+    """Return signals of several lengths, NaN behind their ends, with e and conditions."""
+    arrays = _arrays(8, 2, pair=lambda rng: rng.normal(size=(N, 8, 2)))
+    mask = np.arange(8)[:, None] < np.random.default_rng(1).integers(3, 9, N)[:, None, None]
+    arrays["x"][~np.broadcast_to(mask, arrays["x"].shape)] = np.nan
+    return arrays | {"mask": mask}
+
+
+FILES = {
+    "vectors": _arrays(5, label=lambda rng: rng.integers(0, 3, N)),
+    "signals": _masked_pairs(),
+    "pictures": _arrays(8, 8, 1),
+}
+
+
+def _open(path, split="train", **more):
+    section = {"name": "arrays", "path": str(path), "held_out_share": 0.25}
+    return make_source(section | more, split=split)
+
+
+def test_every_rank_trains_is_scored_and_sampled(tmp_path):
+    for name, arrays in FILES.items():
+        file, run = tmp_path / f"{name}.npz", tmp_path / name
+        np.savez(file, **arrays)
+        network = ["--config.model.name=mlp"] if name == "vectors" else []
+        works(*TINY, *network, f"--config.data.path={file}", f"--workdir={run}")
+        works("--mode=eval", f"--workdir={run}")
+        table = json.loads((run / "eval.json").read_text())
+        assert [row.get("samples") for row in table["rows"]] == [12, 12]
+        assert all(np.isfinite(row["frechet_distance"]) for row in table["rows"])
+        assert all(row["sliced_wasserstein"] > 0 for row in table["rows"])
+        works("--mode=sample", f"--workdir={run}")
+        samples, held_out = (
+            dict(np.load(run / "samples.npz")),
+            read(_open(file, "held_out", held_out_share=0.3)),
+        )
+        assert samples["arr_0"].shape == (15, *arrays["x"].shape[1:])
+        turn = np.arange(15) % 12
+        np.testing.assert_array_equal(samples["condition"], held_out.condition[turn])
+        picture = {"vectors": "scatter", "signals": "signals", "pictures": "samples"}[name]
+        assert (run / f"{picture}.png").exists()
+        if name == "vectors":
+            np.testing.assert_array_equal(samples["arr_1"], held_out.labels[turn])
+        if name == "signals":
+            np.testing.assert_array_equal(samples["e"], held_out.e[turn])
+            assert not samples["arr_0"][~samples["mask"]].any()
+            assert samples["arr_0"][samples["mask"]].all()
+
+    generator = mf_jax.load(tmp_path / "vectors")
+    twice = generator.sample(labels=[1], condition=np.ones((2, 3)), seed=4)
+    assert twice.shape == (2, 5)
+    for wrong, words in (
+        ({}, "never trained without"),
+        ({"condition": np.ones((2, 4))}, r"\[2, 4\]"),
+        ({"condition": np.full((1, 3), np.nan)}, "NaN"),
+        ({"condition": np.ones(3), "e": np.ones((1, 5))}, "leave e out"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            generator.sample(labels=[1], **wrong)
+    ended = here(
+        "--mode=sample", f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,"
+    )
+    assert ended.code == 2
+    assert "sample.condition" in ended.errors
+
+
+def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
+    network = MLP(depth=1, width=8, num_classes=2, condition_size=3)
+    params = initial_params(network, (4,), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # the last layer starts at 0
+    z, time, labels = jnp.ones((2, 4)), jnp.ones(2), jnp.zeros(2, jnp.int32)
+
+    def u(params, numbers):
+        told = labels if numbers is None else Told(labels, numbers)
+        field = as_field(network)
+        return field(params, z, r=0 * time, t=time, condition=Condition(told)).u
+
+    some, none = jnp.arange(6.0).reshape(2, 3), jnp.full((2, 3), jnp.nan)
+    partly = some.at[0].set(jnp.nan)
+    np.testing.assert_array_equal(u(params, partly)[0], u(params, none)[0])
+    np.testing.assert_array_equal(u(params, partly)[1], u(params, some)[1])
+    np.testing.assert_array_equal(u(params, None), u(params, none))
+    assert np.abs(u(params, some) - u(params, none)).min() > 1e-4
+    embedding = jax.grad(lambda p: u(p, partly).sum())(params)["condition"]["vector_embedding"]
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(embedding))
+
+
+def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
+    np.savez(tmp_path / "x.npz", **FILES["signals"])
+    source = _open(tmp_path / "x.npz")
+    sizes = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
+    network = DiT(**sizes, num_classes=0, condition_size=3)
+    parts = parts_of(network, mf_jax.MeanFlow(), shape=(8, 2), batch=16, label_drop_share=0.5)
+    parts = dataclasses.replace(parts, more=source.spec.more)
+    batch = next(make_batches(source, batch_size=16, seed=0, threads=0))
+    assert jax.tree.map(jnp.shape, batch) == jax.tree.map(jnp.shape, parts.batch)
+    draws = parts.draw(0, *batch)
+    instant = np.arange(16) % 4 < 3
+    for rows, chosen in ((draws.instant, instant), (draws.interval, ~instant)):
+        np.testing.assert_array_equal(rows.x, batch.x[chosen])
+        np.testing.assert_array_equal(rows.mask, batch.mask[chosen])
+        np.testing.assert_array_equal(rows.e, np.where(rows.mask, batch.e[chosen], 0))
+        np.testing.assert_array_equal(rows.condition.numbers, batch.condition[chosen])
+        assert np.isnan(rows.null.numbers).all()
+    assert draws.instant.dropped.any()
+    params = initial_params(network, (8, 2), jax.random.key(0))
+    loss = lambda p: parts.objective.loss(as_field(network), p, draws)[0]  # noqa: E731
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def test_positions_of_a_signal_differ_and_those_of_a_picture_are_as_published():
+    line = sine_cosine_positions(6, num_features=8)
+    assert line.shape == (6, 8)
+    np.testing.assert_allclose(line[:, 0], np.sin(np.arange(6)), atol=1e-6)
+    grid = sine_cosine_positions(2, 3, num_features=8)
+    np.testing.assert_allclose(grid[:, 0], np.sin([0, 1, 2, 0, 1, 2]), atol=1e-6)
+    np.testing.assert_allclose(grid[:, 4], np.sin([0, 0, 0, 1, 1, 1]), atol=1e-6)
+
+
+def test_bad_files_are_one_line(tmp_path):
+    good = FILES["signals"]
+    x = np.zeros((N, 4))
+    nan = np.where(np.arange(N)[:, None] == 7, np.nan, x)
+    for arrays, words in (
+        ({"y": x}, "has 'y'"),
+        ({"condition": x}, "no array x"),
+        ({"x": np.zeros(N)}, "must be.*N, D"),
+        ({"x": np.zeros((0, 4))}, "2 rows or more"),
+        ({"x": np.array([[None, 1]] * N)}, "no objects"),
+        ({"x": nan}, "not finite in row 7"),
+        ({"x": np.full((N, 4), 1e39)}, "not finite in row 0"),
+        ({"x": x.astype(np.int32)}, "int32; must be float, or uint8"),
+        ({"x": np.full((N, 4, 4, 1), 3.0)}, r"in \[-1, 1\] or uint8"),
+        ({"x": x, "label": np.full(N, 0.5)}, "whole numbers"),
+        ({"x": x, "label": np.full(N, -1)}, "classes from 0"),
+        ({"x": x, "label": np.zeros(N - 1, int)}, "a row for each row of x"),
+        ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
+        ({"x": x, "condition": nan}, "condition is not finite"),
+        ({"x": x, "pair": np.zeros((N, 5))}, "a pair x's shape"),
+        (good | {"mask": np.ones((N, 7, 1), bool)}, "broadcasts to x"),
+        (good | {"mask": np.ones((N, 8), bool)}, "broadcasts to x"),
+        (good | {"mask": np.ones((N, 8, 1))}, "must be bool"),
+        (good | {"pair": np.full((N, 8, 2), np.inf)}, "pair is not finite"),
+    ):
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(BadInput, match=words) as problem:
+            _open(tmp_path / "x.npz")
+        assert "\n" not in str(problem.value)
+    for content in (b"", b"PK\x03\x04 cut", b"text"):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(BadInput, match="cannot be read"):
+            _open(tmp_path / "x.npz")
+    for path in ("none.npz", "x.csv"):
+        with pytest.raises(BadInput, match="does not exist"):
+            _open(tmp_path / path)
+
+
+def test_rows_are_split_once_and_bytes_are_scaled(tmp_path):
+    x = np.arange(N * 2, dtype=np.uint8).reshape(N, 2)
+    np.save(tmp_path / "x.npy", x)
+    parts = [read(_open(tmp_path / "x.npy", split)).x for split in ("train", "held_out")]
+    assert [len(part) for part in parts] == [30, 10]
+    back = np.concatenate(parts)
+    np.testing.assert_allclose(back[np.argsort(back[:, 0])], x / 127.5 - 1, atol=1e-6)
+    assert _open(tmp_path / "x.npy").digest
+
+
+def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options["data_home"]))
+        pixels = np.tile(np.arange(14)[:, None], (1, 784))
+        return pixels.astype(float), np.array([str(i % 10) for i in range(14)], object)
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
+    section = {"name": "openml", "dataset": "Fashion-MNIST", "path": str(tmp_path)}
+    train, held_out = (make_source(section, split=split) for split in ("train", "held_out"))
+    assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits
+    assert train.spec == DataSpec((28, 28, 1), 10, openml.DATASETS["Fashion-MNIST"])
+    assert (len(train), read(held_out).labels.tolist()) == (12, [2, 3])
+    np.testing.assert_allclose(read(held_out).x[:, 0, 0, 0], np.array([12, 13]) / 127.5 - 1)
+    with pytest.raises(BadInput, match="must be one of mnist_784, Fashion-MNIST"):
+        make_source(section | {"dataset": "mnist"}, split="train")
+
+    def fail(name, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fail)
+    with pytest.raises(BadInput, match=r"no route to host.*set path to a folder"):
+        make_source(section | {"dataset": "mnist_784"}, split="train")
