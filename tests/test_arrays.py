@@ -135,7 +135,7 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
     parts = dataclasses.replace(parts, more=source.spec.more)
     batch = next(make_batches(source, batch_size=16, seed=0, threads=0))
     assert jax.tree.map(jnp.shape, batch) == jax.tree.map(jnp.shape, parts.batch)
-    draws = parts.draw(0, *batch)
+    draws = parts.draw(0, *jax.tree.map(jnp.asarray, batch))
     instant = np.arange(16) % 4 < 3
     for rows, chosen in ((draws.instant, instant), (draws.interval, ~instant)):
         np.testing.assert_array_equal(rows.x, batch.x[chosen])
