@@ -96,6 +96,7 @@ def _of_run(workdir: Path) -> ConfigDict:
     config, stored = defaults(), stored_config(workdir)
     with config.unlocked():
         config.update(stored)
+    config.data.copy_to = ""  # a run, which another may have made, does not say where to write
     return config
 
 

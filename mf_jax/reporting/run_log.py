@@ -118,7 +118,7 @@ class RunLog:
 
     def picture(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
         """Add a picture file to TensorBoard."""
-        with Path(path).open("rb") as file, Image.open(file) as picture:
+        with Path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         self._add(summary.image(name, pixels, dataformats="HWC"), step)
 
