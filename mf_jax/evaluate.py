@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import validate
@@ -272,12 +271,7 @@ class Evaluation:
         return Samples(name, batches, labels, cell.plan.batch_size)
 
     def _pictures(
-        self,
-        batches: Iterator,
-        labels: Int[np.ndarray, "n"],
-        generator: Generator,
-        name: str,
-        caption: str,
+        self, batches: Iterator, labels: np.ndarray, generator: Generator, name: str, caption: str
     ) -> Iterator:
         """Yield samples as bytes, and draw the first ones."""
         for x, index in batches:
@@ -285,10 +279,10 @@ class Evaluation:
             if index[0] == 0:
                 shown = processes.on_host(pixels)[: min(_NUM_SHOWN, len(labels))]
                 if processes.is_first():
-                    file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
-                    path = self.workdir / PICTURES / f"{file}.png"
+                    file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_") + ".png"
+                    path = self.workdir / PICTURES / file
                     first, names = labels[: len(shown)], generator.spec.class_names
-                    with left_out(f"{PICTURES}/{path.name}"):
+                    with left_out(f"{PICTURES}/{file}"):
                         path.parent.mkdir(exist_ok=True)
                         save_sample_grid(path, shown, first, names, caption=caption)
             yield pixels, index

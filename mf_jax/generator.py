@@ -236,7 +236,9 @@ class Generator:
         """
         params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
         grid = (side // model.patch_size for side in self.spec.shape[:2])
-        positions = sine_cosine_positions(*grid, model.width) if kind in TORCH_KINDS else ()
+        positions = (
+            sine_cosine_positions(*grid, num_features=model.width) if kind in TORCH_KINDS else ()
+        )
         write_published(path, kind, params, patch_size=model.patch_size, positions=positions)
 
 

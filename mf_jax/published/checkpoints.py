@@ -10,23 +10,20 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 """
 
 import functools
-import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.numpy import bfloat16
 from jaxtyping import Float, PyTree, Shaped
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.published import flow_matching, reading, torch_file
+from mf_jax.published.checkpoint_files import FILES, TORCH_FILES, opened_checkpoint
 from mf_jax.published.names import (
     KINDS,
     TORCH_KINDS,
@@ -35,13 +32,8 @@ from mf_jax.published.names import (
     published_name,
     to_published,
 )
-from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
-from mf_jax.runtime.files import on_disk, written_aside
-from mf_jax.runtime.json_files import parse_json
+from mf_jax.runtime.files import written_aside
 
-Arrays = dict[str, Shaped[np.ndarray, "..."]]
-_Choose = Callable[[Collection[str]], dict[str, str]]
-"""From the names that are stored to {short name: stored name} of the wanted ones."""
 _SECTIONS = ("ema_params", "ema", "ema_model", "params", "model")
 """Of a training checkpoint; the first that is there is taken."""
 _NETWORK = "net/"
@@ -96,7 +88,7 @@ def read_published(
       only: names to read, where they are there; empty for all.
     """
     check_known("kind", kind, KINDS)
-    path, read = _opened(path)
+    path, read = opened_checkpoint(path)
     choose = functools.partial(_choose, section, only)
     with reading(path, "a published checkpoint"):
         flat = read(path, choose)
@@ -107,7 +99,7 @@ def read_published(
 
 def find_kind(path: epath.PathLike, *, section: str = "") -> str:
     """Return the kind of a published checkpoint, as the names of its parameters tell it."""
-    path, read = _opened(path)
+    path, read = opened_checkpoint(path)
     names: list[str] = []
 
     def take(stored: Collection[str]) -> dict[str, str]:
@@ -124,7 +116,7 @@ def find_kind(path: epath.PathLike, *, section: str = "") -> str:
 
 def _sit_or_dit(path: epath.Path) -> str:
     """Return which of two kinds, whose names are the same, its settings or its own name tell."""
-    is_torch = path.suffix in _TORCH_FILES
+    is_torch = path.suffix in TORCH_FILES
     settings = torch_file.read_training(path.read_bytes())[1] if is_torch else {}
     for text in (settings.get("model"), path.name):
         told = [kind for kind in flow_matching.KINDS if kind in str(text).lower()]
@@ -136,18 +128,6 @@ def _sit_or_dit(path: epath.Path) -> str:
                 raise BadInput(f"was trained with {key}={settings[key]!r}; must be {value!r}")
         return told[0]
     raise BadInput("is of SiT or of DiT, whose names are the same; set init.kind=sit or dit")
-
-
-def _opened(path: epath.PathLike) -> tuple[epath.Path, Callable[[epath.Path, _Choose], Arrays]]:
-    """Return where a published checkpoint lies, and how it is read."""
-    path = epath.Path(path).expanduser().absolute()
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    readers = {suffix: read for suffix, (read, _) in _FILES.items()}
-    readers |= dict.fromkeys(_TORCH_FILES, _read_torch)
-    if not path.is_dir() and (path.suffix not in readers or not path.is_file()):
-        raise BadInput(f"{path}: must be a folder checkpoint_N, or end in {' or '.join(readers)}")
-    return path, _read_folder if path.is_dir() else readers[path.suffix]
 
 
 def fit_published(
@@ -200,8 +180,8 @@ def write_published(
       positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
     path = epath.Path(path).expanduser().absolute()
-    if path.suffix not in _FILES:
-        raise BadInput(f"{path}: must end in {' or '.join(_FILES)}")
+    if path.suffix not in FILES:
+        raise BadInput(f"{path}: must end in {' or '.join(FILES)}")
     if kind == "sit":
         ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
@@ -211,88 +191,9 @@ def write_published(
         flat["pos_embed"] = positions[None]
     try:
         with written_aside(path) as aside:
-            _FILES[path.suffix][1](aside, flat)
+            FILES[path.suffix][1](aside, flat)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
-
-
-def _newest(folder: epath.Path) -> epath.Path:
-    """Return the Orbax checkpoint that a folder is or holds."""
-    if (folder / "_METADATA").exists():
-        return folder
-    numbers = [re.fullmatch(r"checkpoint_(\d+)", child.name) for child in folder.iterdir()]
-    if not any(numbers):
-        raise BadInput("must be a folder checkpoint_N of a published training script, or hold one")
-    return folder / max((match for match in numbers if match), key=lambda match: int(match[1]))[0]
-
-
-def _read_folder(folder: epath.Path, choose: _Choose) -> Arrays:
-    """Read the chosen arrays alone.
-
-    Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks
-    about damaged files.
-    """
-    folder = _newest(folder)
-    like = {"tree_metadata": {}}
-    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), like)
-    entries = metadata["tree_metadata"].values()
-    keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
-    dotted = {"/".join(parts): ".".join(parts) for parts in keys}
-    root = f"{folder}/" if "://" in str(folder) else f"file://{quote(str(folder))}/"
-    one_database = (folder / "manifest.ocdbt").exists()  # otherwise every array is a folder
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-
-    def open_array(name: str) -> ts.Future:
-        where = f"{dotted[name]}/"
-        database = {"driver": "ocdbt", "base": root, "path": where}
-        kvstore = database if one_database else root + where
-        spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
-        return ts.open(spec, open=True, read=True)
-
-    opening = {short: open_array(name) for short, name in choose(dotted).items()}
-    arrays = {short: array.result() for short, array in opening.items()}
-    claimed = sum(_num_bytes(array, array.shape) for array in arrays.values())
-    chunks = (_num_bytes(array, array.chunk_layout.read_chunk.shape) for array in arrays.values())
-    length = sum(file.stat().length for file in folder.rglob("*") if file.is_file())
-    check_claim(max([claimed, *chunks]), length)
-    reads = {short: array.read() for short, array in arrays.items()}
-    return {short: read.result() for short, read in reads.items()}
-
-
-def _num_bytes(array: ts.TensorStore, shape: Sequence[int]) -> int:
-    return math.prod(shape) * array.dtype.numpy_dtype.itemsize
-
-
-def _read_npz(path: epath.Path, choose: _Choose) -> Arrays:
-    with opened_npz(path) as archive:
-        chosen = choose(array_names(archive)).items()
-        return {short: read_array(archive, name) for short, name in chosen}
-
-
-def _read_safetensors(path: epath.Path, choose: _Choose) -> Arrays:
-    with on_disk(path) as place, safe_open(place, framework="np") as file:
-        return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
-
-
-def _read_torch(path: epath.Path, choose: _Choose) -> Arrays:
-    arrays, _ = torch_file.read_training(path.read_bytes())
-    return {short: arrays[name] for short, name in choose(arrays).items()}
-
-
-def _write_npz(path: str, flat: Arrays) -> None:
-    with open(path, "wb") as file:  # given a path, numpy would append .npz
-        np.savez(file, **flat)
-
-
-def _write_safetensors(path: str, flat: Arrays) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
-
-
-_TORCH_FILES = (".pt", ".pth")
-_FILES = {
-    ".npz": (_read_npz, _write_npz),
-    ".safetensors": (_read_safetensors, _write_safetensors),
-}
 
 
 def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:

@@ -112,15 +112,9 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def own(
-    workdir: Path,
-    config: ConfigDict,
-    data: Any,
-    parts: Mapping[str, str],
-    init_sha256: str = "",
+    workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str], init_sha256: str = ""
 ) -> Iterator[None]:
-    """Hold a workdir for a training run: make it, keep other runs out, store config and data.
-
-    Stored ones must describe the same run.
+    """Hold a workdir for a run: make it, keep others out, store config and data, the same as before.
 
     Args:
       data: its `mf_jax.data.Source`.
