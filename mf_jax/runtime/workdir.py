@@ -114,7 +114,7 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 def own(
     workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str], init_sha256: str = ""
 ) -> Iterator[None]:
-    """Hold a workdir for a run: make it, keep others out, store config and data, the same as before.
+    """Hold a workdir for a run: make it, keep others out, and store the same config and data.
 
     Args:
       data: its `mf_jax.data.Source`.
