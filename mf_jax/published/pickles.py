@@ -1,0 +1,153 @@
+"""Read the pickles of PyTorch, and call nothing that they ask for.
+
+A pickle is a list of functions to call. Python's own reader is not used. What is here knows a list
+of opcodes, an ordered dictionary, a tensor, types of numbers and inert settings, and refuses the
+rest.
+"""
+
+import collections
+import io
+import math
+import pickletools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from mf_jax.flow.errors import BadInput
+
+_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+}
+_VALUES = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_VALUES |= dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"))
+_VALUES |= dict.fromkeys(("SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING"))
+"""Opcodes that push a value: a new one, or their own argument."""
+_MOST_PICKLE_BYTES = 2**23
+"""Of a pickle, which names tensors: 60,000 of them."""
+_MOST_ARGUMENTS = 8
+"""Of a function, and of the axes of a tensor: a long tuple, used often, would take for ever."""
+Row = Shaped[np.ndarray, "n"]
+
+
+def unpickle(file: io.BytesIO, storage: Callable[[str, np.dtype, int], Row]) -> Any:
+    """Build the ordered dictionaries, arrays and plain values of a pickle, and call nothing else.
+
+    Nothing that the pickle holds is hashed, compared or printed unless it is text or a number: a
+    few bytes of nested tuples would take for ever.
+
+    Args:
+      file: where the pickle begins; afterwards, where it has ended.
+      storage: from the key of a storage, its type and its length to its numbers in a row.
+    """
+    stack, marks, memo = [], [], {}
+
+    def popped(first: int) -> list[Any]:
+        items = stack[first:]
+        del stack[first:]
+        return items
+
+    for code, argument, position in pickletools.genops(file):
+        name = code.name
+        if position > _MOST_PICKLE_BYTES:
+            raise BadInput(f"has a pickle of more than {_MOST_PICKLE_BYTES} bytes")
+        if name in _VALUES:
+            stack.append(argument if _VALUES[name] is None else _VALUES[name]())
+        elif name in ("NEWTRUE", "NEWFALSE", "NONE"):
+            stack.append({"NEWTRUE": True, "NEWFALSE": False, "NONE": None}[name])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name.startswith("TUPLE"):
+            stack.append(tuple(popped(marks.pop() if name == "TUPLE" else -int(name[-1]))))
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            items = popped(marks.pop() if name[-1] == "S" else -2 if name == "SETITEM" else -1)
+            _extend(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(_global(argument))
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, arguments = popped(-2)
+            stack.append(function(*arguments[:_MOST_ARGUMENTS]))
+        elif name == "BINPERSID":
+            stack.append(_row(stack.pop(), storage))
+        elif name == "BUILD" and isinstance(stack[-2], _Inert):
+            state = stack.pop()
+            stack[-1].state = state
+        elif name == "BUILD" and type(stack[-2]) is collections.OrderedDict:
+            stack.pop()  # versions of modules, which PyTorch hangs on a state_dict
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise BadInput(f"asks for {name}, which is refused; may only hold tensors")
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, dict) and all(isinstance(key, str | int) for key in items[::2]):
+        target.update(zip(items[::2], items[1::2], strict=True))
+    elif isinstance(target, list):
+        target.extend(items)
+    elif not isinstance(target, _Inert):
+        raise BadInput("fills what is no list, and no dictionary of names; may only hold tensors")
+
+
+def _global(name: str) -> Any:
+    module, _, kind = name.partition(" ")
+    if module == "torch" and kind in _DTYPES:
+        return kind
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    if module.split(".")[0] in _SETTINGS or name in _OF_SETTINGS:
+        return _Inert
+    raise BadInput(
+        f"asks for {module}.{kind}, which is refused; may only hold tensors: save a"
+        " state_dict(), or convert the file to .safetensors"
+    )
+
+
+def _row(pid: Any, storage: Callable[[str, np.dtype, int], Row]) -> Row:
+    match pid:
+        case ("storage", str(kind), str(key), str(), int(size)) | (
+            "storage",
+            str(kind),
+            str(key),
+            str(),
+            int(size),
+            None,
+        ) if kind in _DTYPES and size >= 0:
+            return storage(key, _DTYPES[kind], size)
+    raise BadInput("refers to something else than numbers of a tensor, which is refused")
+
+
+def _tensor(row: Row, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+    # Numpy refuses what would lie outside the row. The other arguments are about gradients.
+    if not len(shape) == len(strides) <= _MOST_ARGUMENTS or math.prod(shape) > row.size:
+        raise ValueError("a tensor has more numbers than its storage, or too many axes")
+    size = row.itemsize
+    return np.ndarray(shape, row.dtype, row, offset * size, [stride * size for stride in strides])
+
+
+class _Inert:
+    """Stands for an object of settings, which is not built."""
+
+    def __init__(self, *_: Any):
+        self.state = {}
+
+
+_SETTINGS = ("argparse", "omegaconf")
+_OF_SETTINGS = ("typing Any", "collections defaultdict", "builtins dict", "builtins list")
+_OF_SETTINGS += ("builtins int", "builtins float", "builtins str", "builtins bool")
+_FUNCTIONS = {
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "collections OrderedDict": lambda: collections.OrderedDict(),
+    "torch._utils _rebuild_tensor_v2": _tensor,
+}
