@@ -6,6 +6,8 @@
 # Needs: Linux on x86-64, and Python 3.12 with pip, like the image; $PYTHON names one, else python3 is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
 lock="launch/locks/${1:-cpu}.txt"
 mkdir -p launch/locks
 "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \

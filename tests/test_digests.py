@@ -75,7 +75,7 @@ def _kinds(run, tmp_path):
     known = score_rows.read_rows(folder)  # a row that is missing is computed again
     strange = lambda _: [row for row in score_rows.read_rows(folder) if row not in known]  # noqa: E731
     yield "eval.jsonl", strange, run / "eval.jsonl"
-    side = {"name": "x", "count": 3, "bytes": 70, "sha256": "ab"}
+    side = {"name": latent_records.shard_name(0, 1), "count": 3, "bytes": 500, "sha256": "ab"}
     made = {"name": "vae", "sha256": "cd"}
     manifest = {"format_version": 1, "crop": "adm", "image_size": 16, "latent_shape": [2, 2, 4]}
     manifest |= {"autoencoder": made, "classes": [{"name": "c"}], "shards": [side]}

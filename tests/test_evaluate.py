@@ -326,7 +326,7 @@ def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
         data.Batch(pixels, np.full(9, -1, np.int32)), 0, epath.Path(tmp_path)
     )
     rows = []
-    for count, known in (1, 0), (3, 1), (4, 3):
+    for count, known in (1, 0), (3, 2), (4, 4):
         scores = compare(pixels[:count], np.full(count, -1))
         assert sum(value is not None for value in scores.values()) == known
         rows.append({"name": str(count), **scores, "protocol": {"num_samples": count}})
@@ -336,7 +336,8 @@ def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
     assert stored[0]["precision"] is stored[2]["diagnostics"]["identity_residual"] is None
     assert "Infinity" not in (tmp_path / "eval.jsonl").read_text()
     table = score_rows.as_table(stored)
-    assert table["columns"] == ["samples", "frechet_distance", "precision", "recall"]
+    known = ["samples", "frechet_distance", "precision", "recall", "sliced_wasserstein"]
+    assert table["columns"] == known
     score_rows.show(table)
     assert "precision none" in score_rows.words_of(stored[0])
     with pytest.raises(BadInput, match="leaves one element"):

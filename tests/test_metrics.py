@@ -21,6 +21,7 @@ from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import SampleScores
 from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
+from mf_jax.runtime.files import sha256_of
 
 raw = inspect.unwrap
 
@@ -331,7 +332,8 @@ def test_training_twice_gives_the_same_bits_and_a_file_spares_the_second(
     assert np.abs(first - other).max() > 0.01
     kept = [train(images, labels, 10, file=tmp_path / "kept.npz")(images[:9])[1]]
     monkeypatch.setattr(classifiers, "_train", None)
-    kept.append(train(images, labels, 10, file=tmp_path / "kept.npz")(images[:9])[1])
+    again = functools.partial(train, trusted={sha256_of(tmp_path / "kept.npz")})
+    kept.append(again(images, labels, 10, file=tmp_path / "kept.npz")(images[:9])[1])
     np.testing.assert_array_equal(kept, [first, first])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
@@ -119,9 +119,7 @@ def _compile_step(
     return row | {"gflop_compiled": compiled} | costs, program
 
 
-def placed_step(
-    parts: StepParts, mesh: Mesh
-) -> tuple[jax.stages.Wrapped, TrainState, PyTree, PyTree]:
+def placed_step(parts: StepParts, mesh: Mesh) -> tuple[Any, ...]:
     """Return the step as training jits it on a mesh, and the placed shapes of its arguments."""
     state = jax.eval_shape(functools.partial(initial_state, parts))
     shardings, rows = state_sharding(mesh, state), batch_sharding(mesh)

@@ -57,8 +57,8 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     stored = {key: manifest.get(key) for key in needed}
     if stored != needed:
         raise BadInput(f"{path} says {stored}; must say {needed}: prepare them again")
-    if problem := misfit(manifest, _MANIFEST, str(path)):
-        raise BadInput(f"{problem}: {AGAIN}")
+    if problem := misfit(manifest, _MANIFEST, "it"):
+        raise BadInput(f"{path}: {problem}: {AGAIN}")
     if wrong := ", ".join(key for key, is_right in _checks(manifest) if not is_right):
         raise BadInput(f"{path}: {wrong} cannot be as it says: {AGAIN}")
     return manifest
