@@ -1,9 +1,9 @@
 """A flow-matching network made a MeanFlow network, without training from zero.
 
 The network v(z, t) gets one more input, t - r. Its weights start at 0, so at first u = v exactly.
-A cold start has the same network and as many steps of MeanFlow.
+A cold start has the same network and as many steps of MeanFlow, or three times as many.
 
-FIGURES
+Distance, seed 0: flow matching 1.363; warm 0.349; cold 0.435, and 0.367 with three times as many.
 """
 
 import jax
@@ -56,8 +56,8 @@ def main(steps=200, before=1000, seed=0):
     v = field(instant, e, r=one, t=one)
     assert jnp.array_equal(field(warm, e, r=0 * one, t=one), v), "the first prediction is v"
     made = {"flow_matching": e - v}
-    for name, params in {"warm": warm, "cold": cold}.items():
-        params = train(mf_jax.MeanFlow(weight=weight), params, steps, keys[3])
+    for name, params, n in (("warm", warm, 1), ("cold", cold, 1), ("cold_3_times", cold, 3)):
+        params = train(mf_jax.MeanFlow(weight=weight), params, n * steps, keys[3])
         made[name] = mf_jax.sample(field, params, e)
     far = {name: jnp.linalg.norm(x[:, None] - PLACES, axis=2).min(1) for name, x in made.items()}
     found = {name: float(value.mean()) for name, value in far.items()}

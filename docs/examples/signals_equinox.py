@@ -2,7 +2,7 @@
 
     python docs/examples/signals_equinox.py
 
-FIGURES
+Right, seed 0: 0.969 in one step, 0.998 in two.
 """
 
 import equinox as eqx
