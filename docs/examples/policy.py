@@ -1,13 +1,8 @@
-"""A policy of action chunks: one MeanFlow step against ten steps of flow matching.
+"""A policy of action chunks: one step of MeanFlow against ten steps of flow matching.
 
-A point rounds a disc to a goal; demonstrations pass above or below. A chunk `[8, 2]` is the
-next positions as seen from here. A mask hides what lies beyond the goal, and the network, a dict
-of arrays, is causal, so that it never looks at it.
-
-    python docs/examples/policy.py
-
-Success of 512 episodes, seed 0: MeanFlow 0.932 in one step; flow matching 0.922 in one, 0.998 in
-ten. The two trainings take 8 minutes of one core.
+A point rounds a disc, above or below, to a goal. A chunk `[8, 2]` holds the next positions as seen
+from here; a mask hides those beyond the goal. The policy looks again after each chunk.
+Success, seed 0: 0.898 in one step; flow matching 0.287 in one, 0.998 in ten. A minute of training.
 """
 
 import jax
@@ -16,87 +11,58 @@ import optax
 
 import mf_jax
 
-CHUNK, WIDTH, DISC, LAYERS = 8, 64, 0.35, ("0", "1", "2")
-SIZES = {"z": (2, WIDTH), "told": (8, WIDTH), "place": (CHUNK, WIDTH), "out": (WIDTH, 2)}
-SIZES |= {"mix" + i: (CHUNK, CHUNK) for i in LAYERS} | {"up" + i: (WIDTH, 256) for i in LAYERS}
-SIZES |= {"down" + i: (256, WIDTH) for i in LAYERS}
+SHAPES = (21, 256), (256, 256), (256, 256), (256, 16)
+SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
 
 
-def demonstrations(key, rows):
-    """Return observations [B, 4] (position, goal), chunks [B, 8, 2] and masks [B, 8, 1]."""
-    side, goal, start, off = jax.random.split(key, 4)
-    side = jax.random.rademacher(side, (rows, 1))
-    goal = jax.random.uniform(goal, (rows, 1), minval=-0.3, maxval=0.3)
-    x = jax.random.uniform(start, (rows, 1), minval=-1.1) + 0.1 * jnp.arange(CHUNK + 1)
-    y = side * 0.65 * jnp.cos(jnp.pi / 2 * jnp.clip(x, -1, 1)) ** 2 + goal * (x + 1) / 2
+def demonstrations(key, rows=256):
+    side, start, off, draw = jax.random.split(key, 4)
+    x = jax.random.uniform(start, (rows, 1), minval=-1) + 0.1 * jnp.arange(9)
+    y = 0.7 * jax.random.rademacher(side, (rows, 1)) * jnp.cos(jnp.pi / 2 * x) ** 2
     path = jnp.stack([x, y], 2)
     here = path[:, 0] + 0.03 * jax.random.normal(off, (rows, 2))  # the chunk leads back to the path
-    seen = jnp.concatenate([here, jnp.ones_like(goal), goal], 1)
-    return seen, (path[:, 1:] - here[:, None]) / 0.4, x[:, 1:, None] < 1.05
+    seen = {"here": here, "mask": x[:, 1:, None] < 1.05}
+    return SCHEME.draw(draw, 2 * (path[:, 1:] - here[:, None]), seen, mask=seen["mask"])
 
 
 def field(params, z, *, r, t, condition):
-    told = jnp.concatenate([condition, jnp.stack([t, t - r, t**2, (t - r) ** 2], 1)], 1)
-    h = z @ params["z"] + (told @ params["told"])[:, None] + params["place"]
-    for i in LAYERS:
-        h += jnp.tril(params["mix" + i]) @ h
-        normed = h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
-        h += jax.nn.gelu(normed @ params["up" + i]) @ params["down" + i]
-    return h @ params["out"]
+    z = jnp.where(condition["mask"], z, 0)  # never look at what is hidden
+    h = jnp.column_stack([z.reshape(len(z), -1), condition["here"], t, t - r, t**0]) @ params[0]
+    for matrix in params[1:]:
+        h = jax.nn.gelu(h) @ matrix
+    return h.reshape(z.shape)
 
 
-def train(objective, steps, seed):
-    scheme = mf_jax.DrawScheme(mf_jax.LogitNormalTimes(), instant_share=0.5, label_drop_share=0)
+def train(objective, steps, key):
+    keys = jax.random.split(key, steps)
+    params = [jax.random.normal(keys[i], s) * s[0] ** -0.5 for i, s in enumerate(SHAPES)]
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-    keys = jax.random.split(jax.random.key(seed), len(SIZES) + steps)
-    params = {
-        n: jax.random.normal(k, s) * s[0] ** -0.5
-        for k, (n, s) in zip(keys, SIZES.items(), strict=False)
-    }
 
-    @jax.jit
-    def step(params, state, key):
-        seen, chunk, mask = demonstrations(key, 256)
-        draws = scheme.draw(key, chunk, seen, mask=mask)
-        gradient = jax.grad(lambda p: objective.loss(field, p, draws)[0])(params)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
+    def step(carry, key):
+        gradient = jax.grad(lambda p: objective.loss(field, p, demonstrations(key))[0])(carry[0])
+        updates, state = optimizer.update(gradient, carry[1])
+        return (optax.apply_updates(carry[0], updates), state), None
 
-    state = optimizer.init(params)
-    for key in keys[len(SIZES) :]:
-        params, state = step(params, state, key)
-    return params
+    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
 
 def success(params, key, **how):
-    """Return the share of episodes that reach the goal and never touch the disc."""
-    goal = jnp.stack([jnp.ones(512), jax.random.uniform(key, (512,), minval=-0.3, maxval=0.3)], 1)
-
-    def act(carry, key):  # four positions of a chunk, then look again
-        here, hit, reached = carry
-        e = jax.random.normal(key, (512, CHUNK, 2))
-        chunk = mf_jax.sample(field, params, e, jnp.concatenate([here, goal], 1), **how)
-        for i in range(4):
-            there = here + 0.4 * chunk[:, i]
-            hit |= ~reached & (jnp.linalg.norm(there, axis=1) < DISC)
-            reached |= jnp.linalg.norm(there - goal, axis=1) < 0.1
-        return (there, hit, reached), None
-
-    no = jnp.zeros(512, bool)
-    start = jnp.tile(jnp.array([-1.0, 0.0]), (512, 1)), no, no
-    _, hit, reached = jax.lax.scan(act, start, jax.random.split(key, 9))[0]
-    return float(jnp.mean(reached & ~hit))
+    """Return the share of 512 episodes that end at (1, 0) and never touch the disc."""
+    here, touched = jnp.tile(jnp.array([-1.0, 0.0]), (512, 1)), False
+    for e, left in zip(jax.random.normal(key, (3, 512, 8, 2)), (20, 12, 4), strict=True):
+        seen = {"here": here, "mask": jnp.tile(jnp.arange(8)[:, None] < left, (512, 1, 1))}
+        path = here[:, None] + mf_jax.sample(field, params, e, seen, **how)[:, :left] / 2
+        touched |= jnp.any(jnp.linalg.norm(path, axis=2) < 0.2, 1)
+        here = path[:, -1]
+    return float(jnp.mean(~touched & (jnp.linalg.norm(here - jnp.array([1, 0]), axis=1) < 0.15)))
 
 
-def main(steps=3000, seeds=1):
-    found = {"mean_flow_1": 0.0, "flow_matching_1": 0.0, "flow_matching_10": 0.0}
-    for seed in range(seeds):
-        mean, instant = (train(o, steps, seed) for o in (mf_jax.MeanFlow(), mf_jax.FlowMatching()))
-        key, euler = jax.random.key(1000 + seed), {"learns_average": False}
-        found["mean_flow_1"] += success(mean, key) / seeds
-        found["flow_matching_1"] += success(instant, key, **euler) / seeds
-        found["flow_matching_10"] += success(instant, key, steps=10, **euler) / seeds
-    print("success: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+def main(steps=3000, seed=0):
+    keys, even = jax.random.split(jax.random.key(seed)), mf_jax.AdaptiveWeight(p=0.0)
+    found = {"mean_flow_1": success(train(mf_jax.MeanFlow(weight=even), steps, keys[0]), keys[1])}
+    params = train(mf_jax.FlowMatching(weight=even), steps, keys[0])
+    found |= {f"flow_{n}": success(params, keys[1], steps=n, learns_average=False) for n in (1, 10)}
+    print("success:", found)
     return found
 
 

@@ -1,18 +1,13 @@
 """Signals `[B, length, channels]` with a Flax NNX module, told a class.
 
 A signal is a wave of 2, 3, 4 or 5 periods (the class), as cosine and sine, of any phase. A sample
-is right if its strongest frequency is the one told; its purity is the share of power there.
+is right if its strongest frequency is the one told.
 
-    python docs/examples/signals_nnx.py
-
-Seed 0, right and purity: one step 0.72 and 0.67, two steps 0.85 and 0.87.
+Right, seed 0: 0.980 in one step, 1.000 in two.
 """
-
-import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -21,71 +16,54 @@ import mf_jax
 LENGTH, CLASSES = 32, 4
 
 
-def signals(key, rows):
+def signals(key, rows=128):
     """Return signals [B, 32, 2] and their classes [B]."""
     keys = jax.random.split(key)
     label = jax.random.randint(keys[0], (rows,), 0, CLASSES)
-    turns = (label[:, None] + 2) * jnp.arange(LENGTH) / LENGTH + jax.random.uniform(
+    turn = (label[:, None] + 2) * jnp.arange(LENGTH) / LENGTH + jax.random.uniform(
         keys[1], (rows, 1)
     )
-    return jnp.stack([jnp.cos(2 * jnp.pi * turns), jnp.sin(2 * jnp.pi * turns)], -1), label
-
-
-def quality(x, label):
-    """Return the share of right samples and the mean purity."""
-    power = np.abs(np.fft.fft(x[..., 0] + 1j * x[..., 1])) ** 2
-    right = np.argmax(power, 1) == np.asarray(label) + 2
-    return {"right": float(right.mean()), "purity": float((power.max(1) / power.sum(1)).mean())}
+    return jnp.stack([jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)], 2), label
 
 
 class Network(nnx.Module):
     def __init__(self, width, rngs):
-        self.label = nnx.Embed(CLASSES + 1, width, rngs=rngs)  # the last row is NO_LABEL, -1
-        self.times = nnx.Linear(2, width, rngs=rngs)
-        sizes, like = [2, width, width, width], {"padding": "CIRCULAR", "rngs": rngs}
-        self.convs = nnx.List(nnx.Conv(a, b, (7,), **like) for a, b in itertools.pairwise(sizes))
-        self.scales = nnx.List(nnx.Linear(width, 2 * width, rngs=rngs) for _ in sizes[1:])
-        self.out = nnx.Conv(width, 2, (7,), **like)
+        self.label = nnx.Embed(CLASSES + 1, width, rngs=rngs)  # the last row is no label, -1
+        ins, outs = (2 * LENGTH + width + 2, width, width), (width, width, 2 * LENGTH)
+        first, middle, last = (nnx.Linear(*s, rngs=rngs) for s in zip(ins, outs, strict=True))
+        self.layers = nnx.Sequential(first, nnx.gelu, middle, nnx.gelu, last)
 
-    def __call__(self, z, r, t, label):
-        told = nnx.gelu(self.label(label % (CLASSES + 1)) + self.times(jnp.stack([t, t - r], 1)))
-        h = z
-        for conv, scale in zip(self.convs, self.scales, strict=True):
-            factor, shift = jnp.split(scale(told)[:, None], 2, -1)
-            h = nnx.gelu(conv(h) * (1 + factor) + shift)
-        return self.out(h)
+    def __call__(self, z, *, r, t, condition):
+        told = self.label(condition % (CLASSES + 1)), jnp.stack([t, t - r], 1)
+        return self.layers(jnp.concatenate([z.reshape(len(z), -1), *told], 1)).reshape(z.shape)
 
 
 def train(field, params, steps, seed):
-    """Train; print and return the quality of samples."""
+    """Train; print and return the share of right samples."""
     scheme = mf_jax.DrawScheme(mf_jax.LogitNormalTimes(), instant_share=0.5)
-    objective = mf_jax.MeanFlow()
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    objective, optimizer = mf_jax.MeanFlow(), optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
-    @jax.jit
-    def step(params, state, key):
-        draws = scheme.draw(key, *signals(key, 128))
-        gradient = jax.grad(lambda p: objective.loss(field, p, draws)[0])(params)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
+    def step(carry, key):
+        keys = jax.random.split(key)
+        draws = scheme.draw(keys[0], *signals(keys[1]))
+        gradient = jax.grad(lambda p: objective.loss(field, p, draws)[0])(carry[0])
+        updates, state = optimizer.update(gradient, carry[1])
+        return (optax.apply_updates(carry[0], updates), state), None
 
-    state = optimizer.init(params)
-    for key in jax.random.split(jax.random.key(seed), steps):
-        params, state = step(params, state, key)
-    e, label = jax.random.normal(jax.random.key(1), (512, LENGTH, 2)), jnp.arange(512) % CLASSES
-    one, two = (mf_jax.sample(field, params, e, label, steps=n) for n in (1, 2))
-    found = {"one_step": quality(one, label), "two_steps": quality(two, label)}
-    print(found)
+    keys, found = jax.random.split(jax.random.key(seed), steps + 1), {}
+    params = jax.lax.scan(step, (params, optimizer.init(params)), keys[1:])[0][0]
+    e, label = jax.random.normal(keys[0], (512, LENGTH, 2)), jnp.arange(512) % CLASSES
+    for n in (1, 2):
+        x = mf_jax.sample(field, params, e, label, steps=n)
+        strongest = jnp.argmax(jnp.abs(jnp.fft.fft(x[..., 0] + 1j * x[..., 1])), 1)
+        found[f"steps_{n}"] = float(jnp.mean(strongest == label + 2))
+    print("right:", found)
     return found
 
 
 def main(steps=2000, seed=0):
-    network, params = nnx.split(Network(64, nnx.Rngs(seed)))
-
-    def field(params, z, *, r, t, condition):
-        return nnx.merge(network, params)(z, r, t, condition)
-
-    return train(field, params, steps, seed)
+    graph, params = nnx.split(Network(256, nnx.Rngs(seed)))
+    return train(lambda p, z, **told: nnx.merge(graph, p)(z, **told), params, steps, seed)
 
 
 if __name__ == "__main__":
