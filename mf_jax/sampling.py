@@ -6,6 +6,7 @@ Training draws its samples here too.
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from jaxtyping import Float, Int
@@ -160,9 +161,8 @@ def _draw_real(
     if source.stored:
         kept = kept[:_GRID_SAMPLES]
         padded = -(-len(kept) // generator.mesh.size) * generator.mesh.size
-        rows = source.stored.draw(
-            jax.random.key(0), np.resize(x[: len(kept)], (padded, *x.shape[1:]))
-        )
+        x = jnp.asarray(np.resize(x[: len(kept)], (padded, *x.shape[1:])))
+        rows = source.stored.draw(jax.random.key(0), x)
         z = jax.device_put(rows, batch_sharding(generator.mesh))
         pixels = processes.on_host(generator.pixels(z))[: len(kept)]
     else:
