@@ -1,7 +1,7 @@
 """Log-likelihood in one step, against the exact one, of a mixture of two Gaussians.
 
 A MeanFlow network is trained, then a second one for the average of its divergence. One evaluation
-of each gives a sample and its log-density.
+of each gives a sample and its log-density. density.png: samples coloured by it, exact at the right.
 
 Log p - exact, in nats, seed 0: mean 0.062, rms 0.241.
 """

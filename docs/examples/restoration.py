@@ -1,7 +1,7 @@
 """Restoration of degraded digits in one step, against regression and against eight steps.
 
-A digit is averaged over 2x2 pixels. A pair is the digit x and e, the degraded picture plus noise;
-the network is told the degraded picture. Regression has the least error, and is too smooth.
+A pair is the digit x and e, its 2x2 averages plus noise; the network is told the averages.
+Regression has the least error, and is too smooth. restoration.png: degraded, restored, true.
 Mean squared error, seed 0: one step 0.102, eight 0.093; regression 0.066, no restoration 0.196.
 """
 
