@@ -37,7 +37,7 @@ def first_moments(parts, mesh, compiled):
     state = state.replace(params=jax.tree.map(wave, state.params))
     x = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
     places = jax.tree.map(lambda leaf: leaf.sharding, placed_step(parts, mesh)[1:])
-    given = jax.device_put((state, x, jnp.arange(BATCH) % 10), places)
+    given = jax.device_put((state, x, jnp.arange(BATCH) % 10, None, None, None), places)
     return jax.tree.leaves(jax.device_get(compiled(*given).opt_state[0].mu))
 
 

@@ -4,6 +4,7 @@ The argument is a folder, in which `run` is a finished run of one process. Each 
 {scenario: [exit code, output, errors]} to lived_INDEX.json there.
 """
 
+import gc
 import json
 import os
 import sys
@@ -127,6 +128,7 @@ def main():
     reduce_without_scattering()
     move(folder / "moved")
     lived["damage"] = damage(folder / "moved")
+    gc.collect()  # what Orbax leaves of a damaged read complains when it goes
     command("seeds", f"--config.seed={index}")
     command("batch", "--config.train.batch_size=10")
     command("mesh", "--config.mesh.fsdp=3")

@@ -253,7 +253,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         ("repeats=0 bench.what=input", "bench.repeats=0", "at least 1"),
         ("num_classes=-1 bench.shape=(8,8,1)", "num_classes=-1", "at least 0"),
         ("shape=(8,8,1.5)", "bench.shape: 1.5 is not a whole number"),
-        ("shape=(8,8)", "model.name='dit'", "vectors of shape (8, 8)"),
+        ("shape=(8,)", "model.name='dit'", "of shape (8,)"),
         ("tokens=(0,)", "bench.tokens=(0,)", "at least 1"),
         ("shape=(8,8,1) train.batch_size=6", "train.batch_size=6", "multiple of 4"),
         ("what=input bench.shape=(4,4,1) data.name=image_folder data.path=/no", "/no"),
@@ -389,6 +389,6 @@ def test_noise_is_a_source_of_any_shape_and_no_two_batches_are_alike():
     np.testing.assert_array_equal(batch.x, noise.gather(np.arange(1000)).x)
     assert set(Noise(POINTS).gather(np.arange(4)).labels) == {NO_LABEL}
     batches = fresh_batches(_config(), Noise(DIGITS), make_mesh(data=0, fsdp=1))
-    (x, labels), (other, _) = itertools.islice(batches, 2)
+    (x, labels, *_), (other, *_) = itertools.islice(batches, 2)
     assert (x.shape, labels.shape) == ((16, 8, 8, 1), (16,))
     assert not jnp.any(x == other)

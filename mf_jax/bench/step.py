@@ -136,7 +136,7 @@ def _contender(
     shardings = state_sharding(mesh, jax.eval_shape(first_state))
     state = jax.jit(first_state, out_shardings=shardings)()
 
-    def advance(batch: tuple[Array, Array]) -> TrainState:
+    def advance(batch: tuple[Any, ...]) -> TrainState:
         nonlocal state
         state = program(state, *batch)
         return state
