@@ -35,6 +35,7 @@ from mf_jax.bench.step import placed_step
 from mf_jax.config import validate
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.json_files import read_json, write_json
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json
 
@@ -211,7 +212,7 @@ def finished(row: Row, folder: Path) -> dict[str, Any] | None:
     path = folder / row.run / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
+    result = read_json(path, {"config": {}, "num_steps": 1, "rows": [{}]}, "move it away")
     if result["config"] != decisive(make_config(row, result["num_steps"])):
         raise BadInput(f"{path.parent}: its result is of another config; move the folder away")
     return result
@@ -231,11 +232,11 @@ def execute(row: Row, folder: Path) -> dict[str, Any] | None:
             if train.run(config, workdir):
                 return None
             evaluate.run(config, workdir)
-            result["rows"] = json.loads((workdir / "eval.json").read_text())["rows"]
+            result["rows"] = read_json(workdir / "eval.json", {"rows": [{}]})["rows"]
         except FloatingPointError as error:
             result["diverged"] = str(error)
     result["seconds"] = time.monotonic() - start
-    replace_file(workdir / "result.json", json.dumps(result, indent=1).encode())
+    write_json(workdir / "result.json", result, indent=1)
     jax.clear_caches()  # 40 compiled steps do not fit
     gc.collect()
     return result

@@ -235,10 +235,10 @@ class Generator:
             `pmf` of an in_context_dit. A `sit` has the velocity u(z, t, t) alone.
         """
         params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
-        grid = (side // model.patch_size for side in self.spec.shape[:2])
-        positions = (
-            sine_cosine_positions(*grid, num_features=model.width) if kind in TORCH_KINDS else ()
-        )
+        positions = ()
+        if kind in TORCH_KINDS:
+            grid = (side // model.patch_size for side in self.spec.shape[:2])
+            positions = sine_cosine_positions(*grid, num_features=model.width)
         write_published(path, kind, params, patch_size=model.patch_size, positions=positions)
 
 
@@ -262,10 +262,8 @@ def _sample(
     condition, field = Condition(told, guidance=scale), as_field(network)
     e = given.get("e", e)
     if "mask" in given:  # what it hides is 0 at all times, as in training
-        e, field = (
-            jnp.where(given["mask"], e, 0),
-            functools.partial(call, field, mask=given["mask"]),
-        )
+        e = jnp.where(given["mask"], e, 0)
+        field = functools.partial(call, field, mask=given["mask"])
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
         return sampler.sample(

@@ -109,9 +109,11 @@ def test_torch_checkpoints_that_are_refused(tmp_path):
     content = (FILES / "sit_release.pt").read_bytes()
     unclear = tmp_path / "0050000.pt"
     unclear.write_bytes(content)
+    (tmp_path / "edit.pt").write_bytes(content)  # which says neither
     (tmp_path / "sit.pt").write_bytes(content[:-2000])
     for path, which, more, message in (
         (unclear, "", {}, "set init.kind=sit or dit"),
+        (tmp_path / "edit.pt", "", {}, "set init.kind=sit or dit"),
         (FILES / "sit_training.pt", "ema_params", {}, "holds no ema_params, but ema, model"),
         (
             FILES / "sit_release.pt",

@@ -17,6 +17,7 @@ from mf_jax.data.pipeline import SPLITS, Batch
 from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.errors import BadInput, listed, nearest
 from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.runtime.archives import array_names, opened_npz, read_array
 from mf_jax.runtime.files import in_bucket, sha256_of
 
 KEYS = ("x", "label", "condition", "pair", "mask")
@@ -123,9 +124,9 @@ def _read(file: str, where: str) -> dict[str, np.ndarray]:
     try:
         if file.endswith(".npy"):
             return {"x": np.load(file, mmap_mode="r", allow_pickle=False)}
-        with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with opened_npz(file) as archive:
+            return {key: read_array(archive, key) for key in array_names(archive)}
+    except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"{where} cannot be read ({reason}); must hold arrays of numbers, no objects: save "

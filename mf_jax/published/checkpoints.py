@@ -119,7 +119,8 @@ def _sit_or_dit(path: epath.Path) -> str:
     is_torch = path.suffix in TORCH_FILES
     settings = torch_file.read_training(path.read_bytes())[1] if is_torch else {}
     for text in (settings.get("model"), path.name):
-        told = [kind for kind in flow_matching.KINDS if kind in str(text).lower()]
+        words = re.findall("[a-z]+", str(text).lower())
+        told = [kind for kind in flow_matching.KINDS if kind in words]
         if len(told) != 1:
             continue
         asked = {"path_type": "Linear", "prediction": "velocity"} if told == ["sit"] else {}

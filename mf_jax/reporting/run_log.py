@@ -22,6 +22,7 @@ from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
 from mf_jax.runtime.json_files import (
+    lines_of,
     parse_json,
     read_json,
     sealed,
@@ -162,11 +163,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
-    rows = []
+    lines, rows = lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(_row_of(line, path.parent))

@@ -110,6 +110,14 @@ def read_json(path: epath.PathLike, like: Any, fix: str = "restore it") -> dict[
     return value
 
 
+def lines_of(path: epath.Path) -> list[bytes]:
+    """Return the lines of a file, none where it is missing."""
+    try:
+        return path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
+
+
 def tell_unsealed(folder: epath.Path) -> None:
     """Say that damage may pass in a folder's files that have no checksum."""
     tell_once(

@@ -14,10 +14,9 @@ from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
-from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file, to_json
-from mf_jax.runtime.json_files import parse_json, sealed, tell_once, tell_unsealed
+from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once, tell_unsealed
 
 ROWS_FILE = "eval.jsonl"
 _LOCK = ".eval.lock"
@@ -125,12 +124,8 @@ def digest(*parts: np.ndarray | bytes) -> str:
 def read_rows(workdir: Path) -> list[Row]:
     """Return the rows of eval.jsonl, oldest first; damaged ones are left out, in a line each."""
     path = workdir / ROWS_FILE
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         try:
             row, is_sealed = parse_json(line, _ROW)
             if "ema" in row.get("protocol", {}):
