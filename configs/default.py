@@ -76,7 +76,10 @@ DEFAULTS = dict(
         anneal_to=10_000,  # alpha_flow: step at which it has arrived
         sharpness=25.0,  # alpha_flow: of the sigmoid
         derivative_below=5e-3,  # alpha_flow: meanflow's form for a smaller alpha; 0 = never
-        target_clip=4.0,  # alpha_flow: bound of the target's entries
+        min_gap=0.0,  # alpha_flow: smallest step in t, in [0, 1)
+        target_clip=4.0,  # alpha_flow: bound of a finite step's target; inf = none
+        error_of="velocity",  # alpha_flow: of the step divided by alpha: velocity, or not: step
+        interval_factor=1.0,  # alpha_flow: of rows with r < t in the loss, above 0
         split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
         target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: of the targets
     ),
@@ -86,6 +89,8 @@ DEFAULTS = dict(
         kappa=0.0,  # factor of the conditional velocity, in [0, 1); scale = omega / (1 - kappa)
         t_min=0.0,  # guide only for t in [t_min, t_max]
         t_max=1.0,  # the window's end, at least t_min
+        of_dropped=False,  # rows without label are guided too, by the network without label
+        fade=False,  # guidance fades from t_max to t = 1; kappa's share holds everywhere
     ),
     weight=dict(  # a row's squared error l weighs (l + c)^-p
         p=1.0,  # 0 = all rows alike
@@ -103,12 +108,20 @@ DEFAULTS = dict(
         t_std=1.0,  # logit_normal, consistency: its standard deviation
         r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
         r_std=1.0,  # logit_normal: its standard deviation
+        order="swap",  # logit_normal: where r > t, swap them | clip r to t - min_gap
+        min_gap=0.0,  # logit_normal with clip: smallest t - r, in [0, 1)
         levels=7,  # dyadic: the shortest interval is 2^-levels
+    ),
+    instant_times=dict(  # of rows with r = t
+        name="",  # logit_normal | uniform; "" = the larger of the two of `times`
+        t_mean=-0.4,  # logit_normal: mean of logit t
+        t_std=1.0,  # logit_normal: its standard deviation
     ),
     draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without label or condition, in [0, 1)
         label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row
+        label_drop_window=(0.0, 1.0),  # only for t within it
         omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     ),

@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.default import get_config as defaults
-from configs.rows import choose, soflow
+from configs.rows import choose, soflow_as_published
 
 IMAGES = 1_281_167
 """Training pictures of ImageNet: an epoch."""
@@ -47,6 +47,7 @@ class Row:
 
 MF, IMF, PMF = "meanflow", "improved_meanflow", "pixel_meanflow"
 WHOLE, LARGE, XLARGE = (2.0, 0.0, 1.0), (2.5, 0.0, 0.8), (2.5, 0.0, 0.75)
+FADING = (3.0, 0.0, 0.8)
 ROWS = {
     # MeanFlow, arXiv 2505.13447; the guidance of M/2 is not known for certain
     "b4": Row("DiT-B/4", 256, 240, 256, MF, WHOLE, "11.4", "", 131, 11),
@@ -56,11 +57,11 @@ ROWS = {
     "xl2": Row("DiT-XL/2", 256, 240, 256, MF, XLARGE, "3.43", "2.93", 676, 255),
     "xl2_512": Row("DiT-XL/2", 512, 240, 256, MF, XLARGE, "", "", 676, 1020),
     "fm_b2": Row("DiT-B/2", 256, 240, 256, "flow_matching", (), "", "", 131, 30),
-    # SoFlow, arXiv 2512.15657; its guidance and weight were not found, here they are MeanFlow's
-    "soflow_b2": Row("DiT-B/2", 256, 240, 256, "soflow", WHOLE, "4.85", "4.24", 131, 45),
-    "soflow_m2": Row("DiT-M/2", 256, 240, 256, "soflow", WHOLE, "3.73", "3.42", 308, 105),
-    "soflow_l2": Row("DiT-L/2", 256, 240, 256, "soflow", LARGE, "3.20", "2.90", 459, 155),
-    "soflow_xl2": Row("DiT-XL/2", 256, 240, 256, "soflow", XLARGE, "2.96", "2.66", 676, 255),
+    # SoFlow, arXiv 2512.15657; as in its published code, which the paper does not tell whole
+    "soflow_b2": Row("DiT-B/2", 256, 240, 256, "soflow", FADING, "4.85", "4.24", 131, 45),
+    "soflow_m2": Row("DiT-M/2", 256, 240, 256, "soflow", FADING, "3.73", "3.42", 308, 105),
+    "soflow_l2": Row("DiT-L/2", 256, 240, 256, "soflow", FADING, "3.20", "2.90", 459, 155),
+    "soflow_xl2": Row("DiT-XL/2", 256, 240, 256, "soflow", FADING, "2.96", "2.66", 676, 255),
     # alpha-Flow, arXiv 2510.20771
     "alphaflow_xl2": Row("DiT-XL/2", 256, 240, 256, "alpha_flow", XLARGE, "2.95", "2.34", 676, 255),
     # improved MeanFlow, arXiv 2512.02012
@@ -101,18 +102,14 @@ def get_config(row: str = "") -> ConfigDict:
     config = defaults()
     _set_common(config, chosen, size)
     {"DiT": _set_dit, "iMF": _set_imf, "pMF": _set_pmf}[kind](config, chosen, size)
+    config.objective.name = chosen.objective
     if chosen.objective == "soflow":
-        config.update_from_flattened_dict(soflow(config.train.num_steps))
-    else:
-        config.objective.name = chosen.objective
+        _set_soflow(config)
     if chosen.objective == "flow_matching":
         config.draws.instant_share, config.sample.steps = 1.0, 64
         config.eval.steps = (1, 4, 16, 64, 250)
     if chosen.objective == "alpha_flow":
-        config.data.autoencoder, config.data.path = "sd-vae-ft-ema", "data/imagenet256_latents_ema"
-        config.objective.anneal_from, config.objective.anneal_to = 600_000, 1_000_000
-        config.draws.instant_share, config.optim.clip_norm = 0.5, 16.0
-        config.eval.labels = "random"
+        _set_alpha_flow(config)
     return config
 
 
@@ -134,7 +131,30 @@ def _set_common(config: ConfigDict, row: Row, size: str) -> None:
 def _set_dit(config: ConfigDict, row: Row, size: str) -> None:
     if row.guidance:  # in the target: scale = omega / (1 - kappa)
         scale, _, config.guidance.t_max = row.guidance
-        config.guidance.omega, config.guidance.kappa = {2.0: (1.0, 0.5), 2.5: (0.2, 0.92)}[scale]
+        shares = {2.0: (1.0, 0.5), 2.5: (0.2, 0.92), 3.0: (0.75, 0.75)}
+        config.guidance.omega, config.guidance.kappa = shares[scale]
+
+
+def _set_soflow(config: ConfigDict) -> None:
+    config.update_from_flattened_dict(soflow_as_published(config.train.num_steps))
+    config.guidance.fade, config.draws.label_drop = True, "any_row"
+    config.times.t_mean, config.times.t_std = 0.2, 0.8
+    config.times.r_mean, config.times.r_std = -1.0, 0.8
+    config.instant_times.name, config.instant_times.t_mean = "logit_normal", -0.2
+    config.optim.b2 = 0.99
+
+
+def _set_alpha_flow(config: ConfigDict) -> None:
+    """Set what alpha-Flow's published code does."""
+    config.data.autoencoder, config.data.path = "sd-vae-ft-ema", "data/imagenet256_latents_ema"
+    config.model.time_conditioning = "t,r"
+    config.objective.anneal_from, config.objective.anneal_to = 600_000, 1_000_000
+    config.objective.error_of, config.weight.of, config.weight.c = "step", "mean", 1e-3
+    config.guidance.of_dropped, config.draws.label_drop = True, "any_row"
+    config.draws.label_drop_window = config.guidance.t_min, config.guidance.t_max
+    config.instant_times.name = "logit_normal"
+    config.draws.instant_share, config.optim.clip_norm = 0.5, 16.0
+    config.eval.labels = "random"
 
 
 def _set_told(config: ConfigDict, row: Row) -> None:

@@ -25,3 +25,19 @@ def soflow(num_steps: int) -> dict[str, Any]:
         "objective.derivative_below": 0.0,
         "objective.anneal_to": num_steps,
     }
+
+
+def soflow_as_published(num_steps: int) -> dict[str, Any]:
+    """Return `soflow` with what all recipes of its published code share, and its paper leaves out.
+
+    Errors are means over a row's numbers, the times of a pair never change places, and the gradient
+    of rows with r < t counts half.
+    """
+    return soflow(num_steps) | {
+        "objective.target_clip": float("inf"),
+        "objective.interval_factor": 0.5,
+        "objective.min_gap": 1e-4,
+        "weight.of": "mean",
+        "times.order": "clip",
+        "times.min_gap": 1e-4,
+    }

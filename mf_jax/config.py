@@ -17,7 +17,7 @@ from mf_jax.flow.errors import BadInput, check_known, in_section
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
-from mf_jax.flow.times import TIMES
+from mf_jax.flow.times import TIMES, LogitNormalTimes
 from mf_jax.models import NETWORKS, SIZES, DataPrediction, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
 from mf_jax.objectives.terms import AdaptiveWeight
@@ -85,9 +85,17 @@ def make_objective(config: ConfigDict) -> Objective:
 
 def make_scheme(config: ConfigDict) -> DrawScheme:
     """Return how a config draws its random numbers."""
-    times = look_up("times.name", config.times.name, TIMES)
-    times = from_section(times, config.times)
-    return from_section(DrawScheme, config.draws, times=times, for_networks=True)
+    record = look_up("times.name", config.times.name, TIMES)
+    with in_section("times"):
+        times = from_section(record, config.times)
+    own = None
+    if config.instant_times.name:  # its t is its own draw, whatever becomes of r
+        record = look_up("instant_times.name", config.instant_times.name, TIMES)
+        order = {"order": "clip"} if record is LogitNormalTimes else {}
+        with in_section("instant_times"):
+            own = from_section(record, config.instant_times, **order)
+    parts = {"times": times, "instant_times": own}
+    return from_section(DrawScheme, config.draws, **parts, for_networks=True)
 
 
 def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = False) -> nn.Module:

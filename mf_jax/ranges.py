@@ -85,6 +85,7 @@ _TUPLES = {
     "model.attention_resolutions": int,
     "ema.decays": float,
     "ema.halflives_kimg": float,
+    "draws.label_drop_window": float,
     "sample.times": float,
     "sample.labels": int | str,
     "sample.condition": float,

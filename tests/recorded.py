@@ -5,9 +5,13 @@ import os
 import zlib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
+from mf_jax.flow.rows import at_time
 from mf_jax.published.names import as_ours, our_name
 
 FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "reference")
@@ -16,11 +20,51 @@ FOLDER = Path(os.environ.get("MF_REFERENCE_DIR") or Path(__file__).parent / "ref
 
 def from_published(kind, flat):
     """Return published parameters as the tree of our network."""
-    ours = {
-        our_name(kind, name)[0]: as_ours(array, our_name(kind, name)[1])
-        for name, array in flat.items()
-    }
+    ours = {}
+    for name, array in flat.items():
+        our, stored = our_name(kind, name)
+        if stored != "computed":
+            ours[our] = as_ours(array, stored)
     return unflatten_dict(dict(sorted(ours.items())), sep="/")
+
+
+def assert_close(ours, theirs, name, tolerance=1e-5):
+    """Raise AssertionError unless the error is below the tolerance, relative to the norm."""
+    error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+    assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+def load_case(path):
+    """Return a case's meta, its arrays, and its parameters and gradients under our names."""
+    case = dict(np.load(path))
+    meta = json.loads(str(case.pop("meta")))
+
+    def tree(prefix):
+        flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+        return from_published(meta["kind"], flat)
+
+    return meta, case, tree("params/net/"), tree("grads/net/")
+
+
+def draws_of(meta, case):
+    """Return the draws of a case, whose first rows have r = t."""
+    names = {"x": "x", "e": "e", "t": "t", "r": "r", "condition": "y", "dropped": "dropped"}
+    n = meta["batch"]["num_instant"]
+    told = None
+    if "in/omega" in case:
+        told = GuidanceScale(
+            *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
+        )
+    rows = Rows(
+        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
+        guidance=told,
+        for_networks=True,
+    )
+    rows = rows.replace(null=jnp.full_like(rows.condition, NO_LABEL))
+    instant, interval = (
+        jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n), slice(n, None))
+    )
+    return Draws(at_time(instant, instant.t), interval)
 
 
 def inception_weights(seed=0, divisor=1):

@@ -274,7 +274,7 @@ MUTATIONS = {
     ("meanflow", "", GUIDED, None): [
         (GUIDANCE, "1 - self.omega - self.kappa", "1 - self.omega + self.kappa"),
         (GUIDANCE, "guidance.kappa * v_class", "guidance.omega * v_class"),
-        (GUIDANCE, "& ~rows.dropped", "& rows.dropped"),
+        (GUIDANCE, "| ~rows.dropped", "| rows.dropped"),
         (GUIDANCE, "is_null=not labelled", "is_null=False"),
         (ROWS, "return null if is_null", "return own if is_null"),
         (GUIDANCE, "condition(interval, labelled=True)", "condition(interval, labelled=False)"),
@@ -310,15 +310,19 @@ MUTATIONS = {
     ],
     ("alpha_flow", "derivative", GUIDED, None): [
         ("", "v.interval - per_row(", "v.interval + per_row("),
-        ("", "a < self.derivative_below", "a > self.derivative_below"),
+        (
+            "",
+            "alpha < self.derivative_below\n            u",
+            "alpha > self.derivative_below\n            u",
+        ),
         ("", "jnp.where(is_short, 1.0, a)", "jnp.where(is_short, 2.0, a)"),
     ],
     ("alpha_flow", "step", GUIDED, None): [
-        ("", "rows.t - alpha * (rows.t - rows.r)", "rows.t - alpha * (rows.t + rows.r)"),
-        ("", "+ (1 - alpha) * u_s", "+ (1 + alpha) * u_s"),
+        ("", "rows.t - a * (rows.t - rows.r)", "rows.t - a * (rows.t + rows.r)"),
+        ("", "+ (1 - share) * u_s", "+ (1 + share) * u_s"),
         ("", "z_s, r=rows.r, t=s)", "z_s, r=rows.r, t=rows.t)"),
-        ("", "squared_error(u, clipped) / a**2", "squared_error(u, clipped)"),
-        ("", "a * self.weight(u_error", "self.weight(u_error"),
+        ("", "u_error = error / a**2", "u_error = error"),
+        ("", "self.interval_factor * a *", "self.interval_factor *"),
     ],
     ("split_meanflow", "uniform", SCALED, None): [
         ("", "t - share * (t - r)", "t - share * (t + r)"),

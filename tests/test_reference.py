@@ -7,15 +7,13 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from recorded import FOLDER, from_published
+from recorded import FOLDER, assert_close, draws_of, load_case
 
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
-from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
-from mf_jax.flow.rows import at_time
+from mf_jax.flow.records import Condition
 from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
@@ -23,23 +21,6 @@ from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.terms import AdaptiveWeight
 
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
-TOLERANCE = 1e-5  # relative to the norm
-
-
-def _assert_close(ours, theirs, name):
-    error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
-    assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
-
-
-def _load(path):
-    case = dict(np.load(path))
-    meta = json.loads(str(case.pop("meta")))
-
-    def tree(prefix):
-        flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
-        return from_published(meta["kind"], flat)
-
-    return meta, case, tree("params/net/"), tree("grads/net/")
 
 
 def _network(meta, params):
@@ -59,26 +40,6 @@ def _network(meta, params):
         return InContextDiT(**sizes)
     bottleneck = params["bottleneck"]["kernel"].shape[-1]
     return DataPrediction(InContextDiT(**sizes, bottleneck=bottleneck, positions="grid"))
-
-
-def _draws(meta, case):
-    names = {"x": "x", "e": "e", "t": "t", "r": "r", "condition": "y", "dropped": "dropped"}
-    n = meta["batch"]["num_instant"]
-    told = None
-    if "in/omega" in case:
-        told = GuidanceScale(
-            *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
-        )
-    rows = Rows(
-        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
-        guidance=told,
-        for_networks=True,
-    )
-    rows = rows.replace(null=jnp.full_like(rows.condition, NO_LABEL))
-    instant, interval = (
-        jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n), slice(n, None))
-    )
-    return Draws(at_time(instant, instant.t), interval)
 
 
 def _objective(meta):
@@ -102,8 +63,12 @@ def test_recorded_cases_are_there():
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_recorded_case(path):
-    meta, case, params, grads = _load(path)
-    field, draws, objective = as_field(_network(meta, params)), _draws(meta, case), _objective(meta)
+    meta, case, params, grads = load_case(path)
+    field, draws, objective = (
+        as_field(_network(meta, params)),
+        draws_of(meta, case),
+        _objective(meta),
+    )
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     with jax.default_matmul_precision(meta["matmul_precision"]):
         z = interpolate(rows.x, rows.e, t=rows.t)
@@ -114,12 +79,12 @@ def test_recorded_case(path):
         )
     for name, output in outputs._asdict().items():
         if f"out/{name}" in case:
-            _assert_close(output, case[f"out/{name}"], name)
-    _assert_close(loss, case["out/loss"], "loss")
+            assert_close(output, case[f"out/{name}"], name)
+    assert_close(loss, case["out/loss"], "loss")
     ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        _assert_close(ours[name], theirs[name], f"gradient of {name}")
+        assert_close(ours[name], theirs[name], f"gradient of {name}")
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,11 @@ class DrawScheme:
 
     Args:
       times: distribution of (r, t).
+      instant_times: distribution whose t is drawn for rows with r = t; None = `times`.
       instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
       label_drop_share: share of all rows trained without their condition, in [0, 1).
-      label_drop: which rows lose it: `instant_rows` (r = t, as published) or `any_row`.
+      label_drop: which rows lose it: `instant_rows` (r = t, as MeanFlow) or `any_row`.
+      label_drop_window: only rows with t inside [t_min, t_max] lose it.
       omega_max: largest scale of guidance as an input of the network; 1 = no such input, more
         needs `for_networks`.
       omega_power: the scale has density omega^-omega_power on [1, omega_max]; at least 0.
@@ -68,9 +70,11 @@ class DrawScheme:
     instant_share: float = 0.75
     label_drop_share: float = 0.1
     label_drop: str = "instant_rows"
+    label_drop_window: tuple[float, float] = (0.0, 1.0)
     omega_max: float = 1.0
     omega_power: float = 1.0
     for_networks: bool = False
+    instant_times: Times | None = None
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
@@ -82,6 +86,9 @@ class DrawScheme:
                 f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} "
                 "of rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
             )
+        low, high = self.label_drop_window
+        if not 0 <= low <= high <= 1:
+            raise BadInput(f"draws.label_drop_window={low, high}: must be in order within [0, 1]")
         if not 1 <= self.omega_max < math.inf:
             raise BadInput(f"draws.omega_max={self.omega_max}: must be at least 1; 1 = no guidance")
         if self.omega_max > 1 and not self.for_networks:
@@ -160,7 +167,16 @@ class DrawScheme:
         instant, interval = split_rows(rows, sizes)
         if self.label_drop != "any_row":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
-        return Draws(at_time(instant, instant.t), interval)
+        instant = at_time(instant, instant.t)
+        if self.instant_times is not None:
+            own_key = jax.random.fold_in(times_key, 1)
+            instant = at_time(instant, self.instant_times.sample(own_key, instant.t.shape[0])[1])
+        return Draws(*map(self._without_condition, (instant, interval)))
+
+    def _without_condition(self, rows: Rows) -> Rows:
+        """Return rows of which only those within the window lose their condition."""
+        low, high = self.label_drop_window
+        return rows.replace(dropped=rows.dropped & (low <= rows.t) & (rows.t <= high))
 
     def _guidance(self, key: PRNGKeyArray, num_rows: int) -> GuidanceScale | None:
         if self.omega_max == 1:

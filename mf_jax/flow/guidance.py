@@ -6,6 +6,10 @@ The guided velocity of a row is
 
 for t in [t_min, t_max]; elsewhere, and for rows without their label, it is v. Here v_hat is the
 network's own velocity: u(z, t, t), or its second head. The effective scale is omega / (1 - kappa).
+alpha-Flow guides rows without label too, and SoFlow lets the guidance fade beyond t_max:
+
+    v_g = (1 - kappa) v + kappa v_hat(class) + d(t) (omega + kappa - 1) (v - v_hat(no class))
+    d(t) = 1 - exp(-k / (40 (1 - k))),  k = (1 - t) / (1 - t_max);  d(t) = 1 for t <= t_max
 
 A row's scale w and window may be drawn, as inputs of the network. Then improved MeanFlow's
 v_g = v + (1 - 1/w) (v_hat(class, w) - v_hat(no class, 1)) is this with omega = 1, kappa = 1 - 1/w.
@@ -14,7 +18,7 @@ FLOPs: rows with r = t are their own conditional teacher. A step needs at most o
 forward for every row and one conditional forward for the rows with r < t, in one batched call.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.2 and equation 21; improved MeanFlow, arXiv
-2512.02012, section 4.2.
+2512.02012, section 4.2; SoFlow, arXiv 2512.15657, published code.
 """
 
 import dataclasses
@@ -38,12 +42,16 @@ class Guidance:
       omega: factor of the sample's own velocity, at least 0; 1 with kappa 0 is no guidance.
       kappa: factor of the network's conditional velocity, in [0, 1).
       t_min, t_max: the window of t that is guided, 0 <= t_min <= t_max <= 1.
+      of_dropped: guide rows without their condition too; both v_hat are the unconditional one.
+      fade: let guidance fade from t_max to t = 1; kappa's share holds at every t, t_min is 0.
     """
 
     omega: float = 1.0
     kappa: float = 0.0
     t_min: float = 0.0
     t_max: float = 1.0
+    of_dropped: bool = False
+    fade: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.omega < float("inf"):
@@ -54,6 +62,8 @@ class Guidance:
             raise BadInput(
                 f"guidance.t_min={self.t_min}, t_max={self.t_max}: must be in order within [0, 1]"
             )
+        if self.fade and self.t_min:
+            raise BadInput(f"guidance.t_min={self.t_min}: must be 0 with guidance.fade=True")
 
     @property
     def is_off(self) -> bool:
@@ -134,10 +144,21 @@ def _guide(
         guided = v + per_row(1 - 1 / drawn.omega, v) * (v_class - v_null)
     elif guidance.is_off:
         return v
+    elif guidance.fade:
+        against = per_row(_faded(guidance.t_max, rows.t), v) * guidance.null_factor
+        guided = (1 - guidance.kappa) * v + guidance.kappa * v_class - against * (v - v_null)
     else:
         guided = guidance.omega * v + guidance.kappa * v_class + guidance.null_factor * v_null
-    inside = _is_inside(rows, guidance if drawn is None else drawn)
-    return jnp.where(per_row(inside & ~rows.dropped, v), guided, v)
+    inside = guidance.fade or _is_inside(rows, guidance if drawn is None else drawn)
+    return jnp.where(per_row(inside & (guidance.of_dropped | ~rows.dropped), v), guided, v)
+
+
+def _faded(t_max: float, t: Float[Array, "b"]) -> Float[Array, "b"]:
+    """Return d(t) of the module's head."""
+    if t_max == 1:
+        return jnp.ones_like(t)
+    left = jnp.clip((1 - t) / (1 - t_max), 0, 1 - 1e-6)
+    return jnp.where(t <= t_max, 1, 1 - jnp.exp(-0.025 * left / (1 - left)))
 
 
 def _teacher_condition(rows: Rows, *, labelled: bool) -> PyTree:

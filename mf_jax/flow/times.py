@@ -1,6 +1,6 @@
 """Distributions of the time pair (r, t), 0 <= r <= t <= 1.
 
-The larger of two drawn times is t, on rows with r = t too, as in the published recipes.
+The larger of two drawn times is t, on rows with r = t too, as in MeanFlow's ImageNet recipe.
 
 Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
 """
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_known
 
+ORDERS = ("swap", "clip")
 TimePair = tuple[Float[Array, "b"], Float[Array, "b"]]
 
 
@@ -41,30 +42,42 @@ class UniformTimes:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormalTimes:
-    """Draw each time as sigmoid(mean + std * n), n standard normal.
+    """Draw each time as sigmoid(mean + std * n), n standard normal; equal ones are MeanFlow's.
 
-    The draws of r and t change places where r > t; equal parameters are MeanFlow's scheme.
+    Args:
+      order: where r > t, `swap` lets r and t change places, `clip` lowers r to t.
+      min_gap: `clip` keeps r at most t - min_gap, in [0, 1), and at least 0.
     """
 
     t_mean: float = -0.4
     t_std: float = 1.0
     r_mean: float = -0.4
     r_std: float = 1.0
+    order: str = "swap"
+    min_gap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("t_mean", "t_std", "r_mean", "r_std"):
             value = getattr(self, name)
             if not math.isfinite(value) or (name.endswith("std") and value <= 0):
                 raise BadInput(
-                    f"times.{name}={value}: must be finite, a standard deviation above 0; try 1.0"
+                    f"{name}={value}: must be finite, a standard deviation above 0; try 1.0"
                 )
+        check_known("order", self.order, ORDERS)
+        if not 0 <= self.min_gap < 1 or (self.min_gap and self.order == "swap"):
+            raise BadInput(
+                f"min_gap={self.min_gap}: must be within [0, 1), 0 with order=swap; try "
+                "order=clip and 0.0001"
+            )
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
         normal = jax.random.normal(key, (2, num_rows))
         t = jax.nn.sigmoid(self.t_mean + self.t_std * normal[0])
         r = jax.nn.sigmoid(self.r_mean + self.r_std * normal[1])
-        return _ordered(r, t)
+        if self.order == "swap":
+            return _ordered(r, t)
+        return jnp.clip(r, 0, jnp.maximum(t - self.min_gap, 0)), t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,7 @@ class DyadicTimes:
 
     def __post_init__(self) -> None:
         if not 0 <= self.levels <= 20:
-            raise BadInput(f"times.levels={self.levels}: must be within [0, 20]; 7 is published")
+            raise BadInput(f"levels={self.levels}: must be within [0, 20]; 7 is published")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""

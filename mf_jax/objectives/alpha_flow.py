@@ -4,13 +4,14 @@
    u(z_t, r, t) = a u(z_t, s, t) + (1 - a) u(z_s, r, s).
 2. Over the short first part u is nearly the velocity v, and z_s = z_t - (t - s) v. Hence the target
 
-    loss = a^-1 w |u(z_t, r, t) - sg[a v_g + (1 - a) u(z_s, r, s)]|^2,   z_s = z_t - (t - s) v_g
+    loss = a w(l) l,   l = |u(z_t, r, t) - sg[a v_g + (1 - a) u(z_s, r, s)]|^2 / a^2,
+                       z_s = z_t - (t - s) v_g
 
 3. With a = 1 this is flow matching on every pair (r, t). As a -> 0, (u - target) / a becomes
    MeanFlow's residual; below a = `derivative_below` MeanFlow's form takes over.
 
-The weight w is of the error in units of the velocity, |u - target|^2 / a^2. SoFlow is the
-exponential schedule from 0.1 to 0.002 without derivative.
+alpha-Flow's published code does not divide l by a^2. SoFlow is the exponential schedule without
+derivative.
 
 FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows with r < t: 3 + q,
 in either form; guidance adds what it adds to MeanFlow.
@@ -20,6 +21,7 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ from mf_jax.flow.rows import predict
 from mf_jax.objectives import terms
 
 ANNEALINGS = ("sigmoid", "exponential")
+ERRORS = ("velocity", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,12 @@ class AlphaFlow(terms.Objective):
       alpha_start, alpha_end: ends of a, in [0, 1].
       anneal_from, anneal_to: steps between which a changes.
       sharpness: of `sigmoid`.
-      derivative_below: use the derivative where a is below it; 0 = never.
-      target_clip: largest size of an entry of the target of rows with r < t.
+      derivative_below: where a is below it, a is 0 and the derivative is used; where 1 - a is
+        below it, a is 1. 0 = never.
+      min_gap: t - s is at least this, but at most t - r; in [0, 1).
+      target_clip: largest size of an entry of the target of a finite step; inf = no bound.
+      error_of: l is divided by a^2, an error of the `velocity`, or not, an error of the `step`.
+      interval_factor: of the rows with r < t in the loss, above 0.
       derivative: how it is taken, below `derivative_below`.
     """
 
@@ -60,7 +67,10 @@ class AlphaFlow(terms.Objective):
     anneal_to: int = 10_000
     sharpness: float = 25.0
     derivative_below: float = 5e-3
+    min_gap: float = 0.0
     target_clip: float = 4.0
+    error_of: str = "velocity"
+    interval_factor: float = 1.0
     target_ema: float = 0.0
     derivative: Derivative = Derivative()
 
@@ -80,9 +90,13 @@ class AlphaFlow(terms.Objective):
                 f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must obey "
                 "0 <= anneal_from < anneal_to"
             )
-        for name in ("sharpness", "target_clip"):
-            if not 0 < getattr(self, name) < math.inf:
+        check_known("objective.error_of", self.error_of, ERRORS)
+        for name in ("sharpness", "target_clip", "interval_factor"):
+            most = math.inf if name == "target_clip" else sys.float_info.max
+            if not 0 < getattr(self, name) <= most:
                 raise BadInput(f"objective.{name}={getattr(self, name)}: must be above 0")
+        if not 0 <= self.min_gap < 1:
+            raise BadInput(f"objective.min_gap={self.min_gap}: must be within [0, 1)")
         terms.check_target_ema(self.target_ema)
 
     def alpha(self, step: Step) -> Float[Array, ""]:
@@ -91,7 +105,9 @@ class AlphaFlow(terms.Objective):
         progress = jnp.asarray(step - self.anneal_from) / (self.anneal_to - self.anneal_from)
         if self.annealing == "exponential":
             return start * (end / start) ** jnp.clip(progress, 0, 1)
-        return start + (end - start) * jax.nn.sigmoid(self.sharpness * (progress - 0.5))
+        alpha = start + (end - start) * jax.nn.sigmoid(self.sharpness * (progress - 0.5))
+        alpha = jnp.where(alpha < self.derivative_below, 0, alpha)
+        return jnp.where(alpha > 1 - self.derivative_below, 1, alpha)
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
@@ -100,18 +116,24 @@ class AlphaFlow(terms.Objective):
         rows = draws.interval
         u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
-        alpha = a = self.alpha(step)
+        alpha = self.alpha(step)
+        a = jnp.broadcast_to(alpha, rows.t.shape)
+        if self.min_gap:
+            a = jnp.clip(self.min_gap / (rows.t - rows.r), a, 1)
 
         def by_step() -> tuple[Array, Array, Array]:
             if rows.t.shape[0] == 0:
                 return rows.x, rows.x, rows.x
             teacher = params if target_params is None else target_params
-            s = rows.t - alpha * (rows.t - rows.r)
+            s = rows.t - a * (rows.t - rows.r)
             z = interpolate(rows.x, rows.e, t=rows.t)
             z_s = advance(z, v.interval, r=s, t=rows.t)
             u = predict(field, params, rows, z, r=rows.r, t=rows.t).u
             u_s = predict(field, teacher, rows, z_s, r=rows.r, t=s).u
-            return u, alpha * v.interval + (1 - alpha) * u_s, (u - u_s) / per_row(rows.t - s, u)
+            share = per_row(a, u)
+            target = share * v.interval + (1 - share) * u_s
+            target = jnp.clip(target, -self.target_clip, self.target_clip)
+            return u, target, (u - u_s) / per_row(rows.t - s, u)
 
         def by_derivative() -> tuple[Array, Array, Array]:
             how = self.derivative
@@ -121,12 +143,14 @@ class AlphaFlow(terms.Objective):
         if self.derivative_below == 0:
             u, target, du_dt = by_step()
         else:
-            is_short = a < self.derivative_below
+            is_short = alpha < self.derivative_below
             u, target, du_dt = jax.lax.cond(is_short, by_derivative, by_step)
             a = jnp.where(is_short, 1.0, a)
         v_error = terms.squared_error(u_instant, v.instant)
-        clipped = jnp.clip(target, -self.target_clip, self.target_clip)
-        u_error = terms.squared_error(u, clipped) / a**2
-        loss = terms.row_mean(self.weight(v_error, draws.instant), a * self.weight(u_error, rows))
+        error = terms.squared_error(u, target)
+        u_error = error / a**2
+        weighted = self.weight(u_error if self.error_of == "velocity" else error, rows)
+        v_loss = self.weight(v_error, draws.instant)
+        loss = terms.row_mean(v_loss, self.interval_factor * a * weighted)
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         return loss, metrics | {"alpha": terms.average_over(alpha, draws)}

@@ -27,7 +27,7 @@ _LIKE = {
     | {"digest?": "", "init_sha256?": ""},
 }
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
-SECTIONS_OF_A_RUN += ("times", "draws", "init", "train", "optim", "ema")
+SECTIONS_OF_A_RUN += ("times", "instant_times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
 _FREE += ("model.attention", "model.remat", "init.kind")
@@ -43,11 +43,14 @@ _ADDED: dict[str, dict[str, Any]] = {
     "objective": {"alpha_start": 1.0, "alpha_end": 0.0, "anneal_from": 0, "anneal_to": 10_000}
     | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
     | {"velocity": "head", "split": "uniform", "target_ema": 0.0}
-    | {"derivative": "jvp", "derivative_delta": 0.0},
+    | {"derivative": "jvp", "derivative_delta": 0.0, "min_gap": 0.0, "interval_factor": 1.0}
+    | {"error_of": "velocity"},
+    "guidance": {"of_dropped": False, "fade": False},
     "weight": {"of": "sum"},
     "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0},
-    "times": {"levels": 7},
-    "draws": {"omega_max": 1.0, "omega_power": 1.0},
+    "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
+    "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
+    "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
     | {"copy_to": "", "class_order": "name"},
