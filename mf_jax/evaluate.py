@@ -263,12 +263,13 @@ class Evaluation:
         if generator.spec.more:
             rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
         labels, given = rows.labels, generator.given_for(rows.more) if rows.more else {}
+        targets = rows.x if generator.spec.has_pairs else None
         batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1
             caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)
             batches = self._pictures(batches, labels, generator, name, caption)
-        return Samples(name, batches, labels, cell.plan.batch_size)
+        return Samples(name, batches, labels, cell.plan.batch_size, targets)
 
     def _pictures(
         self, batches: Iterator, labels: np.ndarray, generator: Generator, name: str, caption: str

@@ -64,13 +64,17 @@ def test_every_rank_trains_is_scored_and_sampled(tmp_path):
     for name, arrays in FILES.items():
         file, run = tmp_path / f"{name}.npz", tmp_path / name
         np.savez(file, **arrays)
-        network = ["--config.model.name=mlp"] if name == "vectors" else []
-        works(*TINY, *network, f"--config.data.path={file}", f"--workdir={run}")
+        more = {
+            "vectors": ["--config.model.name=mlp"],
+            "pictures": ["--config.guidance.omega=2.0", "--config.draws.label_drop_share=0.1"],
+        }
+        works(*TINY, *more.get(name, ()), f"--config.data.path={file}", f"--workdir={run}")
         works("--mode=eval", f"--workdir={run}")
         table = json.loads((run / "eval.json").read_text())
         assert [row.get("samples") for row in table["rows"]] == [12, 12]
         assert all(np.isfinite(row["frechet_distance"]) for row in table["rows"])
         assert all(row["sliced_wasserstein"] > 0 for row in table["rows"])
+        assert [row.get("pair_rmse", 0) > 0.1 for row in table["rows"]] == [False, "pair" in arrays]
         works("--mode=sample", f"--workdir={run}")
         samples, held_out = (
             dict(np.load(run / "samples.npz")),
@@ -223,6 +227,7 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
     section = {"name": "openml", "dataset": "Fashion-MNIST", "path": str(tmp_path)}
     train, held_out = (make_source(section, split=split) for split in ("train", "held_out"))
     assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits
+    assert train.digest == held_out.digest != ""
     assert train.spec == DataSpec((28, 28, 1), 10, openml.DATASETS["Fashion-MNIST"])
     assert (len(train), read(held_out).labels.tolist()) == (12, [2, 3])
     np.testing.assert_allclose(read(held_out).x[:, 0, 0, 0], np.array([12, 13]) / 127.5 - 1)

@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST, fetched once from OpenML through scikit-learn."""
 
 import functools
+import hashlib
 import os
 
 import numpy as np
@@ -28,14 +29,14 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
       path: folder to keep what is fetched; "" = scikit-learn's own.
     """
     check_known("dataset", dataset, DATASETS)
-    x, labels = _fetch(dataset, os.path.expanduser(path))
+    x, labels, digest = _fetch(dataset, os.path.expanduser(path))
     start = len(x) - len(x) // _HELD_OUT_OF
     rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
-    return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], "")
+    return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], digest)
 
 
 @functools.lru_cache(1)  # for both splits: to parse the text takes a minute
-def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:
+def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
     options = {"version": 1, "as_frame": False, "return_X_y": True}
     try:  # pandas, the usual parser, is one package more
         pixels, labels = sklearn.datasets.fetch_openml(
@@ -48,4 +49,5 @@ def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:
             f"network, or set path to a folder with a copy; it is {path or 'the usual one'!r}"
         ) from error
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
-    return x, labels.astype(np.int32)
+    labels = labels.astype(np.int32)
+    return x, labels, hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()

@@ -44,13 +44,15 @@ class Samples(NamedTuple):
     """Samples to score.
 
     name: for people. batches: pictures of bytes or vectors, and their numbers; rows with a number
-    of len(labels) or more are padding. labels: of each sample. batch_size: of all batches.
+    of len(labels) or more are padding. labels: of each sample. batch_size: of all batches. targets:
+    of pairs, what each sample should be, like x of the data; else None.
     """
 
     name: str
     batches: Iterable[tuple[Shaped[Array | np.ndarray, "b ..."], Int[np.ndarray, "b"]]]
     labels: Int[np.ndarray, "n"]
     batch_size: int
+    targets: Float[np.ndarray, "n ..."] | None = None
 
 
 class Scorer(NamedTuple):
@@ -102,7 +104,12 @@ def _score_whole(
     compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores], samples: Samples
 ) -> Callable[[], list[Scores]]:
     rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
-    return lambda: [compare(rows[: len(samples.labels)], samples.labels)]
+    rows = rows[: len(samples.labels)]
+    pairs: Scores = {}
+    if samples.targets is not None:
+        x = from_pixels(rows) if rows.dtype == np.uint8 else rows
+        pairs["pair_rmse"] = float(np.sqrt(np.mean((x - samples.targets) ** 2)))
+    return lambda: [compare(rows, samples.labels) | pairs]
 
 
 def lower_num_samples(config: ConfigDict, train: Source, held_out: Source) -> None:
