@@ -14,6 +14,8 @@ DEFAULTS = dict(
         # arrays: their file; image_folder, latents: their folder; tfds, openml: the folder that
         path="",  # they keep data in, "" for the usual one
         image_size=8,  # pixels; pictures are resized and centre-cropped to it
+        channels=0,  # image_folder: 1 grey, 3 colour; 0 = grey if the pictures are
+        background="white",  # image_folder: colour behind transparent pixels
         flip=False,  # mirror every other picture at random
         class_order="number",  # of classes that are all numbers: number | name (10 before 2)
         held_out_share=0.1,  # image_folder (of each class), arrays: share kept for evaluation

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import data
-from mf_jax.data import pictures, toy2d
+from mf_jax.data import picture_list, pictures, toy2d
 from mf_jax.data.crop import adm_crop, as_rgb, open_picture
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.data.pixels import from_pixels, to_pixels
@@ -392,7 +392,41 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     )  # threads share a cache
 
 
-def test_other_names_are_another_digest_and_a_lost_picture_is_named(classes):
+def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_path):
+    for number in range(4):
+        save(tmp_path / f"{number}.png", (9 * number, 0), mode="LA")
+    assert folder(tmp_path).spec.shape == (8, 8, 3)  # as earlier runs had them
+    grey = folder(tmp_path, channels=0, background="#404040")
+    assert grey.spec.shape == (8, 8, 1)
+    np.testing.assert_array_equal(to_pixels(data.read(grey).x), 64)
+    with pytest.raises(BadInput, match="background='whit'"):
+        folder(tmp_path, background="whit")
+    save(tmp_path / "4.png", (255, 0, 0))
+    assert folder(tmp_path, channels=0).spec.shape == (8, 8, 3)
+    assert np.ptp(data.read(folder(tmp_path, channels=1)).x, axis=-1).max() == 0
+
+
+def test_decoded_pictures_are_kept_until_a_file_changes(classes, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MF_CACHE", str(cache))
+    (classes / "Ape" / "noise.jpg").write_bytes(b"no picture at all")
+    first, reads = folder(classes), []
+    monkeypatch.setattr(picture_list.File, "read", lambda file: reads.append(file) or b"")
+    again = folder(classes)
+    assert not reads
+    assert (again.broken, identities(again)) == (first.broken, identities(first))
+    [kept] = (cache / "pictures").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:400] + bytes([whole[400] ^ 1]) + whole[401:])
+    monkeypatch.undo()
+    monkeypatch.setenv("MF_CACHE", str(cache))
+    assert identities(folder(classes)) == identities(first)
+    save(classes / "zebra" / "05.png", (1, 2, 3))
+    assert (1, 2, 3) in identities(folder(classes)) + identities(folder(classes, split="held_out"))
+
+
+def test_other_names_are_another_digest_and_a_lost_picture_is_named(classes, monkeypatch):
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 0)
     before = folder(classes)
     assert folder(classes).digest == before.digest
     assert make("image_folder", "held_out", path=str(classes)).digest != before.digest

@@ -1,12 +1,13 @@
-"""An encoded picture in RGB, and the centre crop of published latents and statistics."""
+"""An encoded picture in RGB or grey, and the centre crop of published latents and statistics."""
 
 import functools
 import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
+from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.archives import check_claim
 
 CROP = "adm"
@@ -42,14 +43,24 @@ def open_picture(content: bytes) -> Image.Image:
     return image
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture upright and in RGB; transparent pixels become white."""
+def check_background(colour: str) -> None:
+    """Raise BadInput unless Pillow knows the name of a colour."""
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise BadInput(
+            f"background={colour!r}: must be a colour, as white, black or #8080ff"
+        ) from error
+
+
+def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Return the picture upright and in RGB; transparent pixels show the background."""
     stored, image = image, ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, stored)
     if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden underneath
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -2,17 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
+from mf_jax.data.crop import adm_crop, as_rgb, check_background, formats, open_picture
+from mf_jax.data.kept_pictures import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
-from mf_jax.data.pictures import THREADS, Pictures
+from mf_jax.data.pictures import THREADS, Pictures, fit_in_memory
 from mf_jax.data.pipeline import check_at_least
 from mf_jax.flow.errors import BadInput, listed
 from mf_jax.flow.records import DataSpec
@@ -20,11 +21,12 @@ from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import in_bucket
 
-_SHOWN_FROM = 10_000  # pictures; fewer are checked in seconds
+_SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
+_LOOKED_AT, _COLOUR = 256, "colour"
 
 
 class ImageFolder(Pictures):
-    """The pictures of a folder, or of tar files, as `[image_size, image_size, 3]`.
+    """The pictures of a folder, or of tar files, as `[image_size, image_size, channels]`.
 
     Broken pictures are skipped with one warning and listed in `broken`. Digest: of the names and
     classes of the others.
@@ -38,6 +40,8 @@ class ImageFolder(Pictures):
         held_out_share: float,
         split: str,
         class_order: str = "name",
+        channels: int = 3,
+        background: str = "white",
     ) -> None:
         """List one split and decode each of its pictures once, to find the broken ones.
 
@@ -46,8 +50,13 @@ class ImageFolder(Pictures):
           held_out_share: share of each class, in (0, 1), chosen by file names alone; of two
             pictures or more, both splits get one.
           class_order: see `list_files`; the default is how earlier runs ordered them.
+          channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
+          background: colour behind transparent pixels.
         """
         check_at_least("image_size", image_size, 1)
+        check_background(background)
+        if channels not in (0, 1, 3):
+            raise BadInput(f"channels={channels}: must be 1 for grey, 3 for colour, 0 to find out")
         if not 0 < held_out_share < 1:
             raise BadInput(
                 f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1"
@@ -56,6 +65,7 @@ class ImageFolder(Pictures):
             raise BadInput(
                 f"path={path!r} is in a bucket: copy the folder to each host, and set path to that"
             )
+        formats()  # before the threads: a race in Pillow would reject a good picture
         self._list = list_files(path, key="path", class_order=class_order)
         labels = np.array(self._list.labels)
         listed = [
@@ -65,19 +75,42 @@ class ImageFolder(Pictures):
         ]
         if not listed:
             raise BadInput(f"path={path!r} has no picture for split={split!r}: add a second one")
-        self._path = path
-        self._indices, self.broken = _readable(self._list, listed, path, split)
-        self.digest = digest(self._list, self._indices)
+        channels = channels or (1 if _are_grey(self._list, background) else 3)
         names = self._list.class_names
-        super().__init__(
-            DataSpec((image_size, image_size, 3), len(names), names), len(self._indices)
-        )
+        spec = DataSpec((image_size, image_size, channels), len(names), names)
+        self._path, self._background, pixels = path, background, None
+        if fit_in_memory(spec, len(listed)):
+            recipe = [path, split, *map(str, (held_out_share, spec.shape, background))]
+            whole = kept([*recipe, *self._list.versions()], lambda: self._crop_all(listed, spec))
+            pixels, problems = whole["pixels"], whole["problems"].tolist()
+        else:
+            problems = _tried(lambda index: _look(self._list, index), listed)
+        bad = {index: text for index, text in zip(listed, problems, strict=True) if text}
+        self._indices, self.broken = _readable(self._list, listed, bad, path, split)
+        self.digest = digest(self._list, self._indices)
+        decoded = None if pixels is None else (pixels, labels[self._indices].astype(np.int32))
+        super().__init__(spec, len(self._indices), decoded)
+
+    def _crop_all(self, listed: list[int], spec: DataSpec) -> dict[str, np.ndarray]:
+        """Return the pictures that can be decoded, and for all listed why not, or nothing."""
+        pixels = np.empty((len(listed), *spec.shape), np.uint8)
+        rows = {index: row for row, index in enumerate(listed)}
+
+        def crop(index: int) -> None:
+            pixels[rows[index]] = self._crop(index, spec)
+
+        problems = np.array(_tried(crop, listed))
+        return {"pixels": pixels[problems == ""], "problems": problems}
+
+    def _crop(self, index: int, spec: DataSpec) -> np.ndarray:
+        with open_picture(self._list.read(index)[0]) as image:
+            mode = "L" if spec.shape[-1] == 1 else "RGB"
+            return adm_crop(as_rgb(image, self._background).convert(mode), spec.shape[0])
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
         try:
-            content, label = self._list.read(self._indices[index])
-            with open_picture(content) as image:
-                return adm_crop(as_rgb(image), self.spec.shape[0]), label
+            label = self._list.labels[self._indices[index]]
+            return self._crop(self._indices[index], self.spec), label
         except MemoryError:
             raise
         except Exception as error:  # it was readable when it was listed
@@ -102,17 +135,49 @@ def _part(
     return sorted(ranked[:held_out] if split == "held_out" else ranked[held_out:])
 
 
-def _readable(
-    pictures: Listed, indices: list[int], path: str, split: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the indices of the pictures that can be decoded, and the names of the others."""
-    formats()  # before the threads: a race in Pillow would reject a good picture
+def _are_grey(pictures: Listed, background: str) -> bool:
+    """Return whether some pictures, from all over the list, have no colour."""
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_AT).astype(int)).tolist()
+
+    def has_colour(index: int) -> None:
+        pixels = np.asarray(_look(pictures, index, background))
+        if (pixels != pixels[..., :1]).any():
+            raise ValueError(_COLOUR)
+
+    return _COLOUR not in _tried(has_colour, chosen)
+
+
+def _look(pictures: Listed, index: int, background: str = "white") -> Image.Image:
+    """Decode a picture, a JPEG at an eighth of its size: it is read to its end all the same."""
+    with open_picture(pictures.read(index)[0]) as image:
+        image.draft(None, (1, 1))
+        return as_rgb(image, background)
+
+
+def _tried(look: Callable[[int], object], indices: list[int]) -> list[str]:
+    """Return why `look` fails at each picture, or nothing."""
+
+    def problem(index: int) -> str:
+        try:
+            look(index)
+        except MemoryError:
+            raise
+        except UnidentifiedImageError:
+            return "no picture"
+        except Exception as error:  # the decoders of Pillow raise anything
+            return " ".join(str(error).split())[:120] or type(error).__name__
+        return ""
+
     is_long = len(indices) >= _SHOWN_FROM and processes.is_first()
     with ThreadPoolExecutor(THREADS) as pool:
-        checked = pool.map(lambda index: _problem(pictures, index), indices)
-        title = f"checking {split} pictures"
-        problems = track(checked, title, len(indices), is_wanted=is_long)
-        bad = {i: problem for i, problem in zip(indices, problems, strict=True) if problem}
+        found = pool.map(problem, indices)
+        return list(track(found, "reading pictures", len(indices), is_wanted=is_long))
+
+
+def _readable(
+    pictures: Listed, indices: list[int], bad: dict[int, str], path: str, split: str
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the indices of the pictures that can be decoded, and the names of the others."""
     good = [index for index in indices if index not in bad]
     named = listed([f"{pictures.name(index)} ({problem})" for index, problem in bad.items()], 4)
     if not good:
@@ -128,19 +193,3 @@ def _readable(
         share = f"{len(bad)} broken of {len(indices)} pictures"
         logging.warning("%s: skipped %s: %s", path, share, named)
     return good, tuple(pictures.name(index) for index in bad)
-
-
-def _problem(pictures: Listed, index: int) -> str:
-    """Return why a picture cannot be decoded, or nothing."""
-    try:
-        with open_picture(pictures.read(index)[0]) as image:
-            # cheaper: a JPEG is read to its end, but decoded at an eighth of its size
-            image.draft(None, (1, 1))
-            as_rgb(image)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        return "no picture"
-    except Exception as error:  # the decoders of Pillow raise anything
-        return " ".join(str(error).split())[:120] or type(error).__name__
-    return ""

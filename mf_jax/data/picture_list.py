@@ -10,6 +10,7 @@ with a dot are no pictures: Macs leave such companions.
 
 import decimal
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -75,6 +76,12 @@ class Listed:
         """See `PicturesIn.read`."""
         place = self._places[index].tolist()
         return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
+
+    def versions(self) -> Iterator[str]:
+        """Yield text that differs where a file was changed, or is another."""
+        changed = {path: os.stat(path).st_mtime_ns for path in dict.fromkeys(self._files)}
+        for line, path in zip(self.lines(), self._files, strict=True):
+            yield f"{line}\0{path}\0{changed[path]}"
 
     def lines(self) -> Iterator[str]:
         """See `PicturesIn.lines`."""

@@ -1,6 +1,7 @@
 """What all sources of pictures share: they decode on all cores, and keep in memory what fits."""
 
 import abc
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,18 +17,26 @@ CACHE_BYTES = 2**30
 THREADS = max(16, processes.cpu_count())  # also where there are fewer cores: reading waits
 
 
+def fit_in_memory(spec: DataSpec, count: int) -> bool:
+    """Return whether so many pictures are kept once they are decoded."""
+    return count * math.prod(spec.shape) <= CACHE_BYTES
+
+
 class Pictures(abc.ABC):
     """Decoded pictures and labels by index."""
 
     stored = None
 
-    def __init__(self, spec: DataSpec, count: int) -> None:
+    def __init__(
+        self, spec: DataSpec, count: int, decoded: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
+        """Take the pictures and labels that are decoded already, if any."""
         self.spec, self._count = spec, count
         self._pool = ThreadPoolExecutor(THREADS)
-        self._keep = count * int(np.prod(spec.shape)) <= CACHE_BYTES
+        self._keep = decoded is not None or fit_in_memory(spec, count)
         if self._keep:
-            self._pixels, self._labels = self._empty(count)
-            self._kept = np.zeros(count, bool)
+            self._pixels, self._labels = self._empty(count) if decoded is None else decoded
+            self._kept = np.full(count, decoded is not None)
 
     def __len__(self) -> int:
         return self._count

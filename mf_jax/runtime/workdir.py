@@ -53,12 +53,12 @@ _ADDED: dict[str, dict[str, Any]] = {
     "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
-    | {"copy_to": "", "class_order": "name"},
+    | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"},
     "optim": {"name": "adamw", "momentum": 0.95},
     "ema": {"halflives_kimg": (), "rampup": 0.0},
 }
 """What was done before a key was there: the value of a key that a stored config lacks."""
-_HABITS = ("data.class_order", "ema.rampup")
+_HABITS = ("data.class_order", "data.channels", "ema.rampup")
 """Keys of these whose default does not do what was done before."""
 
 
