@@ -296,7 +296,9 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
     model, floor = rows  # a model that is refused leaves no row
     assert model["name"] == "checkpoint 12, EMA 0.995, 1 step"
     assert floor["name"] == "real data (held-out)"
-    columns = ["frechet_distance", "precision", "recall", "class_accuracy"]
+    columns = ["frechet_distance", "frechet_distance_std", "precision", "recall"]
+    columns += ["kernel_distance", "nearest_training", "class_accuracy"]
+    assert model["protocol"]["compared_at_once"] == floor["protocol"]["compared_at_once"] == 80
     assert set(floor) == {"name", "protocol", "classifier_sha256", *columns}
     assert set(model) == {"diagnostics", *floor}
     (features,) = {row["protocol"]["features"] for row in rows}
@@ -323,21 +325,22 @@ def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
     """What has no value is null in files, and a dash for people."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
     _, compare = scorers._of_pictures(
-        data.Batch(pixels, np.full(9, -1, np.int32)), 0, epath.Path(tmp_path)
+        data.Batch(pixels, np.full(9, -1, np.int32)), 0, epath.Path(tmp_path), 4
     )
     rows = []
-    for count, known in (1, 0), (3, 2), (4, 4):
+    for count, known in (1, 1), (3, 3), (4, 6), (5, 7):
         scores = compare(pixels[:count], np.full(count, -1))
         assert sum(value is not None for value in scores.values()) == known
         rows.append({"name": str(count), **scores, "protocol": {"num_samples": count}})
+    assert rows[3]["nearest_training"] < 1e-3, "they are training pictures"
     rows[2]["diagnostics"] = {"identity_residual": np.inf}
     score_rows.append(epath.Path(tmp_path), rows)
     stored = score_rows.read_rows(epath.Path(tmp_path))
     assert stored[0]["precision"] is stored[2]["diagnostics"]["identity_residual"] is None
     assert "Infinity" not in (tmp_path / "eval.jsonl").read_text()
     table = score_rows.as_table(stored)
-    known = ["samples", "frechet_distance", "precision", "recall", "sliced_wasserstein"]
-    assert table["columns"] == known
+    known = {"samples", "frechet_distance", "precision", "recall", "sliced_wasserstein"}
+    assert known < set(table["columns"])
     score_rows.show(table)
     assert "precision none" in score_rows.words_of(stored[0])
     with pytest.raises(BadInput, match="leaves one element"):

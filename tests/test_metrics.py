@@ -20,7 +20,7 @@ from mf_jax.metrics.inception_score import InceptionScore
 from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import SampleScores
-from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
+from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
 from mf_jax.runtime.files import sha256_of
 
 raw = inspect.unwrap
@@ -245,6 +245,16 @@ def test_energy_distance_by_hand(rng, monkeypatch):
     whole = energy_distance(a, b)
     monkeypatch.setattr(two_sample, "_CHUNK_ENTRIES", 170)
     assert energy_distance(a, b) == pytest.approx(whole, rel=1e-12)
+
+
+def test_nearest_distances_of_known_sets(rng, monkeypatch):
+    monkeypatch.setattr(two_sample, "_CHUNK_ENTRIES", 7)
+    b = rng.normal(size=(9, 2, 3))
+    far = 5 * np.sign(b[[4, 0]])
+    np.testing.assert_allclose(nearest_distances(b[[4, 0]], b), 0, atol=1e-3)
+    far[1] = b[1] + 0.25
+    nearest = np.sqrt(np.square(far[:, None] - b).mean(axis=(2, 3)).min(axis=1))
+    np.testing.assert_allclose(nearest_distances(far, b), nearest, rtol=1e-5)
 
 
 def test_sliced_wasserstein_of_known_sets(rng):

@@ -51,6 +51,19 @@ def sliced_wasserstein(
     return float(np.sqrt(total / num_projections))
 
 
+def nearest_distances(
+    a: Float[np.ndarray, "n ..."], b: Float[np.ndarray, "m ..."]
+) -> Float[np.ndarray, "n"]:
+    """Return the root mean squared difference of each a from the b nearest to it, per number."""
+    a, b = (x.reshape(len(x), -1).astype(np.float32) for x in (a, b))
+    size, nearest = max(1, _CHUNK_ENTRIES // len(a)), np.full(len(a), np.inf)
+    for rows in (b[i : i + size] for i in range(0, len(b), size)):
+        squares = np.square(rows).sum(axis=1) - 2 * a @ rows.T
+        nearest = np.minimum(nearest, squares.min(axis=1))
+    nearest += np.square(a).sum(axis=1)
+    return np.sqrt(np.maximum(nearest, 0) / a.shape[1])
+
+
 def _checked_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a = checked_features(a, "a", at_least=2)
     return a.astype(np.float64), checked_features(b, "b", at_least=2, width=a.shape[1])

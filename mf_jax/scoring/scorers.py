@@ -26,7 +26,7 @@ from mf_jax.metrics.inception import FEATURES, Inception, inception_features, lo
 from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import LEAST_ROWS, pair_scores
 from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
-from mf_jax.metrics.two_sample import energy_distance, sliced_wasserstein
+from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
@@ -36,7 +36,10 @@ from mf_jax.scoring.rows import Row, digest, key_of, read_rows
 
 _REAL_DATA = "real data (held-out)"
 _CLASSIFIER = "classifier_sha256"
+_OF_PICTURES = ("frechet_distance", "frechet_distance_std", "precision", "recall")
+_OF_PICTURES += ("kernel_distance", "nearest_training")
 _KEPT_FEATURES, _BLOCK = 10_000, 250
+_SUBSETS, _NEAREST_OF = 10, 500
 Scores = dict[str, float | str | None]
 
 
@@ -125,12 +128,14 @@ def scorer_of_data(
 ) -> tuple[Scorer, tuple[Row, Callable[[], Samples]]]:
     """Return a scorer against one split of the data, and as `samples_of_file` the other split.
 
-    The reference is the training split. Of vectors and signals as many elements are taken from it
-    as are compared, since distances grow as elements become few.
+    The reference is the training split. Distances grow as elements become few: samples and held-out
+    pictures are compared in random subsets of one size, at most half of the held-out ones. Of
+    vectors and signals as many elements are taken from either split.
     """
     if train.spec.is_picture:
         whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
-        protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir)
+        equal = max(min(len(real.x) // 2, config.eval.num_samples), 1)
+        protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir, equal)
     else:
         whole, real = (read(each, config.eval.num_samples) for each in (train, held_out))
         protocol, compare = _of_vectors(whole.x)
@@ -170,9 +175,13 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
 
 
 def _of_pictures(
-    train: Batch, num_classes: int, workdir: epath.Path
+    train: Batch, num_classes: int, workdir: epath.Path, equal: int
 ) -> tuple[Row, Callable[..., Scores]]:
-    """Return protocol and comparison in features of a classifier, or components without classes."""
+    """Return protocol and comparison in features of a classifier, or components without classes.
+
+    Args:
+      equal: pictures of a subset, whoever has made them.
+    """
     has_classes = num_classes > 1 and min(train.x.shape[1:3]) >= classifier.SMALLEST_SIDE
     recipe = classifier.Recipe()
     kind = f"classifier, {recipe}" if has_classes else "principal components"
@@ -181,6 +190,7 @@ def _of_pictures(
         "reference_sha256": digest(*train[: 1 + has_classes]),
         "features": f"{classifier.FEATURES_KEPT} of the {kind}",
         "neighbours": 3,
+        "compared_at_once": equal,
     }
 
     name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
@@ -200,13 +210,22 @@ def _of_pictures(
     def compare(x: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> Scores:
         describe, real = learnt()
         features, logits = describe(from_pixels(x))
-        ours, theirs = Moments.of(features), Moments.of(real)
-        scores: Scores = dict.fromkeys(("frechet_distance", "precision", "recall"))
-        if len(features) > 1:
-            gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
-            scores["frechet_distance"] = frechet_distance(*gaussians)
-        if min(len(features), len(real)) >= LEAST_ROWS:
-            scores["precision"], scores["recall"], _ = pair_scores(features, real)
+        theirs, draws = Moments.of(real), np.random.default_rng(0)
+        subsets = [draws.permutation(len(features))[:equal] for _ in range(_SUBSETS)]
+        first = features[subsets[0]]
+        scores: Scores = dict.fromkeys(_OF_PICTURES)
+        if len(first) > 1:
+            ours = [Moments.of(features[rows]) for rows in subsets]
+            other = theirs.mean, theirs.covariance
+            distances = [frechet_distance(one.mean, one.covariance, *other) for one in ours]
+            scores["frechet_distance"] = float(np.mean(distances))
+            if len(first) < len(features):
+                scores["frechet_distance_std"] = float(np.std(distances))
+        if min(len(first), len(real)) >= LEAST_ROWS:
+            found = pair_scores(first, real)
+            scores["precision"], scores["recall"], scores["kernel_distance"] = found
+        nearest = nearest_distances(from_pixels(x[subsets[0][:_NEAREST_OF]]), from_pixels(train.x))
+        scores["nearest_training"] = float(np.median(nearest))
         if logits is None and len(features) > 1:
             scores["sliced_wasserstein"] = sliced_wasserstein(features, real)
         if logits is not None:
