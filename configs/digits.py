@@ -1,8 +1,7 @@
 """MeanFlow on the 1,797 real 8x8 digits of scikit-learn, by class, unguided: the main job.
 
-Hardware: 2 CPU cores, about 4 minutes. Expected at one step: 98 % of the samples in their
-class. Times lean towards long intervals, which a single
-step needs most.
+Hardware: 2 CPU cores, about 4 minutes. Expected at one step: 98 % of the samples in their class.
+Times lean towards long intervals, which a single step needs most.
 Command: bash launch/local.sh
 Another method on the same data, minutes: bash launch/local.sh --config=configs/digits.py:shortcut
 """

@@ -6,10 +6,13 @@ timing.json alone has wall time and throughput.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, SupportsFloat
 
+import jax
 import numpy as np
 from etils.epath import Path
 from PIL import Image
@@ -35,6 +38,7 @@ METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
 """What timing.json is like; see `parse_json`."""
 _FLUSH_SECONDS = 30
+_PLANNED_FROM = 10  # steps after the first
 _SHOWN = ("loss", "u_error", "v_error")
 
 
@@ -58,6 +62,7 @@ class RunLog:
         hardware: str = "",
     ):
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
+        self._num_steps, self._has_plan = num_steps, not show_progress
         self._hardware, self._speed, self._started = hardware, 0.0, time.monotonic()
         timing = _timing_of(self._path.parent) if start_step else {}
         self._seconds_before = timing.get("wall_seconds", 0.0)
@@ -89,7 +94,23 @@ class RunLog:
         self._bar.move(step)
         self._bar.remind()
         if self._mark is None:  # the first step compiles: the throughput counts from its end
-            self._mark = (step, time.perf_counter())
+            self._mark = self._first = (step, time.perf_counter())
+        if not self._has_plan and step >= self._first[0] + _PLANNED_FROM:
+            self._has_plan = True
+            self._print_plan(step)
+
+    def _print_plan(self, step: int) -> None:
+        """Print how long the run will take, by its first steps, and its memory up to here."""
+        seconds = (time.perf_counter() - self._first[1]) / _PLANNED_FROM
+        left = timedelta(seconds=round((self._num_steps - step) * seconds))
+        device = jax.local_devices()[0]
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        if device.platform == "cpu" and sys.platform == "linux":
+            import resource
+
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = f", {peak / 1e9:.1f} GB of memory" * (peak > 0)
+        print(f"{seconds:.2g} s a step, {left} to step {self._num_steps:,}{memory}", flush=True)
 
     def remind(self) -> None:
         """Show that the run goes on, where no step ends for long."""
