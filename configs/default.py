@@ -69,6 +69,8 @@ DEFAULTS = dict(
         name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
         derivative="jvp",  # of u in t, where the objective has one: jvp | backward | central
         derivative_delta=0.0,  # backward, central: step in t, in (0, 1); 0 = as published
+        ramp_steps=0,  # meanflow: first steps in which the factor of du/dt rises from 0 to 1
+        to_data_steps=0,  # meanflow: first steps in which ever fewer rows with r < t have r = 0
         tangent="v01",  # meanflow: direction (dz, dr, dt) of du/dt; v00, v10, v11 are wrong
         velocity="head",  # improved_meanflow, pixel_meanflow: of the network: head | boundary
         annealing="sigmoid",  # alpha_flow: how alpha moves: sigmoid | exponential
@@ -103,6 +105,14 @@ DEFAULTS = dict(
         lipschitz=0.0,  # factor of relu(|du/dz n| - lipschitz_bound)^2; 0 = off
         lipschitz_bound=1.0,  # change of the field per unit of z that costs nothing
         monotone=0.0,  # factor of the term that keeps z - (t - r) u monotone in z; 0 = off
+        non_expansive=0.0,  # factor of the term that lets no step part points; 0 = off
+    ),
+    velocity=dict(  # estimate of the flow's velocity in the place of e - x
+        source="sample",  # sample (e - x) | batch | data (plug-in over either) | network | average
+        target=0.0,  # its share in targets, in [0, 1]
+        tangent=0.0,  # its share in the direction of du/dt and of finite steps, in [0, 1]
+        of_rows=False,  # the shares are of rows, which take part whole or not at all
+        ema=0.0,  # average: its decay; 1 = frozen at the start, a teacher by init.path
     ),
     times=dict(
         name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps)

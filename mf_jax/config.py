@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import SOURCES, Source, make_source
+from mf_jax.data import SOURCES, Source, make_source, read
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
@@ -18,12 +19,14 @@ from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES, LogitNormalTimes
+from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import NETWORKS, SIZES, DataPrediction, parameter_shapes
-from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Objective
+from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.optim import choose_ema, ema_names, learning_rate
 from mf_jax.ranges import check_tuples, wrong_values
 
+_MOST_KNOWN = 2**26
 PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
 """Tables where a config file may register parts of its own."""
 
@@ -59,8 +62,12 @@ def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
     return record(**{key: value for key, value in section.items() if key in fields} | more)
 
 
-def make_objective(config: ConfigDict) -> Objective:
-    """Return the objective that a config names, with its guidance, weight and control terms."""
+def make_objective(config: ConfigDict, source: Source | None = None) -> Objective:
+    """Return the objective that a config names, with its guidance, weight and control terms.
+
+    Args:
+      source: of the training data, which `velocity.source=data` must know to train.
+    """
     objective = look_up("objective.name", config.objective.name, OBJECTIVES)
     parts = {"guidance": (Guidance, config.guidance), "weight": (AdaptiveWeight, config.weight)}
     fields = inspect.signature(objective).parameters
@@ -79,8 +86,21 @@ def make_objective(config: ConfigDict) -> Objective:
                 f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
             )
     made = from_section(objective, config.objective, **more)
+    velocity = from_section(VelocityEstimate, config.velocity, **_known_data(config, source))
+    if not velocity.is_off:
+        made = Estimated(made, velocity, ema=config.velocity.ema)
     controls = from_section(Controls, config.controls)
-    return Controlled(made, controls) if controls.lipschitz or controls.monotone else made
+    return Controlled(made, controls) if controls.is_on else made
+
+
+def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
+    """Return the training data and labels for an estimate that knows them."""
+    if source is None or config.velocity.source != "data":
+        return {}
+    if source.stored or len(source) * math.prod(source.spec.shape) > _MOST_KNOWN:
+        raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
+    whole = read(source)
+    return {"data": whole.x, "labels": whole.labels if source.spec.num_classes else None}
 
 
 def make_scheme(config: ConfigDict) -> DrawScheme:

@@ -113,7 +113,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
     return StepParts(
         network=make_network(config, source.spec),
         shape=source.spec.shape,
-        objective=make_objective(config),
+        objective=make_objective(config, source),
         scheme=make_scheme(config),
         optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
         ema_names=averages(config),

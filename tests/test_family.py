@@ -151,12 +151,14 @@ def _linear(slope):
 def test_controls_charge_slopes_beyond_the_bound_and_steps_that_fold():
     draws = _draws()
     gap = np.asarray(draws.interval.t - draws.interval.r)
-    controls = Controls(lipschitz=2.0, lipschitz_bound=1.0, monotone=3.0)
+    controls = Controls(lipschitz=2.0, lipschitz_bound=1.0, monotone=3.0, non_expansive=4.0)
     for slope, steep in ((5.0, 16.0), (-3.0, 4.0), (0.5, 0.0)):
         folded = np.mean(np.maximum(gap * slope - 1, 0) ** 2)
         assert (folded > 0) == (slope == 5.0)
+        apart = np.mean(np.maximum(np.abs(1 - gap * slope) - 1, 0) ** 2)
         penalty, metrics = controls.penalty(_linear(slope), jnp.zeros(()), draws)
-        np.testing.assert_allclose(penalty, 2 * steep + 3 * folded, rtol=1e-9, atol=1e-12)
+        total = 2 * steep + 3 * folded + 4 * apart
+        np.testing.assert_allclose(penalty, total, rtol=1e-9, atol=1e-12)
         charged = metrics["lipschitz_penalty"].compute()
         np.testing.assert_allclose(charged, steep, rtol=1e-6, atol=1e-12)
 
@@ -206,6 +208,7 @@ def test_bad_arguments_are_named():
         (lambda: SplitMeanFlow(target_ema=1.0), "target_ema"),
         (lambda: TerminalVelocity(target_ema=-0.1), "target_ema"),
         (lambda: Controls(lipschitz=-1.0), "lipschitz"),
+        (lambda: Controls(non_expansive=-1.0), "non_expansive"),
         (lambda: Controls(lipschitz_bound=0.0), "lipschitz_bound"),
         (lambda: ImprovedMeanFlow().loss(_linear(1.0), 0.0, _draws(), STEP), "second head"),
     ]:

@@ -268,7 +268,7 @@ MUTATIONS = {
     **{(name, setting, PLAIN, None): _STOPS for name, setting in BENT if name != "flow_matching"},
     ("flow_matching", "", PLAIN, None): [
         _STOPS[0],
-        ("", "rows.x, rows.e", "rows.e, rows.x"),
+        ("", "velocity_of(rows))", "-velocity_of(rows))"),
         (TERMS, "t=rows.t) if z", "t=rows.r) if z"),
     ],
     ("meanflow", "", GUIDED, None): [
@@ -280,11 +280,11 @@ MUTATIONS = {
         (GUIDANCE, "condition(interval, labelled=True)", "condition(interval, labelled=False)"),
         (PATHS, "(1 - t) * x", "(1 + t) * x"),
         (PATHS, "return e - x", "return x - e"),
-        ("", "v.interval - per_row(", "v.interval + per_row("),
+        ("", "v.interval - ramp", "v.interval + ramp"),
         ("", "rows.t - rows.r", "rows.t + rows.r"),
         ("", '"v01": (1.0, 0.0, 1.0)', '"v01": (1.0, 1.0, 1.0)'),
         ("", '"v01": (1.0, 0.0, 1.0)', '"v01": (1.0, 0.0, 0.0)'),
-        ("", "rows, v.interval, tangent", "rows, rows.e, tangent"),
+        ("", "rows, v.tangent, tangent", "rows, rows.e, tangent"),
         (TERMS, "r=rows.t, t=rows.t", "r=rows.t * 0, t=rows.t"),
         (TERMS, "dz * velocity", "dr * velocity"),
     ],

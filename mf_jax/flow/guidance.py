@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row, velocity
+from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, GuidanceScale, Prediction, Rows
-from mf_jax.flow.rows import call, condition_of, join_rows, split_rows
+from mf_jax.flow.rows import call, condition_of, join_rows, split_rows, velocity_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,14 @@ class Guidance:
 
 
 class Velocities(NamedTuple):
-    """Guided velocities v_g of both sub-batches, and v_hat of the rows with r < t if wanted."""
+    """Guided velocities v_g of both sub-batches, and v_hat of the rows with r < t if wanted.
+
+    tangent: v_g of the rows with r < t along which du/dt is taken.
+    """
 
     instant: Float[Array, "b1 ..."]
     interval: Float[Array, "b2 ..."]
+    tangent: Float[Array, "b2 ..."]
     own: Float[Array, "b2 ..."] | None = None
 
 
@@ -122,9 +126,14 @@ def guided_velocities(
     taught = _teach(field, params, wanted, read)
     null_instant, null_interval = taught[:2] if needs_null else (0.0, 0.0)
     own = taught[-1] if needs_own else 0.0
+    target = _guide(guidance, interval, own, null_interval)
+    tangent = target
+    if interval.tangent is not None:
+        tangent = _guide(guidance, interval.replace(v=interval.tangent), own, null_interval)
     return Velocities(
         instant=_guide(guidance, instant, own_instant, null_instant),
-        interval=_guide(guidance, interval, own, null_interval),
+        interval=target,
+        tangent=tangent,
         own=own if with_own else None,
     )
 
@@ -139,7 +148,7 @@ def _guide(
     v_class: Float[Array, "b ..."] | float,
     v_null: Float[Array, "b ..."] | float,
 ) -> Float[Array, "b ..."]:
-    v, drawn = velocity(rows.x, rows.e), rows.guidance
+    v, drawn = velocity_of(rows), rows.guidance
     if drawn is not None:
         guided = v + per_row(1 - 1 / drawn.omega, v) * (v_class - v_null)
     elif guidance.is_off:

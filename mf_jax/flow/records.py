@@ -143,7 +143,8 @@ class Rows:
     condition: the caller's tree of arrays `[B, ...]`. null: the same tree of what a dropped row is
     told; None = nothing is dropped. dropped: whether a row trains without its condition. mask:
     where x counts; elsewhere x, e and direction are 0. fraction: in [0, 1), places a time between r
-    and t. direction: standard normal, for derivatives along it. guidance, dropout: see `Condition`.
+    and t. v, tangent: estimates in the place of e - x, in targets and along du/dt; None = e - x.
+    direction: standard normal, for derivatives along it. guidance, dropout: see `Condition`.
     for_networks: whether the field gets a `Condition`.
     """
 
@@ -159,6 +160,8 @@ class Rows:
     fraction: Float[Array, "b"] | None = None
     dropout: UInt32[Array, "b"] | None = None
     direction: Float[Array, "b ..."] | None = None
+    v: Float[Array, "b ..."] | None = None
+    tangent: Float[Array, "b ..."] | None = None
     for_networks: bool = flax.struct.field(pytree_node=False, default=False)
 
 

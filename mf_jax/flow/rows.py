@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import per_row
+from mf_jax.flow.paths import per_row, velocity
 from mf_jax.flow.records import Condition, Field, Prediction, Rows
 
 
@@ -76,6 +76,11 @@ def predict(
     return call(field, params, z, r=r, t=t, condition=condition, mask=rows.mask)
 
 
+def velocity_of(rows: Rows) -> Float[Array, "b ..."]:
+    """Return the velocity of rows for targets: their estimate, else e - x."""
+    return velocity(rows.x, rows.e) if rows.v is None else rows.v
+
+
 def num_counted(rows: Rows) -> Int[Array, "b"] | int:
     """Return how many numbers of each row count, at least 1."""
     if rows.mask is None:
@@ -84,11 +89,15 @@ def num_counted(rows: Rows) -> Int[Array, "b"] | int:
 
 
 def at_time(rows: Rows, t: Float[Array, "b"]) -> Rows:
-    """Return rows with r = t at the given times, whose guidance holds for all t."""
+    """Return rows with r = t at the given times, whose guidance holds for all t.
+
+    Their velocity is e - x: an estimate was at another time.
+    """
     guidance = rows.guidance
     if guidance is not None:
         guidance = guidance.replace(t_min=jnp.zeros_like(t), t_max=jnp.ones_like(t))
-    return rows.replace(r=t, t=t, guidance=guidance)
+    own = None if rows.v is None else velocity(rows.x, rows.e)
+    return rows.replace(r=t, t=t, guidance=guidance, v=own, tangent=own)
 
 
 def split_rows(rows: PyTree, sizes: Sequence[int]) -> list[PyTree]:

@@ -3,6 +3,7 @@
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.average_divergence import AverageDivergence
 from mf_jax.objectives.controls import Controlled, Controls
+from mf_jax.objectives.estimated import Estimated
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
@@ -11,7 +12,7 @@ from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.terms import Objective
 
-__all__ = ["OBJECTIVES", "AverageDivergence", "Controlled", "Controls", "Objective"]
+__all__ = ["OBJECTIVES", "AverageDivergence", "Controlled", "Controls", "Estimated", "Objective"]
 
 OBJECTIVES = {
     "flow_matching": FlowMatching,

@@ -127,7 +127,7 @@ class AlphaFlow(terms.Objective):
             teacher = params if target_params is None else target_params
             s = rows.t - a * (rows.t - rows.r)
             z = interpolate(rows.x, rows.e, t=rows.t)
-            z_s = advance(z, v.interval, r=s, t=rows.t)
+            z_s = advance(z, v.tangent, r=s, t=rows.t)
             u = predict(field, params, rows, z, r=rows.r, t=rows.t).u
             u_s = predict(field, teacher, rows, z_s, r=rows.r, t=s).u
             share = per_row(a, u)
@@ -137,7 +137,7 @@ class AlphaFlow(terms.Objective):
 
         def by_derivative() -> tuple[Array, Array, Array]:
             how = self.derivative
-            (u, _), du_dt = terms.with_derivative(field, params, rows, v.interval, how=how)
+            (u, _), du_dt = terms.with_derivative(field, params, rows, v.tangent, how=how)
             return u, v.interval - per_row(rows.t - rows.r, u) * du_dt, du_dt
 
         if self.derivative_below == 0:

@@ -1,14 +1,18 @@
-"""Optional terms on any objective: Lipschitz and monotone control of du/dz.
+"""Optional terms on any objective: Lipschitz, monotone and non-expansive control of du/dz.
 
-Both use the JVP du/dz n along a random direction n, |n| = 1, of each row:
+All use the JVP du/dz n along a random direction n, |n| = 1, of each row:
 
-    lipschitz * relu(|du/dz n| - bound)^2            u changes by at most `bound` per unit of z
-    monotone * relu(-(1 - (t - r) n . du/dz n))^2    the step z - (t - r) u is monotone in z
+    lipschitz * relu(|du/dz n| - bound)^2                u changes by at most `bound` per unit of z
+    monotone * relu(-(1 - (t - r) n . du/dz n))^2        the step z - (t - r) u is monotone in z
+    non_expansive * relu(|n - (t - r) du/dz n| - 1)^2    a step brings no two points farther apart
+
+The last one is biased where the true step expands, as from N(0, 1) to a wider Gaussian.
 
 FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 6 q more (6
 where no row has r < t).
 
-Source: controls named beside MeanFlow's baselines in the overview of the method.
+Source: controls named beside MeanFlow's baselines in the overview of the method; Stable MeanFlow
+for the last, the limit of its differences.
 """
 
 import dataclasses
@@ -34,13 +38,19 @@ class Controls:
     lipschitz: float = 0.0
     lipschitz_bound: float = 1.0
     monotone: float = 0.0
+    non_expansive: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lipschitz", "monotone"):
+        for name in ("lipschitz", "monotone", "non_expansive"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0")
         if not 0 < self.lipschitz_bound < math.inf:
             raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any term has a factor."""
+        return any((self.lipschitz, self.monotone, self.non_expansive))
 
     def penalty(
         self, field: Field, params: PyTree, draws: Draws
@@ -56,12 +66,15 @@ class Controls:
 
         _, slope = jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
         rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + tiny)
-        gain = 1 - (rows.t - rows.r) * jnp.sum(n * slope, axis=axes)
+        moved = n - per_row(rows.t - rows.r, n) * slope
+        length = jnp.sqrt(jnp.sum(moved**2, axis=axes) + tiny)
+        gain = jnp.sum(n * moved, axis=axes)
         steep = jax.nn.relu(rate - self.lipschitz_bound) ** 2
         folded = jax.nn.relu(-gain) ** 2
-        penalties = {"lipschitz_penalty": steep, "monotone_penalty": folded}
-        total = self.lipschitz * jnp.mean(steep) + self.monotone * jnp.mean(folded)
-        return total, {name: terms.average(penalty) for name, penalty in penalties.items()}
+        apart = jax.nn.relu(length - 1) ** 2
+        penalties = {"lipschitz": steep, "monotone": folded, "non_expansive": apart}
+        total = sum(getattr(self, name) * jnp.mean(each) for name, each in penalties.items())
+        return total, {f"{name}_penalty": terms.average(each) for name, each in penalties.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,5 +94,5 @@ class Controlled(terms.Objective):
         return loss + penalty, metrics | more
 
 
-for _name in ("learns_average", "needs_second_head", "predicts", "guidable", "target_ema"):
+for _name in (*terms.NEEDS[:-1], "target_ema"):
     setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 from jaxtyping import PyTree
 
-from mf_jax.flow.paths import velocity
 from mf_jax.flow.records import Draws, Field, Step
-from mf_jax.flow.rows import join_rows
+from mf_jax.flow.rows import join_rows, velocity_of
 from mf_jax.objectives import terms
 
 
@@ -34,5 +33,5 @@ class FlowMatching(terms.Objective):
         """See `Objective.loss`."""
         rows = join_rows([draws.instant, draws.interval])
         u = terms.at_instant(field, params, rows).u
-        error = terms.squared_error(u, velocity(rows.x, rows.e))
+        error = terms.squared_error(u, velocity_of(rows))
         return terms.row_mean(self.weight(error, rows)), terms.binned_errors("v_error", error, rows)

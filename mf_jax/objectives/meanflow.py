@@ -20,10 +20,11 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step
@@ -45,28 +46,45 @@ class MeanFlow(terms.Objective):
     Args:
       tangent: direction of du/dt, a key of `TANGENTS`.
       derivative: how du/dt is taken.
+      ramp_steps: over so many first steps the factor of du/dt in the target rises from 0 to 1.
+      to_data_steps: over so many first steps the share arccos(step / to_data_steps) / (pi / 2) of
+        the rows with r < t, falling from 1 to 0, has r = 0 instead.
+
+    Source of the last two: ESC, arXiv 2512.11831.
     """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     tangent: str = "v01"
     derivative: Derivative = Derivative()
+    ramp_steps: int = 0
+    to_data_steps: int = 0
 
     def __post_init__(self) -> None:
         check_known("objective.tangent", self.tangent, TANGENTS)
+        for name in ("ramp_steps", "to_data_steps"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"objective.{name}={getattr(self, name)}: must be at least 0")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
         """See `Objective.loss`."""
-        rows = draws.interval
+        rows, ramp = draws.interval, 1.0
+        if self.ramp_steps:
+            ramp = jnp.minimum(step / self.ramp_steps, 1.0)
+        if self.to_data_steps:
+            share = jnp.arccos(jnp.minimum(step / self.to_data_steps, 1.0)) / (jnp.pi / 2)
+            rows = rows.replace(r=jnp.where(rows.fraction < share, 0, rows.r))
+            draws = draws.replace(interval=rows)
         u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
         tangent = TANGENTS[self.tangent]
         (u, _), du_dt = terms.with_derivative(
-            field, params, rows, v.interval, tangent=tangent, how=self.derivative
+            field, params, rows, v.tangent, tangent=tangent, how=self.derivative
         )
         v_error = terms.squared_error(u_instant, v.instant)
-        u_error = terms.squared_error(u, v.interval - per_row(rows.t - rows.r, u) * du_dt)
+        target = v.interval - ramp * per_row(rows.t - rows.r, u) * du_dt
+        u_error = terms.squared_error(u, target)
         metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
         return self.weight.mean(draws, v_error, u_error), metrics

@@ -67,6 +67,10 @@ class Objective(abc.ABC):
         """
 
 
+NEEDS = ("learns_average", "needs_second_head", "predicts", "guidable", "second_order")
+"""What an objective around another one passes on, beside `target_ema`."""
+
+
 def at_instant(
     field: Field, params: PyTree, rows: Rows, z: Float[Array, "b ..."] | None = None
 ) -> Prediction:

@@ -26,7 +26,16 @@ _LIKE = {
     _DATA: {"shape": [1], "num_classes": 0, "class_names": [""], "origin?": "", "size?": 0}
     | {"digest?": "", "init_sha256?": ""},
 }
-SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
+SECTIONS_OF_A_RUN = (
+    "seed",
+    "data",
+    "model",
+    "objective",
+    "guidance",
+    "weight",
+    "controls",
+    "velocity",
+)
 SECTIONS_OF_A_RUN += ("times", "instant_times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
@@ -44,10 +53,11 @@ _ADDED: dict[str, dict[str, Any]] = {
     | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
     | {"velocity": "head", "split": "uniform", "target_ema": 0.0}
     | {"derivative": "jvp", "derivative_delta": 0.0, "min_gap": 0.0, "interval_factor": 1.0}
-    | {"error_of": "velocity"},
+    | {"error_of": "velocity", "ramp_steps": 0, "to_data_steps": 0},
     "guidance": {"of_dropped": False, "fade": False},
     "weight": {"of": "sum"},
-    "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0},
+    "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0, "non_expansive": 0.0},
+    "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
     "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
     "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
     "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)},

@@ -1,0 +1,59 @@
+"""Any objective with an estimate of the flow's velocity in the place of a row's own v = e - x.
+
+See mf_jax/flow/velocities.py. A frozen teacher is the average of decay 1: it stays at the first
+parameters, which `init.path` may bring.
+
+Source: beside those of the estimates, AYF, arXiv 2506.14603 (a teacher in target and tangent).
+"""
+
+import dataclasses
+import operator
+from typing import Any
+
+from jaxtyping import PyTree
+
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.velocities import VelocityEstimate
+from mf_jax.objectives import terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimated(terms.Objective):
+    """An objective whose rows know an estimate of the velocity.
+
+    Args:
+      ema: decay of the average of parameters that `average` takes, in [0, 1]; 1 = a frozen teacher,
+        0 = the objective's own average.
+    """
+
+    objective: terms.Objective
+    velocity: VelocityEstimate
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        own, is_needed = self.objective.target_ema, self.velocity.source == "average"
+        if not 0 <= self.ema <= 1 or (self.ema > 0) != (is_needed and not own):
+            raise BadInput(
+                f"velocity.ema={self.ema}: must be above 0, up to 1 for a frozen teacher, with "
+                f"source=average and an objective without target_ema, else 0; source is "
+                f"{self.velocity.source}, target_ema {own}"
+            )
+
+    @property
+    def target_ema(self) -> float:
+        """See `Objective`."""
+        return self.objective.target_ema or self.ema
+
+    def loss(
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> terms.Loss:
+        """See `Objective.loss`."""
+        known = params if target_params is None else target_params
+        draws = self.velocity.estimated(field, params, draws, known)
+        own = target_params if self.objective.target_ema else None
+        return self.objective.loss(field, params, draws, step, own)
+
+
+for _name in terms.NEEDS:
+    setattr(Estimated, _name, property(operator.attrgetter(f"objective.{_name}")))

@@ -1,0 +1,140 @@
+"""Estimates of the flow's velocity: against brute force, closed forms and the methods they make."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import STD, class_mean, exact_draws, gaussian_field, gaussian_velocity
+
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.paths import interpolate
+from mf_jax.flow.records import Condition, Draws
+from mf_jax.flow.velocities import VelocityEstimate
+from mf_jax.objectives import Estimated
+from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
+from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.terms import AdaptiveWeight
+
+FIELD = gaussian_field(lambda condition: class_mean(condition.labels))
+PARAMS, OTHER = jnp.array([0.3, -0.2, 0.1, 0.4]), jnp.array([-0.1, 0.2, 0.3, -0.4])
+
+
+def _noisy(seed=3):
+    """Return draws off the truth, so that v is not the velocity of the flow."""
+    draws = exact_draws(seed)
+    noise = lambda rows: rows.replace(x=rows.x + 0.3 * jnp.cos(7 * rows.e))  # noqa: E731
+    return Draws(noise(draws.instant), noise(draws.interval))
+
+
+def _estimated(estimate, draws, params=PARAMS, target_params=OTHER):
+    return estimate.estimated(FIELD, params, draws, target_params)
+
+
+def _brute_force(rows, x, conditions):
+    """Return the mean velocity of all paths through z_t that start at alike data, in float64."""
+    found, start, noise = [], np.asarray(rows.x, np.float64), np.asarray(rows.e, np.float64)
+    for i, t in enumerate(np.asarray(rows.t, np.float64)):
+        z = (1 - t) * start[i] + t * noise[i]
+        alike = (
+            np.ones(len(x), bool) if rows.dropped[i] else np.array(conditions == rows.condition[i])
+        )
+        data = np.asarray(x, np.float64)[alike]
+        log = -np.sum((z - (1 - t) * data) ** 2, axis=1) / (2 * t**2)
+        weight = np.exp(log - log.max())
+        found.append(((weight / weight.sum())[:, None] * (z - data) / t).sum(axis=0))
+    return np.array(found)
+
+
+def test_the_plug_in_is_the_mean_over_alike_data():
+    draws = _noisy()
+    both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+    rng = np.random.default_rng(0)
+    data, labels = rng.normal(size=(50, 5)), rng.integers(0, 4, 50)
+    for estimate, known in (
+        (VelocityEstimate("batch", target=1.0), (both.x, both.condition)),
+        (VelocityEstimate("data", 1.0, data=data, labels=labels), (data, labels)),
+    ):
+        told = _estimated(estimate, draws)
+        for rows in (told.instant, told.interval):
+            np.testing.assert_allclose(rows.v, _brute_force(rows, *known), rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(rows.tangent, rows.e - rows.x)
+
+
+def test_the_plug_in_nears_the_velocity_of_gaussian_data_as_they_grow_in_number():
+    draws = exact_draws(5, num_interval=40, some_dropped=False)
+    rows = draws.interval.replace(
+        x=draws.interval.x[:, :1], e=draws.interval.e[:, :1], condition=0 * draws.interval.condition
+    )
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    truth = gaussian_velocity(z, rows.t[:, None], float(class_mean(jnp.array(0))))
+    errors = []
+    for num in (20, 2000, 200_000):
+        data = np.random.default_rng(1).normal(float(class_mean(jnp.array(0))), STD, (num, 1))
+        estimate = VelocityEstimate("data", target=1.0, data=data)
+        told = _estimated(estimate, Draws(jax.tree.map(lambda a: a[:0], rows), rows)).interval
+        inside = (rows.t > 0.3)[:, None]  # where many of the data count
+        errors.append(float(jnp.sqrt(jnp.mean(((told.v - truth) ** 2)[inside]))))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2], errors
+    assert errors[2] < 0.01
+
+
+def test_the_networks_own_velocity_in_the_tangent_is_improved_meanflow():
+    weight, draws = AdaptiveWeight(p=0.5), _noisy()
+    estimate = VelocityEstimate("network", tangent=1.0)
+    ours = Estimated(MeanFlow(weight=weight), estimate)
+    theirs = ImprovedMeanFlow(weight=weight, velocity="boundary")
+    for a, b in zip(
+        *(
+            jax.value_and_grad(lambda p, o=o: o.loss(FIELD, p, draws)[0])(PARAMS)
+            for o in (ours, theirs)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_shares_and_averages_reach_target_and_tangent():
+    draws = _noisy()
+    told = _estimated(VelocityEstimate("average", target=0.25, tangent=0.5), draws)
+    for rows in (told.instant, told.interval):
+        v, z = rows.e - rows.x, interpolate(rows.x, rows.e, t=rows.t)
+        labels = jnp.where(rows.dropped, -1, rows.condition)
+        condition = Condition(labels)
+        teacher = FIELD(OTHER, z, r=rows.t, t=rows.t, condition=condition).u
+        np.testing.assert_allclose(rows.v, v + 0.25 * (teacher - v), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(rows.tangent, v + 0.5 * (teacher - v), rtol=1e-5, atol=1e-6)
+    network = _estimated(VelocityEstimate("network", target=1.0), draws)
+    np.testing.assert_array_equal(network.instant.v, draws.instant.e - draws.instant.x)
+    some = _estimated(VelocityEstimate("average", target=0.5, of_rows=True), draws).interval
+    changed = np.any(some.v != some.e - some.x, axis=1)
+    np.testing.assert_array_equal(changed, some.fraction < 0.5)
+    assert _estimated(VelocityEstimate(), draws) is draws
+
+
+def test_a_teacher_is_refused_where_an_average_is_not_its_own():
+    assert Estimated(MeanFlow(), VelocityEstimate("average", 1.0), ema=1.0).target_ema == 1
+    for estimate, ema in (("average", 0.0), ("batch", 0.9), ("average", 1.5)):
+        with pytest.raises(BadInput, match=r"velocity\.ema"):
+            Estimated(MeanFlow(), VelocityEstimate(estimate, 1.0), ema=ema)
+    with pytest.raises(BadInput, match="knows no data"):
+        _estimated(VelocityEstimate("data", 1.0), _noisy())
+    with pytest.raises(BadInput, match=r"velocity\.target=2"):
+        VelocityEstimate("batch", 2.0)
+
+
+def test_esc_lets_the_derivative_in_and_the_data_end_go():
+    """Half-way up the ramp half of du/dt counts; arccos(1/2) / (pi/2) = 2/3 of rows have r = 0."""
+    draws, weight = _noisy(), AdaptiveWeight(p=0.0)
+
+    def loss(step=0, draws=draws, **options):
+        return MeanFlow(weight=weight, **options).loss(FIELD, PARAMS, draws, step)[0]
+
+    zero, quarter, half, whole = (loss(step, ramp_steps=20) for step in (0, 5, 10, 40))
+    np.testing.assert_allclose(whole, loss())
+    # a square of a + b k: its second difference is that of a parabola
+    np.testing.assert_allclose(half - 2 * quarter + zero, (whole - 2 * half + zero) / 4, rtol=1e-4)
+    rows = draws.interval
+    ended = draws.replace(interval=rows.replace(r=jnp.where(rows.fraction < 2 / 3, 0, rows.r)))
+    assert 0 < np.mean(rows.fraction < 2 / 3) < 1
+    np.testing.assert_allclose(loss(50, to_data_steps=100), loss(draws=ended), rtol=1e-6)
+    np.testing.assert_allclose(loss(100, to_data_steps=100), loss())
