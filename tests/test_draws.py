@@ -9,7 +9,14 @@ from mf_jax.flow.draws import DrawScheme, group_sizes
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of, join_rows, split_rows
-from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
+from mf_jax.flow.times import (
+    ConsistencyTimes,
+    DyadicTimes,
+    GapTimes,
+    GridTimes,
+    LogitNormalTimes,
+    UniformTimes,
+)
 
 ROWS = 4096
 
@@ -103,13 +110,37 @@ def test_consistency_times_end_at_the_data():
 
 
 def test_dyadic_times_are_steps_of_a_ladder():
-    r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 4000)
-    pairs, counts = np.unique(np.stack([r, t], 1), axis=0, return_counts=True)
-    assert {tuple(pair) for pair in pairs} == {
-        (i / 2**k, (i + 1) / 2**k) for k in range(4) for i in range(2**k)
-    }
-    whole = counts[(pairs == (0.0, 1.0)).all(axis=1)]
-    assert abs(whole[0] / 4000 - 1 / 4) < 0.03
+    """Equally many of each size, and the rows left over of the whole; here 333, 333 and 334."""
+    r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 1000)
+    pairs = {tuple(pair) for pair in np.stack([r, t], 1).tolist()}
+    assert pairs == {(i / 2**k, (i + 1) / 2**k) for k in range(3) for i in range(2**k)}
+    np.testing.assert_array_equal(np.sort(1 / (t - r)), np.repeat([1, 2, 4], [334, 333, 333]))
+    few = {tuple(DyadicTimes().sample(jax.random.key(k), 1)[1].tolist()) for k in range(9)}
+    assert len(few) > 3, "fewer rows than levels are of others at each step"
+    r, t = GridTimes(levels=3).sample(jax.random.key(0), 200)
+    assert set((8 * t).tolist()) == set(range(1, 9))
+    assert (t - r == 1 / 8).all()
+
+
+def test_gaps_leave_room_above_them():
+    r, t = GapTimes().sample(jax.random.key(0), 20_000)
+    assert ((r >= 0) & (r < t) & (t <= 1)).all()
+    gap = jax.scipy.special.logit(t - r)
+    np.testing.assert_allclose([gap.mean(), gap.std()], [-0.8, 1.0], atol=0.03)
+    r, _ = GapTimes(t_mean=-9.0).sample(jax.random.key(1), 20_000)  # all r have room
+    logit = jax.scipy.special.logit(r)
+    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.03)
+
+
+def test_every_row_is_in_both_parts():
+    own = {"instant_times": UniformTimes(), "instant_of_every_row": True}
+    told = {"omega_min": 2.0, "omega_max": 2.0, "for_networks": True, "label_drop": "any_row"}
+    draws = _draw(DrawScheme(GapTimes(), 0.75, 0.5, **own, **told), 7)
+    for name in ("x", "e", "dropped", "condition"):
+        _assert_same(getattr(draws.instant, name), getattr(draws.interval, name))
+    assert not np.allclose(draws.instant.t, draws.interval.t)
+    assert (draws.interval.guidance.omega == 2).all()
+    assert draws.interval.dropped.any()
 
 
 def test_drawn_guidance_has_the_density_it_names():
@@ -149,7 +180,11 @@ def test_bad_arguments_are_named():
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
         (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
-        (lambda: DyadicTimes(levels=-1), "levels"),
+        (lambda: DyadicTimes(levels=0), "levels"),
+        (lambda: GridTimes(levels=21), "levels"),
+        (lambda: GapTimes(t_std=0.0), "t_std"),
+        (lambda: DrawScheme(UniformTimes(), omega_min=2.0), "omega_min"),
+        (lambda: DrawScheme(UniformTimes(), instant_of_every_row=True), "label_drop"),
         (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
         (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
     ]:

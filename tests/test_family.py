@@ -19,8 +19,10 @@ from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
+from mf_jax.objectives.shortcut import Shortcut
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
+from mf_jax.objectives.terms import AdaptiveWeight
 
 STEP = jnp.int32(0)
 PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
@@ -97,6 +99,8 @@ def test_shortcut_is_the_split_at_the_midpoint():
     draws = _draws(fraction=lambda num: jnp.full(num, 0.5))
     middle = _value_and_gradient(SplitMeanFlow(), draws)
     _same(middle, _value_and_gradient(SplitMeanFlow(split="midpoint"), draws))
+    shortcut = Shortcut(weight=AdaptiveWeight(), target_clip=1e9)
+    _same(middle, _value_and_gradient(shortcut, draws))
     other = _draws(fraction=lambda num: jnp.full(num, 0.2))
     assert not np.allclose(_value_and_gradient(SplitMeanFlow(), other)[1], middle[1])
 
@@ -204,6 +208,7 @@ def test_bad_arguments_are_named():
         (lambda: AlphaFlow(target_clip=0.0), "target_clip"),
         (lambda: SplitMeanFlow(split="third"), "split"),
         (lambda: SplitMeanFlow(target_ema=1.0), "target_ema"),
+        (lambda: Shortcut(target_clip=0.0), "target_clip"),
         (lambda: TerminalVelocity(target_ema=-0.1), "target_ema"),
         (lambda: Controls(lipschitz=-1.0), "lipschitz"),
         (lambda: Controls(lipschitz_bound=0.0), "lipschitz_bound"),
