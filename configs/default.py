@@ -44,8 +44,8 @@ DEFAULTS = dict(
         depth=0,  # blocks; 0 = as the size says
         width=0,  # width of a token or layer; 0 = as the size says
         num_heads=0,  # dit, in_context_dit: attention heads; 0 = as the size says
-        # t,r | t,t-r | t,r,t-r | t-r | t; dit: t|r, t,log2 (of steps of t - r); in_context_dit: t-r
-        time_conditioning="t,t-r",
+        # t,r | t,t-r | t,r,t-r | t-r | t; dit: t|r and t,log2 (of the number of steps t - r) too;
+        time_conditioning="t,t-r",  # in_context_dit: t-r
         r_blocks=0,  # dit with t|r: the last blocks, told r instead of t; 0 = a quarter of them
         norm="layer",  # dit: layer | rms (of tokens, modulation, queries and keys)
         logit_power=-0.5,  # dit: attention takes products times a head's features to this power

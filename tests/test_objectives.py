@@ -334,7 +334,7 @@ MUTATIONS = {
     ("shortcut", "unclipped", PLAIN, None): [
         ("", "(r + t) / 2, inter", "(r + t) / 3, inter"),
         ("", "first + second) / 2", "first + second) / 3"),
-        ("", "rows, point, r=r", "rows, z, r=r"),
+        ("", "advance(z, first, r=s", "advance(z, first, r=t"),
         ("", "velocity(instant.x, instant.e)", "velocity(instant.e, instant.x)"),
     ],
     ("terminal_velocity", "", GUIDED, None): [

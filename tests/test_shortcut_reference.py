@@ -6,6 +6,7 @@ Every size and setting comes from the case's own `meta`; those of the row are th
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +26,21 @@ from mf_jax.published.flow_matching import reversed_time
 
 CASES = sorted(path for kind in ("shortcut", "tvm") for path in FOLDER.glob(f"{kind}*.npz"))
 ROWS = {"shortcut": "shortcut_xl2", "tvm": "tvm_xl2"}
-_BLOCK = {"Dense_0": "modulation", "Dense_4": "attention/out"}
-_BLOCK |= {"MlpBlock_0/Dense_0": "expand", "MlpBlock_0/Dense_1": "contract"}
-_SHORTCUT = {
+_NAMES = {  # of the published Shortcut network, and ours
     "PatchEmbed_0/Conv_0": "patch_embedding",
+    "TimestepEmbedder_0/Dense_0": "condition/t_embedding/hidden",
+    "TimestepEmbedder_0/Dense_1": "condition/t_embedding/out",
+    "TimestepEmbedder_1/Dense_0": "condition/h_embedding/hidden",
+    "TimestepEmbedder_1/Dense_1": "condition/h_embedding/out",
     "LabelEmbedder_0/Embed_0": "condition/label_embedding",
+    "Dense_0": "modulation",
+    "Dense_2": "attention/qkv",  # queries; Dense_1 are keys, Dense_3 values
+    "Dense_4": "attention/out",
+    "MlpBlock_0/Dense_0": "expand",
+    "MlpBlock_0/Dense_1": "contract",
     "FinalLayer_0/Dense_0": "final_modulation",
     "FinalLayer_0/Dense_1": "final",
 }
-for _i, _letter in enumerate("th"):
-    for _j, _layer in enumerate(("hidden", "out")):
-        _SHORTCUT[f"TimestepEmbedder_{_i}/Dense_{_j}"] = f"condition/{_letter}_embedding/{_layer}"
 
 
 def _from_shortcut(flat):
@@ -44,45 +49,31 @@ def _from_shortcut(flat):
     The map of the first time layer is orthogonal, so gradients follow it too.
     """
     ours = {}
-    for name, array in flat.items():
-        layer, leaf = name.rsplit("/", 1)
-        block = layer.split("/", 1)
-        if block[0].startswith("DiTBlock"):
-            place = f"block_{block[0].removeprefix('DiTBlock_')}"
-            if block[1] in _BLOCK:
-                ours[f"{place}/{_BLOCK[block[1]]}/{leaf}"] = array
-            elif block[1] == "Dense_2":  # queries; Dense_1 are keys, Dense_3 values
-                parts = [flat[f"{block[0]}/Dense_{i}/{leaf}"] for i in (2, 1, 3)]
-                ours[f"{place}/attention/qkv/{leaf}"] = np.concatenate(parts, axis=-1)
-        elif layer in _SHORTCUT:
-            array = array.reshape(-1, array.shape[-1]) if array.ndim == 4 else array
-            ours[f"{_SHORTCUT[layer]}/{leaf}"] = -array if "FinalLayer_0/Dense_1" in name else array
+    for name, a in flat.items():
+        block, layer, leaf = re.fullmatch(r"(DiTBlock_\d+/)?(.*)/(\w+)", name).groups("")
+        if layer == "Dense_2":
+            a = np.concatenate([flat[f"{block}Dense_{i}/{leaf}"] for i in (2, 1, 3)], axis=-1)
+        if layer in _NAMES:
+            name = f"{block.replace('DiTB', 'b')}{_NAMES[layer]}/{leaf}"
+            ours[name] = a.reshape(-1, a.shape[-1]) if a.ndim > 2 else a
+    ours |= {name: -ours[name] for name in ("final/kernel", "final/bias")}
     time = "condition/t_embedding/hidden/kernel"
-    ours[time] = reversed_time(ours[time])
-    return unflatten_dict(ours, sep="/")
-
-
-def _settings(meta):
-    """Return what a case says of its objective, by key of the config."""
-    said, guided = meta["objective"], meta["batch"].get("num_guided", 0) > 0
-    if meta["kind"] == "tvm":
-        return dict.fromkeys(("draws.omega_min", "draws.omega_max"), said["cfg"])
-    return {
-        "objective.target_clip": said["clip"],
-        "times.levels": int(math.log2(said["denoise_timesteps"])),
-        "guidance.omega": said["cfg_scale"] if guided else 1.0,
-        "draws.instant_share": 1 - 1 / said["bootstrap_every"],
-    }
+    return unflatten_dict(ours | {time: reversed_time(ours[time])}, sep="/")
 
 
 def _load(path):
+    """Return meta, the case, network and objective of its row, parameters, teacher, gradients."""
     case = dict(np.load(path))
     meta = json.loads(str(case.pop("meta")))
-    config, sizes = imagenet.get_config(ROWS[meta["kind"]]), meta["model"]
-    config.model.update({"patch_size": sizes["patch_size"], "depth": sizes["depth"]})
-    config.model.update({"width": sizes["hidden_size"], "num_heads": sizes["num_heads"]})
-    config.model.update({"dtype": "float32", "scan": False})
-    config.update_from_flattened_dict(_settings(meta))
+    config, sizes, said = imagenet.get_config(ROWS[meta["kind"]]), meta["model"], meta["objective"]
+    config.model.update({name: sizes[name] for name in ("patch_size", "depth", "num_heads")})
+    config.model.update({"width": sizes["hidden_size"], "dtype": "float32", "scan": False})
+    if meta["kind"] == "tvm":
+        config.draws.omega_min = config.draws.omega_max = said["cfg"]
+    else:
+        config.objective.target_clip = said["clip"]
+        config.times.levels = int(math.log2(said["denoise_timesteps"]))
+        config.guidance.omega = said["cfg_scale"] if meta["batch"]["num_guided"] else 1.0
 
     def tree(prefix):
         flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
@@ -90,27 +81,24 @@ def _load(path):
             return _from_shortcut(flat)
         return from_published("tvm", {k.removeprefix("model."): v for k, v in flat.items()})
 
-    trees = [tree(f"{name}/net/") for name in ("params", "ema_params", "grads")]
+    trees = (tree(f"{name}/net/") for name in ("params", "ema_params", "grads"))
     network = make_network(config, DataSpec(case["in/x"].shape[1:], sizes["num_classes"]))
-    return meta, case, network, make_objective(config), trees
+    return meta, case, network, make_objective(config), *trees
 
 
 def _draws(meta, case):
     """Return the draws of a case in our convention."""
-    x, e, t = (jnp.asarray(case[f"in/{name}"]) for name in "xet")
-    labels, guidance = jnp.asarray(case["in/y"], jnp.int32), None
-    if meta["kind"] == "shortcut":  # at x + floor e the path through the point is ours
-        x, t = x + meta["objective"]["path_floor"] * e, 1 - t
-        r = t - 2.0 ** -case["in/log2_steps"]
-    else:
-        r, one = jnp.asarray(case["in/r"]), jnp.ones_like(t)
-        guidance = GuidanceScale(1 / jnp.asarray(case["in/beta"]), 0 * one, one)
-    dropped, null = jnp.asarray(case["in/dropped"]), jnp.full_like(labels, NO_LABEL)
-    told = {"condition": labels, "null": null, "guidance": guidance, "for_networks": True}
-    rows = Rows(x=x, e=e, t=t, r=r, dropped=dropped, **told)
+    given = {k.removeprefix("in/"): jnp.asarray(v) for k, v in case.items() if k.startswith("in/")}
+    x, e, t, labels = (given[name] for name in "xety")
+    told = {"condition": labels, "null": jnp.full_like(labels, NO_LABEL), "for_networks": True}
+    told["dropped"] = given["dropped"]
     if meta["kind"] == "tvm":
-        return Draws(at_time(rows, jnp.asarray(case["in/s"])), rows)
-    n = meta["batch"]["num_bootstrap"]
+        guidance = GuidanceScale(1 / given["beta"], 0 * t, 1 + 0 * t)
+        rows = Rows(x, e, t, given["r"], guidance=guidance, **told)
+        return Draws(at_time(rows, given["s"]), rows)
+    # their t = 1 is data; at x + floor e their path is ours
+    x, n = x + meta["objective"]["path_floor"] * e, meta["batch"]["num_bootstrap"]
+    rows = Rows(x, e, 1 - t, 1 - t - 2.0 ** -given["log2_steps"], **told)
     interval, instant = jax.tree.map(lambda a: a[:n], rows), jax.tree.map(lambda a: a[n:], rows)
     return Draws(at_time(instant, instant.t), interval)
 
@@ -122,27 +110,24 @@ def _evaluate(network, objective, params, teacher, draws):
     both = jax.tree.map(lambda *a: jnp.concatenate(a), rows, draws.instant)
     z = interpolate(both.x, both.e, t=both.t)
     u = field(params, z, r=both.r, t=both.t, condition=condition_of(both)).u
-    target = u[:0]
-    if hasattr(objective, "levels"):
-        target = objective._parts(field, params, teacher, rows)[1]
-    loss = jax.value_and_grad(lambda p: objective.loss(field, p, draws, 0, teacher), has_aux=True)
+    has_target = hasattr(objective, "levels")
+    target = objective._parts(field, params, teacher, rows)[1] if has_target else None
+    loss = jax.value_and_grad(lambda p: objective.loss(field, p, draws, 0, teacher)[0])
     return u, target, *loss(params)
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_reference_case_through_the_row(path):
-    meta, case, network, objective, (params, teacher, theirs) = _load(path)
-    draws, is_tvm = _draws(meta, case), meta["kind"] == "tvm"
+    meta, case, network, objective, params, teacher, theirs = _load(path)
     with jax.default_matmul_precision("highest"):
-        u, target, (loss, metrics), ours = _evaluate(network, objective, params, teacher, draws)
-    if is_tvm:
-        scale = 1 / case["in/beta"][:, None, None, None]
-        assert_close(u[: len(scale)], scale * case["out/network"], "u")
+        draws = _draws(meta, case)
+        u, target, loss, ours = _evaluate(network, objective, params, teacher, draws)
+    if target is None:
+        beta = case["in/beta"][:, None, None, None]
+        assert_close(beta * u[: len(beta)], case["out/network"], "network")
     else:
         assert_close(-u, case["out/u"], "u")
         assert_close(-target, case["out/target"][: len(target)], "target")
-        for name, theirs_are in (("u_error", "loss_bootstrap"), ("v_error", "loss_flow")):
-            assert_close(metrics[name].compute(), case[f"out/metric/{theirs_are}"], name)
     assert_close(loss, case["out/loss"], "loss")
     ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
     assert ours.keys() == theirs.keys()
@@ -153,26 +138,22 @@ def test_reference_case_through_the_row(path):
 
 def test_reference_samples_of_shortcut():
     for path in (path for path in CASES if path.stem.startswith("shortcut")):
-        _, case, network, _, (params, _, _) = _load(path)
+        _, case, network, _, params, *_ = _load(path)
         e, told = jnp.asarray(case["sample/e"]), Condition(jnp.asarray(case["sample/y"]))
         for key in (key for key in case if key.startswith("sample/steps/")):
             with jax.default_matmul_precision("highest"):
-                ours = sample(as_field(network), params, e, told, steps=int(key.rsplit("/", 1)[1]))
+                ours = sample(as_field(network), params, e, told, steps=int(key.split("/")[-1]))
             assert_close(ours, case[key], key)
 
 
 def test_draws_of_the_rows():
-    x, labels = jnp.zeros((256, 1)), jnp.zeros(256, jnp.int32)
-    config = imagenet.get_config(ROWS["shortcut"])
-    draws, levels = make_scheme(config).draw(jax.random.key(0), x, labels), config.times.levels
-    steps = np.asarray(1 / (draws.interval.t - draws.interval.r))
-    each = len(steps) // levels
-    counts = [each + len(steps) % levels, *[each] * (levels - 1)]
-    np.testing.assert_array_equal(np.sort(steps), np.repeat(2.0 ** np.arange(levels), counts))
-    assert len(steps) == 256 // 8
-    assert not draws.interval.dropped.any()
-    place = 2**levels * draws.instant.t
-    assert ((place == place.round()) & (place > 0)).all()
-    draws = make_scheme(imagenet.get_config(ROWS["tvm"])).draw(jax.random.key(0), x, labels)
-    assert len(draws.instant.t) == len(draws.interval.t) == len(x)
-    assert abs(jnp.corrcoef(draws.instant.t, draws.interval.t)[0, 1]) < 0.2
+    x, labels, key = jnp.zeros((256, 1)), jnp.zeros(256, jnp.int32), jax.random.key(0)
+    schemes = (make_scheme(imagenet.get_config(row)) for row in ("tvm_xl2", "shortcut_xl2"))
+    tvm, steps = (scheme.draw(key, x, labels) for scheme in schemes)
+    np.testing.assert_array_equal(tvm.instant.e, tvm.interval.e)
+    np.testing.assert_array_equal(tvm.instant.dropped, tvm.interval.dropped)
+    assert abs(jnp.corrcoef(tvm.instant.t, tvm.interval.t)[0, 1]) < 0.2  # of one row's two times
+    sizes, counts = np.unique(steps.interval.t - steps.interval.r, return_counts=True)
+    assert set(counts[:-1]) == {256 // 8 // len(sizes)}
+    assert not steps.interval.dropped.any()
+    assert (2 ** len(sizes) * steps.instant.t % 1 == 0).all()

@@ -91,10 +91,7 @@ class DrawScheme:
                 "of rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
             )
         if self.instant_of_every_row and self.label_drop_share and self.label_drop != "any_row":
-            raise BadInput(
-                f"draws.label_drop={self.label_drop!r}: with draws.instant_of_every_row a row "
-                "loses its label in both sub-batches; set draws.label_drop=any_row"
-            )
+            raise BadInput(f"draws.label_drop={self.label_drop!r}: not of every row; use any_row")
         low, high = self.label_drop_window
         if not 0 <= low <= high <= 1:
             raise BadInput(f"draws.label_drop_window={low, high}: must be in order within [0, 1]")
@@ -182,7 +179,7 @@ class DrawScheme:
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
         instant = at_time(instant, instant.t)
         if self.instant_times is not None:
-            own_key = jax.random.fold_in(times_key, 1)
+            times_key, own_key = jax.random.split(times_key)
             instant = at_time(instant, self.instant_times.sample(own_key, instant.t.shape[0])[1])
             r, t = self.times.sample(times_key, interval.t.shape[0])
             interval = interval.replace(r=r, t=t)

@@ -45,10 +45,7 @@ STEPS = "t,log2"
 """Told t and log2 of how many steps of t - r make 1, at most `DiT.levels`, the number at r = t."""
 DIT_TIME_CONDITIONINGS = (*TIME_CONDITIONINGS, DECOUPLED, STEPS)
 NORMS = ("layer", "rms")
-"""`layer`: LayerNorm of tokens.
-
-`rms`: RMSNorm of tokens and of each modulation vector, and, with weights, of queries and keys.
-"""
+"""LayerNorm of tokens; RMSNorm of them, modulation vectors and, weighted, queries and keys."""
 
 
 def num_r_blocks(depth: int, r_blocks: int) -> int:
@@ -167,12 +164,10 @@ class DiT(Transformer, kw_only=True):
     def _conditions(self, r: Time, t: Time, condition: Condition) -> tuple[list, Array]:
         """Return the conditions of the blocks and of the output layer."""
         decoupled = self.time_conditioning == DECOUPLED
-        conditioning = {DECOUPLED: "t", STEPS: "t,t-r"}.get(
-            self.time_conditioning, self.time_conditioning
-        )
-        h = None
-        if self.time_conditioning == STEPS:
-            h = -jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
+        conditioning = "t" if decoupled else self.time_conditioning
+        if self.time_conditioning == STEPS:  # in the place of t - r
+            conditioning = "t,t-r"
+            r = t + jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
         embed = ConditionEmbedding(
             self.width,
             conditioning,
@@ -182,15 +177,11 @@ class DiT(Transformer, kw_only=True):
         )
         guidance = 0
         if self.told_guidance:
-            beta = 1 / _omega(condition, t)
-            guidance = ScalarEmbedding(self.width, name="guidance_embedding")(beta)
-
-        def told(time: Time) -> Array:
-            return embed(r=r, t=time, labels=condition.labels, h=h) + guidance
-
-        c = told(t)
+            of_guidance = ScalarEmbedding(self.width, name="guidance_embedding")
+            guidance = of_guidance(1 / _omega(condition, t))
+        c = embed(r=r, t=t, labels=condition.labels) + guidance
         if not decoupled:
             return [c] * self.depth, c
-        of_r = told(r)
+        of_r = embed(r=r, t=r, labels=condition.labels) + guidance
         last = num_r_blocks(self.depth, self.r_blocks)
         return [c] * (self.depth - last) + [of_r] * last, of_r

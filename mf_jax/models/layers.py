@@ -110,19 +110,13 @@ class ConditionEmbedding(nn.Module):
     condition_size: int = 0
 
     @nn.compact
-    def __call__(
-        self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told, h: Time | None = None
-    ) -> Float[Array, "b d"]:
-        """Return the embedding; a negative label is the null class, labels alone are no numbers.
-
-        Args:
-          h: takes the place of t - r unless it is None.
-        """
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Float[Array, "b d"]:
+        """Return the embedding; a negative label is the null class, labels alone are no numbers."""
         if not isinstance(labels, Told):
             labels = Told(labels, jnp.full((len(t), self.condition_size), jnp.nan))
         labels, numbers = labels
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
-        times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r if h is None else h)}
+        times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
         embedding = sum(
             ScalarEmbedding(self.width, self.num_features, name=f"{letter}_embedding")(time)
             for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])

@@ -75,24 +75,19 @@ class Shortcut(terms.Objective):
         r, t, clip = rows.r, rows.t, self.target_clip
         if t.shape[0] == 0:
             return rows.x, rows.x, rows.x
+        scale = self.guidance.omega / (1 - self.guidance.kappa)
+        is_shortest = per_row((t - r) * 2.0**self.levels < 3, rows.x)  # 2, or 4 and more
+
+        def half(z: Array, **times: Array) -> Array:
+            own = predict(field, teacher, rows, z, **times).u
+            if self.guidance.is_off:
+                return own
+            told = condition_of(rows, is_null=True)
+            null = call(field, teacher, z, **times, condition=told, mask=rows.mask).u
+            return jnp.where(is_shortest, null + scale * (own - null), own)
+
         s, z = (r + t) / 2, interpolate(rows.x, rows.e, t=t)
-        first = self._half(field, teacher, rows, z, r=s, t=t)
-        point = jnp.clip(advance(z, first, r=s, t=t), -clip, clip)
-        second = self._half(field, teacher, rows, point, r=r, t=s)
+        first = half(z, r=s, t=t)
+        second = half(jnp.clip(advance(z, first, r=s, t=t), -clip, clip), r=r, t=s)
         u = predict(field, params, rows, z, r=r, t=t).u
         return u, jnp.clip((first + second) / 2, -clip, clip), (u - second) / per_row(t - s, u)
-
-    def _half(
-        self, field: Field, teacher: PyTree, rows: Rows, z: Array, *, r: Array, t: Array
-    ) -> Float[Array, "b ..."]:
-        """Return the average velocity over a half, guided where it is a half of the smallest."""
-        own = predict(field, teacher, rows, z, r=r, t=t).u
-        if self.guidance.is_off:
-            return own
-        if rows.null is None:
-            raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
-        told = condition_of(rows, is_null=True)
-        null = call(field, teacher, z, r=r, t=t, condition=told, mask=rows.mask).u
-        scale = self.guidance.omega / (1 - self.guidance.kappa)
-        is_smallest = (rows.t - rows.r) * 2.0**self.levels < 3  # 2, or 4 and more
-        return jnp.where(per_row(is_smallest, z), null + scale * (own - null), own)

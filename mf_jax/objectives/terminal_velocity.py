@@ -16,9 +16,9 @@ Rows with r = t are rows of the flow-matching term, whose mean is added to the m
 published, every row is in both (`draws.instant_of_every_row`). The first term looks at no data and
 is much smaller; an adaptive weight (p > 0) favours it: use p = 0.
 
-FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 4 q
-(rows r < t 7: the derivative 6, the target 1; the others 3); guidance adds 1 - q where its
-unconditional factor is not 0. With every row in both terms it is 10, and 1 more.
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 4 q (3
+for r = t, 6 + 1 with the target for r < t); guidance adds 1 - q where its unconditional factor is
+not 0. With every row in both terms it is 10, and 1 more.
 
 Source: terminal velocity matching, arXiv 2511.19797, and its published code.
 """
@@ -57,14 +57,9 @@ class TerminalVelocity(terms.Objective):
         teacher = params if target_params is None else target_params
         u_instant = terms.at_instant(field, params, instant).u
         v = self._velocity(field, teacher, instant, u_instant)
-        (u, _), du_dr = terms.with_derivative(
-            field,
-            params,
-            interval,
-            jnp.zeros_like(interval.x),
-            tangent=(0.0, 1.0, 0.0),
-            with_gradient=True,
-        )
+        along_r = {"tangent": (0.0, 1.0, 0.0), "with_gradient": True}
+        still = jnp.zeros_like(interval.x)
+        (u, _), du_dr = terms.with_derivative(field, params, interval, still, **along_r)
         z = interpolate(interval.x, interval.e, t=interval.t)
         end = advance(z, u, r=interval.r, t=interval.t)
         target = terms.at_instant(field, teacher, at_time(interval, interval.r), end).u
@@ -77,14 +72,11 @@ class TerminalVelocity(terms.Objective):
         self, field: Field, teacher: PyTree, rows: Rows, own: Float[Array, "b ..."]
     ) -> Float[Array, "b ..."]:
         """Return v_g of rows with r = t."""
-        alone = Draws(rows, jax.tree.map(lambda leaf: leaf[:0], rows))
-        if rows.guidance is None:
-            given = {"own_instant": own}
-            return guided_velocities(self.guidance, field, teacher, alone, **given).instant
-        # with 0 in the place of u(class), drawn guidance is v - (1 - 1 / omega) u_null
-        given = {"own_instant": jnp.zeros_like(own)}
-        v = guided_velocities(self.guidance, field, teacher, alone, **given).instant
-        return per_row(rows.guidance.omega, v) * v
+        alone, drawn = Draws(rows, jax.tree.map(lambda leaf: leaf[:0], rows)), rows.guidance
+        # drawn guidance with 0 as u(class) is v - (1 - 1 / omega) u_null, which is v_g / omega
+        own = own if drawn is None else jnp.zeros_like(own)
+        v = guided_velocities(self.guidance, field, teacher, alone, own_instant=own).instant
+        return v if drawn is None else per_row(drawn.omega, v) * v
 
     def _mean(self, error: Float[Array, "b"], rows: Rows) -> Float[Array, ""]:
         """Return the weighted mean over rows, of which there may be none."""

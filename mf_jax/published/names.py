@@ -100,10 +100,7 @@ def _in_context(tokens: str) -> tuple[_Rule, ...]:
 
 
 def _of_torch(**embeddings: str) -> tuple[_Rule, ...]:
-    """Return the rules of a DiT in PyTorch, whose embeddings have names.
-
-    They are of t, h = t - r, r and the guidance g.
-    """
+    """Return the rules of a DiT in PyTorch, whose embeddings of t, h = t - r, r, g have names."""
     rules = [_Rule("pos_embed", "", "computed")]
     for published, ours, stored in _DIT:
         embedding = re.match("[thrg](?=_embedder)", published)
