@@ -46,8 +46,12 @@ DEFAULTS = dict(
         depth=0,  # blocks; 0 = as the size says
         width=0,  # width of a token or layer; 0 = as the size says
         num_heads=0,  # dit, in_context_dit: attention heads; 0 = as the size says
-        time_conditioning="t,t-r",  # t,r | t,t-r | t,r,t-r | t-r | t; dit: t|r; in_context_dit: t-r
+        # t,r | t,t-r | t,r,t-r | t-r | t; dit: t|r and t,log2 (of the number of steps t - r) too;
+        time_conditioning="t,t-r",  # in_context_dit: t-r
         r_blocks=0,  # dit with t|r: the last blocks, told r instead of t; 0 = a quarter of them
+        norm="layer",  # dit: layer | rms (of tokens, modulation, queries and keys)
+        logit_power=-0.5,  # dit: attention takes products times a head's features to this power
+        told_guidance=False,  # dit: it is told 1 / omega, which it divides by; see draws.omega_max
         second_head=True,  # in_context_dit: a second head for the velocity, in training only
         head_depth=0,  # in_context_dit: blocks of each head; 0 = as the size says
         bottleneck=0,  # in_context_dit: width between two patch embeddings; 0 = as the size says
@@ -81,11 +85,11 @@ DEFAULTS = dict(
         sharpness=25.0,  # alpha_flow: of the sigmoid
         derivative_below=5e-3,  # alpha_flow: meanflow's form for a smaller alpha; 0 = never
         min_gap=0.0,  # alpha_flow: smallest step in t, in [0, 1)
-        target_clip=4.0,  # alpha_flow: bound of a finite step's target; inf = none
+        target_clip=4.0,  # alpha_flow, shortcut: bound of a finite step's target; inf = none
         error_of="velocity",  # alpha_flow: of the step divided by alpha: velocity, or not: step
         interval_factor=1.0,  # alpha_flow: of rows with r < t in the loss, above 0
         split="uniform",  # split_meanflow: where an interval is split: uniform | midpoint
-        target_ema=0.0,  # alpha_flow, split_meanflow, terminal_velocity: of the targets
+        target_ema=0.0,  # alpha_flow, split_meanflow, shortcut, terminal_velocity: of the targets
     ),
     # in the target: v_g = omega v + kappa u(class) + (1 - omega - kappa) u(no class)
     guidance=dict(
@@ -115,17 +119,18 @@ DEFAULTS = dict(
         ema=0.0,  # average: its decay; 1 = frozen at the start, a teacher by init.path
     ),
     times=dict(
-        name="logit_normal",  # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps)
-        t_mean=-0.4,  # logit_normal, consistency: mean of logit t
-        t_std=1.0,  # logit_normal, consistency: its standard deviation
-        r_mean=-0.4,  # logit_normal: mean of logit r; the larger of the two draws is called t
-        r_std=1.0,  # logit_normal: its standard deviation
+        # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps) | grid (the smallest
+        name="logit_normal",  # of them) | gap (logit-normal t - r, then r)
+        t_mean=-0.4,  # logit_normal, consistency: mean of logit t; gap: of logit (t - r)
+        t_std=1.0,  # logit_normal, consistency, gap: its standard deviation
+        r_mean=-0.4,  # logit_normal, gap: mean of logit r; of two draws the larger is called t
+        r_std=1.0,  # logit_normal, gap: its standard deviation
         order="swap",  # logit_normal: where r > t, swap them | clip r to t - min_gap
         min_gap=0.0,  # logit_normal with clip: smallest t - r, in [0, 1)
-        levels=7,  # dyadic: the shortest interval is 2^-levels
+        levels=7,  # dyadic, grid, model t,log2: the shortest step is 2^-levels; dyadic halves to it
     ),
     instant_times=dict(  # of rows with r = t
-        name="",  # logit_normal | uniform; "" = the larger of the two of `times`
+        name="",  # logit_normal | uniform | grid; "" = the larger of the two of `times`
         t_mean=-0.4,  # logit_normal: mean of logit t
         t_std=1.0,  # logit_normal: its standard deviation
     ),
@@ -134,7 +139,9 @@ DEFAULTS = dict(
         label_drop_share=0.1,  # share of all rows trained without label or condition, in [0, 1)
         label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row
         label_drop_window=(0.0, 1.0),  # only for t within it
-        omega_max=1.0,  # in_context_dit: it is told scales up to this one; 1 = none
+        instant_of_every_row=False,  # all rows have r = t, and all a second time r < t
+        omega_max=1.0,  # a network that is told guidance: scales up to this one; 1 = none
+        omega_min=1.0,  # from this one on, in [1, omega_max]
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
     ),
     init=dict(

@@ -9,7 +9,7 @@ Another method on the same data, minutes: bash launch/local.sh --config=configs/
 from ml_collections import ConfigDict
 
 from configs.default import get_config as defaults
-from configs.rows import choose, soflow
+from configs.rows import choose, shortcut, soflow
 
 STEPS = 3600
 ROWS = {
@@ -50,15 +50,8 @@ ROWS = {
     # arXiv 2507.16884: an interval is the sum of its two parts, split anywhere. An adaptive weight
     # (p > 0) favours rows of small error: here the rows that look at no data.
     "split_meanflow": {"objective.name": "split_meanflow", "weight.p": 0.0},
-    # arXiv 2410.12557: SplitMeanFlow at the midpoint of dyadic steps
-    "shortcut": {
-        "objective.name": "split_meanflow",
-        "objective.split": "midpoint",
-        "objective.target_ema": 0.99,
-        "times.name": "dyadic",
-        "times.levels": 5,
-        "weight.p": 0.0,
-    },
+    # arXiv 2410.12557: a step is two of half its size, down to 1/32 of the way, which is the flow's
+    "shortcut": shortcut(levels=5) | {"objective.target_ema": 0.99},
     # arXiv 2511.19797: the end of a step moves with the flow. A step takes twice MeanFlow's FLOPs.
     # Times are uniform: the identity in r must hold all the way from t down.
     "terminal_velocity": {

@@ -13,10 +13,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.default import get_config as defaults
-from configs.rows import choose, soflow_as_published
+from configs.rows import choose, shortcut, soflow_as_published
 
 IMAGES = 1_281_167
 """Training pictures of ImageNet: an epoch."""
+LATENT_MEAN = (0.86488, -0.27787, 0.21617, 0.37384)
+LATENT_STD = (4.85504, 5.31922, 3.93725, 3.98700)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Row:
 
 MF, IMF, PMF = "meanflow", "improved_meanflow", "pixel_meanflow"
 WHOLE, LARGE, XLARGE = (2.0, 0.0, 1.0), (2.5, 0.0, 0.8), (2.5, 0.0, 0.75)
-FADING = (3.0, 0.0, 0.8)
+FADING, HALVES = (3.0, 0.0, 0.8), (1.5, 0.0, 1.0)
 ROWS = {
     # MeanFlow, arXiv 2505.13447; the guidance of M/2 is not known for certain
     "b4": Row("DiT-B/4", 256, 240, 256, MF, WHOLE, "11.4", "", 131, 11),
@@ -64,6 +66,11 @@ ROWS = {
     "soflow_xl2": Row("DiT-XL/2", 256, 240, 256, "soflow", FADING, "2.96", "2.66", 676, 255),
     # alpha-Flow, arXiv 2510.20771
     "alphaflow_xl2": Row("DiT-XL/2", 256, 240, 256, "alpha_flow", XLARGE, "2.95", "2.34", 676, 255),
+    # Shortcut models, arXiv 2410.12557, and terminal velocity matching, arXiv 2511.19797
+    "shortcut_xl2": Row("DiT-XL/2", 256, 162, 256, "shortcut", HALVES, "10.60", "", 676, 135),
+    "tvm_xl2": Row(
+        "DiT-XL/2", 256, 240, 2048, "terminal_velocity", WHOLE, "3.29", "2.80", 678, 625
+    ),
     # improved MeanFlow, arXiv 2512.02012
     "imf_b2": Row("iMF-B/2", 256, 640, 1024, IMF, (8.0, 0.4, 0.65), "3.39", "", 89, 200),
     "imf_m2": Row("iMF-M/2", 256, 640, 1024, IMF, (10.5, 0.4, 0.6), "2.27", "", 174, 345),
@@ -86,6 +93,9 @@ NOTES = {
     "xl2_512": "No figure is published.",
     "fm_b2": "No figure is published. It knows the velocity alone: it needs many steps.",
     "alphaflow_xl2": "The published two steps add noise in between, which is not done here.",
+    "shortcut_xl2": "The published code adds a 100,000th of the noise to the data, not done here.",
+    "tvm_xl2": "The length of the published run was not found. Its matrices start with norm 1, "
+    "which is not done here.",
     "imf_b2": "240 epochs (train.num_steps=300273) give 3.82. The published run is in float32.",
     "imf_xl2": "Two steps want omega 4 in [0.36, 0.64] (eval.omegas, eval.intervals).",
     "imf_xl2_512": "No figure is published. Latents are taken to have the same mean and spread.",
@@ -103,13 +113,17 @@ def get_config(row: str = "") -> ConfigDict:
     _set_common(config, chosen, size)
     {"DiT": _set_dit, "iMF": _set_imf, "pMF": _set_pmf}[kind](config, chosen, size)
     config.objective.name = chosen.objective
-    if chosen.objective == "soflow":
-        _set_soflow(config)
+    own = {
+        "soflow": _set_soflow,
+        "alpha_flow": _set_alpha_flow,
+        "shortcut": _set_shortcut,
+        "terminal_velocity": _set_terminal_velocity,
+    }
+    if chosen.objective in own:
+        own[chosen.objective](config)
     if chosen.objective == "flow_matching":
         config.draws.instant_share, config.sample.steps = 1.0, 64
         config.eval.steps = (1, 4, 16, 64, 250)
-    if chosen.objective == "alpha_flow":
-        _set_alpha_flow(config)
     return config
 
 
@@ -131,7 +145,7 @@ def _set_common(config: ConfigDict, row: Row, size: str) -> None:
 def _set_dit(config: ConfigDict, row: Row, size: str) -> None:
     if row.guidance:  # in the target: scale = omega / (1 - kappa)
         scale, _, config.guidance.t_max = row.guidance
-        shares = {2.0: (1.0, 0.5), 2.5: (0.2, 0.92), 3.0: (0.75, 0.75)}
+        shares = {1.5: (1.5, 0.0), 2.0: (1.0, 0.5), 2.5: (0.2, 0.92), 3.0: (0.75, 0.75)}
         config.guidance.omega, config.guidance.kappa = shares[scale]
 
 
@@ -157,6 +171,32 @@ def _set_alpha_flow(config: ConfigDict) -> None:
     config.eval.labels = "random"
 
 
+def _set_shortcut(config: ConfigDict) -> None:
+    """Set what the published code of Shortcut models does."""
+    config.update_from_flattened_dict(shortcut(levels=7))
+    config.model.logit_power, config.objective.target_ema = -1.0, 0.999
+    config.draws.label_drop_share = 0.1 * config.draws.instant_share
+    config.train.num_steps = 810_000
+    config.optim.b2, config.optim.weight_decay = 0.999, 0.1
+    config.ema.decays, config.eval.steps = (0.999,), (1, 4, 128)
+
+
+def _set_terminal_velocity(config: ConfigDict) -> None:
+    """Set what the published code of terminal velocity matching does."""
+    config.data.autoencoder, config.data.path = "sd-vae-ft-ema", "data/imagenet256_latents_ema"
+    config.data.latent_mean, config.data.latent_std = LATENT_MEAN, LATENT_STD
+    config.data.flip = False
+    config.model.norm, config.model.told_guidance, config.model.num_heads = "rms", True, 18
+    config.objective.target_ema, config.weight.p, config.weight.of = 0.99, 0.0, "mean"
+    config.times.name, config.instant_times.name = "gap", "logit_normal"
+    config.times.t_mean = -0.8
+    config.draws.instant_of_every_row, config.draws.label_drop = True, "any_row"
+    scale = config.guidance.omega / (1 - config.guidance.kappa)  # told, so drawn, and always this
+    config.draws.omega_min = config.draws.omega_max = scale
+    config.guidance.omega, config.guidance.kappa = 1.0, 0.0
+    config.sample.guidance, config.eval.omegas = (scale, 0.0, 1.0), (scale,)
+
+
 def _set_told(config: ConfigDict, row: Row) -> None:
     """Set what networks need that are told guidance, which training draws."""
     omega, *interval = row.guidance
@@ -169,8 +209,7 @@ def _set_told(config: ConfigDict, row: Row) -> None:
 
 def _set_imf(config: ConfigDict, row: Row, size: str) -> None:
     _set_told(config, row)
-    config.data.latent_mean = (0.86488, -0.27787, 0.21617, 0.37384)
-    config.data.latent_std = (4.85504, 5.31922, 3.93725, 3.98700)
+    config.data.latent_mean, config.data.latent_std = LATENT_MEAN, LATENT_STD
     config.optim.warmup_steps = 10 * IMAGES // row.batch
     if size == "L":
         config.model.remat = "block"

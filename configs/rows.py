@@ -1,4 +1,4 @@
-"""What the tables of configs share: how a row is chosen, and the settings of SoFlow."""
+"""What the tables of configs share: how a row is chosen, and the settings of methods."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,4 +40,23 @@ def soflow_as_published(num_steps: int) -> dict[str, Any]:
         "weight.of": "mean",
         "times.order": "clip",
         "times.min_gap": 1e-4,
+    }
+
+
+def shortcut(levels: int) -> dict[str, Any]:
+    """Return the settings of Shortcut models whose smallest step is 2^-levels.
+
+    One row in eight learns from the averaged network, all others from the data at that step.
+
+    Source: Shortcut models, arXiv 2410.12557, and their published code.
+    """
+    return {
+        "model.time_conditioning": "t,log2",
+        "objective.name": "shortcut",
+        "times.name": "dyadic",
+        "times.levels": levels,
+        "instant_times.name": "grid",
+        "draws.instant_share": 0.875,
+        "weight.p": 0.0,
+        "weight.of": "mean",
     }

@@ -18,7 +18,7 @@ from mf_jax.flow.errors import BadInput, check_known, in_section
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
-from mf_jax.flow.times import TIMES, LogitNormalTimes
+from mf_jax.flow.times import TIMES
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import NETWORKS, SIZES, DataPrediction, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
@@ -74,6 +74,8 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
     more = {name: from_section(*part) for name, part in parts.items() if name in fields}
     if "t_clip" in fields:  # the objective's is the network's
         more["t_clip"] = config.model.t_clip
+    if "levels" in fields:  # the objective's are the times'
+        more["levels"] = config.times.levels
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
         more |= {"derivative": Derivative(kind, delta)} if "derivative" in fields else {}
@@ -111,9 +113,9 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     own = None
     if config.instant_times.name:  # its t is its own draw, whatever becomes of r
         record = look_up("instant_times.name", config.instant_times.name, TIMES)
-        order = {"order": "clip"} if record is LogitNormalTimes else {}
+        shared = {"order": "clip", "levels": config.times.levels}
         with in_section("instant_times"):
-            own = from_section(record, config.instant_times, **order)
+            own = from_section(record, ConfigDict({**config.instant_times, **shared}))
     parts = {"times": times, "instant_times": own}
     return from_section(DrawScheme, config.draws, **parts, for_networks=True)
 
@@ -141,6 +143,7 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
         if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
             raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
     told = {"num_classes": spec.num_classes}
+    told |= {"levels": config.times.levels} if "levels" in _fields_of(network) else {}
     if spec.condition_size:
         told["condition_size"] = spec.condition_size
         able = [k for k, each in NETWORKS.items() if told.keys() <= _fields_of(each)]
@@ -264,8 +267,11 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
     if is_guided and is_drawn:
         yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
     able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
-    if is_drawn and config.model.name not in able:
-        fix = f"use {', '.join(able)}"
+    is_told = config.model.told_guidance or "told_guidance" not in _fields_of(
+        NETWORKS[config.model.name]
+    )
+    if is_drawn and not (config.model.name in able and is_told):
+        fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
         yield f"{setting}: model.name={config.model.name} cannot be told guidance; {fix}"
     if config.draws.label_drop_share == 0:
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"

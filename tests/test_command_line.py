@@ -110,7 +110,7 @@ ROUNDS = (
     {
         "objective.name=flow_matching": "flow_matching has no guidance",
         "guidance.omega=2.0": "guidance.omega=2.0",
-        "draws.omega_max=2.0": "cannot be told guidance; use in_context_dit",
+        "draws.omega_max=2.0": "cannot be told guidance; use dit, in_context_dit, a dit",
         "draws.label_drop_share=0.0": "use draws.label_drop_share=0.1",
         "train.batch_size=0": "train.batch_size=0",
         "sample.ema=0.5": "sample.ema='0.5': this run has 0.9, none",

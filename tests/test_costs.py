@@ -19,6 +19,7 @@ from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.shortcut import Shortcut
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 
@@ -89,7 +90,10 @@ CASES = [
     ("alpha_flow", AlphaFlow(alpha_start=0.1, alpha_end=0.1, derivative_below=0.0), 0.0),
     ("split_meanflow", SplitMeanFlow(), 0.0),
     ("split_meanflow", SplitMeanFlow(Guidance(omega=2.0)), 0.75),
+    ("shortcut", Shortcut(), 0.0),
+    ("shortcut", Shortcut(Guidance(omega=2.0)), 0.5),
     ("terminal_velocity", TerminalVelocity(), 0.0),
+    ("terminal_velocity", TerminalVelocity(Guidance(omega=2.0)), 0.75),
     ("controls", Controlled(FlowMatching(), Controls(monotone=1.0)), 3.0),
 ]
 

@@ -9,7 +9,7 @@ from mf_jax.flow.draws import DrawScheme, group_sizes
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of, join_rows, split_rows
-from mf_jax.flow.times import ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
+from mf_jax.flow.times import TIMES, ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
 
 ROWS = 4096
 
@@ -67,6 +67,12 @@ def test_times_have_the_distribution_they_claim():
     logit_t, logit_r = np.log(t / (1 - t)), np.log(r / (1 - r))
     np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.01)
     np.testing.assert_allclose([logit_r.mean(), logit_r.std()], [-3.0, 0.25], atol=0.01)
+    for mean in (-0.8, -9.0):  # of the gap; with the second all r have room
+        r, t = TIMES["gap"](t_mean=mean).sample(jax.random.key(0), 20_000)
+        assert ((r >= 0) & (r < t) & (t <= 1)).all()
+        drawn, center = (t - r, mean) if mean == -0.8 else (r, -0.4)
+        logit = jax.scipy.special.logit(drawn)
+        np.testing.assert_allclose([logit.mean(), logit.std()], [center, 1.0], atol=0.03)
 
 
 def test_labels_are_dropped_where_the_name_says():
@@ -103,13 +109,16 @@ def test_consistency_times_end_at_the_data():
 
 
 def test_dyadic_times_are_steps_of_a_ladder():
-    r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 4000)
-    pairs, counts = np.unique(np.stack([r, t], 1), axis=0, return_counts=True)
-    assert {tuple(pair) for pair in pairs} == {
-        (i / 2**k, (i + 1) / 2**k) for k in range(4) for i in range(2**k)
-    }
-    whole = counts[(pairs == (0.0, 1.0)).all(axis=1)]
-    assert abs(whole[0] / 4000 - 1 / 4) < 0.03
+    """Equally many of each size, and the rows left over of the whole."""
+    r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 1000)
+    pairs = {tuple(pair) for pair in np.stack([r, t], 1).tolist()}
+    assert pairs == {(i / 2**k, (i + 1) / 2**k) for k in range(3) for i in range(2**k)}
+    np.testing.assert_array_equal(np.sort(1 / (t - r)), np.repeat([1, 2, 4], [334, 333, 333]))
+    few = {DyadicTimes().sample(jax.random.key(k), 1)[0].item() for k in range(9)}
+    assert len(few) > 2, "fewer rows than levels are of others at each step"
+    r, t = TIMES["grid"](levels=3).sample(jax.random.key(0), 200)
+    assert set((8 * t).tolist()) == set(range(1, 9))
+    np.testing.assert_array_equal(t - r, 1 / 8)
 
 
 def test_drawn_guidance_has_the_density_it_names():
@@ -149,7 +158,11 @@ def test_bad_arguments_are_named():
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
         (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
-        (lambda: DyadicTimes(levels=-1), "levels"),
+        (lambda: DyadicTimes(levels=0), "levels"),
+        (lambda: TIMES["grid"](levels=21), "levels"),
+        (lambda: TIMES["gap"](t_std=0.0), "t_std"),
+        (lambda: DrawScheme(UniformTimes(), omega_min=2.0), "omega_min"),
+        (lambda: DrawScheme(UniformTimes(), instant_of_every_row=True), "label_drop"),
         (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
         (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
     ]:

@@ -19,6 +19,7 @@ from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
+from mf_jax.objectives.shortcut import Shortcut
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 
@@ -206,6 +207,7 @@ def test_bad_arguments_are_named():
         (lambda: AlphaFlow(target_clip=0.0), "target_clip"),
         (lambda: SplitMeanFlow(split="third"), "split"),
         (lambda: SplitMeanFlow(target_ema=1.0), "target_ema"),
+        (lambda: Shortcut(target_clip=0.0), "target_clip"),
         (lambda: TerminalVelocity(target_ema=-0.1), "target_ema"),
         (lambda: Controls(lipschitz=-1.0), "lipschitz"),
         (lambda: Controls(non_expansive=-1.0), "non_expansive"),

@@ -53,13 +53,15 @@ class DrawScheme:
     Args:
       times: distribution of (r, t).
       instant_times: distribution whose t is drawn for rows with r = t; None = `times`.
+      instant_of_every_row: all rows are in both sub-batches, with the same x, e and condition.
       instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
       label_drop_share: share of all rows trained without their condition, in [0, 1).
       label_drop: which rows lose it: `instant_rows` (r = t, as MeanFlow) or `any_row`.
       label_drop_window: only rows with t inside [t_min, t_max] lose it.
       omega_max: largest scale of guidance as an input of the network; 1 = no such input, more
         needs `for_networks`.
-      omega_power: the scale has density omega^-omega_power on [1, omega_max]; at least 0.
+      omega_min: smallest scale, at least 1; equal to omega_max it is the only one.
+      omega_power: the scale has density omega^-omega_power; at least 0.
       for_networks: whether the field is one of this project's networks, which are told a
         `Condition` with guidance and dropout seeds; else it is told its own condition alone.
 
@@ -75,6 +77,8 @@ class DrawScheme:
     omega_power: float = 1.0
     for_networks: bool = False
     instant_times: Times | None = None
+    instant_of_every_row: bool = False
+    omega_min: float = 1.0
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
@@ -86,11 +90,15 @@ class DrawScheme:
                 f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} "
                 "of rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
             )
+        if self.instant_of_every_row and self.label_drop_share and self.label_drop != "any_row":
+            raise BadInput(f"draws.label_drop={self.label_drop!r}: not of every row; use any_row")
         low, high = self.label_drop_window
         if not 0 <= low <= high <= 1:
             raise BadInput(f"draws.label_drop_window={low, high}: must be in order within [0, 1]")
         if not 1 <= self.omega_max < math.inf:
             raise BadInput(f"draws.omega_max={self.omega_max}: must be at least 1; 1 = no guidance")
+        if not 1 <= self.omega_min <= self.omega_max:
+            raise BadInput(f"draws.omega_min={self.omega_min}: must be within [1, omega_max]")
         if self.omega_max > 1 and not self.for_networks:
             raise BadInput(
                 f"draws.omega_max={self.omega_max}: a drawn scale is told in a Condition, which a "
@@ -102,6 +110,8 @@ class DrawScheme:
     @property
     def group(self) -> int:
         """The number of rows whose multiple each device must have."""
+        if self.instant_of_every_row:
+            return 1
         return sum(group_sizes(self.instant_share))
 
     def draw(
@@ -164,13 +174,15 @@ class DrawScheme:
             for_networks=self.for_networks,
         )
         sizes = [size * (num_rows // self.group) for size in group_sizes(self.instant_share)]
-        instant, interval = split_rows(rows, sizes)
+        instant, interval = (rows, rows) if self.instant_of_every_row else split_rows(rows, sizes)
         if self.label_drop != "any_row":
             interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
         instant = at_time(instant, instant.t)
         if self.instant_times is not None:
-            own_key = jax.random.fold_in(times_key, 1)
+            times_key, own_key = jax.random.split(times_key)
             instant = at_time(instant, self.instant_times.sample(own_key, instant.t.shape[0])[1])
+            r, t = self.times.sample(times_key, interval.t.shape[0])
+            interval = interval.replace(r=r, t=t)
         return Draws(*map(self._without_condition, (instant, interval)))
 
     def _without_condition(self, rows: Rows) -> Rows:
@@ -182,12 +194,13 @@ class DrawScheme:
         if self.omega_max == 1:
             return None
         omega, low, high = jax.random.uniform(key, (3, num_rows))
-        # inverse of the distribution function of the density omega^-power on [1, omega_max]
+        # inverse of the distribution function of the density omega^-power
         if self.omega_power == 1:
-            omega = self.omega_max**omega
+            omega = self.omega_min * (self.omega_max / self.omega_min) ** omega
         else:
             power = 1 - self.omega_power
-            omega = (1 + omega * (self.omega_max**power - 1)) ** (1 / power)
+            least, most = self.omega_min**power, self.omega_max**power
+            omega = (least + omega * (most - least)) ** (1 / power)
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
 
 

@@ -118,8 +118,6 @@ def guided_velocities(
     needs_own = is_drawn or guidance.kappa != 0 or with_own
     wanted = []
     if needs_null:
-        if interval.null is None:
-            raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
         wanted += [(rows, _teacher_condition(rows, labelled=False)) for rows in (instant, interval)]
     if needs_own:
         wanted.append((interval, _teacher_condition(interval, labelled=True)))

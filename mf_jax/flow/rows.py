@@ -26,6 +26,8 @@ def condition_of(rows: Rows, *, is_null: bool = False, forward_mode: bool = Fals
     def tell(own: Array, null: Array) -> Array:
         return null if is_null else jnp.where(per_row(rows.dropped, own), null, own)
 
+    if is_null and rows.null is None:
+        raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
     told = rows.condition
     if rows.null is not None:
         told = jax.tree.map(tell, told, rows.null)

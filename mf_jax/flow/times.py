@@ -101,23 +101,70 @@ class ConsistencyTimes:
 
 @dataclasses.dataclass(frozen=True)
 class DyadicTimes:
-    """Draw intervals [i / 2^k, (i + 1) / 2^k], k uniform in 0 .. levels, i uniform.
+    """Draw intervals [i / 2^k, (i + 1) / 2^k], equally many of each k < levels, i uniform.
 
-    Source: Shortcut models, arXiv 2410.12557, section 3 (levels 7: 128 steps).
+    The first rows have the shortest intervals; rows over a multiple of levels have k = 0.
+
+    Source: the published code of Shortcut models, arXiv 2410.12557 (levels 7: 128 steps).
     """
 
     levels: int = 7
 
     def __post_init__(self) -> None:
-        if not 0 <= self.levels <= 20:
-            raise BadInput(f"levels={self.levels}: must be within [0, 20]; 7 is published")
+        if not 1 <= self.levels <= 20:
+            raise BadInput(f"levels={self.levels}: must be within [1, 20]; 7 is published")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
         level_key, place_key = jax.random.split(key)
-        steps = 2.0 ** jax.random.randint(level_key, (num_rows,), 0, self.levels + 1)
+        number, each = jnp.arange(num_rows), num_rows // self.levels
+        if each:
+            level = jnp.maximum(self.levels - 1 - number // each, 0)
+        else:  # a few of the levels, others at each step
+            level = jax.random.permutation(level_key, self.levels)[:num_rows]
+        steps = 2.0**level
         place = jnp.floor(steps * jax.random.uniform(place_key, (num_rows,)))
         return place / steps, (place + 1) / steps
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTimes:
+    """Draw intervals [i / 2^levels, (i + 1) / 2^levels], i uniform; t is never 0."""
+
+    levels: int = 7
+
+    def __post_init__(self) -> None:
+        DyadicTimes(self.levels)
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """See `Times.sample`."""
+        place = jax.random.randint(key, (num_rows,), 0, 2**self.levels)
+        return place / 2**self.levels, (place + 1) / 2**self.levels
+
+
+@dataclasses.dataclass(frozen=True)
+class GapTimes:
+    """Draw t - r as `LogitNormalTimes` draws t, then r likewise, among those that leave t below 1.
+
+    Source: the published code of terminal velocity matching, arXiv 2511.19797.
+    """
+
+    t_mean: float = -0.8
+    t_std: float = 1.0
+    r_mean: float = -0.4
+    r_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        LogitNormalTimes(self.t_mean, self.t_std, self.r_mean, self.r_std)
+
+    def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
+        """See `Times.sample`."""
+        gap_key, r_key = jax.random.split(key)
+        gap = self.t_mean + self.t_std * jax.random.normal(gap_key, (num_rows,))
+        most = (-gap - self.r_mean) / self.r_std  # logit of 1 - (t - r)
+        normal = jax.random.truncated_normal(r_key, -jnp.inf, most)
+        r = jax.nn.sigmoid(self.r_mean + self.r_std * normal)
+        return r, jnp.minimum(r + jax.nn.sigmoid(gap), 1)
 
 
 TIMES = {
@@ -125,4 +172,6 @@ TIMES = {
     "logit_normal": LogitNormalTimes,
     "consistency": ConsistencyTimes,
     "dyadic": DyadicTimes,
+    "grid": GridTimes,
+    "gap": GapTimes,
 }

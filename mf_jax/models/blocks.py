@@ -74,6 +74,7 @@ def run_blocks(
     *,
     path: tuple[str, ...],
     forward_mode: bool,
+    **fields: Any,
 ) -> Tokens:
     """Apply blocks of a network to x within a compact method, as sub-modules of its module.
 
@@ -81,6 +82,7 @@ def run_blocks(
       block: takes (x, condition) and returns x.
       conditions: one for each block, alike in shape where `network.scan`.
       path: of the module.
+      fields: of a block, beside those that all blocks have.
     """
     if not conditions:
         return x
@@ -97,7 +99,7 @@ def run_blocks(
         if network.remat != "none":
             # A loop keeps the second computation apart by itself. Elsewhere XLA would merge both.
             made = nn.remat(made, policy=REMATS[network.remat], prevent_cse=not network.scan)
-        return made(network.num_heads, network.dtype, attention, name=name)
+        return made(network.num_heads, network.dtype, attention, name=name, **fields)
 
     if not network.scan:
         for i, condition in enumerate(conditions):

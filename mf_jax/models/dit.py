@@ -1,7 +1,8 @@
 """DiT: a transformer over image patches whose blocks are modulated by time and class (adaLN-zero).
 
 Source: DiT, arXiv 2212.09748; two-time conditioning of MeanFlow, arXiv 2505.13447, appendix A;
-decoupled conditioning, arXiv 2510.24474.
+decoupled conditioning, arXiv 2510.24474; `norm="rms"` and `told_guidance`, terminal velocity
+matching, arXiv 2511.19797; `logit_power=-1` and `STEPS`, Shortcut models, arXiv 2410.12557.
 """
 
 import functools
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.blocks import Transformer, run_blocks
 from mf_jax.models.layers import (
@@ -20,6 +22,7 @@ from mf_jax.models.layers import (
     Attention,
     ConditionEmbedding,
     Image,
+    ScalarEmbedding,
     Signal,
     Time,
     Tokens,
@@ -38,7 +41,11 @@ A flow-matching network, told t alone, is then a flow map as it stands: u(z, t, 
 
 Source: Decoupled MeanFlow, arXiv 2510.24474, section 3.
 """
-DIT_TIME_CONDITIONINGS = (*TIME_CONDITIONINGS, DECOUPLED)
+STEPS = "t,log2"
+"""Told t and log2 of how many steps of t - r make 1, at most `DiT.levels`, the number at r = t."""
+DIT_TIME_CONDITIONINGS = (*TIME_CONDITIONINGS, DECOUPLED, STEPS)
+NORMS = ("layer", "rms")
+"""LayerNorm of tokens; RMSNorm of them, modulation vectors and, weighted, queries and keys."""
 
 
 def num_r_blocks(depth: int, r_blocks: int) -> int:
@@ -58,15 +65,25 @@ def num_r_blocks(depth: int, r_blocks: int) -> int:
     return last
 
 
-def _normalise(x: Tokens) -> Tokens:
-    """Apply LayerNorm without parameters, in float32."""
+def _normalise(x: Float[Array, "... d"], norm: str) -> Float[Array, "... d"]:
+    """Apply a norm without parameters, in float32."""
     x = at_least_float32(x)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
+    if norm == "layer":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
-def _modulate(x: Tokens, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Tokens:
-    return _normalise(x) * (1 + scale[:, None]) + shift[:, None]
+def _vectors(modulation: Float[Array, "b n"], num: int, norm: str) -> list[Float[Array, "b d"]]:
+    vectors = jnp.split(modulation, num, axis=-1)
+    if norm == "rms":
+        vectors = [_normalise(vector, norm).astype(vector.dtype) for vector in vectors]
+    return vectors
+
+
+def _modulate(
+    x: Tokens, shift: Float[Array, "b d"], scale: Float[Array, "b d"], norm: str
+) -> Tokens:
+    return _normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
@@ -75,17 +92,26 @@ class Block(nn.Module):
     num_heads: int
     dtype: str
     attend: Callable
+    norm: str = "layer"
+    logit_power: float = -0.5
 
     @nn.compact
     def __call__(self, x: Tokens, c: Float[Array, "b d"]) -> Tokens:
-        width, dtype = x.shape[-1], self.dtype
+        width, dtype, norm = x.shape[-1], self.dtype, self.norm
         modulation = zero_dense(6 * width, dtype=dtype, name="modulation")(nn.silu(c))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        attention = Attention(self.num_heads, dtype, self.attend, name="attention")
-        x = x + gate1[:, None] * attention(_modulate(x, shift1, scale1))
-        hidden = xavier_dense(4 * width, dtype=dtype, name="expand")(_modulate(x, shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = _vectors(modulation, 6, norm)
+        how = {"power": self.logit_power, "qk_norm": norm == "rms"}
+        attention = Attention(self.num_heads, dtype, self.attend, **how, name="attention")
+        x = x + gate1[:, None] * attention(_modulate(x, shift1, scale1, norm))
+        modulated = _modulate(x, shift2, scale2, norm)
+        hidden = xavier_dense(4 * width, dtype=dtype, name="expand")(modulated)
         out = xavier_dense(width, dtype=dtype, name="contract")(nn.gelu(hidden))
         return x + gate2[:, None] * out
+
+
+def _omega(condition: Condition, t: Time) -> Time:
+    """Return the scale of guidance, 1 where nothing is told."""
+    return jnp.ones_like(t) if condition.guidance is None else condition.guidance.omega
 
 
 class DiT(Transformer, kw_only=True):
@@ -94,13 +120,22 @@ class DiT(Transformer, kw_only=True):
     Args:
       time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
       r_blocks: see `num_r_blocks`, where time_conditioning is `DECOUPLED`.
+      levels: where time_conditioning is `STEPS`; the smallest step is 2^-levels.
+      norm: one of `NORMS`.
+      logit_power: see `Attention.power`.
+      told_guidance: whether it is told 1 / omega, and its output is multiplied by omega.
     """
 
     takes = ("images", "signals")
+    can_be_told_guidance = True
 
     time_conditioning: str = "t,t-r"
     r_blocks: int = 0
     condition_size: int = 0
+    levels: int = 7
+    norm: str = "layer"
+    logit_power: float = -0.5
+    told_guidance: bool = False
 
     @nn.compact
     def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
@@ -109,6 +144,7 @@ class DiT(Transformer, kw_only=True):
                 f"model.width={self.width}: must be divisible by 4 and by"
                 f" model.num_heads={self.num_heads}"
             )
+        check_known("model.norm", self.norm, NORMS)
         p, dense = self.patch_size, functools.partial(zero_dense, dtype=self.dtype)
         patches = patches_of(z, p)
         x = xavier_dense(self.width, dtype=self.dtype, name="patch_embedding")(patches)
@@ -116,18 +152,22 @@ class DiT(Transformer, kw_only=True):
         positions = sine_cosine_positions(*grid, num_features=self.width)
         x = x + jnp.asarray(positions, self.dtype)
         conditions, c = self._conditions(r, t, condition)
-        x = run_blocks(
-            self, Block, x, conditions, path=self.path, forward_mode=condition.forward_mode
-        )
+        how = {"path": self.path, "forward_mode": condition.forward_mode}
+        how |= {"norm": self.norm, "logit_power": self.logit_power}
+        x = run_blocks(self, Block, x, conditions, **how)
         modulation = dense(2 * self.width, name="final_modulation")(nn.silu(c))
-        shift, scale = jnp.split(modulation, 2, axis=-1)
-        out = dense(patches.shape[-1], name="final")(_modulate(x, shift, scale))
-        return Prediction(u=image_of(out, z.shape, p))
+        shift, scale = _vectors(modulation, 2, self.norm)
+        out = dense(patches.shape[-1], name="final")(_modulate(x, shift, scale, self.norm))
+        u = image_of(out, z.shape, p)
+        return Prediction(u * per_row(_omega(condition, t), u) if self.told_guidance else u)
 
     def _conditions(self, r: Time, t: Time, condition: Condition) -> tuple[list, Array]:
         """Return the conditions of the blocks and of the output layer."""
         decoupled = self.time_conditioning == DECOUPLED
         conditioning = "t" if decoupled else self.time_conditioning
+        if self.time_conditioning == STEPS:  # in the place of t - r
+            conditioning = "t,t-r"
+            r = t + jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
         embed = ConditionEmbedding(
             self.width,
             conditioning,
@@ -135,9 +175,13 @@ class DiT(Transformer, kw_only=True):
             condition_size=self.condition_size,
             name="condition",
         )
-        c = embed(r=r, t=t, labels=condition.labels)
+        guidance = 0
+        if self.told_guidance:
+            of_guidance = ScalarEmbedding(self.width, name="guidance_embedding")
+            guidance = of_guidance(1 / _omega(condition, t))
+        c = embed(r=r, t=t, labels=condition.labels) + guidance
         if not decoupled:
             return [c] * self.depth, c
-        of_r = embed(r=r, t=r, labels=condition.labels)
+        of_r = embed(r=r, t=r, labels=condition.labels) + guidance
         last = num_r_blocks(self.depth, self.r_blocks)
         return [c] * (self.depth - last) + [of_r] * last, of_r

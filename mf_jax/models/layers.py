@@ -185,17 +185,24 @@ class Attention(nn.Module):
       num_heads: divides the width.
       attend: from scaled queries, keys and values `[B, tokens, heads, features]` to values.
       out: makes the last linear layer.
+      power: logits are products of queries and keys times the features of a head to it.
+      qk_norm: whether RMSNorm, in float32, comes before the products.
     """
 
     num_heads: int
     dtype: str
     attend: Callable
     out: Callable = xavier_dense
+    power: float = -0.5
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
         qkv = xavier_dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape((*x.shape[:2], 3, self.num_heads, -1)), 2, 0)
-        attended = self.attend(q * q.shape[-1] ** -0.5, k, v).reshape(x.shape)
+        if self.qk_norm:
+            q, k = (nn.RMSNorm(name=f"{n}_norm")(a) for n, a in (("query", q), ("key", k)))
+            q, k = q.astype(self.dtype), k.astype(self.dtype)
+        attended = self.attend(q * q.shape[-1] ** self.power, k, v).reshape(x.shape)
         return self.out(width, dtype=self.dtype, name="out")(attended)

@@ -8,6 +8,7 @@ from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
+from mf_jax.objectives.shortcut import Shortcut
 from mf_jax.objectives.split_meanflow import SplitMeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.terms import Objective
@@ -21,5 +22,6 @@ OBJECTIVES = {
     "pixel_meanflow": PixelMeanFlow,
     "alpha_flow": AlphaFlow,
     "split_meanflow": SplitMeanFlow,
+    "shortcut": Shortcut,
     "terminal_velocity": TerminalVelocity,
 }

@@ -37,7 +37,7 @@ from mf_jax.runtime.files import written_aside
 _SECTIONS = ("ema_params", "ema", "ema_model", "params", "model")
 """Of a training checkpoint; the first that is there is taken."""
 _NETWORK = "net/"
-_WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network)\.)*")
+_WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network|model)\.)*")
 """In front of the names of a network's parameters."""
 _SECOND_HEAD = "v_head/"
 _TELLING = {

@@ -49,6 +49,7 @@ _DIT = (
         for letter in "thr"
         for rule in _embedding(f"{letter}_embedder", f"condition/{letter}_embedding")
     ),
+    *_embedding("g_embedder", "guidance_embedding"),
     _Rule("y_embedder/embedding_table/_flax_embedding/", "condition/label_embedding/"),
     _Rule("blocks/layers_{i}/adaLN_modulation/layers_1/_flax_linear/", "block_{i}/modulation/"),
     _Rule("blocks/layers_{i}/attn/qkv/_flax_linear/", "block_{i}/attention/qkv/"),
@@ -99,10 +100,10 @@ def _in_context(tokens: str) -> tuple[_Rule, ...]:
 
 
 def _of_torch(**embeddings: str) -> tuple[_Rule, ...]:
-    """Return the rules of a DiT in PyTorch, whose embeddings of t, h = t - r and r have names."""
+    """Return the rules of a DiT in PyTorch, whose embeddings of t, h = t - r, r, g have names."""
     rules = [_Rule("pos_embed", "", "computed")]
     for published, ours, stored in _DIT:
-        embedding = re.match("[thr](?=_embedder)", published)
+        embedding = re.match("[thrg](?=_embedder)", published)
         if embedding and embedding[0] not in embeddings:
             continue
         name = re.sub("_flax_(linear|embedding)/|layers_", "", published).replace("/", ".")
@@ -143,6 +144,13 @@ _RULES |= {
     "zhuyu_meanflow": _of_torch(t="t", h="r"),
     "soflow": _of_torch(t="t", h="s"),
     "alphaflow": _of_torch(t="noise_labels", r="noise_labels_next"),
+    "tvm": (
+        *_of_torch(t="t", h="s", g="guidance"),
+        *(
+            _Rule(f"blocks.{{i}}.attn.{x[0]}_norm.weight", f"block_{{i}}/attention/{x}_norm/scale")
+            for x in ("query", "key")
+        ),
+    ),
 }
 KINDS = tuple(_RULES)
 TORCH_KINDS = KINDS[3:]

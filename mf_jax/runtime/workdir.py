@@ -48,7 +48,8 @@ _ADDED: dict[str, dict[str, Any]] = {
     "model": {"prediction": "velocity", "t_clip": 0.05, "second_head": True, "rank": 8}
     | {"attention": "xla", "remat": "none", "scan": False, "r_blocks": 0, "dropout": 0.0}
     | {"head_depth": 0, "bottleneck": 0, "positions": "", "channels": 128, "num_blocks": 4}
-    | {"channel_multipliers": (2, 2, 2), "attention_resolutions": (16,)},
+    | {"channel_multipliers": (2, 2, 2), "attention_resolutions": (16,)}
+    | {"norm": "layer", "logit_power": -0.5, "told_guidance": False},
     "objective": {"alpha_start": 1.0, "alpha_end": 0.0, "anneal_from": 0, "anneal_to": 10_000}
     | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
     | {"velocity": "head", "split": "uniform", "target_ema": 0.0}
@@ -60,7 +61,8 @@ _ADDED: dict[str, dict[str, Any]] = {
     "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
     "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
     "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
-    "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)},
+    "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)}
+    | {"omega_min": 1.0, "instant_of_every_row": False},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
     | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"},

@@ -1,0 +1,93 @@
+"""Shortcut models: a step is two steps of half its size, down to a smallest one that is the flow.
+
+With s the middle of (r, t), where the averaged network's half step ends:
+
+    z_s  = clip(z_t - (t - s) u_ema(z_t, s, t))
+    loss = w |u(z_t, t, t) - v|^2
+         + w |u(z_t, r, t) - sg[clip((u_ema(z_t, s, t) + u_ema(z_s, r, s)) / 2)]|^2
+
+1. Rows with r = t regress the sample's own velocity. The network is told the smallest step there,
+   2^-levels (`model.time_conditioning=t,log2`).
+2. Rows with r < t learn from the averaged network alone. Their sizes are 2^-k with k < levels
+   (`times.name=dyadic`).
+3. Guidance, u_null + scale (u - u_null), is in both halves of the shortest of these steps, twice
+   2^-levels. Longer ones inherit it.
+
+FLOPs of a step in forward-equivalents of the whole batch, with a share q of rows r < t: 3 + 2 q;
+guidance adds 2 q.
+
+Source: Shortcut models, arXiv 2410.12557, equation 5, and their published code.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.rows import call, condition_of, predict, velocity_of
+from mf_jax.objectives import terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcut(terms.Objective):
+    """Regress steps of dyadic sizes on two steps of half their size.
+
+    Args:
+      guidance: its scale, omega / (1 - kappa), is that of the smallest steps.
+      levels: the smallest step is 2^-levels.
+      target_clip: largest size of an entry of a middle point and of a target.
+    """
+
+    guidance: Guidance = Guidance()
+    weight: terms.AdaptiveWeight = terms.AdaptiveWeight(p=0.0, of="mean")
+    levels: int = 7
+    target_clip: float = 4.0
+    target_ema: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_clip <= math.inf:
+            raise BadInput(f"objective.target_clip={self.target_clip}: must be above 0")
+        terms.check_target_ema(self.target_ema)
+
+    def loss(
+        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
+    ) -> terms.Loss:
+        """See `Objective.loss`; the metric du_dt is the difference quotient of u."""
+        instant, interval = draws.instant, draws.interval
+        u_instant = terms.at_instant(field, params, instant).u
+        teacher = params if target_params is None else target_params
+        u, target, du_dt = self._parts(field, params, teacher, interval)
+        v_error = terms.squared_error(u_instant, velocity_of(instant))
+        u_error = terms.squared_error(u, target)
+        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        return self.weight.mean(draws, v_error, u_error), metrics
+
+    def _parts(
+        self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+        """Return u over the interval, its target, and the difference quotient of u."""
+        r, t, clip = rows.r, rows.t, self.target_clip
+        if t.shape[0] == 0:
+            return rows.x, rows.x, rows.x
+        scale = self.guidance.omega / (1 - self.guidance.kappa)
+        is_shortest = per_row((t - r) * 2.0**self.levels < 3, rows.x)  # 2, or 4 and more
+
+        def half(z: Array, **times: Array) -> Array:
+            own = predict(field, teacher, rows, z, **times).u
+            if self.guidance.is_off:
+                return own
+            told = condition_of(rows, is_null=True)
+            null = call(field, teacher, z, **times, condition=told, mask=rows.mask).u
+            return jnp.where(is_shortest, null + scale * (own - null), own)
+
+        s, z = (r + t) / 2, interpolate(rows.x, rows.e, t=t)
+        first = half(z, r=s, t=t)
+        second = half(jnp.clip(advance(z, first, r=s, t=t), -clip, clip), r=r, t=s)
+        u = predict(field, params, rows, z, r=r, t=t).u
+        return u, jnp.clip((first + second) / 2, -clip, clip), (u - second) / per_row(t - s, u)
