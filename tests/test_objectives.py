@@ -183,7 +183,7 @@ def _constant_targets(name, setting, field, params, draws, teacher):
         return jax.jvp(functools.partial(u, params), (z, r, t), tangent)
 
     still = jnp.zeros_like(r), jnp.ones_like(t)
-    pairs = [(lambda p: at_t(p, instant, instant.t), velocity_of(instant))]
+    pairs = [(lambda p: at_t(p, instant, instant.t), velocity(instant.x, instant.e))]
     target = v  # of flow matching
     if name == "meanflow" or setting == "derivative":
         target = v - gap * along((v, *still), params)[1]
@@ -335,7 +335,7 @@ MUTATIONS = {
         ("", "(r + t) / 2, inter", "(r + t) / 3, inter"),
         ("", "first + second) / 2", "first + second) / 3"),
         ("", "advance(z, first, r=s", "advance(z, first, r=t"),
-        ("", "velocity_of(instant)", "velocity(instant.e, instant.x)"),
+        ("", "velocity_of(instant)", "-velocity_of(instant)"),
     ],
     ("terminal_velocity", "", GUIDED, None): [
         ("", "squared_error(u - per_row(", "squared_error(u + per_row("),
