@@ -129,6 +129,10 @@ DEFAULTS = dict(
         min_gap=0.0,  # logit_normal with clip: smallest t - r, in [0, 1)
         levels=7,  # dyadic, grid, model t,log2: the shortest step is 2^-levels; dyadic halves to it
     ),
+    coupling=dict(  # which noise belongs to which data
+        name="independent",  # independent | optimal_transport (within a condition)
+        rows=0,  # optimal_transport: of so many rows among themselves; 0 = of the whole batch
+    ),
     instant_times=dict(  # of rows with r = t
         name="",  # logit_normal | uniform | grid; "" = the larger of the two of `times`
         t_mean=-0.4,  # logit_normal: mean of logit t

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "mf_jax.flow.errors": "BadInput",
     "mf_jax.flow.check": "check",
+    "mf_jax.flow.couplings": "Coupling OptimalTransport",
     "mf_jax.flow.derivative": "Derivative",
     "mf_jax.flow.draws": "DrawScheme",
     "mf_jax.flow.guidance": "Guidance",

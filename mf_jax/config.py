@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mf_jax.data import SOURCES, Source, make_source, read
+from mf_jax.flow.couplings import COUPLINGS
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
@@ -116,7 +117,9 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
         shared = {"order": "clip", "levels": config.times.levels}
         with in_section("instant_times"):
             own = from_section(record, ConfigDict({**config.instant_times, **shared}))
-    parts = {"times": times, "instant_times": own}
+    coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
+    coupling = coupling and from_section(coupling, config.coupling)
+    parts = {"times": times, "instant_times": own, "coupling": coupling}
     return from_section(DrawScheme, config.draws, **parts, for_networks=True)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
+from mf_jax.flow.couplings import Coupling
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, split_rows
@@ -53,6 +54,7 @@ class DrawScheme:
     Args:
       times: distribution of (r, t).
       instant_times: distribution whose t is drawn for rows with r = t; None = `times`.
+      coupling: which e belongs to which x; None = independent. It deals given e too.
       instant_of_every_row: all rows are in both sub-batches, with the same x, e and condition.
       instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
       label_drop_share: share of all rows trained without their condition, in [0, 1).
@@ -78,6 +80,7 @@ class DrawScheme:
     for_networks: bool = False
     instant_times: Times | None = None
     instant_of_every_row: bool = False
+    coupling: Coupling | None = None
     omega_min: float = 1.0
 
     def __post_init__(self) -> None:
@@ -153,6 +156,8 @@ class DrawScheme:
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
         mask = _mask_of(mask, x)
+        if self.coupling is not None:
+            e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:
             x, e, direction = (jnp.where(mask, each, 0) for each in (x, e, direction))
         dropout = None

@@ -36,7 +36,16 @@ SECTIONS_OF_A_RUN = (
     "controls",
     "velocity",
 )
-SECTIONS_OF_A_RUN += ("times", "instant_times", "draws", "init", "train", "optim", "ema")
+SECTIONS_OF_A_RUN += (
+    "times",
+    "instant_times",
+    "coupling",
+    "draws",
+    "init",
+    "train",
+    "optim",
+    "ema",
+)
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
 _FREE += ("model.attention", "model.remat", "init.kind")
@@ -60,6 +69,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0, "non_expansive": 0.0},
     "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
     "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
+    "coupling": {"name": "independent", "rows": 0},
     "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
     "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)}
     | {"omega_min": 1.0, "instant_of_every_row": False},

@@ -1,0 +1,74 @@
+"""Pairs of data and noise: least cost, within conditions, and the map between Gaussians."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from mf_jax.flow.couplings import OptimalTransport
+from mf_jax.flow.draws import DrawScheme
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.times import UniformTimes
+
+X = jax.random.normal(jax.random.key(0), (12, 3, 2))
+E = jax.random.normal(jax.random.key(1), (12, 3, 2))
+
+
+def _cost(x, e, mask=None):
+    differences = np.asarray(x)[:, None] - np.asarray(e)[None]
+    counts = np.ones_like(x) if mask is None else np.asarray(mask)
+    return np.sum(differences**2 * counts[:, None], axis=(2, 3))
+
+
+def _least(x, e, mask=None):
+    cost = _cost(x, e, mask)
+    return cost[linear_sum_assignment(cost)].sum()
+
+
+def test_the_assignment_is_the_cheapest_within_each_condition():
+    labels = jnp.arange(12) % 3
+    dealt = OptimalTransport().pair(X, E, labels, None)
+    for label in range(3):
+        ours, own, x = (each[labels == label] for each in (dealt, E, X))
+        assert sorted(map(float, ours[:, 0, 0])) == sorted(map(float, own[:, 0, 0]))
+        np.testing.assert_allclose(np.trace(_cost(x, ours)), _least(x, own), rtol=1e-5)
+    assert not jnp.array_equal(dealt, E)
+    free = OptimalTransport().pair(X, E, None, None)
+    np.testing.assert_allclose(np.trace(_cost(X, free)), _least(X, E), rtol=1e-5)
+
+
+def test_what_a_mask_hides_costs_nothing_and_blocks_stay_apart():
+    mask = jnp.broadcast_to((jnp.arange(3) < 2)[None, :, None], X.shape).at[::2].set(True)
+    dealt = OptimalTransport(rows=6).pair(X, E, None, mask)
+    for block in (slice(6), slice(6, 12)):
+        parts = [each[block] for each in (X, dealt, E, mask)]
+        spent = np.trace(_cost(parts[0], parts[1], parts[3]))
+        np.testing.assert_allclose(spent, _least(parts[0], parts[2], parts[3]), rtol=1e-5)
+    with pytest.raises(BadInput, match="must divide the 12 rows"):
+        OptimalTransport(rows=5).pair(X, E, None, None)
+
+
+def test_batches_near_the_transport_map_of_gaussians_as_they_grow():
+    """From N(0, 1) to N(0, 1/4) it is x = e / 2; independent pairs are off by sqrt(1/4 + 1/4)."""
+    errors = []
+    for num in (4, 256):
+        x, e = 0.5 * jax.random.normal(jax.random.key(2), (num, 1)), None
+        scheme = DrawScheme(UniformTimes(), 0.5, 0.0, coupling=OptimalTransport())
+        draws = jax.jit(scheme.draw)(jax.random.key(3), x, e=e)
+        pairs = [(rows.x, rows.e) for rows in (draws.instant, draws.interval)]
+        errors.append(float(np.sqrt(np.mean([jnp.mean((a - b / 2) ** 2) for a, b in pairs]))))
+    assert errors[1] < 0.1 < 0.2 < errors[0]
+    drawn = jnp.concatenate([rows.e for rows in (draws.instant, draws.interval)])
+    plain = DrawScheme(UniformTimes(), 0.5, 0.0).draw(jax.random.key(3), x)
+    same = jnp.concatenate([rows.e for rows in (plain.instant, plain.interval)])
+    np.testing.assert_array_equal(jnp.sort(drawn[:, 0]), jnp.sort(same[:, 0]))
+
+
+def test_straighter_paths_cross_less():
+    """Within a cheapest assignment no two rows gain by exchanging their noise."""
+    dealt = OptimalTransport().pair(X, E, None, None)
+    for i, j in itertools.combinations(range(12), 2):
+        assert jnp.sum((X[i] - X[j]) * (dealt[i] - dealt[j])) > -1e-5
