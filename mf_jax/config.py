@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mf_jax.data import SOURCES, Source, make_source, read
+from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
@@ -144,12 +145,13 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
             raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
     told = {"num_classes": spec.num_classes}
     told |= {"levels": config.times.levels} if "levels" in _fields_of(network) else {}
-    if spec.condition_size:
-        told["condition_size"] = spec.condition_size
+    augment = look_up("data.augment", config.data.augment, AUGMENTATIONS)
+    for key, size in zip(_TOLD, (spec.condition_size, augment.num_labels), strict=True):
+        told |= {key: size} if size else {}
         able = [k for k, each in NETWORKS.items() if told.keys() <= _fields_of(each)]
-        if model.name not in able:
-            fit = f"use one of {', '.join(able)}, or data without `condition`"
-            raise BadInput(f"model.name={model.name!r}: is told no condition but classes; {fit}")
+        if size and model.name not in able:
+            problem = _TOLD[key].format(", ".join(able))
+            raise BadInput(f"model.name={model.name!r}: is told {problem}")
     made = from_section(network, ConfigDict(fields), **told)
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
@@ -158,6 +160,10 @@ def _fields_of(network: Callable) -> set[str]:
     return set(inspect.signature(network).parameters)
 
 
+_TOLD = {
+    "condition_size": "no condition but classes; use one of {}, or data without `condition`",
+    "augment_labels": "nothing of how pictures were moved; use one of {}, or data.augment=none",
+}
 _MOST_LAYERS = 500  # tracing more takes minutes
 _AT_LEAST_ONE = {"depth", "width", "num_heads", "patch_size", "channels", "num_blocks", "rank"}
 
@@ -236,6 +242,8 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
             spec.check_labels(config.sample.labels, has_null=config.draws.label_drop_share > 0)
         if config.data.flip and not spec.is_picture:
             problems.append("data.flip=True: only images can be mirrored; use data.flip=False")
+        if config.data.augment != "none" and (not spec.is_picture or spec.more or source.stored):
+            problems.append("data.augment: only pictures that bring nothing are moved; use none")
     if problems:
         raise BadInput("; ".join(dict.fromkeys(problems)))  # several checks build the same part
     return source

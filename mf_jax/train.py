@@ -37,6 +37,7 @@ from mf_jax.config import (
     validate,
 )
 from mf_jax.data import Source, make_batches
+from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
 from mf_jax.loading import load_weights, weights_sha256
@@ -124,6 +125,8 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         more=source.spec.more,
         gather=config.mesh.gather,
         ema_rampup=config.ema.rampup,
+        ema_every_steps=config.ema.every_steps,
+        augment=AUGMENTATIONS[config.data.augment].draw,
     )
 
 
