@@ -17,6 +17,7 @@ DEFAULTS = dict(
         channels=0,  # image_folder: 1 grey, 3 colour; 0 = grey if the pictures are
         background="white",  # image_folder: colour behind transparent pixels
         flip=False,  # mirror every other picture at random
+        augment="none",  # edm: mirror, scale, stretch, shift pictures and tell it; none
         class_order="number",  # of classes that are all numbers: number | name (10 before 2)
         held_out_share=0.1,  # image_folder (of each class), arrays: share kept for evaluation
         dataset="cifar10",  # tfds: name of the data set; openml: mnist_784 | Fashion-MNIST
@@ -159,7 +160,7 @@ DEFAULTS = dict(
         log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
     ),
     optim=dict(
-        name="adamw",  # adamw | muon (for the matrices of linear layers, and adam for all else)
+        name="adamw",  # adamw | radam | muon (matrices of linear layers; adam for all else)
         lr=1e-3,  # peak learning rate
         warmup_steps=0,  # steps of linear warm-up from 0
         schedule="constant",  # after warm-up: constant | cosine (to 0 at train.num_steps)
@@ -172,6 +173,7 @@ DEFAULTS = dict(
     ema=dict(
         decays=(0.9999,),  # each in [0, 1): one moving average of the parameters for each
         halflives_kimg=(),  # and for each half-life in thousands of images; 500.0 is named 500kimg
+        every_steps=1,  # steps after which they move, by decay^every_steps; decays are per step
         rampup=0.05,  # their longest half-life, as a share of the images seen so far; 0 = no limit
     ),
     log=dict(

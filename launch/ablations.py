@@ -32,12 +32,12 @@ from configs.digits import get_config as digits
 from configs.rows import soflow
 from mf_jax import evaluate, train
 from mf_jax.bench.step import placed_step
-from mf_jax.config import validate
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import replace_file
 from mf_jax.runtime.json_files import read_json, write_json
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json
+from mf_jax.validation import validate
 
 RUNS, DOCUMENT, PLOTS = Path("runs/ablations"), Path("docs/ablations.md"), Path("docs/ablations")
 NUM_STEPS = 1000  # of a run; those at equal FLOPs get what so many steps of MeanFlow take

@@ -18,7 +18,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.config import validate
 from mf_jax.data import Batch, Source, in_turn, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
@@ -37,6 +36,7 @@ from mf_jax.scoring.diagnose import diagnose
 from mf_jax.scoring.grid import NEWEST, Cell, cells
 from mf_jax.scoring.rows import Row
 from mf_jax.scoring.scorers import Samples, Scorer
+from mf_jax.validation import validate
 
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64

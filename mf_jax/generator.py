@@ -32,7 +32,7 @@ from mf_jax.models.blocks import unstack_blocks
 from mf_jax.models.layers import sine_cosine_positions
 from mf_jax.published.checkpoints import write_published
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.published.names import TORCH_KINDS
+from mf_jax.published.names import KINDS_WITH_POSITIONS
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
@@ -232,11 +232,12 @@ class Generator:
         Args:
           path: a `.npz` or `.safetensors` file.
           kind: `meanflow`, `sit`, `zhuyu_meanflow`, `soflow` or `alphaflow` of a dit, `imf` or
-            `pmf` of an in_context_dit. A `sit` has the velocity u(z, t, t) alone.
+            `pmf` of an in_context_dit, `py_meanflow` of a unet. A `sit` has the velocity u(z, t, t)
+            alone.
         """
         params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
         positions = ()
-        if kind in TORCH_KINDS:
+        if kind in KINDS_WITH_POSITIONS:
             grid = (side // model.patch_size for side in self.spec.shape[:2])
             positions = sine_cosine_positions(*grid, num_features=model.width)
         write_published(path, kind, params, patch_size=model.patch_size, positions=positions)

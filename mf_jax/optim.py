@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from mf_jax.flow.errors import BadInput, check_known
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "radam")
 SCHEDULES = ("constant", "cosine")
 _NOT_HIDDEN = ("patch_embedding", "bottleneck")
 """Linear layers that see the data: convolutions, and so no matrices, in the published code."""
@@ -96,6 +96,16 @@ def _muon(
     return optax.GradientTransformation(lambda params: inner.init(_split_qkv(params)), update)
 
 
+def _radam(
+    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_radam(b1, b2),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def make_optimizer(
     rate: optax.Schedule,
     *,
@@ -114,14 +124,16 @@ def make_optimizer(
       weight_decay: decoupled.
       clip_norm: clip gradients to this global norm first; 0 = off.
       name: one of `OPTIMIZERS`. `muon` moves matrices by their orthogonalised momentum
-        (`muon_dimensions`), all else by adam with Nesterov momentum, at the same rate.
+        (`muon_dimensions`), all else by adam with Nesterov momentum, at the same rate. `radam`
+        holds adam's first steps back, for a warm-up of its own.
       momentum: decay of muon's momentum, in [0, 1).
 
     Source: Muon, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; as pixel MeanFlow
-    uses it, arXiv 2601.22158, appendix A.
+    uses it, arXiv 2601.22158, appendix A; RAdam, arXiv 1908.03265.
     """
     check_known("optim.name", name, OPTIMIZERS)
-    make = functools.partial(_muon, momentum=momentum) if name == "muon" else optax.adamw
+    muon = functools.partial(_muon, momentum=momentum)
+    make = dict(zip(OPTIMIZERS, (optax.adamw, muon, _radam), strict=True))[name]
     optimizer = make(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
@@ -183,6 +195,7 @@ def update_averages(
     batch_size: int,
     step: Int[Array, ""] | int = 0,
     rampup: float = 0.0,
+    every_steps: int = 1,
     fixed: str = "",
 ) -> dict[str, PyTree]:
     """Move each average towards the parameters: a <- d a + (1 - d) p, with the decay d.
@@ -190,15 +203,21 @@ def update_averages(
     Args:
       step: steps done before this one.
       rampup: longest half-life as a share of those steps, or of their images; 0 = no limit.
-      fixed: the average that has no limit.
+      every_steps: steps after which the averages move, as far as in as many moves.
+      fixed: the average that has no limit, and moves at each step.
 
     Source: EDM, arXiv 2206.00364, appendix F.2.
     """
 
     def move(name: str, average: PyTree) -> PyTree:
-        share = 1 - decay_of(name, batch_size=batch_size)
+        every = 1 if name == fixed else every_steps
+        share = 1 - decay_of(name, batch_size=batch_size) ** every
         if rampup and name != fixed:
-            share = jnp.maximum(share, -jnp.expm1(-math.log(2) / (rampup * jnp.float32(step))))
-        return optax.incremental_update(params, average, share)
+            halved = -every * math.log(2) / (rampup * jnp.float32(step))
+            share = jnp.maximum(share, -jnp.expm1(halved))
+        if every == 1:
+            return optax.incremental_update(params, average, share)
+        moved = functools.partial(optax.incremental_update, params, step_size=share)
+        return jax.lax.cond((step + 1) % every == 0, moved, lambda average: average, average)
 
     return {name: move(name, average) for name, average in averages.items()}

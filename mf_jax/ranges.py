@@ -51,6 +51,7 @@ RANGES = (
     ("ema.decays", 0, 1, "[)"),
     ("ema.halflives_kimg", 0, math.inf, "()"),
     ("ema.rampup", 0, math.inf, "[)"),
+    ("ema.every_steps", 1, math.inf, "[)"),
     ("log.sample_every_steps", 0, math.inf, "[)"),
     ("checkpoint.every_steps", 1, math.inf, "[)"),
     ("checkpoint.keep", 1, math.inf, "[)"),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, PyTree
 from mf_jax.data import Batch, Stored
 from mf_jax.flow.draws import DrawScheme, key_of
 from mf_jax.flow.records import NOTHING_TOLD, Draws, Told
+from mf_jax.flow.rows import split_rows
 from mf_jax.models import as_field, initial_params, parameter_shapes, with_gather
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives import Objective
@@ -50,7 +51,8 @@ class StepParts:
     shape: of one data element. log_every_steps: steps over which metrics are averaged. stored: how
     batches become elements, where each visit draws them anew. more: see `DataSpec.more`. gather:
     one of `sharding.GATHERS`.
-    ema_rampup: see `update_averages`; the objective's own average has none.
+    ema_rampup, ema_every_steps: see `update_averages`; they leave the objective's own average out.
+    augment: changes the elements of a batch, and tells how; see `mf_jax.data.augment`.
     """
 
     network: nn.Module
@@ -66,6 +68,8 @@ class StepParts:
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: str = "step"
     ema_rampup: float = 0.0
+    ema_every_steps: int = 1
+    augment: Callable | None = None
 
     @property
     def batch(self) -> Batch:
@@ -86,10 +90,18 @@ class StepParts:
         if self.stored:
             key, stored_key = jax.random.split(key)
             x = self.stored.draw(stored_key, x)
-        if condition is None:
-            return self.scheme.draw(key, x, labels, e=e, mask=mask)
-        told = Told(labels, condition)
-        return self.scheme.draw(key, x, told, e=e, mask=mask, null=NOTHING_TOLD)
+        if self.augment:
+            key, augment_key = jax.random.split(key)
+            x, augment = self.augment(augment_key, x)
+        told, null = labels, None
+        if condition is not None:
+            told, null = Told(labels, condition), NOTHING_TOLD
+        draws = self.scheme.draw(key, x, told, e=e, mask=mask, null=null)
+        if self.augment:
+            both = draws.instant, draws.interval
+            labels = split_rows(augment, [len(rows.t) for rows in both])
+            draws = Draws(*(rows.replace(augment=a) for rows, a in zip(both, labels, strict=True)))
+        return draws
 
     @functools.cached_property
     def metric_names(self) -> tuple[str, ...]:
@@ -171,6 +183,7 @@ def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[...,
                 batch_size=parts.batch_size,
                 step=state.step,
                 rampup=parts.ema_rampup,
+                every_steps=parts.ema_every_steps,
                 fixed=average_name(parts.objective.target_ema),
             ),
             opt_state=opt_state,

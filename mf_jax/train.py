@@ -34,9 +34,9 @@ from mf_jax.config import (
     make_schedule,
     make_scheme,
     own_parts,
-    validate,
 )
 from mf_jax.data import Source, make_batches
+from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
 from mf_jax.loading import load_weights, weights_sha256
@@ -50,6 +50,7 @@ from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.sampling import can_draw, draw_progress
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
+from mf_jax.validation import validate
 
 _RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
 _RESULTS |= {"pictures": "samples", "report": "report.html"}
@@ -124,6 +125,8 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         more=source.spec.more,
         gather=config.mesh.gather,
         ema_rampup=config.ema.rampup,
+        ema_every_steps=config.ema.every_steps,
+        augment=AUGMENTATIONS[config.data.augment].draw,
     )
 
 

@@ -24,6 +24,7 @@ TINY = (
     "--config.optim.warmup_steps=0",
     "--config.train.log_every_steps=3",
     "--config.log.sample_every_steps=5",
+    "--config.ema.every_steps=5",  # which no checkpoint falls on
     "--config.checkpoint.every_steps=4",
     "--config.eval.num_samples=80",
     "--config.eval.steps=1,2",

@@ -41,7 +41,7 @@ def load_case(path):
 
     def tree(prefix):
         flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
-        return from_published(meta["kind"], flat)
+        return from_published(meta["kind"].removesuffix("_unet"), flat)
 
     return meta, case, tree("params/net/"), tree("grads/net/")
 
@@ -58,6 +58,7 @@ def draws_of(meta, case):
     rows = Rows(
         **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
         guidance=told,
+        augment=jnp.asarray(case["in/augment"]) if "in/augment" in case else None,
         for_networks=True,
     )
     rows = rows.replace(null=jnp.full_like(rows.condition, NO_LABEL))

@@ -11,9 +11,9 @@ from conftest import ROOT
 
 from launch import ablations
 from launch.ablations import ROWS, Row, all_runs, decisive, make_config
-from mf_jax.config import validate
 from mf_jax.data import make_source
 from mf_jax.flow.errors import BadInput
+from mf_jax.validation import validate
 
 RUNS = {row.run: row for row in all_runs()}
 CONFIGS = {name: decisive(make_config(row)) for name, row in RUNS.items()}

@@ -23,7 +23,7 @@ from mf_jax.bench import attention, measure, step, table
 from mf_jax.bench import input as input_pipeline
 from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench.step import FLOW_MATCHING, Noise, changed, fresh_batches
-from mf_jax.config import make_network, make_objective, validate
+from mf_jax.config import make_network, make_objective
 from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
@@ -33,6 +33,7 @@ from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
+from mf_jax.validation import validate
 
 DIGITS, POINTS = DataSpec((8, 8, 1), 10), DataSpec((2,), 0)
 SMALL = {"depth": 1, "width": 64}

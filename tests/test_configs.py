@@ -19,7 +19,7 @@ from recorded import FOLDER
 from configs import cifar10, digits, imagenet
 from configs.default import get_config as defaults
 from mf_jax.bench.step import Noise
-from mf_jax.config import averages, make_network, make_objective, validate
+from mf_jax.config import averages, make_network, make_objective
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
@@ -28,6 +28,7 @@ from mf_jax.objectives import OBJECTIVES
 from mf_jax.scoring.grid import cells
 from mf_jax.step import NEVER, initial_state, make_train_step
 from mf_jax.train import step_parts
+from mf_jax.validation import validate
 
 ALONE = ("imagenet_b2", "pictures", "toy2d")
 PUBLISHED = {
@@ -40,8 +41,8 @@ CONFIGS = {
     **{name: importlib.import_module(f"configs.{name}").get_config for name in ALONE},
 }
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
-EDM_UNET = 55_733_891 - 9 * 128
-"""What EDM prints for its U-Net, less its augmentation labels."""
+UNET = 55_929_347, 55_932_419
+"""Parameters of the published U-Net without and with the embedding of augmentation labels."""
 
 
 def stand_in(config):
@@ -102,9 +103,11 @@ def test_every_config_file_says_what_it_is_for():
 
 
 def test_networks_have_the_published_size_and_rows_say_it():
-    for row in cifar10.ROWS:  # and an embedding of t - r beside that of t
-        second_time = 128 * 512 + 512 + 512 * 512 + 512
-        assert _count(_shapes(cifar10.get_config(row))) == EDM_UNET + second_time
+    for row in cifar10.ROWS:
+        config = cifar10.get_config(row)
+        assert _count(_shapes(config)) == UNET[1]
+        config.data.augment = "none"
+        assert _count(_shapes(config)) == UNET[0]
     for name, row in imagenet.ROWS.items():
         config = imagenet.get_config(name)
         kind, size, patch = re.split("[-/]", row.network)

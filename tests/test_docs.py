@@ -12,11 +12,11 @@ from conftest import ROOT
 from oracle import class_mean, exact_draws, gaussian_field
 
 from mf_jax import objectives
-from mf_jax.config import validate
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
+from mf_jax.validation import validate
 
 PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
 

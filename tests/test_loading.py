@@ -12,7 +12,7 @@ from recorded import FOLDER
 
 import mf_jax
 from mf_jax import loading
-from mf_jax.config import make_network, validate
+from mf_jax.config import make_network
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.loading import load_initial, load_weights
@@ -21,6 +21,7 @@ from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import first_state, step_parts
+from mf_jax.validation import validate
 
 LABELS = [3, 1, 4, 1]
 DIGITS = ("--config=configs/digits.py", *TINY)

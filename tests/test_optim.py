@@ -57,9 +57,13 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
 
 def test_weight_decay_is_decoupled():
     params = {"w": jnp.array([10.0])}
-    optimizer = _optimizer(weight_decay=0.5)
-    updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 10.0, rtol=1e-6)
+    for name in ("adamw", "radam"):
+        optimizer = _optimizer(weight_decay=0.5, name=name)
+        updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 10.0, rtol=1e-6)
+    gradient, plain = {"w": jnp.array([3.0])}, optax.radam(0.1, 0.9, 0.95)
+    moved = _step(params, gradient, name="radam")["w"] / 10  # at ten times the rate
+    np.testing.assert_allclose(moved, plain.update(gradient, plain.init(params))[0]["w"], rtol=1e-6)
 
 
 def test_averages_move_as_their_names_say():
@@ -88,6 +92,22 @@ def test_averages_forget_their_start_by_a_ramp():
         "after 4,000 steps 67% of 0.9999 will still be the initial parameters"
     )
     assert forgetful(("0.995",), num_steps=4000, batch_size=1) == ""
+
+
+def test_averages_that_move_every_few_steps_move_as_far():
+    """By decay^4 after the 4th step and the 8th; the average of targets moves at each step."""
+    names, zero = {"0.9": 0.9, "0.5kimg": 0.5**0.2, "0.99": 0.99}, {"w": jnp.array(0.0)}
+    averages, settings = start_averages({"w": jnp.array(1.0)}, tuple(names)), {"every_steps": 4}
+    for step in range(9):
+        averages = update_averages(
+            averages, zero, batch_size=100, step=step, fixed="0.99", **settings
+        )
+        for name, decay in names.items():
+            moves = step + 1 if name == "0.99" else (step + 1) // 4 * 4
+            np.testing.assert_allclose(averages[name]["w"], decay**moves, rtol=1e-5)
+    ramp = {"batch_size": 1, "step": 199, "rampup": 0.05, **settings}
+    ramped = update_averages({"0.9999": {"w": jnp.array(1.0)}}, zero, **ramp)
+    np.testing.assert_allclose(ramped["0.9999"]["w"], 0.5 ** (4 / (0.05 * 199)), rtol=1e-5)
 
 
 def test_averages_are_named_by_decay_or_half_life():

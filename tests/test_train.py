@@ -23,7 +23,6 @@ import mf_jax
 from configs.digits import get_config
 from mf_jax import step as state_module
 from mf_jax import train
-from mf_jax.config import validate
 from mf_jax.data import Batch, Stored, make_batches
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.flow.errors import BadInput
@@ -36,6 +35,7 @@ from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.fingerprints import index_of
 from mf_jax.step import initial_state, make_train_step
+from mf_jax.validation import validate
 
 
 def _args(workdir, *more):

@@ -16,7 +16,7 @@ from mf_jax.bench.fits import virtual_devices
 from mf_jax.bench.measure import Result, turns
 from mf_jax.bench.step import Noise
 from mf_jax.bench.table import show
-from mf_jax.config import make_network, validate
+from mf_jax.config import make_network
 from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
@@ -25,6 +25,7 @@ from mf_jax.ranges import check_tuples
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file, to_json
+from mf_jax.validation import validate
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
 """Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""

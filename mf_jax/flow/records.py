@@ -100,13 +100,15 @@ class Condition:
     """What this project's networks are told besides z, r and t.
 
     labels: classes or `NO_LABEL`, a `Told`, or a caller's own tree. guidance: for networks that
-    learn a range of scales. dropout: a seed for each row's masks; None = no dropout. forward_mode:
-    whether `jax.jvp` follows, without a gradient of the derivative; fused attention must know.
+    learn a range of scales. dropout: a seed for each row's masks; None = no dropout. augment: tells
+    how x was changed; None = not at all. forward_mode: whether `jax.jvp` follows, without a
+    gradient of the derivative; fused attention must know.
     """
 
     labels: PyTree
     guidance: GuidanceScale | None = None
     dropout: UInt32[Array, "b"] | None = None
+    augment: Float[Array, "b k"] | None = None
     forward_mode: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -144,8 +146,8 @@ class Rows:
     told; None = nothing is dropped. dropped: whether a row trains without its condition. mask:
     where x counts; elsewhere x, e and direction are 0. fraction: in [0, 1), places a time between r
     and t. v, tangent: estimates in the place of e - x, in targets and along du/dt; None = e - x.
-    direction: standard normal, for derivatives along it. guidance, dropout: see `Condition`.
-    for_networks: whether the field gets a `Condition`.
+    direction: standard normal, for derivatives along it. guidance, dropout, augment: see
+    `Condition`. for_networks: whether the field gets a `Condition`.
     """
 
     x: Float[Array, "b ..."]
@@ -162,6 +164,7 @@ class Rows:
     direction: Float[Array, "b ..."] | None = None
     v: Float[Array, "b ..."] | None = None
     tangent: Float[Array, "b ..."] | None = None
+    augment: Float[Array, "b k"] | None = None
     for_networks: bool = flax.struct.field(pytree_node=False, default=False)
 
 

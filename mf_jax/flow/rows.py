@@ -33,7 +33,7 @@ def condition_of(rows: Rows, *, is_null: bool = False, forward_mode: bool = Fals
         told = jax.tree.map(tell, told, rows.null)
     if not rows.for_networks:
         return told
-    return Condition(told, rows.guidance, rows.dropout, forward_mode)
+    return Condition(told, rows.guidance, rows.dropout, rows.augment, forward_mode)
 
 
 def call(

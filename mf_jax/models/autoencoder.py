@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Float32, PyTree
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.models.layers import Image
-from mf_jax.models.unet import double
 from mf_jax.published import reading
 from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
 from mf_jax.runtime.json_files import parse_json
@@ -174,7 +173,8 @@ class _Decoder(nn.Module):
         x = _middle(_conv(self.channels[-1], 3, "conv_in")(x), self.groups)
         for level, features in enumerate(reversed(self.channels)):
             if level > 0:
-                x = _conv(x.shape[-1], 3, f"up_blocks.{level - 1}.upsamplers.0.conv")(double(x))
+                double = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(x.shape[-1], 3, f"up_blocks.{level - 1}.upsamplers.0.conv")(double)
             for i in range(self.layers):
                 x = _residual(x, features, self.groups, f"up_blocks.{level}.resnets.{i}")
         return _conv(3, 3, "conv_out")(nn.silu(_norm(self.groups, "conv_norm_out")(x)))

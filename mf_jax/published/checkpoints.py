@@ -4,7 +4,8 @@ A published checkpoint is a folder `checkpoint_N` that a published training scri
 Orbax: a tree of `params`, `ema_params`, `opt_state` and `step`, the parameters below `net`. Pixel
 MeanFlow keeps several averages: there `ema_params` holds one tree for each. A `.npz` or
 `.safetensors` file holds the same names, joined by "/". A `.pt` or `.pth` file of PyTorch holds
-`model`, `ema` or `ema_model`, or one of them alone.
+`model`, `ema` or `ema_model`, or one of them alone. The `model` of py-meanflow holds the network
+and its averages: `net`, `net_ema`, `net_ema1`, `net_ema2`.
 
 Source: the recorded checkpoints of the published implementations (tests/reference).
 """
@@ -12,6 +13,7 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 import functools
 import re
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,9 @@ from mf_jax.published.names import (
 )
 from mf_jax.runtime.files import written_aside
 
-_SECTIONS = ("ema_params", "ema", "ema_model", "params", "model")
+_SECTIONS = ("ema_params", "ema", "ema_model", "net_ema", "params", "model")
 """Of a training checkpoint; the first that is there is taken."""
+_AVERAGE = re.compile(r"(model/)?(net(_ema\d*)?)\.")
 _NETWORK = "net/"
 _WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network|model)\.)*")
 """In front of the names of a network's parameters."""
@@ -47,8 +50,12 @@ _TELLING = {
     ),
     "imf": ("patch_embedding/kernel", "class_tokens/embedding/embedding"),
     "pmf": ("bottleneck/kernel", "class_tokens/embedding/embedding"),
+    "py_meanflow": ("enc.*_conv.weight", "map_label"),
 }
-"""Our names of the first layer, whose shape tells the channels, and of the table of classes."""
+"""Our names of the first layer, whose shape tells the channels, and of the table of classes.
+
+Of a U-Net, patterns of the published names.
+"""
 
 
 def load_published(
@@ -63,16 +70,20 @@ def load_published(
 def describe_published(path: epath.PathLike, kind: str, *, section: str = "") -> tuple[int, int]:
     """Return channels and classes of a published network (`read_published`), 0 without labels."""
     check_known("kind", kind, KINDS)
-    patches, table = (published_name(kind, ours)[0] for ours in _TELLING[kind])
+    patches, table = ((published_name(kind, ours) or (ours,))[0] for ours in _TELLING[kind])
     arrays = read_published(path, kind, section=section, only=(patches, table))
-    if patches not in arrays or arrays[patches].ndim != 4:
+    first, classes = (
+        next((array for name, array in arrays.items() if fnmatchcase(name, pattern)), None)
+        for pattern in (patches, table)
+    )
+    if first is None or first.ndim != 4:
         raise BadInput(
             f"{path}: holds no {patches} [p, p, C, width] of a published {kind} network; check the"
             " kind"
         )
     # The last row of the table stands for no label.
-    num_classes = arrays[table].shape[-2] - 1 if table in arrays else 0
-    return arrays[patches].shape[1 if kind in TORCH_KINDS else 2], num_classes
+    num_classes = 0 if classes is None else classes.shape[-2] - 1
+    return first.shape[1 if kind in TORCH_KINDS else 2], num_classes
 
 
 def read_published(
@@ -83,9 +94,9 @@ def read_published(
     Args:
       path: a folder `checkpoint_N`, or the folder around it (the largest N is taken), or a file
         `.npz`, `.safetensors`, `.pt` or `.pth`.
-      section: one of `_SECTIONS`, or one of several averages, e.g. `ema_params/1000`; "" for the
-        first that is there. A file without sections is taken as it is.
-      only: names to read, where they are there; empty for all.
+      section: one of `_SECTIONS`, or one of several averages, e.g. `ema_params/1000`, `net_ema1`;
+        "" for the first that is there. A file without sections is taken as it is.
+      only: names or patterns of names to read, where they are there; empty for all.
     """
     check_known("kind", kind, KINDS)
     path, read = opened_checkpoint(path)
@@ -188,7 +199,7 @@ def write_published(
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
         params = unflatten_dict(params, sep="/")
     flat = to_published(kind, params, patch_size=patch_size)
-    if kind in TORCH_KINDS and len(positions):
+    if len(positions):
         flat["pos_embed"] = positions[None]
     try:
         with written_aside(path) as aside:
@@ -199,15 +210,22 @@ def write_published(
 
 def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Return {name without section and net/: stored name} of a section's parameters."""
-    if section and section.split("/")[0] not in _SECTIONS:
+    stored = {_AVERAGE.sub(r"\2/", name, count=1): name for name in names}
+    named = sorted({found[2] for found in map(_AVERAGE.match, names) if found})
+    if named:  # the rest counts updates
+        stored = {short: name for short, name in stored.items() if short != name}
+    known = tuple(dict.fromkeys((*_SECTIONS, *named)))
+    if section and section.split("/")[0] not in known:
         raise BadInput(
-            f"section={section!r}: must be one of {', '.join(_SECTIONS)}, or below one of them"
+            f"section={section!r}: must be one of {', '.join(known)}, or below one of them"
         )
-    there = {name.split("/")[0] for name in names if "/" in name}
-    sections = [each for each in _SECTIONS if each in there]
+    there = {name.split("/")[0] for name in stored if "/" in name}
+    sections = [each for each in known if each in there]
     section = section or next(iter(sections), "")
     start = f"{section}/" if sections else ""
-    chosen = {name.removeprefix(start): name for name in names if name.startswith(start)}
+    chosen = {
+        short.removeprefix(start): name for short, name in stored.items() if short.startswith(start)
+    }
     if not chosen:
         raise BadInput(
             f"holds no {section or 'parameters'}, but {', '.join(sections) or 'nothing'}"
@@ -222,7 +240,11 @@ def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict
         _WRAPPERS.sub("", short.removeprefix(prefix), count=1): name
         for short, name in chosen.items()
     }
-    return {short: name for short, name in chosen.items() if not only or short in only}
+    return {
+        short: name
+        for short, name in chosen.items()
+        if not only or any(fnmatchcase(short, pattern) for pattern in only)
+    }
 
 
 def _check_kind(names: Collection[str], kind: str) -> None:

@@ -3,7 +3,7 @@
 Published trees are flat dictionaries `{"blocks/layers_0/attn/qkv/_flax_linear/kernel": array, ...}`
 of three kinds in JAX: `meanflow` (our `DiT`), `imf` and `pmf` (our `InContextDiT`). Codes in
 PyTorch say `{"blocks.0.attn.qkv.weight": array, ...}`; their kinds, all of them a `DiT`, differ in
-the names of the embeddings of times.
+the names of the embeddings of times. `py_meanflow` is our `UNet`.
 
 Source: the recorded cases of the published implementations (tests/reference).
 """
@@ -21,12 +21,13 @@ Leaf = Shaped[np.ndarray, "..."]
 
 
 class _Rule(NamedTuple):
-    """The names of one parameter, or of one in each block, `{i}` its number.
+    """The names of one parameter, or of one in each block, `{i}` its number, `{p}` its place.
 
     A name that ends in / stands for its kernel, bias and embedding. The published array is `stored`
     as ours ("same"), as a kernel [p, p, C, width] ("patch") or [1, 1, C, width] ("pixel"), with a
     first axis of one ("row"), as [out, in] ("transposed") or [width, C, p, p] ("convolution"), or
-    we compute it ("computed").
+    we compute it ("computed"). Of a U-Net it is [out, in, h, w], ours [h, w, in, out] ("kernel") or
+    [in, out] ("pointwise").
     """
 
     published: str
@@ -120,6 +121,41 @@ def _of_torch(**embeddings: str) -> tuple[_Rule, ...]:
     return tuple(rules)
 
 
+_UNET_LAYERS = {  # published: ours, stored
+    "norm0": ("norm_1", "same"),
+    "conv0": ("conv_1", "kernel"),
+    "affine": ("condition", "transposed"),
+    "norm1": ("norm_2", "same"),
+    "conv1": ("conv_2", "kernel"),
+    "skip": ("shortcut", "kernel"),
+    "norm2": ("norm_3", "same"),
+    "qkv": ("attention/qkv", "pointwise"),
+    "proj": ("attention/out", "pointwise"),
+}
+
+
+def _of_unet() -> tuple[_Rule, ...]:
+    """Return the rules of the U-Net of CIFAR-10 in PyTorch."""
+    named = {
+        "map_augment": ("condition/augment", "transposed"),
+        "map_layer0": ("condition/hidden", "transposed"),
+        "map_layer1": ("condition/out", "transposed"),
+        "enc.{p}_conv": ("encoder_{p}_conv", "kernel"),
+        "dec.{p}_aux_norm": ("decoder_{p}_aux_norm", "same"),
+        "dec.{p}_aux_conv": ("decoder_{p}_aux_conv", "kernel"),
+    }
+    rules = []
+    for side, ours in (("enc", "encoder"), ("dec", "decoder")):
+        for theirs, (layer, stored) in _UNET_LAYERS.items():
+            named[f"{side}.{{p}}.{theirs}"] = (f"{ours}_{{p}}/{layer}", stored)
+            rules.append(_Rule(f"{side}.{{p}}.{theirs}.resample_filter", "", "computed"))
+    for theirs, (ours, stored) in named.items():
+        leaf = "scale" if stored == "same" else "kernel"
+        rules.append(_Rule(f"{theirs}.weight", f"{ours}/{leaf}", stored))
+        rules.append(_Rule(f"{theirs}.bias", f"{ours}/bias"))
+    return tuple(rules)
+
+
 _RULES = {
     "meanflow": _DIT,
     "imf": (
@@ -151,9 +187,12 @@ _RULES |= {
             for x in ("query", "key")
         ),
     ),
+    "py_meanflow": _of_unet(),
 }
 KINDS = tuple(_RULES)
 TORCH_KINDS = KINDS[3:]
+KINDS_WITH_POSITIONS = TORCH_KINDS[:-1]
+"""They store the computed embeddings of patches."""
 
 
 def our_name(kind: str, published: str) -> tuple[str, str] | None:
@@ -175,17 +214,22 @@ def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] 
     for rule in _RULES[kind]:
         before, after = getattr(rule, source), getattr(rule, target)
         pattern = re.escape(before).replace(re.escape("{i}"), r"(?P<i>\d+)")
+        pattern = pattern.replace(re.escape("{p}"), r"(?P<p>\w+)")
         leaf = r"(?P<leaf>kernel|bias|embedding)" if before.endswith("/") else "(?P<leaf>)"
         if match := re.fullmatch(pattern + leaf, name):
             return after.format(**match.groupdict()) + match["leaf"], rule.stored
     return None
 
 
+_OUT_FIRST = ("transposed", "convolution", "kernel", "pointwise")
+
+
 def as_ours(array: Leaf, stored: str) -> Leaf:
-    """Return a published array, stored so (`_Rule`), as a matrix or a vector."""
-    if stored in ("transposed", "convolution"):
+    """Return a published array, stored so (`_Rule`), as ours: a kernel, a matrix or a vector."""
+    if stored in _OUT_FIRST:
         array = array.transpose(*range(2, array.ndim), 1, 0)
-    return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+    is_flat = array.ndim <= 2 or stored == "kernel"
+    return array if is_flat else array.reshape(-1, array.shape[-1])
 
 
 def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]:
@@ -207,10 +251,10 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
                 f"patch_size={patch_size}: {ours} of shape {array.shape} is of another patch size"
             )
         patch = patch_size, patch_size, -1
-        before = {"pixel": (1, 1, -1), "row": (1, len(array))}
+        before = {"row": (1, len(array)), **dict.fromkeys(("pixel", "pointwise"), (1, 1, -1))}
         before |= dict.fromkeys(("patch", "convolution"), patch)
         array = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
-        if stored in ("transposed", "convolution"):
+        if stored in _OUT_FIRST:
             array = array.transpose(-1, -2, *range(array.ndim - 2))
         flat[name] = array
     return dict(sorted(flat.items()))

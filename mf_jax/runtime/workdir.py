@@ -75,9 +75,10 @@ _ADDED: dict[str, dict[str, Any]] = {
     | {"omega_min": 1.0, "instant_of_every_row": False},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
-    | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"},
+    | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"}
+    | {"augment": "none"},
     "optim": {"name": "adamw", "momentum": 0.95},
-    "ema": {"halflives_kimg": (), "rampup": 0.0},
+    "ema": {"halflives_kimg": (), "rampup": 0.0, "every_steps": 1},
 }
 """What was done before a key was there: the value of a key that a stored config lacks."""
 _HABITS = ("data.class_order", "data.channels", "ema.rampup")

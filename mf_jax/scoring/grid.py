@@ -6,9 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, check_grid
+from mf_jax.config import averages
 from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.optim import choose_ema
+from mf_jax.validation import check_grid
 
 NEWEST = -1
 

@@ -1,0 +1,146 @@
+"""What is wrong with a config: `validate` tells every problem in one error."""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from mf_jax.config import averages, make_network, make_objective, make_scheme, sample_plan
+from mf_jax.data import Source, make_source
+from mf_jax.flow.errors import BadInput, in_section
+from mf_jax.flow.records import DataSpec
+from mf_jax.flow.sampler import ONE_STEP, SamplePlan
+from mf_jax.models import NETWORKS, parameter_shapes
+from mf_jax.objectives import Objective
+from mf_jax.optim import choose_ema
+from mf_jax.ranges import check_tuples, wrong_values
+
+
+def validate(config: ConfigDict, *, num_devices: int, source: Source | None = None) -> Source:
+    """Return the training split of the data; raise one BadInput with every problem of the config.
+
+    Args:
+      config: of the run.
+      num_devices: over which the batch is split.
+      source: takes the place of the data that the config names, which are not opened then.
+    """
+    check_tuples(config)  # nothing below could read them
+    wrong = list(wrong_values(config))
+    problems = list(wrong)
+
+    @contextlib.contextmanager
+    def collect() -> Iterator[None]:
+        try:
+            yield
+        except BadInput as problem:
+            problems.append(str(problem))
+
+    with collect(), in_section("data"):
+        source = make_source(config.data, split="train") if source is None else source
+    with collect():
+        _check_batch(config, num_devices)
+    with collect():
+        sample_plan(config)
+    objective = None
+    with collect():
+        objective = make_objective(config)
+        choose_ema("sample.ema", config.sample.ema, averages(config))
+    with collect():
+        check_grid(config)
+    if source is not None:
+        spec = source.spec
+        with collect():
+            network = make_network(config, spec)
+            if not any(problem.startswith("model.") for problem in wrong):
+                parameter_shapes(network, spec.shape)  # finds what does not fit
+        if objective and config.model.name in NETWORKS:
+            problems += _wrong_guidance(config, objective, spec)
+            problems += _wrong_network(config, objective)
+        with collect(), in_section("sample"):
+            spec.check_labels(config.sample.labels, has_null=config.draws.label_drop_share > 0)
+        if config.data.flip and not spec.is_picture:
+            problems.append("data.flip=True: only images can be mirrored; use data.flip=False")
+        if config.data.augment != "none" and (not spec.is_picture or spec.more or source.stored):
+            problems.append("data.augment: only pictures that bring nothing are moved; use none")
+    if problems:
+        raise BadInput("; ".join(dict.fromkeys(problems)))  # several checks build the same part
+    return source
+
+
+def _check_batch(config: ConfigDict, num_devices: int) -> None:
+    size, group = config.train.batch_size, make_scheme(config).group
+    if size <= 0 or size % (group * num_devices):
+        share = f"draws.instant_share={config.draws.instant_share}"
+        raise BadInput(
+            f"train.batch_size={size}: must be a multiple of {group * num_devices}, since rows "
+            f"with r = t and r < t are dealt in groups of {group} ({share}) on each of "
+            f"{num_devices} device{'s' * (num_devices > 1)}"
+        )
+
+
+def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:
+    """Yield why the data, the objective or the network cannot be guided as the config wants it."""
+    omega, kappa, omega_max = config.guidance.omega, config.guidance.kappa, config.draws.omega_max
+    is_guided, is_drawn = (omega, kappa) != (1, 0), omega_max > 1
+    if not (is_guided or is_drawn):
+        return
+    setting = f"guidance.omega={omega}, guidance.kappa={kappa}, draws.omega_max={omega_max}"
+    off = "use omega=1, kappa=0, omega_max=1"
+    if spec.num_classes == spec.condition_size == 0:
+        yield f"{setting}: the data have no labels to guide by; {off}"
+    if not objective.guidable:
+        yield f"{setting}: {config.objective.name} has no guidance in its target; {off}"
+    if is_guided and is_drawn:
+        yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
+    able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
+    is_told = config.model.told_guidance or "told_guidance" not in _fields_of(
+        NETWORKS[config.model.name]
+    )
+    if is_drawn and not (config.model.name in able and is_told):
+        fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
+        yield f"{setting}: model.name={config.model.name} cannot be told guidance; {fix}"
+    if config.draws.label_drop_share == 0:
+        yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
+
+
+def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
+    """Yield what the objective needs and the network does not have."""
+    model, name = config.model, config.objective.name
+    network = NETWORKS[model.name]
+    if objective.second_order and model.attention == "fused":
+        yield (
+            f"model.attention='fused': {name}, with or without controls, takes the gradient of a "
+            "derivative, which only model.attention=xla has"
+        )
+    has_second_head = getattr(network, "second_head", False) and model.second_head
+    if objective.needs_second_head and not has_second_head:
+        yield (
+            "objective.velocity='head': the network has no second head; use model.name="
+            "in_context_dit with model.second_head=True, or objective.velocity=boundary"
+        )
+    if objective.predicts == "data" and model.prediction != "data":
+        yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
+    knows_r = "time_conditioning" not in inspect.signature(network).parameters
+    if objective.learns_average and model.time_conditioning == "t" and not knows_r:
+        yield (
+            "model.time_conditioning='t': a network that is not told r can only learn "
+            f"flow_matching, not {name}; use t,t-r, or t|r with model.name=dit"
+        )
+
+
+def check_grid(config: ConfigDict) -> None:
+    """Raise BadInput if `eval` lists nothing, or an entry that this run cannot be sampled with."""
+    section, names = config.eval, averages(config)
+    for key in ("steps", "omegas", "intervals", "emas"):
+        if not section[key]:
+            raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
+    for name in section.emas:
+        choose_ema("eval.emas", name, names)
+    with in_section("eval"):
+        for steps in section.steps:
+            SamplePlan(steps)
+        for omega, interval in itertools.product(section.omegas, section.intervals):
+            plan = ONE_STEP.replace(guidance=(omega, *interval))
+            plan.check_guidable(config.draws.omega_max)
