@@ -148,7 +148,7 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     augment = look_up("data.augment", config.data.augment, AUGMENTATIONS)
     for key, size in zip(_TOLD, (spec.condition_size, augment.num_labels), strict=True):
         told |= {key: size} if size else {}
-        able = [k for k, each in NETWORKS.items() if told.keys() <= _fields_of(each)]
+        able = [k for k, each in NETWORKS.items() if key in _fields_of(each)]
         if size and model.name not in able:
             problem = _TOLD[key].format(", ".join(able))
             raise BadInput(f"model.name={model.name!r}: is told {problem}")

@@ -156,7 +156,7 @@ ROUNDS_OF_TOY = (
 
 def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_path, monkeypatch):
     shapes = functools.cache(models.parameter_shapes)  # of few networks
-    monkeypatch.setattr("mf_jax.config.parameter_shapes", shapes)
+    monkeypatch.setattr("mf_jax.validation.parameter_shapes", shapes)
     run = f"--workdir={tmp_path}/run"
     for override, words in REFUSED_BY_THE_PARSER.items():
         _assert_refused(command(DIGITS, run, *TINY, f"--config.{override}"), *words)

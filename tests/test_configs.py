@@ -72,7 +72,7 @@ def _count(tree):
 
 
 def test_every_config_is_valid_and_so_is_its_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr("mf_jax.config.parameter_shapes", _shapes_of)
+    monkeypatch.setattr("mf_jax.validation.parameter_shapes", _shapes_of)
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
     for name, get_config in CONFIGS.items():
