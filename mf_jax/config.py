@@ -11,7 +11,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import SOURCES, Source, make_source, read
+from mf_jax.data import Source, make_source, read
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
@@ -21,33 +21,14 @@ from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import NETWORKS, SIZES, DataPrediction, parameter_shapes
+from mf_jax.models.distances import DISTANCES, distance_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
+from mf_jax.objectives.perceptual import Distance, Perceptual
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.optim import choose_ema, ema_names, learning_rate
 from mf_jax.ranges import check_tuples, wrong_values
 
 _MOST_KNOWN = 2**26
-PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
-"""Tables where a config file may register parts of its own."""
-
-
-def own_parts(config: ConfigDict) -> dict[str, str]:
-    """Return the file of each part of a config that is not of this package, by section."""
-    parts = {section: table[config[section].name] for section, table in PARTS.items()}
-    own = (each for each in parts.items() if not isinstance(each[1], str))
-    is_ours = __name__.partition(".")[0] + "."
-    return {k: inspect.getfile(v) for k, v in own if not v.__module__.startswith(is_ours)}
-
-
-def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
-    """Raise BadInput that names the file if a part that a run's file registered is unknown."""
-    for section, file in files.items():
-        name = config[section].name
-        if name not in PARTS[section]:
-            raise BadInput(
-                f"{section}.name={name!r}: is registered by {file}; import this file first "
-                f"(runpy.run_path({file!r})), at the command line add --config={file}"
-            )
 
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -76,6 +57,8 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
         more["t_clip"] = config.model.t_clip
     if "levels" in fields:  # the objective's are the times'
         more["levels"] = config.times.levels
+    if "perceptual" in fields:
+        more["perceptual"] = _perceptual(config.perceptual)
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
         more |= {"derivative": Derivative(kind, delta)} if "derivative" in fields else {}
@@ -105,6 +88,20 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     return {"data": whole.x, "labels": whole.labels if source.spec.num_classes else None}
 
 
+def _perceptual(section: ConfigDict) -> Perceptual:
+    """Return the perceptual terms that a config names, with the shapes of their weights."""
+    distances = [
+        Distance({"params": distance_shapes(network)}, name, section[name], network.apply)
+        for name, network in DISTANCES.items()
+        if section[name]
+    ]
+    return from_section(Perceptual, section, distances=tuple(distances))
+
+
+def _sees_pictures(config: ConfigDict) -> bool:
+    return any(config.perceptual[name] for name in DISTANCES)
+
+
 def make_scheme(config: ConfigDict) -> DrawScheme:
     """Return how a config draws its random numbers."""
     record = look_up("times.name", config.times.name, TIMES)
@@ -116,7 +113,7 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
         shared = {"order": "clip", "levels": config.times.levels}
         with in_section("instant_times"):
             own = from_section(record, ConfigDict({**config.instant_times, **shared}))
-    parts = {"times": times, "instant_times": own}
+    parts = {"times": times, "instant_times": own, "crops": _sees_pictures(config)}
     return from_section(DrawScheme, config.draws, **parts, for_networks=True)
 
 
@@ -231,7 +228,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
                 parameter_shapes(network, spec.shape)  # finds what does not fit
         if objective and config.model.name in NETWORKS:
             problems += _wrong_guidance(config, objective, spec)
-            problems += _wrong_network(config, objective)
+            problems += _wrong_network(config, objective, spec)
         with collect(), in_section("sample"):
             spec.check_labels(config.sample.labels, has_null=config.draws.label_drop_share > 0)
         if config.data.flip and not spec.is_picture:
@@ -277,8 +274,8 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
 
-def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
-    """Yield what the objective needs and the network does not have."""
+def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:
+    """Yield what the objective needs and the network, or the data, do not have."""
     model, name = config.model, config.objective.name
     network = NETWORKS[model.name]
     if objective.second_order and model.attention == "fused":
@@ -294,6 +291,12 @@ def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
         )
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
+    able = "perceptual" in _fields_of(OBJECTIVES[name]) and spec.shape[2:] == (3,)
+    if _sees_pictures(config) and not able:
+        yield (
+            f"perceptual: {name} on data of shape {spec.shape}; only pixel_meanflow has such "
+            "terms, on pictures with three channels; use perceptual.lpips=0.0 and convnext=0.0"
+        )
     knows_r = "time_conditioning" not in inspect.signature(network).parameters
     if objective.learns_average and model.time_conditioning == "t" and not knows_r:
         yield (

@@ -1,8 +1,9 @@
-"""What single keys of a config may hold: one table of ranges."""
+"""What single keys of a config may hold: one table of ranges, and parts of the user's own."""
 
+import inspect
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from mf_jax.data import SOURCES
 from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.models.sizes import SIZES
+from mf_jax.models import NETWORKS, SIZES
+from mf_jax.objectives import OBJECTIVES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 
@@ -100,6 +103,29 @@ _TUPLES = {
     "bench.tokens": int,
 }
 """What they hold: the command line checks only that they are tuples."""
+
+
+PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
+"""Tables where a config file may register parts of its own."""
+
+
+def own_parts(config: ConfigDict) -> dict[str, str]:
+    """Return the file of each part of a config that is not of this package, by section."""
+    parts = {section: table[config[section].name] for section, table in PARTS.items()}
+    own = (each for each in parts.items() if not isinstance(each[1], str))
+    is_ours = __name__.partition(".")[0] + "."
+    return {k: inspect.getfile(v) for k, v in own if not v.__module__.startswith(is_ours)}
+
+
+def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
+    """Raise BadInput that names the file if a part that a run's file registered is unknown."""
+    for section, file in files.items():
+        name = config[section].name
+        if name not in PARTS[section]:
+            raise BadInput(
+                f"{section}.name={name!r}: is registered by {file}; import this file first "
+                f"(runpy.run_path({file!r})), at the command line add --config={file}"
+            )
 
 
 def check_values(config: ConfigDict) -> None:

@@ -55,6 +55,7 @@ def draws_of(meta, case):
         told = GuidanceScale(
             *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
         )
+    names |= {"box": "box"} if "in/box" in case else {}
     rows = Rows(
         **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
         guidance=told,

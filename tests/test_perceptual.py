@@ -10,9 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import FOLDER, perceptual_weights
+from flax.traverse_util import flatten_dict
+from recorded import FOLDER, draws_of, from_published, perceptual_weights
 
+from configs import imagenet
+from mf_jax.config import make_network, make_objective
 from mf_jax.flow.crops import crop
+from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.records import DataSpec
+from mf_jax.models import as_field
 from mf_jax.models.convnext import ConvNeXtDistance, ConvNeXtV2
 from mf_jax.models.distances import DISTANCES, distance_shapes
 from mf_jax.models.lpips import VGG16
@@ -100,3 +106,85 @@ def test_reference_convnext(size):
         for i, x in enumerate(maps):
             if (name := f"{prefix}/out/{picture}/mean/stage{i}") in CASE:
                 assert_close(x.mean((1, 2)), CASE[name], VALUES, name)
+
+
+def _row(settings, case, params):
+    """Return the field and the objective of the shipped row, with the sizes of a recorded loss."""
+    config, sizes, said = imagenet.get_config("pmf_b16"), META["model"], settings["objective"]
+    config.model.update(
+        patch_size=sizes["patch_size"],
+        depth=sizes["depth"],
+        width=sizes["hidden_size"],
+        num_heads=sizes["num_heads"],
+        head_depth=sizes["aux_head_depth"],
+        bottleneck=params["bottleneck"]["kernel"].shape[-1],
+        dtype="float32",
+        scan=False,
+        remat="none",
+    )
+    config.perceptual.max_t, config.perceptual.crop_size = (
+        said["perceptual_max_t"],
+        settings["crop_size"],
+    )
+    config.perceptual.rows_at_once = 3  # of 8 rows: the last are filled up, and some skipped
+    objective = make_objective(config)
+    ours = {distance.name: distance.factor for distance in objective.perceptual.distances}
+    assert ours == {"lpips": said["lpips_weight"], "convnext": said["convnext_weight"]}
+    assert (objective.weight.p, objective.weight.c) == (said["norm_p"], said["norm_eps"])
+    drawn = {"lpips": distance("lpips"), "convnext": distance(settings["convnext"])}
+    distances = [
+        each.replace(params={"params": weights}, between=network.apply)
+        for each in objective.perceptual.distances
+        for network, weights in [drawn[each.name]]
+    ]
+    frozen = objective.frozen.replace(distances=tuple(distances))
+    spec = DataSpec(case["in/x"].shape[1:], sizes["num_classes"])
+    return as_field(make_network(config, spec)), objective, frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("loss_small", 1e-3), pytest.param("loss_full", 1e-2, marks=pytest.mark.slow)],
+)
+def test_reference_loss_through_the_row(name, tolerance):
+    case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
+    settings, trees = META["losses"][name], {}
+    for kind in ("params/net/", "grads/net/"):
+        flat = {k.removeprefix(kind): v for k, v in case.items() if k.startswith(kind)}
+        trees[kind] = from_published("pmf", flat)
+    params, theirs = (flatten_dict(tree, sep="/") for tree in trees.values())
+    field, shaped, frozen = _row(settings, case, trees["params/net/"])
+    draws = draws_of(META | settings, case)
+
+    @jax.jit
+    def evaluate(params, frozen):
+        objective = shaped.with_frozen(frozen)
+        loss, gradient = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
+            field, params, draws
+        )
+        x_hat = jnp.asarray(case["out/x_hat"])
+        n = settings["batch"]["num_instant"]
+
+        def of_x_hat(x_hat):
+            parts = (draws.instant, x_hat[:n]), (draws.interval, x_hat[n:])
+            u = [
+                (interpolate(rows.x, rows.e, t=rows.t) - x_hat) / per_row(rows.t, x_hat)
+                for rows, x_hat in parts
+            ]
+            return objective.perceptual.loss(draws, u, objective.weight)[0]
+
+        return loss, gradient, jax.grad(of_x_hat)(x_hat)
+
+    (loss, metrics), ours, slope = evaluate(trees["params/net/"], frozen)
+    assert_close(loss, case["out/loss"], VALUES, "loss")
+    for key in ("lpips", "convnext"):
+        recorded = case[f"out/metric/aux_loss_{key}"]
+        assert_close(metrics[key].compute(), recorded, VALUES, key)
+    assert_close(slope, case["gradient/x_hat"], tolerance, "gradient of x_hat")
+    beyond = case["in/t"] >= settings["objective"]["perceptual_max_t"]
+    assert beyond.any()
+    assert not np.asarray(slope)[beyond].any()
+    ours = flatten_dict(ours, sep="/")
+    assert ours.keys() == theirs.keys() == params.keys()
+    for key in theirs:
+        assert_close(ours[key], theirs[key], tolerance, f"gradient of {key}")

@@ -26,20 +26,13 @@ _LIKE = {
     _DATA: {"shape": [1], "num_classes": 0, "class_names": [""], "origin?": "", "size?": 0}
     | {"digest?": "", "init_sha256?": ""},
 }
-SECTIONS_OF_A_RUN = (
-    "seed",
-    "data",
-    "model",
-    "objective",
-    "guidance",
-    "weight",
-    "controls",
-    "velocity",
-)
-SECTIONS_OF_A_RUN += ("times", "instant_times", "draws", "init", "train", "optim", "ema")
+SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
+SECTIONS_OF_A_RUN += ("velocity", "perceptual", "times", "instant_times", "draws", "init", "train")
+SECTIONS_OF_A_RUN += ("optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
-_FREE += ("model.attention", "model.remat", "init.kind")
+_FREE += ("model.attention", "model.remat", "init.kind", "perceptual.rows_at_once")
+_FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights")
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 _RENAMED = {"guidance.t_start": "guidance.t_min", "guidance.t_end": "guidance.t_max"}
 _RENAMED |= {"init.from": "init.path", "log.every_steps": "train.log_every_steps"}
@@ -59,10 +52,12 @@ _ADDED: dict[str, dict[str, Any]] = {
     "weight": {"of": "sum"},
     "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0, "non_expansive": 0.0},
     "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
-    "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
-    "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
+    "perceptual": {"lpips": 0.0, "convnext": 0.0, "max_t": 1.0, "crop_size": 224}
+    | {"rows_at_once": 32, "lpips_weights": "", "convnext_weights": ""},
+    "times": {"levels": 7, "order": "swap", "min_gap": 0.0, "uniform_share": 0.0},
+    "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0, "uniform_share": 0.0},
     "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)}
-    | {"omega_min": 1.0, "instant_of_every_row": False},
+    | {"omega_min": 1.0, "instant_of_every_row": False, "noise_scale": 1.0},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
     | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"},
