@@ -120,11 +120,10 @@ class Perceptual:
         def one(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
             return jax.lax.cond(counts[rows].any(), compute, none, rows)
 
-        found = jax.lax.map(one, batches)
+        found = jax.lax.map(one, batches) if len(batches) > 1 else compute(batches[0])
         back = jnp.argsort(order)
-        found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[back], found)
-        axes = tuple(range(1, x.ndim))
-        return [d + jnp.sum(slope * (x_hat - still), axis=axes) for d, slope in found]
+        rows = [(d.reshape(-1)[back], slope.reshape(-1, *x.shape[1:])[back]) for d, slope in found]
+        return [d + jnp.sum(slope * (x_hat - still), axis=(1, 2, 3)) for d, slope in rows]
 
     def _of_batch(
         self, x_hat: Image, x: Image, box: Int[Array, "b 4"], counts: Bool[Array, "b"]
