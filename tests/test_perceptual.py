@@ -14,11 +14,13 @@ import scipy.special
 import scipy.stats
 from flax.traverse_util import flatten_dict
 from recorded import FOLDER, draws_of, from_published, perceptual_weights
+from safetensors.numpy import save_file
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
 from mf_jax.flow.crops import crop
 from mf_jax.flow.records import DataSpec, Draws, Rows
+from mf_jax.loading import load_frozen
 from mf_jax.models import as_field
 from mf_jax.models.convnext import ConvNeXtDistance, ConvNeXtV2
 from mf_jax.models.distances import DISTANCES, distance_shapes
@@ -175,6 +177,25 @@ def test_reference_loss_through_the_row(name, tolerance):
     assert ours.keys() == theirs.keys() == params.keys()
     for key in theirs:
         assert_close(ours[key], theirs[key], tolerance, f"gradient of {key}")
+
+
+def test_published_files_become_what_the_loss_reads(tmp_path):
+    """VGG16's file has a classifier beside, which is left out; the checksum of a path is free."""
+    shapes = META["lpips"]["parameters"]
+    drawn = perceptual_weights(shapes, META["seed"]) | {"classifier.0.bias": np.zeros(3, "f4")}
+    linear = {name: drawn.pop(name) for name in list(drawn) if name.startswith("lin")}
+    config = imagenet.get_config("pmf_b16")
+    config.perceptual.convnext, config.perceptual.lpips_weights = 0.0, str(tmp_path)
+    frozen = make_objective(config).frozen
+    with pytest.raises(BadInput, match=r"vgg16-397923af.pth: no such file"):
+        load_frozen(config, frozen)
+    save_file(drawn, tmp_path / "vgg16-397923af.pth")
+    save_file(linear, tmp_path / "vgg.pth")
+    (loaded,) = load_frozen(config, frozen).distances
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["params"], distance("lpips")[1])
+    save_file(dict(list(linear.items())[1:]), tmp_path / "vgg.pth")
+    with pytest.raises(BadInput, match=r"missing: lin0.model.1.weight"):
+        load_frozen(config, frozen)
 
 
 def test_batches_change_nothing_and_rows_beyond_the_limit_see_no_network():

@@ -1,6 +1,6 @@
 """ConvNeXt V2, whose features tell how far apart two pictures are, with its published weights.
 
-FLOPs of Base at 224 x 224: 30.7 GFLOP a picture, and as many for the gradient with respect to it.
+FLOPs of Base at 224 x 224: 32 GFLOP a picture, and as many for the gradient with respect to it.
 
 Source: Woo et al., arXiv 2301.00808. Layers have the names of `transformers`.
 """

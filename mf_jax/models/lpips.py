@@ -1,6 +1,6 @@
 """LPIPS: how different two pictures look to a VGG16, with its published weights.
 
-FLOPs at 224 x 224: 30.7 GFLOP a picture, and as many for the gradient with respect to it.
+FLOPs at 224 x 224: 30 GFLOP a picture, and as many for the gradient with respect to it.
 
 Source: Zhang et al., arXiv 1801.03924 (version 0.1); VGG16, arXiv 1409.1556. Layers have the names
 of torchvision and of the package `lpips`.
