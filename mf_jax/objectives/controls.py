@@ -97,5 +97,6 @@ class Controlled(terms.Objective):
         """See `Objective`."""
         return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
 
+
 for _name in (*terms.NEEDS[:-1], "target_ema"):
     setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))
