@@ -71,7 +71,8 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
                 f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
             )
     made = from_section(objective, config.objective, **more)
-    velocity = from_section(VelocityEstimate, config.velocity, **_known_data(config, source))
+    known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
+    velocity = from_section(VelocityEstimate, config.velocity, **known)
     if not velocity.is_off:
         made = Estimated(made, velocity, ema=config.velocity.ema)
     controls = from_section(Controls, config.controls)

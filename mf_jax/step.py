@@ -31,10 +31,9 @@ NEVER = -1
 class TrainState:
     """Everything that changes from step to step and is in a checkpoint, or its shapes or shardings.
 
-    frozen: see `Objective`; it stays the same and is in no checkpoint.
-
     ema: averages by name. metrics: since the last row of metrics.jsonl. first_bad_step: the first,
-    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still.
+    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still. frozen:
+    see `Objective`; it stays the same, and no checkpoint has it.
     """
 
     step: PyTree
