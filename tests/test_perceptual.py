@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
 from mf_jax.flow.crops import crop
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec, Draws, Rows
 from mf_jax.loading import load_frozen
 from mf_jax.models import as_field

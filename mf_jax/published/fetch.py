@@ -53,6 +53,16 @@ PUBLISHED: dict[str, tuple[PublishedFile, ...]] = {
             "weights-inception-2015-12-05-6726825d.pth",
         ),
     ),
+    "sd-vae-ft-mse": _autoencoder(
+        "sd-vae-ft-mse",
+        "31f26fdeee1355a5c34592e401dd41e45d25a493",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+    "sd-vae-ft-ema": _autoencoder(
+        "sd-vae-ft-ema",
+        "f04b2c4b98319346dad8c65879f680b1997b204a",
+        "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+    ),
     "lpips-vgg16": (
         PublishedFile(
             "lpips-vgg16/vgg16-397923af.pth",
@@ -75,16 +85,6 @@ PUBLISHED: dict[str, tuple[PublishedFile, ...]] = {
             "",
             "https://huggingface.co/facebook/convnextv2-base-22k-224/resolve/main/model.safetensors",
         ),
-    ),
-    "sd-vae-ft-mse": _autoencoder(
-        "sd-vae-ft-mse",
-        "31f26fdeee1355a5c34592e401dd41e45d25a493",
-        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-    ),
-    "sd-vae-ft-ema": _autoencoder(
-        "sd-vae-ft-ema",
-        "f04b2c4b98319346dad8c65879f680b1997b204a",
-        "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
     ),
 }
 """The files of each published name, the weights first."""
