@@ -119,6 +119,15 @@ DEFAULTS = dict(
         of_rows=False,  # the shares are of rows, which take part whole or not at all
         ema=0.0,  # average: its decay; 1 = frozen at the start, a teacher by init.path
     ),
+    perceptual=dict(  # pixel_meanflow: distances of the predicted picture to the data in its loss
+        lpips=0.0,  # factor of LPIPS; 0 = off
+        convnext=0.0,  # factor of the distance of ConvNeXt V2's features; 0 = off
+        max_t=1.0,  # for t < max_t alone
+        crop_size=224,  # side of the random crops that both networks see, in pixels
+        rows_at_once=32,  # rows of a device computed at once; does not change them
+        lpips_weights="lpips-vgg16",  # published name, or a folder with its two files
+        convnext_weights="convnextv2-base-22k-224",  # published name, or a path
+    ),
     times=dict(
         # uniform | logit_normal | consistency (r = 0) | dyadic (halved steps) | grid (the smallest
         name="logit_normal",  # of them) | gap (logit-normal t - r, then r)
@@ -128,6 +137,7 @@ DEFAULTS = dict(
         r_std=1.0,  # logit_normal, gap: its standard deviation
         order="swap",  # logit_normal: where r > t, swap them | clip r to t - min_gap
         min_gap=0.0,  # logit_normal with clip: smallest t - r, in [0, 1)
+        uniform_share=0.0,  # logit_normal: share of the rows whose times are uniform instead
         levels=7,  # dyadic, grid, model t,log2: the shortest step is 2^-levels; dyadic halves to it
     ),
     coupling=dict(  # which noise belongs to which data
@@ -138,6 +148,7 @@ DEFAULTS = dict(
         name="",  # logit_normal | uniform | grid; "" = the larger of the two of `times`
         t_mean=-0.4,  # logit_normal: mean of logit t
         t_std=1.0,  # logit_normal: its standard deviation
+        uniform_share=0.0,  # logit_normal: share of the rows whose time is uniform instead
     ),
     draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
@@ -148,6 +159,7 @@ DEFAULTS = dict(
         omega_max=1.0,  # a network that is told guidance: scales up to this one; 1 = none
         omega_min=1.0,  # from this one on, in [1, omega_max]
         omega_power=1.0,  # their density is omega^-omega_power, at least 0
+        noise_scale=1.0,  # standard deviation of the noise, in training and in sampling; above 0
     ),
     init=dict(
         path="",  # a run's workdir, or a published checkpoint; "" = start from the seed

@@ -9,7 +9,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from mf_jax.data import SOURCES, Source, read
+from mf_jax.data import Source, read
 from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.couplings import COUPLINGS
 from mf_jax.flow.derivative import Derivative
@@ -21,32 +21,13 @@ from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import NETWORKS, SIZES, DataPrediction
+from mf_jax.models.distances import DISTANCES, distance_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
+from mf_jax.objectives.perceptual import Distance, Perceptual
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.optim import ema_names, learning_rate
 
 _MOST_KNOWN = 2**26
-PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
-"""Tables where a config file may register parts of its own."""
-
-
-def own_parts(config: ConfigDict) -> dict[str, str]:
-    """Return the file of each part of a config that is not of this package, by section."""
-    parts = {section: table[config[section].name] for section, table in PARTS.items()}
-    own = (each for each in parts.items() if not isinstance(each[1], str))
-    is_ours = __name__.partition(".")[0] + "."
-    return {k: inspect.getfile(v) for k, v in own if not v.__module__.startswith(is_ours)}
-
-
-def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
-    """Raise BadInput that names the file if a part that a run's file registered is unknown."""
-    for section, file in files.items():
-        name = config[section].name
-        if name not in PARTS[section]:
-            raise BadInput(
-                f"{section}.name={name!r}: is registered by {file}; import this file first "
-                f"(runpy.run_path({file!r})), at the command line add --config={file}"
-            )
 
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -75,6 +56,8 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
         more["t_clip"] = config.model.t_clip
     if "levels" in fields:  # the objective's are the times'
         more["levels"] = config.times.levels
+    if "perceptual" in fields:
+        more["perceptual"] = _perceptual(config.perceptual)
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
         more |= {"derivative": Derivative(kind, delta)} if "derivative" in fields else {}
@@ -87,7 +70,8 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
                 f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
             )
     made = from_section(objective, config.objective, **more)
-    velocity = from_section(VelocityEstimate, config.velocity, **_known_data(config, source))
+    known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
+    velocity = from_section(VelocityEstimate, config.velocity, **known)
     if not velocity.is_off:
         made = Estimated(made, velocity, ema=config.velocity.ema)
     controls = from_section(Controls, config.controls)
@@ -104,6 +88,20 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     return {"data": whole.x, "labels": whole.labels if source.spec.num_classes else None}
 
 
+def _perceptual(section: ConfigDict) -> Perceptual:
+    """Return the perceptual terms that a config names, with the shapes of their weights."""
+    distances = [
+        Distance({"params": distance_shapes(network)}, name, section[name], network.apply)
+        for name, network in DISTANCES.items()
+        if section[name]
+    ]
+    return from_section(Perceptual, section, distances=tuple(distances))
+
+
+def sees_pictures(config: ConfigDict) -> bool:
+    return any(config.perceptual[name] for name in DISTANCES)
+
+
 def make_scheme(config: ConfigDict) -> DrawScheme:
     """Return how a config draws its random numbers."""
     record = look_up("times.name", config.times.name, TIMES)
@@ -118,6 +116,7 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
     parts = {"times": times, "instant_times": own, "coupling": coupling}
+    parts["crops"] = sees_pictures(config)
     return from_section(DrawScheme, config.draws, **parts, for_networks=True)
 
 
@@ -137,18 +136,18 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
         data = f"the data are {kind} of shape {spec.shape}"
         raise BadInput(f"model.name={model.name!r}: {data}; use one of {fit}")
     fields = {**model, **_sizes(model)} | ({"second_head": False} if for_sampling else {})
-    for key in _AT_LEAST_ONE & _fields_of(network):
+    for key in _AT_LEAST_ONE & fields_of(network):
         if fields[key] < 1:
             raise BadInput(f"model.{key}={model[key]}: {model.name} needs it above 0")
     for key in ("depth", "num_blocks", "head_depth", "r_blocks"):
         if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
             raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
     told = {"num_classes": spec.num_classes}
-    told |= {"levels": config.times.levels} if "levels" in _fields_of(network) else {}
+    told |= {"levels": config.times.levels} if "levels" in fields_of(network) else {}
     augment = look_up("data.augment", config.data.augment, AUGMENTATIONS)
     for key, size in zip(_TOLD, (spec.condition_size, augment.num_labels), strict=True):
         told |= {key: size} if size else {}
-        able = [k for k, each in NETWORKS.items() if key in _fields_of(each)]
+        able = [k for k, each in NETWORKS.items() if key in fields_of(each)]
         if size and model.name not in able:
             problem = _TOLD[key].format(", ".join(able))
             raise BadInput(f"model.name={model.name!r}: is told {problem}")
@@ -156,7 +155,8 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
-def _fields_of(network: Callable) -> set[str]:
+def fields_of(network: Callable) -> set[str]:
+    """Return the names of a network's fields, or of the arguments of another constructor."""
     return set(inspect.signature(network).parameters)
 
 

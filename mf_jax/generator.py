@@ -173,6 +173,7 @@ class Generator:
                 plan.seed,
                 jnp.asarray(plan.grid, jnp.float32),
                 jnp.asarray(plan.guidance, jnp.float32),
+                self.config.draws.noise_scale,
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
                 {name: place(each[index % len(each)]) for name, each in given.items()},
@@ -252,6 +253,7 @@ def _sample(
     seed: Array,
     times: Array,
     guidance: Array,
+    noise_scale: Array | float,
     index: Array,
     labels: Array,
     given: Mapping[str, Array] = MappingProxyType({}),
@@ -261,7 +263,7 @@ def _sample(
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
     condition, field = Condition(told, guidance=scale), as_field(network)
-    e = given.get("e", e)
+    e = given.get("e", noise_scale * e)
     if "mask" in given:  # what it hides is 0 at all times, as in training
         e = jnp.where(given["mask"], e, 0)
         field = functools.partial(call, field, mask=given["mask"])

@@ -14,14 +14,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, check_registered, make_network
+from mf_jax.config import averages, make_network
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
+from mf_jax.models.distances import DISTANCES, load_distance
+from mf_jax.objectives.perceptual import Perceptual
 from mf_jax.optim import choose_ema
 from mf_jax.published.checkpoints import describe_published, find_kind, load_published
+from mf_jax.published.fetch import find_weights, verify
 from mf_jax.published.names import KINDS
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
@@ -29,6 +32,7 @@ from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.files import place, sha256_of
 from mf_jax.runtime.json_files import tell_once
 from mf_jax.runtime.sharding import make_mesh, placed
+from mf_jax.validation import check_registered
 
 _NOTES = {
     "dit": ", which predicts noise: a start, not a flow map",
@@ -101,6 +105,24 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
         _check_latents(config, theirs)
     ema = choose_ema("init.which", which, averages(theirs))
     return _fit(_restore(folder, theirs, ema)[1], like, path)
+
+
+def load_frozen(config: ConfigDict, frozen: PyTree) -> PyTree:
+    """Return what an objective's `frozen` holds, with published weights where it has shapes."""
+    if not isinstance(frozen, Perceptual):
+        return frozen
+    names = {"lpips": config.perceptual.lpips_weights}
+    names |= {"convnext": config.perceptual.convnext_weights}
+    loaded = []
+    for distance in frozen.distances:
+        name, key = names[distance.name], f"perceptual.{distance.name}_weights"
+        with processes.together():
+            path = find_weights(name, config.weights_dir, key=key)
+            params, sha256 = load_distance(DISTANCES[distance.name], path)
+            verify(name, sha256)
+        tell_once(f"{key}={name}: SHA-256 {sha256}")
+        loaded.append(distance.replace(params={"params": params}))
+    return frozen.replace(distances=tuple(loaded))
 
 
 def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:

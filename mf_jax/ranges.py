@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.models.sizes import SIZES
+from mf_jax.models import SIZES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 

@@ -33,7 +33,8 @@ class TrainState:
     """Everything that changes from step to step and is in a checkpoint, or its shapes or shardings.
 
     ema: averages by name. metrics: since the last row of metrics.jsonl. first_bad_step: the first,
-    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still.
+    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still. frozen:
+    see `Objective`; it stays the same, and no checkpoint has it.
     """
 
     step: PyTree
@@ -42,6 +43,7 @@ class TrainState:
     opt_state: PyTree
     metrics: dict[str, Average]
     first_bad_step: PyTree
+    frozen: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,12 @@ class StepParts:
     def metric_names(self) -> tuple[str, ...]:
         """Names of what a step measures, which the loss alone knows."""
 
-        def measure(params: PyTree, *batch: PyTree) -> dict[str, Average]:
-            return self.objective.loss(as_field(self.network), params, self.draw(0, *batch))[1]
+        def measure(params: PyTree, frozen: PyTree, *batch: PyTree) -> dict[str, Average]:
+            objective, draws = self.objective.with_frozen(frozen), self.draw(0, *batch)
+            return objective.loss(as_field(self.network), params, draws)[1]
 
-        params = parameter_shapes(self.network, self.shape)
-        return ("loss", "grad_norm", *jax.eval_shape(measure, params, *self.batch))
+        shapes = parameter_shapes(self.network, self.shape), self.objective.frozen
+        return ("loss", "grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))
 
 
 def _keys(seed: int) -> tuple[Array, Array]:
@@ -120,7 +123,10 @@ def _keys(seed: int) -> tuple[Array, Array]:
 
 
 def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
-    """Return the state before the first step; params None = drawn from the seed."""
+    """Return the state before the first step; params None = drawn from the seed.
+
+    Of what is frozen it has zeros, which take no time to load and as long to compute with.
+    """
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
     ema = start_averages(params, parts.ema_names)
@@ -131,38 +137,35 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
         opt_state=parts.optimizer.init(params),
         metrics={name: Average(jnp.float32(0), jnp.float32(0)) for name in parts.metric_names},
         first_bad_step=jnp.int32(NEVER),
+        frozen=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), parts.objective.frozen),
     )
 
 
 def _gradient(
-    parts: StepParts,
-    params: PyTree,
-    ema: dict[str, PyTree],
-    step: Int[Array, ""],
-    batch: tuple[PyTree, ...],
-    mesh: Mesh | None = None,
+    parts: StepParts, state: TrainState, batch: tuple[PyTree, ...], mesh: Mesh | None = None
 ) -> tuple[PyTree, dict[str, Average]]:
     """Return gradient and metrics of one step."""
-    target_ema = parts.objective.target_ema
-    target_params = ema[average_name(target_ema)] if target_ema else None
-    draws = parts.draw(step, *batch)
+    target_ema, params = parts.objective.target_ema, state.params
+    target_params = state.ema[average_name(target_ema)] if target_ema else None
+    draws = parts.draw(state.step, *batch)
     network, late = parts.network, None
     if mesh is not None and mesh.size > 1 and parts.gather == "block":
         late = is_axis_of_block
         network = with_gather(network, gather_late(mesh, params, late))
     field = as_field(network)
 
-    def of_rows(both: tuple[PyTree, PyTree], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
-        params, target_params = both
-        of_params = jax.value_and_grad(parts.objective.loss, argnums=1, has_aux=True)
-        (loss, metrics), gradient = of_params(field, params, draws, step, target_params)
+    def of_rows(whole: tuple[PyTree, ...], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
+        params, target_params, frozen = whole
+        objective = parts.objective.with_frozen(frozen)
+        of_params = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)
+        (loss, metrics), gradient = of_params(field, params, draws, state.step, target_params)
         return gradient, {"loss": average_over(loss, draws), **metrics}
 
-    both = (params, target_params)
+    whole = (params, target_params, state.frozen)
     if mesh is None or mesh.size == 1:
-        gradient, metrics = of_rows(both, draws)
+        gradient, metrics = of_rows(whole, draws)
     else:
-        gradient, metrics = per_device(of_rows, mesh, both, draws, late=late)
+        gradient, metrics = per_device(of_rows, mesh, whole, draws, late=late)
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
 
 
@@ -170,7 +173,7 @@ def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[...,
     """Return the pure function of one step: (state, x, labels, and what else) -> state."""
 
     def train_step(state: TrainState, *batch: PyTree) -> TrainState:
-        gradient, metrics = _gradient(parts, state.params, state.ema, state.step, batch, mesh)
+        gradient, metrics = _gradient(parts, state, batch, mesh)
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         collected, first_bad_step = _collect(parts, state, metrics)
@@ -189,6 +192,7 @@ def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[...,
             opt_state=opt_state,
             metrics=collected,
             first_bad_step=first_bad_step,
+            frozen=state.frozen,
         )
 
     return train_step

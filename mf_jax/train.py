@@ -33,13 +33,12 @@ from mf_jax.config import (
     make_objective,
     make_schedule,
     make_scheme,
-    own_parts,
 )
 from mf_jax.data import Source, make_batches
 from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
-from mf_jax.loading import load_weights, weights_sha256
+from mf_jax.loading import load_frozen, load_weights, weights_sha256
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
@@ -50,7 +49,7 @@ from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
 from mf_jax.sampling import can_draw, draw_progress
 from mf_jax.step import NEVER, StepParts, TrainState, initial_state, make_train_step
-from mf_jax.validation import validate
+from mf_jax.validation import own_parts, validate
 
 _RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
 _RESULTS |= {"pictures": "samples", "report": "report.html"}
@@ -88,11 +87,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         sha256 = weights_sha256(config)
+    frozen = load_frozen(config, parts.objective.frozen)
     stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
     with run_folder.own(workdir, config, source, own_parts(config), sha256), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
-            state = first_state(parts, mesh, checkpoints, weights)
-            del weights  # which lie on the devices
+            state = first_state(parts, mesh, checkpoints, weights, frozen)
+            del weights, frozen  # which lie on the devices
             _describe(workdir, source, state)
             names = () if parts.ema_rampup else parts.ema_names
             amounts = {"num_steps": config.train.num_steps, "batch_size": parts.batch_size}
@@ -131,17 +131,20 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
 
 
 def first_state(
-    parts: StepParts, mesh: Mesh, checkpoints: Checkpoints, weights: PyTree = None
+    parts: StepParts,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    weights: PyTree = None,
+    frozen: PyTree = None,
 ) -> TrainState:
     """Return the newest undamaged state, else one of weights, else the seed's."""
     shapes = jax.eval_shape(lambda: initial_state(parts))
     shardings = state_sharding(mesh, shapes)
-    if restored := checkpoints.restore_state(placed(shapes, shardings)):
-        return restored
-    if weights is None:
-        return jax.jit(lambda: initial_state(parts), out_shardings=shardings)()
-    params = jax.device_put(weights, shardings.params)
-    return jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)(params)
+    if (state := checkpoints.restore_state(placed(shapes, shardings))) is None:
+        params = None if weights is None else jax.device_put(weights, shardings.params)
+        first = jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)
+        state = first(params)
+    return state.replace(frozen=jax.device_put(frozen, shardings.frozen))
 
 
 def _write_report(workdir: Path) -> None:

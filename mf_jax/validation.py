@@ -3,19 +3,49 @@
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, make_network, make_objective, make_scheme, sample_plan
-from mf_jax.data import Source, make_source
+from mf_jax.config import (
+    averages,
+    fields_of,
+    make_network,
+    make_objective,
+    make_scheme,
+    sample_plan,
+    sees_pictures,
+)
+from mf_jax.data import SOURCES, Source, make_source
 from mf_jax.flow.errors import BadInput, in_section
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import NETWORKS, parameter_shapes
-from mf_jax.objectives import Objective
+from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.optim import choose_ema
 from mf_jax.ranges import check_tuples, wrong_values
+
+PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
+"""Tables where a config file may register parts of its own."""
+
+
+def own_parts(config: ConfigDict) -> dict[str, str]:
+    """Return the file of each part of a config that is not of this package, by section."""
+    parts = {section: table[config[section].name] for section, table in PARTS.items()}
+    own = (each for each in parts.items() if not isinstance(each[1], str))
+    is_ours = __name__.partition(".")[0] + "."
+    return {k: inspect.getfile(v) for k, v in own if not v.__module__.startswith(is_ours)}
+
+
+def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
+    """Raise BadInput that names the file if a part that a run's file registered is unknown."""
+    for section, file in files.items():
+        name = config[section].name
+        if name not in PARTS[section]:
+            raise BadInput(
+                f"{section}.name={name!r}: is registered by {file}; import this file first "
+                f"(runpy.run_path({file!r})), at the command line add --config={file}"
+            )
 
 
 def validate(config: ConfigDict, *, num_devices: int, source: Source | None = None) -> Source:
@@ -57,7 +87,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
                 parameter_shapes(network, spec.shape)  # finds what does not fit
         if objective and config.model.name in NETWORKS:
             problems += _wrong_guidance(config, objective, spec)
-            problems += _wrong_network(config, objective)
+            problems += _wrong_network(config, objective, spec)
         with collect(), in_section("sample"):
             spec.check_labels(config.sample.labels, has_null=config.draws.label_drop_share > 0)
         if config.data.flip and not spec.is_picture:
@@ -95,7 +125,7 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
     if is_guided and is_drawn:
         yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
     able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
-    is_told = config.model.told_guidance or "told_guidance" not in _fields_of(
+    is_told = config.model.told_guidance or "told_guidance" not in fields_of(
         NETWORKS[config.model.name]
     )
     if is_drawn and not (config.model.name in able and is_told):
@@ -105,8 +135,8 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
 
-def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
-    """Yield what the objective needs and the network does not have."""
+def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:
+    """Yield what the objective needs and the network, or the data, do not have."""
     model, name = config.model, config.objective.name
     network = NETWORKS[model.name]
     if objective.second_order and model.attention == "fused":
@@ -122,6 +152,12 @@ def _wrong_network(config: ConfigDict, objective: Objective) -> Iterator[str]:
         )
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
+    able = "perceptual" in inspect.signature(OBJECTIVES[name]).parameters
+    if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
+        yield (
+            f"perceptual: {name} on data of shape {spec.shape}; only pixel_meanflow has such "
+            "terms, on pictures with three channels; use perceptual.lpips=0.0 and convnext=0.0"
+        )
     knows_r = "time_conditioning" not in inspect.signature(network).parameters
     if objective.learns_average and model.time_conditioning == "t" and not knows_r:
         yield (

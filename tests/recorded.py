@@ -55,6 +55,7 @@ def draws_of(meta, case):
         told = GuidanceScale(
             *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
         )
+    names |= {"box": "box"} if "in/box" in case else {}
     rows = Rows(
         **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
         guidance=told,
@@ -75,7 +76,7 @@ def inception_weights(seed=0, divisor=1):
     """
 
     def draw(name, shape):
-        a = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
+        a = _normal(name, shape, seed)
         if name.endswith("num_batches_tracked"):
             return np.array(0)
         if name.endswith("conv.weight"):
@@ -93,3 +94,25 @@ def inception_weights(seed=0, divisor=1):
         name: draw(name, [n // divisor if n > 7 else n for n in shape])
         for name, shape in shapes.items()
     }
+
+
+def perceptual_weights(shapes, seed):
+    """Return weights of LPIPS and of ConvNeXt V2, drawn as the folder's README says."""
+
+    def draw(name, shape):
+        a = _normal(name, shape, seed)
+        if name.startswith("lin"):
+            a = np.abs(a)
+        elif name.endswith(("layernorm.weight", "downsampling_layer.0.weight")):
+            a = 1 + 0.1 * a
+        elif name.endswith(".weight") and not name.endswith("grn.weight"):
+            a *= np.sqrt((2 if name.startswith("features.") else 1) / np.prod(shape[1:]))
+        else:
+            a *= 0.1
+        return a.astype(np.float32)
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+def _normal(name, shape, seed):
+    return np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)

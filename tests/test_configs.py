@@ -173,6 +173,7 @@ def _reduced(config):
     if config.model.name == "in_context_dit":
         config.model.head_depth = 1
         config.model.bottleneck = 5 if config.model.size.startswith("pixel") else 0
+    config.perceptual.update(convnext=0.0, crop_size=32)
     config.train.batch_size = 4
     return config, Noise(DataSpec((4, 4, full.spec.shape[-1]), full.spec.num_classes and 3))
 

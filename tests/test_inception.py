@@ -241,6 +241,14 @@ def test_tensors_may_share_a_storage_and_be_turned(tmp_path):
         np.testing.assert_array_equal(arrays["repeated"], [numbers[:3]] * 2)
 
 
+def test_dictionaries_of_python_2_are_lists_of_pairs(tmp_path):
+    numbers = np.arange(4, dtype=np.float32)
+    pair = b"](" + _opcodes("w") + _tensor(_storage("0", "<f4", 4), (4,), (1,)) + b"e"
+    pickled = b"\x80\x02ccollections\nOrderedDict\n](" + pair + b"e\x85R."
+    path = _write_zip(tmp_path / "a.pth", pickled, {"0": numbers.tobytes()})
+    np.testing.assert_array_equal(read_state_dict(path).arrays["w"], numbers)
+
+
 def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "marker"
 

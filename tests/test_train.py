@@ -31,6 +31,7 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.models.dit import DiT
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.reporting.run_log import read_metrics
+from mf_jax.runtime import earlier
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.fingerprints import index_of
@@ -120,7 +121,7 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
     old = shutil.copytree(ROOT / "tests" / "reference" / "old_run", tmp_path / "old_run")
     expected = np.load(old / "expected.npz")
     stored = json.loads((old / "config.json").read_text())
-    for section, keys in run_folder._ADDED.items():  # runs of still earlier versions lack them
+    for section, keys in earlier.ADDED.items():  # runs of still earlier versions lack them
         for key in keys:
             stored[section].pop(key, None)
     stored["init"]["from"] = ""

@@ -30,7 +30,7 @@ def _estimated(estimate, draws, params=PARAMS, target_params=OTHER):
     return estimate.estimated(FIELD, params, draws, target_params)
 
 
-def _brute_force(rows, x, conditions):
+def _brute_force(rows, x, conditions, scale=1.0):
     """Return the mean velocity of all paths through z_t that start at alike data, in float64."""
     found, start, noise = [], np.asarray(rows.x, np.float64), np.asarray(rows.e, np.float64)
     for i, t in enumerate(np.asarray(rows.t, np.float64)):
@@ -39,7 +39,7 @@ def _brute_force(rows, x, conditions):
             np.ones(len(x), bool) if rows.dropped[i] else np.array(conditions == rows.condition[i])
         )
         data = np.asarray(x, np.float64)[alike]
-        log = -np.sum((z - (1 - t) * data) ** 2, axis=1) / (2 * t**2)
+        log = -np.sum((z - (1 - t) * data) ** 2, axis=1) / (2 * (scale * t) ** 2)
         weight = np.exp(log - log.max())
         found.append(((weight / weight.sum())[:, None] * (z - data) / t).sum(axis=0))
     return np.array(found)
@@ -52,11 +52,13 @@ def test_the_plug_in_is_the_mean_over_alike_data():
     data, labels = rng.normal(size=(50, 5)), rng.integers(0, 4, 50)
     for estimate, known in (
         (VelocityEstimate("batch", target=1.0), (both.x, both.condition)),
+        (VelocityEstimate("batch", target=1.0, noise_scale=3.0), (both.x, both.condition)),
         (VelocityEstimate("data", 1.0, data=data, labels=labels), (data, labels)),
     ):
         told = _estimated(estimate, draws)
         for rows in (told.instant, told.interval):
-            np.testing.assert_allclose(rows.v, _brute_force(rows, *known), rtol=2e-3, atol=2e-3)
+            theirs = _brute_force(rows, *known, estimate.noise_scale)
+            np.testing.assert_allclose(rows.v, theirs, rtol=2e-3, atol=2e-3)
             np.testing.assert_array_equal(rows.tangent, rows.e - rows.x)
 
 

@@ -31,7 +31,10 @@ COLUMNS = (
     Column("compile s", "compile_seconds"),
     Column("share of peak", "peak_share"),
 )
-COUNTABLE = {"model": {"scan": False, "attention": "xla"}}
+COUNTABLE = {
+    "model": {"scan": False, "attention": "xla"},
+    "perceptual": {"rows_at_once": 2**31 - 1},
+}
 """The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""
 COUNT_NOTE = "GFLOP: XLA's count of the network without loops and kernels, before it is compiled"
 FLOW_MATCHING = {
@@ -39,6 +42,7 @@ FLOW_MATCHING = {
     "guidance": {"omega": 1.0, "kappa": 0.0},
     "draws": {"omega_max": 1.0},
     "controls": {"lipschitz": 0.0, "monotone": 0.0},
+    "perceptual": {"lpips": 0.0, "convnext": 0.0},
 }
 
 

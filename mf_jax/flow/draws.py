@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
+from mf_jax.flow.crops import draw_boxes
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, split_rows
@@ -22,6 +23,7 @@ from mf_jax.flow.times import Times
 
 LABEL_DROP_ROWS = ("instant_rows", "any_row")
 _LARGEST_GROUP = 64
+_CROPS = 7  # folded into the key: one more than it is split into, which gives the same keys
 _SHARE_TOLERANCE = 1e-3
 
 
@@ -64,6 +66,8 @@ class DrawScheme:
         needs `for_networks`.
       omega_min: smallest scale, at least 1; equal to omega_max it is the only one.
       omega_power: the scale has density omega^-omega_power; at least 0.
+      noise_scale: standard deviation of the noise that is drawn, above 0.
+      crops: whether the objective looks at crops of pictures, whose boxes are drawn.
       for_networks: whether the field is one of this project's networks, which are told a
         `Condition` with guidance and dropout seeds; else it is told its own condition alone.
 
@@ -77,6 +81,8 @@ class DrawScheme:
     label_drop_window: tuple[float, float] = (0.0, 1.0)
     omega_max: float = 1.0
     omega_power: float = 1.0
+    noise_scale: float = 1.0
+    crops: bool = False
     for_networks: bool = False
     instant_times: Times | None = None
     instant_of_every_row: bool = False
@@ -109,6 +115,8 @@ class DrawScheme:
             )
         if not 0 <= self.omega_power < math.inf:
             raise BadInput(f"draws.omega_power={self.omega_power}: must be at least 0; try 1.0")
+        if not 0 < self.noise_scale < math.inf:
+            raise BadInput(f"draws.noise_scale={self.noise_scale}: must be above 0; 1.0 is usual")
 
     @property
     def group(self) -> int:
@@ -132,7 +140,7 @@ class DrawScheme:
         Args:
           x: data `[B, ...]` of any rank.
           condition: any tree of arrays `[B, ...]`; classes are one int array `[B]`.
-          e: like x, the noise that belongs to each row; drawn, standard normal, unless given.
+          e: like x, the noise that belongs to each row; drawn, normal, unless given.
           mask: bool that broadcasts to x, True where a number counts; what it hides may be NaN.
           null: a tree like condition without the axis B, or one array for all: what a row without
             its condition is told. Classes alone have a default, `NO_LABEL`.
@@ -152,7 +160,8 @@ class DrawScheme:
         if drop and self.label_drop != "any_row":
             drop /= self.instant_share
         direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
-        e = jax.random.normal(noise_key, x.shape, x.dtype) if e is None else e
+        if e is None:
+            e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
         mask = _mask_of(mask, x)
@@ -176,6 +185,7 @@ class DrawScheme:
             fraction=jax.random.uniform(more_keys[0], (num_rows,)),
             dropout=dropout,
             direction=direction,
+            box=draw_boxes(jax.random.fold_in(key, _CROPS), x.shape) if self.crops else None,
             for_networks=self.for_networks,
         )
         sizes = [size * (num_rows // self.group) for size in group_sizes(self.instant_share)]

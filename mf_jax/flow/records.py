@@ -147,7 +147,8 @@ class Rows:
     where x counts; elsewhere x, e and direction are 0. fraction: in [0, 1), places a time between r
     and t. v, tangent: estimates in the place of e - x, in targets and along du/dt; None = e - x.
     direction: standard normal, for derivatives along it. guidance, dropout, augment: see
-    `Condition`. for_networks: whether the field gets a `Condition`.
+    `Condition`. box: (top, left, height, width) of a crop. for_networks: whether the field gets a
+    `Condition`.
     """
 
     x: Float[Array, "b ..."]
@@ -165,6 +166,7 @@ class Rows:
     v: Float[Array, "b ..."] | None = None
     tangent: Float[Array, "b ..."] | None = None
     augment: Float[Array, "b k"] | None = None
+    box: Int[Array, "b 4"] | None = None
     for_networks: bool = flax.struct.field(pytree_node=False, default=False)
 
 

@@ -47,6 +47,7 @@ class LogitNormalTimes:
     Args:
       order: where r > t, `swap` lets r and t change places, `clip` lowers r to t.
       min_gap: `clip` keeps r at most t - min_gap, in [0, 1), and at least 0.
+      uniform_share: share of the rows whose times are uniform instead, in [0, 1].
     """
 
     t_mean: float = -0.4
@@ -55,8 +56,11 @@ class LogitNormalTimes:
     r_std: float = 1.0
     order: str = "swap"
     min_gap: float = 0.0
+    uniform_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.uniform_share <= 1:
+            raise BadInput(f"uniform_share={self.uniform_share}: must be within [0, 1]")
         for name in ("t_mean", "t_std", "r_mean", "r_std"):
             value = getattr(self, name)
             if not math.isfinite(value) or (name.endswith("std") and value <= 0):
@@ -75,6 +79,9 @@ class LogitNormalTimes:
         normal = jax.random.normal(key, (2, num_rows))
         t = jax.nn.sigmoid(self.t_mean + self.t_std * normal[0])
         r = jax.nn.sigmoid(self.r_mean + self.r_std * normal[1])
+        if self.uniform_share:
+            which, *uniform = jax.random.uniform(jax.random.fold_in(key, 2), (3, num_rows))
+            r, t = jnp.where(which < self.uniform_share, jnp.stack(uniform), jnp.stack([r, t]))
         if self.order == "swap":
             return _ordered(r, t)
         return jnp.clip(r, 0, jnp.maximum(t - self.min_gap, 0)), t

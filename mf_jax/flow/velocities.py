@@ -44,6 +44,7 @@ class VelocityEstimate:
         `data`), `network` or `average` (u(z, t, t) by its parameters or by those of targets).
       target, tangent: shares in [0, 1]; rows with r = t keep v where the network is its own source.
       of_rows: each row takes part whole or not at all, with the share as probability.
+      noise_scale: of the draws, which a plug-in must know.
       data: of `data`, `[m, ...]` like x.
       labels: of `data`, a condition for each; None where rows have none.
     """
@@ -52,6 +53,7 @@ class VelocityEstimate:
     target: float = 0.0
     tangent: float = 0.0
     of_rows: bool = False
+    noise_scale: float = 1.0
     data: Any = dataclasses.field(default=None, repr=False, compare=False)
     labels: Any = dataclasses.field(default=None, repr=False, compare=False)
 
@@ -82,7 +84,7 @@ class VelocityEstimate:
                 z = interpolate(rows.x, rows.e, t=rows.t)
                 away = predict(field, params, rows, z, r=rows.t, t=rows.t).u - v
             else:
-                away = _plug_in(rows, *self._known(draws))
+                away = _plug_in(rows, *self._known(draws), self.noise_scale)
             away = jax.lax.stop_gradient(away)
             both = (self._share(share, rows) for share in (self.target, self.tangent))
             target, tangent = (v + per_row(share, v) * away for share in both)
@@ -104,7 +106,9 @@ class VelocityEstimate:
         return both.x, both.condition
 
 
-def _plug_in(rows: Rows, x: Float[Array, "m ..."], condition: PyTree) -> Float[Array, "b ..."]:
+def _plug_in(
+    rows: Rows, x: Float[Array, "m ..."], condition: PyTree, noise_scale: float
+) -> Float[Array, "b ..."]:
     """Return v_est - v of the module's head, given data and their conditions."""
     z, one, axes = interpolate(rows.x, rows.e, t=rows.t), rows.t[:, None], tuple(range(1, x.ndim))
     if rows.mask is not None:  # x and e are 0 where it hides them
@@ -114,7 +118,7 @@ def _plug_in(rows: Rows, x: Float[Array, "m ..."], condition: PyTree) -> Float[A
     products = jnp.tensordot(z, x, (axes, axes), precision="highest")
     distances = (1 - one) * ((1 - one) * squares - 2 * products)  # but for |z|^2, alike for all j
     tiny = jnp.finfo(x.dtype).tiny ** 0.5
-    logits = -distances / (2 * jnp.maximum(one, tiny) ** 2)
+    logits = -distances / (2 * jnp.maximum(noise_scale * one, tiny) ** 2)
     weights = jax.nn.softmax(logits, axis=1, where=_are_alike(rows, condition))
     mean = jnp.tensordot(weights, x, 1, precision="highest")
     return (rows.x - mean) / per_row(jnp.maximum(rows.t, tiny), mean)

@@ -14,13 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.models.layers import Image
 from mf_jax.published import reading
-from mf_jax.published.torch_file import StateDict, fit_state_dict, read_state_dict
+from mf_jax.published.torch_file import StateDict, network_params, read_state_dict
 from mf_jax.runtime.json_files import parse_json
 
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -81,20 +80,8 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
     path = path / _FILE if path.is_dir() else path
     state = _with_new_names(read_state_dict(path))
     network, scaling_factor = _network(path, state)
-    shapes = flatten_dict(network.parameter_shapes())
-    stored = {keys: _stored(keys, leaf.shape) for keys, leaf in shapes.items()}
-    arrays = fit_state_dict(state, dict(stored.values()))
-    params = {}
-    for keys, (name, shape) in stored.items():
-        array = arrays[name]
-        params[keys] = jnp.asarray(array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T)
-    return Autoencoder(unflatten_dict(params), network, scaling_factor, state.sha256)
-
-
-def _stored(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return the published name and shape of a parameter: output and input axes come first."""
-    name = ".".join([*keys[:-1], "bias" if keys[-1] == "bias" else "weight"])
-    return name, (*shape[:-3:-1], *shape[:-2])
+    params = network_params(network.parameter_shapes(), state)
+    return Autoencoder(params, network, scaling_factor, state.sha256)
 
 
 class AutoencoderKL(nn.Module):

@@ -93,6 +93,10 @@ class Controlled(terms.Objective):
         penalty, more = self.controls.penalty(field, params, draws)
         return loss + penalty, metrics | more
 
+    def with_frozen(self, frozen: PyTree) -> "Controlled":
+        """See `Objective`."""
+        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
+
 
 for _name in (*terms.NEEDS[:-1], "target_ema"):
     setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))

@@ -54,6 +54,10 @@ class Estimated(terms.Objective):
         own = target_params if self.objective.target_ema else None
         return self.objective.loss(field, params, draws, step, own)
 
+    def with_frozen(self, frozen: PyTree) -> "Estimated":
+        """See `Objective`."""
+        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
+
 
 for _name in terms.NEEDS:
     setattr(Estimated, _name, property(operator.attrgetter(f"objective.{_name}")))

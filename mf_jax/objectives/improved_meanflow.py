@@ -72,6 +72,13 @@ class ImprovedMeanFlow(terms.Objective):
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
     ) -> terms.Loss:
         """See `Objective.loss`."""
+        loss, metrics, _ = self.with_predictions(field, params, draws)
+        return loss, metrics
+
+    def with_predictions(
+        self, field: Field, params: PyTree, draws: Draws
+    ) -> tuple[Float[Array, ""], terms.Metrics, tuple[Float[Array, "_ ..."], ...]]:
+        """Return loss, metrics, and u of the rows with r = t and with r < t, with its gradient."""
         read, rows = VELOCITIES[self.velocity], draws.interval
         at_t = terms.at_instant(field, params, draws.instant)
         own = read(at_t)
@@ -89,4 +96,4 @@ class ImprovedMeanFlow(terms.Objective):
             loss += self.weight.mean(draws, *errors)
             both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
             metrics |= {"head_error": terms.per_number(jnp.concatenate(errors), both)}
-        return loss, metrics
+        return loss, metrics, (at_t.u, at_r.u)

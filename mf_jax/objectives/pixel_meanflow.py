@@ -4,7 +4,7 @@
 sample's own velocity is clipped alike: v = (z - x) / max(t, t_clip). The rest is improved MeanFlow
 on the straight path through z with this velocity, from z - t v to z + (1 - t) v.
 
-FLOPs of a step: as improved MeanFlow.
+FLOPs of a step: as improved MeanFlow; see `perceptual` for the terms that its figures need.
 
 Source: pixel MeanFlow, arXiv 2601.22158.
 """
@@ -20,17 +20,19 @@ from mf_jax.flow.paths import interpolate, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
 from mf_jax.objectives import terms
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
+from mf_jax.objectives.perceptual import Perceptual
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelMeanFlow(ImprovedMeanFlow):
-    """Improved MeanFlow with a clipped velocity.
+    """Improved MeanFlow with a clipped velocity, and perhaps perceptual terms.
 
     Args:
       t_clip: smallest time divided by, in (0, 1), the network's own.
     """
 
     t_clip: float = 0.05
+    perceptual: Perceptual = dataclasses.field(default_factory=Perceptual)
     predicts: ClassVar[str] = "data"
 
     def __post_init__(self) -> None:
@@ -43,7 +45,20 @@ class PixelMeanFlow(ImprovedMeanFlow):
     ) -> terms.Loss:
         """See `Objective.loss`."""
         clipped = Draws(self._clip(draws.instant), self._clip(draws.interval))
-        return super().loss(field, params, clipped, step, target_params)
+        loss, metrics, u = self.with_predictions(field, params, clipped)
+        if self.perceptual.distances:
+            more, distances = self.perceptual.loss(draws, u, self.weight)
+            loss, metrics = loss + more, metrics | distances
+        return loss, metrics
+
+    @property
+    def frozen(self) -> Perceptual:
+        """See `Objective`."""
+        return self.perceptual
+
+    def with_frozen(self, frozen: Perceptual) -> "PixelMeanFlow":
+        """See `Objective`."""
+        return dataclasses.replace(self, perceptual=frozen)
 
     def _clip(self, rows: Rows) -> Rows:
         z = interpolate(rows.x, rows.e, t=rows.t)

@@ -55,6 +55,13 @@ class Objective(abc.ABC):
     """Whether its gradient passes through a derivative of the network."""
     target_ema: ClassVar[float] = 0.0
     """Decay of the average of the parameters that targets use, in [0, 1); 0 = no average."""
+    frozen: ClassVar[PyTree] = None
+    """Arrays that the loss reads and nobody trains, or their shapes."""
+
+    def with_frozen(self, frozen: PyTree) -> "Objective":
+        """Return the objective with arrays in place of the shapes in `frozen`."""
+        del frozen
+        return self
 
     @abc.abstractmethod
     def loss(
@@ -67,7 +74,14 @@ class Objective(abc.ABC):
         """
 
 
-NEEDS = ("learns_average", "needs_second_head", "predicts", "guidable", "second_order")
+NEEDS = (
+    "frozen",
+    "learns_average",
+    "needs_second_head",
+    "predicts",
+    "guidable",
+    "second_order",
+)
 """What an objective around another one passes on, beside `target_ema`."""
 
 

@@ -21,7 +21,10 @@ _NAME_A_FOLDER = f"set --config.weights_dir=DIR or the environment variable {ENV
 
 
 class PublishedFile(NamedTuple):
-    """A file as it was published: its place under the folder of weights, and its content."""
+    """A file as it was published: its place under the folder of weights, and its content.
+
+    Size and SHA-256 may be unknown, 0 and "": names and shapes are checked when it is read.
+    """
 
     path: str
     num_bytes: int
@@ -60,6 +63,29 @@ PUBLISHED: dict[str, tuple[PublishedFile, ...]] = {
         "f04b2c4b98319346dad8c65879f680b1997b204a",
         "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
     ),
+    "lpips-vgg16": (
+        PublishedFile(
+            "lpips-vgg16/vgg16-397923af.pth",
+            553_433_881,
+            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+        ),
+        PublishedFile(
+            "lpips-vgg16/vgg.pth",
+            7_289,
+            "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+            "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/"
+            "weights/v0.1/vgg.pth",
+        ),
+    ),
+    "convnextv2-base-22k-224": (
+        PublishedFile(
+            "convnextv2-base-22k-224/model.safetensors",
+            0,
+            "",
+            "https://huggingface.co/facebook/convnextv2-base-22k-224/resolve/main/model.safetensors",
+        ),
+    ),
 }
 """The files of each published name, the weights first."""
 
@@ -95,7 +121,8 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
 
 def verify(name_or_path: str, sha256: str) -> None:
     """Check the SHA-256 of a file read under a published name; a path may hold anything."""
-    if name_or_path in PUBLISHED and sha256 != (file := PUBLISHED[name_or_path][0]).sha256:
+    file = PUBLISHED.get(name_or_path, [PublishedFile("", 0, "", "")])[0]
+    if file.sha256 not in ("", sha256):
         raise BadInput(
             f"weights {name_or_path!r}: the file has SHA-256 {sha256}; must be {file.sha256}: "
             f"delete {file.path} in the folder of weights and fetch it again with --mode=weights, "
@@ -109,6 +136,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     keys = {"eval.inception": config.eval.inception}
     if config.data.name == "latents" or config.prepare.input:
         keys["data.autoencoder"] = config.data.autoencoder
+    if config.perceptual.lpips:
+        keys["perceptual.lpips_weights"] = config.perceptual.lpips_weights
+    if config.perceptual.convnext:
+        keys["perceptual.convnext_weights"] = config.perceptual.convnext_weights
     missing = {k: v for k, v in keys.items() if not v or not epath.Path(v).expanduser().exists()}
     files = [file for key, name in missing.items() for file in _files(name, key)]
     if not files:
@@ -143,7 +174,7 @@ def _folder(weights_dir: str) -> epath.Path | None:
 
 
 def _where_to_get(file: PublishedFile, folder: epath.Path) -> str:
-    content = f"{file.num_bytes} bytes, SHA-256 {file.sha256}"
+    content = f"{file.num_bytes} bytes, SHA-256 {file.sha256}" if file.sha256 else "size not known"
     return f"fetch {file.address} ({content}) and put it at {folder / file.path}"
 
 
@@ -151,8 +182,10 @@ def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
     """Return what is wrong with a file by its size or, with `whole`, its content; or nothing."""
     if not path.exists():
         return f"{path} is not there"
-    if (length := path.stat().length) != file.num_bytes:
+    if file.num_bytes and (length := path.stat().length) != file.num_bytes:
         return f"{path} has {length} bytes, so it is another file or cut off"
+    if not file.sha256:
+        return ""
     is_small = file.num_bytes < _SMALL_BYTES  # the weights themselves are checked when read
     if (whole or is_small) and (digest := sha256_of(path)) != file.sha256:
         return f"{path} has SHA-256 {digest} instead of {file.sha256}"
@@ -175,6 +208,8 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
             f"weights_dir={folder}: cannot be written ({error.strerror or error}); choose another,"
             f" or {_where_to_get(file, folder)}"
         ) from error
+    if not file.sha256:
+        return f"fetched, {path.stat().length:,} bytes, SHA-256 {sha256_of(path)}, none is known"
     return f"fetched, {file.num_bytes:,} bytes, checksum right"
 
 
@@ -186,7 +221,7 @@ def _download(file: PublishedFile, to: Path, folder: epath.Path, *, progress: bo
     try:
         with ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress) as bar:
             get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
-            pooch.retrieve(file.address, file.sha256, to.name, to.parent, downloader=get)
+            pooch.retrieve(file.address, file.sha256 or None, to.name, to.parent, downloader=get)
     except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
         raise BadInput(
             f"{file.path}: cannot be fetched ({error}); run the same command again, or"

@@ -136,6 +136,13 @@ def _tensor(row: Row, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.
     return np.ndarray(shape, row.dtype, row, offset * size, [stride * size for stride in strides])
 
 
+def _ordered(pairs: Any = ()) -> collections.OrderedDict:
+    made = collections.OrderedDict()
+    for key, value in pairs:  # as Python 2 wrote the published VGG16
+        _extend(made, [key, value])
+    return made
+
+
 class _Inert:
     """Stands for an object of settings, which is not built."""
 
@@ -148,6 +155,6 @@ _OF_SETTINGS = ("typing Any", "collections defaultdict", "builtins dict", "built
 _OF_SETTINGS += ("builtins int", "builtins float", "builtins str", "builtins bool")
 _FUNCTIONS = {
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
-    "collections OrderedDict": lambda: collections.OrderedDict(),
+    "collections OrderedDict": _ordered,
     "torch._utils _rebuild_tensor_v2": _tensor,
 }

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Float32, Shaped
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float32, PyTree, Shaped
 from safetensors import safe_open
 
 from mf_jax.flow.errors import BadInput, list_problems, listed
@@ -110,6 +111,25 @@ def fit_state_dict(
             "file, with the config.json beside it where it has one"
         )
     return {name: arrays[name].astype(np.float32) for name in wanted}
+
+
+def network_params(shapes: PyTree, state: StateDict) -> PyTree[Float32[Array, "..."]]:
+    """Return the parameters of these shapes of a network whose layers have the names of a file."""
+    flat = flatten_dict(shapes)
+    stored = {keys: _stored(keys, leaf.shape) for keys, leaf in flat.items()}
+    arrays, params = fit_state_dict(state, dict(stored.values())), {}
+    for keys, (name, shape) in stored.items():
+        array = arrays[name]
+        if keys[-1] == "kernel":
+            array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T
+        params[keys] = jnp.asarray(array)
+    return unflatten_dict(params)
+
+
+def _stored(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Return the published name and shape of a parameter: output and input axes come first."""
+    name = ".".join([*keys[:-1], "bias" if keys[-1] == "bias" else "weight"])
+    return name, (*shape[:-3:-1], *shape[:-2]) if keys[-1] == "kernel" else shape
 
 
 def _read_archive(content: bytes) -> Any:

@@ -36,6 +36,8 @@ _DAMAGED_FOLDER = "damaged_checkpoints"
 _Result = TypeVar("_Result")
 _State = TypeVar("_State")
 """A flax.struct dataclass with the fields `params` and `ema`, and any others."""
+_FROZEN = "frozen"
+"""A field that is not saved: published weights, which a run reads anew."""
 _Items = dict[str, PyTree]
 _Index = dict[str, dict[str, list]]
 """{item: {name of an array: [shape, type, fingerprint]}}."""
@@ -68,7 +70,8 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
 
 def _items(state: _State) -> _Items:
     """Return the items of a state; a run without averages has no item for them."""
-    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    names = [field.name for field in dataclasses.fields(state)]
+    rest = {name: getattr(state, name) for name in names if name != _FROZEN}
     items = {name: rest.pop(name) for name in ("params", "ema")} | {"rest": rest}
     return {name: item for name, item in items.items() if item}
 

@@ -32,6 +32,7 @@ STORES = {"gs": "etils[epath-gcs]", "s3": "etils[epath-s3]"}
 """The package that a path in a store of objects needs, by its scheme."""
 PATHS = ("data.path", "data.autoencoder", "data.copy_to", "prepare.input", "prepare.reference")
 PATHS += ("init.path", "eval.references", "eval.samples", "eval.inception", "weights_dir")
+PATHS += ("perceptual.lpips_weights", "perceptual.convnext_weights")
 """Keys of a config that hold a path, or a name where a path may stand."""
 _PathOfEtils = type(epath.Path())
 _glob_of_etils = _PathOfEtils.glob

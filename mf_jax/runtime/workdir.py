@@ -17,6 +17,7 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps
 from mf_jax.runtime.configs import defaults
+from mf_jax.runtime.earlier import ADDED, HABITS, RENAMED
 from mf_jax.runtime.files import change_paths, in_bucket, locked, place, to_json
 from mf_jax.runtime.json_files import misfit, read_json, tell_once, write_json
 
@@ -26,63 +27,14 @@ _LIKE = {
     _DATA: {"shape": [1], "num_classes": 0, "class_names": [""], "origin?": "", "size?": 0}
     | {"digest?": "", "init_sha256?": ""},
 }
-SECTIONS_OF_A_RUN = (
-    "seed",
-    "data",
-    "model",
-    "objective",
-    "guidance",
-    "weight",
-    "controls",
-    "velocity",
-)
-SECTIONS_OF_A_RUN += (
-    "times",
-    "instant_times",
-    "coupling",
-    "draws",
-    "init",
-    "train",
-    "optim",
-    "ema",
-)
+SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
+SECTIONS_OF_A_RUN += ("velocity", "perceptual", "times", "instant_times", "coupling", "draws")
+SECTIONS_OF_A_RUN += ("init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
-_FREE += ("model.attention", "model.remat", "init.kind")
+_FREE += ("model.attention", "model.remat", "init.kind", "perceptual.rows_at_once")
+_FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights")
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
-_RENAMED = {"guidance.t_start": "guidance.t_min", "guidance.t_end": "guidance.t_max"}
-_RENAMED |= {"init.from": "init.path", "log.every_steps": "train.log_every_steps"}
-"""Keys of a config.json that an earlier version has written."""
-_ADDED: dict[str, dict[str, Any]] = {
-    "model": {"prediction": "velocity", "t_clip": 0.05, "second_head": True, "rank": 8}
-    | {"attention": "xla", "remat": "none", "scan": False, "r_blocks": 0, "dropout": 0.0}
-    | {"head_depth": 0, "bottleneck": 0, "positions": "", "channels": 128, "num_blocks": 4}
-    | {"channel_multipliers": (2, 2, 2), "attention_resolutions": (16,)}
-    | {"norm": "layer", "logit_power": -0.5, "told_guidance": False},
-    "objective": {"alpha_start": 1.0, "alpha_end": 0.0, "anneal_from": 0, "anneal_to": 10_000}
-    | {"annealing": "sigmoid", "sharpness": 25.0, "derivative_below": 5e-3, "target_clip": 4.0}
-    | {"velocity": "head", "split": "uniform", "target_ema": 0.0}
-    | {"derivative": "jvp", "derivative_delta": 0.0, "min_gap": 0.0, "interval_factor": 1.0}
-    | {"error_of": "velocity", "ramp_steps": 0, "to_data_steps": 0},
-    "guidance": {"of_dropped": False, "fade": False},
-    "weight": {"of": "sum"},
-    "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0, "non_expansive": 0.0},
-    "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
-    "times": {"levels": 7, "order": "swap", "min_gap": 0.0},
-    "coupling": {"name": "independent", "rows": 0},
-    "instant_times": {"name": "", "t_mean": -0.4, "t_std": 1.0},
-    "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)}
-    | {"omega_min": 1.0, "instant_of_every_row": False},
-    "init": {"path": "", "kind": "run", "which": ""},
-    "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
-    | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"}
-    | {"augment": "none"},
-    "optim": {"name": "adamw", "momentum": 0.95},
-    "ema": {"halflives_kimg": (), "rampup": 0.0, "every_steps": 1},
-}
-"""What was done before a key was there: the value of a key that a stored config lacks."""
-_HABITS = ("data.class_order", "data.channels", "ema.rampup")
-"""Keys of these whose default does not do what was done before."""
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -129,8 +81,8 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
     """Set keys that the run of a workdir has never heard of to what it has always done."""
     if not exists(workdir):
         return
-    known, added = (flatten_dict(each, sep=".") for each in (_read(workdir, _CONFIG), _ADDED))
-    for key in (key for key in _HABITS if key not in known):
+    known, added = (flatten_dict(each, sep=".") for each in (_read(workdir, _CONFIG), ADDED))
+    for key in (key for key in HABITS if key not in known):
         if flat(config)[key] != added[key]:
             print(f"{key}={added[key]!r}: what this run has done since an earlier version began it")
         config.update_from_flattened_dict({key: added[key]})
@@ -265,8 +217,8 @@ def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
       key: that names the workdir, for errors.
     """
     stored = flatten_dict(_read(workdir, _CONFIG, key), sep=".")
-    values = {_RENAMED.get(key, key): _tuples(value) for key, value in stored.items()}
-    values = flatten_dict(_ADDED, sep=".") | values
+    values = {RENAMED.get(key, key): _tuples(value) for key, value in stored.items()}
+    values = flatten_dict(ADDED, sep=".") | values
     if problem := _misfit(values):
         raise BadInput(f"{key}={workdir}: its {_CONFIG} cannot be used ({problem}); restore it")
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)

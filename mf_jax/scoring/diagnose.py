@@ -28,8 +28,9 @@ def diagnose(
     rows_key, noise_key, times_key = jax.random.split(key, 3)
     index = jax.random.randint(rows_key, (_ROWS,), 0, len(source))
     x, labels, condition, e, mask = jax.tree.map(jnp.asarray, source.gather(np.asarray(index)))
-    r, t = make_scheme(config).times.sample(times_key, _ROWS)
-    e = jax.random.normal(noise_key, x.shape) if e is None else e
+    scheme = make_scheme(config)
+    r, t = scheme.times.sample(times_key, _ROWS)
+    e = scheme.noise_scale * jax.random.normal(noise_key, x.shape) if e is None else e
     if mask is not None:
         x, e = (jnp.where(mask, each, 0) for each in (x, e))
     told = {"condition": labels if condition is None else Told(labels, condition)}
