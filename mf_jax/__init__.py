@@ -19,7 +19,8 @@ _NAMES = {
     "mf_jax.flow.guidance": "Guidance",
     "mf_jax.flow.records": "NO_LABEL Condition Draws Field GuidanceScale Prediction Rows",
     "mf_jax.flow.sampler": "sample",
-    "mf_jax.flow.times": "ConsistencyTimes DyadicTimes LogitNormalTimes Times UniformTimes",
+    "mf_jax.flow.times": "ConsistencyTimes DyadicTimes GapTimes GridTimes LogitNormalTimes Times "
+    "UniformTimes",
     "mf_jax.flow.velocities": "VelocityEstimate",
     "mf_jax.generator": "Generator",
     "mf_jax.loading": "load",
@@ -31,6 +32,7 @@ _NAMES = {
     "mf_jax.objectives.improved_meanflow": "ImprovedMeanFlow",
     "mf_jax.objectives.meanflow": "MeanFlow",
     "mf_jax.objectives.pixel_meanflow": "PixelMeanFlow",
+    "mf_jax.objectives.shortcut": "Shortcut",
     "mf_jax.objectives.split_meanflow": "SplitMeanFlow",
     "mf_jax.objectives.terminal_velocity": "TerminalVelocity",
     "mf_jax.objectives.terms": "AdaptiveWeight Objective",

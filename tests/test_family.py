@@ -149,6 +149,15 @@ def _linear(slope):
     return field
 
 
+def test_shortcut_clips_the_middle_and_the_target():
+    rows, c = _draws().interval, 0.3
+    z = interpolate(rows.x, rows.e, t=rows.t)
+    point = jnp.clip(z - per_row(rows.t - rows.r, z) / 2 * 0.5 * z, -c, c)
+    _, target, _ = Shortcut(target_clip=c)._parts(_linear(0.5), 0.0, 0.0, rows)
+    np.testing.assert_allclose(target, jnp.clip((0.5 * z + 0.5 * point) / 2, -c, c), rtol=1e-9)
+    assert len(np.unique(np.abs(target))) > 2
+
+
 def test_controls_charge_slopes_beyond_the_bound_and_steps_that_fold():
     draws = _draws()
     gap = np.asarray(draws.interval.t - draws.interval.r)

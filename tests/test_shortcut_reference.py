@@ -93,7 +93,7 @@ def _draws(meta, case):
     told = {"condition": labels, "null": jnp.full_like(labels, NO_LABEL), "for_networks": True}
     told["dropped"] = given["dropped"]
     if meta["kind"] == "tvm":
-        guidance = GuidanceScale(1 / given["beta"], 0 * t, 1 + 0 * t)
+        guidance = GuidanceScale(0 * t + meta["objective"]["cfg"], 0 * t, 1 + 0 * t)
         rows = Rows(x, e, t, given["r"], guidance=guidance, **told)
         return Draws(at_time(rows, given["s"]), rows)
     # their t = 1 is data; at x + floor e their path is ours
@@ -108,6 +108,9 @@ def _evaluate(network, objective, params, teacher, draws):
     """Return u of rows with r < t and of the others, targets of the first, loss and gradient."""
     field, rows = as_field(network), draws.interval
     both = jax.tree.map(lambda *a: jnp.concatenate(a), rows, draws.instant)
+    if both.guidance is not None:  # the objective itself tells dropped rows 1
+        omega = jnp.where(both.dropped, 1, both.guidance.omega)
+        both = both.replace(guidance=both.guidance.replace(omega=omega))
     z = interpolate(both.x, both.e, t=both.t)
     u = field(params, z, r=both.r, t=both.t, condition=condition_of(both)).u
     has_target = hasattr(objective, "levels")

@@ -121,9 +121,7 @@ class DrawScheme:
     @property
     def group(self) -> int:
         """The number of rows whose multiple each device must have."""
-        if self.instant_of_every_row:
-            return 1
-        return sum(group_sizes(self.instant_share))
+        return 1 if self.instant_of_every_row else sum(group_sizes(self.instant_share))
 
     def draw(
         self,

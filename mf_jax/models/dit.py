@@ -177,8 +177,8 @@ class DiT(Transformer, kw_only=True):
         )
         guidance = 0
         if self.told_guidance:
-            of_guidance = ScalarEmbedding(self.width, name="guidance_embedding")
-            guidance = of_guidance(1 / _omega(condition, t))
+            embed_scale = ScalarEmbedding(self.width, name="guidance_embedding")
+            guidance = embed_scale(1 / _omega(condition, t))
         c = embed(r=r, t=t, labels=condition.labels) + guidance
         if not decoupled:
             return [c] * self.depth, c
