@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,8 @@ from mf_jax.runtime.sharding import batch_sharding
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
+_LEAST_NUMBERS = 4096
+"""A smaller batch is padded: that takes less time than to compile another size."""
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
 
@@ -157,28 +160,29 @@ class Generator:
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers.
 
-        All batches have one size, a multiple of the number of devices. Numbers from len(labels) on
-        are padding. What `given_for` returns is repeated to reach all of them.
+        All batches have one size, one of few, a multiple of the number of devices. Numbers from
+        len(labels) on are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
-        size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
+        least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape), 1)
+        size = min(plan.batch_size, 1 << (least - 1).bit_length())
+        size = -(-size // self.mesh.size) * self.mesh.size
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
+        fixed = (self.network, make_objective(self.config).learns_average, self.spec.shape)
+        times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
-            x = _sample(
-                self.network,
-                make_objective(self.config).learns_average,
-                self.spec.shape,
+            x, is_good = _sample(
+                *fixed,
                 self.params,
                 plan.seed,
-                jnp.asarray(plan.grid, jnp.float32),
-                jnp.asarray(plan.guidance, jnp.float32),
+                (np.float32(times), num_steps),
+                np.float32(plan.guidance),
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
                 {name: place(each[index % len(each)]) for name, each in given.items()},
             )
-            is_good = jnp.isfinite(x).reshape(size, -1).all(axis=1) | (index >= len(labels))
-            if bad := size - int(is_good.sum()):
+            if bad := int((~on_host(is_good) & (index < len(labels))).sum()):
                 raise BadInput(
                     f"{bad} of {len(labels)} samples are not finite: the network has diverged; "
                     "take an earlier checkpoint, or train with a lower optim.lr"
@@ -249,13 +253,14 @@ def _sample(
     shape: tuple[int, ...],
     params: PyTree,
     seed: Array,
-    times: Array,
+    grid: tuple[Array, Array],
     guidance: Array,
     index: Array,
     labels: Array,
     given: Mapping[str, Array] = MappingProxyType({}),
-) -> Array:
-    key = key_of(seed)
+) -> tuple[Array, Array]:
+    """Return samples, and whether each is finite; the grid is padded times and their intervals."""
+    key, (times, num) = key_of(seed), grid
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
@@ -266,9 +271,9 @@ def _sample(
         field = functools.partial(call, field, mask=given["mask"])
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
-        return sampler.sample(
-            field, params, e, condition, times=times, learns_average=learns_average
-        )
+        how = {"times": times, "num_intervals": num, "learns_average": learns_average}
+        x = sampler.sample(field, params, e, condition, **how)
+    return x, jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
