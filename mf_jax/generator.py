@@ -39,8 +39,7 @@ from mf_jax.runtime.sharding import batch_sharding
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
-_LEAST_NUMBERS = 4096
-"""A smaller batch is padded: that takes less time than to compile another size."""
+_LEAST_NUMBERS = 4096  # fewer are padded, which takes less time than to compile another size
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
 
@@ -148,25 +147,26 @@ class Generator:
             labels = labels if labels is None else np.ravel(np.asarray(labels, object)).tolist()
             num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
-        batches = self.batches(labels, plan.replace(**changes), given)
-        samples = [on_host(convert(x)) for x, _ in batches]
-        return np.concatenate(samples)[: len(labels)]
+        least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape))
+        size = 1 << (least - 1).bit_length()
+        batches = self.batches(labels, plan.replace(**changes), given, size)
+        return np.concatenate([on_host(convert(x)) for x, _ in batches])[: len(labels)]
 
     def batches(
         self,
         labels: Int[np.ndarray, "n"],
         plan: SamplePlan,
         given: Mapping[str, np.ndarray] = MappingProxyType({}),
+        least_rows: int = 1,
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers.
 
-        All batches have one size, one of few, a multiple of the number of devices. Numbers from
-        len(labels) on are padding. What `given_for` returns is repeated to reach all of them.
+        All batches have one size, a multiple of the number of devices. Numbers from len(labels) on
+        are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
-        least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape), 1)
-        size = min(plan.batch_size, 1 << (least - 1).bit_length())
-        size = -(-size // self.mesh.size) * self.mesh.size
+        rows, devices = min(plan.batch_size, max(len(labels), least_rows)), self.mesh.size
+        size = -(-rows // devices) * devices
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
         fixed = (self.network, make_objective(self.config).learns_average, self.spec.shape)
         times, num_steps = plan.padded_grid
@@ -259,7 +259,7 @@ def _sample(
     labels: Array,
     given: Mapping[str, Array] = MappingProxyType({}),
 ) -> tuple[Array, Array]:
-    """Return samples, and whether each is finite; the grid is padded times and their intervals."""
+    """Return samples, and whether each is finite; the grid is a padded one."""
     key, (times, num) = key_of(seed), grid
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
