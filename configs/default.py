@@ -220,8 +220,8 @@ DEFAULTS = dict(
         what="step",  # step | sample | input | attention | scores (of random features) | fits
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile
         dropped=3,  # runs before them, not counted
-        shape=(),  # step, sample, fits: of one element, e.g. (32, 32, 4); () = read the data
-        num_classes=1000,  # step, sample, fits: classes, where bench.shape is given
+        shape=(),  # not input: of one element; () = as data.image_size says, or of the data
+        num_classes=1000,  # not input: of pictures that are not read, or where shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
         devices=8,  # fits: of the machine
         memory_gb=16.0,  # fits: of one device
