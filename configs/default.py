@@ -152,6 +152,7 @@ DEFAULTS = dict(
     train=dict(
         num_steps=10_000,  # optimisation steps of the whole run
         batch_size=128,  # rows of a step, over all devices
+        microbatch=0,  # rows computed at once, over all devices, to save memory; 0 = all
         log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
     ),
     optim=dict(

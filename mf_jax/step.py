@@ -51,6 +51,7 @@ class StepParts:
     batches become elements, where each visit draws them anew. more: see `DataSpec.more`. gather:
     one of `sharding.GATHERS`.
     ema_rampup: see `update_averages`; the objective's own average has none.
+    microbatch: rows, over all devices, whose gradient is computed at once; 0 = all of the batch.
     """
 
     network: nn.Module
@@ -66,6 +67,7 @@ class StepParts:
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: str = "step"
     ema_rampup: float = 0.0
+    microbatch: int = 0
 
     @property
     def batch(self) -> Batch:
@@ -146,12 +148,32 @@ def _gradient(
         (loss, metrics), gradient = of_params(field, params, draws, step, target_params)
         return gradient, {"loss": average_over(loss, draws), **metrics}
 
+    num = parts.batch_size // (parts.microbatch or parts.batch_size)
+    of_parts = functools.partial(_in_turn, of_rows, num)
     both = (params, target_params)
     if mesh is None or mesh.size == 1:
-        gradient, metrics = of_rows(both, draws)
+        gradient, metrics = of_parts(both, draws)
     else:
-        gradient, metrics = per_device(of_rows, mesh, both, draws, late=late)
+        gradient, metrics = per_device(of_parts, mesh, both, draws, late=late)
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
+
+
+def _in_turn(of_rows: Callable, num: int, params: PyTree, draws: Draws) -> tuple[PyTree, PyTree]:
+    """Return the mean gradient and the summed metrics of as many equal parts of the rows."""
+    if num == 1:
+        return of_rows(params, draws)
+    leaves, form = jax.tree.flatten(draws)
+    parts = [x.reshape(num, len(x) // num, *x.shape[1:]) for x in leaves]
+
+    def of_part(part: list[Array]) -> tuple[PyTree, PyTree]:
+        return of_rows(params, jax.tree.unflatten(form, part))
+
+    def add(sums: PyTree, part: list[Array]) -> tuple[PyTree, None]:
+        return optax.tree.add(sums, of_part(part)), None
+
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_part, [x[0] for x in parts]))
+    (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / num, gradient), metrics
 
 
 def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[..., TrainState]:

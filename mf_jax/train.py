@@ -124,6 +124,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         more=source.spec.more,
         gather=config.mesh.gather,
         ema_rampup=config.ema.rampup,
+        microbatch=config.train.microbatch,
     )
 
 

@@ -30,8 +30,7 @@ Source: MeanFlow, arXiv 2505.13447, table 1c.
 """
 
 LONGEST_PERIOD = 10_000
-_LARGE = 2**18
-"""Numbers from which on it is worth while to keep x, measured on CPUs."""
+_LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on CPUs
 
 
 class Network(nn.Module):

@@ -6,13 +6,12 @@ JAX reads and writes the folder: an entry that is damaged, or of another machine
 import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 
 ENVIRONMENT_VARIABLE = "MF_CACHE"
-_USUAL = "~/.cache/mf_jax"
-_OFF = ("", "off")
 _MOST_BYTES = 2 * 2**30
 
 
@@ -21,18 +20,16 @@ def keep_programs() -> None:
 
     A folder that cannot be written costs a line on standard error, and time.
     """
-    given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
-    if given in _OFF or jax.config.jax_compilation_cache_dir:
+    given = os.environ.get(ENVIRONMENT_VARIABLE, "~/.cache/mf_jax")
+    if given in ("", "off") or jax.config.jax_compilation_cache_dir:
         return
     try:
         folder = Path(given).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # the second: there is no home folder
         fix = f"{ENVIRONMENT_VARIABLE}=off says that none is wanted"
-        print(f"programs are not kept in {given} ({error}); {fix}", file=sys.stderr)
-        return
+        return print(f"programs are not kept in {given} ({error}); {fix}", file=sys.stderr)
     _drop_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # even small programs take longer to compile than to read

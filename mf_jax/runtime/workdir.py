@@ -39,7 +39,7 @@ SECTIONS_OF_A_RUN = (
 SECTIONS_OF_A_RUN += ("times", "instant_times", "draws", "init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
-_FREE += ("model.attention", "model.remat", "init.kind")
+_FREE += ("model.attention", "model.remat", "init.kind", "train.microbatch")
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 _RENAMED = {"guidance.t_start": "guidance.t_min", "guidance.t_end": "guidance.t_max"}
 _RENAMED |= {"init.from": "init.path", "log.every_steps": "train.log_every_steps"}
