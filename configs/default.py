@@ -169,6 +169,7 @@ DEFAULTS = dict(
     train=dict(
         num_steps=10_000,  # optimisation steps of the whole run
         batch_size=128,  # rows of a step, over all devices
+        microbatch=0,  # rows computed at once, over all devices, to save memory; 0 = all
         log_every_steps=100,  # steps between rows of metrics.jsonl, which average over them
     ),
     optim=dict(
@@ -238,8 +239,8 @@ DEFAULTS = dict(
         what="step",  # step | sample | input | attention | scores (of random features) | fits
         repeats=20,  # timed runs of each thing measured; step: 0 = only compile
         dropped=3,  # runs before them, not counted
-        shape=(),  # step, sample, fits: of one element, e.g. (32, 32, 4); () = read the data
-        num_classes=1000,  # step, sample, fits: classes, where bench.shape is given
+        shape=(),  # not input: of one element; () = as data.image_size says, or of the data
+        num_classes=1000,  # not input: of pictures that are not read, or where shape is given
         tokens=(256, 1024),  # attention: lengths of the sequence
         devices=8,  # fits: of the machine
         memory_gb=16.0,  # fits: of one device

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from mf_jax.runtime.sharding import batch_sharding
 
 _ROWS_AT_ONCE = 8
 """Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
+_LEAST_NUMBERS = 4096  # fewer are padded, which takes less time than to compile another size
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
 
@@ -145,15 +147,17 @@ class Generator:
             labels = labels if labels is None else np.ravel(np.asarray(labels, object)).tolist()
             num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
-        batches = self.batches(labels, plan.replace(**changes), given)
-        samples = [on_host(convert(x)) for x, _ in batches]
-        return np.concatenate(samples)[: len(labels)]
+        least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape))
+        size = 1 << (least - 1).bit_length()
+        batches = self.batches(labels, plan.replace(**changes), given, size)
+        return np.concatenate([on_host(convert(x)) for x, _ in batches])[: len(labels)]
 
     def batches(
         self,
         labels: Int[np.ndarray, "n"],
         plan: SamplePlan,
         given: Mapping[str, np.ndarray] = MappingProxyType({}),
+        least_rows: int = 1,
     ) -> Iterator[tuple[Float[Array, "b ..."], Int[np.ndarray, "b"]]]:
         """Yield samples on the devices, batch by batch, and their numbers.
 
@@ -161,25 +165,25 @@ class Generator:
         are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
-        size = -(-min(plan.batch_size, len(labels)) // self.mesh.size) * self.mesh.size
+        rows, devices = min(plan.batch_size, max(len(labels), least_rows)), self.mesh.size
+        size = -(-rows // devices) * devices
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
+        fixed = (self.network, make_objective(self.config).learns_average, self.spec.shape)
+        times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
-            x = _sample(
-                self.network,
-                make_objective(self.config).learns_average,
-                self.spec.shape,
+            x, is_good = _sample(
+                *fixed,
                 self.params,
                 plan.seed,
-                jnp.asarray(plan.grid, jnp.float32),
-                jnp.asarray(plan.guidance, jnp.float32),
+                (np.float32(times), num_steps),
+                np.float32(plan.guidance),
                 self.config.draws.noise_scale,
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
                 {name: place(each[index % len(each)]) for name, each in given.items()},
             )
-            is_good = jnp.isfinite(x).reshape(size, -1).all(axis=1) | (index >= len(labels))
-            if bad := size - int(is_good.sum()):
+            if bad := int((~on_host(is_good) & (index < len(labels))).sum()):
                 raise BadInput(
                     f"{bad} of {len(labels)} samples are not finite: the network has diverged; "
                     "take an earlier checkpoint, or train with a lower optim.lr"
@@ -251,14 +255,15 @@ def _sample(
     shape: tuple[int, ...],
     params: PyTree,
     seed: Array,
-    times: Array,
+    grid: tuple[Array, Array],
     guidance: Array,
     noise_scale: Array | float,
     index: Array,
     labels: Array,
     given: Mapping[str, Array] = MappingProxyType({}),
-) -> Array:
-    key = key_of(seed)
+) -> tuple[Array, Array]:
+    """Return samples, and whether each is finite; the grid is a padded one."""
+    key, (times, num) = key_of(seed), grid
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
@@ -269,9 +274,9 @@ def _sample(
         field = functools.partial(call, field, mask=given["mask"])
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
-        return sampler.sample(
-            field, params, e, condition, times=times, learns_average=learns_average
-        )
+        how = {"times": times, "num_intervals": num, "learns_average": learns_average}
+        x = sampler.sample(field, params, e, condition, **how)
+    return x, jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

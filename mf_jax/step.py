@@ -55,6 +55,7 @@ class StepParts:
     one of `sharding.GATHERS`.
     ema_rampup, ema_every_steps: see `update_averages`; they leave the objective's own average out.
     augment: changes the elements of a batch, and tells how; see `mf_jax.data.augment`.
+    microbatch: rows, over all devices, whose gradient is computed at once; 0 = all of the batch.
     """
 
     network: nn.Module
@@ -72,6 +73,7 @@ class StepParts:
     ema_rampup: float = 0.0
     ema_every_steps: int = 1
     augment: Callable | None = None
+    microbatch: int = 0
 
     @property
     def batch(self) -> Batch:
@@ -161,12 +163,32 @@ def _gradient(
         (loss, metrics), gradient = of_params(field, params, draws, state.step, target_params)
         return gradient, {"loss": average_over(loss, draws), **metrics}
 
+    num = parts.batch_size // (parts.microbatch or parts.batch_size)
+    of_parts = functools.partial(_in_turn, of_rows, num)
     whole = (params, target_params, state.frozen)
     if mesh is None or mesh.size == 1:
-        gradient, metrics = of_rows(whole, draws)
+        gradient, metrics = of_parts(whole, draws)
     else:
-        gradient, metrics = per_device(of_rows, mesh, whole, draws, late=late)
+        gradient, metrics = per_device(of_parts, mesh, whole, draws, late=late)
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
+
+
+def _in_turn(of_rows: Callable, num: int, params: PyTree, draws: Draws) -> tuple[PyTree, PyTree]:
+    """Return the mean gradient and the summed metrics of as many equal parts of the rows."""
+    if num == 1:
+        return of_rows(params, draws)
+    leaves, form = jax.tree.flatten(draws)
+    parts = [x.reshape(num, len(x) // num, *x.shape[1:]) for x in leaves]
+
+    def of_part(part: list[Array]) -> tuple[PyTree, PyTree]:
+        return of_rows(params, jax.tree.unflatten(form, part))
+
+    def add(sums: PyTree, part: list[Array]) -> tuple[PyTree, None]:
+        return optax.tree.add(sums, of_part(part)), None
+
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_part, [x[0] for x in parts]))
+    (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / num, gradient), metrics
 
 
 def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[..., TrainState]:

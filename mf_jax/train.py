@@ -127,6 +127,7 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
         ema_rampup=config.ema.rampup,
         ema_every_steps=config.ema.every_steps,
         augment=AUGMENTATIONS[config.data.augment].draw,
+        microbatch=config.train.microbatch,
     )
 
 

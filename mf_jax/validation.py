@@ -108,6 +108,12 @@ def _check_batch(config: ConfigDict, num_devices: int) -> None:
             f"with r = t and r < t are dealt in groups of {group} ({share}) on each of "
             f"{num_devices} device{'s' * (num_devices > 1)}"
         )
+    part, least = config.train.microbatch, group * num_devices
+    if part and (part < 0 or part % least or size % part):
+        raise BadInput(
+            f"train.microbatch={part}: must be a multiple of {least}, and divide "
+            f"train.batch_size={size}; use {least}, or 0 for the whole batch"
+        )
 
 
 def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:

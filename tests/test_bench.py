@@ -164,6 +164,8 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
     for key, value in result["ratio"].items():
         assert key == "objective" or value == first[key] / second[key]
     assert 1.0 < result["ratio"]["gflop"] < 1.3
+    of = [f"{result['ratio'][key]:.3g} of its" for key in ("gflop", "step_seconds_median")]
+    assert f"meanflow beside flow_matching: {of[0]} GFLOP, {of[1]} time" in result["notes"][1]
 
 
 def test_a_loop_does_not_hide_flops(monkeypatch):
@@ -270,6 +272,17 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         assert not (tmp_path / "run").exists()
     code, _, errors = _run("input", "digits", "/dev/null/run", "--config.log.progress=False")
     assert (code, "/dev/null/run: cannot be written" in errors) == (2, True)
+
+
+def test_pictures_and_latents_need_not_be_here():
+    for name, shape in (("image_folder", (64, 64, 3)), ("latents", (8, 8, 4))):
+        config = _config()
+        config.data.update(name=name, path="/no", image_size=64)
+        assert bench._source(config).spec == DataSpec(shape, 1000)
+        config.bench.what = "input"
+        with pytest.raises(BadInput, match="/no"):
+            bench._source(config)
+    assert bench._source(_config()).spec.shape == (8, 8, 1)
 
 
 WIDTH, AVERAGES = 128, (0.5, 0.9, 0.99)

@@ -21,6 +21,7 @@ from mf_jax.models import (
     InContextDiT,
     as_field,
     initial_params,
+    layers,
     parameter_shapes,
     with_gather,
 )
@@ -81,6 +82,21 @@ def test_loss_and_gradient_are_the_same(name, remat, scan):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6 * (1 + np.abs(b).max()))
 
     jax.tree.map(assert_close, got, expected)
+
+
+@pytest.mark.parametrize("name", ["dit", "in_context_dit"])
+def test_x_is_kept_in_memory_on_cpus_alone_and_no_bit_changes(name, monkeypatch):
+    network, found = NETWORKS[name].clone(depth=4), []
+    params = draw(network, SHAPE)
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        divisions = str(jax.make_jaxpr(lambda p: _loss(network, p))(params)).count(" div ")
+        found.append((divisions, _loss_and_gradient(network, params)))
+    (kept, expected), (plain, got) = found
+    heads = 2 if name == "in_context_dit" else 0  # blocks of the second one
+    assert kept - plain == 2 * (4 + heads)  # value and tangent of each block
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_layouts_are_inverse_keep_the_order_and_fit_a_loop():

@@ -125,7 +125,11 @@ ROUNDS = (
         "objective.alpha_end=nan": "model.t_clip=1.0: must be within (0, 1)",
         "model.t_clip=1.0": "",
     },
-    {"model.depth=-1": "model.depth=-1", "weight.p=-1.0": "weight.p=-1.0"},
+    {
+        "model.depth=-1": "model.depth=-1",
+        "weight.p=-1.0": "weight.p=-1.0",
+        "train.microbatch=10": "train.microbatch=10: must be a multiple of 2",
+    },
     {"guidance.omega=-1.0": "omega=-1.0"},
     {"guidance.t_min=0.9": "t_min=0.9", "guidance.t_max=0.1": "t_max=0.1"},
     {"objective.name=terminal_velocity": "fused", "model.attention=fused": "model.attention="},

@@ -1,6 +1,7 @@
 """Sampling a tiny finished run, from Python and from the command line, and decoding latents."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -23,10 +24,10 @@ from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.records import DataSpec
+from mf_jax.flow.records import Condition, DataSpec, GuidanceScale
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder
-from mf_jax.models import initial_params
+from mf_jax.models import as_field, initial_params
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.runtime.sharding import make_mesh
 
@@ -64,6 +65,19 @@ def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
     np.testing.assert_array_equal(generator.sample_raw(num=4, plan=SamplePlan(steps=2)), two)
     np.testing.assert_array_equal(generator.sample_raw(num=4, times=(1.0, 0.5, 0.0)), two)
     assert np.abs(generator.sample_raw(num=4, times=(1.0, 0.2, 0.0)) - two).max() > 1e-4
+
+
+def test_one_program_draws_few_or_many_samples_in_any_number_of_steps(generator):
+    e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key_of(0), i), (8, 8, 1)))
+    scale = GuidanceScale(jnp.ones(64), jnp.zeros(64), jnp.ones(64))
+    condition = Condition(jnp.arange(64) % 10, guidance=scale)
+    noise, field = e(jnp.arange(64)), as_field(generator.network)
+    module._sample.clear_cache()
+    for num, steps in ((1, 1), (3, 8), (64, 2), (13, 63)):
+        walk = jax.jit(functools.partial(mf_jax.sample, field, steps=steps))
+        plain = walk(generator.params, noise, condition)[:num]
+        np.testing.assert_array_equal(generator.sample_raw(num=num, steps=steps), plain)
+    assert module._sample._cache_size() == 1
 
 
 def test_seed_label_and_average_matter(generator, trained):
@@ -161,7 +175,7 @@ def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatc
 
 
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):
-    times, guidance = np.float32([1, 0]), np.float32([1, 0, 1])
+    times, guidance = (np.float32([1, 0]), 1), np.float32([1, 0, 1])
     rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
     fixed = (generator.network, True, generator.spec.shape)
     text = str(module._sample.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)

@@ -1,6 +1,7 @@
 """Training: results, exact resume, stopping, damage, divergence, runs of earlier versions."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT, TINY
 from etils import epath
 from jobs import Job, here, tiny_config, works
+from networks import draw
 from scenarios import POINTS
 from steps import parts_of
 
@@ -28,6 +30,7 @@ from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
+from mf_jax.models import MLP
 from mf_jax.models.dit import DiT
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.reporting.run_log import read_metrics
@@ -353,3 +356,17 @@ def test_every_visit_draws_anew_and_the_step_sees_what_was_drawn():
     base = _error(train_step(state, 0 * rows, labels))
     assert _error(train_step(state, mean, labels)) > 100 * base
     assert _error(train_step(state, deviation, labels)) > 100 * base
+
+
+def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole():
+    parts = parts_of(MLP(depth=1, width=8, num_classes=3), MeanFlow(), shape=(3,), batch=16)
+    params = draw(parts.network, (3,))
+    batch = jax.random.normal(jax.random.key(0), (16, 3)), jnp.arange(16) % 3
+
+    def gradient(microbatch):
+        split = dataclasses.replace(parts, microbatch=microbatch)
+        return jax.jit(lambda: state_module._gradient(split, params, {}, jnp.int32(0), batch))()
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    for microbatch in (4, 8):
+        jax.tree.map(close, gradient(microbatch), gradient(0))

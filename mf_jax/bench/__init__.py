@@ -30,6 +30,9 @@ from mf_jax.validation import validate
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
 """Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""
 
+_OF_PICTURES = {"image_folder": (1, 3), "tfds": (1, 3), "latents": (8, 4)}
+"""Data that need not be here: the pixels that a place stands for on either axis, and channels."""
+
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write `bench_WHAT.json` and print it as a table; nothing is written after bad input."""
@@ -54,12 +57,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _source(config: ConfigDict) -> Source:
-    """Return the data that a config names, or noise where it gives a shape, fully checked."""
-    bench = config.bench
+    """Return noise where the config knows the data's shape, else the data, fully checked."""
+    bench, side = config.bench, config.data.image_size
     num_devices = bench.devices if bench.what == "fits" else jax.device_count()
-    if bench.what == "input" or not bench.shape:
+    shape = tuple(bench.shape)
+    if not shape and config.data.name in _OF_PICTURES:
+        pixels, channels = _OF_PICTURES[config.data.name]
+        shape = (side // pixels, side // pixels, channels)
+    if bench.what == "input" or not shape:
         return validate(config, num_devices=num_devices)
-    noise = DataSpec(tuple(bench.shape), bench.num_classes)
+    noise = DataSpec(shape, bench.num_classes)
     return validate(config, num_devices=num_devices, source=Noise(noise))
 
 

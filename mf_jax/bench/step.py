@@ -96,7 +96,10 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
             row |= measure.throughput("step", seconds, **work, peak=peak)
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
     ratio = {"objective": "ratio"} | {key: rows[0][key] / rows[1][key] for key in numbers}
-    result = {"batch_size": config.train.batch_size, "notes": [COUNT_NOTE], "rows": list(rows)}
+    terms = {"gflop": "GFLOP", "step_seconds_median": "time", "temp_bytes": "temporary memory"}
+    parts = [f"{ratio[key]:.3g} of its {term}" for key, term in terms.items() if ratio.get(key)]
+    notes = [COUNT_NOTE, f"{config.objective.name} beside flow_matching: {', '.join(parts)}"]
+    result = {"batch_size": config.train.batch_size, "notes": notes, "rows": list(rows)}
     return result | peak | {"gflop_counted": "lowered", "ratio": ratio}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import advance, interpolate
@@ -73,6 +73,11 @@ class SamplePlan:
         """Return the times visited, one more than there are evaluations."""
         return self.times or tuple(1 - i / self.steps for i in range(self.steps + 1))
 
+    @property
+    def padded_grid(self) -> tuple[tuple[float, ...], int]:
+        """Return the grid, with zeros up to a multiple of 64 times, and its number of intervals."""
+        return self.grid + (0.0,) * (-len(self.grid) % 64), len(self.grid) - 1
+
     def replace(self, *, guidance: Sequence[float] | None = None, **changes: Any) -> "SamplePlan":
         """Return the plan with other values; guidance is (omega, t_min, t_max)."""
         if "times" in changes:
@@ -103,6 +108,7 @@ def sample(
     *,
     steps: int = 1,
     times: Sequence[float] | Float[Array, "n"] = (),
+    num_intervals: Int[Array, ""] | None = None,
     renoise: PRNGKeyArray | None = None,
     learns_average: bool = True,
 ) -> Float[Array, "b ..."]:
@@ -111,6 +117,8 @@ def sample(
     Args:
       condition: what the field is told, unchanged.
       steps, times: see `SamplePlan`; BadInput unless they are as it says.
+      num_intervals: of traced times, so that one program serves all numbers of steps; what follows
+        is padding. None = all, which can be differentiated in reverse.
       renoise: a key; each step then goes to the data, x_hat = z - t u(z, 0, t), and back to fresh
         noise, z_r = (1 - r) x_hat + r e'. None = from t to r along the flow.
       learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method, as networks of
@@ -134,4 +142,11 @@ def sample(
 
     grid = jnp.asarray(grid, jnp.float32)
     keys = None if renoise is None else jax.random.split(renoise, len(grid) - 1)
-    return jax.lax.scan(step, e, (grid[:-1], grid[1:], keys))[0]
+    intervals = (grid[:-1], grid[1:], keys)
+    if num_intervals is None:
+        return jax.lax.scan(step, e, intervals)[0]
+
+    def walk(i: Int[Array, ""], z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        return step(z, jax.tree.map(lambda each: each[i], intervals))[0]
+
+    return jax.lax.fori_loop(0, num_intervals, walk, e)

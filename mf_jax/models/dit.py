@@ -28,6 +28,7 @@ from mf_jax.models.layers import (
     Tokens,
     at_least_float32,
     image_of,
+    kept_in_memory,
     patches_of,
     sine_cosine_positions,
     xavier_dense,
@@ -106,7 +107,7 @@ class Block(nn.Module):
         modulated = _modulate(x, shift2, scale2, norm)
         hidden = xavier_dense(4 * width, dtype=dtype, name="expand")(modulated)
         out = xavier_dense(width, dtype=dtype, name="contract")(nn.gelu(hidden))
-        return x + gate2[:, None] * out
+        return kept_in_memory(x + gate2[:, None] * out, c)
 
 
 def _omega(condition: Condition, t: Time) -> Time:

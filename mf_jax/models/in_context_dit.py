@@ -26,6 +26,7 @@ from mf_jax.models.layers import (
     Tokens,
     embed_class,
     image_of,
+    kept_in_memory,
     patches_of,
     xavier_dense,
     zero_dense,
@@ -115,7 +116,8 @@ class GatedBlock(nn.Module):
         x = x + attention_gate * attention(nn.RMSNorm(name="attention_norm")(x), turns)
         normal = nn.RMSNorm(name="perceptron_norm")(x)
         switch, value = (linear(width * 8 // 3, name=name)(normal) for name in ("switch", "expand"))
-        return x + perceptron_gate * linear(width, name="contract")(nn.silu(switch) * value)
+        out = linear(width, name="contract")(nn.silu(switch) * value)
+        return kept_in_memory(x + perceptron_gate * out, perceptron_gate)
 
 
 class Head(nn.Module):

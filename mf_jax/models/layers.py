@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -29,6 +30,7 @@ Source: MeanFlow, arXiv 2505.13447, table 1c.
 """
 
 LONGEST_PERIOD = 10_000
+_LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on CPUs
 
 
 class Network(nn.Module):
@@ -51,6 +53,22 @@ class Network(nn.Module):
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x in float32, or in its own type where that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x, number for number; XLA for CPUs then computes it once and keeps it.
+
+    XLA computes sums again in every operation that reads them. Of a residual stream that is the
+    chain of all sums before: the first block's gradient reads tensors of every block. XLA does
+    not repeat a division, here by a one that it cannot know. A small x stays in the cache anyway.
+
+    Args:
+      other: finite numbers that XLA does not know and that are there before x.
+    """
+    if jax.default_backend() != "cpu" or x.size < _LARGE:
+        return x
+    one = 1 + 0 * jax.lax.stop_gradient(other[(0,) * other.ndim])
+    return x / one.astype(x.dtype)
 
 
 def sinusoidal_features(t: Time, num_features: int) -> Float[Array, "b d"]:

@@ -34,6 +34,7 @@ SECTIONS_OF_A_RUN += ("init", "train", "optim", "ema")
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
 _FREE += ("model.attention", "model.remat", "init.kind", "perceptual.rows_at_once")
 _FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights")
+_FREE += ("train.microbatch",)
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 
 

@@ -1,0 +1,47 @@
+"""Programs that XLA has compiled are kept in a folder, so that the next start need not wait.
+
+JAX reads and writes the folder: an entry that is damaged, or of another machine, is compiled anew.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+ENVIRONMENT_VARIABLE = "MF_CACHE"
+_MOST_BYTES = 2 * 2**30
+
+
+def keep_programs() -> None:
+    """Let this process use the folder `$MF_CACHE`, unless JAX is told of one of its own.
+
+    A folder that cannot be written costs a line on standard error, and time.
+    """
+    given = os.environ.get(ENVIRONMENT_VARIABLE, "~/.cache/mf_jax")
+    if given in ("", "off") or jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder = Path(given).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # the second: there is no home folder
+        fix = f"{ENVIRONMENT_VARIABLE}=off says that none is wanted"
+        return print(f"programs are not kept in {given} ({error}); {fix}", file=sys.stderr)
+    _drop_oldest(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # even small programs take longer to compile than to read
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Delete the files that were written first, until the rest are few enough."""
+    held = 0
+    with contextlib.suppress(OSError):  # another process may have deleted one
+        files = [(path.stat(), path) for path in folder.iterdir() if path.is_file()]
+        for stat, path in sorted(files, key=lambda pair: -pair[0].st_mtime_ns):
+            held += stat.st_size
+            if held > _MOST_BYTES:
+                path.unlink()
