@@ -37,8 +37,7 @@ from mf_jax.published.names import KINDS_WITH_POSITIONS
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
-_ROWS_AT_ONCE = 8
-"""Pictures that a device decodes at once: one of 256x256 pixels takes about 0.3 GB on the way."""
+_ROWS_AT_ONCE = 8  # pictures decoded on a device: one of 256x256 takes about 0.3 GB on the way
 _LEAST_NUMBERS = 4096  # fewer are padded, which takes less time than to compile another size
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
@@ -148,8 +147,8 @@ class Generator:
             num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
         least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape))
-        size = 1 << (least - 1).bit_length()
-        batches = self.batches(labels, plan.replace(**changes), given, size)
+        least = 1 << (least - 1).bit_length()
+        batches = self.batches(labels, plan.replace(**changes), given, least)
         return np.concatenate([on_host(convert(x)) for x, _ in batches])[: len(labels)]
 
     def batches(
@@ -165,8 +164,8 @@ class Generator:
         are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
-        rows, devices = min(plan.batch_size, max(len(labels), least_rows)), self.mesh.size
-        size = -(-rows // devices) * devices
+        rows = min(plan.batch_size, max(len(labels), least_rows))
+        size = -(-rows // self.mesh.size) * self.mesh.size
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
         fixed = (self.network, make_objective(self.config).learns_average, self.spec.shape)
         times, num_steps = plan.padded_grid
@@ -176,9 +175,8 @@ class Generator:
                 *fixed,
                 self.params,
                 plan.seed,
-                (np.float32(times), num_steps),
+                (np.float32(times), num_steps, self.config.draws.noise_scale),
                 np.float32(plan.guidance),
-                self.config.draws.noise_scale,
                 place(index),
                 place(labels[np.minimum(index, len(labels) - 1)]),
                 {name: place(each[index % len(each)]) for name, each in given.items()},
@@ -255,15 +253,14 @@ def _sample(
     shape: tuple[int, ...],
     params: PyTree,
     seed: Array,
-    grid: tuple[Array, Array],
+    grid: tuple[Array, Array, Array | float],
     guidance: Array,
-    noise_scale: Array | float,
     index: Array,
     labels: Array,
     given: Mapping[str, Array] = MappingProxyType({}),
 ) -> tuple[Array, Array]:
-    """Return samples, and whether each is finite; the grid is a padded one."""
-    key, (times, num) = key_of(seed), grid
+    """Return samples, and whether each is finite; grid: padded times, steps, scale of the noise."""
+    key, (times, num, noise_scale) = key_of(seed), grid
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
