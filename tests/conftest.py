@@ -15,7 +15,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from jobs import ROOT as ROOT
 from jobs import TINY as TINY
-from recorded import FOLDER
+from recorded import DIFFERENCES, FOLDER
 
 _QUICK_TO_COMPILE = (
     ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
@@ -46,6 +46,28 @@ def pytest_configure(config):
         *_QUICK_TO_COMPILE,
     )
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def pytest_addoption(parser):
+    told = "tell how far recorded numbers of published code are from ours"
+    parser.addoption("--differences", action="store_true", help=told)
+
+
+@pytest.fixture(autouse=True)
+def _differences(record_property):
+    DIFFERENCES.clear()
+    yield
+    for name, error in DIFFERENCES.items():
+        record_property(name, error)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--differences"):
+        return
+    for report in terminalreporter.getreports("passed"):
+        found = ", ".join(f"{name} {error:.1e}" for name, error in report.user_properties)
+        if found and report.when == "teardown":
+            terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {found}")
 
 
 def pytest_unconfigure(config):

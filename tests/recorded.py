@@ -28,9 +28,20 @@ def from_published(kind, flat):
     return unflatten_dict(dict(sorted(ours.items())), sep="/")
 
 
+DIFFERENCES = {}
+"""The largest relative differences that the test at hand has found, by what was compared."""
+
+
+def note_difference(name, error):
+    """Remember a difference; those of all gradients are one."""
+    kind = "gradients" if name.startswith(("gradient", "grads")) else name
+    DIFFERENCES[kind] = max(DIFFERENCES.get(kind, 0.0), float(error))
+
+
 def assert_close(ours, theirs, name, tolerance=1e-5):
     """Raise AssertionError unless the error is below the tolerance, relative to the norm."""
     error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+    note_difference(name, error)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 

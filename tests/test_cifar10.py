@@ -71,7 +71,7 @@ def test_reference_unet_has_the_recorded_values_loss_and_gradients(path):
     ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        assert_close(ours[name], gradient, name)
+        assert_close(ours[name], gradient, f"gradient of {name}")
 
 
 def test_reference_unet_is_loaded_from_a_checkpoint_and_goes_back(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 from flax.traverse_util import flatten_dict
-from recorded import FOLDER, draws_of, from_published, perceptual_weights
+from recorded import FOLDER, draws_of, from_published, note_difference, perceptual_weights
 from safetensors.numpy import save_file
 
 from configs import imagenet
@@ -40,6 +40,7 @@ PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
 
 def assert_close(ours, theirs, tolerance, name):
     error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+    note_difference(name, error)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 

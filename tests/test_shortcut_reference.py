@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from recorded import FOLDER, assert_close, from_published
+from recorded import FOLDER, assert_close, from_published, note_difference
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
@@ -136,6 +136,7 @@ def test_reference_case_through_the_row(path):
     assert ours.keys() == theirs.keys()
     for name in theirs:
         error = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
+        note_difference("gradients", error)
         assert error < 1e-4, f"gradient of {name}: {error:.1e}"
 
 
