@@ -16,7 +16,7 @@ from etils.epath import Path
 from mf_jax.runtime.archives import opened_npz, read_array
 from mf_jax.runtime.files import written_aside
 
-_FOLDER, _MOST_FILES = "pictures", 8
+_FOLDER, _MOST_FILES = "pictures", 4
 Arrays = dict[str, np.ndarray]
 
 
