@@ -226,6 +226,7 @@ def test_batches_change_nothing_and_rows_beyond_the_limit_see_no_network():
     for value, slope in values:
         np.testing.assert_allclose(value, values[0][0], rtol=1e-5)
         np.testing.assert_allclose(slope, values[0][1], rtol=1e-4, atol=1e-6)
+        assert np.isfinite(value)
         assert np.isfinite(slope).all()
         assert slope[:4].any(axis=(1, 2, 3)).all()
         assert not slope[4:].any()

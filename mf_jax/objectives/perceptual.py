@@ -123,7 +123,8 @@ class Perceptual:
         found = jax.lax.map(one, batches) if len(batches) > 1 else compute(batches[0])
         back = jnp.argsort(order)
         rows = [(d.reshape(-1)[back], slope.reshape(-1, *x.shape[1:])[back]) for d, slope in found]
-        return [d + jnp.sum(slope * (x_hat - still), axis=(1, 2, 3)) for d, slope in rows]
+        moved = jnp.where(per_row(counts, x), x_hat - still, 0)  # 0, but for its gradient
+        return [d + jnp.sum(slope * moved, axis=(1, 2, 3)) for d, slope in rows]
 
     def _of_batch(
         self, x_hat: Image, x: Image, box: Int[Array, "b 4"], counts: Bool[Array, "b"]
