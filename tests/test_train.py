@@ -126,13 +126,13 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
     stored = json.loads((old / "config.json").read_text())
     for section, keys in earlier.ADDED.items():  # runs of still earlier versions lack them
         for key in keys:
-            stored[section].pop(key, None)
+            stored.get(section, {}).pop(key, None)
     stored["init"]["from"] = ""
     (old / "config.json").write_text(json.dumps(stored))
     config = run_folder.stored_config(epath.Path(old))
     ours, theirs = run_folder.flat(get_config()), run_folder.flat(config)
     decisive = {key for key in ours if key.split(".")[0] in run_folder.SECTIONS_OF_A_RUN}
-    assert not decisive - set(theirs), "give these a default in runtime/workdir.py"
+    assert not decisive - set(theirs), "give these a default in runtime/earlier.py"
     flags = [
         f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
         for key, value in theirs.items()

@@ -67,6 +67,7 @@ class RunLog:
         timing = _timing_of(self._path.parent) if start_step else {}
         self._seconds_before = timing.get("wall_seconds", 0.0)
         self._mark: tuple[int, float] | None = None
+        self._first: tuple[int, float] | None = None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         replace_file(self._path, "".join(map(_line, kept)).encode())
@@ -94,14 +95,16 @@ class RunLog:
         self._bar.move(step)
         self._bar.remind()
         if self._mark is None:  # the first step compiles: the throughput counts from its end
-            self._mark = self._first = (step, time.perf_counter())
+            self._mark = (step, time.perf_counter())
+        self._first = self._first or (step, time.perf_counter())
         if not self._has_plan and step >= self._first[0] + _PLANNED_FROM:
             self._has_plan = True
             self._print_plan(step)
 
     def _print_plan(self, step: int) -> None:
         """Print how long the run will take, by its first steps, and its memory up to here."""
-        seconds = (time.perf_counter() - self._first[1]) / _PLANNED_FROM
+        first, started = self._first
+        seconds = (time.perf_counter() - started) / (step - first)
         left = timedelta(seconds=round((self._num_steps - step) * seconds))
         device = jax.local_devices()[0]
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
