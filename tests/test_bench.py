@@ -93,7 +93,7 @@ def _config(defaults=digits):
     config.model.update(SMALL)
     config.train.update(num_steps=12, batch_size=16)
     config.draws.instant_share = 0.75
-    config.optim.warmup_steps = 0
+    config.optim.warmup_steps, config.ema.every_steps = 0, 5
     return config
 
 

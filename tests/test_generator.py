@@ -175,7 +175,7 @@ def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatc
 
 
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):
-    times, guidance = (np.float32([1, 0]), 1), np.float32([1, 0, 1])
+    times, guidance = (np.float32([1, 0]), 1, 1.0), np.float32([1, 0, 1])
     rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
     fixed = (generator.network, True, generator.spec.shape)
     text = str(module._sample.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)

@@ -360,12 +360,12 @@ def test_every_visit_draws_anew_and_the_step_sees_what_was_drawn():
 
 def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole():
     parts = parts_of(MLP(depth=1, width=8, num_classes=3), MeanFlow(), shape=(3,), batch=16)
-    params = draw(parts.network, (3,))
+    state = state_module.initial_state(parts, draw(parts.network, (3,)))
     batch = jax.random.normal(jax.random.key(0), (16, 3)), jnp.arange(16) % 3
 
     def gradient(microbatch):
         split = dataclasses.replace(parts, microbatch=microbatch)
-        return jax.jit(lambda: state_module._gradient(split, params, {}, jnp.int32(0), batch))()
+        return jax.jit(lambda: state_module._gradient(split, state, batch))()
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     for microbatch in (4, 8):

@@ -96,7 +96,7 @@ class RunLog:
         self._bar.remind()
         if self._mark is None:  # the first step compiles: the throughput counts from its end
             self._mark = (step, time.perf_counter())
-        self._first = self._first or (step, time.perf_counter())
+        self._first = self._first or self._mark
         if not self._has_plan and step >= self._first[0] + _PLANNED_FROM:
             self._has_plan = True
             self._print_plan(step)

@@ -27,6 +27,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "coupling": {"name": "independent", "rows": 0},
     "draws": {"omega_max": 1.0, "omega_power": 1.0, "label_drop_window": (0.0, 1.0)}
     | {"omega_min": 1.0, "instant_of_every_row": False, "noise_scale": 1.0},
+    "train": {"microbatch": 0},
     "init": {"path": "", "kind": "run", "which": ""},
     "data": {"autoencoder": "sd-vae-ft-mse", "latent_mean": (0.0,), "latent_std": (1 / 0.18215,)}
     | {"copy_to": "", "class_order": "name", "channels": 3, "background": "white"}
