@@ -288,7 +288,7 @@ def test_anybodys_samples_against_all_kinds_of_references(score, looks, referenc
     assert 0 < rows[2]["recall"] <= 1
 
 
-def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
+def test_small_pictures_are_compared_with_the_data(score, monkeypatch, capsys):
     """In features of a classifier that is trained once and kept in the workdir."""
     recipe = classifier.Recipe(steps=3, batch_size=32)
     monkeypatch.setattr(classifier, "Recipe", lambda: recipe)
@@ -312,7 +312,10 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch):
     assert len(score("--config.eval.steps=1,2", references=())) == 3
     assert list(score.workdir.glob("classifier-*.npz")) == [file]
     table = _table(score.workdir)
+    columns.remove("frechet_distance_std")  # which is shown beside its mean
     assert table["columns"] == ["steps", "samples", *columns]
+    score_rows.show(table)
+    assert f" ± {table['rows'][0]['frechet_distance_std']:.2g} " in capsys.readouterr().out
     assert [(row["name"], row.get("steps"), row["samples"]) for row in table["rows"]] == [
         ("real data (held-out)", None, 360),
         ("1 step", 1, 80),

@@ -22,6 +22,8 @@ ROWS_FILE = "eval.jsonl"
 _LOCK = ".eval.lock"
 _CHECKSUM = "([0-9a-f]{12})[0-9a-f]{52}$"  # of which 12 digits are shown
 Row = dict[str, Any]
+_SPREADS = {"frechet_distance": "frechet_distance_std"}
+_WIDTH = 120  # of a table in a file
 _ROW = {"protocol?": {"samples?": "", "reference?": ""}, "name?": "", "diagnostics?": {}}
 _OF_A_MODEL = {"ema": "", "checkpoint": 0, "steps": 1, "omega": 0.0, "t_min": 0.0, "t_max": 0.0}
 """What rows are like, and the protocols of models; see `parse_json`."""
@@ -71,7 +73,7 @@ def as_table(rows: Sequence[Row]) -> dict[str, Any]:
         named.append(scores | counts | {"name": name_of(protocol, parts) or row["name"]})
     columns = [key for key in ("steps", "samples") if any(key in row for row in named)]
     return {
-        "columns": columns + _scores_in(rows),
+        "columns": columns + [name for name in _scores_in(rows) if name not in _SPREADS.values()],
         "rows": named,
         "protocol": ", ".join(_shared(rows)),
         "diagnostics": rows[-1].get("diagnostics", {}) if rows else {},
@@ -139,15 +141,22 @@ def read_rows(workdir: Path) -> list[Row]:
     return rows
 
 
+def _cell(row: Row, name: str) -> str:
+    """Return a number in words, with its spread where it has one."""
+    number, spread = row.get(name), row.get(_SPREADS.get(name, ""))
+    if number is None:
+        return "–"
+    words = f"{number:.4g}" if isinstance(number, float) else str(number)
+    return words if spread is None else f"{words} ± {spread:.2g}"
+
+
 def show(table: Row) -> None:
     """Print a table of `as_table`."""
     columns, console = table["columns"], Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     shown = Table("", *(name.replace("_", " ") for name in columns), caption=table["protocol"])
     for row in table["rows"]:
-        cells = (row.get(name) for name in columns)
-        shown.add_row(
-            row["name"],
-            *("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells),
-        )
+        shown.add_row(row["name"], *(_cell(row, name) for name in columns))
     console.print(shown)
     console.print(_in_words(table["diagnostics"]))
