@@ -64,9 +64,9 @@ def _differences(record_property):
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--differences"):
         return
-    for report in terminalreporter.getreports("passed"):
+    for report in terminalreporter.getreports(""):  # of teardowns, among others
         found = ", ".join(f"{name} {error:.1e}" for name, error in report.user_properties)
-        if found and report.when == "teardown":
+        if found:
             terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {found}")
 
 

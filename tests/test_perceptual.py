@@ -80,7 +80,7 @@ def test_reference_crops():
     image, box = (jnp.asarray(CASE[f"crop/in/{name}"]) for name in ("image", "box"))
     for side in META["crop_sizes"]:
         ours = crop(image, box, side)
-        assert_close(ours, CASE[f"crop/out/{side}"], VALUES, side)
+        assert_close(ours, CASE[f"crop/out/{side}"], VALUES, f"crop to {side}")
 
 
 def test_reference_lpips():
