@@ -13,6 +13,7 @@ from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.objectives import Estimated
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
+from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
 from mf_jax.objectives.terms import AdaptiveWeight
 
 FIELD = gaussian_field(lambda condition: class_mean(condition.labels))
@@ -118,6 +119,8 @@ def test_a_teacher_is_refused_where_an_average_is_not_its_own():
     for estimate, ema in (("average", 0.0), ("batch", 0.9), ("average", 1.5)):
         with pytest.raises(BadInput, match=r"velocity\.ema"):
             Estimated(MeanFlow(), VelocityEstimate(estimate, 1.0), ema=ema)
+    with pytest.raises(BadInput, match="pixel_meanflow takes no estimate"):
+        Estimated(PixelMeanFlow(), VelocityEstimate("batch", 1.0))
     with pytest.raises(BadInput, match="knows no data"):
         _estimated(VelocityEstimate("data", 1.0), _noisy())
     with pytest.raises(BadInput, match=r"velocity\.target=2"):

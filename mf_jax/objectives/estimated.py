@@ -32,6 +32,8 @@ class Estimated(terms.Objective):
     ema: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.objective.predicts == "data":  # whose target is made of x, not of v
+            raise BadInput("velocity.source: pixel_meanflow takes no estimate; use source=sample")
         own, is_needed = self.objective.target_ema, self.velocity.source == "average"
         if not 0 <= self.ema <= 1 or (self.ema > 0) != (is_needed and not own):
             raise BadInput(
