@@ -6,14 +6,14 @@ anew where it is missing or damaged, which its own checksums tell.
 
 import contextlib
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from etils.epath import Path
+from etils import epath
 
 from mf_jax.runtime.archives import opened_npz, read_array
+from mf_jax.runtime.compile_cache import cache_folder
 from mf_jax.runtime.files import written_aside
 
 _FOLDER, _MOST_FILES = "pictures", 4
@@ -22,19 +22,21 @@ Arrays = dict[str, np.ndarray]
 
 def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
     """Return the arrays that `make` returns, from the folder where it holds them."""
-    cache = os.environ.get("MF_CACHE", "~/.cache/mf_jax")
-    if cache in ("", "off"):
+    cache = None
+    with contextlib.suppress(RuntimeError):
+        cache = cache_folder()
+    if cache is None:
         return make()
     total = hashlib.sha256()
     for line in made_from:
         total.update(line.encode(errors="surrogateescape") + b"\n")
-    folder = Path(cache).expanduser() / _FOLDER
+    folder = epath.Path(cache) / _FOLDER
     file = folder / f"{total.hexdigest()}.npz"
     unreadable = contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
     with unreadable, opened_npz(file) as archive:
         return {name: read_array(archive, name) for name in ("pixels", "problems")}
     arrays = make()
-    with contextlib.suppress(OSError, RuntimeError):  # no folder, no space, no home: no matter
+    with contextlib.suppress(OSError):  # no folder, no space: no matter
         folder.mkdir(parents=True, exist_ok=True)
         with written_aside(file) as aside:
             np.savez(aside, **arrays)

@@ -11,8 +11,17 @@ from pathlib import Path
 
 import jax
 
-ENVIRONMENT_VARIABLE = "MF_CACHE"
+ENVIRONMENT_VARIABLE, _USUAL = "MF_CACHE", "~/.cache/mf_jax"
 _MOST_BYTES = 2 * 2**30
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for what can be made again, `$MF_CACHE`; None where none is wanted.
+
+    RuntimeError where the user has no home folder.
+    """
+    given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
+    return None if given in ("", "off") else Path(given).expanduser()
 
 
 def keep_programs() -> None:
@@ -20,11 +29,13 @@ def keep_programs() -> None:
 
     A folder that cannot be written costs a line on standard error, and time.
     """
-    given = os.environ.get(ENVIRONMENT_VARIABLE, "~/.cache/mf_jax")
-    if given in ("", "off") or jax.config.jax_compilation_cache_dir:
+    given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
+    if jax.config.jax_compilation_cache_dir:
         return
     try:
-        folder = Path(given).expanduser().resolve()
+        if not (folder := cache_folder()):
+            return
+        folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # the second: there is no home folder
