@@ -66,7 +66,7 @@ DEFAULTS = dict(
         dropout=0.0,  # unet: rate, in [0, 1)
         rank=8,  # low_rank: rank of the matrix
         dtype="float32",  # of the computation: float32 | bfloat16; parameters are float32
-        attention="xla",  # dit, in_context_dit: xla | fused (kernels of GPU and TPU)
+        attention="xla",  # dits: xla | plain (all at once on CPUs too) | fused (GPU, TPU kernels)
         remat="none",  # dits: recompute for the gradient: none | block | dots (all but products)
         scan=False,  # dits: one loop over the blocks, whose parameters are stacked; compiles fast
     ),
@@ -214,6 +214,7 @@ DEFAULTS = dict(
         labels=(),  # classes or their names, repeated, -1 = none; () = all classes in turn
         condition=(),  # arrays: numbers told to all samples; () = of the held-out rows in turn
         guidance=(1.0, 0.0, 1.0),  # (omega, t_min, t_max), for a network that was told them
+        renoise=False,  # each step goes to the data and back to fresh noise, as SoFlow's second
         seed=0,  # of the noise
         ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
@@ -226,6 +227,7 @@ DEFAULTS = dict(
         intervals=((0.0, 1.0),),  # (t_min, t_max) of guidance, for a network that was told it
         emas=("",),  # averages: decays, half-lives (500kimg), none = raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
+        renoise=False,  # see sample.renoise
         labels="balanced",  # classes of the samples: balanced (all in turn) | random
         seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them

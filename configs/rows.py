@@ -40,6 +40,8 @@ def soflow_as_published(num_steps: int) -> dict[str, Any]:
         "weight.of": "mean",
         "times.order": "clip",
         "times.min_gap": 1e-4,
+        "sample.renoise": True,
+        "eval.renoise": True,
     }
 
 

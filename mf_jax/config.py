@@ -181,7 +181,7 @@ def _sizes(model: ConfigDict) -> dict[str, Any]:
 
 def sample_plan(config: ConfigDict) -> SamplePlan:
     """Return the plan of the section `sample`, which the run's network must be able to follow."""
-    keys = ("steps", "times", "guidance", "seed", "batch_size")
+    keys = ("steps", "times", "guidance", "renoise", "seed", "batch_size")
     with in_section("sample"):
         plan = ONE_STEP.replace(**{key: config.sample[key] for key in keys})
         plan.check_guidable(config.draws.omega_max)

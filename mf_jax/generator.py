@@ -1,4 +1,4 @@
-"""A trained model that can be sampled, and the decoder that turns its latents into pictures."""
+"""A trained model that can be sampled."""
 
 import dataclasses
 import functools
@@ -9,12 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped, UInt8
+from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from mf_jax.config import make_objective
@@ -28,7 +27,7 @@ from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale, To
 from mf_jax.flow.rows import call
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
-from mf_jax.models.autoencoder import Autoencoder, load_autoencoder
+from mf_jax.models.autoencoder import Decoder, load_autoencoder
 from mf_jax.models.blocks import unstack_blocks
 from mf_jax.models.layers import sine_cosine_positions
 from mf_jax.published.checkpoints import write_published
@@ -37,27 +36,9 @@ from mf_jax.published.names import KINDS_WITH_POSITIONS
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
-_ROWS_AT_ONCE = 8  # pictures decoded on a device: one of 256x256 takes about 0.3 GB on the way
 _LEAST_NUMBERS = 4096  # fewer are padded, which takes less time than to compile another size
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
 Labels = Sequence[int | str] | Int[np.ndarray, "n"] | None
-
-
-@flax.struct.dataclass
-class Decoder:
-    """An autoencoder, and the mean and standard deviation `[C]` or `[1]` of its latents."""
-
-    autoencoder: Autoencoder
-    mean: Float32[Array, "_"]
-    std: Float32[Array, "_"]
-
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 3"]:
-        """Return the pictures, about in [-1, 1], of latents of mean 0 and deviation 1."""
-
-        def decode(row: Array) -> Array:
-            return self.autoencoder.decode((row * self.std + self.mean)[None])[0]
-
-        return jax.lax.map(decode, x, batch_size=_ROWS_AT_ONCE)
 
 
 def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
@@ -167,7 +148,8 @@ class Generator:
         rows = min(plan.batch_size, max(len(labels), least_rows))
         size = -(-rows // self.mesh.size) * self.mesh.size
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
-        fixed = (self.network, make_objective(self.config).learns_average, self.spec.shape)
+        learns_average = make_objective(self.config).learns_average
+        fixed = (self.network, learns_average, plan.renoise, self.spec.shape)
         times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
@@ -246,10 +228,11 @@ class Generator:
         write_published(path, kind, params, patch_size=model.patch_size, positions=positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sample(
     network: nn.Module,
     learns_average: bool,
+    renoise: bool,
     shape: tuple[int, ...],
     params: PyTree,
     seed: Array,
@@ -261,18 +244,27 @@ def _sample(
 ) -> tuple[Array, Array]:
     """Return samples, and whether each is finite; grid: padded times, steps, scale of the noise."""
     key, (times, num, noise_scale) = key_of(seed), grid
-    e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(index)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+    def hidden(e: Array) -> Array:  # what a mask hides is 0 at all times, as in training
+        return jnp.where(given["mask"], e, 0) if "mask" in given else e
+
+    def noise(keys: Array) -> Array:
+        return noise_scale * jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+
+    def fresh(step: Array) -> Array:
+        return hidden(noise(jax.vmap(jax.random.fold_in, (0, None))(keys, step)))
+
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
     condition, field = Condition(told, guidance=scale), as_field(network)
-    e = given.get("e", noise_scale * e)
-    if "mask" in given:  # what it hides is 0 at all times, as in training
-        e = jnp.where(given["mask"], e, 0)
+    e = hidden(given["e"] if "e" in given else noise(keys))
+    if "mask" in given:
         field = functools.partial(call, field, mask=given["mask"])
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
-        how = {"times": times, "num_intervals": num, "learns_average": learns_average}
-        x = sampler.sample(field, params, e, condition, **how)
+        grid = {"times": times, "num_intervals": num, "renoise": fresh if renoise else None}
+        x = sampler.sample(field, params, e, condition, learns_average=learns_average, **grid)
     return x, jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
 
 

@@ -58,6 +58,15 @@ def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
     np.testing.assert_allclose(part, whole[:9], atol=1e-5)
 
 
+def test_fresh_noise_is_of_the_sample_and_the_step_whatever_the_batch_size(generator):
+    whole = generator.sample_raw(num=9, steps=3, renoise=True)
+    assert np.abs(whole - generator.sample_raw(num=9, steps=3)).max() > 1e-2
+    part = generator.sample_raw(num=9, steps=3, renoise=True, batch_size=4)
+    np.testing.assert_allclose(part, whole, atol=1e-5)
+    once = [generator.sample_raw(num=9, renoise=renoise) for renoise in (True, False)]
+    np.testing.assert_allclose(*once, atol=1e-5)
+
+
 def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
     one, two, four = (generator.sample_raw(num=4, steps=steps) for steps in (1, 2, 4))
     assert np.abs(one - two).max() > 1e-4
@@ -177,7 +186,7 @@ def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatc
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):
     times, guidance = (np.float32([1, 0]), 1, 1.0), np.float32([1, 0, 1])
     rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
-    fixed = (generator.network, True, generator.spec.shape)
+    fixed = (generator.network, True, False, generator.spec.shape)
     text = str(module._sample.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)
     assert text.count("precision=") > 3
     assert "precision=None" not in text

@@ -5,12 +5,12 @@ Source: MeanFlow, arXiv 2505.13447, equation 12.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import advance, interpolate
@@ -31,6 +31,7 @@ class SamplePlan:
       steps: network evaluations of a sample, equally spaced from t = 1 to 0.
       times: the grid itself, falling strictly from 1.0 to 0.0; replaces `steps` unless empty.
       omega, t_min, t_max: see `GuidanceScale`.
+      renoise: go to the data and back to fresh noise in each step; see `sample`.
       seed: of the noise, in [0, 2^31).
       batch_size: samples computed at once.
     """
@@ -40,6 +41,7 @@ class SamplePlan:
     omega: float = 1.0
     t_min: float = 0.0
     t_max: float = 1.0
+    renoise: bool = False
     seed: int = 0
     batch_size: int = 256
 
@@ -109,7 +111,7 @@ def sample(
     steps: int = 1,
     times: Sequence[float] | Float[Array, "n"] = (),
     num_intervals: Int[Array, ""] | None = None,
-    renoise: PRNGKeyArray | None = None,
+    renoise: Callable[[Int[Array, ""]], Float[Array, "b ..."]] | None = None,
     learns_average: bool = True,
 ) -> Float[Array, "b ..."]:
     """Carry noise e `[B, ...]` to data like e, one evaluation of the field a step.
@@ -119,8 +121,8 @@ def sample(
       steps, times: see `SamplePlan`; BadInput unless they are as it says.
       num_intervals: of traced times, so that one program serves all numbers of steps; what follows
         is padding. None = all, which can be differentiated in reverse.
-      renoise: a key; each step then goes to the data, x_hat = z - t u(z, 0, t), and back to fresh
-        noise, z_r = (1 - r) x_hat + r e'. None = from t to r along the flow.
+      renoise: fresh noise e' like e, of the number of a step, which then goes to the data and back:
+        x_hat = z - t u(z, 0, t), z_r = (1 - r) x_hat + r e'. None = from t to r along the flow.
       learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method, as networks of
         flow matching need.
 
@@ -130,19 +132,18 @@ def sample(
     grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
 
     def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:
-        t, r, key = interval
+        t, r, number = interval
         t, r = (jnp.full(z.shape[:1], time) for time in (t, r))
-        to = r if key is None else jnp.zeros_like(r)
+        to = r if renoise is None else jnp.zeros_like(r)
         told = to if learns_average else t
         u = call(field, params, z, r=told, t=t, condition=condition).u
         moved = advance(z, u, r=to, t=t)
-        if key is not None:
-            moved = interpolate(moved, jax.random.normal(key, z.shape, z.dtype), t=r)
+        if renoise is not None:
+            moved = interpolate(moved, renoise(number), t=r)
         return moved.astype(z.dtype), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    keys = None if renoise is None else jax.random.split(renoise, len(grid) - 1)
-    intervals = (grid[:-1], grid[1:], keys)
+    intervals = (grid[:-1], grid[1:], jnp.arange(len(grid) - 1))
     if num_intervals is None:
         return jax.lax.scan(step, e, intervals)[0]
 

@@ -30,6 +30,7 @@ class Cell:
         """Return the settings that decide its samples; the size of a batch decides nothing."""
         keys = ("steps", "omega", "t_min", "t_max", "seed")
         plan = {key: getattr(self.plan, key) for key in keys}
+        plan |= {"renoise": True} if self.plan.renoise else {}  # rows without the key have none
         return {"checkpoint": self.checkpoint, "ema": self.ema, **plan}
 
 
@@ -42,7 +43,8 @@ def cells(config: ConfigDict) -> list[Cell]:
         (omega, *interval) if omega != 1 else NO_GUIDANCE  # no guidance has no interval
         for omega, interval in itertools.product(section.omegas, section.intervals)
     ]
-    base = SamplePlan(seed=section.seed, batch_size=section.batch_size)
+    more = {key: section[key] for key in ("renoise", "seed", "batch_size")}
+    base = SamplePlan(**more)
     combined = itertools.product(section.checkpoints or (NEWEST,), emas, section.steps, guidances)
     every = (
         Cell(checkpoint, ema, base.replace(steps=steps, guidance=guidance))

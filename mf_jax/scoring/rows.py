@@ -26,6 +26,7 @@ _SPREADS = {"frechet_distance": "frechet_distance_std"}
 _WIDTH = 120  # of a table in a file
 _ROW = {"protocol?": {"samples?": "", "reference?": ""}, "name?": "", "diagnostics?": {}}
 _OF_A_MODEL = {"ema": "", "checkpoint": 0, "steps": 1, "omega": 0.0, "t_min": 0.0, "t_max": 0.0}
+_OF_A_MODEL |= {"renoise?": False}
 """What rows are like, and the protocols of models; see `parse_json`."""
 _PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
 """Of a name, in their order."""
@@ -41,7 +42,7 @@ def _words(protocol: Row) -> dict[str, str]:
     return words | {
         "checkpoint": f"checkpoint {protocol['checkpoint']}",
         "ema": {"init": "init.path", "none": "raw parameters"}.get(ema, f"EMA {ema}"),
-        "steps": f"{steps} step{'s' * (steps > 1)}",
+        "steps": f"{steps} step{'s' * (steps > 1)}" + ", renoised" * protocol.get("renoise", False),
         "guidance": f"omega {omega:g} in {interval}" if omega != 1 else "",
     }
 
