@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jobs import Job
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.models import fused_attention
+from mf_jax.models import attention, fused_attention
 from mf_jax.models.attention import attend
 from mf_jax.models.fused_attention import attention_tangent
 
@@ -71,6 +71,10 @@ def _step(wrap=lambda layer: layer):
     return jax.jit(step, static_argnames="kind")
 
 
+def _energy(q, kind):
+    return jnp.sum(attend(q, jnp.sin(q), q * q, kind=kind) ** 2)
+
+
 def _scanned(layer):
     def twice(z, params):
         return jax.lax.scan(lambda z, _: (jax.checkpoint(layer)(z, params), None), z, None, 2)[0]
@@ -102,6 +106,21 @@ def test_value_tangent_and_gradient(shape, wrap):
     step, arguments = _step(wrap), _arguments(*shape)
     for fused, plain in zip(step(*arguments, "fused"), step(*arguments, "xla"), strict=True):
         assert _error(fused, plain) < TOLERANCE
+
+
+def test_head_by_head_is_the_same_and_needs_less_memory(monkeypatch):
+    """Of long sequences on a CPU; two rows of three heads are in parts of one or four."""
+    arguments = _arguments(260, 16)
+    for part in (1, 4):
+        monkeypatch.setattr(attention, "_IN_CACHE", part * 260**2)
+        steps = {kind: _step().lower(*arguments, kind).compile() for kind in ("plain", "xla")}
+        memory = [step.memory_analysis().temp_size_in_bytes for step in steps.values()]
+        assert part > 1 or memory[1] < 0.5 * memory[0]
+        for parts, whole in zip(*(step(*arguments) for step in steps.values()), strict=True):
+            assert _error(parts, whole) < 1e-6
+    twice = jax.jit(jax.grad(lambda q, kind: jax.grad(_energy)(q, kind).sum()), static_argnums=1)
+    q = arguments[1]
+    assert _error(twice(q, "xla"), twice(q, "plain")) < 1e-5
 
 
 def test_bfloat16_loses_no_more_than_plain_expressions_do():
@@ -266,5 +285,5 @@ def test_each_device_computes_its_rows_alone():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(BadInput, match="kind='fussed': must be one of xla, fused"):
+    with pytest.raises(BadInput, match="kind='fussed': must be one of xla, plain, fused"):
         attend(*_inputs(4, 16)[:3], kind="fussed")

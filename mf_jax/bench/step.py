@@ -32,7 +32,7 @@ COLUMNS = (
     Column("share of peak", "peak_share"),
 )
 COUNTABLE = {
-    "model": {"scan": False, "attention": "xla"},
+    "model": {"scan": False, "attention": "plain"},
     "perceptual": {"rows_at_once": 2**31 - 1},
 }
 """The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""

@@ -6,7 +6,9 @@ from jaxtyping import Array, Float
 
 from mf_jax.flow.errors import check_known
 
-ATTENTIONS = ("xla", "fused")
+ATTENTIONS = ("xla", "plain", "fused")
+_LONG = 256  # tokens from which on one head at a time is quicker, measured on CPUs
+_IN_CACHE = 2**17  # weights of attention computed at once then
 
 
 def attend(
@@ -21,15 +23,33 @@ def attend(
 
     Args:
       q: queries, already multiplied by D^-0.5.
-      kind: one of `ATTENTIONS`; `fused` is experimental.
-      forward_mode: see `fused_attention.fused_attention`; `xla` does not need it.
+      kind: one of `ATTENTIONS`. `plain` computes all weights at once, `xla` does so but for long
+        sequences on CPUs; `fused` is experimental.
+      forward_mode: see `fused_attention.fused_attention`; the others do not need it.
     """
     check_known("kind", kind, ATTENTIONS)
     if kind == "fused":
         from mf_jax.models.fused_attention import fused_attention  # imports Pallas
 
         return fused_attention(q, k, v, forward_mode=forward_mode)
+    length, is_slow = q.shape[1], jax.default_backend() == "cpu"
+    return (_by_heads if kind == "xla" and is_slow and length >= _LONG else _plain)(q, k, v)
+
+
+def _plain(q: Array, k: Array, v: Array) -> Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     weights = jax.nn.softmax(wide).astype(q.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _by_heads(q: Array, k: Array, v: Array) -> Array:
+    """Attend head by head, so that weights and their tangents stay in the cache of a CPU.
+
+    The gradient computes weights again instead of reading them from memory.
+    """
+    batch, length, heads, size = q.shape
+    apart = [x.swapaxes(1, 2).reshape(-1, length, 1, size) for x in (q, k, v)]
+    attend_one = jax.checkpoint(lambda qkv: _plain(*(x[None] for x in qkv))[0])
+    out = jax.lax.map(attend_one, apart, batch_size=max(1, _IN_CACHE // length**2))
+    return out.reshape(batch, heads, length, size).swapaxes(1, 2)

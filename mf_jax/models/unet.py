@@ -125,7 +125,7 @@ class Block(nn.Module):
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
             pixels = _norm(x, "norm_3").reshape(len(x), -1, self.features)
-            plain = functools.partial(attend, kind="xla")
+            plain = functools.partial(attend, kind="plain")
             attended = Attention(1, self.dtype, plain, out=zero_dense, name="attention")(pixels)
             x = _RESIDUAL_SCALE * (x + attended.reshape(x.shape))
         return x
