@@ -218,6 +218,8 @@ DEFAULTS = dict(
         seed=0,  # of the noise
         ema="",  # a decay or half-life (500kimg); none = the raw parameters, "" = the first
         batch_size=256,  # samples computed at once; does not change them
+        # more pictures of pictures: steps (the same noise in 1, 2, 4, 8), walk (between noises),
+        views=(),  # nearest (training pictures), training (an animation of its samples)
     ),
     # every combination of checkpoints, emas, steps, omegas and intervals is scored
     eval=dict(

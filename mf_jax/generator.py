@@ -104,8 +104,9 @@ class Generator:
           num: number of samples; by default one for each label, which are repeated to reach it,
             or for each class.
           plan: steps, times, guidance, seed and batch size.
-          more: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max). Of a model
-            that was trained with them also condition `[N, K]` (a row of NaN for none), e and mask.
+          more: fields of the plan, such as steps=2 or guidance=(omega, t_min, t_max); e, the noise
+            itself. Of a model that was trained with them also condition `[N, K]` (a row of NaN for
+            none) and mask.
         """
         convert = self.pixels if self.spec.is_picture else on_host
         return self._collect(convert, labels, num, plan, **more)

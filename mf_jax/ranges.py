@@ -90,6 +90,7 @@ _TUPLES = {
     "sample.times": float,
     "sample.labels": int | str,
     "sample.condition": float,
+    "sample.views": str,
     "sample.guidance": float,
     "eval.steps": int,
     "eval.omegas": float,

@@ -4,18 +4,22 @@ Training draws its samples here too.
 """
 
 import io
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, make_objective, sample_plan
 from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import to_pixels
-from mf_jax.flow.errors import BadInput, in_section, left_out
+from mf_jax.flow.errors import BadInput, check_known, in_section, left_out
+from mf_jax.flow.records import DataSpec
+from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
@@ -23,7 +27,14 @@ from mf_jax.published.fetch import find_weights
 from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
-from mf_jax.reporting.sample_grid import REAL_FILE, describe, few_classes, save_sample_grid
+from mf_jax.reporting.sample_grid import (
+    REAL_FILE,
+    describe,
+    few_classes,
+    save_animation,
+    save_rows,
+    save_sample_grid,
+)
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
@@ -41,8 +52,13 @@ _PLACES = {
     "signals": "signals.png",
     "field": "field.png",
     "transport": "transport.png",
+    "steps": "steps.png",
+    "walk": "walk.png",
+    "nearest": "nearest.png",
+    "training": "training.webp",
     "report": "report.html",
 }
+_SHOWN, _MOST_NUMBERS = 10, 2**28
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -56,6 +72,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     section = config.sample
     ema = choose_ema("sample.ema", section.ema, averages(config))
     generator = load_for(workdir, config, ema=ema)
+    with in_section("sample"):
+        _check_views(section.views, generator.spec)
     labels = generator.labels_for(section.labels or None, section.num)
     given = {"condition": np.float32([section.condition])} if section.condition else {}
     if generator.spec.more.keys() - given:
@@ -63,8 +81,27 @@ def run(config: ConfigDict, workdir: Path) -> None:
         labels, given = labels if section.labels else rows.labels, rows.more | given
     with in_section("sample"):
         samples = generator.sample(labels, plan=sample_plan(config), **given)
-    if not processes.is_first():
-        return
+    if processes.is_first():
+        _save(config, workdir, generator, samples, labels, given)
+    for name in section.views:  # all processes draw samples
+        with left_out(_PLACES[name]):
+            _VIEWS[name](workdir / _PLACES[name], generator, sample_plan(config))
+    if processes.is_first():
+        with left_out(_PLACES["report"]):
+            write_report(workdir)
+        source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
+        print(f"{len(samples)} samples from {source}:")
+        run_folder.tell(workdir, **_PLACES)
+
+
+def _save(
+    config: ConfigDict,
+    workdir: Path,
+    generator: Generator,
+    samples: Shaped[np.ndarray, "n ..."],
+    labels: Int[np.ndarray, "n"],
+    given: Mapping[str, np.ndarray],
+) -> None:
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
     arrays |= {key: each[np.arange(len(labels)) % len(each)] for key, each in given.items()}
     content = io.BytesIO()
@@ -77,11 +114,77 @@ def run(config: ConfigDict, workdir: Path) -> None:
             save_sample_grid(path, samples, labels, names, caption=caption)
         else:
             _plot_vectors(config, workdir, generator, samples)
-    with left_out(_PLACES["report"]):
-        write_report(workdir)
-    source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
-    print(f"{len(samples)} samples from {source}:")
-    run_folder.tell(workdir, **_PLACES)
+
+
+def _check_views(views: Sequence[str], spec: DataSpec) -> None:
+    for name in views:
+        check_known("views", name, _VIEWS)
+    if views and (not spec.is_picture or spec.more):
+        raise BadInput("views: are of pictures that bring nothing but a class; use ()")
+
+
+def _save_steps(path: Path, generator: Generator, plan: SamplePlan) -> None:
+    """Save samples of the same noise in 1, 2, 4 and 8 steps."""
+    labels, counts = few_classes(_SHOWN, generator.spec.num_classes), (1, 2, 4, 8)
+    plans = [plan.replace(steps=steps, times=()) for steps in counts]
+    rows = [generator.sample(labels, plan=each) for each in plans]
+    if processes.is_first():
+        names = [f"{steps} step{'s' * (steps > 1)}" for steps in counts]
+        caption = f"the same noise in each column · step {generator.step:,}"
+        save_rows(path, list(zip(names, rows, strict=True)), caption=caption)
+
+
+def _save_walk(path: Path, generator: Generator, plan: SamplePlan) -> None:
+    """Save, in a row for each class, samples of cos(a) e0 + sin(a) e1, which is normal like e0."""
+    spec, config = generator.spec, generator.config
+    labels = few_classes(_SHOWN, spec.num_classes)
+    shape = len(labels) + 1, 1, *spec.shape
+    e = config.draws.noise_scale * np.random.default_rng(plan.seed).standard_normal(shape, "f")
+    angle = np.linspace(0, math.pi / 2, _SHOWN, dtype=np.float32)[:, None, None, None]
+    walks = (np.cos(angle) * e[:-1] + np.sin(angle) * e[1:]).reshape(-1, *spec.shape)
+    samples = generator.sample(np.repeat(labels, _SHOWN), plan=plan, e=walks)
+    if processes.is_first():
+        names = [spec.class_names[label] if spec.num_classes else "" for label in labels]
+        rows = samples.reshape(len(labels), _SHOWN, *samples.shape[1:])
+        caption = f"from noise to noise · {_caption(generator)}"
+        save_rows(path, list(zip(names, rows, strict=True)), caption=caption)
+
+
+def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
+    """Save samples above the training pictures at the least squared distance in pixels."""
+    from sklearn.neighbors import NearestNeighbors
+
+    labels = few_classes(_SHOWN, generator.spec.num_classes)
+    samples = generator.sample(labels, plan=plan)
+    source = make_source(generator.config.data, split="train")
+    if source.stored:
+        raise BadInput("views: nearest needs pictures, and the data are latents")
+    if not processes.is_first():
+        return
+    num = min(len(source), _MOST_NUMBERS // math.prod(source.spec.shape))
+    data = to_pixels(read(source, num).x)
+    flat, flat_data = (x.reshape(len(x), -1).astype(np.float32) for x in (samples, data))
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(flat_data)
+    places = search.kneighbors(flat, return_distance=False)
+    rows = [("samples", samples), ("training data", data[places[:, 0]])]
+    save_rows(path, rows, caption=_caption(generator))
+
+
+def _save_training(path: Path, generator: Generator, plan: SamplePlan) -> None:
+    """Save an animation of the pictures that training has left."""
+    pictures = sorted((path.parent / "samples").glob("step_*.png"))
+    if not pictures:
+        raise BadInput(f"{path.parent / 'samples'}: holds no pictures; see log.sample_every_steps")
+    if processes.is_first():
+        save_animation(path, pictures)
+
+
+_VIEWS = {
+    "steps": _save_steps,
+    "walk": _save_walk,
+    "nearest": _save_nearest,
+    "training": _save_training,
+}
 
 
 def _plot_vectors(

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, TINY
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from jobs import works
+from jobs import here, works
+from PIL import Image
 from recorded import FOLDER
 
 import mf_jax
@@ -154,6 +155,19 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert (copy_of_trained / "samples.png").exists()
     assert "samples.npz" in output
+    ended = here(*digits, "--config.sample.views=step")
+    assert (ended.code, "views='step': must be one of steps, walk" in ended.errors) == (2, True)
+    views = "--config.sample.views=('steps', 'walk', 'nearest', 'training')"
+    output = works(*digits, "--config.sample.renoise=True", views)
+    assert "left out" not in output
+    page = (copy_of_trained / "report.html").read_text()
+    assert "data:image/webp" in page
+    assert "From noise to noise" in page
+    with Image.open(copy_of_trained / "training.webp") as animation:
+        assert animation.n_frames == len(list((copy_of_trained / "samples").glob("step_*.png")))
+    with Image.open(copy_of_trained / "steps.png") as picture:
+        top, bottom = np.asarray(picture)[19 : 19 + 56], np.asarray(picture)[-60:-4]
+        assert (top != bottom).any(), "eight steps are not one"
 
 
 def test_vectors_are_generated_drawn_and_scored(tmp_path):

@@ -13,22 +13,22 @@ from mf_jax.flow.records import DataSpec
 def checked_given(
     spec: DataSpec, given: Mapping[str, Any], *, has_null: bool
 ) -> dict[str, Shaped[np.ndarray, "n ..."]]:
-    """Return arrays `[n, ...]` by the names of `DataSpec.more`; raise BadInput if they do not fit.
+    """Return arrays `[n, ...]` by the names of `DataSpec.more`, or e; BadInput if they do not fit.
 
     Args:
       spec: of the data that a model was trained on.
       given: arrays by name, None where there is none; one row may come without its first axis.
       has_null: whether the model knows rows without condition, which are NaN.
     """
-    arrays = {}
+    known, arrays = {"e": (spec.shape, "float32")} | spec.more, {}  # anything can start from e
     for name, value in given.items():
-        shape, dtype = spec.more.get(name, ((), "float32"))
+        shape, dtype = known.get(name, ((), "float32"))
         needed = f"[N, {', '.join(map(str, shape))}]"
         if value is None:
             if name in spec.more and name != "mask" and not (name == "condition" and has_null):
                 raise BadInput(f"{name}: this model was never trained without; give {needed}")
             continue
-        if name not in spec.more:
+        if name not in known:
             raise BadInput(f"{name}: this model was trained without; leave {name} out")
         array = np.asarray(value, dtype)
         array = array[None] if array.ndim == len(shape) else array

@@ -27,6 +27,10 @@ _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
 # A dark page inverts the colours of a plot and keeps those of a grid, which mean something.
 _PICTURES = {
     "samples.png": ("Samples", "grid"),
+    "steps.png": ("The same noise in more steps", "grid"),
+    "walk.png": ("From noise to noise", "grid"),
+    "nearest.png": ("Samples and the training pictures nearest to them", "grid"),
+    "training.webp": ("Samples while training", "grid"),
     "scatter.png": ("Data and samples", "plot"),
     "signals.png": ("Data and samples", "plot"),
     "transport.png": ("One-step transport of the noise", "grid"),
@@ -156,7 +160,7 @@ def _duration(seconds: int) -> str:
 
 
 def _caption(path: Path) -> str:
-    with opened(path) as file, Image.open(file, formats=["PNG"]) as picture:
+    with opened(path) as file, Image.open(file, formats=["PNG", "WEBP"]) as picture:
         return str(picture.info.get(CAPTION, ""))
 
 
@@ -260,8 +264,8 @@ def _step_of(path: Path) -> int:
 def _data_uri(path: Path) -> str:
     """Return a picture as text, a large one smaller, so that the page can be mailed."""
     with opened(path) as file:
-        content, kind = file.read(), "png"
-    if len(content) > _LARGE_BYTES:
+        content, kind = file.read(), path.suffix[1:]
+    if len(content) > _LARGE_BYTES and kind == "png":
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             small = picture.convert("RGB")
         small.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS))

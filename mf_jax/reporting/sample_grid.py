@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from mf_jax.flow.records import NO_LABEL
-from mf_jax.runtime.files import written_aside
+from mf_jax.runtime.files import opened, written_aside
 
 with epy.lazy_imports():  # brings the font, whose letters are many
     import matplotlib as mpl
@@ -26,6 +26,7 @@ _INK, _MUTED = "#1f2933", "#66727f"
 _TILE, _GAP, _FONT, _LINE = 56, 4, 11, 13
 _MOST_TILES, _MOST_CLASSES = 100, 10
 _WIDEST, _WIDEST_NAME, _MOST_OBLONG = 1600, 240, 1.6
+_MOST_FRAMES, _WIDEST_FRAME, _WAIT = 60, 640, 200  # pixels, milliseconds
 
 
 def describe(*, step: int, evaluations: int, ema: str) -> str:
@@ -75,6 +76,32 @@ def save_sample_grid(
         names = [_class_name(k, class_names) for k in labels.tolist()] if class_names else ()
         columns, _ = _columns(1, len(images), shape)
         sheet = _sheet([("", images)], columns, caption, names)
+    _save(path, sheet, caption)
+
+
+def save_rows(
+    path: epath.PathLike, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w c"]]], *, caption: str
+) -> None:
+    """Save named rows of equally many images, one below the other."""
+    _save(path, _sheet(rows, len(rows[0][1]), caption), caption)
+
+
+def save_animation(path: epath.PathLike, pictures: Sequence[epath.Path]) -> None:
+    """Save at most 60 pictures, from the first to the last, as an animated WebP."""
+    chosen = np.linspace(0, len(pictures) - 1, min(len(pictures), _MOST_FRAMES)).round()
+    frames = []
+    for i in dict.fromkeys(chosen.astype(int).tolist()):
+        with opened(pictures[i]) as file, Image.open(file, formats=["PNG"]) as picture:
+            picture.thumbnail((_WIDEST_FRAME, _WIDEST_FRAME))
+            frames.append(picture.convert("RGB").resize((frames or [picture])[0].size))
+    waits = [_WAIT] * (len(frames) - 1) + [10 * _WAIT]
+    with written_aside(epath.Path(path)) as aside:
+        frames[0].save(
+            aside, format="WEBP", save_all=True, append_images=frames[1:], duration=waits, loop=0
+        )
+
+
+def _save(path: epath.PathLike, sheet: Image.Image, caption: str) -> None:
     info = PngInfo()
     info.add_itxt(CAPTION, caption)
     with written_aside(epath.Path(path)) as aside:
