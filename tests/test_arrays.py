@@ -95,11 +95,15 @@ def test_every_rank_trains_is_scored_and_sampled(tmp_path):
     generator = mf_jax.load(tmp_path / "vectors")
     twice = generator.sample(labels=[1], condition=np.ones((2, 3)), seed=4)
     assert twice.shape == (2, 5)
+    told = {"labels": [1], "condition": np.ones((2, 3)), "e": np.ones((2, 5))}
+    of_e = generator.sample(seed=1, **told)
+    np.testing.assert_array_equal(of_e, generator.sample(seed=2, **told))
+    np.testing.assert_allclose(of_e[0], of_e[1], atol=1e-6)
     for wrong, words in (
         ({}, "never trained without"),
         ({"condition": np.ones((2, 4))}, r"\[2, 4\]"),
         ({"condition": np.full((1, 3), np.nan)}, "NaN"),
-        ({"condition": np.ones(3), "e": np.ones((1, 5))}, "leave e out"),
+        ({"condition": np.ones(3), "mask": np.ones((1, 5), bool)}, "leave mask out"),
     ):
         with pytest.raises(BadInput, match=words):
             generator.sample(labels=[1], **wrong)
