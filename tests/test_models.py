@@ -148,7 +148,7 @@ def test_time_conditioning_tells_what_its_name_says():
     r, t = jnp.array([0.2, 0.3, 0.3, 0.2]), jnp.array([0.7, 0.8, 0.7, 0.8])
     for conditioning in TIME_CONDITIONINGS:
         names = {letters[name] for name in conditioning.split(",")}
-        embed = ConditionEmbedding(8, conditioning, 0, 16)
+        embed = ConditionEmbedding(8, conditioning, 0)
         inputs = {"r": r, "t": t, "labels": jnp.zeros(4, int)}
         out, variables = embed.init_with_output(jax.random.key(0), **inputs)
         assert set(variables["params"]) == names
@@ -172,7 +172,7 @@ def test_time_conditioning_tells_what_its_name_says():
 
 
 def test_time_features_are_not_scaled_by_1000():
-    slope = jax.jacobian(lambda t: sinusoidal_features(t, 256))(jnp.array([0.3]))
+    slope = jax.jacobian(lambda t: sinusoidal_features(t))(jnp.array([0.3]))
     assert float(jnp.abs(slope).max()) <= 1.0
 
 

@@ -33,10 +33,8 @@ class _Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b n"]:
-        embed = ConditionEmbedding(
-            self.width, self.time_conditioning, self.num_classes, name="condition"
-        )
-        c = nn.silu(embed(r=r, t=t, labels=labels))
+        sizes = self.width, self.time_conditioning, self.num_classes
+        c = nn.silu(ConditionEmbedding(*sizes, name="condition")(r=r, t=t, labels=labels))
         hidden = nn.silu(xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
         dense = zero_dense if self.starts_at_zero else xavier_dense
         return dense(self.size, dtype=self.dtype, name="out")(hidden)
@@ -48,9 +46,7 @@ class _AffineInZ(Network, kw_only=True):
     takes = ("images", "vectors")
 
     width: int
-    num_classes: int
     time_conditioning: str = "t,t-r"
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(

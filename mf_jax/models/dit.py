@@ -169,13 +169,8 @@ class DiT(Transformer, kw_only=True):
         if self.time_conditioning == STEPS:  # in the place of t - r
             conditioning = "t,t-r"
             r = t + jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
-        embed = ConditionEmbedding(
-            self.width,
-            conditioning,
-            self.num_classes,
-            condition_size=self.condition_size,
-            name="condition",
-        )
+        sizes = self.width, conditioning, self.num_classes, self.condition_size
+        embed = ConditionEmbedding(*sizes, name="condition")
         guidance = 0
         if self.told_guidance:
             embed_scale = ScalarEmbedding(self.width, name="guidance_embedding")

@@ -164,7 +164,7 @@ class _Embedding(nn.Module):
         return features
 
 
-class UNet(Network):
+class UNet(Network, kw_only=True):
     """Predict u(z, r, t) of images.
 
     Args:
@@ -176,7 +176,6 @@ class UNet(Network):
       augment_labels: numbers that tell a row's augmentation; 0 = told none.
     """
 
-    num_classes: int
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (2, 2, 2)
     num_blocks: int = 4
@@ -184,7 +183,6 @@ class UNet(Network):
     dropout: float = 0.0
     augment_labels: int = 0
     time_conditioning: str = "t,t-r"
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
