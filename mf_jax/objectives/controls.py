@@ -17,7 +17,6 @@ for the last, the limit of its differences.
 
 import dataclasses
 import math
-import operator
 from typing import Any, ClassVar
 
 import jax
@@ -78,10 +77,9 @@ class Controls:
 
 
 @dataclasses.dataclass(frozen=True)
-class Controlled(terms.Objective):
+class Controlled(terms.Around):
     """An objective with control terms added to its loss."""
 
-    objective: terms.Objective
     controls: Controls
     second_order: ClassVar[bool] = True
 
@@ -92,11 +90,3 @@ class Controlled(terms.Objective):
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
         penalty, more = self.controls.penalty(field, params, draws)
         return loss + penalty, metrics | more
-
-    def with_frozen(self, frozen: PyTree) -> "Controlled":
-        """See `Objective`."""
-        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
-
-
-for _name in (*terms.NEEDS[:-1], "target_ema"):
-    setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, ClassVar
 
 import flax.struct
@@ -74,15 +75,19 @@ class Objective(abc.ABC):
         """
 
 
-NEEDS = (
-    "frozen",
-    "learns_average",
-    "needs_second_head",
-    "predicts",
-    "guidable",
-    "second_order",
-)
-"""What an objective around another one passes on, beside `target_ema`."""
+@dataclasses.dataclass(frozen=True)
+class Around(Objective):
+    """An objective around another one, whose needs are its own."""
+
+    objective: Objective
+
+    def with_frozen(self, frozen: PyTree) -> "Around":
+        """See `Objective`."""
+        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
+
+
+for _name in Objective.__annotations__:
+    setattr(Around, _name, property(operator.attrgetter(f"objective.{_name}")))
 
 
 def at_instant(
