@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.published import flow_matching, reading, torch_file
-from mf_jax.published.checkpoint_files import FILES, TORCH_FILES, opened_checkpoint
+from mf_jax.published.checkpoint_files import TORCH_FILES, WRITERS, opened_checkpoint
 from mf_jax.published.names import (
     KINDS,
     TORCH_KINDS,
@@ -192,8 +192,8 @@ def write_published(
       positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
     path = epath.Path(path).expanduser().absolute()
-    if path.suffix not in FILES:
-        raise BadInput(f"{path}: must end in {' or '.join(FILES)}")
+    if path.suffix not in WRITERS:
+        raise BadInput(f"{path}: must end in {' or '.join(WRITERS)}")
     if kind == "sit":
         ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
@@ -203,7 +203,7 @@ def write_published(
         flat["pos_embed"] = positions[None]
     try:
         with written_aside(path) as aside:
-            FILES[path.suffix][1](aside, flat)
+            WRITERS[path.suffix](aside, flat)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
 
