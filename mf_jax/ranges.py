@@ -10,7 +10,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, is_within, limits
 from mf_jax.models import SIZES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
@@ -98,14 +98,12 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def wrong_values(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong by `RANGES` and `CHOICES`."""
-    for key, low, high, brackets in RANGES:
+    for key, low, high, ends in RANGES:
         value = attrgetter(key)(config)
         end = attrgetter(high)(config) if isinstance(high, str) else high
         values = value if isinstance(value, tuple) else (value,)
-        if not all(_is_within(each, low, end, brackets) for each in values):
-            word = "at least" if brackets[0] == "[" else "above"
-            limits = f"within {brackets[0]}{low}, {end}{brackets[1]}"
-            yield f"{key}={value}: must be {f'{word} {low}' if end == math.inf else limits}"
+        if not all(is_within(each, low, end, ends) for each in values):
+            yield f"{key}={value}: must be {limits(low, end, ends)}"
     for key in ("ema.decays", "ema.halflives_kimg"):
         values = attrgetter(key)(config)
         if len(set(values)) < len(values):
@@ -185,8 +183,3 @@ def _least_bytes(config: ConfigDict, mode: str) -> dict[str, int | float]:
         batch = config.prepare.batch_size
         needs[f"prepare.batch_size={batch}, {side}"] = 12 * batch * pixels
     return needs
-
-
-def _is_within(value: int | float, low: int | float, high: int | float, brackets: str) -> bool:
-    above = value >= low if brackets[0] == "[" else value > low
-    return above and (value <= high if brackets[1] == "]" else value < high)

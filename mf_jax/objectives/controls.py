@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.errors import check_within
+from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
 
@@ -41,10 +41,8 @@ class Controls:
 
     def __post_init__(self) -> None:
         for name in ("lipschitz", "monotone", "non_expansive"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0")
-        if not 0 < self.lipschitz_bound < math.inf:
-            raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0")
+            check_within(f"controls.{name}", getattr(self, name), 0, math.inf, "[)")
+        check_within("controls.lipschitz_bound", self.lipschitz_bound, 0, math.inf, "()")
 
     @property
     def is_on(self) -> bool:
@@ -63,7 +61,7 @@ class Controls:
         def u(z: Array) -> Array:
             return predict(field, params, rows, z, r=rows.r, t=rows.t).u
 
-        _, slope = jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
+        _, slope = jax.jvp(u, (point_of(rows),), (n,))
         rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + tiny)
         moved = n - per_row(rows.t - rows.r, n) * slope
         length = jnp.sqrt(jnp.sum(moved**2, axis=axes) + tiny)
