@@ -7,16 +7,10 @@ from jaxtyping import Array, Float
 from mf_jax.flow.errors import check_known
 
 ATTENTIONS = ("xla", "fused")
+Heads = Float[Array, "b n heads d"]
 
 
-def attend(
-    q: Float[Array, "b n heads d"],
-    k: Float[Array, "b n heads d"],
-    v: Float[Array, "b n heads d"],
-    *,
-    kind: str,
-    forward_mode: bool = False,
-) -> Float[Array, "b n heads d"]:
+def attend(q: Heads, k: Heads, v: Heads, *, kind: str, forward_mode: bool = False) -> Heads:
     """Return softmax(q k^T) v of each head, the softmax in float32 or wider.
 
     Args:

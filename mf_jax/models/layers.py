@@ -14,6 +14,7 @@ from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import Told
 
 Time = Float[Array, "b"]
+Vectors = Float[Array, "b d"]
 Image = Float[Array, "b h w c"]
 Signal = Float[Array, "b l c"]
 Tokens = Float[Array, "b n d"]
@@ -78,7 +79,7 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
     return x / one.astype(x.dtype)
 
 
-def sinusoidal_features(t: Time) -> Float[Array, "b d"]:
+def sinusoidal_features(t: Time) -> Vectors:
     """Return cosines, then sines of t at frequencies from 1 down to 1 / 10,000.
 
     t is not multiplied by 1,000 as diffusion codes do: that would multiply du/dt by 1,000 too.
@@ -96,7 +97,7 @@ class ScalarEmbedding(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, t: Time) -> Float[Array, "b d"]:
+    def __call__(self, t: Time) -> Vectors:
         dense = functools.partial(nn.Dense, self.width, kernel_init=self.kernel_init)
         hidden = dense(name="hidden")(sinusoidal_features(t))
         return dense(name="out")(nn.silu(hidden))
@@ -104,7 +105,7 @@ class ScalarEmbedding(nn.Module):
 
 def embed_class(
     labels: Int[Array, "b"], num_classes: int, width: int, *, init: Callable, name: str
-) -> Float[Array, "b d"]:
+) -> Vectors:
     """Return rows of a learned table, its last one for negative labels."""
     table = nn.Embed(num_classes + 1, width, embedding_init=init, name=name)
     return table(jnp.where(labels < 0, num_classes, labels))
@@ -116,7 +117,7 @@ class VectorEmbedding(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, numbers: Float[Array, "b k"]) -> Float[Array, "b d"]:
+    def __call__(self, numbers: Float[Array, "b k"]) -> Vectors:
         is_null = jnp.isnan(numbers).any(axis=1, keepdims=True)
         numbers = jnp.where(is_null, 0, at_least_float32(numbers))  # gradients must see no NaN
         init = nn.initializers.normal(0.02)
@@ -133,7 +134,7 @@ class ConditionEmbedding(nn.Module):
     condition_size: int = 0
 
     @nn.compact
-    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Float[Array, "b d"]:
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Vectors:
         """Return the embedding; a negative label is the null class, labels alone are no numbers."""
         if not isinstance(labels, Told):
             labels = Told(labels, jnp.full((len(t), self.condition_size), jnp.nan))

@@ -4,17 +4,11 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from mf_jax.flow.paths import Points
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.layers import (
-    ConditionEmbedding,
-    Network,
-    Time,
-    at_least_float32,
-    xavier_dense,
-    zero_dense,
-)
+from mf_jax.models import layers
+from mf_jax.models.layers import Network, Time
 
 _FREQUENCIES = (1.0, 2.0, 4.0)
 """Waves of z enter beside z: a perceptron of z alone is slow to learn sharp edges.
@@ -34,12 +28,10 @@ class MLP(Network, kw_only=True):
     condition_size: int = 0
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
-    ) -> Prediction:
-        dense = functools.partial(xavier_dense, dtype=self.dtype)
+    def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
+        dense = functools.partial(layers.xavier_dense, dtype=self.dtype)
         sizes = self.width, self.time_conditioning, self.num_classes, self.condition_size
-        embed = ConditionEmbedding(*sizes, name="condition")
+        embed = layers.ConditionEmbedding(*sizes, name="condition")
         shape, z = z.shape, z.reshape(len(z), -1)
         c = nn.silu(embed(r=r, t=t, labels=condition.labels)).astype(self.dtype)
         waves = [wave(k * z) for k in _FREQUENCIES for wave in (jnp.sin, jnp.cos)]
@@ -48,5 +40,5 @@ class MLP(Network, kw_only=True):
             scale, shift = jnp.split(dense(2 * self.width, name=f"modulation_{i}")(c), 2, axis=-1)
             hidden = dense(self.width, name=f"hidden_{i}")(nn.silu(x * (1 + scale) + shift))
             x = x + dense(self.width, name=f"out_{i}")(nn.silu(hidden))
-        u = zero_dense(z.shape[-1], dtype=self.dtype, name="final")(nn.silu(x))
-        return Prediction(u=at_least_float32(u).reshape(shape))
+        u = layers.zero_dense(z.shape[-1], dtype=self.dtype, name="final")(nn.silu(x))
+        return Prediction(u=layers.at_least_float32(u).reshape(shape))
