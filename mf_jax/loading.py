@@ -111,11 +111,10 @@ def load_frozen(config: ConfigDict, frozen: PyTree) -> PyTree:
     """Return what an objective's `frozen` holds, with published weights where it has shapes."""
     if not isinstance(frozen, Perceptual):
         return frozen
-    names = {"lpips": config.perceptual.lpips_weights}
-    names |= {"convnext": config.perceptual.convnext_weights}
     loaded = []
     for distance in frozen.distances:
-        name, key = names[distance.name], f"perceptual.{distance.name}_weights"
+        name = config.perceptual[f"{distance.name}_weights"]
+        key = f"perceptual.{distance.name}_weights"
         with processes.together():
             path = find_weights(name, config.weights_dir, key=key)
             params, sha256 = load_distance(DISTANCES[distance.name], path)
