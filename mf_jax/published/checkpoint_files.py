@@ -8,17 +8,15 @@ from urllib.parse import quote
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jaxtyping import Shaped
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.published import torch_file
+from mf_jax.published import Arrays, torch_file
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
 from mf_jax.runtime.files import on_disk
 from mf_jax.runtime.json_files import parse_json
 
-Arrays = dict[str, Shaped[np.ndarray, "..."]]
 Choose = Callable[[Collection[str]], dict[str, str]]
 """From the names that are stored to {short name: stored name} of the wanted ones."""
 Read = Callable[[epath.Path, Choose], Arrays]
