@@ -169,7 +169,7 @@ def test_time_conditioning_tells_what_its_name_says():
         for part in shapes.keys() & {"matrix", "left", "right"}:
             assert set(shapes[part]["condition"]) == names, "a matrix is not told the class"
     with pytest.raises(BadInput, match=r"time_conditioning='t\|r': must be one of t,r"):
-        parameter_shapes(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
+        shapes_of(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
 
 
 def test_time_features_are_not_scaled_by_1000():
@@ -357,6 +357,6 @@ def test_sizes_that_do_not_fit_are_refused():
     }.items():
         for network, message in cases:
             with pytest.raises(BadInput, match=message):
-                parameter_shapes(network, shape)
+                shapes_of(network, shape)
     for channels in (2, 36):
-        parameter_shapes(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))
+        shapes_of(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))
