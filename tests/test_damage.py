@@ -233,7 +233,7 @@ def _of_strangers(tmp_path, rng):
     latents.mkdir()
     write_folder(latents)
     manifest = json.loads((latents / "manifest.json").read_text())
-    (latents / "manifest.json").write_text(json.dumps(manifest | {"num_pictures": LENGTH}))
+    json_files.write_json(latents / "manifest.json", manifest | {"num_pictures": LENGTH})
     pictures = {"a/1.png": _png(rng), "b/2.png": _png(rng)}
     folder = tmp_path / "pictures"
     for name, content in pictures.items():
@@ -326,8 +326,8 @@ def test_hostile_files_are_refused_at_once(tmp_path, capsys):
     laughs = b"K\1\x85q\0" + b"h\0h\0\x86q\0" * 60
     hostile = {
         "laughs": laughs + b"Q.",
-        "nested": b")" + b"\x85" * 10**6 + b"}h\0K\1s.",
-        "nested key": b"})" + b"\x85" * 10**6 + b"K\1s.",
+        "nested": b")" + b"\x85" * 200_000 + b"}h\0K\1s.",
+        "nested key": b"})" + b"\x85" * 200_000 + b"K\1s.",
         "stride 0": tensor % (four, many + b"\x85", b"K\0\x85"),
         "memo": b"}r" + struct.pack("<I", 2**31) + b"K\1K\2s.",
         "build": b"ctorch._utils\n_rebuild_tensor_v2\n}X\1\0\0\0aK\1sb.",
