@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.paths import per_row
@@ -49,9 +49,7 @@ class Controls:
         """Whether any term has a factor."""
         return any((self.lipschitz, self.monotone, self.non_expansive))
 
-    def penalty(
-        self, field: Field, params: PyTree, draws: Draws
-    ) -> tuple[Float[Array, ""], terms.Metrics]:
+    def penalty(self, field: Field, params: PyTree, draws: Draws) -> terms.Loss:
         """Return the sum of the terms, over the rows with r < t (over all if there are none)."""
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
         axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
