@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jobs import Job, free_port, here, tiny_config, works
 from scenarios import POINTS, restore, save
+from test_train import results
 
 from mf_jax.config import make_network
 from mf_jax.flow.records import DataSpec
@@ -31,6 +32,18 @@ def folder(tmp_path_factory):
     write_published(folder / "weights.npz", "meanflow", zeros, patch_size=4)
     save(folder / "moved", make_mesh(data=0, fsdp=1), 1)
     return folder
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(folder, tmp_path):
+    """One is being written nearly all the time."""
+    arguments = (*POINTS, "--config.checkpoint.every_steps=1", f"--workdir={tmp_path}")
+    job = Job(1, *arguments)
+    assert job.wait_for((tmp_path / "checkpoints" / "5").exists), job.finish()
+    job.send(signal.SIGKILL)
+    assert job.finish()[0].code == -signal.SIGKILL
+    works(*arguments)
+    assert results(tmp_path) == results(folder / "run")
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from etils import epath
-from jobs import Job, here, tiny_config, works
+from jobs import here, tiny_config, works
 from networks import draw
-from scenarios import POINTS
 from steps import parts_of
 
 import mf_jax
@@ -62,7 +61,7 @@ def _arrays(workdir, step):
         return json.load(file)
 
 
-def _results(workdir):
+def results(workdir):
     """Return what a run of 12 steps ends with, bit for bit."""
     pictures = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
     return (workdir / "metrics.jsonl").read_text(), _arrays(workdir, 12), pictures
@@ -82,20 +81,6 @@ def test_a_run_leaves_what_it_says(trained):
     assert json.loads((trained / "config.json").read_text())["train"]["num_steps"] == 12
 
 
-@pytest.mark.slow
-def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(tmp_path):
-    """One is being written nearly all the time."""
-    points = (*POINTS, "--config.checkpoint.every_steps=1")
-    whole, workdir = tmp_path / "whole", tmp_path / "run"
-    works(*points, f"--workdir={whole}")
-    job = Job(1, *points, f"--workdir={workdir}")
-    assert job.wait_for((workdir / "checkpoints" / "5").exists), job.finish()
-    job.send(signal.SIGKILL)
-    assert job.finish()[0].code == -signal.SIGKILL
-    works(*points, f"--workdir={workdir}")
-    assert _results(workdir) == _results(whole)
-
-
 def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
     workdir = tmp_path / "run"
     arguments = _args(workdir, "--config.checkpoint.every_steps=1000")
@@ -113,7 +98,7 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
     assert f"stopping after step {step}; the checkpoint of step {step} will be" in ended.output
     assert f"stopped at step {step}" in ended.output
     assert f"continuing at step {step}" in works(*arguments)
-    assert _results(workdir) == _results(trained)
+    assert results(workdir) == results(trained)
 
 
 def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
@@ -201,7 +186,7 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
 
 def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
     assert "12 steps" in works(*_args(copy_of_trained))
-    assert _results(copy_of_trained) == _results(trained)
+    assert results(copy_of_trained) == results(trained)
 
 
 def _damage(checkpoint, how):
