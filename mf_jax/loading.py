@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from etils.epath import Path, PathLike
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -31,7 +30,7 @@ from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.files import place, sha256_of
 from mf_jax.runtime.json_files import tell_once
-from mf_jax.runtime.sharding import make_mesh, placed
+from mf_jax.runtime.sharding import everywhere, placed
 from mf_jax.validation import check_registered
 
 _NOTES = {
@@ -75,7 +74,7 @@ def load_initial(config: ConfigDict) -> Generator:
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
     weights_sha256(config)
-    return Generator(config, network, jax.device_put(params, _everywhere()), spec, 0, path)
+    return Generator(config, network, jax.device_put(params, everywhere()), spec, 0, path)
 
 
 def weights_sha256(config: ConfigDict) -> str:
@@ -111,11 +110,10 @@ def load_frozen(config: ConfigDict, frozen: PyTree) -> PyTree:
     """Return what an objective's `frozen` holds, with published weights where it has shapes."""
     if not isinstance(frozen, Perceptual):
         return frozen
-    names = {"lpips": config.perceptual.lpips_weights}
-    names |= {"convnext": config.perceptual.convnext_weights}
     loaded = []
     for distance in frozen.distances:
-        name, key = names[distance.name], f"perceptual.{distance.name}_weights"
+        name = config.perceptual[f"{distance.name}_weights"]
+        key = f"perceptual.{distance.name}_weights"
         with processes.together():
             path = find_weights(name, config.weights_dir, key=key)
             params, sha256 = load_distance(DISTANCES[distance.name], path)
@@ -156,10 +154,6 @@ def _published_spec(config: ConfigDict, kind: str) -> DataSpec:
     return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
 
 
-def _everywhere() -> NamedSharding:
-    return NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-
-
 def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
     """Raise BadInput unless both runs are on latents of one scale, or neither is on latents."""
     ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
@@ -187,7 +181,7 @@ def _restore(
     """Return the step and the parameters of a run's checkpoint, on every device."""
     spec, names = run_folder.stored_data(folder), averages(config)
     like = parameter_shapes(make_network(config, spec), spec.shape)
-    like = placed(like, jax.tree.map(lambda _: _everywhere(), like))
+    like = placed(like, jax.tree.map(lambda _: everywhere(), like))
     wanted = {"params": like} if ema == "none" else {"ema": dict.fromkeys(names, like)}
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         step, items = checkpoints.restore(wanted, step)

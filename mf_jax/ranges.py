@@ -10,65 +10,42 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, is_within, limits
 from mf_jax.models import SIZES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 
 _LARGEST = 2**31 - 1
+_ABOVE_0 = "optim.lr ema.halflives_kimg job.start_timeout_seconds bench.memory_gb"
+_AT_LEAST_0 = (
+    "prepare.max_bad model.width model.num_heads model.bottleneck objective.anneal_from "
+    "objective.derivative_below optim.weight_decay optim.clip_norm ema.rampup "
+    "log.sample_every_steps eval.checkpoints eval.least_samples bench.repeats bench.dropped"
+)
+_AT_LEAST_1 = (
+    "prepare.shards prepare.batch_size data.image_size model.patch_size model.channels model.rank "
+    "model.channel_multipliers model.attention_resolutions times.levels train.num_steps "
+    "train.log_every_steps ema.every_steps checkpoint.every_steps checkpoint.keep "
+    "job.heartbeat_timeout_seconds sample.num eval.num_samples eval.batch_size bench.tokens"
+)
+_SHARES = "model.dropout objective.target_ema optim.b1 optim.b2 optim.momentum ema.decays"
 RANGES = (
     # key, low, high (or the key that holds it), which ends belong to it; of a tuple for each number
-    ("seed", 0, 2**31, "[)"),
-    ("prepare.shards", 1, math.inf, "[)"),
-    ("prepare.batch_size", 1, math.inf, "[)"),
-    ("prepare.max_bad", 0, math.inf, "[)"),
-    ("prepare.process_count", 0, "prepare.shards", "[]"),
-    ("data.image_size", 1, math.inf, "[)"),
+    *((key, 0, math.inf, "()") for key in _ABOVE_0.split()),
+    *((key, 0, math.inf, "[)") for key in _AT_LEAST_0.split()),
+    *((key, 1, math.inf, "[)") for key in _AT_LEAST_1.split()),
+    *((key, 0, 1, "[)") for key in _SHARES.split()),
+    *((key, 0, 2**31, "[)") for key in ("seed", "eval.seed")),
     # to write down a deeper network takes minutes, whatever its width
     *((f"model.{size}", 0, 1024, "[]") for size in ("depth", "head_depth", "r_blocks")),
-    *((f"model.{size}", 0, math.inf, "[)") for size in ("width", "num_heads", "bottleneck")),
     ("model.num_blocks", 1, 1024, "[]"),
-    *((f"model.{size}", 1, math.inf, "[)") for size in ("patch_size", "channels", "rank")),
-    ("model.channel_multipliers", 1, math.inf, "[)"),
-    ("model.attention_resolutions", 1, math.inf, "[)"),
     ("model.t_clip", 0, 1, "()"),
-    ("model.dropout", 0, 1, "[)"),
     ("objective.alpha_start", 0, 1, "[]"),
     ("objective.alpha_end", 0, 1, "[]"),
-    ("objective.anneal_from", 0, math.inf, "[)"),
-    ("objective.derivative_below", 0, math.inf, "[)"),
-    ("objective.target_ema", 0, 1, "[)"),
-    ("times.levels", 1, math.inf, "[)"),
-    ("train.num_steps", 1, math.inf, "[)"),
-    ("train.log_every_steps", 1, math.inf, "[)"),
-    ("optim.lr", 0, math.inf, "()"),
+    ("prepare.process_count", 0, "prepare.shards", "[]"),
     ("optim.warmup_steps", 0, "train.num_steps", "[]"),
-    ("optim.b1", 0, 1, "[)"),
-    ("optim.b2", 0, 1, "[)"),
-    ("optim.momentum", 0, 1, "[)"),
-    ("optim.weight_decay", 0, math.inf, "[)"),
-    ("optim.clip_norm", 0, math.inf, "[)"),
-    ("ema.decays", 0, 1, "[)"),
-    ("ema.halflives_kimg", 0, math.inf, "()"),
-    ("ema.rampup", 0, math.inf, "[)"),
-    ("ema.every_steps", 1, math.inf, "[)"),
-    ("log.sample_every_steps", 0, math.inf, "[)"),
-    ("checkpoint.every_steps", 1, math.inf, "[)"),
-    ("checkpoint.keep", 1, math.inf, "[)"),
-    ("job.start_timeout_seconds", 0, math.inf, "()"),
-    ("job.heartbeat_timeout_seconds", 1, math.inf, "[)"),
     ("job.stopped_exit_code", 0, 256, "[)"),
-    ("sample.num", 1, math.inf, "[)"),
-    ("eval.num_samples", 1, math.inf, "[)"),
-    ("eval.batch_size", 1, math.inf, "[)"),
-    ("eval.seed", 0, 2**31, "[)"),
-    ("eval.checkpoints", 0, math.inf, "[)"),
-    ("eval.least_samples", 0, math.inf, "[)"),
-    ("bench.repeats", 0, math.inf, "[)"),
-    ("bench.dropped", 0, math.inf, "[)"),
-    ("bench.tokens", 1, math.inf, "[)"),
     ("bench.devices", 1, 2**14, "[]"),
-    ("bench.memory_gb", 0, math.inf, "()"),
 )
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -79,29 +56,22 @@ CHOICES = {
     "mesh.gather": GATHERS,
     "eval.labels": ("balanced", "random"),
 }
-_TUPLES = {
-    "data.latent_mean": float,
-    "data.latent_std": float,
-    "model.channel_multipliers": int,
-    "model.attention_resolutions": int,
-    "ema.decays": float,
-    "ema.halflives_kimg": float,
-    "draws.label_drop_window": float,
-    "sample.times": float,
-    "sample.labels": int | str,
-    "sample.condition": float,
-    "sample.views": str,
-    "sample.guidance": float,
-    "eval.steps": int,
-    "eval.omegas": float,
-    "eval.intervals": tuple,
-    "eval.emas": str,
-    "eval.checkpoints": int,
-    "eval.references": str,
-    "bench.shape": int,
-    "bench.tokens": int,
-}
-"""What they hold: the command line checks only that they are tuples."""
+_WHOLE = (
+    "model.channel_multipliers model.attention_resolutions eval.steps eval.checkpoints bench.shape "
+    "bench.tokens"
+)
+_NUMBERS = (
+    "data.latent_mean data.latent_std ema.decays ema.halflives_kimg draws.label_drop_window "
+    "sample.times sample.condition sample.guidance eval.omegas"
+)
+_TUPLES = (
+    # keys, of what, how this is called, an example; the command line checks only for a tuple
+    (_WHOLE, int, "a whole number", "(1,)"),
+    (_NUMBERS, float, "a number", "(1.0,)"),
+    ("sample.labels", int | str, "a class", "\"(1,'cat')\""),
+    ("sample.views eval.emas eval.references", str, "a text", "\"('a','b')\""),
+    ("eval.intervals", tuple, "(t_min, t_max)", "'((0.4, 0.6),)'"),
+)
 
 
 def check_values(config: ConfigDict) -> None:
@@ -113,45 +83,27 @@ def check_values(config: ConfigDict) -> None:
 
 def check_tuples(config: ConfigDict) -> None:
     """Raise BadInput unless tuples hold what they must."""
-    words = {
-        int: "a whole number",
-        int | str: "a class",
-        float: "a number",
-        str: "a text",
-        tuple: "(t_min, t_max)",
-    }
-    examples = {
-        int: "(1,)",
-        int | str: "\"(1,'cat')\"",
-        float: "(1.0,)",
-        str: "\"('a','b')\"",
-        tuple: "'((0.4, 0.6),)'",
-    }
-    for key, kind in _TUPLES.items():
-        for value in attrgetter(key)(config):
-            if not _fits(value, kind):
-                fix = f"write for example {key}={examples[kind]}"
-                raise BadInput(f"{key}: {value!r} is not {words[kind]}; {fix}")
+    for keys, kind, wanted, example in _TUPLES:
+        for key in keys.split():
+            if wrong := [each for each in attrgetter(key)(config) if not _fits(each, kind)]:
+                raise BadInput(f"{key}: {wrong[0]!r} is not {wanted}; for example {key}={example}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
     if kind is tuple:
         return isinstance(value, tuple | list) and all(_fits(each, float) for each in value)
-    return not isinstance(value, bool) and isinstance(
-        value, (int, float) if kind is float else kind
-    )
+    kind = int | float if kind is float else kind
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def wrong_values(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong by `RANGES` and `CHOICES`."""
-    for key, low, high, brackets in RANGES:
+    for key, low, high, ends in RANGES:
         value = attrgetter(key)(config)
         end = attrgetter(high)(config) if isinstance(high, str) else high
         values = value if isinstance(value, tuple) else (value,)
-        if not all(_is_within(each, low, end, brackets) for each in values):
-            word = "at least" if brackets[0] == "[" else "above"
-            limits = f"within {brackets[0]}{low}, {end}{brackets[1]}"
-            yield f"{key}={value}: must be {f'{word} {low}' if end == math.inf else limits}"
+        if not all(is_within(each, low, end, ends) for each in values):
+            yield f"{key}={value}: must be {limits(low, end, ends)}"
     for key in ("ema.decays", "ema.halflives_kimg"):
         values = attrgetter(key)(config)
         if len(set(values)) < len(values):
@@ -231,8 +183,3 @@ def _least_bytes(config: ConfigDict, mode: str) -> dict[str, int | float]:
         batch = config.prepare.batch_size
         needs[f"prepare.batch_size={batch}, {side}"] = 12 * batch * pixels
     return needs
-
-
-def _is_within(value: int | float, low: int | float, high: int | float, brackets: str) -> bool:
-    above = value >= low if brackets[0] == "[" else value > low
-    return above and (value <= high if brackets[1] == "]" else value < high)

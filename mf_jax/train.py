@@ -14,7 +14,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,7 @@ from mf_jax.config import (
     make_schedule,
     make_scheme,
 )
-from mf_jax.data import Source, make_batches
+from mf_jax.data import Batch, Source, make_batches
 from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
@@ -131,6 +131,13 @@ def step_parts(config: ConfigDict, source: Source) -> StepParts:
     )
 
 
+def batches_of(config: ConfigDict, source: Source, start_step: int = 0) -> Iterator[Batch]:
+    """Yield this process's rows of the batches of a run, from a step on."""
+    settings = {"seed": config.seed, "flip": config.data.flip, "start_step": start_step}
+    settings |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return make_batches(source, batch_size=config.train.batch_size, **settings)
+
+
 def first_state(
     parts: StepParts,
     mesh: Mesh,
@@ -190,15 +197,7 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         jax.block_until_ready(mark)
         return after
 
-    batches = make_batches(
-        run.source,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        start_step=start,
-        flip=config.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = batches_of(config, run.source, start)
     schedule = make_schedule(config)
     with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None

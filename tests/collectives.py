@@ -1,21 +1,24 @@
-"""Print the collectives of compiled steps on 8 devices as JSON: a script, see test_sharding.py."""
+"""Print the collectives of programs for several devices as JSON: a script, see test_sharding.py."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from hlo import exchanged
+from jax.sharding import NamedSharding, PartitionSpec
 from steps import lowered_step, parts_of
 
 from mf_jax.bench.step import placed_step
 from mf_jax.flow.guidance import Guidance
 from mf_jax.models import DiT, parameter_shapes
+from mf_jax.models.attention import attend
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
-from mf_jax.runtime.sharding import make_mesh, state_sharding
+from mf_jax.runtime.sharding import batch_sharding, make_mesh, state_sharding
 from mf_jax.step import initial_state
 
 SHAPE, BATCH = (8, 8, 4), 256
@@ -41,13 +44,38 @@ def first_moments(parts, mesh, compiled):
     return jax.tree.leaves(jax.device_get(compiled(*given).opt_state[0].mu))
 
 
+def attention_on_four():
+    """Return what fused attention with rows and heads, or rows and tokens, split exchanges.
+
+    Its values and tangents must be those of plain attention on one device.
+    """
+
+    def run(kind, inputs):
+        def both(*inputs):
+            fused = functools.partial(attend, kind=kind, forward_mode=True)
+            return jax.jvp(fused, inputs[:3], inputs[3:])
+
+        compiled = jax.jit(both).lower(*inputs).compile()
+        return compiled(*inputs), exchanged(compiled.as_text())
+
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    inputs = list(jax.random.normal(jax.random.key(0), (6, 4, 20, 2, 16)))
+    expected, _ = run("xla", inputs)
+    exchanges = []
+    for place in (batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data", "fsdp"))):
+        got, exchange = run("fused", jax.device_put(inputs, place))
+        assert all(jnp.allclose(a, b, atol=1e-4) for a, b in zip(got, expected, strict=True))
+        exchanges.append(exchange)
+    return exchanges
+
+
 def main():
     """Print {mesh/case/gather: {"collectives", "split", "in_blocks", "whole", "apart"}}.
 
     "split" and "whole" count numbers in the parameters, "in_blocks" the split ones of blocks.
     "apart" is the largest relative difference between the gradients of a loop and one device's.
     """
-    out = {}
+    out = {"attention": attention_on_four()}
     for chosen in CHOSEN:
         mesh_name, name, gather = chosen.split("/")
         data, fsdp = MESHES[mesh_name]

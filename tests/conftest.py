@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from jobs import ROOT as ROOT
 from jobs import TINY as TINY
+from jobs import here, works
 from recorded import DIFFERENCES, FOLDER
 
 _QUICK_TO_COMPILE = (
@@ -91,33 +91,17 @@ def recorded_scores():
     return dict(np.load(FOLDER / "metrics.npz"))
 
 
-def run_main(*arguments):
-    """Run a command line in this process and return its exit code."""
-    from mf_jax.main import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["mf_jax", *map(str, arguments)])
-        return main()
-
-
 @pytest.fixture
-def command(capsys):
+def command():
     """Return a function that runs a command line here and returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = run_main(*arguments)
-        return code, *capsys.readouterr()
-
-    return run
+    return here
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Return the workdir of a tiny finished run of configs/digits.py; do not change it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert run_main("--config=configs/digits.py", f"--workdir={workdir}", *TINY) == 0
+    works(f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY)
     return workdir
 
 

@@ -6,6 +6,17 @@ from jobs import ROOT
 
 INSTALLED = "".join((ROOT / name).read_text() for name in ("requirements.txt", "setup.cfg"))
 """What launch/setup.sh notes of an installation."""
+ECHO = """#!/usr/bin/env bash
+echo "python $*"
+case "$*" in
+  *wait*)
+    trap 'echo saved; exit 0' TERM
+    echo waiting
+    while :; do read -t 0.1 <> <(:) || true; done
+    ;;
+  *fail*) exit 7 ;;
+esac
+"""
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
   "-c "*) exec {sys.executable} "$@" ;;

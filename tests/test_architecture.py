@@ -13,7 +13,7 @@ LAYERS = [
     ["step", "validation", "config", "ranges"],
     ["data", "metrics", "models", "objectives", "published", "reporting"],
     ["optim", "runtime"],
-    ["types", "flow"],
+    ["flow"],
 ]
 """Imports go down, or within a layer to the right."""
 PLACES = {part: place for place, part in enumerate(itertools.chain(*LAYERS))}

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jobs import Job
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.models import attention, fused_attention
@@ -250,38 +249,6 @@ def test_padded_flash_attention():
     plain, transpose = jax.vjp(lambda *x: attend(*x, kind="xla"), q, k, v)
     for a, b in zip((out, *gradients), (plain, *transpose(weights)), strict=True):
         assert _error(a, b) < TOLERANCE
-
-
-MANY_DEVICES = """
-import re
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from mf_jax.models.attention import attend
-from mf_jax.runtime.sharding import batch_sharding, make_mesh
-
-def run(kind, inputs):
-    def both(*inputs):
-        return jax.jvp(lambda *x: attend(*x, kind=kind, forward_mode=True), inputs[:3], inputs[3:])
-    compiled = jax.jit(both).lower(*inputs).compile()
-    return compiled(*inputs), compiled.as_text()
-
-mesh = make_mesh(data=2, fsdp=2)
-numbers = np.random.default_rng(0).standard_normal((6, 4, 20, 2, 16))
-inputs = [jnp.asarray(x, jnp.float32) for x in numbers]
-expected, _ = run("xla", inputs)
-for sharding in (batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data", "fsdp"))):
-    got, program = run("fused", jax.device_put(inputs, sharding))
-    for a, b in zip(got, expected):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-    exchanges = "all-gather|all-reduce|all-to-all|collective-permute"
-    print(any(re.findall(exchanges, program)))
-"""
-
-
-def test_each_device_computes_its_rows_alone():
-    (ended,) = Job(1, program=("-c", MANY_DEVICES), devices=4).finish()
-    assert ended.code == 0, ended
-    assert ended.output.split() == ["False", "True"], "only split tokens need communication"
 
 
 def test_unknown_kinds_are_refused():

@@ -23,7 +23,7 @@ from mf_jax.config import averages, make_network, make_objective
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
-from mf_jax.models import parameter_shapes
+from mf_jax.models import SIZES, parameter_shapes
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.scoring.grid import cells
 from mf_jax.step import NEVER, initial_state, make_train_step
@@ -127,6 +127,8 @@ def test_networks_have_the_published_size_and_rows_say_it():
             dead = [head[key] for key in ("norm", "final") if key in head]
             assert sampled + _count(dead) == COUNTS[f"{published}:sampling"], name
         assert round(sampled / 1e6) == row.millions, name
+    used = {imagenet.get_config(name).model.size for name in imagenet.ROWS if "mf_" in name}
+    assert used == set(SIZES["in_context_dit"]) - {"digits"}
 
 
 def test_rows_say_what_their_config_does():

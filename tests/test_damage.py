@@ -1,9 +1,11 @@
-"""Damaged and hostile files of each kind: noticed in one line, or harmless; never anything else."""
+"""Damaged and hostile files of each kind: noticed in one line, or harmless; never silent."""
 
+import collections
+import functools
 import io
+import itertools
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -11,9 +13,11 @@ import struct
 import tarfile
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import ROOT
 from etils import epath
 from PIL import Image
 from recorded import FOLDER
@@ -21,50 +25,51 @@ from test_data import write_tfds
 from test_inception import _save_zip, _small, _write_zip
 from test_latents import LENGTH, SECTION, write_folder
 
+import mf_jax
 from mf_jax import data
+from mf_jax.data import latent_records
 from mf_jax.data.crop import adm_crop, as_rgb, open_picture
 from mf_jax.data.picture_list import list_files
 from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import DataSpec
+from mf_jax.metrics import classifier
 from mf_jax.metrics.reference_file import read_reference
+from mf_jax.models import autoencoder
+from mf_jax.published import fetch
 from mf_jax.published.checkpoints import read_published
-from mf_jax.published.fetch import find_weights
-from mf_jax.published.torch_file import read_state_dict
-from mf_jax.runtime.files import locked, opened
+from mf_jax.published.torch_file import StateDict, read_state_dict
+from mf_jax.reporting import run_log
+from mf_jax.reporting.page import write_report
+from mf_jax.reporting.run_log import RunLog, read_metrics
+from mf_jax.runtime import files, json_files
+from mf_jax.runtime import workdir as run_folder
+from mf_jax.scoring import rows as score_rows
 
 MOST_SECONDS, MOST_BYTES = 10, 2**30
 """What reading one damaged file may take."""
+ROW = {"name": "a", "fid": 1.25, "diagnostics": {"gap": 0.5}, "precision": None}
+MODEL = {"ema": "0.9", "checkpoint": 4, "steps": 2, "omega": 1.0, "t_min": 0.0, "t_max": 1.0}
+HOSTILE = (
+    *(b"", b"\0" * 40, b"[1]", b"7", b"null", b'{"a": 1', b'{"a": "\xff"}', b"[" * 10**5),
+    *(b'{"step": 1e400}', b'{"step": NaN}', b'{"step": "1"}', b'{"step": [1]}', b"{}"),
+    b'{"step": ' + b"9" * 5000 + b"}",
+    *('{"step": 1}'.encode(code) for code in ("utf-16", "utf-32")),
+    b'{"model": 3, "data": [], "seed": {"a": {"b": 1}}, "protocol": [], "shape": 4, "shards": {}}',
+    b'{"data.name": 1, "data": {"name": {"x": 1}}, "rows": {"a": 1}, "columns": 3, "weight": 1}',
+    b'{"protocol": {"ema": 1}, "name": 3, "wall_seconds": "x", "train": 3, "diagnostics": []}',
+)
 
 
-def count(read, path):
-    """Return how many of 40 bit flips and 20 cuts of a file are noticed, harmless and silent.
+class Source:
+    spec = DataSpec((2,), 0)
+    digest = "a"
 
-    Args:
-      read: from the file, or what it belongs to, to arrays; BadInput means noticed.
-      path: of the file, which is put back at the end.
-    """
-    whole, good = path.read_bytes(), read()
-    rng, counts = random.Random(0), dict.fromkeys(("noticed", "harmless", "silent"), 0)
-    spots = [rng.randrange(8 * len(whole)) for _ in range(40)]
-    damaged = [_flipped(whole, spot) for spot in spots]
-    damaged += [whole[: rng.randrange(len(whole))] for _ in range(20)]
-    for content in damaged:
-        path.write_bytes(content)
-        counts[outcome(read, good)] += 1
-    path.write_bytes(whole)
-    return counts
+    def __len__(self):
+        return 3
 
 
-def outcome(read, good):
-    """Return what becomes of reading; anything but arrays and BadInput is raised."""
-    try:
-        with limits():
-            found = read()
-    except BadInput as problem:
-        assert len(str(problem).splitlines()) == 1  # noqa: PT017
-        return "noticed"
-    same = found.keys() == good.keys()
-    same = same and all(np.array_equal(found[name], good[name]) for name in good)
-    return "harmless" if same else "silent"
+def _start_again(workdir, path):
+    return run_folder.check_data(workdir, Source(), files.sha256_of(path))
 
 
 class limits:
@@ -87,10 +92,35 @@ class limits:
         resource.setrlimit(resource.RLIMIT_AS, self._memory)
 
 
-def _flipped(content, spot):
-    changed = bytearray(content)
-    changed[spot // 8] ^= 1 << spot % 8
-    return bytes(changed)
+def _noticed(read, capsys):
+    """Return what a reader returns, and what it says or, as BadInput, raises in one line."""
+    json_files.tell_once.cache_clear()
+    capsys.readouterr()
+    try:
+        with limits():
+            value = jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, read())
+    except BadInput as problem:
+        assert len(str(problem).splitlines()) == 1  # noqa: PT017
+        return None, str(problem)
+    return value, capsys.readouterr().out
+
+
+def _count(read, path, capsys):
+    """Return how many of 40 bit flips and 20 cuts of a file are noticed, harmless and silent."""
+    path, rng, counts = epath.Path(path), np.random.default_rng(0), collections.Counter()
+    whole, (good, said) = path.read_bytes(), _noticed(read, capsys)
+    assert (good is not None, said) == (True, "")
+    damaged = [whole[:cut] for cut in rng.integers(len(whole), size=20)]
+    for place, bit in rng.integers((len(whole), 8), size=(40, 2)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(bit)
+        damaged.append(bytes(flipped))
+    for each in damaged:
+        path.write_bytes(each)
+        value, said = _noticed(read, capsys)
+        counts["noticed" if said else "harmless" if value == good else "silent"] += 1
+    path.write_bytes(whole)
+    return counts
 
 
 def _npz(path, *, save=np.savez, **arrays):
@@ -157,13 +187,53 @@ def _png(rng, side=12):
     return content.getvalue()
 
 
-def test_damage_is_noticed_or_harmless(tmp_path, rng):
-    """Only formats without a checksum may change in silence: runs and scores keep their hashes."""
+def _of_runs(run, tmp_path):
+    """Yield the name of a kind of file that decides numbers, its reader, and an undamaged file."""
+    folder = epath.Path(run)
+    yield "config.json", lambda: run_folder.stored_config(folder).to_dict(), run / "config.json"
+    yield "data.json", lambda: run_folder.stored_data(folder), run / "data.json"
+    yield "timing.json", lambda: run_log._timing_of(folder), run / "timing.json"
+    yield "metrics.jsonl", lambda: read_metrics(run), run / "metrics.jsonl"
+    score_rows.append(folder, [ROW | {"protocol": MODEL | {"seed": seed}} for seed in range(5)])
+    known = score_rows.read_rows(folder)  # a row that is missing is computed again
+    strange = lambda: [row for row in score_rows.read_rows(folder) if row not in known]  # noqa: E731
+    yield "eval.jsonl", strange, run / "eval.jsonl"
+    side = {"name": latent_records.shard_name(0, 1), "count": 3, "bytes": 500, "sha256": "ab"}
+    made = {"name": "vae", "sha256": "cd"}
+    manifest = {"format_version": 1, "crop": "adm", "image_size": 16, "latent_shape": [2, 2, 4]}
+    manifest |= {"autoencoder": made, "classes": [{"name": "c"}], "shards": [side]}
+    json_files.write_json(run / "manifest.json", manifest, indent=1)
+    yield "manifest", lambda: latent_records.read_manifest(folder), run / "manifest.json"
+    sizes = epath.Path(shutil.copy(FOLDER / "vae" / "config.json", tmp_path))
+    network = functools.partial(autoencoder._network, sizes, StateDict("", "", {}))
+    yield "autoencoder", network, sizes
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((4, 4), np.float32) for name in ("a/kernel", "b/bias")}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    for path in (tmp_path / "weights.npz", tmp_path / "weights.safetensors"):
+        other = epath.Path(tmp_path / path.suffix)
+        other.mkdir()
+        about = run_folder._about(Source()) | {"init_sha256": files.sha256_of(path)}
+        json_files.write_json(other / "data.json", about)
+        yield path.name, functools.partial(_start_again, other, path), path
+    cache = epath.Path(shutil.copy(tmp_path / "weights.npz", tmp_path / "cache.npz"))
+    images, labels = np.zeros((4, 8, 8, 1), np.float32), np.arange(4) % 2
+    trusted = {files.sha256_of(cache)}
+
+    def cached():
+        return classifier.train_classifier(images, labels, 2, file=cache, trusted=trusted).args[1]
+
+    yield "classifier", cached, cache
+
+
+def _of_strangers(tmp_path, rng):
+    """Yield the same of what others have made."""
     latents = tmp_path / "latents"
     latents.mkdir()
     write_folder(latents)
     manifest = json.loads((latents / "manifest.json").read_text())
-    (latents / "manifest.json").write_text(json.dumps(manifest | {"num_pictures": LENGTH}))
+    json_files.write_json(latents / "manifest.json", manifest | {"num_pictures": LENGTH})
     pictures = {"a/1.png": _png(rng), "b/2.png": _png(rng)}
     folder = tmp_path / "pictures"
     for name, content in pictures.items():
@@ -177,32 +247,78 @@ def test_damage_is_noticed_or_harmless(tmp_path, rng):
     npz = _npz(tmp_path / "a.npz", **moments)
     packed = _npz(tmp_path / "b.npz", save=np.savez_compressed, **moments)
     tar = _tar(tmp_path / "a.tar", pictures)
-    read = lambda: read_published(published, "pmf")  # noqa: E731
-    table = [
-        # kind, read, file, whether its format has a checksum
-        ("torch", _torch(zipped), zipped, True),
-        ("safetensors", _torch(tensors), tensors, False),
-        ("npz", _statistics(npz), npz, True),
-        ("npz, compressed", _statistics(packed), packed, True),
-        ("manifest", _latents(latents), latents / "manifest.json", True),
-        ("shard", _latents(latents), latents / manifest["shards"][3]["name"], True),
-        ("tar", _arrays_of(tar), tar, False),
-        ("picture", _arrays_of(folder), folder / "b" / "2.png", False),
-        ("orbax", read, metadata, False),
-    ]
-    for kind, reader, path, has_checksum in table:
-        counts = count(reader, path)
-        print(kind, counts)
-        assert sum(counts.values()) == 60, kind
-        assert counts["noticed"] > 5, kind
-        assert not has_checksum or counts["silent"] == 0, (kind, counts)
+    yield "torch", _torch(zipped), zipped
+    yield "safetensors", _torch(tensors), tensors
+    yield "npz", _statistics(npz), npz
+    yield "npz, compressed", _statistics(packed), packed
+    yield "manifest", _latents(latents), latents / "manifest.json"
+    yield "shard", _latents(latents), latents / manifest["shards"][3]["name"]
+    yield "tar", _arrays_of(tar), tar
+    yield "picture", _arrays_of(folder), folder / "b" / "2.png"
+    yield "orbax", lambda: read_published(published, "pmf"), metadata
+
+
+WITHOUT_CHECKSUM = ("safetensors", "tar", "picture", "orbax")
+"""Formats that may change in silence: runs and scores keep hashes of such files."""
+
+
+def test_no_flip_and_no_cut_is_silent(copy_of_trained, tmp_path, capsys, monkeypatch, rng):
+    monkeypatch.setattr(classifier, "_train", lambda *_: {"a": np.zeros(1)})
+    for kinds, least in (
+        (_of_runs(copy_of_trained, tmp_path), 20),
+        (_of_strangers(tmp_path, rng), 5),
+    ):
+        for kind, read, path in kinds:
+            counts = _count(read, path, capsys)
+            assert counts.total() == 60, kind
+            assert counts["noticed"] > least, (kind, counts)
+            assert counts["silent"] == 0 or kind in WITHOUT_CHECKSUM, (kind, counts)
+
+
+def test_what_is_no_such_file_is_one_line(copy_of_trained, tmp_path, capsys):
+    for kind, read, path in itertools.islice(_of_runs(copy_of_trained, tmp_path), 7):
+        path = epath.Path(path)
+        content = path.read_bytes()
+        for each in HOSTILE:
+            path.write_bytes(each)
+            _noticed(read, capsys)
+        path.unlink()
+        path.mkdir()
+        assert _noticed(read, capsys)[1], kind
+        path.rmdir()
+        path.write_bytes(content)
+
+
+def test_a_name_with_a_dollar_is_drawn(tmp_path):
+    with RunLog(tmp_path, num_steps=2, start_step=0, batch_size=1, show_progress=False) as log:
+        log.write(1, {"a $ b $": 1.0})
+    assert "a $ b $" in write_report(tmp_path).read_text()
+
+
+def test_the_config_of_a_published_autoencoder_is_checked(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    sha256 = files.sha256_of(tmp_path / "config.json")
+    file = fetch.PublishedFile("config.json", 2, sha256, "there")
+    monkeypatch.setattr(fetch, "PUBLISHED", {"vae": (file, file)})
+    fetch.find_weights("vae", str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(BadInput, match="SHA-256"):
+        fetch.find_weights("vae", str(tmp_path))
+
+
+def test_an_old_run_is_read_with_one_line(capsys):
+    json_files.tell_once.cache_clear()
+    folder = ROOT / "tests" / "reference" / "old_run"
+    mf_jax.load(folder)
+    assert len(read_metrics(folder)) == 1
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def _pickled(path, opcodes, members=None):
     return _write_zip(path, b"\x80\x02" + opcodes, members or {"0": bytes(16)})
 
 
-def test_hostile_files_are_refused_at_once(tmp_path, rng):
+def test_hostile_files_are_refused_at_once(tmp_path, capsys):
     """Each of these once ran for ever, took gigabytes, ended the process or left its folder."""
     row = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuJ%btQ"
     tensor = b"}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n(" + row + b"K\0%b%b\x89}tRs."
@@ -210,8 +326,8 @@ def test_hostile_files_are_refused_at_once(tmp_path, rng):
     laughs = b"K\1\x85q\0" + b"h\0h\0\x86q\0" * 60
     hostile = {
         "laughs": laughs + b"Q.",
-        "nested": b")" + b"\x85" * 10**6 + b"}h\0K\1s.",
-        "nested key": b"})" + b"\x85" * 10**6 + b"K\1s.",
+        "nested": b")" + b"\x85" * 200_000 + b"}h\0K\1s.",
+        "nested key": b"})" + b"\x85" * 200_000 + b"K\1s.",
         "stride 0": tensor % (four, many + b"\x85", b"K\0\x85"),
         "memo": b"}r" + struct.pack("<I", 2**31) + b"K\1K\2s.",
         "build": b"ctorch._utils\n_rebuild_tensor_v2\n}X\1\0\0\0aK\1sb.",
@@ -238,17 +354,18 @@ def test_hostile_files_are_refused_at_once(tmp_path, rng):
             reads[name] = _arrays_of(_tar(tmp_path / name, {"a.png": b""}, size=size, kind=kind))
     os.mkfifo(tmp_path / "pipe")
     for place in ("/dev/zero", str(tmp_path / "pipe"), "gs://bucket/vae"):
-        reads[place] = lambda place=place: find_weights(place, "", key="data.autoencoder")
-    reads["pipe"] = lambda: opened(tmp_path / "pipe")
+        reads[place] = lambda place=place: fetch.find_weights(place, "", key="data.autoencoder")
+    reads["pipe"] = lambda: files.opened(tmp_path / "pipe")
     narrow = io.BytesIO()
     Image.new("L", (10**6, 1)).save(narrow, "PNG")
     reads["narrow"] = lambda: _pixels(narrow.getvalue())
     reads["eps"] = lambda: _pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
     (tmp_path / "precious").write_text("kept")
-    reads["lock"] = lambda: locked(epath.Path(tmp_path / ".lock"), wait=False).__enter__()
+    reads["lock"] = lambda: files.locked(epath.Path(tmp_path / ".lock"), wait=False).__enter__()
     for name, read in reads.items():
-        assert outcome(read, {}) == "noticed", name
+        value, said = _noticed(read, capsys)
+        assert (value, bool(said)) == (None, True), name
     assert (tmp_path / "precious").read_text() == "kept"
 
 

@@ -127,8 +127,8 @@ def test_a_file_of_unknown_content_is_fetched_and_its_checksum_is_told(fetch, se
         find_weights(name, str(tmp_path))
 
 
-def test_a_wrong_file_is_named_and_left_alone(fetch, server, tmp_path):
-    path = tmp_path / "weights" / "inception.pth"
+def test_a_wrong_file_is_left_alone_and_a_bad_download_leaves_nothing(fetch, server, tmp_path):
+    path, address = tmp_path / "weights" / "inception.pth", PUBLISHED[INCEPTION][0].address
     path.parent.mkdir()
     other = b"F" + CONTENT["/inception"][1:]
     for wrong, word in ((b"features" * 999, "7992 bytes"), (other, "SHA-256")):
@@ -136,10 +136,7 @@ def test_a_wrong_file_is_named_and_left_alone(fetch, server, tmp_path):
         _refused(fetch(), tmp_path, str(path), "delete or move it", word)
         assert path.read_bytes() == wrong
     assert server.asked == []
-
-
-def test_a_bad_download_leaves_nothing(fetch, server, tmp_path):
-    path, address = tmp_path / "weights" / "inception.pth", PUBLISHED[INCEPTION][0].address
+    path.unlink()
     for body, word in ((b"features" * 999, "SHA256"), (None, "404")):
         server.content["/inception"] = body
         _refused(fetch(), tmp_path, "cannot be fetched", address, f"put it at {path}", word)
@@ -174,13 +171,10 @@ def test_folders_and_names_that_are_wrong(command, fetch, server, tmp_path):
     with pytest.raises(BadInput, match=message):
         find_weights("", str(tmp_path), key="data.autoencoder")
 
-
-def test_paths_need_no_fetching(fetch, server, tmp_path):
-    mine = tmp_path / "mine.pth"
+    mine = tmp_path / "mine.pth"  # which needs no fetching
     mine.write_bytes(b"x")
     code, out, _ = fetch(f"--config.eval.inception={mine}")
-    assert (code, server.asked) == (0, [])
-    assert "nothing to fetch" in out
+    assert (code, server.asked, "nothing to fetch" in out) == (0, [], True)
     assert find_weights(str(mine), "") == epath.Path(mine)
     verify(str(mine), "0" * 64)
 
@@ -194,9 +188,6 @@ def test_a_missing_file_is_said_in_one_line_with_all_that_is_needed(tmp_path):
         words = file._replace(path=str(tmp_path / file.path))
         assert all(str(word) in message for word in words)
     assert f"--mode=weights --config.weights_dir={tmp_path}" in message
-
-
-def test_a_published_name_must_have_its_checksum():
     (file,) = REAL[INCEPTION]
     verify(INCEPTION, file.sha256)
     verify(VAE, REAL[VAE][0].sha256)

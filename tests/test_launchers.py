@@ -1,4 +1,4 @@
-"""The launchers for many processes, with stand-ins for the interpreter, SLURM and the cloud."""
+"""The launch scripts, with stand-ins for the interpreter, SLURM and the cloud."""
 
 import os
 import re
@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
-from fakes import GCLOUD, INSTALLED, PYTHON, UV
+from fakes import ECHO, GCLOUD, INSTALLED, PYTHON, UV
 
 from configs.default import get_config
 
@@ -134,7 +135,58 @@ def test_ablations_pass_arguments_on_and_keep_what_they_compile(finish, tmp_path
     assert finish("ablations.sh", "--document") == (0, out, "")
 
 
-def test_quick_tests_exist():
+MODES = ("train", "eval", "sample")
+
+
+@pytest.fixture
+def local(start, tmp_path):
+    """Return a function that starts local.sh or test.sh with an interpreter that echoes."""
+    _program(tmp_path / "venv" / "bin" / "python", ECHO)
+    return start
+
+
+def _lines(process):
+    out, errors = process.communicate(timeout=30)
+    return process.returncode, out.splitlines(), errors
+
+
+def test_local_passes_arguments_to_the_modes_and_stops_where_one_fails(local):
+    """A config replaces the default; a mode that is given runs alone."""
+    main = "python -m mf_jax.main --config=configs/"
+    toy = ("--config=configs/toy2d.py", "--config.data.toy=two_moons")
+    for arguments, code, lines in (
+        ((), 0, [f"{main}digits.py --mode={mode}" for mode in MODES]),
+        (toy, 0, [f"{main}toy2d.py {toy[1]} --mode={mode}" for mode in MODES]),
+        (("--mode=sample",), 0, [f"{main}digits.py --mode=sample"]),
+        (("--workdir=fail",), 7, [f"{main}digits.py --workdir=fail --mode=train"]),
+    ):
+        assert _lines(local("local.sh", *arguments))[:2] == (code, lines)
+
+
+def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(local, tmp_path):
+    """Without it, an installation is announced and tried where requirements have changed."""
+    (tmp_path / "venv" / ".installed").write_text("jax==0.1\n")
+    code, lines, errors = _lines(local("local.sh", "--dry-run", "--workdir=runs/a b"))
+    main = f"{tmp_path}/venv/bin/python -m mf_jax.main --config=configs/digits.py"
+    assert (code, errors) == (0, "")
+    assert lines == [f"{main} '--workdir=runs/a b' --mode={mode}" for mode in MODES]
+    _, lines, _ = _lines(local("local.sh"))
+    assert "installing" in lines[0]
+    assert any("pip install" in line for line in lines)
+
+
+def test_sigterm_reaches_the_run_and_ends_the_script(local):
+    process = local("local.sh", "--workdir=wait")
+    assert process.stdout.readline().startswith("python")
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    assert _lines(process) == (0, ["saved"], "")
+
+
+def test_test_script_checks_style_passes_arguments_to_pytest_and_its_quick_tests_exist(local):
+    _, (*checks, tests), _ = _lines(local("test.sh", "-k", "draws"))
+    assert checks == ["python -m ruff check .", "python -m ruff format --check ."]
+    assert fnmatch(tests, "python -m pytest * -k draws")
     (names,) = re.findall(r"^quick=\((.*)\)$", (LAUNCH / "test.sh").read_text(), re.MULTILINE)
     assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in names.split())
 

@@ -99,14 +99,6 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, exported, 
         jax.tree.map(np.testing.assert_array_equal, back.params, generator.params)
 
 
-def test_a_run_that_loops_over_its_blocks(tmp_path):
-    keys = ("model.scan=True", "model.depth=2", "model.remat=block", "train.num_steps=1")
-    flags = (*DIGITS, f"--workdir={tmp_path}/run", *(f"--config.{key}" for key in keys))
-    for mode in ("train", "sample"):
-        works(*flags, f"--mode={mode}")
-    assert mf_jax.load(tmp_path / "run").params["blocks"]["expand"]["kernel"].shape == (2, 16, 64)
-
-
 def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
     """Latents whose data are not there, decoded."""
     keys = (
@@ -173,9 +165,9 @@ def test_bad_places_are_named():
 def test_every_network_has_a_step():
     """Target averages are kept where an objective wants one."""
     for more in (
-        {"model.name": "affine"},
         {"model.name": "low_rank"},
         {"model.time_conditioning": "t|r", "model.depth": 2},
+        {"model.scan": True, "model.depth": 2, "model.remat": "block"},
         {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
     ):
         config = tiny_config(**more)

@@ -19,6 +19,9 @@ from networks import (
     answers,
     assert_apart,
     draw,
+    inputs,
+    make_z,
+    shapes_of,
 )
 from oracle import gaussian_average
 
@@ -63,9 +66,8 @@ def test_predictions_and_parameters_are_float32_and_bfloat16_is_used_and_close(n
         assert 1e-4 < np.linalg.norm(exact - coarse) / np.linalg.norm(exact) < 0.05
 
     jax.tree.map(check, out.exact, out.coarse)
-    for dtype in ("float32", "bfloat16"):
-        shapes = jax.tree.leaves(parameter_shapes(network.clone(dtype=dtype), shape))
-        assert all(leaf.dtype == jnp.float32 for leaf in shapes)
+    for params in (out.fresh_params, shapes_of(network.clone(dtype="bfloat16"), shape)):
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
 @each_network
@@ -119,8 +121,8 @@ def test_every_output_sees_every_corner_in_its_place(name):
 
 def test_networks_without_classes_have_no_parameters_for_them():
     for network, shape in CASES.values():
-        names = set(flatten_dict(parameter_shapes(network, shape), sep="/"))
-        less = set(flatten_dict(parameter_shapes(network.clone(num_classes=0), shape), sep="/"))
+        names = set(flatten_dict(shapes_of(network, shape), sep="/"))
+        less = set(flatten_dict(shapes_of(network.clone(num_classes=0), shape), sep="/"))
         assert names - less
         assert all("label_embedding" in name or "class_tokens" in name for name in names - less)
 
@@ -148,7 +150,7 @@ def test_time_conditioning_tells_what_its_name_says():
     r, t = jnp.array([0.2, 0.3, 0.3, 0.2]), jnp.array([0.7, 0.8, 0.7, 0.8])
     for conditioning in TIME_CONDITIONINGS:
         names = {letters[name] for name in conditioning.split(",")}
-        embed = ConditionEmbedding(8, conditioning, 0, 16)
+        embed = ConditionEmbedding(8, conditioning, 0)
         inputs = {"r": r, "t": t, "labels": jnp.zeros(4, int)}
         out, variables = embed.init_with_output(jax.random.key(0), **inputs)
         assert set(variables["params"]) == names
@@ -156,23 +158,22 @@ def test_time_conditioning_tells_what_its_name_says():
         assert both == (conditioning == "t-r"), "only t - r alone is blind to a shift of both"
         assert only_r == (conditioning == "t"), "only t alone is blind to r"
         assert not only_t
-        network, shape = CASES["unet"]  # which embeds them side by side
-        shapes = parameter_shapes(network.clone(time_conditioning=conditioning), shape)
-        height = shapes["condition"]["hidden"]["kernel"].shape[0]
-        assert height == 2 * network.channels * len(names)
-        for name in ("dit", "mlp", "affine", "low_rank"):
-            network, shape = CASES[name]
-            shapes = parameter_shapes(network.clone(time_conditioning=conditioning), shape)
-            embedding = (shapes.get("offset") or shapes)["condition"]
-            assert set(embedding) == names | {"label_embedding"}
-            for part in shapes.keys() & {"matrix", "left", "right"}:
-                assert set(shapes[part]["condition"]) == names, "a matrix is not told the class"
+    names, told = {"t_embedding", "r_embedding"}, {"time_conditioning": "t,r"}
+    network, shape = CASES["unet"]  # which embeds them side by side
+    shapes = shapes_of(network.clone(**told), shape)
+    assert shapes["condition"]["hidden"]["kernel"].shape[0] == 2 * network.channels * len(names)
+    for name in ("dit", "mlp", "affine", "low_rank"):
+        network, shape = CASES[name]
+        shapes = shapes_of(network.clone(**told), shape)
+        assert set((shapes.get("offset") or shapes)["condition"]) == names | {"label_embedding"}
+        for part in shapes.keys() & {"matrix", "left", "right"}:
+            assert set(shapes[part]["condition"]) == names, "a matrix is not told the class"
     with pytest.raises(BadInput, match=r"time_conditioning='t\|r': must be one of t,r"):
-        parameter_shapes(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
+        shapes_of(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
 
 
 def test_time_features_are_not_scaled_by_1000():
-    slope = jax.jacobian(lambda t: sinusoidal_features(t, 256))(jnp.array([0.3]))
+    slope = jax.jacobian(lambda t: sinusoidal_features(t))(jnp.array([0.3]))
     assert float(jnp.abs(slope).max()) <= 1.0
 
 
@@ -222,6 +223,35 @@ def test_decoupled_dit_leaves_a_block_for_each_time():
     for depth, r_blocks in [(1, 0), (4, 4), (4, 5), (4, -1)]:
         with pytest.raises(BadInput, match=f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use"):
             num_r_blocks(depth, r_blocks)
+
+
+# ---- InContextDiT
+
+
+def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance():
+    network, shape = CASES["in_context_dit"]
+    sampling = network.clone(second_head=False)
+    params, exact = draw(network, shape), answers("in_context_dit").exact
+    assert shapes_of(sampling, shape).keys() == params.keys() - {"v_head"}
+    (r, t, condition), i = inputs(), ORDER["no guidance"]
+    condition = Condition(condition.labels)
+    alone = jax.jit(as_field(sampling))(params, make_z(shape), r=r, t=t, condition=condition)
+    assert alone.v is None
+    np.testing.assert_allclose(alone.u[i], exact.u[i], rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_gates_close_the_blocks_and_weights_have_the_published_scale():
+    params = flatten_dict(answers("in_context_dit").fresh_params, sep="/")
+    assert not any(np.any(leaf) for name, leaf in params.items() if name.endswith("_gate"))
+    width = 32
+    for name, std in (
+        ("block_0/attention/query/kernel", 0.32 * width**-0.5),
+        ("block_0/contract/kernel", 0.32 * int(width * 8 / 3) ** -0.5),
+        ("class_tokens/tokens", width**-0.5),
+        ("h_tokens/tokens", width**-0.5),
+        ("class_tokens/embedding/embedding", width**-0.5),
+    ):
+        assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
 
 
 # ---- affine baselines
@@ -327,6 +357,6 @@ def test_sizes_that_do_not_fit_are_refused():
     }.items():
         for network, message in cases:
             with pytest.raises(BadInput, match=message):
-                parameter_shapes(network, shape)
-    for channels in (2, 12, 36):
-        parameter_shapes(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))
+                shapes_of(network, shape)
+    for channels in (2, 36):
+        shapes_of(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))

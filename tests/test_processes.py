@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from jobs import Job, free_port, here, tiny_config, works
 from scenarios import POINTS, restore, save
+from test_train import results
 
 from mf_jax.config import make_network
 from mf_jax.flow.records import DataSpec
@@ -19,11 +19,6 @@ from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.sharding import make_mesh
-
-
-def _assert_same_numbers(ours, theirs):
-    for a, b in zip(read_metrics(ours), read_metrics(theirs), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +34,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(folder, tmp_path):
+    """One is being written nearly all the time."""
+    arguments = (*POINTS, "--config.checkpoint.every_steps=1", f"--workdir={tmp_path}")
+    job = Job(1, *arguments)
+    assert job.wait_for((tmp_path / "checkpoints" / "5").exists), job.finish()
+    job.send(signal.SIGKILL)
+    assert job.finish()[0].code == -signal.SIGKILL
+    works(*arguments)
+    assert results(tmp_path) == results(folder / "run")
+
+
 @pytest.fixture(scope="module")
 def lived(folder):
     """Return what two processes of two devices live through, and how a signal to one ends both."""
@@ -46,7 +53,6 @@ def lived(folder):
     assert job.wait_for(lambda: "parameters, " in job.output()), job.finish()
     job.send(signal.SIGTERM, 1)
     stopped = job.finish()
-    shutil.copytree(folder / "split", folder / "as_stopped")
     both = [json.loads((folder / f"lived_{index}.json").read_text()) for index in range(2)]
     return both, stopped
 
@@ -101,7 +107,7 @@ def test_damage_that_one_process_reads_is_damage_for_all(lived, folder):
 def test_a_signal_to_one_process_stops_all_at_one_step(lived, folder):
     stopped = lived[1]
     assert [ended.code for ended in stopped] == [9, 9], stopped
-    (checkpoint,) = (folder / "as_stopped" / "checkpoints").iterdir()
+    (checkpoint,) = (folder / "split" / "checkpoints").iterdir()
     assert 0 < int(checkpoint.name) < 12
     assert f"stopped at step {checkpoint.name}; the same command continues" in stopped[0].output
 
@@ -112,21 +118,6 @@ def test_the_first_process_alone_talks(lived):
     assert "parameters, " not in stopped[1].output
     assert "eval.json" in first["eval"][1]
     assert second["eval"][1] == ""
-
-
-def test_a_run_on_other_processes_and_devices_has_the_same_numbers(lived, folder):
-    """Begun on two processes of two devices that split parameters, ended on two of one.
-
-    The signal comes when nothing is left to stop: no step follows that all could agree on.
-    """
-    workdir = folder / "split"
-    job = Job(2, *POINTS, f"--workdir={workdir}")
-    assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
-    job.send(signal.SIGTERM, 0)
-    ended = job.finish()
-    assert [process.code for process in ended] == [0, 0], ended
-    assert "continuing at step" in ended[0].output
-    _assert_same_numbers(workdir, folder / "run")
 
 
 LIMITED = """import os, resource, runpy, signal
@@ -140,8 +131,11 @@ runpy.run_module("mf_jax.main", run_name="__main__")
 
 @pytest.mark.slow
 def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, folder):
-    """Each befalls the second process alone; one process goes on."""
-    workdir = folder / "as_stopped"
+    """Each befalls the second of two processes, of one device each, that continue a run of four.
+
+    At last comes a signal when nothing is left to stop: no step follows that all could agree on.
+    """
+    workdir = folder / "split"
     (before,) = (workdir / "checkpoints").iterdir()
     arguments = (*POINTS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
     ended = Job(2, *arguments, program=("-c", LIMITED)).finish(timeout=120)
@@ -154,8 +148,14 @@ def test_a_full_disk_and_a_kill_end_all_processes_and_the_run_goes_on(lived, fol
     assert code not in (0, 2)
     # ours, or JAX's as it aborts
     assert "another process" in errors or "another task died" in errors
-    assert f"continuing at step {before.name}" in works(*arguments)
-    _assert_same_numbers(workdir, folder / "run")
+    job = Job(2, *arguments)
+    assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
+    job.send(signal.SIGTERM, 0)
+    ended = job.finish()
+    assert [process.code for process in ended] == [0, 0], ended
+    assert f"continuing at step {before.name}" in ended[0].output
+    for a, b in zip(read_metrics(workdir), read_metrics(folder / "run"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
 def _describe_job(monkeypatch, *values):

@@ -49,8 +49,7 @@ def _like(kind, *, second_head=True):
     return tree if second_head else {name: tree[name] for name in tree if name != "v_head"}
 
 
-def _checkpoint(kind):
-    return FOLDER / f"official_checkpoint_{kind}"
+CHECKPOINTS = {kind: FOLDER / f"official_checkpoint_{kind}" for kind in KINDS}
 
 
 def _assert_equal(ours, theirs):
@@ -59,10 +58,8 @@ def _assert_equal(ours, theirs):
 
 
 def _save_file(path, flat):
-    if path.suffix == ".npz":
-        np.savez(path, **flat)
-    else:
-        save_file(flat, path)
+    save = save_file if path.suffix == ".safetensors" else lambda flat, path: np.savez(path, **flat)
+    save(flat, path)
     return path
 
 
@@ -119,7 +116,7 @@ def test_names_and_layouts_that_are_refused():
 
 @each_kind
 def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path):
-    path, (theirs, _) = _checkpoint(kind), _published(kind)
+    path, (theirs, _) = CHECKPOINTS[kind], _published(kind)
     _assert_equal(read_published(path, kind), theirs)
     _assert_equal(read_published(next(path.glob("checkpoint_*")), kind), theirs)
     _assert_equal(load_published(path, kind, _like(kind)), _like(kind))
@@ -136,15 +133,14 @@ def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path):
     rest = {name: array for name, array in theirs.items() if not name.startswith("y_embedder")}
     path = _save_file(tmp_path / "rest.npz", rest)
     assert describe_published(path, kind) == (wanted[0], 0)
-    del rest[
-        published_name(kind, f"{'bottleneck' if kind == 'pmf' else 'patch_embedding'}/kernel")[0]
-    ]
+    first = "bottleneck" if kind == "pmf" else "patch_embedding"
+    del rest[published_name(kind, f"{first}/kernel")[0]]
     with pytest.raises(BadInput, match=r"rest.npz: holds no x_embedder/proj"):
         describe_published(_save_file(path, rest), kind)
 
 
 def test_the_newest_checkpoint_is_the_largest_number(tmp_path):
-    source = next(_checkpoint("meanflow").glob("checkpoint_*"))
+    source = next(CHECKPOINTS["meanflow"].glob("checkpoint_*"))
     shutil.copytree(source, tmp_path / "checkpoint_10")
     (tmp_path / "checkpoint_9").mkdir()
     (tmp_path / "checkpoint_11.orbax-checkpoint-tmp-1").mkdir()
@@ -220,31 +216,26 @@ def test_files_of_narrow_numbers_and_with_sections(tmp_path, suffix):
 # ---- fitting
 
 
-def test_a_second_head_may_be_absent_where_none_is_wanted():
+def test_all_that_does_not_fit_is_named_in_one_error():
+    """A second head may be absent where none is wanted."""
+
+    def check(kind, flat, *parts):
+        with pytest.raises(BadInput) as problem:
+            fit_published(kind, flat, _like("imf"))
+        assert all(part in str(problem.value) for part in parts), problem.value
+
     flat, _ = _published("imf")
     sampling = {name: array for name, array in flat.items() if not name.startswith("v_")}
     like = _like("imf", second_head=False)
-    fitted = fit_published("imf", sampling, like)
-    assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, like)
-
-
-def _assert_all_in_one_error(kind, flat, like, *parts):
-    with pytest.raises(BadInput) as problem:
-        fit_published(kind, flat, like)
-    assert all(part in str(problem.value) for part in parts), problem.value
-
-
-def test_all_that_does_not_fit_is_named_in_one_error():
-    flat, _ = _published("imf")
+    _assert_equal(fit_published("imf", sampling, like), like)
     del flat["u_final_layer/linear/_flax_linear/bias"]
     flat["mystery"] = np.ones(3, np.float32)
     flat["shared_blocks_7/norm1/kernel"] = np.ones(32, np.float32)
     flat["x_embedder/proj/kernel"] = np.ones((2, 2, 3, 32), np.float32)
     flat["x_embedder/proj/bias"] = np.ones((1, 32), np.float32)
-    _assert_all_in_one_error(
+    check(
         "imf",
         flat,
-        _like("imf"),
         "missing: u_final_layer/linear/_flax_linear/bias (u_head/final/bias);",
         "unknown to the network: mystery, shared_blocks_7/norm1/kernel"
         " (block_7/attention_norm/scale);",
@@ -252,9 +243,8 @@ def test_all_that_does_not_fit_is_named_in_one_error():
         "x_embedder/proj/bias (patch_embedding/bias) is [1, 32], must become [32]",
     )
     of_another_kind = "nothing published (block_0/attention/key/kernel)"
-    flat, _ = _published("meanflow")
-    _assert_all_in_one_error("meanflow", flat, _like("imf"), of_another_kind, " and ", " more")
-    path = _checkpoint("imf")
+    check("meanflow", _published("meanflow")[0], of_another_kind, " and ", " more")
+    path = CHECKPOINTS["imf"]
     with pytest.raises(BadInput, match=f"{path}: published imf parameters do not fit"):
         load_published(path, "imf", {"mystery": jnp.ones(3)})
 
@@ -262,16 +252,13 @@ def test_all_that_does_not_fit_is_named_in_one_error():
 # ---- what can be wrong with a path
 
 
-def _damaged_folder(folder):
-    path = shutil.copytree(next(_checkpoint("imf").glob("checkpoint_*")), folder / "checkpoint_3")
-    for file in (path / "d").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    return path
-
-
 def test_bad_paths_are_one_clear_line(tmp_path, capfd):
     damaged = "cannot be read as a published checkpoint"
     numbers = iter(range(99))
+    folder = next(CHECKPOINTS["imf"].glob("checkpoint_*"))
+    folder = shutil.copytree(folder, tmp_path / "damaged" / "checkpoint_3")
+    for file in (folder / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
 
     def npz(flat):
         return _save_file(tmp_path / f"{next(numbers)}.npz", flat)
@@ -284,13 +271,13 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
         (tmp_path / "nothing", "no such file or folder"),
         (tmp_path, "must be a folder checkpoint_N"),
         *zip(texts, (no_checkpoint, damaged, damaged), strict=True),
-        (_damaged_folder(tmp_path / "damaged"), damaged),
+        (folder, damaged),
         (npz({}), "holds no parameters, but nothing"),
         (npz({"class_tokens": np.array([{}])}), damaged),
         (npz({"class_tokens": np.ones(3, int)}), "class_tokens is int64; must be"),
         (npz({"conv.weight": np.ones(3)}), "none of its parameters"),
         (npz(_published("pmf")[0]), "kind='imf': its parameters .* kind='pmf'"),
-        (_checkpoint("meanflow"), "kind='imf': its parameters are those of kind='meanflow'"),
+        (CHECKPOINTS["meanflow"], "kind='imf': its parameters are those of kind='meanflow'"),
     ):
         with pytest.raises(BadInput, match=message) as problem:
             read_published(path, "imf")
@@ -298,9 +285,9 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
         assert "\n" not in str(problem.value)
         assert capfd.readouterr() == ("", "")
     with pytest.raises(BadInput, match=r"kind='imff'.*did you mean imf"):
-        read_published(_checkpoint("imf"), "imff")
+        read_published(CHECKPOINTS["imf"], "imff")
     with pytest.raises(BadInput, match="section='opt_state': must be one of ema_params, ema"):
-        read_published(_checkpoint("imf"), "imf", section="opt_state")
+        read_published(CHECKPOINTS["imf"], "imf", section="opt_state")
 
 
 def test_weights_that_cannot_be_written(tmp_path):

@@ -90,6 +90,11 @@ def test_devices_exchange_the_gradient_once_and_split_parameters_as_often_as_the
     assert abs(exchanged["all-reduce"] - reduced) < SCALARS
 
 
+def test_each_device_computes_attention_of_its_rows_alone(compiled):
+    rows, tokens = compiled["attention"]
+    assert (rows, bool(tokens)) == ({}, True), "only split tokens need communication"
+
+
 def test_eight_devices_compute_what_one_computes(compiled):
     assert compiled["both/loop/step"]["apart"] < 1e-6
     assert compiled["both/loop/block"]["apart"] < 1e-6

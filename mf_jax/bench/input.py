@@ -2,13 +2,13 @@
 
 import itertools
 
-import jax
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
 from mf_jax.bench.table import Column, timing
-from mf_jax.data import Source, make_batches
+from mf_jax.data import Source
 from mf_jax.runtime.sharding import make_mesh, put_batch
+from mf_jax.train import batches_of
 
 COLUMNS = (
     Column("into", "into"),
@@ -28,16 +28,8 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     turns, rows = measure.turns(config) | {"least_seconds": LEAST_SECONDS}, []
     for into, put in places.items():
         say(f"reading into {into}")
-        batches = make_batches(
-            source,
-            batch_size=size,
-            seed=config.seed,
-            flip=config.data.flip,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        # reading is timed too
-        contender = itertools.repeat(batches), lambda batches, put=put: put(next(batches))
+        batches = itertools.repeat(batches_of(config, source))
+        contender = batches, lambda each, put=put: put(next(each))  # reading is timed too
         (seconds,) = measure.take_turns(contender, **turns)
         rate = len(seconds) / sum(seconds)
         row = {"into": into, "batches": len(seconds), **measure.spread("batch", seconds)}

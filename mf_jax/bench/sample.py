@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -16,7 +15,7 @@ from mf_jax.data import Source
 from mf_jax.flow.records import Condition, GuidanceScale
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
-from mf_jax.runtime.sharding import make_mesh
+from mf_jax.runtime.sharding import everywhere
 
 COLUMNS = (
     Column("evaluations", "evaluations"),
@@ -34,13 +33,10 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     peak = measure.matmul_peak(config.model.dtype)
     turns = measure.turns(config)
     network = make_network(config, source.spec, for_sampling=True)
-    everywhere = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
     params = initial_params(network, source.spec.shape, jax.random.key(config.seed))
-    params = jax.device_put(params, everywhere)
-    plan, generator = (
-        sample_plan(config),
-        Generator(config, network, params, source.spec, 0, "none"),
-    )
+    params = jax.device_put(params, everywhere())
+    plan = sample_plan(config)
+    generator = Generator(config, network, params, source.spec, 0, "none")
     labels = generator.labels_for(config.sample.labels or None, plan.batch_size)
     say("compiling the sampler")
     generator.sample_raw(labels, plan=plan)

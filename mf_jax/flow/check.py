@@ -17,9 +17,9 @@ from jaxtyping import Array, PyTree
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.diagnostics import additivity_gap, derivative_at, residual_of, rms, velocity_error
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, velocity
+from mf_jax.flow.paths import velocity
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.flow.rows import join_rows, predict
+from mf_jax.flow.rows import join_rows, point_of, predict
 
 _FLOOR = 0.01
 """Share of |v| below which a figure is as good as 0."""
@@ -89,8 +89,7 @@ def check(field: Field, params: PyTree, draws: Draws, *, exact: Field | None = N
         "additivity_gap": gap / size,
     }
     if exact is not None:
-        z = interpolate(rows.x, rows.e, t=rows.t)
-        truth = predict(exact, params, rows, z, r=rows.r, t=rows.t).u
+        truth = predict(exact, params, rows, point_of(rows), r=rows.r, t=rows.t).u
         found["exact_error"] = rms(u - truth, rows) / size
     found |= {"jvp_error": jvp_error, **_directions(field, params, both)}
 
@@ -120,7 +119,7 @@ def _derivative(field: Field, params: PyTree, rows: Rows) -> tuple[Derivative, f
 
 def _directions(field: Field, params: PyTree, rows: Rows) -> dict[str, Array]:
     """Return the cosine of u(z, t, t) and v, and how much better the reversed reading fits v."""
-    z, v = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e)
+    z, v = point_of(rows), velocity(rows.x, rows.e)
     u, backward = (predict(field, params, rows, z, r=t, t=t).u for t in (rows.t, 1 - rows.t))
     *others, error = (jnp.sum((guess - v) ** 2) for guess in (u, -u, 0 * u, -backward))
     squares, tiny = jnp.sum(v**2), jnp.finfo(v.dtype).tiny
@@ -139,7 +138,7 @@ def _condition_effect(field: Field, params: PyTree, rows: Rows) -> dict[str, Arr
     others += [rows.replace(dropped=~rows.dropped)] * (rows.null is not None)
     if not others:
         return {}
-    z = interpolate(rows.x, rows.e, t=rows.t)
+    z = point_of(rows)
     u, *changed = (
         predict(field, params, each, z, r=rows.r, t=rows.t).u for each in (rows, *others)
     )

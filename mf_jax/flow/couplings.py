@@ -13,13 +13,15 @@ Source: Pooladian et al., arXiv 2304.14772; Tong et al., arXiv 2302.00482; OT-Me
 """
 
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.paths import Points
 
 
 @runtime_checkable
@@ -27,12 +29,8 @@ class Coupling(Protocol):
     """A choice among the pairings of a batch's x and e."""
 
     def pair(
-        self,
-        x: Float[Array, "b ..."],
-        e: Float[Array, "b ..."],
-        condition: PyTree,
-        mask: Bool[Array, "b ..."] | None,
-    ) -> Float[Array, "b ..."]:
+        self, x: Points, e: Points, condition: PyTree, mask: Bool[Array, "b ..."] | None
+    ) -> Points:
         """Return e in the order of the rows that it belongs to; a mask tells where x counts."""
 
 
@@ -46,16 +44,11 @@ class OptimalTransport:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        if self.rows < 0:
-            raise BadInput(f"coupling.rows={self.rows}: must be at least 0; 0 is the whole batch")
+        check_within("coupling.rows", self.rows, 0, math.inf, "[)", "0 is the whole batch")
 
     def pair(
-        self,
-        x: Float[Array, "b ..."],
-        e: Float[Array, "b ..."],
-        condition: PyTree,
-        mask: Bool[Array, "b ..."] | None,
-    ) -> Float[Array, "b ..."]:
+        self, x: Points, e: Points, condition: PyTree, mask: Bool[Array, "b ..."] | None
+    ) -> Points:
         """See `Coupling.pair`."""
         num = self.rows or len(x)
         if len(x) % num:

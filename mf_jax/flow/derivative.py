@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.flow.paths import per_row
+from mf_jax.flow.paths import Points, Scalars, per_row
 
 _DELTAS = {"jvp": 0.0, "backward": 0.05, "central": 5e-3}
 Function = Callable[..., tuple[Array, Any]]
-Point = tuple[Float[Array, "b ..."], Float[Array, "b"], Float[Array, "b"]]
+Point = tuple[Points, Scalars, Scalars]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,11 @@ class Derivative:
         value, beside = u(*point)
         return beside, self._quotient(still, *jax.lax.stop_gradient((point, direction, value)))
 
-    def _quotient(
-        self, u: Function, point: Point, direction: Point, value: Float[Array, "b ..."]
-    ) -> Float[Array, "b ..."]:
+    def _quotient(self, u: Function, point: Point, direction: Point, value: Points) -> Points:
         _, r, t = point
         delta = self.delta or _DELTAS[self.kind]
 
-        def shifted(d: Float[Array, "b"]) -> Array:
+        def shifted(d: Scalars) -> Array:
             return u(*(p + per_row(d, p) * by for p, by in zip(point, direction, strict=True)))[0]
 
         if self.kind == "central":

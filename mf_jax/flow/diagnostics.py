@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.paths import advance, interpolate, per_row, velocity
+from mf_jax.flow.paths import Points, advance, per_row, velocity
 from mf_jax.flow.records import Field, Rows
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 
 ALONG_THE_PATH = (1.0, 0.0, 1.0)
 """Tangent of (z, r, t), in units of the velocity and of 1, that du/dt is taken along."""
 
 
-def rms(a: Float[Array, "b ..."], rows: Rows) -> Float[Array, ""]:
+def rms(a: Points, rows: Rows) -> Float[Array, ""]:
     """Return the root mean square of an array like x, which is 0 where a mask hides."""
     if rows.mask is None:
         return jnp.sqrt(jnp.mean(a**2))
@@ -26,8 +26,7 @@ def rms(a: Float[Array, "b ..."], rows: Rows) -> Float[Array, ""]:
 
 def velocity_error(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]:
     """Return the size of u(z, t, t) - v; the spread of v given z keeps it above 0."""
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    u = predict(field, params, rows, z, r=rows.t, t=rows.t).u
+    u = predict(field, params, rows, point_of(rows), r=rows.t, t=rows.t).u
     return rms(u - velocity(rows.x, rows.e), rows)
 
 
@@ -38,14 +37,14 @@ def derivative_at(
     *,
     how: Derivative = Derivative(),
     along: tuple[float, float, float] = ALONG_THE_PATH,
-) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+) -> tuple[Points, Points, Points]:
     """Return v = u(z, t, t), u(z, r, t), and du/dt with v the velocity of z."""
 
     def u(z: Array, r: Array, t: Array) -> tuple[Array, Array]:
         value = predict(field, params, rows, z, r=r, t=t, forward_mode=how.is_jvp).u
         return value, value
 
-    z = interpolate(rows.x, rows.e, t=rows.t)
+    z = point_of(rows)
     v, one = u(z, rows.t, rows.t)[0], jnp.ones_like(rows.t)
     dz, dr, dt = along
     return v, *how.along(u, u, (z, rows.r, rows.t), (dz * v, dr * one, dt * one))
@@ -67,6 +66,6 @@ def additivity_gap(field: Field, params: PyTree, rows: Rows) -> Float[Array, ""]
     def step(z: Array, *, r: Array, t: Array) -> Array:
         return advance(z, predict(field, params, rows, z, r=r, t=t).u, r=r, t=t)
 
-    z = interpolate(rows.x, rows.e, t=rows.t)
+    z = point_of(rows)
     s = (rows.r + rows.t) / 2
     return rms(step(z, r=rows.r, t=rows.t) - step(step(z, r=s, t=rows.t), r=rows.r, t=s), rows)

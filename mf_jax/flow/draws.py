@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
 from mf_jax.flow.crops import draw_boxes
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.paths import Points
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, split_rows
 from mf_jax.flow.times import Times
@@ -37,14 +38,12 @@ def key_of(seed: Shaped[Array, ""] | int) -> PRNGKeyArray:
 
 def group_sizes(instant_share: float) -> tuple[int, int]:
     """Return the rows of a group with r = t, and with r < t, without a common factor."""
-    named = f"draws.instant_share={instant_share}"
-    if not 0 <= instant_share <= 1:
-        raise BadInput(f"{named}: must be within [0, 1]; MeanFlow uses 0.75")
+    check_within("draws.instant_share", instant_share, 0, 1, fix="MeanFlow uses 0.75")
     share = Fraction(instant_share).limit_denominator(_LARGEST_GROUP)
     if abs(share - Fraction(instant_share)) > _SHARE_TOLERANCE:
         raise BadInput(
-            f"{named}: rows are split in groups of at most {_LARGEST_GROUP}; "
-            f"use {share} = {float(share):.6g} or another such fraction"
+            f"draws.instant_share={instant_share}: rows are split in groups of at most "
+            f"{_LARGEST_GROUP}; use {share} = {float(share):.6g} or another such fraction"
         )
     return share.numerator, share.denominator - share.numerator
 
@@ -92,8 +91,7 @@ class DrawScheme:
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
         check_known("draws.label_drop", self.label_drop, LABEL_DROP_ROWS)
-        if not 0 <= self.label_drop_share < 1:
-            raise BadInput(f"draws.label_drop_share={self.label_drop_share}: must be within [0, 1)")
+        check_within("draws.label_drop_share", self.label_drop_share, 0, 1, "[)")
         if self.label_drop != "any_row" and self.label_drop_share > self.instant_share:
             raise BadInput(
                 f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} "
@@ -104,19 +102,15 @@ class DrawScheme:
         low, high = self.label_drop_window
         if not 0 <= low <= high <= 1:
             raise BadInput(f"draws.label_drop_window={low, high}: must be in order within [0, 1]")
-        if not 1 <= self.omega_max < math.inf:
-            raise BadInput(f"draws.omega_max={self.omega_max}: must be at least 1; 1 = no guidance")
-        if not 1 <= self.omega_min <= self.omega_max:
-            raise BadInput(f"draws.omega_min={self.omega_min}: must be within [1, omega_max]")
+        check_within("draws.omega_max", self.omega_max, 1, math.inf, "[)", "1 = no guidance")
+        check_within("draws.omega_min", self.omega_min, 1, self.omega_max, fix="see omega_max")
         if self.omega_max > 1 and not self.for_networks:
             raise BadInput(
                 f"draws.omega_max={self.omega_max}: a drawn scale is told in a Condition, which a "
                 "field gets with for_networks=True alone; set it, or omega_max=1"
             )
-        if not 0 <= self.omega_power < math.inf:
-            raise BadInput(f"draws.omega_power={self.omega_power}: must be at least 0; try 1.0")
-        if not 0 < self.noise_scale < math.inf:
-            raise BadInput(f"draws.noise_scale={self.noise_scale}: must be above 0; 1.0 is usual")
+        check_within("draws.omega_power", self.omega_power, 0, math.inf, "[)", "try 1.0")
+        check_within("draws.noise_scale", self.noise_scale, 0, math.inf, "()", "1.0 is usual")
 
     @property
     def group(self) -> int:
@@ -126,7 +120,7 @@ class DrawScheme:
     def draw(
         self,
         key: PRNGKeyArray,
-        x: Float[Array, "b ..."],
+        x: Points,
         condition: PyTree = None,
         *,
         e: Float[Array, "..."] | None = None,
@@ -217,7 +211,7 @@ class DrawScheme:
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
 
 
-def _mask_of(mask: Array | None, x: Float[Array, "b ..."]) -> Bool[Array, "b ..."] | None:
+def _mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
     """Return a mask of x's own shape."""
     if mask is None:
         return None

@@ -2,7 +2,10 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
+
+Number = int | float
 
 
 class BadInput(ValueError):
@@ -45,6 +48,27 @@ def check_known(key: str, name: str, known: Iterable[str]) -> None:
     """Raise BadInput, which lists the known names and the nearest, unless a key's name is known."""
     if name not in known:
         raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
+
+
+def is_within(value: Number, low: Number, high: Number, ends: str) -> bool:
+    """Return whether a number lies between two others; [ or ] says that this end belongs to it."""
+    above = value >= low if ends[0] == "[" else value > low
+    return above and (value <= high if ends[1] == "]" else value < high)
+
+
+def limits(low: Number, high: Number, ends: str) -> str:
+    """Return what `is_within` allows, e.g. "at least 1"."""
+    if high == math.inf:
+        return f"{'at least' if ends[0] == '[' else 'above'} {low}"
+    return f"within {ends[0]}{low}, {high}{ends[1]}"
+
+
+def check_within(
+    key: str, value: Number, low: Number, high: Number, ends: str = "[]", fix: str = ""
+) -> None:
+    """Raise BadInput unless a key's value `is_within`; nan never is."""
+    if not is_within(value, low, high, ends):
+        raise BadInput(f"{key}={value}: must be {limits(low, high, ends)}" + f"; {fix}" * bool(fix))
 
 
 def list_problems(names_of: Mapping[str, list[str]]) -> str:

@@ -22,16 +22,17 @@ Source: MeanFlow, arXiv 2505.13447, section 4.2 and equation 21; improved MeanFl
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.paths import Points, Scalars, per_row
 from mf_jax.flow.records import Draws, Field, GuidanceScale, Prediction, Rows
-from mf_jax.flow.rows import call, condition_of, join_rows, split_rows, velocity_of
+from mf_jax.flow.rows import call, condition_of, join_rows, point_of, split_rows, velocity_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,8 @@ class Guidance:
     fade: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.omega < float("inf"):
-            raise BadInput(f"guidance.omega={self.omega}: must be at least 0; 1 is no guidance")
-        if not 0 <= self.kappa < 1:
-            raise BadInput(f"guidance.kappa={self.kappa}: must be within [0, 1); 0 is no such term")
+        check_within("guidance.omega", self.omega, 0, math.inf, "[)", "1 is no guidance")
+        check_within("guidance.kappa", self.kappa, 0, 1, "[)", "0 is no such term")
         if not 0 <= self.t_min <= self.t_max <= 1:
             raise BadInput(
                 f"guidance.t_min={self.t_min}, t_max={self.t_max}: must be in order within [0, 1]"
@@ -89,7 +88,7 @@ class Velocities(NamedTuple):
     own: Float[Array, "b2 ..."] | None = None
 
 
-def boundary_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
+def boundary_velocity(prediction: Prediction) -> Points:
     """Return u(z, t, t), the velocity in a prediction at r = t."""
     return prediction.u
 
@@ -141,11 +140,8 @@ def _is_inside(rows: Rows, window: Guidance | GuidanceScale) -> Bool[Array, "b"]
 
 
 def _guide(
-    guidance: Guidance,
-    rows: Rows,
-    v_class: Float[Array, "b ..."] | float,
-    v_null: Float[Array, "b ..."] | float,
-) -> Float[Array, "b ..."]:
+    guidance: Guidance, rows: Rows, v_class: Points | float, v_null: Points | float
+) -> Points:
     v, drawn = velocity_of(rows), rows.guidance
     if drawn is not None:
         guided = v + per_row(1 - 1 / drawn.omega, v) * (v_class - v_null)
@@ -160,7 +156,7 @@ def _guide(
     return jnp.where(per_row(inside & (guidance.of_dropped | ~rows.dropped), v), guided, v)
 
 
-def _faded(t_max: float, t: Float[Array, "b"]) -> Float[Array, "b"]:
+def _faded(t_max: float, t: Scalars) -> Scalars:
     """Return d(t) of the module's head."""
     if t_max == 1:
         return jnp.ones_like(t)
@@ -189,7 +185,7 @@ def _teach(
     if not any(sizes):
         return [rows.x for rows, _ in wanted]
     z, t, condition, mask = join_rows(
-        [(interpolate(rows.x, rows.e, t=rows.t), rows.t, told, rows.mask) for rows, told in wanted]
+        [(point_of(rows), rows.t, told, rows.mask) for rows, told in wanted]
     )
     taught = call(field, params, z, r=t, t=t, condition=condition, mask=mask)
     return split_rows(read(taught), sizes)

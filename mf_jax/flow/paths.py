@@ -13,31 +13,28 @@ Source: MeanFlow, arXiv 2505.13447, section 4.1.
 
 from jaxtyping import Array, Float, Shaped
 
+Points = Float[Array, "b ..."]
+"""x, e, z, u or v of each row."""
+Scalars = Float[Array, "b"]
+"""A number of each row."""
+
 
 def per_row(t: Shaped[Array, "b"], z: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """Return one number per row as `[B, 1, ...]`, with the number of axes of z."""
     return t.reshape(t.shape + (1,) * (z.ndim - 1))
 
 
-def interpolate(
-    x: Float[Array, "b ..."], e: Float[Array, "b ..."], *, t: Float[Array, "b"]
-) -> Float[Array, "b ..."]:
+def interpolate(x: Points, e: Points, *, t: Scalars) -> Points:
     """Return the point z_t = (1 - t) x + t e between data x and noise e."""
     t = per_row(t, x)
     return (1 - t) * x + t * e
 
 
-def velocity(x: Float[Array, "b ..."], e: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def velocity(x: Points, e: Points) -> Points:
     """Return the velocity v = e - x of the straight path through data x and noise e."""
     return e - x
 
 
-def advance(
-    z: Float[Array, "b ..."],
-    u: Float[Array, "b ..."],
-    *,
-    r: Float[Array, "b"],
-    t: Float[Array, "b"],
-) -> Float[Array, "b ..."]:
+def advance(z: Points, u: Points, *, r: Scalars, t: Scalars) -> Points:
     """Move from time t down to time r with the average velocity u: z_r = z_t - (t - r) u."""
     return z - per_row(t - r, z) * u

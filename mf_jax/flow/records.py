@@ -8,6 +8,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from mf_jax.flow.errors import BadInput, listed, nearest
+from mf_jax.flow.paths import Points, Scalars
 
 Step = Int[Array, ""] | int
 NO_LABEL = -1
@@ -80,9 +81,9 @@ class DataSpec:
 class GuidanceScale:
     """Guidance as an input of the network: its scale, at least 1, and its window [t_min, t_max]."""
 
-    omega: Float[Array, "b"]
-    t_min: Float[Array, "b"]
-    t_max: Float[Array, "b"]
+    omega: Scalars
+    t_min: Scalars
+    t_max: Scalars
 
 
 class Told(NamedTuple):
@@ -115,8 +116,8 @@ class Condition:
 class Prediction(NamedTuple):
     """Outputs of a network like z: average velocity u and, from a second head, velocity v."""
 
-    u: Float[Array, "b ..."]
-    v: Float[Array, "b ..."] | None = None
+    u: Points
+    v: Points | None = None
 
 
 @runtime_checkable
@@ -128,14 +129,8 @@ class Field(Protocol):
     """
 
     def __call__(
-        self,
-        params: PyTree,
-        z: Float[Array, "b ..."],
-        *,
-        r: Float[Array, "b"],
-        t: Float[Array, "b"],
-        condition: PyTree,
-    ) -> Float[Array, "b ..."] | Prediction: ...
+        self, params: PyTree, z: Points, *, r: Scalars, t: Scalars, condition: PyTree
+    ) -> Points | Prediction: ...
 
 
 @flax.struct.dataclass
@@ -151,20 +146,20 @@ class Rows:
     `Condition`.
     """
 
-    x: Float[Array, "b ..."]
-    e: Float[Array, "b ..."]
-    t: Float[Array, "b"]
-    r: Float[Array, "b"]
+    x: Points
+    e: Points
+    t: Scalars
+    r: Scalars
     dropped: Bool[Array, "b"]
     condition: PyTree = None
     null: PyTree = None
     mask: Bool[Array, "b ..."] | None = None
     guidance: GuidanceScale | None = None
-    fraction: Float[Array, "b"] | None = None
+    fraction: Scalars | None = None
     dropout: UInt32[Array, "b"] | None = None
-    direction: Float[Array, "b ..."] | None = None
-    v: Float[Array, "b ..."] | None = None
-    tangent: Float[Array, "b ..."] | None = None
+    direction: Points | None = None
+    v: Points | None = None
+    tangent: Points | None = None
     augment: Float[Array, "b k"] | None = None
     box: Int[Array, "b 4"] | None = None
     for_networks: bool = flax.struct.field(pytree_node=False, default=False)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import per_row, velocity
+from mf_jax.flow.paths import Points, Scalars, interpolate, per_row, velocity
 from mf_jax.flow.records import Condition, Field, Prediction, Rows
 
 
@@ -39,10 +39,10 @@ def condition_of(rows: Rows, *, is_null: bool = False, forward_mode: bool = Fals
 def call(
     field: Field,
     params: PyTree,
-    z: Float[Array, "b ..."],
+    z: Points,
     *,
-    r: Float[Array, "b"],
-    t: Float[Array, "b"],
+    r: Scalars,
+    t: Scalars,
     condition: PyTree,
     mask: Array | None = None,
 ) -> Prediction:
@@ -67,10 +67,10 @@ def predict(
     field: Field,
     params: PyTree,
     rows: Rows,
-    z: Float[Array, "b ..."],
+    z: Points,
     *,
-    r: Float[Array, "b"],
-    t: Float[Array, "b"],
+    r: Scalars,
+    t: Scalars,
     forward_mode: bool = False,
 ) -> Prediction:
     """Return the field's prediction at (z, r, t) under the condition of rows."""
@@ -78,9 +78,14 @@ def predict(
     return call(field, params, z, r=r, t=t, condition=condition, mask=rows.mask)
 
 
-def velocity_of(rows: Rows) -> Float[Array, "b ..."]:
+def velocity_of(rows: Rows) -> Points:
     """Return the velocity of rows for targets: their estimate, else e - x."""
     return velocity(rows.x, rows.e) if rows.v is None else rows.v
+
+
+def point_of(rows: Rows) -> Points:
+    """Return the point z_t of each row."""
+    return interpolate(rows.x, rows.e, t=rows.t)
 
 
 def num_counted(rows: Rows) -> Int[Array, "b"] | int:
@@ -90,7 +95,7 @@ def num_counted(rows: Rows) -> Int[Array, "b"] | int:
     return jnp.maximum(jnp.sum(rows.mask, axis=tuple(range(1, rows.x.ndim))), 1)
 
 
-def at_time(rows: Rows, t: Float[Array, "b"]) -> Rows:
+def at_time(rows: Rows, t: Scalars) -> Rows:
     """Return rows with r = t at the given times, whose guidance holds for all t.
 
     Their velocity is e - x: an estimate was at another time.

@@ -11,15 +11,16 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.paths import Scalars
 
 ORDERS = ("swap", "clip")
-TimePair = tuple[Float[Array, "b"], Float[Array, "b"]]
+TimePair = tuple[Scalars, Scalars]
 
 
-def _ordered(a: Float[Array, "b"], b: Float[Array, "b"]) -> TimePair:
+def _ordered(a: Scalars, b: Scalars) -> TimePair:
     return jnp.minimum(a, b), jnp.maximum(a, b)
 
 
@@ -59,8 +60,7 @@ class LogitNormalTimes:
     uniform_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.uniform_share <= 1:
-            raise BadInput(f"uniform_share={self.uniform_share}: must be within [0, 1]")
+        check_within("uniform_share", self.uniform_share, 0, 1)
         for name in ("t_mean", "t_std", "r_mean", "r_std"):
             value = getattr(self, name)
             if not math.isfinite(value) or (name.endswith("std") and value <= 0):
@@ -118,8 +118,7 @@ class DyadicTimes:
     levels: int = 7
 
     def __post_init__(self) -> None:
-        if not 1 <= self.levels <= 20:
-            raise BadInput(f"levels={self.levels}: must be within [1, 20]; 7 is published")
+        check_within("levels", self.levels, 1, 20, fix="7 is published")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""

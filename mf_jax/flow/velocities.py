@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.flow.paths import interpolate, per_row, velocity
+from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.paths import Points, Scalars, per_row, velocity
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 
 SOURCES = ("sample", "batch", "data", "network", "average")
 
@@ -60,8 +60,7 @@ class VelocityEstimate:
     def __post_init__(self) -> None:
         check_known("velocity.source", self.source, SOURCES)
         for name in ("target", "tangent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"velocity.{name}={getattr(self, name)}: must be within [0, 1]")
+            check_within(f"velocity.{name}", getattr(self, name), 0, 1)
 
     @property
     def is_off(self) -> bool:
@@ -81,8 +80,7 @@ class VelocityEstimate:
             if not rows.t.shape[0] or not (is_interval or (has_target and self.target)):
                 return rows.replace(v=v, tangent=v)
             if self.source in ("network", "average"):
-                z = interpolate(rows.x, rows.e, t=rows.t)
-                away = predict(field, params, rows, z, r=rows.t, t=rows.t).u - v
+                away = predict(field, params, rows, point_of(rows), r=rows.t, t=rows.t).u - v
             else:
                 away = _plug_in(rows, *self._known(draws), self.noise_scale)
             away = jax.lax.stop_gradient(away)
@@ -92,7 +90,7 @@ class VelocityEstimate:
 
         return Draws(told(draws.instant, is_interval=False), told(draws.interval, is_interval=True))
 
-    def _share(self, share: float, rows: Rows) -> Float[Array, "b"]:
+    def _share(self, share: float, rows: Rows) -> Scalars:
         if not self.of_rows:
             return jnp.full_like(rows.t, share)
         return (rows.fraction < share).astype(rows.t.dtype)
@@ -106,11 +104,9 @@ class VelocityEstimate:
         return both.x, both.condition
 
 
-def _plug_in(
-    rows: Rows, x: Float[Array, "m ..."], condition: PyTree, noise_scale: float
-) -> Float[Array, "b ..."]:
+def _plug_in(rows: Rows, x: Float[Array, "m ..."], condition: PyTree, noise_scale: float) -> Points:
     """Return v_est - v of the module's head, given data and their conditions."""
-    z, one, axes = interpolate(rows.x, rows.e, t=rows.t), rows.t[:, None], tuple(range(1, x.ndim))
+    z, one, axes = point_of(rows), rows.t[:, None], tuple(range(1, x.ndim))
     if rows.mask is not None:  # x and e are 0 where it hides them
         squares = jnp.tensordot(rows.mask.astype(x.dtype), x**2, (axes, axes), precision="highest")
     else:

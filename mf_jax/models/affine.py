@@ -10,15 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mf_jax.flow.paths import Points
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models.layers import (
-    ConditionEmbedding,
-    Network,
-    Time,
-    at_least_float32,
-    xavier_dense,
-    zero_dense,
-)
+from mf_jax.models import layers
+from mf_jax.models.layers import Network, Time
 
 
 class _Perceptron(nn.Module):
@@ -33,12 +28,10 @@ class _Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b n"]:
-        embed = ConditionEmbedding(
-            self.width, self.time_conditioning, self.num_classes, name="condition"
-        )
-        c = nn.silu(embed(r=r, t=t, labels=labels))
-        hidden = nn.silu(xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
-        dense = zero_dense if self.starts_at_zero else xavier_dense
+        sizes = self.width, self.time_conditioning, self.num_classes
+        c = nn.silu(layers.ConditionEmbedding(*sizes, name="condition")(r=r, t=t, labels=labels))
+        hidden = nn.silu(layers.xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
+        dense = layers.zero_dense if self.starts_at_zero else layers.xavier_dense
         return dense(self.size, dtype=self.dtype, name="out")(hidden)
 
 
@@ -48,14 +41,10 @@ class _AffineInZ(Network, kw_only=True):
     takes = ("images", "vectors")
 
     width: int
-    num_classes: int
     time_conditioning: str = "t,t-r"
-    dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
-    ) -> Prediction:
+    def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
         flat = z.reshape(len(z), -1).astype(self.dtype)
 
         def numbers(size: int, name: str, num_classes: int = 0, **more: bool) -> Array:
@@ -64,7 +53,7 @@ class _AffineInZ(Network, kw_only=True):
 
         offset = numbers(flat.shape[1], "offset", self.num_classes)
         u = self._linear(flat, numbers) + offset
-        return Prediction(u=at_least_float32(u).reshape(z.shape))
+        return Prediction(u=layers.at_least_float32(u).reshape(z.shape))
 
     @abc.abstractmethod
     def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:

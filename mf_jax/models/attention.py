@@ -9,16 +9,10 @@ from mf_jax.flow.errors import check_known
 ATTENTIONS = ("xla", "plain", "fused")
 _LONG = 256  # tokens from which on one head at a time is quicker, measured on CPUs
 _IN_CACHE = 2**17  # weights of attention computed at once then
+Heads = Float[Array, "b n heads d"]
 
 
-def attend(
-    q: Float[Array, "b n heads d"],
-    k: Float[Array, "b n heads d"],
-    v: Float[Array, "b n heads d"],
-    *,
-    kind: str,
-    forward_mode: bool = False,
-) -> Float[Array, "b n heads d"]:
+def attend(q: Heads, k: Heads, v: Heads, *, kind: str, forward_mode: bool = False) -> Heads:
     """Return softmax(q k^T) v of each head, the softmax in float32 or wider.
 
     Args:
@@ -36,14 +30,14 @@ def attend(
     return (_by_heads if kind == "xla" and is_slow and length >= _LONG else _plain)(q, k, v)
 
 
-def _plain(q: Array, k: Array, v: Array) -> Array:
+def _plain(q: Heads, k: Heads, v: Heads) -> Heads:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     weights = jax.nn.softmax(wide).astype(q.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def _by_heads(q: Array, k: Array, v: Array) -> Array:
+def _by_heads(q: Heads, k: Heads, v: Heads) -> Heads:
     """Attend head by head, so that weights and their tangents stay in the cache of a CPU.
 
     The gradient computes weights again instead of reading them from memory.

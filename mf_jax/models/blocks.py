@@ -44,7 +44,7 @@ def is_axis_of_block(path: Sequence[str], axis: int) -> bool:
 class Transformer(Network, kw_only=True):
     """A network whose blocks see the patches of images or latents.
 
-    Fields that transformers have:
+    Args:
       patch_size: side of a patch, divides the height and width of z.
       depth: number of blocks between z and u.
       width: of a token, divisible by num_heads.
@@ -58,8 +58,6 @@ class Transformer(Network, kw_only=True):
     depth: int
     width: int
     num_heads: int
-    num_classes: int
-    dtype: str = "float32"
     attention: str = "xla"
     remat: str = "none"
     scan: bool = False

@@ -2,8 +2,8 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from mf_jax.flow.paths import Points
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models.layers import Time
 
@@ -26,9 +26,7 @@ class DataPrediction(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.network)
 
-    def __call__(
-        self, z: Float[Array, "b ..."], *, r: Time, t: Time, condition: Condition
-    ) -> Prediction:
+    def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
         clipped = jnp.maximum(t, self.t_clip).reshape(-1, *[1] * (z.ndim - 1))
         x, x_second = self.network(z, r=r, t=t, condition=condition)
         v = None if x_second is None else (z - x_second) / clipped

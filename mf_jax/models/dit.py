@@ -16,24 +16,9 @@ from jaxtyping import Array, Float
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Condition, Prediction
+from mf_jax.models import layers
 from mf_jax.models.blocks import Transformer, run_blocks
-from mf_jax.models.layers import (
-    TIME_CONDITIONINGS,
-    Attention,
-    ConditionEmbedding,
-    Image,
-    ScalarEmbedding,
-    Signal,
-    Time,
-    Tokens,
-    at_least_float32,
-    image_of,
-    kept_in_memory,
-    patches_of,
-    sine_cosine_positions,
-    xavier_dense,
-    zero_dense,
-)
+from mf_jax.models.layers import TIME_CONDITIONINGS, Image, Signal, Time, Tokens, Vectors
 
 DECOUPLED = "t|r"
 """The first blocks are told t and the last ones r, through one embedding.
@@ -68,22 +53,20 @@ def num_r_blocks(depth: int, r_blocks: int) -> int:
 
 def _normalise(x: Float[Array, "... d"], norm: str) -> Float[Array, "... d"]:
     """Apply a norm without parameters, in float32."""
-    x = at_least_float32(x)
+    x = layers.at_least_float32(x)
     if norm == "layer":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
-def _vectors(modulation: Float[Array, "b n"], num: int, norm: str) -> list[Float[Array, "b d"]]:
+def _vectors(modulation: Float[Array, "b n"], num: int, norm: str) -> list[Vectors]:
     vectors = jnp.split(modulation, num, axis=-1)
     if norm == "rms":
         vectors = [_normalise(vector, norm).astype(vector.dtype) for vector in vectors]
     return vectors
 
 
-def _modulate(
-    x: Tokens, shift: Float[Array, "b d"], scale: Float[Array, "b d"], norm: str
-) -> Tokens:
+def _modulate(x: Tokens, shift: Vectors, scale: Vectors, norm: str) -> Tokens:
     return _normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -97,17 +80,17 @@ class Block(nn.Module):
     logit_power: float = -0.5
 
     @nn.compact
-    def __call__(self, x: Tokens, c: Float[Array, "b d"]) -> Tokens:
+    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
         width, dtype, norm = x.shape[-1], self.dtype, self.norm
-        modulation = zero_dense(6 * width, dtype=dtype, name="modulation")(nn.silu(c))
+        modulation = layers.zero_dense(6 * width, dtype=dtype, name="modulation")(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = _vectors(modulation, 6, norm)
         how = {"power": self.logit_power, "qk_norm": norm == "rms"}
-        attention = Attention(self.num_heads, dtype, self.attend, **how, name="attention")
+        attention = layers.Attention(self.num_heads, dtype, self.attend, **how, name="attention")
         x = x + gate1[:, None] * attention(_modulate(x, shift1, scale1, norm))
         modulated = _modulate(x, shift2, scale2, norm)
-        hidden = xavier_dense(4 * width, dtype=dtype, name="expand")(modulated)
-        out = xavier_dense(width, dtype=dtype, name="contract")(nn.gelu(hidden))
-        return kept_in_memory(x + gate2[:, None] * out, c)
+        hidden = layers.xavier_dense(4 * width, dtype=dtype, name="expand")(modulated)
+        out = layers.xavier_dense(width, dtype=dtype, name="contract")(nn.gelu(hidden))
+        return layers.kept_in_memory(x + gate2[:, None] * out, c)
 
 
 def _omega(condition: Condition, t: Time) -> Time:
@@ -146,11 +129,11 @@ class DiT(Transformer, kw_only=True):
                 f" model.num_heads={self.num_heads}"
             )
         check_known("model.norm", self.norm, NORMS)
-        p, dense = self.patch_size, functools.partial(zero_dense, dtype=self.dtype)
-        patches = patches_of(z, p)
-        x = xavier_dense(self.width, dtype=self.dtype, name="patch_embedding")(patches)
+        p, dense = self.patch_size, functools.partial(layers.zero_dense, dtype=self.dtype)
+        patches = layers.patches_of(z, p)
+        x = layers.xavier_dense(self.width, dtype=self.dtype, name="patch_embedding")(patches)
         grid = (size // p for size in z.shape[1:-1])
-        positions = sine_cosine_positions(*grid, num_features=self.width)
+        positions = layers.sine_cosine_positions(*grid, num_features=self.width)
         x = x + jnp.asarray(positions, self.dtype)
         conditions, c = self._conditions(r, t, condition)
         how = {"path": self.path, "forward_mode": condition.forward_mode}
@@ -159,7 +142,7 @@ class DiT(Transformer, kw_only=True):
         modulation = dense(2 * self.width, name="final_modulation")(nn.silu(c))
         shift, scale = _vectors(modulation, 2, self.norm)
         out = dense(patches.shape[-1], name="final")(_modulate(x, shift, scale, self.norm))
-        u = image_of(out, z.shape, p)
+        u = layers.image_of(out, z.shape, p)
         return Prediction(u * per_row(_omega(condition, t), u) if self.told_guidance else u)
 
     def _conditions(self, r: Time, t: Time, condition: Condition) -> tuple[list, Array]:
@@ -169,16 +152,11 @@ class DiT(Transformer, kw_only=True):
         if self.time_conditioning == STEPS:  # in the place of t - r
             conditioning = "t,t-r"
             r = t + jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
-        embed = ConditionEmbedding(
-            self.width,
-            conditioning,
-            self.num_classes,
-            condition_size=self.condition_size,
-            name="condition",
-        )
+        sizes = self.width, conditioning, self.num_classes, self.condition_size
+        embed = layers.ConditionEmbedding(*sizes, name="condition")
         guidance = 0
         if self.told_guidance:
-            embed_scale = ScalarEmbedding(self.width, name="guidance_embedding")
+            embed_scale = layers.ScalarEmbedding(self.width, name="guidance_embedding")
             guidance = embed_scale(1 / _omega(condition, t))
         c = embed(r=r, t=t, labels=condition.labels) + guidance
         if not decoupled:

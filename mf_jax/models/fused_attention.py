@@ -23,9 +23,9 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-Heads = Float[Array, "b n heads d"]
+from mf_jax.models.attention import Heads
 
 
 def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Heads:

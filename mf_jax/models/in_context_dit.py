@@ -17,20 +17,9 @@ from jaxtyping import Array, Float, Shaped
 
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
+from mf_jax.models import layers
 from mf_jax.models.blocks import Transformer, run_blocks
-from mf_jax.models.layers import (
-    LONGEST_PERIOD,
-    Image,
-    ScalarEmbedding,
-    Time,
-    Tokens,
-    embed_class,
-    image_of,
-    kept_in_memory,
-    patches_of,
-    xavier_dense,
-    zero_dense,
-)
+from mf_jax.models.layers import LONGEST_PERIOD, Image, Time, Tokens
 
 POSITIONS = ("sequence", "grid")
 """`sequence`: rotary by a token's number, prefix included.
@@ -117,7 +106,7 @@ class GatedBlock(nn.Module):
         normal = nn.RMSNorm(name="perceptron_norm")(x)
         switch, value = (linear(width * 8 // 3, name=name)(normal) for name in ("switch", "expand"))
         out = linear(width, name="contract")(nn.silu(switch) * value)
-        return kept_in_memory(x + perceptron_gate * out, perceptron_gate)
+        return layers.kept_in_memory(x + perceptron_gate * out, perceptron_gate)
 
 
 class Head(nn.Module):
@@ -134,7 +123,7 @@ class Head(nn.Module):
     ) -> Float[Array, "b patches out"]:
         x = self.run(GatedBlock, x, [turns] * self.depth, path=self.path)
         normal = nn.RMSNorm(name="norm")(x[:, num_prefix:])
-        return zero_dense(self.num_out, dtype=self.dtype, name="final")(normal)
+        return layers.zero_dense(self.num_out, dtype=self.dtype, name="final")(normal)
 
 
 class PrefixTokens(nn.Module):
@@ -175,8 +164,8 @@ class InContextDiT(Transformer, kw_only=True):
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
         self._check_sizes()
-        p, dense = self.patch_size, functools.partial(xavier_dense, dtype=self.dtype)
-        patches = x = patches_of(z, p)
+        p, dense = self.patch_size, functools.partial(layers.xavier_dense, dtype=self.dtype)
+        patches = x = layers.patches_of(z, p)
         prefix = self._prefix(t - r, condition)
         num_prefix = prefix.shape[1]
         if self.bottleneck:
@@ -199,7 +188,7 @@ class InContextDiT(Transformer, kw_only=True):
 
         def predict(name: str) -> Image:
             head = Head(self.head_depth, patches.shape[-1], self.dtype, run, name=name)
-            return image_of(head(x, turns, num_prefix=num_prefix), z.shape, p)
+            return layers.image_of(head(x, turns, num_prefix=num_prefix), z.shape, p)
 
         return Prediction(u=predict("u_head"), v=predict("v_head") if self.second_head else None)
 
@@ -210,7 +199,7 @@ class InContextDiT(Transformer, kw_only=True):
         values = {"omega": 1 - 1 / scale.omega, "t_min": scale.t_min, "t_max": scale.t_max, "h": h}
 
         def scalar(value: Time, *, name: str) -> Array:
-            return ScalarEmbedding(self.width, kernel_init=_SCALAR_INIT, name=name)(value)
+            return layers.ScalarEmbedding(self.width, kernel_init=_SCALAR_INIT, name=name)(value)
 
         tokens = [
             PrefixTokens(num, scalar, name=f"{key}_tokens")(values[key])
@@ -219,7 +208,7 @@ class InContextDiT(Transformer, kw_only=True):
         if self.num_classes:
             init = nn.initializers.normal(self.width**-0.5)
             embed = functools.partial(
-                embed_class, num_classes=self.num_classes, width=self.width, init=init
+                layers.embed_class, num_classes=self.num_classes, width=self.width, init=init
             )
             name = "class_tokens"
             tokens = [PrefixTokens(_NUM_CLASS_TOKENS, embed, name=name)(condition.labels), *tokens]

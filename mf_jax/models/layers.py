@@ -1,5 +1,6 @@
 """Layers that more than one network uses, and what all networks have in common."""
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import Told
 
 Time = Float[Array, "b"]
+Vectors = Float[Array, "b d"]
 Image = Float[Array, "b h w c"]
 Signal = Float[Array, "b l c"]
 Tokens = Float[Array, "b n d"]
@@ -30,24 +32,30 @@ Source: MeanFlow, arXiv 2505.13447, table 1c.
 """
 
 LONGEST_PERIOD = 10_000
+_NUM_FEATURES = 256
 _LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on CPUs
 
 
-class Network(nn.Module):
+class Network(nn.Module, kw_only=True):
     """A network predicts velocities from z, the times and the condition.
 
-    Fields that several networks have:
+    Args:
       num_classes: of the data; 0 for a network without classes.
       condition_size: numbers of a row's condition; 0 for a network without one.
       time_conditioning: a key of `TIME_CONDITIONINGS`.
       dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
         normalisation and softmax are float32 in any case.
       second_head: whether it predicts v too.
+
+    Only some have a condition_size, a time_conditioning and a second_head.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
     can_be_told_guidance: ClassVar[bool] = False
     second_head = False  # without an annotation it is no field
+
+    num_classes: int
+    dtype: str = "float32"
 
 
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -71,12 +79,12 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
     return x / one.astype(x.dtype)
 
 
-def sinusoidal_features(t: Time, num_features: int) -> Float[Array, "b d"]:
-    """Return cosines, then sines of t at an even number of frequencies, from 1 down to 1 / 10,000.
+def sinusoidal_features(t: Time) -> Vectors:
+    """Return cosines, then sines of t at frequencies from 1 down to 1 / 10,000.
 
     t is not multiplied by 1,000 as diffusion codes do: that would multiply du/dt by 1,000 too.
     """
-    half = num_features // 2
+    half = _NUM_FEATURES // 2
     frequencies = jnp.exp(-np.log(LONGEST_PERIOD) * jnp.arange(half) / half)
     angles = at_least_float32(t)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -86,19 +94,18 @@ class ScalarEmbedding(nn.Module):
     """Embed one number per row by two layers on its sinusoidal features, in float32."""
 
     width: int
-    num_features: int = 256
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, t: Time) -> Float[Array, "b d"]:
-        features = sinusoidal_features(t, self.num_features)
-        hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="hidden")(features)
-        return nn.Dense(self.width, kernel_init=self.kernel_init, name="out")(nn.silu(hidden))
+    def __call__(self, t: Time) -> Vectors:
+        dense = functools.partial(nn.Dense, self.width, kernel_init=self.kernel_init)
+        hidden = dense(name="hidden")(sinusoidal_features(t))
+        return dense(name="out")(nn.silu(hidden))
 
 
 def embed_class(
     labels: Int[Array, "b"], num_classes: int, width: int, *, init: Callable, name: str
-) -> Float[Array, "b d"]:
+) -> Vectors:
     """Return rows of a learned table, its last one for negative labels."""
     table = nn.Embed(num_classes + 1, width, embedding_init=init, name=name)
     return table(jnp.where(labels < 0, num_classes, labels))
@@ -110,7 +117,7 @@ class VectorEmbedding(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, numbers: Float[Array, "b k"]) -> Float[Array, "b d"]:
+    def __call__(self, numbers: Float[Array, "b k"]) -> Vectors:
         is_null = jnp.isnan(numbers).any(axis=1, keepdims=True)
         numbers = jnp.where(is_null, 0, at_least_float32(numbers))  # gradients must see no NaN
         init = nn.initializers.normal(0.02)
@@ -124,11 +131,10 @@ class ConditionEmbedding(nn.Module):
     width: int
     time_conditioning: str
     num_classes: int
-    num_features: int = 256
     condition_size: int = 0
 
     @nn.compact
-    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Float[Array, "b d"]:
+    def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Vectors:
         """Return the embedding; a negative label is the null class, labels alone are no numbers."""
         if not isinstance(labels, Told):
             labels = Told(labels, jnp.full((len(t), self.condition_size), jnp.nan))
@@ -136,7 +142,7 @@ class ConditionEmbedding(nn.Module):
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
         embedding = sum(
-            ScalarEmbedding(self.width, self.num_features, name=f"{letter}_embedding")(time)
+            ScalarEmbedding(self.width, name=f"{letter}_embedding")(time)
             for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])
         )
         if self.num_classes:

@@ -19,20 +19,11 @@ from jaxtyping import Array, Float, UInt32
 
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.paths import Points
 from mf_jax.flow.records import Condition, Prediction
+from mf_jax.models import layers
 from mf_jax.models.attention import attend
-from mf_jax.models.layers import (
-    LONGEST_PERIOD,
-    TIME_CONDITIONINGS,
-    Attention,
-    Image,
-    Network,
-    Time,
-    at_least_float32,
-    embed_class,
-    xavier_dense,
-    zero_dense,
-)
+from mf_jax.models.layers import LONGEST_PERIOD, TIME_CONDITIONINGS, Image, Network, Time, Vectors
 
 _XAVIER = nn.initializers.xavier_uniform()
 Seeds = UInt32[Array, "b"]
@@ -46,7 +37,7 @@ def _norm(x: Image, name: str) -> Image:
     most = max(1, min(32, channels // 4))
     num_groups = max(groups for groups in range(1, most + 1) if channels % groups == 0)
     norm = nn.GroupNorm(num_groups, epsilon=1e-6, use_fast_variance=False, name=name)
-    return norm(at_least_float32(x))
+    return norm(layers.at_least_float32(x))
 
 
 def _conv(features: int, size: int, *, dtype: str, name: str, init: Callable = _XAVIER) -> nn.Conv:
@@ -77,9 +68,7 @@ def double(x: Image) -> Float[Array, "b h2 w2 c"]:
     return x
 
 
-def drop_out(
-    x: Float[Array, "b ..."], seeds: Seeds | None, *, layer: int, rate: float
-) -> Float[Array, "b ..."]:
+def drop_out(x: Points, seeds: Seeds | None, *, layer: int, rate: float) -> Points:
     """Set a share of the numbers to zero and divide the others by the remaining share.
 
     The mask depends on a row's seed and the layer's number alone. Within a training step the
@@ -110,13 +99,11 @@ class Block(nn.Module):
     attention: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Image, c: Float[Array, "b d"], seeds: Seeds | None
-    ) -> Float[Array, "b h2 w2 f"]:
+    def __call__(self, x: Image, c: Vectors, seeds: Seeds | None) -> Float[Array, "b h2 w2 f"]:
         conv = functools.partial(_conv, self.features, dtype=self.dtype)
         resample = self.resample or (lambda x: x)
         hidden = conv(3, name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))
-        shift = xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
+        shift = layers.xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
         hidden = nn.silu(_norm(hidden + shift[:, None, None], "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
         hidden = conv(3, name="conv_2", init=nn.initializers.zeros)(hidden)
@@ -125,9 +112,9 @@ class Block(nn.Module):
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
             pixels = _norm(x, "norm_3").reshape(len(x), -1, self.features)
-            plain = functools.partial(attend, kind="plain")
-            attended = Attention(1, self.dtype, plain, out=zero_dense, name="attention")(pixels)
-            x = _RESIDUAL_SCALE * (x + attended.reshape(x.shape))
+            plain, out = functools.partial(attend, kind="plain"), layers.zero_dense
+            attention = layers.Attention(1, self.dtype, plain, out=out, name="attention")
+            x = _RESIDUAL_SCALE * (x + attention(pixels).reshape(x.shape))
         return x
 
 
@@ -140,12 +127,12 @@ class _Embedding(nn.Module):
     augment_labels: int
 
     @nn.compact
-    def __call__(self, *, r: Time, t: Time, condition: Condition) -> Float[Array, "b d"]:
+    def __call__(self, *, r: Time, t: Time, condition: Condition) -> Vectors:
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": t, "r": r, "t-r": t - r}
         told = [times[name] for name in TIME_CONDITIONINGS[self.time_conditioning]]
         frequencies = LONGEST_PERIOD ** -np.linspace(0, 1, self.channels, dtype=np.float32)
-        angles = [at_least_float32(time)[:, None] * frequencies for time in told]
+        angles = [layers.at_least_float32(time)[:, None] * frequencies for time in told]
         waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
         features = jnp.concatenate(waves, axis=-1)
         width = features.shape[-1]
@@ -155,16 +142,15 @@ class _Embedding(nn.Module):
             augment = nn.Dense(width, use_bias=False, kernel_init=_XAVIER, name="augment")
             features += augment(labels)
         if self.num_classes:
-            sizes, init = (self.num_classes, width), nn.initializers.normal(0.2)
-            features += embed_class(condition.labels, *sizes, init=init, name="label_embedding")
+            made = {"init": nn.initializers.normal(0.2), "name": "label_embedding"}
+            features += layers.embed_class(condition.labels, self.num_classes, width, **made)
         for name in ("hidden", "out"):
-            features = nn.silu(
-                nn.Dense(4 * self.channels, kernel_init=_XAVIER, name=name)(features)
-            )
+            dense = nn.Dense(4 * self.channels, kernel_init=_XAVIER, name=name)
+            features = nn.silu(dense(features))
         return features
 
 
-class UNet(Network):
+class UNet(Network, kw_only=True):
     """Predict u(z, r, t) of images.
 
     Args:
@@ -176,7 +162,6 @@ class UNet(Network):
       augment_labels: numbers that tell a row's augmentation; 0 = told none.
     """
 
-    num_classes: int
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (2, 2, 2)
     num_blocks: int = 4
@@ -184,17 +169,16 @@ class UNet(Network):
     dropout: float = 0.0
     augment_labels: int = 0
     time_conditioning: str = "t,t-r"
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
         self._check_levels(z.shape)
         sizes = self.channels, self.time_conditioning, self.num_classes, self.augment_labels
         c = _Embedding(*sizes, name="condition")(r=r, t=t, condition=condition)
-        layers = itertools.count()
+        numbers = itertools.count()
 
         def block(x: Array, features: int, name: str, **more) -> Array:
-            made = Block(features, next(layers), self.dropout, self.dtype, name=name, **more)
+            made = Block(features, next(numbers), self.dropout, self.dtype, name=name, **more)
             return made(x, c, condition.dropout)
 
         def place(side: str, level: int) -> str:
@@ -227,7 +211,7 @@ class UNet(Network):
         zeros, end = nn.initializers.zeros, f"{place('decoder', 0)}_aux"
         last = _conv(z.shape[-1], 3, dtype=self.dtype, name=f"{end}_conv", init=zeros)
         u = last(nn.silu(_norm(x, f"{end}_norm")))
-        return Prediction(u=at_least_float32(u))
+        return Prediction(u=layers.at_least_float32(u))
 
     def _check_levels(self, shape: tuple[int, ...]) -> None:
         _, height, width, _ = shape

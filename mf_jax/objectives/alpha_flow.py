@@ -21,7 +21,6 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import jax
@@ -29,11 +28,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.paths import advance, per_row
 from mf_jax.flow.records import Draws, Field, Step
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
 ANNEALINGS = ("sigmoid", "exponential")
@@ -77,8 +76,7 @@ class AlphaFlow(terms.Objective):
     def __post_init__(self) -> None:
         check_known("objective.annealing", self.annealing, ANNEALINGS)
         for name in ("alpha_start", "alpha_end", "derivative_below"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"objective.{name}={getattr(self, name)}: must be within [0, 1]")
+            check_within(f"objective.{name}", getattr(self, name), 0, 1)
         smallest = min(self.alpha_start, self.alpha_end)
         if smallest == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
             raise BadInput(
@@ -91,13 +89,10 @@ class AlphaFlow(terms.Objective):
                 "0 <= anneal_from < anneal_to"
             )
         check_known("objective.error_of", self.error_of, ERRORS)
-        for name in ("sharpness", "target_clip", "interval_factor"):
-            most = math.inf if name == "target_clip" else sys.float_info.max
-            if not 0 < getattr(self, name) <= most:
-                raise BadInput(f"objective.{name}={getattr(self, name)}: must be above 0")
-        if not 0 <= self.min_gap < 1:
-            raise BadInput(f"objective.min_gap={self.min_gap}: must be within [0, 1)")
-        terms.check_target_ema(self.target_ema)
+        for name, ends in (("sharpness", "()"), ("target_clip", "(]"), ("interval_factor", "()")):
+            check_within(f"objective.{name}", getattr(self, name), 0, math.inf, ends)
+        check_within("objective.min_gap", self.min_gap, 0, 1, "[)")
+        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def alpha(self, step: Step) -> Float[Array, ""]:
         """Return a at a training step."""
@@ -126,7 +121,7 @@ class AlphaFlow(terms.Objective):
                 return rows.x, rows.x, rows.x
             teacher = params if target_params is None else target_params
             s = rows.t - a * (rows.t - rows.r)
-            z = interpolate(rows.x, rows.e, t=rows.t)
+            z = point_of(rows)
             z_s = advance(z, v.tangent, r=s, t=rows.t)
             u = predict(field, params, rows, z, r=rows.r, t=rows.t).u
             u_s = predict(field, teacher, rows, z_s, r=rows.r, t=s).u

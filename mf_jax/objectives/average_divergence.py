@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.paths import Points, Scalars, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.flow.rows import call, condition_of, join_rows, num_counted, predict
+from mf_jax.flow.rows import call, condition_of, join_rows, num_counted, point_of, predict
 from mf_jax.objectives import terms
 
 
@@ -60,7 +60,7 @@ class AverageDivergence:
         def still(*point: Array) -> tuple[Array, Array]:
             return of(*point, jax.lax.stop_gradient(params))
 
-        point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
+        point = point_of(rows), rows.r, rows.t
         value, slope = self.derivative.along(of, still, point, (v, 0 * one, one))
         error = terms.squared_error(value, divergence - (rows.t - rows.r) * slope)
         numbers = rows.replace(x=value[:, None], mask=None)  # a row is its q alone
@@ -71,12 +71,12 @@ class AverageDivergence:
         self,
         q: Any,
         params: PyTree,
-        e: Float[Array, "b ..."],
+        e: Points,
         condition: PyTree = None,
         *,
         flow: Field,
         flow_params: PyTree,
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
+    ) -> tuple[Points, Scalars]:
         """Return samples x = e - u(e, 0, 1) of standard normal e, and log p(x) in nats."""
         t = jnp.ones(e.shape[:1], e.dtype)
         told = {"r": 0 * t, "t": t, "condition": condition}
@@ -85,9 +85,7 @@ class AverageDivergence:
         return x, of_noise + q(params, e, **told)
 
 
-def _velocity_and_divergence(
-    flow: Field, params: PyTree, rows: Rows
-) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
+def _velocity_and_divergence(flow: Field, params: PyTree, rows: Rows) -> tuple[Points, Scalars]:
     axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
     scale = num_counted(rows) / (jnp.sum(rows.direction**2, axis=axes) + tiny)
     n = rows.direction * per_row(jnp.sqrt(scale), rows.x)
@@ -95,5 +93,5 @@ def _velocity_and_divergence(
     def v(z: Array) -> Array:
         return predict(flow, params, rows, z, r=rows.t, t=rows.t, forward_mode=True).u
 
-    velocity, slope = jax.jvp(v, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
+    velocity, slope = jax.jvp(v, (point_of(rows),), (n,))
     return velocity, jnp.sum(n * slope, axis=axes)

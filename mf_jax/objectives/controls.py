@@ -17,17 +17,16 @@ for the last, the limit of its differences.
 
 import dataclasses
 import math
-import operator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.errors import check_within
+from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
 
@@ -42,19 +41,15 @@ class Controls:
 
     def __post_init__(self) -> None:
         for name in ("lipschitz", "monotone", "non_expansive"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"controls.{name}={getattr(self, name)}: must be at least 0")
-        if not 0 < self.lipschitz_bound < math.inf:
-            raise BadInput(f"controls.lipschitz_bound={self.lipschitz_bound}: must be above 0")
+            check_within(f"controls.{name}", getattr(self, name), 0, math.inf, "[)")
+        check_within("controls.lipschitz_bound", self.lipschitz_bound, 0, math.inf, "()")
 
     @property
     def is_on(self) -> bool:
         """Whether any term has a factor."""
         return any((self.lipschitz, self.monotone, self.non_expansive))
 
-    def penalty(
-        self, field: Field, params: PyTree, draws: Draws
-    ) -> tuple[Float[Array, ""], terms.Metrics]:
+    def penalty(self, field: Field, params: PyTree, draws: Draws) -> terms.Loss:
         """Return the sum of the terms, over the rows with r < t (over all if there are none)."""
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
         axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
@@ -64,7 +59,7 @@ class Controls:
         def u(z: Array) -> Array:
             return predict(field, params, rows, z, r=rows.r, t=rows.t).u
 
-        _, slope = jax.jvp(u, (interpolate(rows.x, rows.e, t=rows.t),), (n,))
+        _, slope = jax.jvp(u, (point_of(rows),), (n,))
         rate = jnp.sqrt(jnp.sum(slope**2, axis=axes) + tiny)
         moved = n - per_row(rows.t - rows.r, n) * slope
         length = jnp.sqrt(jnp.sum(moved**2, axis=axes) + tiny)
@@ -78,10 +73,9 @@ class Controls:
 
 
 @dataclasses.dataclass(frozen=True)
-class Controlled(terms.Objective):
+class Controlled(terms.Around):
     """An objective with control terms added to its loss."""
 
-    objective: terms.Objective
     controls: Controls
     second_order: ClassVar[bool] = True
 
@@ -92,11 +86,3 @@ class Controlled(terms.Objective):
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
         penalty, more = self.controls.penalty(field, params, draws)
         return loss + penalty, metrics | more
-
-    def with_frozen(self, frozen: PyTree) -> "Controlled":
-        """See `Objective`."""
-        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
-
-
-for _name in (*terms.NEEDS[:-1], "target_ema"):
-    setattr(Controlled, _name, property(operator.attrgetter(f"objective.{_name}")))

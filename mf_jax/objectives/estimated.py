@@ -7,7 +7,6 @@ Source: beside those of the estimates, AYF, arXiv 2506.14603 (a teacher in targe
 """
 
 import dataclasses
-import operator
 from typing import Any
 
 from jaxtyping import PyTree
@@ -19,7 +18,7 @@ from mf_jax.objectives import terms
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimated(terms.Objective):
+class Estimated(terms.Around):
     """An objective whose rows know an estimate of the velocity.
 
     Args:
@@ -27,7 +26,6 @@ class Estimated(terms.Objective):
         0 = the objective's own average.
     """
 
-    objective: terms.Objective
     velocity: VelocityEstimate
     ema: float = 0.0
 
@@ -55,11 +53,3 @@ class Estimated(terms.Objective):
         draws = self.velocity.estimated(field, params, draws, known)
         own = target_params if self.objective.target_ema else None
         return self.objective.loss(field, params, draws, step, own)
-
-    def with_frozen(self, frozen: PyTree) -> "Estimated":
-        """See `Objective`."""
-        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
-
-
-for _name in terms.NEEDS:
-    setattr(Estimated, _name, property(operator.attrgetter(f"objective.{_name}")))

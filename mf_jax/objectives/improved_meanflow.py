@@ -27,12 +27,12 @@ from jaxtyping import Array, Float, PyTree
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
-from mf_jax.flow.paths import per_row
+from mf_jax.flow.paths import Points, per_row
 from mf_jax.flow.records import Draws, Field, Prediction, Step
 from mf_jax.objectives import terms
 
 
-def _head_velocity(prediction: Prediction) -> Float[Array, "b ..."]:
+def _head_velocity(prediction: Prediction) -> Points:
     if prediction.v is None:
         raise BadInput(
             "objective.velocity='head': the network has no second head; return Prediction(u, v), "

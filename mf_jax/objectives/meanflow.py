@@ -18,13 +18,14 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Step
@@ -63,8 +64,7 @@ class MeanFlow(terms.Objective):
     def __post_init__(self) -> None:
         check_known("objective.tangent", self.tangent, TANGENTS)
         for name in ("ramp_steps", "to_data_steps"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"objective.{name}={getattr(self, name)}: must be at least 0")
+            check_within(f"objective.{name}", getattr(self, name), 0, math.inf, "[)")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None

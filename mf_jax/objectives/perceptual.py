@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mf_jax.flow.crops import crop
-from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.paths import Scalars, per_row
 from mf_jax.flow.records import Draws
-from mf_jax.flow.rows import join_rows
+from mf_jax.flow.rows import join_rows, point_of
 from mf_jax.objectives import terms
 
 Image = Float[Array, "b h w c"]
@@ -39,16 +39,15 @@ class Distance:
     params: PyTree
     name: str = flax.struct.field(pytree_node=False)
     factor: float = flax.struct.field(pytree_node=False)
-    between: Callable[..., Float[Array, "b"]] = flax.struct.field(pytree_node=False)
+    between: Callable[..., Scalars] = flax.struct.field(pytree_node=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < math.inf:
-            raise BadInput(f"perceptual.{self.name}={self.factor}: must be at least 0; 0 = off")
+        check_within(f"perceptual.{self.name}", self.factor, 0, math.inf, "()", "0 = off")
 
-    def with_slope(self, a: Image, b: Image) -> tuple[Float[Array, "b"], Image]:
+    def with_slope(self, a: Image, b: Image) -> tuple[Scalars, Image]:
         """Return the distance of each pair, and its gradient in a."""
 
-        def total(a: Image) -> tuple[Float[Array, ""], Float[Array, "b"]]:
+        def total(a: Image) -> tuple[Float[Array, ""], Scalars]:
             distances = self.between(self.params, a, b)
             return distances.sum(), distances
 
@@ -72,11 +71,9 @@ class Perceptual:
     rows_at_once: int = flax.struct.field(pytree_node=False, default=32)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_t <= 1:
-            raise BadInput(f"perceptual.max_t={self.max_t}: must be within [0, 1]; try 0.8")
-        for name, least in (("crop_size", 32), ("rows_at_once", 1)):
-            if (value := getattr(self, name)) < least:
-                raise BadInput(f"perceptual.{name}={value}: must be at least {least}")
+        check_within("perceptual.max_t", self.max_t, 0, 1, fix="try 0.8")
+        check_within("perceptual.crop_size", self.crop_size, 32, math.inf, "[)")
+        check_within("perceptual.rows_at_once", self.rows_at_once, 1, math.inf, "[)")
 
     def loss(
         self, draws: Draws, u: Sequence[Float[Array, "_ ..."]], weight: terms.AdaptiveWeight
@@ -85,11 +82,10 @@ class Perceptual:
         parts = draws.instant, draws.interval
         if any(rows.box is None for rows in parts):
             raise BadInput("perceptual: the draws have no boxes; use DrawScheme(crops=True)")
-        z = [interpolate(rows.x, rows.e, t=rows.t) for rows in parts]
         x_hat, x, box, t = join_rows(
             [
-                (z - per_row(rows.t, z) * u, rows.x, rows.box, rows.t)
-                for z, u, rows in zip(z, u, parts, strict=True)
+                (point_of(rows) - per_row(rows.t, u) * u, rows.x, rows.box, rows.t)
+                for u, rows in zip(u, parts, strict=True)
             ]
         )
         loss, metrics = jnp.zeros(()), {}
@@ -99,9 +95,7 @@ class Perceptual:
             metrics[distance.name] = terms.average(d)
         return loss, metrics
 
-    def _apart(
-        self, x_hat: Image, x: Image, box: Int[Array, "b 4"], t: Float[Array, "b"]
-    ) -> list[Float[Array, "b"]]:
+    def _apart(self, x_hat: Image, x: Image, box: Int[Array, "b 4"], t: Scalars) -> list[Scalars]:
         """Return each distance of each row, 0 beyond max_t, with a gradient in x_hat."""
         still = jax.lax.stop_gradient(x_hat)
         counts = t < self.max_t
@@ -128,7 +122,7 @@ class Perceptual:
 
     def _of_batch(
         self, x_hat: Image, x: Image, box: Int[Array, "b 4"], counts: Bool[Array, "b"]
-    ) -> list[tuple[Float[Array, "b"], Image]]:
+    ) -> list[tuple[Scalars, Image]]:
         seen, to_x_hat = jax.vjp(lambda a: crop(a, box, self.crop_size), x_hat)
         real = crop(x, box, self.crop_size)
         found = []

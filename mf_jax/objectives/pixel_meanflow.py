@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.errors import check_within
+from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.rows import point_of
 from mf_jax.objectives import terms
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.perceptual import Perceptual
@@ -37,8 +38,7 @@ class PixelMeanFlow(ImprovedMeanFlow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.t_clip < 1:
-            raise BadInput(f"model.t_clip={self.t_clip}: must be within (0, 1); 0.05 is published")
+        check_within("model.t_clip", self.t_clip, 0, 1, "()", "0.05 is published")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
@@ -61,6 +61,6 @@ class PixelMeanFlow(ImprovedMeanFlow):
         return dataclasses.replace(self, perceptual=frozen)
 
     def _clip(self, rows: Rows) -> Rows:
-        z = interpolate(rows.x, rows.e, t=rows.t)
+        z = point_of(rows)
         v = (z - rows.x) / per_row(jnp.maximum(rows.t, self.t_clip), z)
         return rows.replace(x=z - per_row(rows.t, z) * v, e=z + per_row(1 - rows.t, z) * v)

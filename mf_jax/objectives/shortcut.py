@@ -24,13 +24,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import check_within
 from mf_jax.flow.guidance import Guidance
-from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.paths import Points, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
-from mf_jax.flow.rows import call, condition_of, predict, velocity_of
+from mf_jax.flow.rows import call, condition_of, point_of, predict, velocity_of
 from mf_jax.objectives import terms
 
 
@@ -51,9 +51,8 @@ class Shortcut(terms.Objective):
     target_ema: float = 0.999
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_clip <= math.inf:
-            raise BadInput(f"objective.target_clip={self.target_clip}: must be above 0")
-        terms.check_target_ema(self.target_ema)
+        check_within("objective.target_clip", self.target_clip, 0, math.inf, "(]")
+        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
@@ -70,7 +69,7 @@ class Shortcut(terms.Objective):
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+    ) -> tuple[Points, Points, Points]:
         """Return u over the interval, its target, and the difference quotient of u."""
         r, t, clip = rows.r, rows.t, self.target_clip
         if t.shape[0] == 0:
@@ -86,7 +85,7 @@ class Shortcut(terms.Objective):
             null = call(field, teacher, z, **times, condition=told, mask=rows.mask).u
             return jnp.where(is_shortest, null + scale * (own - null), own)
 
-        s, z = (r + t) / 2, interpolate(rows.x, rows.e, t=t)
+        s, z = (r + t) / 2, point_of(rows)
         first = half(z, r=s, t=t)
         second = half(jnp.clip(advance(z, first, r=s, t=t), -clip, clip), r=r, t=s)
         u = predict(field, params, rows, z, r=r, t=t).u

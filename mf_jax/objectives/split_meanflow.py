@@ -20,13 +20,13 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from mf_jax.flow.errors import check_known
+from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.paths import Points, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
-from mf_jax.flow.rows import predict
+from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
 SPLITS = ("uniform", "midpoint")
@@ -47,7 +47,7 @@ class SplitMeanFlow(terms.Objective):
 
     def __post_init__(self) -> None:
         check_known("objective.split", self.split, SPLITS)
-        terms.check_target_ema(self.target_ema)
+        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
@@ -65,14 +65,14 @@ class SplitMeanFlow(terms.Objective):
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."], Float[Array, "b ..."]]:
+    ) -> tuple[Points, Points, Points]:
         """Return u over the interval, over its two parts, and the difference quotient of u."""
         r, t = rows.r, rows.t
         if t.shape[0] == 0:
             return rows.x, rows.x, rows.x
         share = 0.5 if self.split == "midpoint" else 1 - rows.fraction  # of the first part, > 0
         s = t - share * (t - r)
-        z = interpolate(rows.x, rows.e, t=t)
+        z = point_of(rows)
         first = predict(field, teacher, rows, z, r=s, t=t).u
         second = predict(field, teacher, rows, advance(z, first, r=s, t=t), r=r, t=s).u
         u = predict(field, params, rows, z, r=r, t=t).u

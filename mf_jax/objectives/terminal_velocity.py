@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from mf_jax.flow.errors import check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import advance, interpolate, per_row
+from mf_jax.flow.paths import Points, Scalars, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows, Step
-from mf_jax.flow.rows import at_time
+from mf_jax.flow.rows import at_time, point_of
 from mf_jax.objectives import terms
 
 
@@ -47,7 +48,7 @@ class TerminalVelocity(terms.Objective):
     second_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        terms.check_target_ema(self.target_ema)
+        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def loss(
         self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
@@ -60,17 +61,14 @@ class TerminalVelocity(terms.Objective):
         along_r = {"tangent": (0.0, 1.0, 0.0), "with_gradient": True}
         still = jnp.zeros_like(interval.x)
         (u, _), du_dr = terms.with_derivative(field, params, interval, still, **along_r)
-        z = interpolate(interval.x, interval.e, t=interval.t)
-        end = advance(z, u, r=interval.r, t=interval.t)
+        end = advance(point_of(interval), u, r=interval.r, t=interval.t)
         target = terms.at_instant(field, teacher, at_time(interval, interval.r), end).u
         v_error = terms.squared_error(u_instant, v)
         u_error = terms.squared_error(u - per_row(interval.t - interval.r, u) * du_dr, target)
         loss = self._mean(v_error, instant) + self._mean(u_error, interval)
         return loss, terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dr)
 
-    def _velocity(
-        self, field: Field, teacher: PyTree, rows: Rows, own: Float[Array, "b ..."]
-    ) -> Float[Array, "b ..."]:
+    def _velocity(self, field: Field, teacher: PyTree, rows: Rows, own: Points) -> Points:
         """Return v_g of rows with r = t."""
         alone, drawn = Draws(rows, jax.tree.map(lambda leaf: leaf[:0], rows)), rows.guidance
         # drawn guidance with 0 as u(class) is v - (1 - 1 / omega) u_null, which is v_g / omega
@@ -78,7 +76,7 @@ class TerminalVelocity(terms.Objective):
         v = guided_velocities(self.guidance, field, teacher, alone, own_instant=own).instant
         return v if drawn is None else per_row(drawn.omega, v) * v
 
-    def _mean(self, error: Float[Array, "b"], rows: Rows) -> Float[Array, ""]:
+    def _mean(self, error: Scalars, rows: Rows) -> Float[Array, ""]:
         """Return the weighted mean over rows, of which there may be none."""
         if rows.guidance is not None:
             error = error / rows.guidance.omega**2

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, ClassVar
 
 import flax.struct
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.flow.paths import interpolate
+from mf_jax.flow.errors import check_known, check_within
+from mf_jax.flow.paths import Points, Scalars
 from mf_jax.flow.records import Draws, Field, Prediction, Rows, Step
-from mf_jax.flow.rows import num_counted, predict
+from mf_jax.flow.rows import num_counted, point_of, predict
 
 NUM_BINS = 4
 
@@ -74,24 +75,26 @@ class Objective(abc.ABC):
         """
 
 
-NEEDS = (
-    "frozen",
-    "learns_average",
-    "needs_second_head",
-    "predicts",
-    "guidable",
-    "second_order",
-)
-"""What an objective around another one passes on, beside `target_ema`."""
+@dataclasses.dataclass(frozen=True)
+class Around(Objective):
+    """An objective around another one, whose needs are its own."""
+
+    objective: Objective
+
+    def with_frozen(self, frozen: PyTree) -> "Around":
+        """See `Objective`."""
+        return dataclasses.replace(self, objective=self.objective.with_frozen(frozen))
 
 
-def at_instant(
-    field: Field, params: PyTree, rows: Rows, z: Float[Array, "b ..."] | None = None
-) -> Prediction:
+for _name in Objective.__annotations__:
+    setattr(Around, _name, property(operator.attrgetter(f"objective.{_name}")))
+
+
+def at_instant(field: Field, params: PyTree, rows: Rows, z: Points | None = None) -> Prediction:
     """Return the prediction at (z, t, t), at the rows' own z_t unless given; rows may be none."""
     if rows.t.shape[0] == 0:
         return Prediction(u=rows.x, v=rows.x)
-    z = interpolate(rows.x, rows.e, t=rows.t) if z is None else z
+    z = point_of(rows) if z is None else z
     return predict(field, params, rows, z, r=rows.t, t=rows.t)
 
 
@@ -99,12 +102,12 @@ def with_derivative(
     field: Field,
     params: PyTree,
     rows: Rows,
-    velocity: Float[Array, "b ..."],
+    velocity: Points,
     *,
     tangent: tuple[float, float, float] = (1.0, 0.0, 1.0),
     with_gradient: bool = False,
     how: Derivative = Derivative(),
-) -> tuple[Prediction, Float[Array, "b ..."]]:
+) -> tuple[Prediction, Points]:
     """Return the prediction at (z_t, r, t), and du/dt along a path of the given velocity dz_t/dt.
 
     Args:
@@ -121,15 +124,13 @@ def with_derivative(
         return prediction.u, prediction
 
     dz, dr, dt = tangent
-    point = interpolate(rows.x, rows.e, t=rows.t), rows.r, rows.t
+    point = point_of(rows), rows.r, rows.t
     direction = dz * velocity, dr * jnp.ones_like(rows.r), dt * jnp.ones_like(rows.t)
     still = functools.partial(u, params=jax.lax.stop_gradient(params))
     return how.along(u, still, point, direction)
 
 
-def squared_error(
-    prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]
-) -> Float[Array, "b"]:
+def squared_error(prediction: Points, target: Points) -> Scalars:
     """Return |prediction - stop_gradient(target)|^2 of each row."""
     error = prediction - jax.lax.stop_gradient(target)
     return jnp.sum(error**2, axis=tuple(range(1, error.ndim)))
@@ -153,13 +154,11 @@ class AdaptiveWeight:
     of: str = "sum"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < math.inf:
-            raise BadInput(f"weight.p={self.p}: must be at least 0; MeanFlow uses 1.0")
-        if not 0 < self.c < math.inf:
-            raise BadInput(f"weight.c={self.c}: must be above 0; MeanFlow uses 0.01")
+        check_within("weight.p", self.p, 0, math.inf, "[)", "MeanFlow uses 1.0")
+        check_within("weight.c", self.c, 0, math.inf, "()", "MeanFlow uses 0.01")
         check_known("weight.of", self.of, ("sum", "mean"))
 
-    def __call__(self, error: Float[Array, "b"], rows: Rows) -> Float[Array, "b"]:
+    def __call__(self, error: Scalars, rows: Rows) -> Scalars:
         """Return the weighted error of each row, given its sum of squared errors."""
         error = error / num_counted(rows) if self.of == "mean" else error
         return error * jax.lax.stop_gradient((error + self.c) ** -self.p)
@@ -176,13 +175,7 @@ def row_mean(*values: Float[Array, "_"]) -> Float[Array, ""]:
     return sum(jnp.sum(value) for value in values) / sum(value.shape[0] for value in values)
 
 
-def check_target_ema(decay: float) -> None:
-    """Raise BadInput unless a decay is within [0, 1)."""
-    if not 0 <= decay < 1:
-        raise BadInput(f"objective.target_ema={decay}: must be within [0, 1); 0 = no average")
-
-
-def average(values: Float[Array, "b"], mask: Bool[Array, "b"] | None = None) -> Average:
+def average(values: Scalars, mask: Bool[Array, "b"] | None = None) -> Average:
     """Return the mean of values where mask is set; there may be no rows."""
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     return Average(
@@ -197,23 +190,19 @@ def average_over(value: Float[Array, ""], draws: Draws) -> Average:
     return average(jnp.broadcast_to(value, (num,)))
 
 
-def binned_errors(name: str, error: Float[Array, "b"], rows: Rows) -> Metrics:
+def binned_errors(name: str, error: Scalars, rows: Rows) -> Metrics:
     """Return the mean squared error per number, `name`, and `name_t0` .. `_t3` by quarter of t."""
     bins = jnp.clip((rows.t * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     metrics = {f"{name}_t{i}": per_number(error, rows, bins == i) for i in range(NUM_BINS)}
     return {name: per_number(error, rows), **metrics}
 
 
-def per_number(
-    error: Float[Array, "b"], rows: Rows, where: Bool[Array, "b"] | None = None
-) -> Average:
+def per_number(error: Scalars, rows: Rows, where: Bool[Array, "b"] | None = None) -> Average:
     """Return the mean squared error per counted number, over rows that have any."""
     return _over_counted(error / num_counted(rows), rows, where)
 
 
-def _over_counted(
-    values: Float[Array, "b"], rows: Rows, where: Bool[Array, "b"] | None = None
-) -> Average:
+def _over_counted(values: Scalars, rows: Rows, where: Bool[Array, "b"] | None = None) -> Average:
     if rows.mask is not None:
         counts = jnp.any(rows.mask, axis=tuple(range(1, rows.mask.ndim)))
         where = counts if where is None else counts & where

@@ -3,9 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from mf_jax.flow.errors import BadInput
+
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
 @contextlib.contextmanager

@@ -8,34 +8,30 @@ from urllib.parse import quote
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jaxtyping import Shaped
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.published import torch_file
+from mf_jax.published import Arrays, torch_file
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
 from mf_jax.runtime.files import on_disk
 from mf_jax.runtime.json_files import parse_json
 
-Arrays = dict[str, Shaped[np.ndarray, "..."]]
 Choose = Callable[[Collection[str]], dict[str, str]]
 """From the names that are stored to {short name: stored name} of the wanted ones."""
 Read = Callable[[epath.Path, Choose], Arrays]
 
 
-def opened_checkpoint(
-    path: epath.PathLike,
-) -> tuple[epath.Path, Callable[[epath.Path, Choose], Arrays]]:
+def opened_checkpoint(path: epath.PathLike) -> tuple[epath.Path, Read]:
     """Return where a published checkpoint lies, and how it is read."""
     path = epath.Path(path).expanduser().absolute()
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    readers = {suffix: read for suffix, (read, _) in FILES.items()}
-    readers |= dict.fromkeys(TORCH_FILES, _read_torch)
-    if not path.is_dir() and (path.suffix not in readers or not path.is_file()):
-        raise BadInput(f"{path}: must be a folder checkpoint_N, or end in {' or '.join(readers)}")
-    return path, _read_folder if path.is_dir() else readers[path.suffix]
+    if path.is_dir():
+        return path, _read_folder
+    if path.suffix not in READERS or not path.is_file():
+        raise BadInput(f"{path}: must be a folder checkpoint_N, or end in {' or '.join(READERS)}")
+    return path, READERS[path.suffix]
 
 
 def _newest(folder: epath.Path) -> epath.Path:
@@ -102,8 +98,7 @@ def _read_torch(path: epath.Path, choose: Choose) -> Arrays:
 
 
 def _write_npz(path: str, flat: Arrays) -> None:
-    with open(path, "wb") as file:  # given a path, numpy would append .npz
-        np.savez(file, **flat)
+    np.savez(path, **flat)
 
 
 def _write_safetensors(path: str, flat: Arrays) -> None:
@@ -111,7 +106,6 @@ def _write_safetensors(path: str, flat: Arrays) -> None:
 
 
 TORCH_FILES = (".pt", ".pth")
-FILES = {
-    ".npz": (_read_npz, _write_npz),
-    ".safetensors": (_read_safetensors, _write_safetensors),
-}
+READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
+READERS |= dict.fromkeys(TORCH_FILES, _read_torch)
+WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}

@@ -12,7 +12,7 @@ Source: the recorded checkpoints of the published implementations (tests/referen
 
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,8 +24,8 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError
 
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
-from mf_jax.published import flow_matching, reading, torch_file
-from mf_jax.published.checkpoint_files import FILES, TORCH_FILES, opened_checkpoint
+from mf_jax.published import Arrays, flow_matching, reading, torch_file
+from mf_jax.published.checkpoint_files import TORCH_FILES, WRITERS, opened_checkpoint
 from mf_jax.published.names import (
     KINDS,
     TORCH_KINDS,
@@ -58,9 +58,7 @@ Of a U-Net, patterns of the published names.
 """
 
 
-def load_published(
-    path: epath.PathLike, kind: str, like: PyTree, *, section: str = ""
-) -> PyTree[Float[np.ndarray, "..."]]:
+def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: str = "") -> PyTree:
     """Return a published checkpoint (`read_published`) as a network's tree (`fit_published`)."""
     flat = read_published(path, kind, section=section)
     with reading(path, f"parameters of {kind}"):
@@ -88,7 +86,7 @@ def describe_published(path: epath.PathLike, kind: str, *, section: str = "") ->
 
 def read_published(
     path: epath.PathLike, kind: str, *, section: str = "", only: Collection[str] = ()
-) -> dict[str, Float[np.ndarray, "..."]]:
+) -> Arrays:
     """Return the parameters in a published checkpoint: names without section and `net/`, float32.
 
     Args:
@@ -142,9 +140,7 @@ def _sit_or_dit(path: epath.Path) -> str:
     raise BadInput("is of SiT or of DiT, whose names are the same; set init.kind=sit or dit")
 
 
-def fit_published(
-    kind: str, flat: Mapping[str, Float[np.ndarray, "..."]], like: PyTree
-) -> PyTree[Float[np.ndarray, "..."]]:
+def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
     """Return published parameters (`read_published`) as the parameter tree of a network.
 
     A second head is left out where the tree `like` has none.
@@ -192,8 +188,8 @@ def write_published(
       positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
     path = epath.Path(path).expanduser().absolute()
-    if path.suffix not in FILES:
-        raise BadInput(f"{path}: must end in {' or '.join(FILES)}")
+    if path.suffix not in WRITERS:
+        raise BadInput(f"{path}: must end in {' or '.join(WRITERS)}")
     if kind == "sit":
         ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
@@ -203,7 +199,7 @@ def write_published(
         flat["pos_embed"] = positions[None]
     try:
         with written_aside(path) as aside:
-            FILES[path.suffix][1](aside, flat)
+            WRITERS[path.suffix](aside, flat)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
 
@@ -236,15 +232,9 @@ def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
     prefix = f"{averages[0]}/" if averages else ""
-    chosen = {
-        _WRAPPERS.sub("", short.removeprefix(prefix), count=1): name
-        for short, name in chosen.items()
-    }
-    return {
-        short: name
-        for short, name in chosen.items()
-        if not only or any(fnmatchcase(short, pattern) for pattern in only)
-    }
+    bare = {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
+    wanted = [k for k in bare if not only or any(fnmatchcase(k, pattern) for pattern in only)]
+    return {short: bare[short] for short in wanted}
 
 
 def _check_kind(names: Collection[str], kind: str) -> None:

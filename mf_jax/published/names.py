@@ -8,6 +8,7 @@ the names of the embeddings of times. `py_meanflow` is our `UNet`.
 Source: the recorded cases of the published implementations (tests/reference).
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -212,13 +213,16 @@ def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] 
     """Return a name after its rule, from one field of `_Rule` to another."""
     check_known("kind", kind, KINDS)
     for rule in _RULES[kind]:
-        before, after = getattr(rule, source), getattr(rule, target)
-        pattern = re.escape(before).replace(re.escape("{i}"), r"(?P<i>\d+)")
-        pattern = pattern.replace(re.escape("{p}"), r"(?P<p>\w+)")
-        leaf = r"(?P<leaf>kernel|bias|embedding)" if before.endswith("/") else "(?P<leaf>)"
-        if match := re.fullmatch(pattern + leaf, name):
-            return after.format(**match.groupdict()) + match["leaf"], rule.stored
+        if match := _pattern(getattr(rule, source)).fullmatch(name):
+            return getattr(rule, target).format(**match.groupdict()) + match["leaf"], rule.stored
     return None
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern:
+    pattern = re.escape(name).replace(re.escape("{i}"), r"(?P<i>\d+)")
+    pattern = pattern.replace(re.escape("{p}"), r"(?P<p>\w+)")
+    return re.compile(pattern + f"(?P<leaf>{'kernel|bias|embedding' * name.endswith('/')})")
 
 
 _OUT_FIRST = ("transposed", "convolution", "kernel", "pointwise")

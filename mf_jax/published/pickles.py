@@ -26,10 +26,10 @@ _DTYPES = {
     "LongStorage": np.dtype("<i8"),
     "IntStorage": np.dtype("<i4"),
 }
-_VALUES = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_VALUES |= dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"))
-_VALUES |= dict.fromkeys(("SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING"))
-"""Opcodes that push a value: a new one, or their own argument."""
+_NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NEWFALSE": bool}
+_NEW |= {"NEWTRUE": lambda: True, "NONE": lambda: None}
+_OWN = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
+"""Opcodes that push a new value, or their own argument."""
 _MOST_PICKLE_BYTES = 2**23
 """Of a pickle, which names tensors: 60,000 of them."""
 _MOST_ARGUMENTS = 8
@@ -58,10 +58,10 @@ def unpickle(file: io.BytesIO, storage: Callable[[str, np.dtype, int], Row]) -> 
         name = code.name
         if position > _MOST_PICKLE_BYTES:
             raise BadInput(f"has a pickle of more than {_MOST_PICKLE_BYTES} bytes")
-        if name in _VALUES:
-            stack.append(argument if _VALUES[name] is None else _VALUES[name]())
-        elif name in ("NEWTRUE", "NEWFALSE", "NONE"):
-            stack.append({"NEWTRUE": True, "NEWFALSE": False, "NONE": None}[name])
+        if name in _NEW:
+            stack.append(_NEW[name]())
+        elif name in _OWN.split():
+            stack.append(argument)
         elif name == "MARK":
             marks.append(len(stack))
         elif name.startswith("TUPLE"):
@@ -116,15 +116,9 @@ def _global(name: str) -> Any:
 
 def _row(pid: Any, storage: Callable[[str, np.dtype, int], Row]) -> Row:
     match pid:
-        case ("storage", str(kind), str(key), str(), int(size)) | (
-            "storage",
-            str(kind),
-            str(key),
-            str(),
-            int(size),
-            None,
-        ) if kind in _DTYPES and size >= 0:
-            return storage(key, _DTYPES[kind], size)
+        case ("storage", str(kind), str(key), str(), int(size), *view):
+            if kind in _DTYPES and size >= 0 and view in ([], [None]):
+                return storage(key, _DTYPES[kind], size)
     raise BadInput("refers to something else than numbers of a tensor, which is refused")
 
 

@@ -17,18 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float32, PyTree, Shaped
+from jaxtyping import Array, Float32, PyTree
 from safetensors import safe_open
 
 from mf_jax.flow.errors import BadInput, list_problems, listed
-from mf_jax.published import reading
+from mf_jax.published import Arrays, reading
 from mf_jax.published.pickles import Row, unpickle
 from mf_jax.runtime.archives import check_members
 from mf_jax.runtime.files import opened
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """Is in the first pickle of a file without an archive."""
-Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
 class StateDict(NamedTuple):
@@ -87,9 +86,7 @@ def read_training(content: bytes) -> tuple[Arrays, dict[str, Any]]:
     return arrays, settings if isinstance(settings, dict) else {}
 
 
-def fit_state_dict(
-    state: StateDict, wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, Float32[np.ndarray, "..."]]:
+def fit_state_dict(state: StateDict, wanted: Mapping[str, tuple[int, ...]]) -> Arrays:
     """Return the parameters of the wanted shapes in float32; the file must have just these."""
     arrays, misshapen, mistyped = state.arrays, [], []
     for name in filter(arrays.__contains__, wanted):

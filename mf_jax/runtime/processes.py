@@ -29,7 +29,7 @@ from mf_jax.flow.errors import BadInput
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
 """What JAX says where it knows of no job, or this process has begun to compute by itself."""
-_LAST_TO_LEAVE_SECONDS = 3
+_LAST_TO_LEAVE_SECONDS, _PATIENCE_SECONDS = 3, 10
 _BAD_INPUT = 2
 _LOST = "gloo|connection (reset|closed)|coordination service|heartbeat|socket closed"
 """Words in errors of computations where another process has gone."""
@@ -205,7 +205,7 @@ def explain(error: Exception) -> str:
     return f"{name()}{''.join(traceback.format_exception(error))}"
 
 
-def leave(code: int, *, patience: float = 10) -> int:
+def leave(code: int) -> int:
     """Leave the job, waiting some seconds for the others; return the exit code.
 
     After an error the others may not come to leave together. JAX also waits for ever where SIGTERM
@@ -213,7 +213,7 @@ def leave(code: int, *, patience: float = 10) -> int:
     notice. A process whose output goes nowhere ends too.
     """
     if are_several():
-        _timer(patience, lambda: os._exit(code))
+        _timer(_PATIENCE_SECONDS, lambda: os._exit(code))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         jax.distributed.shutdown()

@@ -53,6 +53,11 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def everywhere() -> NamedSharding:
+    """Return the sharding of arrays that every device holds whole."""
+    return NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays `[B, ...]` whose rows are split over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

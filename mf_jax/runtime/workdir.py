@@ -33,8 +33,7 @@ SECTIONS_OF_A_RUN += ("init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
 _FREE += ("model.attention", "model.remat", "init.kind", "perceptual.rows_at_once")
-_FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights")
-_FREE += ("train.microbatch",)
+_FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights", "train.microbatch")
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 
 
@@ -120,14 +119,11 @@ def own(
 def _writable(workdir: Path) -> Iterator[None]:
     try:
         yield
-    except BlockingIOError as error:
-        raise BadInput(
-            f"--workdir={workdir}: another process is training in it; choose another"
-        ) from error
     except OSError as error:
-        raise BadInput(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); choose another"
-        ) from error
+        problem = f"cannot be written ({error.strerror})"
+        if isinstance(error, BlockingIOError):
+            problem = "another process is training in it"
+        raise BadInput(f"--workdir={workdir}: {problem}; choose another") from error
 
 
 def _check_shared(workdir: Path) -> None:
