@@ -6,13 +6,12 @@ anew where it is missing or damaged, which its own checksums tell.
 
 import contextlib
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from etils import epath
 
-from mf_jax.runtime.archives import opened_npz, read_array
+from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.compile_cache import cache_folder
 from mf_jax.runtime.files import written_aside
 
@@ -32,9 +31,8 @@ def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
         total.update(line.encode(errors="surrogateescape") + b"\n")
     folder = epath.Path(cache) / _FOLDER
     file = folder / f"{total.hexdigest()}.npz"
-    unreadable = contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
-    with unreadable, opened_npz(file) as archive:
-        return {name: read_array(archive, name) for name in ("pixels", "problems")}
+    with contextlib.suppress(*UNREADABLE):
+        return read_npz(file, ("pixels", "problems"))
     arrays = make()
     with contextlib.suppress(OSError):  # no folder, no space: no matter
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
 from mf_jax.data.local_copy import local_copy
 from mf_jax.data.pipeline import Batch, Stored
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import in_bucket, sha256_of
@@ -105,8 +105,7 @@ class Latents:
                 numbers = np.frombuffer(record, NUMBER, offset=LABEL.itemsize)
                 batch.x[row] = numbers.reshape(batch.x.shape[1:])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._refuse(self._shards[shard], f"is damaged ({reason[:200]})")
+            self._refuse(self._shards[shard], f"is damaged ({reason_of(error)})")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:

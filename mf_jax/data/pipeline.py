@@ -26,8 +26,7 @@ SPLITS = ("train", "held_out")
 _ORDER, _FLIP = 0, 1  # streams of one seed: the flips must not follow the order
 _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
-
-
+_THREADS, _PREFETCH = 4, 4  # batches prepared at the same time, and held ready in memory
 MORE = ("condition", "e", "mask")
 
 
@@ -79,10 +78,11 @@ class Source(Protocol):
         """Return the elements at these indices and their labels; safe in several threads."""
 
 
-def check_at_least(argument: str, value: int, least: int) -> None:
-    """Raise BadInput unless `value` is an integer of at least `least`."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise BadInput(f"{argument}={value!r} must be an integer of at least {least}")
+def count_held_out(held_out_share: float, num: int) -> int:
+    """Return how many of `num` elements are held out: of two or more neither none nor all."""
+    if not 0 < held_out_share < 1:
+        raise BadInput(f"held_out_share={held_out_share!r}: must lie between 0 and 1: try 0.1")
+    return min(max(round(held_out_share * num), 1), num - 1)
 
 
 def stream_indices(
@@ -131,20 +131,6 @@ class _Steps:
     process_index: int
     process_count: int
 
-    def __post_init__(self) -> None:
-        for argument, least in (("batch_size", 1), ("seed", 0), ("process_count", 1)):
-            check_at_least(argument, getattr(self, argument), least)
-        index, count = self.process_index, self.process_count
-        if not 0 <= index < count:
-            raise BadInput(f"process_index={index} must lie in [0, process_count={count})")
-        if self.batch_size % count:
-            nearest = count * max(1, round(self.batch_size / count))
-            size = f"batch_size={self.batch_size}"
-            raise BadInput(f"{size} must be a multiple of process_count={count}: try {nearest}")
-        if self.flip and not self.source.spec.is_picture:
-            shape = self.source.spec.shape
-            raise BadInput(f"flip=True needs pictures (H, W, C), not shape {shape}: set flip=False")
-
     def __len__(self) -> int:
         return _STEPS
 
@@ -175,37 +161,25 @@ def make_batches(
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 4,
-    prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Iterate over this process's share of the batches from a step on, without end.
 
     Args:
-      source: the elements.
       batch_size: rows of the global batch; a multiple of process_count.
       seed: at least 0; with the step it decides everything that a batch holds.
       start_step: the step of the first batch; k resumes a stream of which k batches were used.
       flip: mirror each picture left to right with probability 1/2.
       process_index: which contiguous share of each batch to return, in [0, process_count).
-      process_count: number of processes that share a batch.
-      threads: batches prepared at the same time; 0 prepares each in the caller's thread.
-      prefetch: batches held ready in memory.
     """
     import grain  # takes a second, which modes without a stream need not pay
 
     steps = _Steps(source, batch_size, seed, flip, process_index, process_count)
-    check_at_least("start_step", start_step, 0)
-    check_at_least("threads", threads, 0)
-    check_at_least("prefetch", prefetch, 0)
-    options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
 
 
 def read(source: Source, n: int = 0) -> Batch:
     """Read the first n elements in order, stored ones as they are; 0 means all."""
-    check_at_least("n", n, 0)
-    if n > len(source):
-        raise BadInput(f"n={n} must be at most {len(source)}: lower it, or 0 for all")
     return source.gather(np.arange(n or len(source)))
 
 

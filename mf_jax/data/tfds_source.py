@@ -11,8 +11,7 @@ from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pictures import Pictures
-from mf_jax.data.pipeline import check_at_least
-from mf_jax.flow.errors import BadInput, nearest
+from mf_jax.flow.errors import BadInput, nearest, reason_of
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.files import in_bucket, opened
 
@@ -70,7 +69,6 @@ class Tfds(Pictures):
         split: str,
     ) -> None:
         """Open the TFDS split that `split` chooses; see `TfdsPictures`."""
-        check_at_least("image_size", image_size, 1)
         tfds_split = split_train if split == "train" else split_held_out
         self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)
         shape, names = (image_size, image_size, pictures.channels), pictures.class_names
@@ -108,13 +106,12 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
         ) from error
     except BadInput:
         raise
-    except Exception as error:
-        # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # ValueError, AssertionError, NotImplementedError, KeyError, ...
         raise BadInput(
-            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): "
-            "check the names, or prepare it where TensorFlow is installed with `tfds build "
-            f"{dataset} --file_format=array_record --data_dir=DIR`, and set path=DIR"
+            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} "
+            f"({reason_of(error)}): check the names, or prepare it where TensorFlow is installed "
+            f"with `tfds build {dataset} --file_format=array_record --data_dir=DIR`, and set path "
+            "to DIR"
         ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")

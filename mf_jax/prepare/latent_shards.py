@@ -25,7 +25,7 @@ from mf_jax.data.latent_records import (
     to_record,
 )
 from mf_jax.data.pixels import from_pixels
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import sha256_of, written_aside
@@ -158,10 +158,9 @@ class LatentShards:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split())
             raise BadInput(
-                f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make "
-                "room, and run again, which continues"
+                f"data.path={str(self._folder)!r}: a shard cannot be written ({reason_of(error)}): "
+                "make room, and run again, which continues"
             ) from error
 
     def _path(self, shard: int) -> epath.Path:

@@ -7,7 +7,6 @@ these files adds them up. Sums are in float64, so that a restart loses nothing.
 import dataclasses
 import io
 import itertools
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
-from mf_jax.runtime.archives import array_names, opened_npz, read_array
+from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import replace_file
 
 KEPT_FEATURES = 10_000
@@ -183,10 +182,8 @@ def _read(
 ) -> Any:
     """Return what a function reads of the arrays in a file, of all or `only` some."""
     try:
-        with opened_npz(path) as archive:
-            names = only or array_names(archive)
-            return read({name: read_array(archive, name) for name in names})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        return read(read_npz(path, only))
+    except UNREADABLE as error:
         problem = f"{path} is no file of sums ({error}): delete it and run again"
         raise BadInput(problem) from error
 

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,9 @@ _MOST_TIMES = 20
 """As many times its size may a compressed file hold; numbers of networks compress little."""
 _ALWAYS_BYTES = 2**28
 """May be held by any file: zeros compress well."""
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError)
+UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
+"""What reading a damaged `.npz` raises."""
 
 
 def check_claim(claimed: int, num_bytes: int) -> None:
@@ -48,6 +52,12 @@ def opened_npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
     with opened(path) as file, zipfile.ZipFile(file) as archive:
         check_members(archive, file.seek(0, 2))
         yield archive
+
+
+def read_npz(path: epath.PathLike, only: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz`, all or `only` some; one of `UNREADABLE` if it is damaged."""
+    with opened_npz(path) as archive:
+        return {name: read_array(archive, name) for name in only or array_names(archive)}
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
