@@ -82,7 +82,8 @@ class ImageFolder(Pictures):
             problems = _tried(lambda index: _look(self._list, index), listed)
         bad = {index: text for index, text in zip(listed, problems, strict=True) if text}
         self._indices, self.broken = _readable(self._list, listed, bad, path, split)
-        self.digest = digest(self._list, self._indices)
+        lines = list(self._list.lines())
+        self.digest = digest(lines[index] for index in self._indices)
         decoded = None if pixels is None else (pixels, labels[self._indices].astype(np.int32))
         super().__init__(spec, len(self._indices), decoded)
 

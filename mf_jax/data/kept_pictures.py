@@ -5,12 +5,12 @@ anew where it is missing or damaged, which its own checksums tell.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from etils import epath
 
+from mf_jax.data.picture_list import digest
 from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.compile_cache import cache_folder
 from mf_jax.runtime.files import written_aside
@@ -26,11 +26,8 @@ def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
         cache = cache_folder()
     if cache is None:
         return make()
-    total = hashlib.sha256()
-    for line in made_from:
-        total.update(line.encode(errors="surrogateescape") + b"\n")
     folder = epath.Path(cache) / _FOLDER
-    file = folder / f"{total.hexdigest()}.npz"
+    file = folder / f"{digest(made_from)}.npz"
     with contextlib.suppress(*UNREADABLE):
         return read_npz(file, ("pixels", "problems"))
     arrays = make()

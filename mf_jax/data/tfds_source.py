@@ -42,16 +42,16 @@ class TfdsPictures:
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """See `PicturesIn.name`."""
+        """See `Listed.name`."""
         return f"{self._split}[{index}]"
 
     def read(self, index: int) -> tuple[Any, int]:
-        """See `PicturesIn.read`; a decoded picture is a uint8 array."""
+        """See `Listed.read`; a decoded picture is a uint8 array."""
         record = self._data[index]
         return record["image"], int(record["label"]) if self.class_names else NO_LABEL
 
     def lines(self) -> Iterator[str]:
-        """See `PicturesIn.lines`."""
+        """See `Listed.lines`."""
         yield from (self._data.dataset_info.full_name, self._split, str(len(self)))
 
 
@@ -135,17 +135,13 @@ def _check_features(folder: epath.Path) -> None:
         else:
             found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
         for path in found:
-            with opened(path) as file:
-                names = _class_names(json.load(file))
-            if other := [name for name in names if not str(name).startswith(_FEATURES)]:
-                raise BadInput(f"{path} asks for {str(other[0])[:80]}, which is no feature of TFDS")
+            for name in map(str, _class_names(path)):
+                if not name.startswith(_FEATURES):
+                    raise BadInput(f"{path} asks for {name[:80]}, which is no feature of TFDS")
 
 
-def _class_names(value: Any) -> Iterator[Any]:
-    """Yield all names of classes in the content of a features.json."""
-    for key, each in value.items() if isinstance(value, dict) else ():
-        if key in _NAMING:
-            yield each
-    for each in value.values() if isinstance(value, dict) else value:
-        if isinstance(each, dict | list):
-            yield from _class_names(each)
+def _class_names(path: epath.Path) -> list[Any]:
+    names: list[Any] = []
+    with opened(path) as file:
+        json.load(file, object_hook=lambda d: names.extend(d[k] for k in _NAMING & d.keys()))
+    return names

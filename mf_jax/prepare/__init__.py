@@ -111,7 +111,7 @@ def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int])
         "crop": CROP,
         "num_shards": config.prepare.shards,
         "num_listed": len(pictures),
-        "input_sha256": digest(pictures),
+        "input_sha256": digest(pictures.lines()),
     }
     outputs: list[Output] = [_latents(config, common, pictures)] if config.prepare.latents else []
     if config.prepare.reference:
