@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -193,11 +192,7 @@ def test_bad_files_are_one_line(tmp_path):
         with pytest.raises(BadInput, match=words) as problem:
             _open(tmp_path / "x.npz")
         assert "\n" not in str(problem.value)
-    header = {"descr": "<f4", "fortran_order": False, "shape": (10**13, 4)}
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("x.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, header)  # more than any memory holds
-    huge = (tmp_path / "x.npz").read_bytes()
-    for content in (b"", b"PK\x03\x04 cut", b"text", huge):
+    for content in (b"", b"PK\x03\x04 cut", b"text"):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(BadInput, match="cannot be read"):
             _open(tmp_path / "x.npz")
