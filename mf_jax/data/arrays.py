@@ -34,7 +34,11 @@ class Rows:
     stored = None
 
     def __init__(
-        self, arrays: Arrays, rows: Int[np.ndarray, "k"], class_names: tuple[str, ...], digest: str
+        self,
+        arrays: Arrays,
+        rows: Int[np.ndarray, "k"],
+        class_names: tuple[str, ...] = (),
+        digest: str = "",
     ) -> None:
         """Take arrays by the names of `KEYS`, which fit one another."""
         self._arrays, self._rows, self.digest = arrays, rows, digest

@@ -11,9 +11,8 @@ import numpy as np
 from etils import epath
 
 from mf_jax.data.picture_list import digest
-from mf_jax.runtime.archives import UNREADABLE, read_npz
+from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 from mf_jax.runtime.compile_cache import cache_folder
-from mf_jax.runtime.files import written_aside
 
 _FOLDER, _MOST_FILES = "pictures", 4
 Arrays = dict[str, np.ndarray]
@@ -33,8 +32,7 @@ def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
     arrays = make()
     with contextlib.suppress(OSError):  # no folder, no space: no matter
         folder.mkdir(parents=True, exist_ok=True)
-        with written_aside(file) as aside:
-            np.savez(aside, **arrays)
+        write_npz(file, arrays)
         files = sorted(folder.glob("*.npz"), key=lambda each: -each.stat().mtime)
         for old in files[_MOST_FILES:]:
             old.unlink(missing_ok=True)

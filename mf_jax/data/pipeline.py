@@ -10,7 +10,6 @@ what a batch holds: neither processes, nor threads, nor a stop. A batch may stra
 element is ever dropped.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -117,41 +116,6 @@ def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
     return words >> np.uint64(63) == 1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """Random access to the stream for Grain: element k is this process's share of batch k.
-
-    Grain runs Python for each element, which costs more than a small picture does.
-    """
-
-    source: Source
-    batch_size: int
-    seed: int
-    flip: bool
-    process_index: int
-    process_count: int
-
-    def __len__(self) -> int:
-        return _STEPS
-
-    def __getitem__(self, step: int) -> Batch:
-        share = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * share
-        positions = np.arange(first, first + share)
-        indices = stream_indices(positions, length=len(self.source), seed=self.seed)
-        if not self.flip:
-            return self.source.gather(indices)
-        flips = stream_flips(first, share, seed=self.seed)
-        if self.source.stored:
-            return self.source.gather(indices + len(self.source) * flips)
-        batch = self.source.gather(indices)
-        pictures = {"x": batch.x, **batch.more}
-        pictures.pop("condition", None)
-        of_rows = flips[:, None, None, None]
-        mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
-        return batch._replace(**mirrored)
-
-
 def make_batches(
     source: Source,
     *,
@@ -173,9 +137,30 @@ def make_batches(
     """
     import grain  # takes a second, which modes without a stream need not pay
 
-    steps = _Steps(source, batch_size, seed, flip, process_index, process_count)
+    share = batch_size // process_count
+
+    # Grain runs Python for each element, which costs more than a small picture does: a batch is one
+    def batch_of(step: int) -> Batch:
+        first = step * batch_size + process_index * share
+        indices = stream_indices(np.arange(first, first + share), length=len(source), seed=seed)
+        if not flip:
+            return source.gather(indices)
+        flips = stream_flips(first, share, seed=seed)
+        if source.stored:
+            return source.gather(indices + len(source) * flips)
+        return _mirrored(source.gather(indices), flips)
+
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
-    return iter(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
+    batches = grain.MapDataset.range(start_step, _STEPS).map(batch_of)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _mirrored(batch: Batch, flips: Bool[np.ndarray, "n"]) -> Batch:
+    pictures = {"x": batch.x, **batch.more}
+    pictures.pop("condition", None)
+    of_rows = flips[:, None, None, None]
+    mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
+    return batch._replace(**mirrored)
 
 
 def read(source: Source, n: int = 0) -> Batch:

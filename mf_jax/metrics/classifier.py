@@ -6,7 +6,6 @@ numpy from fixed seeds: training again on one platform gives the same parameters
 
 import dataclasses
 import functools
-import io
 from collections.abc import Callable, Collection, Iterator
 
 import flax.linen as nn
@@ -18,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.flow.draws import key_of
-from mf_jax.runtime.archives import read_npz
-from mf_jax.runtime.files import replace_file, sha256_of
+from mf_jax.runtime.archives import read_npz, write_npz
+from mf_jax.runtime.files import sha256_of
 
 FEATURES_KEPT = 64
 SMALLEST_SIDE = 8
@@ -64,9 +63,7 @@ def train_classifier(
             print(f"{file}: no stored score was made with it; the classifier is trained again")
         params = _train(images, labels, num_classes, recipe)
         if file:
-            content = io.BytesIO()
-            np.savez(content, **flatten_dict(params, sep="/"))
-            replace_file(file, content.getvalue())
+            write_npz(file, flatten_dict(params, sep="/"))
     return functools.partial(_describe, num_classes, params)
 
 
