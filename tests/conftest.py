@@ -17,6 +17,8 @@ from jobs import ROOT as ROOT
 from jobs import TINY as TINY
 from recorded import DIFFERENCES, FOLDER
 
+from mf_jax.flow.errors import BadInput
+
 _QUICK_TO_COMPILE = (
     ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11)
@@ -111,6 +113,13 @@ def command(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def refuses(message, act, *arguments, **more):
+    """Check that an act is refused in one line that matches a message."""
+    with pytest.raises(BadInput, match=message) as problem:
+        act(*arguments, **more)
+    assert "\n" not in str(problem.value)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refuses
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
@@ -178,8 +179,7 @@ def test_other_images_are_refused():
         ((8, 8, 3), np.uint8),
         ((0, 8, 8, 3), np.uint8),
     ):
-        with pytest.raises(BadInput, match=r"images are .*; must be uint8"):
-            inception_features({}, np.zeros(shape, dtype))
+        refuses(r"images are .*; must be uint8", inception_features, {}, np.zeros(shape, dtype))
 
 
 # ---- weight files
@@ -271,8 +271,7 @@ def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
         (first, "cannot be read"),
         (_write_zip(tmp_path / "new.pth", evil, {}), "asks for posix.mkdir, which is refused"),
     ):
-        with pytest.raises(BadInput, match=f"{path}: .*{message}"):
-            read_state_dict(path)
+        refuses(f"{path}: .*{message}", read_state_dict, path)
         assert not marker.exists()
 
 
@@ -337,5 +336,4 @@ def test_damaged_and_other_files_are_refused(tmp_path):
     for message, write in cases:
         path.unlink(missing_ok=True)
         write()
-        with pytest.raises(BadInput, match=f"{path}: .*{message}"):
-            read_state_dict(path)
+        refuses(f"{path}: .*{message}", read_state_dict, path)

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import refuses
 from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel
 from sklearn.model_selection import train_test_split
@@ -350,11 +351,9 @@ def test_samples_that_are_missing_or_too_few_are_refused(made):
     features, reference = made
     scores = SampleScores(NUM, least=10)
     scores.add({name: rows[:50] for name, rows in features.items()}, np.arange(50))
-    with pytest.raises(BadInput, match=r"153 of 203 samples are missing .*, the first is 50"):
-        scores.against(reference)
+    refuses(r"153 of 203 samples are missing .*, the first is 50", scores.against, reference)
     few = {name: rows[:8] for name, rows in features.items()}
-    with pytest.raises(BadInput, match=r"eval\.num_samples=8: must be at least 9"):
-        SampleScores(8).add(few, np.arange(8))
+    refuses(r"eval\.num_samples=8: must be at least 9", SampleScores(8).add, few, np.arange(8))
     SampleScores(8, least=8).add(few, np.arange(8))
 
 
@@ -366,7 +365,5 @@ def test_any_number_of_references_gives_what_it_has_statistics_for(made, rng):
     assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
     assert scores.against(reference).keys() == SCORES
     far = reference_of(rng.standard_normal((99, 64)), rng.standard_normal((99, 5)), path="far.npz")
-    with pytest.raises(BadInput, match=r"far.npz: mu has 64 .*first pool.*; must have 8"):
-        check_widths(far, 8, 5)
-    with pytest.raises(BadInput, match="mu_s has 5 features; must have 3"):
-        check_widths(reference, 8, 3)
+    refuses(r"far.npz: mu has 64 .*first pool.*; must have 8", check_widths, far, 8, 5)
+    refuses("mu_s has 5 features; must have 3", check_widths, reference, 8, 3)

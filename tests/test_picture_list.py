@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from absl import logging
+from conftest import refuses
 from test_data import write_tfds
 from test_prepare import CLASSES, CONTENTS, NAMES, write_tree
 
@@ -126,14 +127,11 @@ def test_inputs_that_are_none_are_refused(tmp_path):
         (tars / "nested.tar", "nested.tar:n01.tar holds no pictures"),
         (tars / "mixed.tar", r"pictures \(b.png\) and folders \(n01\)"),
     ):
-        with pytest.raises(BadInput, match=message):
-            listed(path)
+        refuses(message, listed, path)
     (tree / "n05").mkdir()
-    with pytest.raises(BadInput, match=r"n05 holds no pictures.*a class must have one"):
-        listed(tree)
+    refuses(r"n05 holds no pictures.*a class must have one", listed, tree)
     (tree / "a.png").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"holds pictures \(a.png\) and folders \(n01, n02, n10\)"):
-        listed(tree)
+    refuses(r"holds pictures \(a.png\) and folders \(n01, n02, n10\)", listed, tree)
 
 
 def test_folders_and_tar_files_hold_the_same_pictures_and_tell_the_rest(tmp_path, monkeypatch):
@@ -187,5 +185,4 @@ def test_folders_and_tar_files_hold_the_same_pictures_and_tell_the_rest(tmp_path
             folder = tarfile.TarInfo("b")
             folder.type = tarfile.DIRTYPE
             more.addfile(folder)
-        with pytest.raises(BadInput, match=message):
-            listed(packed)
+        refuses(message, listed, packed)

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refuses
 from PIL import Image
 
-from mf_jax.flow.errors import BadInput
 from mf_jax.reporting import plots, progress, run_log
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.progress import ProgressBar, track
@@ -68,8 +67,7 @@ def test_a_resumed_run_writes_the_same_bytes_as_one_never_stopped(tmp_path):
     with _log(tmp_path / "resumed"):
         assert read_metrics(tmp_path / "resumed") == []
     path.write_text('{"step": 1, "lo\n{"step": 2}\n')
-    with pytest.raises(BadInput, match=r"metrics.jsonl line 1 .* delete that line"):
-        read_metrics(tmp_path / "resumed")
+    refuses(r"metrics.jsonl line 1 .* delete that line", read_metrics, tmp_path / "resumed")
     path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for its newline
     with _log(tmp_path / "resumed", start_step=2):
         assert [json.loads(line)["step"] for line in path.open()] == [1, 2]
