@@ -17,6 +17,8 @@ from jobs import TINY as TINY
 from jobs import here, works
 from recorded import DIFFERENCES, FOLDER
 
+from mf_jax.flow.errors import BadInput
+
 _QUICK_TO_COMPILE = (
     ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11)
@@ -95,6 +97,13 @@ def recorded_scores():
 def command():
     """Return a function that runs a command line here and returns (exit code, stdout, stderr)."""
     return here
+
+
+def refuses(message, act, *arguments, **more):
+    """Check that an act is refused in one line that matches a message."""
+    with pytest.raises(BadInput, match=message) as problem:
+        act(*arguments, **more)
+    assert "\n" not in str(problem.value)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jobs import ROOT, TINY, here
+from test_prepare import TOGETHER, places
 
 from mf_jax.main import main as command_line
 from mf_jax.runtime import processes
@@ -133,6 +134,7 @@ def main():
     command("batch", "--config.train.batch_size=10")
     command("mesh", "--config.mesh.fsdp=3")
     command("eval", "--mode=eval", workdir=folder / "run")
+    command("prepare", *places(folder / "pictures", folder / "latents"), config=TOGETHER)
     host = folder / f"host{index}"
     host.mkdir()
     if index == 0:

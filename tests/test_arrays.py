@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refuses
 from jobs import here, works
 from steps import parts_of
 
@@ -76,10 +76,8 @@ def test_every_rank_trains_is_scored_and_sampled(tmp_path):
         assert all(row["sliced_wasserstein"] > 0 for row in table["rows"])
         assert [row.get("pair_rmse", 0) > 0.1 for row in table["rows"]] == [False, "pair" in arrays]
         works("--mode=sample", f"--workdir={run}")
-        samples, held_out = (
-            dict(np.load(run / "samples.npz")),
-            read(_open(file, "held_out", held_out_share=0.3)),
-        )
+        samples = dict(np.load(run / "samples.npz"))
+        held_out = read(_open(file, "held_out", held_out_share=0.3))
         assert samples["arr_0"].shape == (15, *arrays["x"].shape[1:])
         turn = np.arange(15) % 12
         np.testing.assert_array_equal(samples["condition"], held_out.condition[turn])
@@ -105,8 +103,7 @@ def test_every_rank_trains_is_scored_and_sampled(tmp_path):
         ({"condition": np.full((1, 3), np.nan)}, "NaN"),
         ({"condition": np.ones(3), "mask": np.ones((1, 5), bool)}, "leave mask out"),
     ):
-        with pytest.raises(BadInput, match=words):
-            generator.sample(labels=[1], **wrong)
+        refuses(words, generator.sample, labels=[1], **wrong)
     ended = here(
         "--mode=sample", f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,"
     )
@@ -120,6 +117,7 @@ def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # the last layer starts at 0
     z, time, labels = jnp.ones((2, 4)), jnp.ones(2), jnp.zeros(2, jnp.int32)
 
+    @jax.jit
     def u(params, numbers):
         told = labels if numbers is None else Told(labels, numbers)
         field = as_field(network)
@@ -131,7 +129,8 @@ def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
     np.testing.assert_array_equal(u(params, partly)[1], u(params, some)[1])
     np.testing.assert_array_equal(u(params, None), u(params, none))
     assert np.abs(u(params, some) - u(params, none)).min() > 1e-4
-    embedding = jax.grad(lambda p: u(p, partly).sum())(params)["condition"]["vector_embedding"]
+    gradient = jax.jit(jax.grad(lambda p: u(p, partly).sum()))(params)
+    embedding = gradient["condition"]["vector_embedding"]
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(embedding))
 
 
@@ -142,9 +141,9 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
     network = DiT(**sizes, num_classes=0, condition_size=3)
     parts = parts_of(network, mf_jax.MeanFlow(), shape=(8, 2), batch=16, label_drop_share=0.5)
     parts = dataclasses.replace(parts, more=source.spec.more)
-    batch = next(make_batches(source, batch_size=16, seed=0, threads=0))
+    batch = next(make_batches(source, batch_size=16, seed=0))
     assert jax.tree.map(jnp.shape, batch) == jax.tree.map(jnp.shape, parts.batch)
-    draws = parts.draw(0, *jax.tree.map(jnp.asarray, batch))
+    draws = jax.jit(parts.draw)(0, *jax.tree.map(jnp.asarray, batch))
     instant = np.arange(16) % 4 < 3
     for rows, chosen in ((draws.instant, instant), (draws.interval, ~instant)):
         np.testing.assert_array_equal(rows.x, batch.x[chosen])
@@ -155,7 +154,8 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
     assert draws.instant.dropped.any()
     params = initial_params(network, (8, 2), jax.random.key(0))
     loss = lambda p: parts.objective.loss(as_field(network), p, draws)[0]  # noqa: E731
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_positions_of_a_signal_differ_and_those_of_a_picture_are_as_published():
@@ -193,20 +193,12 @@ def test_bad_files_are_one_line(tmp_path):
         (good | {"pair": np.full((N, 8, 2), np.inf)}, "pair is not finite"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)
-        with pytest.raises(BadInput, match=words) as problem:
-            _open(tmp_path / "x.npz")
-        assert "\n" not in str(problem.value)
-    header = {"descr": "<f4", "fortran_order": False, "shape": (10**13, 4)}
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("x.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, header)  # more than any memory holds
-    huge = (tmp_path / "x.npz").read_bytes()
-    for content in (b"", b"PK\x03\x04 cut", b"text", huge):
+        refuses(words, _open, tmp_path / "x.npz")
+    for content in (b"", b"PK\x03\x04 cut", b"text"):
         (tmp_path / "x.npz").write_bytes(content)
-        with pytest.raises(BadInput, match="cannot be read"):
-            _open(tmp_path / "x.npz")
+        refuses("cannot be read", _open, tmp_path / "x.npz")
     for path in ("none.npz", "x.csv"):
-        with pytest.raises(BadInput, match="does not exist"):
-            _open(tmp_path / path)
+        refuses("does not exist", _open, tmp_path / path)
 
 
 def test_rows_are_split_once_and_bytes_are_scaled(tmp_path):
@@ -216,7 +208,6 @@ def test_rows_are_split_once_and_bytes_are_scaled(tmp_path):
     assert [len(part) for part in parts] == [30, 10]
     back = np.concatenate(parts)
     np.testing.assert_allclose(back[np.argsort(back[:, 0])], x / 127.5 - 1, atol=1e-6)
-    assert _open(tmp_path / "x.npy").digest
 
 
 def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path, monkeypatch):

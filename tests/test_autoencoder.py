@@ -1,5 +1,6 @@
 """The autoencoder of latents: recorded numbers, published names and sizes, and wrong files."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refuses
 from flax.traverse_util import flatten_dict, unflatten_dict
 from recorded import FOLDER
 from safetensors.numpy import load_file, save_file
@@ -44,24 +46,17 @@ def rewrite(tmp_path):
     return write
 
 
-def _assert_close(ours, theirs):
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert np.linalg.norm(ours - theirs) < TOLERANCE * np.linalg.norm(theirs)
-
-
-def _assert_same_params(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
 # ---- the network
 
 
 def test_recorded_latents_and_images_of_the_reference(autoencoder, recorded):
     mean, std = autoencoder.encode(recorded["in/image"])
-    _assert_close(mean, recorded["out/mean"])
-    _assert_close(std, recorded["out/std"])
-    _assert_close(autoencoder.decode(recorded["in/latent"]), recorded["out/decoded"])
+    decoded = autoencoder.decode(recorded["in/latent"])
+    for name, ours in {"mean": mean, "std": std, "decoded": decoded}.items():
+        theirs = recorded[f"out/{name}"]
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert np.linalg.norm(ours - theirs) < TOLERANCE * np.linalg.norm(theirs)
 
 
 def test_deviation_is_clipped(autoencoder, recorded):
@@ -108,12 +103,10 @@ def test_the_published_network():
 
 
 def test_other_images_and_latents_are_refused(autoencoder):
+    message = r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"
     for shape in ((1, 30, 32, 3), (1, 32, 30, 3), (1, 32, 32, 1), (32, 32, 3)):
-        message = r"image is float32 .*must be floating point \[B, H, W, 3\], .* by 4"
-        with pytest.raises(BadInput, match=message):
-            autoencoder.encode(np.zeros(shape, np.float32))
-    with pytest.raises(BadInput, match="image is uint8"):
-        autoencoder.encode(np.zeros((1, 32, 32, 3), np.uint8))
+        refuses(message, autoencoder.encode, np.zeros(shape, np.float32))
+    refuses("image is uint8", autoencoder.encode, np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(BadInput, match=r"latent is float32 \[1, 8, 8, 3\]; must be .*4\]"):
         autoencoder.decode(np.zeros((1, 8, 8, 3), np.float32))
 
@@ -121,17 +114,10 @@ def test_other_images_and_latents_are_refused(autoencoder):
 # ---- files
 
 
-def test_the_file_itself_may_be_named_and_is_known_by_its_hash(autoencoder):
-    same = load_autoencoder(VAE / FILE)
-    _assert_same_params(same.params, autoencoder.params)
-    config = json.loads((VAE / "config.json").read_text())
-    assert same.scaling_factor == config["scaling_factor"]
-    assert same.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
+def test_other_ways_to_write_the_same_file(autoencoder, rewrite):
+    """Old names of attention, half precision, and the file itself in place of its folder."""
 
-
-@pytest.mark.parametrize("axes", [2, 4])
-def test_old_names_of_attention(autoencoder, rewrite, axes):
-    def age(arrays):
+    def age(axes, arrays):
         aged = {}
         for name, array in arrays.items():
             for new, old in OLD_NAMES.items():
@@ -142,16 +128,25 @@ def test_old_names_of_attention(autoencoder, rewrite, axes):
         assert sum(".query." in name for name in aged) == 4
         return aged
 
-    _assert_same_params(load_autoencoder(rewrite(age)).params, autoencoder.params)
-
-
-def test_half_precision_files_become_float32(autoencoder, rewrite):
-    half = rewrite(lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()})
-    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), autoencoder.params)
-    _assert_same_params(load_autoencoder(half).params, rounded)
+    half = lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}  # noqa: E731
+    same = jax.tree.map(np.asarray, autoencoder.params)
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(np.float32), same)
+    for change, expected in (
+        (functools.partial(age, 2), same),
+        (functools.partial(age, 4), same),
+        (half, rounded),
+    ):
+        found = load_autoencoder(rewrite(change)).params
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    named = load_autoencoder(VAE / FILE)
+    jax.tree.map(np.testing.assert_array_equal, named.params, same)
+    config = json.loads((VAE / "config.json").read_text())
+    assert named.scaling_factor == config["scaling_factor"]
+    assert named.sha256 == hashlib.sha256((VAE / FILE).read_bytes()).hexdigest()
 
 
 def test_sizes_of_weights_without_a_config(tmp_path):
+    refuses("no such file", load_autoencoder, tmp_path / "nowhere")
     network = AutoencoderKL((32, 64), 1, 32, 4)
     arrays = {}
     for (*layer, leaf), shape in flatten_dict(network.parameter_shapes()).items():
@@ -166,6 +161,11 @@ def test_sizes_of_weights_without_a_config(tmp_path):
     assert with_config.params["decoder"]["conv_in"]["kernel"][0, 1, 2, 5] == 1
     (tmp_path / "config.json").unlink()
     assert load_autoencoder(tmp_path).network == network
+    shutil.copy(VAE / FILE, tmp_path)
+    # 16 channels cannot have the 32 groups of a file without a config.
+    refuses(r"put the config\.json", load_autoencoder, tmp_path)
+    (tmp_path / FILE).write_bytes(b"\x10" * 99)
+    refuses("cannot be read", load_autoencoder, tmp_path)
 
 
 def test_parameters_that_do_not_fit_are_named(rewrite):
@@ -195,17 +195,4 @@ def test_configs_of_other_networks_are_refused(rewrite):
         ({"scaling_factor": "no"}, "cannot be read as the config of an autoencoder"),
         ({"layers_per_block": 2}, "missing: .*resnets.2"),
     ):
-        with pytest.raises(BadInput, match=message):
-            load_autoencoder(rewrite(**config))
-
-
-def test_files_that_are_not_there_or_damaged(tmp_path):
-    with pytest.raises(BadInput, match="no such file"):
-        load_autoencoder(tmp_path / "nowhere")
-    shutil.copy(VAE / FILE, tmp_path)
-    # 16 channels cannot have the 32 groups of a file without a config.
-    with pytest.raises(BadInput, match=r"put the config\.json"):
-        load_autoencoder(tmp_path)
-    (tmp_path / FILE).write_bytes(b"\x10" * 99)
-    with pytest.raises(BadInput, match="cannot be read"):
-        load_autoencoder(tmp_path)
+        refuses(message, load_autoencoder, rewrite(**config))

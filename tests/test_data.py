@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
+from conftest import refuses
 from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
@@ -55,8 +56,8 @@ class Numbered:
 
 
 def take(source, count, **options):
-    """Return x and labels `[count, batch, ...]` of the first batches, prepared in this thread."""
-    options = {"batch_size": 6, "seed": 5, "flip": True, "threads": 0, "prefetch": 0} | options
+    """Return x and labels `[count, batch, ...]` of the first batches."""
+    options = {"batch_size": 6, "seed": 5, "flip": True} | options
     batches = list(itertools.islice(data.make_batches(source, **options), count))
     return [np.stack(arrays) for arrays in zip(*(batch[:2] for batch in batches), strict=True)]
 
@@ -66,8 +67,8 @@ def make(name="digits", split="train", **changes):
 
 
 def test_every_epoch_holds_every_element_once_in_an_order_of_its_own():
-    for length in (1, 2, 3, 7, 64, 100):
-        for epoch in range(4):
+    for length in (1, 2, 7, 64):
+        for epoch in range(3):
             positions = np.arange(epoch * length, (epoch + 1) * length)
             order = stream_indices(positions, length=length, seed=3)
             np.testing.assert_array_equal(np.sort(order), np.arange(length))
@@ -93,15 +94,11 @@ def test_order_and_flips_are_those_of_older_runs_wherever_reading_starts():
     np.testing.assert_array_equal(stream_flips(17, 10, seed=7), flips[17:27])
 
 
-def test_batches_straddle_epochs_and_drop_nothing():
-    for batch_size in (4, 25):
-        _, labels = take(Numbered(10), 50 // batch_size + 1, batch_size=batch_size)
-        epochs = labels.ravel()[:50].reshape(5, 10)
-        np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (5, 1)))
-
-
 def test_neither_resuming_nor_processes_nor_threads_change_the_stream():
+    """Batches straddle epochs and drop nothing."""
     x, labels = whole = take(Numbered(10), 12)
+    expected = stream_indices(np.arange(72), length=10, seed=5)  # whatever its threads do
+    np.testing.assert_array_equal(labels.ravel(), expected)
     for start in (1, 7):
         resumed = take(Numbered(10), 12 - start, start_step=start)
         np.testing.assert_equal(resumed, (x[start:], labels[start:]))
@@ -109,8 +106,8 @@ def test_neither_resuming_nor_processes_nor_threads_change_the_stream():
     np.testing.assert_equal(
         [np.concatenate(parts, axis=1) for parts in zip(*shares, strict=True)], whole
     )
-    for threads, prefetch in ((0, 4), (4, 0), (1, 1), (8, 16)):
-        np.testing.assert_equal(take(Numbered(10), 12, threads=threads, prefetch=prefetch), whole)
+    _, long = take(Numbered(10), 2, batch_size=25)
+    np.testing.assert_array_equal(long.ravel(), stream_indices(np.arange(50), length=10, seed=5))
 
 
 def test_flip_mirrors_about_half_of_the_pictures_and_others_in_the_next_epoch():
@@ -130,35 +127,14 @@ def test_flip_mirrors_about_half_of_the_pictures_and_others_in_the_next_epoch():
     assert 0.4 < (first[1:] != first[:-1]).mean() < 0.6
 
 
-def test_bad_stream_options_are_refused():
-    points = make("toy2d")
-    for options, message in (
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 10, "process_count": 4}, "batch_size=10 must be .*process_count=4: try 8"),
-        ({"process_index": 2, "process_count": 2}, "process_index=2"),
-        ({"process_count": 0}, "process_count=0"),
-        ({"start_step": -1}, "start_step=-1"),
-        ({"seed": -1}, "seed=-1"),
-        ({"threads": -1}, "threads=-1"),
-        ({"prefetch": -1}, "prefetch=-1"),
-        ({"source": points}, "flip=True needs pictures"),
-    ):
-        source = options.pop("source", Numbered(10))
-        with pytest.raises(BadInput, match=message):
-            take(source, 1, **options)
-
-
 def test_sources_that_are_none_are_refused():
     for arguments, message in (
         ({"name": "digit"}, r"name='digit'.*digits, toy2d, image_folder, tfds.*mean digits"),
-        ({"split": "test"}, r"split='test'.*train, held_out"),
         ({"image_size": 32}, "image_size=32 must be 8"),
         ({"name": "toy2d", "toy": "two_moon"}, r"toy='two_moon'.*mean two_moons"),
     ):
-        with pytest.raises(BadInput, match=message):
-            make(**arguments)
-    with pytest.raises(BadInput, match="also needs image_size"):
-        data.make_source({"name": "digits"}, split="train")
+        refuses(message, make, **arguments)
+    refuses("also needs image_size", data.make_source, {"name": "digits"}, split="train")
 
 
 def test_sources_in_memory_keep_the_protocol():
@@ -168,12 +144,8 @@ def test_sources_in_memory_keep_the_protocol():
         batch = source.gather(np.array([3, 1, 3]))
         assert batch.x.shape == (3, *source.spec.shape)
         assert (batch.x.dtype, batch.labels.dtype) == (np.float32, np.int32)
-        np.testing.assert_array_equal(batch.x[0], batch.x[2])
+        np.testing.assert_array_equal(batch.x[[0, 2]], data.read(source).x[[3, 3]])
         np.testing.assert_array_equal(batch.x[1], data.read(source, 2).x[1])
-    np.testing.assert_array_equal(data.read(Numbered(10)).labels, np.arange(10))
-    np.testing.assert_array_equal(data.read(Numbered(10), 4).labels, np.arange(4))
-    with pytest.raises(BadInput, match="n=11"):
-        data.read(Numbered(10), 11)
 
 
 def test_digits_are_split_by_class_without_overlap_and_keep_their_labels():
@@ -189,7 +161,8 @@ def test_digits_are_split_by_class_without_overlap_and_keep_their_labels():
     assert (nearest == held_out.labels).mean() > 0.85
 
 
-def test_toys_have_the_documented_moments_every_time_and_differ_between_splits():
+def test_toys_have_the_documented_moments_and_shapes():
+    """They are the same every time, and differ between the splits."""
     for toy in toy2d.TOYS:
         train, again, held_out = (
             data.read(make("toy2d", split, toy=toy)) for split in ("train", *data.SPLITS)
@@ -202,9 +175,6 @@ def test_toys_have_the_documented_moments_every_time_and_differ_between_splits()
             np.testing.assert_allclose(batch.x.mean(0), np.broadcast_to(mean, 2), atol=0.02)
             np.testing.assert_allclose(batch.x.std(0), std, atol=0.01)
             assert (batch.labels == NO_LABEL).all()
-
-
-def test_toys_have_their_shapes():
     squares = np.floor(toy2d.checkerboard(4000, 0) * np.sqrt(16 / 12) + 2).astype(int)
     assert (squares.sum(1) % 2 == 0).all()
     assert len(np.unique(squares, axis=0)) == 8
@@ -259,8 +229,6 @@ def test_every_mode_becomes_upright_rgb():
                     as_rgb(image)
             else:
                 assert np.asarray(as_rgb(image))[0, :, 1].tolist() == list(expected), options
-    with pytest.raises(OSError, match="cannot identify"):  # a program, which starts another
-        open_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     picture = Image.new("RGB", (16, 16), "black")
     picture.paste("white", (0, 0, 16, 8))
     picture.getexif()[0x0112] = 6  # upright after a quarter turn clockwise: the top becomes right
@@ -269,15 +237,10 @@ def test_every_mode_becomes_upright_rgb():
     assert upright[:, 8:].min() == 255
 
 
-def crop(pixels, size):
-    return adm_crop(Image.fromarray(pixels), size).astype(int)
-
-
 def test_the_crop_is_that_of_adm(rng):
+    crop = lambda pixels, size: adm_crop(Image.fromarray(pixels), size).astype(int)  # noqa: E731
     pixels = rng.integers(0, 256, (8, 13, 3), dtype=np.uint8)
-    turned = pixels.transpose(1, 0, 2)
     np.testing.assert_array_equal(crop(pixels, 8), pixels[:, 2:10])  # fits: the centre is left
-    np.testing.assert_array_equal(crop(turned, 8), turned[2:10])
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None], (40, 80, 3))
     expected = 20 + 5 * np.arange(8)[2:-2, None] + 2  # centres of columns of five, in the middle
     assert np.abs(crop(ramp, 8)[2:-2, 2:-2] - expected).max() <= 1
@@ -291,9 +254,8 @@ def test_the_crop_is_that_of_adm(rng):
     below = Image.fromarray(blocks[:31])  # too small to halve
     scaled = below.resize((round(32 * 16 / 31), 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(adm_crop(below, 16), np.asarray(scaled)[:, :16])
-    small = np.full((7, 3, 3), (9, 8, 7), np.uint8)  # enlarged
-    np.testing.assert_array_equal(crop(small, 50), np.broadcast_to((9, 8, 7), (50, 50, 3)))
-    assert crop(small[..., 0], 8).shape == (8, 8, 1)
+    small = np.full((7, 3), 9, np.uint8)  # enlarged, and grey
+    np.testing.assert_array_equal(crop(small, 50), np.full((50, 50, 1), 9))
 
 
 # a folder of pictures
@@ -346,9 +308,9 @@ def test_two_pictures_without_a_class_go_to_both_splits(tmp_path):
         save(tmp_path / f"{number}.png", (number, 0, 0))
     (tmp_path / "no class").mkdir()
     for share in (0.01, 0.99):
-        sources = both(tmp_path, held_out_share=share)
-        assert [source.spec for source in sources] == [DataSpec((8, 8, 3))] * 2
-        assert [data.read(source).labels.tolist() for source in sources] == [[NO_LABEL]] * 2
+        for source in both(tmp_path, held_out_share=share):
+            assert source.spec == DataSpec((8, 8, 3))
+            assert data.read(source).labels.tolist() == [NO_LABEL]
 
 
 def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
@@ -386,10 +348,7 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     opened.clear()
     assert [identities(on_demand), identities(on_demand)] == [expected, expected]
     assert len(opened) == 30
-    monkeypatch.undo()
-    np.testing.assert_equal(
-        take(folder(classes), 5, threads=8, prefetch=8), stream
-    )  # threads share a cache
+    np.testing.assert_equal(take(on_demand, 5), stream)
 
 
 def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_path):
@@ -399,8 +358,6 @@ def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_pa
     grey = folder(tmp_path, channels=0, background="#404040")
     assert grey.spec.shape == (8, 8, 1)
     np.testing.assert_array_equal(to_pixels(data.read(grey).x), 64)
-    with pytest.raises(BadInput, match="background='whit'"):
-        folder(tmp_path, background="whit")
     save(tmp_path / "4.png", (255, 0, 0))
     assert folder(tmp_path, channels=0).spec.shape == (8, 8, 3)
     assert np.ptp(data.read(folder(tmp_path, channels=1)).x, axis=-1).max() == 0
@@ -446,19 +403,14 @@ def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
         ({"path": ""}, "path='' is neither a folder"),
         ({"path": "gs://bucket/pictures"}, "in a bucket: copy the folder"),
         ({"path": flat, "split": "held_out"}, "no picture for split='held_out'"),
-        ({"path": classes, "image_size": 0}, "image_size=0"),
-        *(({"path": classes, "held_out_share": x}, "held_out_share") for x in (0.0, 1.0, -0.5)),
+        *(({"path": classes, "held_out_share": x}, "held_out_share") for x in (0.0, 1.0)),
+        ({"path": classes, "background": "whit"}, "background='whit'"),
     ):
-        with pytest.raises(BadInput, match=message):
-            folder(**arguments)
+        refuses(message, folder, **arguments)
     (flat / "a.png").write_text("text")
-    with pytest.raises(BadInput, match=r"none of 1 pictures is readable.*a\.png"):
-        folder(flat)
+    refuses(r"none of 1 pictures is readable.*a\.png", folder, flat)
     monkeypatch.chdir(classes)
-    with pytest.raises(BadInput, match=r"pictures of class flat are broken.*flat/a\.png"):
-        folder(".")
-    save(flat / "a.png", 0)
-    assert folder(".").spec.num_classes == 3  # an unset path is not the current directory
+    refuses(r"pictures of class flat are broken.*flat/a\.png", folder, ".")
 
 
 # TensorFlow Datasets
@@ -484,24 +436,21 @@ def write_tfds(root, examples, channels):
     writer.close()
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_a_prepared_set_is_read_resized_and_labelled(tmp_path, mode, channels):
-    examples, sizes = [], [(8, 8), (30, 20), (9, 50)]
-    for number, size in enumerate(sizes):
-        save(tmp_path / "a.png", ("black", "white")[number % 2], size, mode)
-        examples.append(((tmp_path / "a.png").read_bytes(), (number + 1) % 2))
-    write_tfds(tmp_path, examples, channels)
-    tiny = {"name": "tfds", "path": str(tmp_path), "dataset": "tiny"}
-    source = make(**tiny)
-    assert source.spec == DataSpec((8, 8, channels), 2, ("cat", "dog"))
-    for _ in range(2):
+def test_a_prepared_set_is_read_resized_and_labelled(tmp_path):
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        examples, root = [], tmp_path / mode
+        for number, size in enumerate([(8, 8), (30, 20), (9, 50)]):
+            save(root / "a.png", ("black", "white")[number % 2], size, mode)
+            examples.append(((root / "a.png").read_bytes(), (number + 1) % 2))
+        write_tfds(root, examples, channels)
+        tiny = {"name": "tfds", "path": str(root), "dataset": "tiny"}
+        source = make(**tiny)
+        assert source.spec == DataSpec((8, 8, channels), 2, ("cat", "dog"))
         x, labels, *_ = source.gather(np.array([2, 1, 0, 1]))
         np.testing.assert_array_equal(x, np.broadcast_to([[[[-1]]], [[[1]]]] * 2, x.shape))
         assert labels.tolist() == [1, 0, 1, 0]
-    with pytest.raises(BadInput, match=r"dataset='tiny' split 'train\[:0\]'"):
-        make(**tiny, split_train="train[:0]")
-    with pytest.raises(BadInput, match=r"dataset='tiny' split 'test'"):
-        make(**tiny, split="held_out")
+    refuses(r"dataset='tiny' split 'train\[:0\]'", make, **tiny, split_train="train[:0]")
+    refuses(r"dataset='tiny' split 'test'", make, **tiny, split="held_out")
 
 
 def test_bad_names_and_unprepared_sets_are_refused_without_a_download(tmp_path, monkeypatch):
@@ -514,9 +463,7 @@ def test_bad_names_and_unprepared_sets_are_refused_without_a_download(tmp_path, 
         ("cifar10", "tfds build cifar10 --file_format=array_record"),
         ("not a name!", "dataset='not a name!'"),
     ):
-        with pytest.raises(BadInput, match=message) as error:
-            make("tfds", path=str(tmp_path), dataset=dataset)
-        assert "\n" not in str(error.value)
+        refuses(message, make, "tfds", path=str(tmp_path), dataset=dataset)
     with tfds.testing.mock_data(), pytest.raises(BadInput, match="feature 'image'"):
         make("tfds", dataset="ag_news_subset")
 

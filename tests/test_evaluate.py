@@ -19,6 +19,7 @@ from mf_jax.metrics import classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception
 from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
+from mf_jax.published.fetch import find_weights
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 
@@ -135,17 +136,26 @@ def test_every_cell_has_a_row_with_its_protocol_and_is_scored_once(score, looks,
     assert len(_rows(score.workdir)) == 7
 
 
-def test_numbers_do_not_depend_on_the_batch_and_padding_is_not_counted(score, looks):
-    found = []
+def test_numbers_do_not_depend_on_the_batch_and_rows_of_a_job_beside_are_kept(
+    score, looks, monkeypatch
+):
+    found, theirs = [], {"name": "of another job", "fid": 1.0, "protocol": {"checkpoint": 3}}
+    compare, rows_file = scorers._score_pictures, score.workdir / "eval.jsonl"
+
+    def score_beside_another(*arguments):
+        rows_file.write_text(json.dumps(theirs) + "\n")
+        return compare(*arguments)
+
+    monkeypatch.setattr(scorers, "_score_pictures", score_beside_another)
     for batch_size, seen in ((80, [80]), (32, [32, 32, 32])):
-        (score.workdir / "eval.jsonl").unlink(missing_ok=True)
-        (row,) = score(f"--config.eval.batch_size={batch_size}")
-        assert looks == seen
+        rows_file.unlink(missing_ok=True)
+        other, row = score(f"--config.eval.batch_size={batch_size}")
+        assert (looks, other) == (seen, theirs)
         found.append({name: value for name, value in row.items() if isinstance(value, float)})
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)  # padding is not counted
 
 
-def test_several_references_and_checkpoints(score, looks, reference, tmp_path, command):
+def test_several_references_and_checkpoints(score, looks, reference, tmp_path):
     other = _write_reference(tmp_path / "other.npz", seed=1)
     rows = score("--config.eval.checkpoints=4,8", references=(reference, other))
     assert sum(looks) == 2 * 80  # references share the samples
@@ -154,9 +164,6 @@ def test_several_references_and_checkpoints(score, looks, reference, tmp_path, c
     assert len({row["fid"] for row in rows}) == 4
     names = [row["name"] for row in _table(score.workdir)["rows"]]
     assert names == [f"checkpoint {step}, 1 step, {name}" for step, name in expected]
-    one = (*ARGUMENTS, f"--workdir={score.workdir}", f"--config.eval.references=('{reference}',)")
-    code, _, errors = command(*one, "--config.eval.checkpoints=5,")
-    assert (code, "no checkpoint of step 5; it has 4, 8, 12" in errors) == (2, True)
 
 
 @pytest.fixture
@@ -198,53 +205,28 @@ def test_watching_scores_the_newest_in_all_ways_and_leaves_out_the_damaged(watch
     assert "damaged" in watch.out
 
 
-def test_a_checkpoint_that_lands_during_a_scoring_is_next(watch, monkeypatch):
-    last, aside = watch.workdir / "checkpoints" / "12", watch.workdir / "later"
-    shutil.move(last, aside)
-    score_grid = evaluate.Evaluation.score_grid
-
-    def score_slowly(self, steps):
-        rows = score_grid(self, steps)
-        if aside.exists():
-            shutil.move(aside, last)
-        return rows
-
-    monkeypatch.setattr(evaluate.Evaluation, "score_grid", score_slowly)
-    assert _protocols(watch(), "checkpoint") == [(8,), (12,), (4,)]
-    assert watch.waits == 0
-
-
 def test_watching_waits_for_a_run_and_goes_on_without_a_dropped_checkpoint(watch, monkeypatch):
-    config, aside = watch.workdir / "config.json", watch.workdir / "aside"
-    shutil.move(config, aside)
+    """A checkpoint that lands during a scoring is next."""
+    config, last, aside = watch.workdir / "config.json", watch.workdir / "checkpoints" / "12", []
+    for path in (config, last):
+        aside.append((shutil.move(path, watch.workdir / f"aside_{path.name}"), path))
     load = evaluate.load_run
 
-    def drop_one(workdir, *arguments, **more):
+    def change_meanwhile(workdir, *arguments, **more):
         shutil.rmtree(workdir / "checkpoints" / "4", ignore_errors=True)
+        while aside:
+            shutil.move(*aside.pop())
         return load(workdir, *arguments, **more)
 
-    monkeypatch.setattr(evaluate, "load_run", drop_one)
-    rows = watch(when_waiting=lambda: shutil.move(aside, config))
+    monkeypatch.setattr(evaluate, "load_run", change_meanwhile)
+    rows = watch(when_waiting=lambda: shutil.move(*aside.pop(0)))
     assert watch.waits == 1
     assert "waiting for a run" in watch.out
     assert "checkpoint 4 is left out: the run has dropped it" in watch.out
-    assert _protocols(rows, "checkpoint") == [(12,), (8,)]
+    assert _protocols(rows, "checkpoint") == [(8,), (12,)]
 
 
-def test_rows_of_a_job_beside_are_kept(score, monkeypatch):
-    theirs = {"name": "of another job", "fid": 1.0, "protocol": {"checkpoint": 3}}
-    compare = scorers._score_pictures
-
-    def score_beside_another(*arguments):
-        (score.workdir / "eval.jsonl").write_text(json.dumps(theirs) + "\n")
-        return compare(*arguments)
-
-    monkeypatch.setattr(scorers, "_score_pictures", score_beside_another)
-    first, second = score()
-    assert (first, set(second) >= SCORES) == (theirs, True)
-
-
-def test_other_weights_are_another_row(score, looks, command, monkeypatch, tmp_path, reference):
+def test_other_weights_are_another_row(score, looks, monkeypatch, tmp_path):
     """Of a run that was trained anew, and of init.path whatever it stands for."""
     score()
     fingerprint = evaluate.fingerprint
@@ -257,10 +239,6 @@ def test_other_weights_are_another_row(score, looks, command, monkeypatch, tmp_p
     assert len({row["fid"] for row in rows}) == 3
     assert len(score(started, workdir=elsewhere)) == 3
     assert not looks
-    named = f"--config.eval.references=('{reference}',)"
-    both = (f"--workdir={elsewhere}", started, named, "--config.eval.emas=('none',)")
-    code, _, errors = command(*ARGUMENTS, *both)
-    assert (code, "init.which" in errors) == (2, True)
 
 
 def test_anybodys_samples_against_all_kinds_of_references(score, looks, reference, tmp_path):
@@ -350,10 +328,11 @@ def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
         scorers.scorer_of_data(get_config(), epath.Path(tmp_path), Numbered(1), Numbered(9))
 
 
-def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, reference):
+def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, reference, monkeypatch):
     wide = _write_reference(tmp_path / "wide.npz", width=7)
     np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     good = f"--config.eval.references=('{reference}',)"
+    elsewhere = (f"--workdir={tmp_path / 'new'}", f"--config.init.path={copy_of_trained}", good)
     for message, *arguments in (
         ("nowhere.npz", "--config.eval.references=('nowhere.npz',)"),
         ("eval.references", "--config.eval.samples=x.npz"),
@@ -363,6 +342,8 @@ def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, refere
         ("wide.npz: mu has 7 features; must have 6", f"--config.eval.references=('{wide}',)"),
         ("eval.emas", good, "--config.eval.emas=0.995,"),
         ("arr_0", good, f"--config.eval.samples={tmp_path / 'empty.npz'}"),
+        ("no checkpoint of step 5; it has 4, 8, 12", good, "--config.eval.checkpoints=5,"),
+        ("init.which", *elsewhere, "--config.eval.emas=('none',)"),
     ):
         looks.clear()
         code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments)
@@ -373,14 +354,11 @@ def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, refere
     (copy_of_trained / "eval.jsonl").mkdir()
     code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
     assert (code, "eval.jsonl" in errors) == (2, True)
-
-
-def test_published_weights_that_are_missing_are_named(trained, command, reference, tmp_path):
-    one = (*ARGUMENTS, f"--workdir={trained}", f"--config.weights_dir={tmp_path}")
-    code, _, errors = command(*one, f"--config.eval.references=('{reference}',)")
-    assert code == 2
+    monkeypatch.setattr(scorers, "find_weights", find_weights)
+    missing = f"--config.weights_dir={tmp_path}"
+    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good, missing)
+    assert (code, f"{tmp_path}" in errors) == (2, True)
     assert "weights-inception-2015-12-05-6726825d.pth" in errors
-    assert str(tmp_path) in errors
 
 
 def test_names_say_whatever_differs():

@@ -27,23 +27,19 @@ from mf_jax.step import TrainState
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
+    """What killed processes have left is tidied up after a day, not before."""
     path = tmp_path / "file"
     replace_file(path, b"old")
     with contextlib.suppress(RuntimeError), written_aside(epath.Path(path)) as aside:
         epath.Path(aside).write_bytes(b"half")
         raise RuntimeError
-    assert path.read_bytes() == b"old"
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+    for name in (".file.a.1.part", ".file.b.1.part", ".other.a.1.part"):
+        (tmp_path / name).touch()
+        if ".a." in name:
+            os.utime(tmp_path / name, (0, 0))
     replace_file(path, b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"new")]
-
-
-def test_what_killed_processes_have_left_is_tidied_up(tmp_path):
-    """After a day; what a process is still writing is left alone."""
-    for name in ("file.a", "file.b", "other.a"):
-        (tmp_path / f".{name}.1.part").touch()
-        if name.endswith("a"):
-            os.utime(tmp_path / f".{name}.1.part", (0, 0))
-    replace_file(tmp_path / "file", b"new")
+    assert path.read_bytes() == b"new"
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"file", ".file.b.1.part", ".other.a.1.part"}
 
@@ -81,18 +77,6 @@ def test_output_takes_every_letter_and_outlives_its_reader(tmp_path, monkeypatch
     assert (tmp_path / "out").read_text() == "a - \\u732b \\udce9\nmore\n"
 
 
-def test_a_device_that_is_not_here_is_one_line(command, monkeypatch):
-    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
-    asked = jax.config.jax_platforms
-    jax.config.update("jax_platforms", "cuda")
-    try:
-        code, _, errors = command("--config=configs/digits.py")
-    finally:
-        jax.config.update("jax_platforms", asked)
-    assert (code, errors.count("\n")) == (2, 1)
-    assert "JAX_PLATFORMS=cuda" in errors
-
-
 def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     path, folder = bucket
     events = []  # their writer has its own way into buckets
@@ -127,24 +111,26 @@ def test_a_bucket_knows_no_locks(bucket, tmp_path):
         pass
 
 
-def test_a_full_disk_is_one_line(tmp_path, command, monkeypatch):
-    """Said by the system, or by the library that writes checkpoints."""
-    workdir = tmp_path / "run"
+def test_what_the_machine_lacks_is_one_line(tmp_path, command, monkeypatch):
+    workdir, asked = tmp_path / "run", jax.config.jax_platforms
     reason = f"mf_jax: --workdir={workdir}: No space left on device; make room, and the same "
-    for error in (
+    for error in (  # of the system, or of the library that writes checkpoints
         OSError(errno.ENOSPC, "No space left on device"),
         ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"),
     ):
-        monkeypatch.setattr(train, "run", mock.Mock(side_effect=error))
-        code, _, errors = command("--config=configs/digits.py", f"--workdir={workdir}")
+        with mock.patch.object(train, "run", side_effect=error):
+            code, _, errors = command("--config=configs/digits.py", f"--workdir={workdir}")
         assert (code, errors) == (1, reason + "command continues\n")
-
-
-def test_a_bucket_whose_package_is_missing(command, monkeypatch):
-    def missing(self, path):
-        raise ImportError("Please install gcsfs to access Google Storage")
-
-    monkeypatch.setattr(type(fsspec_backend), "fs", missing)
+    lacking = "Please install gcsfs to access Google Storage"
+    fs = mock.Mock(side_effect=ImportError(lacking))
+    monkeypatch.setattr(type(fsspec_backend), "fs", fs)
     code, _, errors = command("--config=configs/digits.py", "--workdir=gs://bucket/run")
-    named = "mf_jax: --workdir=gs://bucket/run: Please install gcsfs to access Google Storage; pip"
+    named = f"mf_jax: --workdir=gs://bucket/run: {lacking}; pip"
     assert (code, errors.startswith(named)) == (2, True)
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        code, _, errors = command("--config=configs/digits.py")
+    finally:
+        jax.config.update("jax_platforms", asked)
+    assert (code, errors.count("\n"), "JAX_PLATFORMS=cuda" in errors) == (2, 1, True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jobs import Job, free_port, here, tiny_config, works
 from scenarios import POINTS, restore, save
+from test_prepare import write_tree
 from test_train import results
 
 from mf_jax.config import make_network
@@ -23,8 +24,9 @@ from mf_jax.runtime.sharding import make_mesh
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with `run`, a finished run in one process, and the weights of others."""
+    """Return a folder with `run`, a finished run in one process, weights, and pictures."""
     folder = tmp_path_factory.mktemp("job")
+    write_tree(folder / "pictures")
     works(*POINTS, f"--workdir={folder / 'run'}")
     digits = DataSpec((8, 8, 1), 10)
     shapes = parameter_shapes(make_network(tiny_config(), digits), digits.shape)
@@ -73,6 +75,12 @@ def test_every_process_tells_bad_input_in_one_line(lived, folder):
             assert text in errors
     assert "process 0: process 1 has: " in lived[0][0]["weights"][2]
     assert not (folder / "none").exists()
+
+
+def test_preparing_on_two_processes_ends_when_all_shards_are_there(lived):
+    first, second = (scenarios["prepare"] for scenarios in lived[0])
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "12 pictures in 3 shards, 0 skipped" in first[1]  # it has waited for the other
 
 
 def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):

@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import refuses
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import reference_file
@@ -45,6 +46,10 @@ def same(reference, statistics):
             np.testing.assert_array_equal(found, value)
 
 
+def refused(path, message, read=read_reference):
+    refuses(f"^{path}: .*{message}", read, path)
+
+
 def test_our_files_are_read_by_us_and_by_others(path, statistics, pictures):
     path = path.parent / "new" / path.name
     blocks = (pictures[i : i + 10] for i in range(0, 23, 10))
@@ -75,16 +80,13 @@ def test_files_of_other_tools_are_read(path, statistics, pictures):
         np.testing.assert_array_equal(np.concatenate(list(read_pictures(path, 7))), pictures)
 
 
-def test_pictures_are_read_in_blocks(path, pictures):
+def test_no_more_than_a_block_is_held(path, statistics, pictures):
     np.savez(path, pictures)
     assert count_pictures(path) == 23
     for size, lengths in ((10, [10, 10, 3]), (23, [23]), (100, [23])):
         blocks = list(read_pictures(path, size))
         assert [len(block) for block in blocks] == lengths
         np.testing.assert_array_equal(np.concatenate(blocks), pictures)
-
-
-def test_no_more_than_a_block_is_held(path, statistics):
     block = np.zeros((100, 64, 64, 3), np.uint8)  # 1.2 MB, of 25 MB
     tracemalloc.start()
     write_reference(path, statistics, pictures=(block.copy() for _ in range(20)), num_pictures=2000)
@@ -100,8 +102,7 @@ def test_statistics_are_computed_from_pictures_only_where_there_are_none(
     path, statistics, pictures, monkeypatch
 ):
     np.savez(path, pictures)
-    with pytest.raises(BadInput, match=r"holds pictures \(arr_0\) and no statistics"):
-        read_reference(path)
+    refuses(r"holds pictures \(arr_0\) and no statistics", read_reference, path)
     seen = []
     same(read_reference(path, lambda blocks: seen.extend(blocks) or statistics), statistics)
     np.testing.assert_array_equal(np.concatenate(seen), pictures)
@@ -126,15 +127,15 @@ def test_bad_statistics_are_named_in_one_line(path, statistics):
     good |= {"mu_s": statistics.mean_spatial, "sigma_s": statistics.covariance_spatial}
     for change, message in (
         ({"sigma": None}, "lacks sigma; it has mu"),
-        ({"mu": None, "sigma": None}, "lacks mu, sigma; it has mu_s, sigma_s, and must have"),
-        ({"sigma_s": None}, "lacks sigma_s"),
+        ({"mu": None, "sigma": None}, "lacks mu, sigma; it has mu_s, sigma_s: use"),
+        ({"sigma_s": None}, "mu_s and sigma_s: must be both there"),
         ({"mu": np.zeros(5)}, r"mu is \[5\] and sigma \[6, 6\]"),
         ({"sigma": np.zeros((6, 5))}, r"sigma \[6, 5\]; must be \[d\] and \[d, d\]"),
         ({"mu": np.zeros((1, 6))}, r"mu is \[1, 6\]"),
         ({"mu": np.array([0, np.nan, 0, 0, 0, 0])}, "mu has 1 values that are NaN"),
         ({"sigma": np.diag([1, np.inf, 1, 1, 1, 1])}, "sigma has 1 values"),
-        ({"sigma_s": np.diag(np.ones(4), 1)}, "sigma_s is not symmetric"),
         ({"sigma": np.diag([1.0, 1, 1, 1, 1, -1e-3])}, "sigma has eigenvalues below 0"),
+        ({"sigma_s": np.diag(np.ones(4), 1)}, "sigma_s is not symmetric"),
         ({"features": np.zeros((4, 5))}, r"features is \[4, 5\]; must be \[rows, 6\]"),
         ({"features": np.zeros((3, 6))}, "at least 4 rows"),
         ({"features": np.full((4, 6), np.nan)}, "features has 24 values"),
@@ -144,34 +145,22 @@ def test_bad_statistics_are_named_in_one_line(path, statistics):
         ({"num_images": np.int64(-5)}, r"cannot be read \(num_images is int64 or below 0"),
     ):
         np.savez(path, **{k: array for k, array in (good | change).items() if array is not None})
-        with pytest.raises(BadInput, match=f"^{path}: .*{message}") as error:
-            read_reference(path)
-        assert "\n" not in str(error.value)
+        refused(path, message)
     for sigma in (np.zeros((6, 6)), np.ones((6, 6)), np.diag([1.0, 1, 1, 1, 1, -1e-8])):
         np.savez(path, **good | {"sigma": sigma})
         read_reference(path)
-
-
-def test_damaged_files_are_named_in_one_line(path, statistics):
-    write_reference(path, statistics)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[400] ^= 255
     as_npy = io.BytesIO()
     np.save(as_npy, np.eye(3))
-    halves = whole[: len(whole) // 2], whole[: int(0.98 * len(whole))]
-    for content in (*halves, b"", bytes(flipped), as_npy.getvalue()):
+    for content in (b"", path.read_bytes()[:-9], as_npy.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(BadInput, match=f"^{path}: .*check the file, or fetch it") as error:
-            read_reference(path)
-        assert "\n" not in str(error.value)
+        refused(path, "check the file, or fetch it")
     path.unlink()
-    for read in (read_reference, lambda p: next(read_pictures(p, 3))):
-        with pytest.raises(BadInput, match=f"^{path}: no such file"):
-            read(path)
+    refused(path, "no such file")
+    refused(path, "no such file", lambda path: next(read_pictures(path)))
 
 
 def test_other_arrays_are_no_pictures(path, pictures):
+    first = lambda path: next(read_pictures(path, 2))  # noqa: E731
     for array, message in (
         (np.zeros((3, 2, 2, 3)), "arr_0 is float64"),
         (np.zeros((3, 2, 2), np.uint8), r"\[3, 2, 2\]"),
@@ -179,14 +168,11 @@ def test_other_arrays_are_no_pictures(path, pictures):
         (np.asfortranarray(np.zeros((3, 2, 2, 3), np.uint8)), "in Fortran order"),
     ):
         np.savez(path, array)
-        with pytest.raises(BadInput, match=message):
-            next(read_pictures(path, 2))
+        refused(path, message, first)
     np.savez(path, mu=np.zeros(2))
-    with pytest.raises(BadInput, match="has no pictures"):
-        count_pictures(path)
+    refused(path, "has no pictures", count_pictures)
     content = io.BytesIO()
     np.save(content, pictures)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", content.getvalue()[:-5])
-    with pytest.raises(BadInput, match="arr_0 ends early"):
-        list(read_pictures(path, 10))
+    refused(path, "arr_0 ends early", first)

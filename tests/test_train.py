@@ -304,7 +304,7 @@ class Numbered:
 
 
 def test_mirrors_come_from_the_source_where_it_has_them():
-    batches = make_batches(Numbered(), batch_size=10, seed=3, flip=True, threads=0)
+    batches = make_batches(Numbered(), batch_size=10, seed=3, flip=True)
     for step in range(3):
         batch = next(batches)
         assert batch.x.dtype == np.float16

@@ -6,18 +6,17 @@ disk. Names are x, label, condition, pair and mask; others are refused.
 
 import functools
 import os
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int, Shaped
 
-from mf_jax.data.pipeline import SPLITS, Batch
+from mf_jax.data.pipeline import SPLITS, Batch, count_held_out
 from mf_jax.data.pixels import from_pixels
-from mf_jax.flow.errors import BadInput, listed, nearest
+from mf_jax.flow.errors import BadInput, listed, nearest, reason_of
 from mf_jax.flow.records import NO_LABEL, DataSpec
-from mf_jax.runtime.archives import array_names, opened_npz, read_array
+from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import in_bucket, sha256_of
 
 KEYS = ("x", "label", "condition", "pair", "mask")
@@ -35,7 +34,11 @@ class Rows:
     stored = None
 
     def __init__(
-        self, arrays: Arrays, rows: Int[np.ndarray, "k"], class_names: tuple[str, ...], digest: str
+        self,
+        arrays: Arrays,
+        rows: Int[np.ndarray, "k"],
+        class_names: tuple[str, ...] = (),
+        digest: str = "",
     ) -> None:
         """Take arrays by the names of `KEYS`, which fit one another."""
         self._arrays, self._rows, self.digest = arrays, rows, digest
@@ -71,8 +74,6 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
       path: an `.npz` or `.npy` file.
       held_out_share: share of the rows, in (0, 1), chosen at random once and for all.
     """
-    if not 0 < held_out_share < 1:
-        raise BadInput(f"held_out_share={held_out_share!r}: must lie between 0 and 1: try 0.1")
     file, where = epath.Path(path).expanduser(), f"path={path!r}"
     if in_bucket(file):
         raise BadInput(f"{where} is in a bucket: copy the file to each host, and set path to that")
@@ -82,7 +83,7 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
     status = os.stat(file)
     arrays, digest = _checked(str(file), where, (status.st_mtime_ns, status.st_size))
     num = len(arrays["x"])
-    held_out = min(max(round(held_out_share * num), 1), num - 1)
+    held_out = count_held_out(held_out_share, num)
     order = np.random.default_rng(SPLIT_SEED).permutation(num)
     rows = order[held_out:] if split == SPLITS[0] else order[:held_out]
     num_classes = int(arrays["label"].max()) + 1 if "label" in arrays else 0
@@ -124,13 +125,11 @@ def _read(file: str, where: str) -> dict[str, np.ndarray]:
     try:
         if file.endswith(".npy"):
             return {"x": np.load(file, mmap_mode="r", allow_pickle=False)}
-        with opened_npz(file) as archive:
-            return {key: read_array(archive, key) for key in array_names(archive)}
-    except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return read_npz(file)
+    except UNREADABLE as error:
         raise BadInput(
-            f"{where} cannot be read ({reason}); must hold arrays of numbers, no objects: save "
-            "it again with numpy.savez(FILE, x=x)"
+            f"{where} cannot be read ({reason_of(error)}); must hold arrays of numbers, no "
+            "objects: save it again with numpy.savez(FILE, x=x)"
         ) from error
 
 

@@ -14,8 +14,8 @@ from mf_jax.data.crop import adm_crop, as_rgb, check_background, formats, open_p
 from mf_jax.data.kept_pictures import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures, fit_in_memory
-from mf_jax.data.pipeline import check_at_least
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.data.pipeline import count_held_out
+from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
@@ -53,14 +53,9 @@ class ImageFolder(Pictures):
           channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
           background: colour behind transparent pixels.
         """
-        check_at_least("image_size", image_size, 1)
         check_background(background)
         if channels not in (0, 1, 3):
             raise BadInput(f"channels={channels}: must be 1 for grey, 3 for colour, 0 to find out")
-        if not 0 < held_out_share < 1:
-            raise BadInput(
-                f"held_out_share={held_out_share!r} must lie between 0 and 1, exclusive: try 0.1"
-            )
         if in_bucket(epath.Path(path)):
             raise BadInput(
                 f"path={path!r} is in a bucket: copy the folder to each host, and set path to that"
@@ -87,7 +82,8 @@ class ImageFolder(Pictures):
             problems = _tried(lambda index: _look(self._list, index), listed)
         bad = {index: text for index, text in zip(listed, problems, strict=True) if text}
         self._indices, self.broken = _readable(self._list, listed, bad, path, split)
-        self.digest = digest(self._list, self._indices)
+        lines = list(self._list.lines())
+        self.digest = digest(lines[index] for index in self._indices)
         decoded = None if pixels is None else (pixels, labels[self._indices].astype(np.int32))
         super().__init__(spec, len(self._indices), decoded)
 
@@ -131,7 +127,7 @@ def _part(
         return hashlib.blake2b(os.fsencode(pictures.name(index))).digest()
 
     ranked = sorted(indices.tolist(), key=rank)
-    held_out = min(max(round(held_out_share * len(ranked)), 1), len(ranked) - 1)
+    held_out = count_held_out(held_out_share, len(ranked))
     return sorted(ranked[:held_out] if split == "held_out" else ranked[held_out:])
 
 
@@ -165,7 +161,7 @@ def _tried(look: Callable[[int], object], indices: list[int]) -> list[str]:
         except UnidentifiedImageError:
             return "no picture"
         except Exception as error:  # the decoders of Pillow raise anything
-            return " ".join(str(error).split())[:120] or type(error).__name__
+            return reason_of(error)
         return ""
 
     is_long = len(indices) >= _SHOWN_FROM and processes.is_first()

@@ -5,16 +5,14 @@ anew where it is missing or damaged, which its own checksums tell.
 """
 
 import contextlib
-import hashlib
-import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from etils import epath
 
-from mf_jax.runtime.archives import opened_npz, read_array
+from mf_jax.data.picture_list import digest
+from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 from mf_jax.runtime.compile_cache import cache_folder
-from mf_jax.runtime.files import written_aside
 
 _FOLDER, _MOST_FILES = "pictures", 4
 Arrays = dict[str, np.ndarray]
@@ -27,19 +25,14 @@ def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
         cache = cache_folder()
     if cache is None:
         return make()
-    total = hashlib.sha256()
-    for line in made_from:
-        total.update(line.encode(errors="surrogateescape") + b"\n")
     folder = epath.Path(cache) / _FOLDER
-    file = folder / f"{total.hexdigest()}.npz"
-    unreadable = contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
-    with unreadable, opened_npz(file) as archive:
-        return {name: read_array(archive, name) for name in ("pixels", "problems")}
+    file = folder / f"{digest(made_from)}.npz"
+    with contextlib.suppress(*UNREADABLE):
+        return read_npz(file, ("pixels", "problems"))
     arrays = make()
     with contextlib.suppress(OSError):  # no folder, no space: no matter
         folder.mkdir(parents=True, exist_ok=True)
-        with written_aside(file) as aside:
-            np.savez(aside, **arrays)
+        write_npz(file, arrays)
         files = sorted(folder.glob("*.npz"), key=lambda each: -each.stat().mtime)
         for old in files[_MOST_FILES:]:
             old.unlink(missing_ok=True)

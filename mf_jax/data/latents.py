@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
 from mf_jax.data.local_copy import local_copy
 from mf_jax.data.pipeline import Batch, Stored
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import in_bucket, sha256_of
@@ -73,8 +72,7 @@ class Latents:
         self._starts = np.array([0, *counts])
         for shard in self._shards:
             self._check_length(shard)
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
+        self._reader = functools.cache(self._opened)  # which threads share
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -91,10 +89,9 @@ class Latents:
         rows = self.stored.rows
         x = np.empty((len(indices), *rows.shape), rows.dtype)
         batch = Batch(x, np.empty(len(indices), np.int32))
-        order = np.argsort(shards, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            if rows.size:  # all that one shard gives in one call, which does not hold Python's lock
-                self._read(int(shards[rows[0]]), positions[rows].tolist(), batch, rows)
+        for shard in np.unique(shards).tolist():
+            rows = np.flatnonzero(shards == shard)  # in one call, which does not hold Python's lock
+            self._read(shard, positions[rows].tolist(), batch, rows)
         return batch
 
     def _read(self, shard: int, positions: list[int], batch: Batch, rows: np.ndarray) -> None:
@@ -105,15 +102,11 @@ class Latents:
                 numbers = np.frombuffer(record, NUMBER, offset=LABEL.itemsize)
                 batch.x[row] = numbers.reshape(batch.x.shape[1:])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._refuse(self._shards[shard], f"is damaged ({reason[:200]})")
+            self._refuse(self._shards[shard], f"is damaged ({reason_of(error)})")
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                path = self._folder / self._shards[shard]["name"]
-                self._readers[shard] = ArrayRecordReader(str(path), **_READER_OPTIONS)
-            return self._readers[shard]
+    def _opened(self, shard: int) -> ArrayRecordReader:
+        path = self._folder / self._shards[shard]["name"]
+        return ArrayRecordReader(str(path), **_READER_OPTIONS)
 
     def _check_length(self, shard: dict[str, Any]) -> None:
         path = self._folder / shard["name"]

@@ -9,7 +9,7 @@ from etils import epy
 
 from mf_jax.data.arrays import Rows
 from mf_jax.data.pipeline import SPLITS
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, reason_of
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
@@ -43,10 +43,10 @@ def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
             dataset, data_home=path or None, parser="liac-arff", **options
         )
     except (OSError, ValueError) as error:  # no network; an answer that is no data set
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"dataset={dataset!r} cannot be fetched from OpenML ({reason}): try again with a "
-            f"network, or set path to a folder with a copy; it is {path or 'the usual one'!r}"
+            f"dataset={dataset!r} cannot be fetched from OpenML ({reason_of(error)}): try again "
+            "with a network, or set path to a folder with a copy; it is "
+            f"{path or 'the usual one'!r}"
         ) from error
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
     labels = labels.astype(np.int32)

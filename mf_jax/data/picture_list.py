@@ -14,7 +14,6 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -32,29 +31,11 @@ _SPLITS = {*_TRAIN, "val", "valid", "validation", "dev", "test", "testing"}
 _HEAD_BYTES = 2**24  # of a name without ending, to see whether it is a picture
 
 
-@runtime_checkable
-class PicturesIn(Protocol):
-    """An ordered list of encoded pictures; its methods are safe to call from several threads.
+class Listed:
+    """Encoded pictures in folders or in tar files; `read` is safe in several threads.
 
     class_names: in the order of the labels; () without labels.
     """
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Return a picture's name, with the folders it is in."""
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return a picture as it is stored, and its label."""
-
-    def lines(self) -> Iterator[str]:
-        """Yield text that differs between different lists."""
-
-
-class Listed:
-    """Pictures in folders or in tar files, read by their place."""
 
     def __init__(self, classes: list[tuple[str, File]], class_order: str) -> None:
         self.class_names = _ordered(classes, class_order)
@@ -69,11 +50,11 @@ class Listed:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """See `PicturesIn.name`."""
+        """Return a picture's name, with the folders it is in."""
         return self._names[index]
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """See `PicturesIn.read`."""
+        """Return a picture as it is stored, and its label."""
         place = self._places[index].tolist()
         return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
 
@@ -84,9 +65,12 @@ class Listed:
             yield f"{line}\0{path}\0{changed[path]}"
 
     def lines(self) -> Iterator[str]:
-        """See `PicturesIn.lines`."""
+        """Yield text that differs between different lists."""
         for label, name, size in zip(self.labels, self._names, self._places[:, 1], strict=True):
             yield f"{self.class_names[label] if label != NO_LABEL else ''}\0{name}\0{size}"
+
+
+PicturesIn = Listed | TfdsPictures
 
 
 def list_pictures(path: str, *, key: str, tfds_split: str, class_order: str) -> PicturesIn:
@@ -115,10 +99,10 @@ def list_files(path: str, *, key: str, class_order: str) -> Listed:
     return Listed(_classes(files, root, key), class_order)
 
 
-def digest(pictures: PicturesIn, indices: Iterable[int] | None = None) -> str:
-    """Return hex digits that tell lists of pictures, or of some of them, apart."""
-    total, lines = hashlib.sha256(), list(pictures.lines())
-    for line in lines if indices is None else (lines[index] for index in indices):
+def digest(lines: Iterable[str]) -> str:
+    """Return hex digits that tell lists of pictures apart, by their lines."""
+    total = hashlib.sha256()
+    for line in lines:
         total.update(line.encode(errors="surrogateescape") + b"\n")
     return total.hexdigest()
 

@@ -10,7 +10,6 @@ what a batch holds: neither processes, nor threads, nor a stop. A batch may stra
 element is ever dropped.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -26,8 +25,7 @@ SPLITS = ("train", "held_out")
 _ORDER, _FLIP = 0, 1  # streams of one seed: the flips must not follow the order
 _SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
-
-
+_THREADS, _PREFETCH = 4, 4  # batches prepared at the same time, and held ready in memory
 MORE = ("condition", "e", "mask")
 
 
@@ -79,10 +77,11 @@ class Source(Protocol):
         """Return the elements at these indices and their labels; safe in several threads."""
 
 
-def check_at_least(argument: str, value: int, least: int) -> None:
-    """Raise BadInput unless `value` is an integer of at least `least`."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise BadInput(f"{argument}={value!r} must be an integer of at least {least}")
+def count_held_out(held_out_share: float, num: int) -> int:
+    """Return how many of `num` elements are held out: of two or more neither none nor all."""
+    if not 0 < held_out_share < 1:
+        raise BadInput(f"held_out_share={held_out_share!r}: must lie between 0 and 1: try 0.1")
+    return min(max(round(held_out_share * num), 1), num - 1)
 
 
 def stream_indices(
@@ -117,55 +116,6 @@ def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
     return words >> np.uint64(63) == 1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """Random access to the stream for Grain: element k is this process's share of batch k.
-
-    Grain runs Python for each element, which costs more than a small picture does.
-    """
-
-    source: Source
-    batch_size: int
-    seed: int
-    flip: bool
-    process_index: int
-    process_count: int
-
-    def __post_init__(self) -> None:
-        for argument, least in (("batch_size", 1), ("seed", 0), ("process_count", 1)):
-            check_at_least(argument, getattr(self, argument), least)
-        index, count = self.process_index, self.process_count
-        if not 0 <= index < count:
-            raise BadInput(f"process_index={index} must lie in [0, process_count={count})")
-        if self.batch_size % count:
-            nearest = count * max(1, round(self.batch_size / count))
-            size = f"batch_size={self.batch_size}"
-            raise BadInput(f"{size} must be a multiple of process_count={count}: try {nearest}")
-        if self.flip and not self.source.spec.is_picture:
-            shape = self.source.spec.shape
-            raise BadInput(f"flip=True needs pictures (H, W, C), not shape {shape}: set flip=False")
-
-    def __len__(self) -> int:
-        return _STEPS
-
-    def __getitem__(self, step: int) -> Batch:
-        share = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * share
-        positions = np.arange(first, first + share)
-        indices = stream_indices(positions, length=len(self.source), seed=self.seed)
-        if not self.flip:
-            return self.source.gather(indices)
-        flips = stream_flips(first, share, seed=self.seed)
-        if self.source.stored:
-            return self.source.gather(indices + len(self.source) * flips)
-        batch = self.source.gather(indices)
-        pictures = {"x": batch.x, **batch.more}
-        pictures.pop("condition", None)
-        of_rows = flips[:, None, None, None]
-        mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
-        return batch._replace(**mirrored)
-
-
 def make_batches(
     source: Source,
     *,
@@ -175,37 +125,46 @@ def make_batches(
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 4,
-    prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Iterate over this process's share of the batches from a step on, without end.
 
     Args:
-      source: the elements.
       batch_size: rows of the global batch; a multiple of process_count.
       seed: at least 0; with the step it decides everything that a batch holds.
       start_step: the step of the first batch; k resumes a stream of which k batches were used.
       flip: mirror each picture left to right with probability 1/2.
       process_index: which contiguous share of each batch to return, in [0, process_count).
-      process_count: number of processes that share a batch.
-      threads: batches prepared at the same time; 0 prepares each in the caller's thread.
-      prefetch: batches held ready in memory.
     """
     import grain  # takes a second, which modes without a stream need not pay
 
-    steps = _Steps(source, batch_size, seed, flip, process_index, process_count)
-    check_at_least("start_step", start_step, 0)
-    check_at_least("threads", threads, 0)
-    check_at_least("prefetch", prefetch, 0)
-    options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
+    share = batch_size // process_count
+
+    # Grain runs Python for each element, which costs more than a small picture does: a batch is one
+    def batch_of(step: int) -> Batch:
+        first = step * batch_size + process_index * share
+        indices = stream_indices(np.arange(first, first + share), length=len(source), seed=seed)
+        if not flip:
+            return source.gather(indices)
+        flips = stream_flips(first, share, seed=seed)
+        if source.stored:
+            return source.gather(indices + len(source) * flips)
+        return _mirrored(source.gather(indices), flips)
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+    batches = grain.MapDataset.range(start_step, _STEPS).map(batch_of)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _mirrored(batch: Batch, flips: Bool[np.ndarray, "n"]) -> Batch:
+    pictures = {"x": batch.x, **batch.more}
+    pictures.pop("condition", None)
+    of_rows = flips[:, None, None, None]
+    mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
+    return batch._replace(**mirrored)
 
 
 def read(source: Source, n: int = 0) -> Batch:
     """Read the first n elements in order, stored ones as they are; 0 means all."""
-    check_at_least("n", n, 0)
-    if n > len(source):
-        raise BadInput(f"n={n} must be at most {len(source)}: lower it, or 0 for all")
     return source.gather(np.arange(n or len(source)))
 
 

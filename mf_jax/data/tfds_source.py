@@ -11,8 +11,7 @@ from PIL import Image
 
 from mf_jax.data.crop import adm_crop, as_rgb
 from mf_jax.data.pictures import Pictures
-from mf_jax.data.pipeline import check_at_least
-from mf_jax.flow.errors import BadInput, nearest
+from mf_jax.flow.errors import BadInput, nearest, reason_of
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.files import in_bucket, opened
 
@@ -43,16 +42,16 @@ class TfdsPictures:
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """See `PicturesIn.name`."""
+        """See `Listed.name`."""
         return f"{self._split}[{index}]"
 
     def read(self, index: int) -> tuple[Any, int]:
-        """See `PicturesIn.read`; a decoded picture is a uint8 array."""
+        """See `Listed.read`; a decoded picture is a uint8 array."""
         record = self._data[index]
         return record["image"], int(record["label"]) if self.class_names else NO_LABEL
 
     def lines(self) -> Iterator[str]:
-        """See `PicturesIn.lines`."""
+        """See `Listed.lines`."""
         yield from (self._data.dataset_info.full_name, self._split, str(len(self)))
 
 
@@ -70,7 +69,6 @@ class Tfds(Pictures):
         split: str,
     ) -> None:
         """Open the TFDS split that `split` chooses; see `TfdsPictures`."""
-        check_at_least("image_size", image_size, 1)
         tfds_split = split_train if split == "train" else split_held_out
         self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)
         shape, names = (image_size, image_size, pictures.channels), pictures.class_names
@@ -108,13 +106,12 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
         ) from error
     except BadInput:
         raise
-    except Exception as error:
-        # TFDS raises ValueError, AssertionError, NotImplementedError, KeyError, ... alike.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # ValueError, AssertionError, NotImplementedError, KeyError, ...
         raise BadInput(
-            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} ({reason}): "
-            "check the names, or prepare it where TensorFlow is installed with `tfds build "
-            f"{dataset} --file_format=array_record --data_dir=DIR`, and set path=DIR"
+            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} "
+            f"({reason_of(error)}): check the names, or prepare it where TensorFlow is installed "
+            f"with `tfds build {dataset} --file_format=array_record --data_dir=DIR`, and set path "
+            "to DIR"
         ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")
@@ -138,17 +135,13 @@ def _check_features(folder: epath.Path) -> None:
         else:
             found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
         for path in found:
-            with opened(path) as file:
-                names = _class_names(json.load(file))
-            if other := [name for name in names if not str(name).startswith(_FEATURES)]:
-                raise BadInput(f"{path} asks for {str(other[0])[:80]}, which is no feature of TFDS")
+            for name in map(str, _class_names(path)):
+                if not name.startswith(_FEATURES):
+                    raise BadInput(f"{path} asks for {name[:80]}, which is no feature of TFDS")
 
 
-def _class_names(value: Any) -> Iterator[Any]:
-    """Yield all names of classes in the content of a features.json."""
-    for key, each in value.items() if isinstance(value, dict) else ():
-        if key in _NAMING:
-            yield each
-    for each in value.values() if isinstance(value, dict) else value:
-        if isinstance(each, dict | list):
-            yield from _class_names(each)
+def _class_names(path: epath.Path) -> list[Any]:
+    names: list[Any] = []
+    with opened(path) as file:
+        json.load(file, object_hook=lambda d: names.extend(d[k] for k in _NAMING & d.keys()))
+    return names

@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 from etils import epy
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from mf_jax.data.pipeline import Batch
+from mf_jax.data.arrays import Rows
 from mf_jax.flow.errors import check_known
-from mf_jax.flow.records import NO_LABEL, DataSpec
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
@@ -73,20 +72,8 @@ TOYS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-class Toy2D:
-    """2**16 unlabelled points `[2]` of one of `TOYS`; the splits are independent draws."""
-
-    spec = DataSpec((2,))
-    stored = None
-
-    def __init__(self, *, toy: str, split: str) -> None:
-        """Draw one split; the same points every time."""
-        check_known("toy", toy, TOYS)
-        self._x = TOYS[toy](2**16, SPLIT_SEEDS[split]).astype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        """See `Source.gather`."""
-        return Batch(self._x[indices], np.full(len(indices), NO_LABEL, np.int32))
+def of_toy2d(*, toy: str, split: str) -> Rows:
+    """Draw 2**16 unlabelled points `[2]` of one of `TOYS`; the splits are independent draws."""
+    check_known("toy", toy, TOYS)
+    x = TOYS[toy](2**16, SPLIT_SEEDS[split]).astype(np.float32)
+    return Rows({"x": x}, np.arange(len(x)))

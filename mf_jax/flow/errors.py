@@ -25,8 +25,12 @@ def left_out(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of drawing, of a disk, of a library: whatever it is
-        reason = " ".join(str(error).split())[:200]
-        print(f"{what} is left out: {type(error).__name__}: {reason}", flush=True)
+        print(f"{what} is left out: {type(error).__name__}: {reason_of(error)}", flush=True)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

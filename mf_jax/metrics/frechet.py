@@ -60,11 +60,6 @@ class Moments:
     @np.errstate(invalid="ignore")
     def __add__(self, other: "Moments") -> "Moments":
         """Return the moments of the rows of both."""
-        if self.mean.shape != other.mean.shape:
-            raise BadInput(
-                f"rows of {other.mean.size} features cannot be added to rows of {self.mean.size}; "
-                "use one feature extractor for both"
-            )
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other
@@ -87,26 +82,6 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def checked_features(
-    features: np.ndarray, name: str, *, at_least: int, width: int | None = None
-) -> Float[np.ndarray, "n d"]:
-    """Return feature rows `[n, d]`, checked and named in errors; width None allows any d."""
-    rows = np.asarray(features)
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise BadInput(
-            f"{name} has shape {rows.shape}; it must be [rows, features]: flatten each sample"
-        )
-    if width is not None and rows.shape[1] != width:
-        raise BadInput(
-            f"{name} has {rows.shape[1]} features a row; it must have {width}, like the other set: "
-            "use one feature extractor for both"
-        )
-    if len(rows) < at_least:
-        raise BadInput(f"{name} has {len(rows)} rows; it must have at least {at_least}")
-    require_finite(rows, name)
-    return rows
-
-
 def require_finite(values: np.ndarray, name: str) -> None:
     """Raise BadInput if any value is not finite."""
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
@@ -117,10 +92,9 @@ def require_finite(values: np.ndarray, name: str) -> None:
 
 
 def check_gaussian(
-    mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str] = ("mean", "covariance")
+    mean: np.ndarray, covariance: np.ndarray, first: str = "mean", second: str = "covariance"
 ) -> None:
     """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
-    first, second = names
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
         raise BadInput(
             f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}; must be [d] and "
@@ -146,10 +120,6 @@ def frechet_distance(
     cov_b: Float[np.ndarray, "d d"],
 ) -> float:
     """Return the Fréchet distance (squared, as FID is); covariances may be singular."""
-    for side, mean, covariance in (("a", mean_a, cov_a), ("b", mean_b, cov_b)):
-        check_gaussian(mean, covariance, (f"mean_{side}", f"cov_{side}"))
-    if mean_a.shape != mean_b.shape:
-        raise BadInput(f"mean_b has {mean_b.size} features; must have {mean_a.size}, like mean_a")
     return _distance(mean_a, cov_a, mean_b, cov_b, _root(cov_a).T @ _root(cov_b))
 
 

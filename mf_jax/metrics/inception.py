@@ -10,6 +10,7 @@ weight files these are.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -155,12 +156,10 @@ def _chain(
     return x
 
 
-def _halved(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    return nn.max_pool(x, (3, 3), (2, 2))
-
-
-def _averaged(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+_halved = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+_averaged = functools.partial(
+    nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
+)
 
 
 def _join(*branches: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:

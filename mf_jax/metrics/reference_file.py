@@ -16,10 +16,17 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from numpy.lib import format as npy
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
 from mf_jax.metrics.row_pairs import LEAST_ROWS
-from mf_jax.runtime.archives import array_header, array_names, opened_npz, read_array, read_header
+from mf_jax.runtime.archives import (
+    UNREADABLE,
+    array_header,
+    array_names,
+    opened_npz,
+    read_array,
+    read_header,
+)
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
@@ -32,8 +39,6 @@ _KEYS = {
     "features": np.float32,
 }
 """In the order of the fields of `Statistics`."""
-_UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, zipfile.zlib.error, EOFError, KeyError)
-_UNREADABLE += (ValueError, NotImplementedError, OSError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,11 +65,13 @@ class Statistics:
 
     def check(self) -> None:
         """Raise BadInput unless these are statistics of one set of features; names the key."""
-        check_gaussian(self.mean, self.covariance, ("mu", "sigma"))
+        check_gaussian(self.mean, self.covariance, "mu", "sigma")
         if (self.mean_spatial is None) != (self.covariance_spatial is None):
-            raise BadInput("mu_s and sigma_s: must be both there or neither")
+            raise BadInput(
+                "mu_s and sigma_s: must be both there or neither: take them from one set"
+            )
         if self.mean_spatial is not None:
-            check_gaussian(self.mean_spatial, self.covariance_spatial, ("mu_s", "sigma_s"))
+            check_gaussian(self.mean_spatial, self.covariance_spatial, "mu_s", "sigma_s")
         if self.features is None:
             return
         shape, width = self.features.shape, self.mean.size
@@ -93,7 +100,6 @@ def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Refe
     """Read a file of reference statistics; its pictures are not touched if it has statistics.
 
     Args:
-      path: of the `.npz`.
       compute: for files of pictures alone, which None refuses; takes blocks of pictures.
     """
     path = epath.Path(path).expanduser()
@@ -145,8 +151,6 @@ def write_reference(
     """Write a file of reference statistics, whole or not at all, and its folder.
 
     Args:
-      path: of the `.npz`.
-      statistics: of the reference pictures.
       pictures: blocks to store with them, which ADM's evaluation needs; ours needs the features.
       num_pictures: their number in all blocks.
     """
@@ -197,8 +201,8 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except BadInput:
         raise
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120]
+    except UNREADABLE as error:
+        reason = reason_of(error)
         raise BadInput(
             f"{path}: an array in it cannot be read ({reason}); check the file, or fetch it again"
         ) from error
@@ -217,14 +221,9 @@ def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
 
 
 def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
-    missing = [name for name in ("mu", "sigma") if name not in names]
-    half = [name for name in ("mu_s", "sigma_s") if name not in names]
-    if missing or len(half) == 1:
+    if missing := [name for name in ("mu", "sigma") if name not in names]:
         there = ", ".join(sorted(names)) or "nothing"
-        raise BadInput(
-            f"lacks {', '.join(missing or half)}; it has {there}, and must have mu and sigma, mu_s "
-            "and sigma_s both or neither: use FID reference statistics"
-        )
+        raise BadInput(f"lacks {', '.join(missing)}; it has {there}: use FID reference statistics")
     arrays = dict.fromkeys(_KEYS)
     for name in set(_KEYS) & names:
         array = read_array(archive, name)

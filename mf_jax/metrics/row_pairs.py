@@ -13,7 +13,6 @@ Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991), equations 1 and 2; Bińko
 (arXiv:1801.01401), equation 4 and section 3; Gretton et al. 2012, equation 3.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,11 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.metrics.frechet import checked_features
-
-LEAST_ROWS = 4
-"""Fewest rows of a set that have three neighbours each."""
+NEIGHBOURS = 3
+"""The k of the balls, as published."""
+LEAST_ROWS = NEIGHBOURS + 1
 _ROWS_AT_ONCE = 512
 _NOISE = 4 * np.finfo(np.float32).eps
 """Times the root of the width: below this share of |a|^2 + |b|^2 a squared distance is rounding."""
@@ -58,10 +55,10 @@ class _Rows(NamedTuple):
     offsets: Float32[Array, "n"]
 
 
-def own_pairs(rows: Float[np.ndarray, "n d"], *, k: int = 3) -> OwnPairs:
-    """Compare the rows of a set, finite and more than k, with one another."""
+def own_pairs(rows: Float[np.ndarray, "n d"]) -> OwnPairs:
+    """Compare the rows of a set, finite and at least `LEAST_ROWS`, with one another."""
     n = len(rows)
-    radii, kernels = _own(_shifted(rows, rows.mean(axis=0, dtype=np.float64)), k)
+    radii, kernels = _own(_shifted(rows, rows.mean(axis=0, dtype=np.float64)))
     return OwnPairs(np.asarray(radii), _sum(kernels) / (n * (n - 1)))
 
 
@@ -69,22 +66,15 @@ def pair_scores(
     generated: Float[np.ndarray, "n d"],
     reference: Float[np.ndarray, "m d"],
     *,
-    k: int = 3,
     own: OwnPairs | None = None,
 ) -> PairScores:
     """Compare generated rows with reference rows; published values take as many of both.
 
     Args:
-      generated, reference: rows, more than k of each, finite.
-      k: at least 1.
+      generated, reference: rows, at least `LEAST_ROWS` of each, finite.
       own: pairs of the generated rows, if they are known.
     """
-    if k < 1:
-        raise BadInput(f"k is {k}; it must be at least 1: use k=3, as published")
-    generated = checked_features(generated, "generated", at_least=k + 1)
-    width = generated.shape[1]
-    reference = checked_features(reference, "reference", at_least=k + 1, width=width)
-    own_a, own_b = own or own_pairs(generated, k=k), own_pairs(reference, k=k)
+    own_a, own_b = own or own_pairs(generated), own_pairs(reference)
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _shifted(generated, centre), _shifted(reference, centre)
     inside_a, kernels = _cross(a, b, own_b.radii)
@@ -118,8 +108,8 @@ def _pairs(a: _Rows, b: _Rows) -> tuple[Float32[Array, "n"], Float32[Array, "n"]
     return jnp.where(is_noise, 0, distances), x * (x * (x + 3) + 3)
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _own(rows: _Rows, k: int) -> tuple[Float32[Array, "n"], Float32[Array, "n"]]:
+@jax.jit
+def _own(rows: _Rows) -> tuple[Float32[Array, "n"], Float32[Array, "n"]]:
     """Return the squared radius of each row's ball, and the sum of its kernels."""
     places = jnp.arange(len(rows.norms))
 
@@ -127,7 +117,7 @@ def _own(rows: _Rows, k: int) -> tuple[Float32[Array, "n"], Float32[Array, "n"]]
         row, place = row_and_place
         distances, kernels = _pairs(row, rows)
         distances = jnp.where(places == place, jnp.inf, distances)
-        nearest = -jax.lax.top_k(-distances, k)[0]
+        nearest = -jax.lax.top_k(-distances, NEIGHBOURS)[0]
         return nearest[-1], jnp.sum(jnp.where(places == place, 0, kernels))
 
     return jax.lax.map(one, (rows, places), batch_size=_ROWS_AT_ONCE)

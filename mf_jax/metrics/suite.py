@@ -7,7 +7,7 @@ from jaxtyping import Array, Shaped
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
-from mf_jax.metrics.inception_score import InceptionScore
+from mf_jax.metrics.inception_score import inception_score
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import LEAST_ROWS, OwnPairs, own_pairs, pair_scores
 from mf_jax.runtime.processes import is_first, on_host
@@ -28,16 +28,15 @@ class SampleScores:
     """Take the features of samples batch by batch and score them against any number of references.
 
     Over several processes features are global arrays and every process calls `add`. Process 0 alone
-    keeps the pooled rows and the sums, and so has the scores.
+    keeps pooled rows, logits and sums, and so has the scores.
 
     Args:
       num_samples: of all batches, exactly.
       least: fewest samples to score; 0 = one more than the features of a row.
-      splits: parts of Inception Score.
     """
 
-    def __init__(self, num_samples: int, *, least: int = 0, splits: int = 10) -> None:
-        self._num_samples, self._least, self._splits = num_samples, least, splits
+    def __init__(self, num_samples: int, *, least: int = 0) -> None:
+        self._num_samples, self._least = num_samples, least
         self._rows: np.ndarray | None = None
         self._own: OwnPairs | None = None
 
@@ -65,25 +64,23 @@ class SampleScores:
         if not is_first():
             return
         if self._rows is None:
-            self._start(widths)
+            # NaN until its sample has come: scores of samples that lack one are refused
+            self._rows, self._logits = (
+                np.full((self._num_samples, widths[name]), np.nan, np.float32)
+                for name in (POOLED, LOGITS)
+            )
+            self._pooled, self._spatial = (Moments.none(widths[k]) for k in (POOLED, SPATIAL))
         self._rows[numbers[keep]] = rows[POOLED][keep]
+        self._logits[numbers[keep]] = rows[LOGITS][keep]
         self._pooled += Moments.of(rows[POOLED][keep])
         self._spatial += Moments.of(rows[SPATIAL][keep])
-        self._classes.add(rows[LOGITS][keep], numbers[keep])
-
-    def _start(self, widths: Mapping[str, int]) -> None:
-        # NaN until its sample has come: scores of samples that lack one are refused
-        self._rows = np.full((self._num_samples, widths[POOLED]), np.nan, np.float32)
-        self._pooled, self._spatial = (Moments.none(widths[name]) for name in (POOLED, SPATIAL))
-        self._classes = InceptionScore(self._num_samples, widths[LOGITS], self._splits)
 
     def inception_score(self) -> tuple[float | None, float | None]:
         """Return the mean and the standard deviation of Inception Score over its parts, if any."""
-        return self._classes.result()
+        return inception_score(self._logits)
 
     def against(self, reference: Reference) -> dict[str, float | None]:
         """Return all scores that the reference has statistics for."""
-        check_widths(reference, self._pooled.mean.size, self._spatial.mean.size)
         if missing := np.flatnonzero(np.isnan(self._rows).any(axis=1)).tolist():
             raise BadInput(
                 f"{len(missing)} of {self._num_samples} samples are missing or hold NaN, the "

@@ -8,14 +8,14 @@
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
@@ -27,7 +27,7 @@ from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
-from mf_jax.prepare.stream import PictureStream, Pixels
+from mf_jax.prepare.stream import PictureStream
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.ranges import check_values
 from mf_jax.reporting.progress import ProgressBar
@@ -36,27 +36,8 @@ from mf_jax.runtime import processes
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 
-@runtime_checkable
-class Output(Protocol):
-    """Something that is made of the pictures, shard by shard."""
-
-    def has(self, shard: int) -> bool:
-        """Return whether a shard is complete, whichever process has made it."""
-
-    def skipped(self, shards: Sequence[int]) -> list[str]:
-        """Return the names of broken pictures in this process's complete shards."""
-
-    def begin(self, shard: int) -> None:
-        """Start a shard anew."""
-
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Add a batch of pictures, whose images lie on the devices too."""
-
-    def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """Store a shard, and the names of its broken pictures."""
-
-    def finish(self) -> str:
-        """Finish the whole if all shards are there; return a line for the user."""
+Output = LatentShards | ReferenceStatistics
+"""What is made of the pictures, shard by shard."""
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -111,7 +92,7 @@ def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int])
         "crop": CROP,
         "num_shards": config.prepare.shards,
         "num_listed": len(pictures),
-        "input_sha256": digest(pictures),
+        "input_sha256": digest(pictures.lines()),
     }
     outputs: list[Output] = [_latents(config, common, pictures)] if config.prepare.latents else []
     if config.prepare.reference:

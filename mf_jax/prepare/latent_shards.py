@@ -25,7 +25,7 @@ from mf_jax.data.latent_records import (
     to_record,
 )
 from mf_jax.data.pixels import from_pixels
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import sha256_of, written_aside
@@ -86,29 +86,29 @@ class LatentShards:
         self._open = contextlib.ExitStack()
 
     def has(self, shard: int) -> bool:
-        """See `Output.has`."""
+        """Return whether a shard is complete, whichever process has made it."""
         side, path = self._side_path(shard), self._path(shard)
         return side.exists() and path.exists() and path.stat().length == self._side(shard)["bytes"]
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
-        """See `Output.skipped`."""
+        """Return the names of broken pictures in this process's complete shards."""
         return [name for shard in shards for name in self._side(shard)["skipped"]]
 
     def begin(self, shard: int) -> None:
-        """See `Output.begin`."""
+        """Start a shard anew."""
         self._counts: Counter[int] = Counter()
         self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
         self._local = self._open.enter_context(written_aside(self._path(shard)))
         self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Encode a batch of pictures while the batch before it is written; see `Output.add`."""
+        """Encode pictures, whose images are on the devices, while the batch before is written."""
         latents = _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
         self._write()
         self._encoding = pixels, latents
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """Finish the side file, then the shard; see `Output.end`."""
+        """Finish the side file, which names its broken pictures, then the shard."""
         self._write()
         with self._room():
             self._writer.close()
@@ -123,7 +123,7 @@ class LatentShards:
             self._open.close()
 
     def finish(self) -> str:
-        """Write the manifest if all shards are there; see `Output.finish`."""
+        """Write the manifest if all shards are there; return a line for the user."""
         present = sum(self.has(shard) for shard in range(self._shards))
         if present < self._shards:
             share = f"{present} of {self._shards} shards are there"
@@ -158,10 +158,9 @@ class LatentShards:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split())
             raise BadInput(
-                f"data.path={str(self._folder)!r}: a shard cannot be written ({problem}): make "
-                "room, and run again, which continues"
+                f"data.path={str(self._folder)!r}: a shard cannot be written ({reason_of(error)}): "
+                "make room, and run again, which continues"
             ) from error
 
     def _path(self, shard: int) -> epath.Path:

@@ -5,14 +5,13 @@ these files adds them up. Sums are in float64, so that a restart loses nothing.
 """
 
 import dataclasses
-import io
 import itertools
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int, UInt8
 
 from mf_jax.flow.errors import BadInput
@@ -20,8 +19,7 @@ from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
-from mf_jax.runtime.archives import array_names, opened_npz, read_array
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 
 KEPT_FEATURES = 10_000
 """Feature rows that are kept for precision and recall, spread evenly over the pictures."""
@@ -46,28 +44,21 @@ class _Part:
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> "_Part":
         """Return the part that `arrays` has stored."""
-        sums = {name: _moments(arrays, name) for name in _NAMES}
+        tree = unflatten_dict(dict(arrays), sep="/")
+        sums = {name: Moments(int(tree[name].pop("count")), **tree[name]) for name in _NAMES}
         lists = {name: arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")}
         return cls(sums, kept_features=list(arrays["kept_features"]), **lists)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the part as arrays, for a file."""
         rows = np.array(self.kept_features, np.float32)
-        return {
-            f"{name}/{key}": np.asarray(value)
-            for name, sums in self.sums.items()
-            for key, value in vars(sums).items()
-        } | {
+        tree = {name: vars(sums) for name, sums in self.sums.items()} | {
             "shards": np.array(self.shards, np.int64),
             "skipped": np.array(self.skipped, np.str_),
             "kept_indices": np.array(self.kept_indices, np.int64),
             "kept_features": rows.reshape(-1, FEATURES[_POOLED]),
         }
-
-
-def _moments(arrays: Mapping[str, np.ndarray], name: str) -> Moments:
-    count, mean, scatter = (arrays[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
-    return Moments(int(count), mean, scatter)
+        return flatten_dict(tree, sep="/")
 
 
 def parts_folder(path: epath.Path) -> epath.Path:
@@ -111,34 +102,32 @@ class ReferenceStatistics:
         self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
     def has(self, shard: int) -> bool:
-        """See `Output.has`."""
+        """See `LatentShards.has`."""
         return shard in self._done
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
-        """See `Output.skipped`."""
+        """See `LatentShards.skipped`."""
         return self._part.skipped
 
     def begin(self, shard: int) -> None:
-        """See `Output.begin`."""
+        """See `LatentShards.begin`."""
 
     def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """See `Output.add`."""
+        """See `LatentShards.add`."""
         features = inception_features(self._params, images)
         self._keep()
         self._waiting = pixels, features
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """See `Output.end`."""
+        """See `LatentShards.end`."""
         self._keep()
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
         self._done.add(shard)
-        content = io.BytesIO()
-        np.savez(content, **self._part.arrays())
-        replace_file(self._own, content.getvalue())
+        write_npz(self._own, self._part.arrays())
 
     def finish(self) -> str:
-        """Write the file of statistics if all shards are in sums; see `Output.finish`."""
+        """Write the file of statistics if all shards are in sums; see `LatentShards.finish`."""
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
             raise BadInput(
@@ -183,10 +172,8 @@ def _read(
 ) -> Any:
     """Return what a function reads of the arrays in a file, of all or `only` some."""
     try:
-        with opened_npz(path) as archive:
-            names = only or array_names(archive)
-            return read({name: read_array(archive, name) for name in names})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        return read(read_npz(path, only))
+    except UNREADABLE as error:
         problem = f"{path} is no file of sums ({error}): delete it and run again"
         raise BadInput(problem) from error
 

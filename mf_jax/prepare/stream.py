@@ -1,6 +1,5 @@
 """Decode and crop pictures in threads, ahead of the device, and pack the good ones into batches."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from jaxtyping import Int, UInt8
 
 from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import PicturesIn
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.runtime import processes
 
 _AHEAD = 2  # batches of decoded pictures that wait for the device
@@ -35,38 +34,6 @@ class _Decoded(NamedTuple):
     label: int
     image: np.ndarray
     problem: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoder:
-    """Random access to decoded pictures, for Grain."""
-
-    pictures: PicturesIn
-    indices: np.ndarray
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> _Decoded:
-        index = int(self.indices[position])
-        try:
-            content, label = self.pictures.read(index)
-        except Exception as error:  # the way to the picture is broken: a second try may find it
-            raise BadInput(
-                f"prepare.input: {self.pictures.name(index)} cannot be opened ({error}): see to "
-                "its permissions or the connection, and run again, which continues"
-            ) from error
-        try:
-            with open_picture(content) as image:
-                return _Decoded(index, label, adm_crop(as_rgb(image), self.image_size))
-        except MemoryError as error:
-            raise BadInput(
-                f"prepare.input: there is no memory to decode {self.pictures.name(index)}: lower "
-                "prepare.batch_size and run the same command again, which continues"
-            ) from error
-        except Exception as error:  # the decoders of Pillow raise anything
-            return _Decoded(index, label, np.empty(0), str(error) or type(error).__name__)
 
 
 class PictureStream:
@@ -94,9 +61,9 @@ class PictureStream:
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
         )
-        decoder = grain.MapDataset.source(_Decoder(pictures, indices, image_size))
-        self._decoded = iter(decoder.to_iter_dataset(options))
-        self._name = pictures.name
+        self._pictures, self._image_size = pictures, image_size
+        decoded = grain.MapDataset.source(indices).map(self._decode)
+        self._decoded = iter(decoded.to_iter_dataset(options))
         self._batch_size, self._max_bad = batch_size, max_bad
         self._all_skipped = list(skipped)
         self.skipped: list[str] = []
@@ -108,11 +75,31 @@ class PictureStream:
         while batch := list(itertools.islice(good, self._batch_size)):
             yield _packed(batch, self._batch_size)
 
+    def _decode(self, index: np.integer) -> _Decoded:
+        name = self._pictures.name(int(index))
+        try:
+            content, label = self._pictures.read(int(index))
+        except Exception as error:  # the way to the picture is broken: a second try may find it
+            raise BadInput(
+                f"prepare.input: {name} cannot be opened ({error}): see to its permissions or the "
+                "connection, and run again, which continues"
+            ) from error
+        try:
+            with open_picture(content) as image:
+                return _Decoded(int(index), label, adm_crop(as_rgb(image), self._image_size))
+        except MemoryError as error:
+            raise BadInput(
+                f"prepare.input: there is no memory to decode {name}: lower prepare.batch_size and "
+                "run the same command again, which continues"
+            ) from error
+        except Exception as error:  # the decoders of Pillow raise anything
+            return _Decoded(int(index), label, np.empty(0), reason_of(error))
+
     def _is_good(self, decoded: _Decoded) -> bool:
         """Return whether a picture is whole, and note its name if it is not."""
         if not decoded.problem:
             return True
-        name = self._name(decoded.index)
+        name = self._pictures.name(decoded.index)
         logging.warning("%s is broken and skipped: %s", name, decoded.problem)
         self.skipped.append(name)
         self._all_skipped.append(name)

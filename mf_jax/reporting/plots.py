@@ -8,7 +8,6 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mf_jax.runtime.files import written_aside
 with epy.lazy_imports():
     import matplotlib as mpl
     from matplotlib import collections, colors, figure
-    from scipy import ndimage
+    from scipy import ndimage, special
     from sklearn import decomposition
 
 EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
@@ -237,7 +236,7 @@ def _finish_curves(ax: Any, values: np.ndarray) -> None:
 
 def _grid_of_noise(side: int) -> tuple[np.ndarray, np.ndarray]:
     """Return dots `[side^2, 2]` of equal probability under N(0, I), and wires `[W, 201, 2]`."""
-    line = np.array([NormalDist().inv_cdf((i + 0.5) / side) for i in range(side)])
+    line = special.ndtri((np.arange(side) + 0.5) / side)
     dots = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
     wires = np.stack(np.meshgrid(np.linspace(line[0], line[-1], 201), line[::3]), axis=-1)
     return dots, np.concatenate([wires, wires[..., ::-1]])

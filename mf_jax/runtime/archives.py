@@ -3,19 +3,23 @@
 import contextlib
 import math
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from etils import epath
 from numpy.lib import format as npy
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.runtime.files import opened
+from mf_jax.runtime.files import opened, written_aside
 
 _MOST_TIMES = 20
 """As many times its size may a compressed file hold; numbers of networks compress little."""
 _ALWAYS_BYTES = 2**28
 """May be held by any file: zeros compress well."""
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError)
+UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
+"""What reading a damaged `.npz` raises."""
 
 
 def check_claim(claimed: int, num_bytes: int) -> None:
@@ -48,6 +52,18 @@ def opened_npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
     with opened(path) as file, zipfile.ZipFile(file) as archive:
         check_members(archive, file.seek(0, 2))
         yield archive
+
+
+def read_npz(path: epath.PathLike, only: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz`, all or `only` some; one of `UNREADABLE` if it is damaged."""
+    with opened_npz(path) as archive:
+        return {name: read_array(archive, name) for name in only or array_names(archive)}
+
+
+def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a whole `.npz`, in an existing folder, or nothing."""
+    with written_aside(epath.Path(path)) as aside:
+        np.savez(aside, **arrays)
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:

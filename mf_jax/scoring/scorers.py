@@ -24,7 +24,7 @@ from mf_jax.metrics import classifier, reference_file
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features, load_inception
 from mf_jax.metrics.reference_file import Reference, Statistics
-from mf_jax.metrics.row_pairs import LEAST_ROWS, pair_scores
+from mf_jax.metrics.row_pairs import LEAST_ROWS, NEIGHBOURS, pair_scores
 from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
 from mf_jax.published.fetch import find_weights, verify
@@ -189,7 +189,7 @@ def _of_pictures(
         "reference": f"{len(train.x)} training images",
         "reference_sha256": digest(*train[: 1 + has_classes]),
         "features": f"{classifier.FEATURES_KEPT} of the {kind}",
-        "neighbours": 3,
+        "neighbours": NEIGHBOURS,
         "compared_at_once": equal,
     }
 
@@ -260,10 +260,9 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
     if reference.statistics.features is not None or not reference.num_pictures:
         return reference
     # as the evaluation of ADM has its files
-    blocks = reference_file.read_pictures(path, _BLOCK)
-    blocks = itertools.islice(blocks, _KEPT_FEATURES // _BLOCK)
-    rows = [np.asarray(_features(inception, jnp.asarray(block))[POOLED]) for block in blocks]
-    statistics = dataclasses.replace(reference.statistics, features=np.concatenate(rows))
+    blocks = itertools.islice(reference_file.read_pictures(path, _BLOCK), _KEPT_FEATURES // _BLOCK)
+    features = _statistics(inception, blocks).features
+    statistics = dataclasses.replace(reference.statistics, features=features)
     return dataclasses.replace(reference, statistics=statistics)
 
 
