@@ -23,7 +23,6 @@ from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_initial, load_run, weights_sha256
-from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.sample_grid import describe, save_sample_grid
 from mf_jax.runtime import processes
@@ -37,6 +36,7 @@ from mf_jax.scoring.grid import NEWEST, Cell, cells
 from mf_jax.scoring.rows import Row
 from mf_jax.scoring.scorers import Samples, Scorer
 from mf_jax.validation import validate
+from mf_jax.validation.ranges import check_values
 
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64

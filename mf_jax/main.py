@@ -151,10 +151,10 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
-    from mf_jax.ranges import check_sizes
     from mf_jax.runtime import processes
     from mf_jax.runtime.compile_cache import keep_programs
     from mf_jax.runtime.workdir import flat, keep_habits
+    from mf_jax.validation.ranges import check_sizes
 
     keep_programs()
     processes.start(

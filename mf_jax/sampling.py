@@ -24,7 +24,6 @@ from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
 from mf_jax.optim import choose_ema
 from mf_jax.published.fetch import find_weights
-from mf_jax.ranges import check_values
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
 from mf_jax.reporting.sample_grid import (
@@ -39,6 +38,7 @@ from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
 from mf_jax.runtime.sharding import batch_sharding
+from mf_jax.validation.ranges import check_values
 
 _GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))

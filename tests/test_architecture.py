@@ -10,10 +10,10 @@ from conftest import ROOT
 LAYERS = [
     ["main", "arguments", "bench", "train", "evaluate", "sampling", "prepare"],
     ["loading", "generator", "scoring"],
-    ["step", "validation", "config", "ranges"],
+    ["step", "validation", "config"],
     ["data", "metrics", "models", "objectives", "published", "reporting"],
     ["optim", "runtime"],
-    ["flow"],
+    ["types", "flow"],
 ]
 """Imports go down, or within a layer to the right."""
 PLACES = {part: place for place, part in enumerate(itertools.chain(*LAYERS))}

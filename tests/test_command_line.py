@@ -15,9 +15,9 @@ from mf_jax import models
 from mf_jax.arguments import MODES, last_of_each, parse
 from mf_jax.data import make_source
 from mf_jax.flow.errors import BadInput
-from mf_jax.ranges import check_tuples, wrong_values
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import PATHS, locked
+from mf_jax.validation.ranges import check_tuples, wrong_values
 
 DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
 

@@ -21,11 +21,11 @@ from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import parameter_shapes
-from mf_jax.ranges import check_tuples
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file, to_json
 from mf_jax.validation import validate
+from mf_jax.validation.ranges import check_tuples
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
 """Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""

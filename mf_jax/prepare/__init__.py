@@ -29,9 +29,9 @@ from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.ranges import check_values
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
+from mf_jax.validation.ranges import check_values
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 

@@ -23,7 +23,7 @@ from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import NETWORKS, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.optim import choose_ema
-from mf_jax.ranges import check_tuples, wrong_values
+from mf_jax.validation.ranges import check_tuples, wrong_values
 
 PARTS = {"data": SOURCES, "model": NETWORKS, "objective": OBJECTIVES}
 """Tables where a config file may register parts of its own."""
