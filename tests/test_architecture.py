@@ -1,6 +1,7 @@
 """Who may import whom, and what importing must not do."""
 
 import ast
+import configparser
 import itertools
 import subprocess
 import sys
@@ -94,3 +95,11 @@ def test_the_core_brings_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.split("\n") == ["True", "[]", ""]
+
+
+def test_every_package_is_installed():
+    listed = configparser.ConfigParser()
+    listed.read(ROOT / "setup.cfg")
+    folders = {f"mf_jax.{path.parent.name}" for path in (ROOT / "mf_jax").glob("*/__init__.py")}
+    packages = set(listed["options"]["packages"].split())
+    assert packages == folders | {"mf_jax", "mf_jax.configs"}
