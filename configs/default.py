@@ -71,7 +71,8 @@ DEFAULTS = dict(
         scan=False,  # dits: one loop over the blocks, whose parameters are stacked; compiles fast
     ),
     objective=dict(
-        name="meanflow",  # a key of mf_jax.objectives.OBJECTIVES
+        # meanflow | improved_meanflow | pixel_meanflow | alpha_flow | split_meanflow | shortcut |
+        name="meanflow",  # terminal_velocity | flow_matching, or one of your own
         derivative="jvp",  # of u in t, where the objective has one: jvp | backward | central
         derivative_delta=0.0,  # backward, central: step in t, in (0, 1); 0 = as published
         ramp_steps=0,  # meanflow: first steps in which the factor of du/dt rises from 0 to 1

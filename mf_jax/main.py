@@ -99,16 +99,13 @@ def _say_anything(stream: Any) -> None:
 
 
 def _tables() -> Iterator[str]:
-    """Yield the lines of `--help` about configs and objectives."""
-    from mf_jax.objectives import OBJECTIVES  # brings JAX
-
+    """Yield the lines of `--help` about configs."""
     yield "configs, and their rows:"
     for path in sorted(configs().glob("*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
         if path.stem != "default" and hasattr(module, "get_config"):
             rows = ", ".join(filter(None, getattr(module, "ROWS", {})))
             yield f"  {path.stem}  {module.__doc__.splitlines()[0]}" + f"\n    {rows}" * bool(rows)
-    yield f"\nobjectives: {', '.join(OBJECTIVES)}"
 
 
 def _differences(config: ConfigDict, default: ConfigDict, prefix: str = "") -> Iterator[str]:
