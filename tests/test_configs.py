@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from recorded import FOLDER
 
-from configs import cifar10, digits, imagenet
+from configs import cifar10, digits, imagenet, mnist, pictures
 from configs.default import get_config as defaults
 from mf_jax.bench.step import Noise
 from mf_jax.config import averages, make_network, make_objective
@@ -30,7 +30,7 @@ from mf_jax.step import NEVER, initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.validation import validate
 
-ALONE = ("imagenet_b2", "pictures", "toy2d")
+ALONE = ("imagenet_b2", "toy2d")
 PUBLISHED = {
     **{f"imagenet:{row}": functools.partial(imagenet.get_config, row) for row in imagenet.ROWS},
     **{f"cifar10:{row}": functools.partial(cifar10.get_config, row) for row in cifar10.ROWS},
@@ -39,6 +39,8 @@ CONFIGS = {
     **PUBLISHED,
     **{f"digits:{row}": functools.partial(digits.get_config, row) for row in digits.ROWS},
     **{name: importlib.import_module(f"configs.{name}").get_config for name in ALONE},
+    **{f"mnist:{row}": functools.partial(mnist.get_config, row) for row in mnist.ROWS},
+    **{f"pictures:{row}": functools.partial(pictures.get_config, row) for row in pictures.ROWS},
 }
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
 UNET = 55_929_347, 55_932_419
@@ -80,6 +82,7 @@ def test_every_config_is_valid_and_so_is_its_evaluation(tmp_path, monkeypatch):
         config.data.path = str(tmp_path)
         is_published = name in PUBLISHED or name == "imagenet_b2"
         source = stand_in(config) if is_published else None  # their data are not here
+        source = Noise(DataSpec((28, 28, 1), 10)) if name.startswith("mnist") else source
         assert len(validate(config, num_devices=8 if is_published else 1, source=source)) > 0, name
         grid = cells(config)
         assert {cell.plan.steps for cell in grid} == set(config.eval.steps), name

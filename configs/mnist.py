@@ -1,0 +1,25 @@
+"""MeanFlow on MNIST, 28x28, by class: one step on a laptop; row fashion is Fashion-MNIST.
+
+OpenML has the data: they are fetched once, through scikit-learn. Without a network, name a file:
+--config.data.name=arrays --config.data.path=FILE.npz (x uint8 [N, 28, 28, 1] and label).
+Hardware: 2 CPU cores. 32 rows are computed at once, since more do not fit the cache.
+Command: bash launch/local.sh --config=configs/mnist.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs.digits import get_config as digits
+from configs.rows import choose
+
+ROWS = {"": {}, "fashion": {"data.dataset": "Fashion-MNIST"}}
+
+
+def get_config(row: str = "") -> ConfigDict:
+    """Return the config of a row; times, weight and optimiser are those of the digits."""
+    config = digits()
+    config.data.name, config.data.dataset, config.data.image_size = "openml", "mnist_784", 28
+    config.model.depth, config.model.width, config.model.num_heads = 4, 128, 4
+    config.train.num_steps, config.train.batch_size, config.train.microbatch = 3600, 64, 32
+    config.ema.decays = (0.998,)
+    config.update_from_flattened_dict(choose("configs/mnist.py", row, ROWS))
+    return config
