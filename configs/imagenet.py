@@ -101,7 +101,7 @@ NOTES = {
     "objective.name=improved_meanflow and objective.velocity=boundary it is 2.99.",
     "xl2_512": "No figure is published.",
     "fm_b2": "No figure is published. It knows the velocity alone: it needs many steps.",
-    "alphaflow_xl2": "The published two steps add noise in between, which is not done here.",
+    "alphaflow_xl2": "Two steps add noise in between, as published, here at t = 0.5.",
     "shortcut_xl2": "The published code adds a 100,000th of the noise to the data, not done here.",
     "tvm_xl2": "The length of the published run was not found. Its matrices start with norm 1, "
     "which is not done here.",
@@ -179,7 +179,7 @@ def _set_alpha_flow(config: ConfigDict) -> None:
     config.draws.label_drop_window = config.guidance.t_min, config.guidance.t_max
     config.instant_times.name = "logit_normal"
     config.draws.instant_share, config.optim.clip_norm = 0.5, 16.0
-    config.eval.labels = "random"
+    config.eval.labels, config.sample.renoise, config.eval.renoise = "random", True, True
 
 
 def _set_shortcut(config: ConfigDict) -> None:
