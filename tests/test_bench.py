@@ -165,6 +165,7 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
     assert 1.0 < result["ratio"]["gflop"] < 1.3
     of = [f"{result['ratio'][key]:.3g} of its" for key in ("gflop", "step_seconds_median")]
     assert f"meanflow beside flow_matching: {of[0]} GFLOP, {of[1]} time" in result["notes"][1]
+    assert "published code's meanflow: 2.00 of its GFLOP" in result["notes"][2]
 
 
 def test_a_loop_does_not_hide_flops(monkeypatch):

@@ -36,6 +36,11 @@ COUNTABLE = {
     "perceptual": {"rows_at_once": 2**31 - 1},
 }
 """The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""
+PUBLISHED = {  # GFLOP of the published code's step, of flow matching's, and of which network
+    "meanflow": (274, 136.9, "guided, DiT-S/4, batch 16"),
+    "improved_meanflow": (539, 179.2, "12 blocks of width 384, heads of 8, patch 4, batch 16"),
+}
+"""Counted once, by XLA before compiling; see docs/performance.md."""
 COUNT_NOTE = "GFLOP: XLA's count of the network without loops and kernels, before it is compiled"
 FLOW_MATCHING = {
     "objective": {"name": "flow_matching"},
@@ -98,7 +103,11 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     ratio = {"objective": "ratio"} | {key: rows[0][key] / rows[1][key] for key in numbers}
     terms = {"gflop": "GFLOP", "step_seconds_median": "time", "temp_bytes": "temporary memory"}
     parts = [f"{ratio[key]:.3g} of its {term}" for key, term in terms.items() if ratio.get(key)]
-    notes = [COUNT_NOTE, f"{config.objective.name} beside flow_matching: {', '.join(parts)}"]
+    name = config.objective.name
+    notes = [COUNT_NOTE, f"{name} beside flow_matching: {', '.join(parts)}"]
+    if name in PUBLISHED:
+        step, flow, network = PUBLISHED[name]
+        notes.append(f"the published code's {name}: {step / flow:.2f} of its GFLOP ({network})")
     result = {"batch_size": config.train.batch_size, "notes": notes, "rows": list(rows)}
     return result | peak | {"gflop_counted": "lowered", "ratio": ratio}
 
