@@ -224,13 +224,13 @@ def digits():
 @pytest.fixture(scope="module")
 def classifier(digits):
     images, _, labels, _ = digits
-    return train_classifier(images, labels, 10)
+    return train_classifier(images, labels, 10, Recipe(steps=150))
 
 
 def test_classifier_tells_digits_apart(digits, classifier, rng):
     train, images, _, labels = digits
     features, logits = classifier(images)
-    assert (logits.argmax(axis=1) == labels).mean() >= 0.985
+    assert (logits.argmax(axis=1) == labels).mean() >= 0.95
     assert (features.shape, logits.shape) == ((len(images), 64), (len(images), 10))
     assert np.linalg.matrix_rank(gaussian(features)[1]) == 64
     noise = classifier(rng.uniform(-1, 1, images.shape).astype(np.float32))[0]
