@@ -164,10 +164,8 @@ def test_grid_enlarges_tiny_images_and_places_them_row_by_row(tmp_path):
     assert pixels[30, 100].tolist() == [10, 20, 30]
     assert pixels[100, 100].tolist() == [255, 255, 255]
     for count, side, names in ((100, 64, ["même"]), (90, 300, ["猫 a", "b", "c"]), (100, 8, ["x"])):
-        labels, black = (
-            np.arange(count) * len(names) // count,
-            np.zeros((count, side, side, 3), "u1"),
-        )
+        labels = np.arange(count) * len(names) // count
+        black = np.zeros((count, side, side, 3), np.uint8)
         height, width, _ = _grid(tmp_path / "a.png", black, labels, names).shape
         assert width <= 1600
         assert 0.5 < width / height < 2

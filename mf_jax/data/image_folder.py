@@ -84,8 +84,10 @@ class ImageFolder(Pictures):
         self._indices, self.broken = _readable(self._list, listed, bad, path, split)
         lines = list(self._list.lines())
         self.digest = digest(lines[index] for index in self._indices)
-        decoded = None if pixels is None else (pixels, labels[self._indices].astype(np.int32))
-        super().__init__(spec, len(self._indices), decoded)
+        super().__init__(spec, len(self._indices))
+        if pixels is not None:
+            self._pixels, self._kept[:] = pixels, True
+            self._labels[:] = labels[self._indices]
 
     def _crop_all(self, listed: list[int], spec: DataSpec) -> dict[str, np.ndarray]:
         """Return the pictures that can be decoded, and for all listed why not, or nothing."""

@@ -27,16 +27,13 @@ class Pictures(abc.ABC):
 
     stored = None
 
-    def __init__(
-        self, spec: DataSpec, count: int, decoded: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> None:
-        """Take the pictures and labels that are decoded already, if any."""
+    def __init__(self, spec: DataSpec, count: int) -> None:
         self.spec, self._count = spec, count
         self._pool = ThreadPoolExecutor(THREADS)
-        self._keep = decoded is not None or fit_in_memory(spec, count)
+        self._keep = fit_in_memory(spec, count)
         if self._keep:
-            self._pixels, self._labels = self._empty(count) if decoded is None else decoded
-            self._kept = np.full(count, decoded is not None)
+            self._pixels, self._labels = self._empty(count)
+            self._kept = np.zeros(count, bool)
 
     def __len__(self) -> int:
         return self._count

@@ -46,7 +46,6 @@ class Moments:
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
-    @np.errstate(invalid="ignore")  # said once, by `covariance`
     def of(cls, rows: Float[np.ndarray, "n d"]) -> "Moments":
         """Return the moments of rows, which may be none."""
         moments = cls.none(rows.shape[1])
@@ -57,7 +56,6 @@ class Moments:
             moments += cls(len(block), mean, centred.T @ centred)
         return moments
 
-    @np.errstate(invalid="ignore")
     def __add__(self, other: "Moments") -> "Moments":
         """Return the moments of the rows of both."""
         count = self.count + other.count
@@ -74,11 +72,6 @@ class Moments:
         """Return the unbiased covariance."""
         if self.count < 2:
             raise BadInput(f"features has {self.count} rows; it must have at least 2")
-        if not np.isfinite(self.scatter).all():
-            raise BadInput(
-                f"some of {self.count} feature rows hold NaN or infinite values; look for a "
-                "diverged network"
-            )
         return self.scatter / (self.count - 1)
 
 

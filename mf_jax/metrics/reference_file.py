@@ -129,10 +129,7 @@ def read_pictures(
             read_header(member)
             for start in range(0, shape[0], block_size):
                 block = (min(block_size, shape[0] - start), *shape[1:])
-                content = member.read(math.prod(block))
-                if len(content) < math.prod(block):
-                    raise EOFError("arr_0 ends early")
-                yield np.frombuffer(content, np.uint8).reshape(block)
+                yield np.frombuffer(member.read(math.prod(block)), np.uint8).reshape(block)
 
 
 def count_pictures(path: epath.PathLike) -> int:
@@ -158,13 +155,12 @@ def write_reference(
     with _naming(path):
         statistics.check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside, zipfile.ZipFile(aside, "w") as archive:
-        for name, array in zip(_KEYS, vars(statistics).values(), strict=True):
-            if array is not None:
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    npy.write_array(member, np.asarray(array), allow_pickle=False)
+    arrays = dict(zip(_KEYS, vars(statistics).values(), strict=True))
+    with written_aside(path) as aside:
+        np.savez(aside, **{name: array for name, array in arrays.items() if array is not None})
         if num_pictures:
-            _write_pictures(archive, pictures, num_pictures)
+            with zipfile.ZipFile(aside, "a") as archive:
+                _write_pictures(archive, pictures, num_pictures)
 
 
 def _write_pictures(

@@ -58,7 +58,7 @@ class _Part:
             "kept_indices": np.array(self.kept_indices, np.int64),
             "kept_features": rows.reshape(-1, FEATURES[_POOLED]),
         }
-        return flatten_dict(tree, sep="/")
+        return {name: np.asarray(x) for name, x in flatten_dict(tree, sep="/").items()}
 
 
 def parts_folder(path: epath.Path) -> epath.Path:

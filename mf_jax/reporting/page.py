@@ -4,13 +4,12 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from etils.epath import Path
+from etils.epath import Path, PathLike
 from PIL import Image
 
 from mf_jax.flow.errors import BadInput
@@ -86,7 +85,7 @@ if(slider){slider.oninput=show;show()}
 """
 
 
-def write_report(workdir: str | os.PathLike[str]) -> Path:
+def write_report(workdir: PathLike) -> Path:
     """Write `report.html` from what the folder of a run holds so far."""
     folder = Path(workdir)
     samples = folder / "samples"

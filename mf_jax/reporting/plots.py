@@ -5,7 +5,6 @@ Figures are drawn off screen, without pyplot. matplotlib is imported at the firs
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -55,7 +54,7 @@ _INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 
 
 
 def save_scatter(
-    path: str | os.PathLike[str],
+    path: epath.PathLike,
     samples: Float[np.ndarray, "n ..."],
     data: Float[np.ndarray, "m ..."],
     *,
@@ -85,7 +84,7 @@ def save_scatter(
 
 
 def save_signals(
-    path: str | os.PathLike[str],
+    path: epath.PathLike,
     samples: Float[np.ndarray, "n l c"],
     data: Float[np.ndarray, "m l c"],
     *,
@@ -109,7 +108,7 @@ def save_signals(
 
 
 def _save_histograms(
-    path: str | os.PathLike[str], samples: np.ndarray, data: np.ndarray, title: str
+    path: epath.PathLike, samples: np.ndarray, data: np.ndarray, title: str
 ) -> None:
     bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
     with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, axes):
@@ -120,7 +119,7 @@ def _save_histograms(
 
 
 def save_field(
-    path: str | os.PathLike[str],
+    path: epath.PathLike,
     evaluate_u: EvaluateU,
     *,
     limits: tuple[float | int, float | int],
@@ -154,7 +153,7 @@ def save_field(
 
 
 def save_transport(
-    path: str | os.PathLike[str],
+    path: epath.PathLike,
     evaluate_u: EvaluateU,
     data: Float[np.ndarray, "m 2"],
     *,
@@ -251,7 +250,7 @@ def _colors_of_noise(e: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _figure(
-    path: str | os.PathLike[str] | io.BytesIO,
+    path: epath.PathLike | io.BytesIO,
     rows: int,
     columns: int,
     *,

@@ -5,7 +5,6 @@ timing.json alone has wall time and throughput.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any, SupportsFloat
 
 import jax
 import numpy as np
-from etils.epath import Path
+from etils.epath import Path, PathLike
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -53,7 +52,7 @@ class RunLog:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: PathLike,
         *,
         num_steps: int,
         start_step: int,
@@ -141,7 +140,7 @@ class RunLog:
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
         self._bar.print_line()
 
-    def picture(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
+    def picture(self, name: str, step: int, path: PathLike) -> None:
         """Add a picture file to TensorBoard."""
         with Path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
             pixels = np.asarray(picture.convert("RGB"))
@@ -181,7 +180,7 @@ def _timing_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     """Return the rows `{"step": int, name: float or None, ...}` of a run's metrics.jsonl, if any.
 
     A last line torn by a killed process is left out.

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,7 +43,7 @@ def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
 
 
 def save_sample_grid(
-    path: str | os.PathLike[str],
+    path: epath.PathLike,
     images: UInt8[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, "n"],
     class_names: Sequence[str],
