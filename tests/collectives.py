@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from steps import lowered_step, parts_of
 
 from mf_jax.bench.step import placed_step
-from mf_jax.flow.guidance import Guidance
 from mf_jax.models import DiT, parameter_shapes
 from mf_jax.models.attention import attend
 from mf_jax.models.blocks import is_axis_of_block
+from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, state_sharding
@@ -23,14 +23,13 @@ from mf_jax.step import initial_state
 
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=1, width=128, num_heads=2, num_classes=10)
-GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
 CASES = {
-    "guided": (DIT, GUIDED, {}),
-    "loop": (DIT.clone(depth=2, scan=True, remat="block"), GUIDED, {}),
+    "flow": (DIT, FlowMatching(), {}),
+    "loop": (DIT.clone(depth=2, scan=True, remat="block"), MeanFlow(), {}),
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
-CHOSEN = ["data/guided/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
+CHOSEN = ["data/flow/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
 
 
 def first_moments(parts, mesh, compiled):

@@ -64,7 +64,7 @@ SCALARS = 200
 @pytest.mark.parametrize(
     ("case", "gathers", "gathers_in_blocks", "shares"),
     [
-        ("data/guided/step", 0, 0, 0),
+        ("data/flow/step", 0, 0, 0),
         ("both/loop/step", 1, 0, 2),
         ("fsdp/terminal/step", 2, 0, 0),
         ("both/loop/block", 1, 4, 2),
