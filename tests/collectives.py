@@ -3,34 +3,66 @@
 import dataclasses
 import functools
 import json
+import math
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from hlo import exchanged
 from jax.sharding import NamedSharding, PartitionSpec
 from steps import lowered_step, parts_of
 
 from mf_jax.bench.step import placed_step
-from mf_jax.flow.guidance import Guidance
 from mf_jax.models import DiT, parameter_shapes
 from mf_jax.models.attention import attend
 from mf_jax.models.blocks import is_axis_of_block
+from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, state_sharding
 from mf_jax.step import initial_state
 
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+_COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(?:-start)?\(")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=1, width=128, num_heads=2, num_classes=10)
-GUIDED = MeanFlow(Guidance(omega=1.0, kappa=0.5))
 CASES = {
-    "guided": (DIT, GUIDED, {}),
-    "loop": (DIT.clone(depth=2, scan=True, remat="block"), GUIDED, {}),
+    "flow": (DIT, FlowMatching(), {}),
+    "loop": (DIT.clone(depth=2, scan=True, remat="block"), MeanFlow(), {}),
     "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
-CHOSEN = ["data/guided/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
+CHOSEN = ["data/flow/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
+
+
+def exchanged(text):
+    """Return {kind of collective: numbers of the whole arrays}, a loop's as often as it runs."""
+    computations, entry, total = {}, "", Counter()
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            lines = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif computations:
+            lines.append(line)
+
+    def walk(name, times):
+        for line in computations[name]:
+            if found := _COLLECTIVE.search(line):
+                shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+                numbers = sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
+                listed, size = _GROUP.search(line).groups() if "scatter" in found[2] else ("", 1)
+                size = len(listed.split(",")) if listed else int(size)
+                total[found[2]] += times * numbers * size
+            trips = _TRIPS.search(line)
+            for called in set(re.findall(r"%([\w.\-]+)", line)) & computations.keys():
+                walk(called, times * (int(trips[1]) if trips else 1))
+
+    walk(entry, 1)
+    return dict(total)
 
 
 def first_moments(parts, mesh, compiled):

@@ -8,7 +8,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -26,7 +25,7 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.models import SIZES, parameter_shapes
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.scoring.grid import cells
-from mf_jax.step import NEVER, initial_state, make_train_step
+from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.validation import validate
 
@@ -183,38 +182,14 @@ def _reduced(config):
     return config, Noise(DataSpec((4, 4, full.spec.shape[-1]), full.spec.num_classes and 3))
 
 
-def _step(config):
-    """Return the step of a tiny copy, its state and its batch."""
-    config, source = _reduced(config)
-    parts, rng = step_parts(config, source), np.random.default_rng(0)
-    drawn = jax.tree.map(  # without compiling anything
-        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype),
-        parameter_shapes(parts.network, parts.shape),
-    )
-    batch = source.gather(np.arange(4))
-    return make_train_step(parts), initial_state(parts, drawn), batch
-
-
 def test_a_step_of_a_tiny_copy_has_the_shapes_of_its_state():
-    for name in ("imagenet:b2", "imagenet:alphaflow_xl2", "imagenet:imf_b2", "cifar10:"):
-        step, state, batch = _step(PUBLISHED[name]())
-        after = jax.eval_shape(step, state, batch.x, batch.labels)
-        like = jax.eval_shape(lambda state: state, state)
-        assert after.params == like.params, name
-        assert after.ema == like.ema, name
-        assert after.opt_state == like.opt_state, name
-
-
-def test_a_step_of_a_tiny_copy_trains():
-    step, before, batch = _step(imagenet.get_config("pmf_b16"))
-    after = jax.jit(step)(before, batch.x, batch.labels)
-    assert int(after.first_bad_step) == NEVER
-    assert jnp.isfinite(after.metrics["loss"].total)
-    for moved in (after.params, *after.ema.values()):
-        assert any(
-            jnp.any(a != b)
-            for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(moved), strict=True)
-        )
+    for name in ("imagenet:alphaflow_xl2", "imagenet:imf_b2", "imagenet:pmf_b16", "cifar10:"):
+        parts = step_parts(*_reduced(PUBLISHED[name]()))
+        state = jax.eval_shape(lambda parts=parts: initial_state(parts))
+        after = jax.eval_shape(make_train_step(parts), state, *parts.batch)
+        assert after.params == state.params, name
+        assert after.ema == state.ema, name
+        assert after.opt_state == state.opt_state, name
 
 
 def test_every_key_has_a_comment_and_a_default_that_the_command_line_can_override():

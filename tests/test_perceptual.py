@@ -23,9 +23,7 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec, Draws, Rows
 from mf_jax.loading import load_frozen
 from mf_jax.models import as_field
-from mf_jax.models.convnext import ConvNeXtDistance, ConvNeXtV2
-from mf_jax.models.distances import DISTANCES, distance_shapes
-from mf_jax.models.lpips import VGG16
+from mf_jax.models.distances import DISTANCES, VGG16, ConvNeXtDistance, ConvNeXtV2, distance_shapes
 from mf_jax.objectives.perceptual import Distance, Perceptual
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.published.torch_file import StateDict, network_params

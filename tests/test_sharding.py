@@ -64,10 +64,10 @@ SCALARS = 200
 @pytest.mark.parametrize(
     ("case", "gathers", "gathers_in_blocks", "shares"),
     [
-        ("data/guided/step", 0, 0, 0),
+        ("data/flow/step", 0, 0, 0),
         ("both/loop/step", 1, 0, 2),
         ("fsdp/terminal/step", 2, 0, 0),
-        ("both/loop/block", 1, 4, 2),
+        ("both/loop/block", 1, 3, 2),
     ],
 )
 def test_devices_exchange_the_gradient_once_and_split_parameters_as_often_as_they_need_them(
@@ -75,8 +75,7 @@ def test_devices_exchange_the_gradient_once_and_split_parameters_as_often_as_the
 ):
     """Terminal velocity gathers twice: its targets come from the moving average.
 
-    Blocks that gather their own parameters do it wherever they are computed: forwards for targets,
-    rows with r < t and r = t, the last two again for gradients.
+    Blocks that gather their own parameters do it wherever they are computed, again for gradients.
     """
     found = compiled[case]
     exchanged, split = found["collectives"], found["split"]
