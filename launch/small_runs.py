@@ -1,0 +1,372 @@
+"""Small networks trained with some seeds by one compiled program, and what is measured of them.
+
+The method comes from the core alone: draws, objective, sampler and diagnostics. Network, data and
+loop are this file's own, as in docs/from_your_own_code.md.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+from scipy.optimize import linear_sum_assignment
+
+import mf_jax
+from mf_jax.data.digits import Digits
+from mf_jax.data.pipeline import read
+from mf_jax.data.toy2d import TOYS
+from mf_jax.flow.diagnostics import additivity_gap, derivative_at, residual_of
+from mf_jax.flow.paths import advance, velocity
+from mf_jax.flow.records import Draws
+from mf_jax.metrics.row_pairs import pair_scores
+from mf_jax.metrics.two_sample import nearest_distances
+
+SEEDS, POOL, COMPARED = 3, 2**15, 1000
+DECAY = 0.99  # of the average that is measured, and of the source `average`
+_WAVES = (1.0, 2.0, 4.0)
+MAPS = {  # optimal transport from N(0, I) to N(0, A^2), A symmetric and positive, is A
+    "narrow": 0.5 * np.eye(2),
+    "wide": 2.0 * np.eye(2),
+    "tilted": np.array([[1.2, 0.6], [0.6, 0.7]]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One setting: data of `data_of`, an objective, and the recipe.
+
+    pairs: `independent`, `dealt ROWS` (optimal transport within so many rows), or `reflow SHARE`
+    (of a teacher, which takes half of the steps; the worst share is left out); "" = fresh noise.
+    """
+
+    data: str
+    objective: mf_jax.Objective
+    steps: int = 4000
+    lr: float = 3e-3
+    width: int = 64
+    batch_size: int = 256
+    dtype: str = "float32"
+    pairs: str = ""
+
+
+class Data(NamedTuple):
+    """Training rows, held-out rows, and the noise of each row, or None."""
+
+    x: np.ndarray
+    held_out: np.ndarray
+    e: np.ndarray | None = None
+
+
+class Fitted(NamedTuple):
+    """One seed's parameters, their average, squared errors by step, time of a step, and memory."""
+
+    params: PyTree
+    average: PyTree
+    errors: np.ndarray
+    milliseconds: float
+    megabytes: float
+
+
+@functools.cache
+def data_of(name: str) -> Data:
+    """Return `digits`, a Gaussian of `MAPS`, or `TOY` with many rows or `TOY ROWS`."""
+    if name == "digits":
+        return Data(*(read(Digits(image_size=8, split=s)).x for s in ("train", "held_out")))
+    toy, _, rows = name.partition(" ")
+    make = TOYS.get(toy, lambda n, seed: _normal(n, seed) @ MAPS[toy])
+    return Data(*(np.float32(make(n, i)) for i, n in enumerate((int(rows or POOL), COMPARED))))
+
+
+def _normal(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 2))
+
+
+def initial(key: Array, size: int, width: int) -> PyTree:
+    """Return parameters of the perceptron: three hidden layers, the last layer 0."""
+    sizes = [size * (1 + 2 * len(_WAVES)) + 6, *3 * [width], size]
+    scales = [*3 * [2.0], 0.0]
+    keys = jax.random.split(key, 4)
+    return [
+        (np.sqrt(s / a) * jax.random.normal(k, (a, b)), jnp.zeros(b))
+        for k, a, b, s in zip(keys, sizes[:-1], sizes[1:], scales, strict=True)
+    ]
+
+
+def field(params: PyTree, z: Array, *, r: Array, t: Array, condition: Any, dtype="float32"):
+    """Return u of a perceptron, its first layer in float32, hidden ones in `dtype`."""
+    flat, t, h = z.reshape(len(z), -1), t[:, None], (t - r)[:, None]
+    waves = [wave(k * flat) for k in _WAVES for wave in (jnp.sin, jnp.cos)]
+    waves += [wave(4 * time) for time in (t, h) for wave in (jnp.sin, jnp.cos)]
+    hidden = jnp.concatenate([flat, t, h, *waves], axis=1)
+    for i, (matrix, bias) in enumerate(params):
+        hidden = jax.nn.silu(hidden) if i else hidden
+        hidden, matrix, bias = (a.astype(dtype if i else a.dtype) for a in (hidden, matrix, bias))
+        hidden = hidden @ matrix + bias
+    return hidden.astype(z.dtype).reshape(z.shape)
+
+
+def scheme_of(how: Training) -> mf_jax.DrawScheme:
+    """Return how a setting's steps are drawn: half of the rows have r = t, all times uniform."""
+    return mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
+
+
+def make_step(how: Training, num_steps: int) -> Callable:
+    """Return a step of (parameters, average, optimiser's state, its number), given key and data."""
+    own = functools.partial(field, dtype=how.dtype)
+    rate = optax.cosine_decay_schedule(1.0, num_steps)
+
+    def step(carry: tuple, i: Array, key: Array, lr: Array, x: Array, e: Array | None) -> tuple:
+        params, average, state = carry
+        rows_key, draw_key = jax.random.split(jax.random.fold_in(key, i))
+        rows = jax.random.randint(rows_key, (how.batch_size,), 0, len(x))
+        draws = scheme_of(how).draw(draw_key, x[rows], e=None if e is None else e[rows])
+
+        def loss(params: PyTree) -> tuple[Array, dict]:
+            return how.objective.loss(own, params, draws, i, average)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(params)
+        updates, state = optax.scale_by_adam(b2=0.95).update(gradient, state)
+        params = jax.tree.map(lambda p, u: p - lr * rate(i) * u, params, updates)
+        average = optax.incremental_update(params, average, 1 - DECAY)
+        return (params, average, state), metrics["u_error"].compute()
+
+    return step
+
+
+def step_flops(how: Training) -> float:
+    """Return the FLOPs of a step, as XLA counts them before it compiles."""
+    arguments = _arguments(how, data_of(how.data))
+    step = jax.jit(make_step(how, how.steps))
+    return float(step.lower(_start(how, arguments[0]), 0, *arguments).cost_analysis()["flops"])
+
+
+def _arguments(how: Training, data: Data, seed: int = 0, factor: float = 1.0) -> tuple:
+    e = None if data.e is None else jnp.asarray(data.e)
+    return jax.random.key(seed), jnp.float32(how.lr * factor), jnp.asarray(data.x), e
+
+
+def _start(how: Training, key: Array) -> tuple:
+    size = data_of(how.data).x[0].size
+    params = initial(jax.random.fold_in(key, 2**31 - 1), size, how.width)
+    return params, params, optax.scale_by_adam().init(params)
+
+
+@functools.lru_cache(2)
+def _program(how: Training, num_steps: int, has_pairs: bool) -> Callable:
+    """Return a setting's whole training, compiled."""
+
+    def train(key: Array, *more: Any) -> tuple:
+        step = functools.partial(
+            make_step(how, num_steps), key=key, lr=more[0], x=more[1], e=more[2]
+        )
+        return jax.lax.scan(step, _start(how, key), jnp.arange(num_steps))
+
+    data = data_of(how.data)
+    data = data._replace(e=data.x) if has_pairs else data
+    return jax.jit(train).lower(*_arguments(how, data)).compile()
+
+
+def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.0) -> Fitted:
+    """Train one seed, at so many times the learning rate."""
+    program = _program(how, num_steps, data.e is not None)
+    start = time.monotonic()
+    (params, average, _), errors = jax.block_until_ready(
+        program(*_arguments(how, data, seed, factor))
+    )
+    milliseconds = 1e3 * (time.monotonic() - start) / num_steps
+    memory = program.memory_analysis().temp_size_in_bytes / 1e6
+    return Fitted(params, average, np.asarray(errors), milliseconds, memory)
+
+
+def paired(how: Training, num_steps: int, seed: int) -> tuple[Data, int]:
+    """Return a setting's data with its pairs, and the steps that are left to train on them."""
+    data, (kind, _, number) = data_of(how.data), how.pairs.partition(" ")
+    if not kind:
+        return data, num_steps
+    e = np.random.default_rng(3).normal(size=data.x.shape).astype(np.float32)
+    if kind == "independent":
+        return data._replace(e=e), num_steps
+    if kind == "dealt":
+        return data._replace(e=_dealt(how.data, int(number))), num_steps
+    half = num_steps // 2
+    teacher = fit(how, half, seed, data._replace(e=e)).average
+    x, once = (np.asarray(sampled(teacher, e, steps)) for steps in (16, 1))
+    worst = np.linalg.norm(x - once, axis=1)
+    kept = worst <= np.quantile(worst, 1 - float(number))
+    return data._replace(x=x[kept], e=e[kept]), half
+
+
+@functools.cache
+def _dealt(name: str, rows: int) -> np.ndarray:
+    """Return noise dealt to the data as `OptimalTransport` does, by scipy, which is faster."""
+    x = data_of(name).x
+    e = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+    for i in range(0, len(x), rows):
+        block = slice(i, i + rows)
+        e[block] = e[block][assignment(x[block], e[block])[1]]
+    return e
+
+
+def assignment(a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the root mean square of the cheapest assignment, and the place in b of each a."""
+    a, b = (each.reshape(len(each), -1).astype(np.float64) for each in (a, b))
+    cost = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None] - 2 * a @ b.T
+    rows, places = linear_sum_assignment(cost)
+    return float(np.sqrt(np.maximum(cost[rows, places].mean(), 0))), places
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "renoised"))
+def sampled(params: PyTree, e: Array, steps: int, renoised: bool = False) -> Array:
+    """Return samples of the perceptron, by composed steps or by steps to the data and back."""
+    key = jax.random.key(11) if renoised else None
+    return mf_jax.sample(field, params, jnp.asarray(e), steps=steps, renoise=key)
+
+
+def noise_like(held_out: np.ndarray, seed: int) -> Float[np.ndarray, "n ..."]:
+    """Return noise for as many samples as there are rows."""
+    return np.random.default_rng(100 + seed).normal(size=held_out.shape).astype(np.float32)
+
+
+def sample_scores(x: np.ndarray, data: Data) -> dict[str, float]:
+    """Compare as many samples as there are held-out rows with them, and with the training rows."""
+    x = np.asarray(x)
+    if not np.isfinite(x).all():
+        return {}
+    rows = [each.reshape(len(each), -1) for each in (x, data.held_out)]
+    scores = {"w2": assignment(*rows)[0], "recall": pair_scores(*rows).recall}
+    return scores | {"nearest": float(nearest_distances(x, data.x[:COMPARED]).mean())}
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def path_of(params: PyTree, e: Array, steps: int = 16) -> Float[Array, "s n d"]:
+    """Return the points of the samples' paths, noise first."""
+
+    def move(z: Array, t: Array) -> tuple[Array, Array]:
+        times = [jnp.full(len(z), time) for time in (t, t - 1 / steps)]
+        u = field(params, z, r=times[1], t=times[0], condition=None)
+        z = advance(z, u, r=times[1], t=times[0])
+        return z, z
+
+    return jnp.concatenate([e[None], jax.lax.scan(move, e, 1 - jnp.arange(steps) / steps)[1]])
+
+
+def draws_of(how: Training, data: Data, seed: int = 7, rows: int = 1024) -> Draws:
+    """Draw rows for a diagnosis."""
+    key = jax.random.key(seed)
+    places = jax.random.randint(key, (rows,), 0, len(data.x))
+    e = None if data.e is None else jnp.asarray(data.e)[places]
+    return scheme_of(how).draw(key, jnp.asarray(data.x)[places], e=e)
+
+
+@jax.jit
+def exact_average(x: Array, z: Array, r: Array, t: Array) -> Array:
+    """Return u of the flow that ends at the rows x, by Runge-Kutta steps from t to r."""
+    data, shape = x.reshape(len(x), -1), z.shape
+
+    def v(z: Array, t: Array) -> Array:
+        squares = jnp.sum((z[:, None] - (1 - t)[:, None, None] * data) ** 2, axis=2)
+        weights = jax.nn.softmax(-squares / (2 * t[:, None] ** 2), axis=1)
+        return (z - weights @ data) / t[:, None]
+
+    def step(z: Array, i: Array) -> tuple[Array, None]:
+        d = (t - r) / 32
+        now, h = t - i * d, d[:, None]
+        a = v(z, now)
+        b = v(z - h / 2 * a, now - d / 2)
+        c = v(z - h / 2 * b, now - d / 2)
+        last = v(z - h * c, jnp.maximum(now - d, 1e-4))
+        return z - h / 6 * (a + 2 * b + 2 * c + last), None
+
+    flat = z.reshape(len(z), -1)
+    end = jax.lax.scan(step, flat, jnp.arange(32))[0]
+    return ((flat - end) / jnp.maximum(t - r, 1e-4)[:, None]).reshape(shape)
+
+
+@functools.lru_cache(1)
+def _moments(how: Training, batches: int) -> Callable:
+    """Return a function of parameters: sum and summed squares of the gradients of batches."""
+
+    def gradient(params: PyTree, average: PyTree, x: Array, i: Array) -> Array:
+        rows_key, key = jax.random.split(jax.random.fold_in(jax.random.key(5), i))
+        draws = scheme_of(how).draw(
+            key, x[jax.random.randint(rows_key, (how.batch_size,), 0, len(x))]
+        )
+        of_params = jax.grad(lambda p: how.objective.loss(field, p, draws, 0, average)[0])
+        return ravel_pytree(of_params(params))[0]
+
+    def add(sums: tuple, g: Array) -> tuple:
+        return sums[0] + g, sums[1] + g @ g
+
+    def moments(params: PyTree, average: PyTree, x: Array) -> tuple:
+        zeros = jnp.zeros_like(ravel_pytree(params)[0]), jnp.float32(0)
+        step = lambda sums, i: (add(sums, gradient(params, average, x, i)), None)  # noqa: E731
+        return jax.lax.scan(step, zeros, jnp.arange(batches))[0]
+
+    return jax.jit(moments)
+
+
+def gradient_variance(how: Training, fitted: Fitted, batches: int = 500) -> float:
+    """Return the total variance of the gradient at frozen parameters."""
+    x = jnp.asarray(data_of(how.data).x)
+    total, squares = _moments(how, batches)(fitted.params, fitted.average, x)
+    return float(squares / batches - jnp.sum((total / batches) ** 2))
+
+
+@jax.jit
+def identities(params: PyTree, draws: Draws) -> tuple[Array, Array, Array]:
+    """Return identity residual, additivity gap and the largest |du/dt| of the rows with r < t."""
+    rows = draws.interval
+    v, u, du_dt = derivative_at(field, params, rows)
+    largest = jnp.sqrt(jnp.max(jnp.sum(du_dt**2, axis=1)))
+    return residual_of(rows, v, u, du_dt), additivity_gap(field, params, rows), largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(mf_jax.Objective):
+    """An objective whose target and tangent know estimates of their own."""
+
+    objective: mf_jax.Objective
+    target: mf_jax.VelocityEstimate
+    tangent: mf_jax.VelocityEstimate
+
+    def loss(self, field, params, draws, step=0, target_params=None):
+        """See `Objective.loss`."""
+        both = [
+            each.estimated(field, params, draws, target_params)
+            for each in (self.target, self.tangent)
+        ]
+        rows = draws.interval
+        plain = velocity(rows.x, rows.e)
+        rows = rows.replace(v=both[0].interval.v, tangent=both[1].interval.tangent)
+        rows = rows.replace(tangent=plain if rows.tangent is None else rows.tangent)
+        draws = Draws(both[0].instant, rows)
+        return self.objective.loss(field, params, draws, step, target_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithDiscrepancy(mf_jax.Objective):
+    """An objective and the squared MMD of one-step samples and data, in three Gaussian kernels."""
+
+    objective: mf_jax.Objective
+    factor: float = 0.0
+    widths: tuple[float, ...] = (0.1, 0.3, 1.0)
+
+    def loss(self, field, params, draws, step=0, target_params=None):
+        """See `Objective.loss`."""
+        loss, metrics = self.objective.loss(field, params, draws, step, target_params)
+        both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+        made, n = mf_jax.sample(field, params, both.e), len(both.x)
+
+        def kernel(a: Array, b: Array) -> Array:
+            squares = jnp.sum((a[:, None] - b[None]) ** 2, axis=2)
+            return sum(jnp.exp(-squares / (2 * width**2)) for width in self.widths)
+
+        own = (jnp.sum(kernel(made, made)) - len(self.widths) * n) / (n * (n - 1))
+        return loss + self.factor * (own - 2 * jnp.mean(kernel(made, both.x))), metrics
