@@ -30,6 +30,7 @@ from mf_jax.metrics.two_sample import nearest_distances
 
 SEEDS, POOL, COMPARED = 3, 2**15, 1000
 DECAY = 0.99  # of the average that is measured, and of the source `average`
+SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
 _WAVES = (1.0, 2.0, 4.0)
 MAPS = {  # optimal transport from N(0, I) to N(0, A^2), A symmetric and positive, is A
     "narrow": 0.5 * np.eye(2),
@@ -80,12 +81,12 @@ def data_of(name: str) -> Data:
     if name == "digits":
         return Data(*(read(Digits(image_size=8, split=s)).x for s in ("train", "held_out")))
     toy, _, rows = name.partition(" ")
-    make = TOYS.get(toy, lambda n, seed: _normal(n, seed) @ MAPS[toy])
+    make = TOYS.get(toy, lambda n, seed: _normal((n, 2), seed) @ MAPS[toy])
     return Data(*(np.float32(make(n, i)) for i, n in enumerate((int(rows or POOL), COMPARED))))
 
 
-def _normal(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, 2))
+def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def initial(key: Array, size: int, width: int) -> PyTree:
@@ -112,11 +113,6 @@ def field(params: PyTree, z: Array, *, r: Array, t: Array, condition: Any, dtype
     return hidden.astype(z.dtype).reshape(z.shape)
 
 
-def scheme_of(how: Training) -> mf_jax.DrawScheme:
-    """Return how a setting's steps are drawn: half of the rows have r = t, all times uniform."""
-    return mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
-
-
 def make_step(how: Training, num_steps: int) -> Callable:
     """Return a step of (parameters, average, optimiser's state, its number), given key and data."""
     own = functools.partial(field, dtype=how.dtype)
@@ -126,7 +122,7 @@ def make_step(how: Training, num_steps: int) -> Callable:
         params, average, state = carry
         rows_key, draw_key = jax.random.split(jax.random.fold_in(key, i))
         rows = jax.random.randint(rows_key, (how.batch_size,), 0, len(x))
-        draws = scheme_of(how).draw(draw_key, x[rows], e=None if e is None else e[rows])
+        draws = SCHEME.draw(draw_key, x[rows], e=None if e is None else e[rows])
 
         def loss(params: PyTree) -> tuple[Array, dict]:
             return how.objective.loss(own, params, draws, i, average)
@@ -159,23 +155,21 @@ def _start(how: Training, key: Array) -> tuple:
 
 
 @functools.lru_cache(2)
-def _program(how: Training, num_steps: int, has_pairs: bool) -> Callable:
-    """Return a setting's whole training, compiled."""
+def _program(how: Training, num_steps: int, rows: int, has_pairs: bool) -> Callable:
+    """Return a setting's whole training on so many rows, compiled."""
 
-    def train(key: Array, *more: Any) -> tuple:
-        step = functools.partial(
-            make_step(how, num_steps), key=key, lr=more[0], x=more[1], e=more[2]
-        )
+    def train(key: Array, lr: Array, x: Array, e: Array | None) -> tuple:
+        step = functools.partial(make_step(how, num_steps), key=key, lr=lr, x=x, e=e)
         return jax.lax.scan(step, _start(how, key), jnp.arange(num_steps))
 
-    data = data_of(how.data)
-    data = data._replace(e=data.x) if has_pairs else data
+    x = data_of(how.data).x[:rows]
+    data = data_of(how.data)._replace(x=x, e=x if has_pairs else None)
     return jax.jit(train).lower(*_arguments(how, data)).compile()
 
 
 def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.0) -> Fitted:
     """Train one seed, at so many times the learning rate."""
-    program = _program(how, num_steps, data.e is not None)
+    program = _program(how, num_steps, len(data.x), data.e is not None)
     start = time.monotonic()
     (params, average, _), errors = jax.block_until_ready(
         program(*_arguments(how, data, seed, factor))
@@ -185,29 +179,51 @@ def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.
     return Fitted(params, average, np.asarray(errors), milliseconds, memory)
 
 
-def paired(how: Training, num_steps: int, seed: int) -> tuple[Data, int]:
-    """Return a setting's data with its pairs, and the steps that are left to train on them."""
+class Run(NamedTuple):
+    """A seed of a setting: what it was trained on and for how long, and noise to sample from."""
+
+    how: Training
+    seed: int
+    steps: int
+    data: Data
+    fitted: Fitted
+    e: np.ndarray
+
+    def sampled(self, steps: int, *, renoised: bool = False) -> Array:
+        """Return a sample of each noise."""
+        return sampled(self.fitted.average, self.e, steps, renoised)
+
+    def draws(self, rows: int = 1024) -> Draws:
+        """Draw rows for a diagnosis."""
+        key = jax.random.key(7)
+        places = jax.random.randint(key, (rows,), 0, len(self.data.x))
+        e = None if self.data.e is None else jnp.asarray(self.data.e)[places]
+        return SCHEME.draw(key, jnp.asarray(self.data.x)[places], e=e)
+
+
+def run_of(how: Training, num_steps: int, seed: int) -> Run:
+    """Train a seed of a setting; a teacher takes half of the steps."""
     data, (kind, _, number) = data_of(how.data), how.pairs.partition(" ")
-    if not kind:
-        return data, num_steps
-    e = np.random.default_rng(3).normal(size=data.x.shape).astype(np.float32)
-    if kind == "independent":
-        return data._replace(e=e), num_steps
     if kind == "dealt":
-        return data._replace(e=_dealt(how.data, int(number))), num_steps
-    half = num_steps // 2
-    teacher = fit(how, half, seed, data._replace(e=e)).average
-    x, once = (np.asarray(sampled(teacher, e, steps)) for steps in (16, 1))
-    worst = np.linalg.norm(x - once, axis=1)
-    kept = worst <= np.quantile(worst, 1 - float(number))
-    return data._replace(x=x[kept], e=e[kept]), half
+        data = data._replace(e=_dealt(how.data, int(number)))
+    elif kind:
+        data = data._replace(e=_normal(data.x.shape, 3))
+    if kind == "reflow":
+        num_steps //= 2
+        teacher = fit(how, num_steps, seed, data).average
+        x, once = (np.asarray(sampled(teacher, data.e, steps)) for steps in (16, 1))
+        worst = np.linalg.norm(x - once, axis=1)
+        kept = np.argsort(worst)[: round((1 - float(number)) * len(x))]
+        data = data._replace(x=x[kept], e=data.e[kept])
+    e = _normal(data.held_out.shape, 100 + seed)
+    return Run(how, seed, num_steps, data, fit(how, num_steps, seed, data), e)
 
 
 @functools.cache
 def _dealt(name: str, rows: int) -> np.ndarray:
     """Return noise dealt to the data as `OptimalTransport` does, by scipy, which is faster."""
     x = data_of(name).x
-    e = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+    e = _normal(x.shape, 3)
     for i in range(0, len(x), rows):
         block = slice(i, i + rows)
         e[block] = e[block][assignment(x[block], e[block])[1]]
@@ -227,11 +243,6 @@ def sampled(params: PyTree, e: Array, steps: int, renoised: bool = False) -> Arr
     """Return samples of the perceptron, by composed steps or by steps to the data and back."""
     key = jax.random.key(11) if renoised else None
     return mf_jax.sample(field, params, jnp.asarray(e), steps=steps, renoise=key)
-
-
-def noise_like(held_out: np.ndarray, seed: int) -> Float[np.ndarray, "n ..."]:
-    """Return noise for as many samples as there are rows."""
-    return np.random.default_rng(100 + seed).normal(size=held_out.shape).astype(np.float32)
 
 
 def sample_scores(x: np.ndarray, data: Data) -> dict[str, float]:
@@ -255,14 +266,6 @@ def path_of(params: PyTree, e: Array, steps: int = 16) -> Float[Array, "s n d"]:
         return z, z
 
     return jnp.concatenate([e[None], jax.lax.scan(move, e, 1 - jnp.arange(steps) / steps)[1]])
-
-
-def draws_of(how: Training, data: Data, seed: int = 7, rows: int = 1024) -> Draws:
-    """Draw rows for a diagnosis."""
-    key = jax.random.key(seed)
-    places = jax.random.randint(key, (rows,), 0, len(data.x))
-    e = None if data.e is None else jnp.asarray(data.e)[places]
-    return scheme_of(how).draw(key, jnp.asarray(data.x)[places], e=e)
 
 
 @jax.jit
@@ -295,9 +298,7 @@ def _moments(how: Training, batches: int) -> Callable:
 
     def gradient(params: PyTree, average: PyTree, x: Array, i: Array) -> Array:
         rows_key, key = jax.random.split(jax.random.fold_in(jax.random.key(5), i))
-        draws = scheme_of(how).draw(
-            key, x[jax.random.randint(rows_key, (how.batch_size,), 0, len(x))]
-        )
+        draws = SCHEME.draw(key, x[jax.random.randint(rows_key, (how.batch_size,), 0, len(x))])
         of_params = jax.grad(lambda p: how.objective.loss(field, p, draws, 0, average)[0])
         return ravel_pytree(of_params(params))[0]
 
