@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from launch import runner, small_runs
 from launch.runner import Result, Results, Study
-from launch.small_runs import MAPS, Mixed, Run, Training, WithDiscrepancy, data_of
-from mf_jax import Controlled, Controls, Derivative, MeanFlow, VelocityEstimate
+from launch.small_runs import MAPS, Run, Training, Tuned, data_of
+from mf_jax import Derivative, MeanFlow
 from mf_jax.flow.paths import interpolate
 from mf_jax.objectives.terms import AdaptiveWeight
 
@@ -102,35 +102,32 @@ def _real(group: str, data: str) -> Row:
 
 
 def _stability(group: str, data: str, sources: Sequence[str], shares: Sequence[float], **size: Any):
-    exact = VelocityEstimate("data", data=data_of(data).x)
     yield _real(group, data)
     for target, source, share in product(("sample", "exact"), sources, shares):
         told = f"target {target}, tangent"
         label = f"{told} {share:g} {source}" if share else f"{told} sample"
-        own = exact if source == "exact" else VelocityEstimate(source)
-        estimates = (
-            dataclasses.replace(exact, target=1.0) if target == "exact" else VelocityEstimate(),
-            dataclasses.replace(own, tangent=share) if share else VelocityEstimate(),
-        )
-        how = Training(data, Mixed(PLAIN, *estimates), **size)
+        first = source if share else sources[-1]
+        names, numbers = ("target exact", f"tangent {first}"), (float(target == "exact"), share)
+        how = Training(data, Tuned(PLAIN, names, numbers, data), **size)
         yield Row(group, label, f"{told} {source}", share, f"{group} {label}", how)
 
 
 def _derivative(group: str):
     yield _real(group, "eight_gaussians")
     for dtype, kind in product(("float32", "bfloat16"), ("jvp", "backward", "central")):
-        for delta in (1e-4, 1e-3, 5e-3, 1e-2, 5e-2) if kind != "jvp" else (None,):
+        deltas = (1e-4, 1e-3, 5e-3, 1e-2, 5e-2) if dtype == "float32" else (1e-3, 5e-3, 5e-2)
+        for delta in deltas if kind != "jvp" else (None,):
             series = f"{kind}, {dtype}"
             label = series if delta is None else f"{series}, {delta:g}"
             objective = dataclasses.replace(USUAL, derivative=Derivative(kind, delta or 0.0))
-            how = Training("eight_gaussians", objective, dtype=dtype)
+            how = Training("eight_gaussians", Tuned(objective), dtype=dtype)
             yield Row(group, label, series, delta, f"{group} {label}", how)
 
 
 def _hybrid(group: str):
     yield _real(group, "eight_gaussians")
     for factor, kind, steps in product((0.0, 0.1, 1.0), ("composed", "renoised"), (1, 2, 4, 8)):
-        how = Training("eight_gaussians", WithDiscrepancy(USUAL, factor) if factor else USUAL)
+        how = Training("eight_gaussians", Tuned(USUAL, ("mmd",), (factor,)))
         series, part = f"MMD {factor:g}, {kind}", f"{kind}_{steps}_"
         yield Row(group, f"{series}, {steps}", series, steps, f"{group} {factor:g}", how, part)
 
@@ -140,16 +137,16 @@ def _coupling(group: str):
     pairs = ("independent", "dealt 64", "dealt 256", "dealt 1024", "reflow 0", "reflow 0.1")
     for data, each in product(("eight_gaussians", "tilted"), pairs):
         place = each.replace("dealt", "OT")
-        how = Training(data, USUAL, pairs=each)
+        how = Training(data, Tuned(USUAL), pairs=each)
         yield Row(group, f"{data}, {place}", data, place, f"{group} {data} {each}", how)
 
 
 def _control(group: str):
     controls, factors = ("lipschitz", "monotone", "non_expansive"), (0.0, 0.1, 1.0)
     for data, control, factor in product(("narrow", "wide", "eight_gaussians"), controls, factors):
-        objective = Controlled(USUAL, Controls(**{control: factor})) if factor else USUAL
+        numbers = tuple(factor * (control == each) for each in controls)
         label = f"{data}, {control} {factor:g}" if factor else f"{data}, none"
-        how = Training(data, objective, lr=1e-2, steps=2000)
+        how = Training(data, Tuned(USUAL, controls, numbers), lr=1e-2, steps=2000)
         yield Row(group, label, f"{data}, {control}", f"{factor:g}", f"{group} {label}", how)
 
 
@@ -159,8 +156,8 @@ def rows_of() -> tuple[Row, ...]:
     all_sources, small = ("network", "average", "exact"), {"width": 256, "batch_size": 128}
     small["steps"] = 1000
     return (
-        *_stability("stability", "two_moons 128", all_sources, (0, 0.5, 0.94, 1)),
-        *_stability("digits", "digits", all_sources[::2], (0, 0.94, 1), **small),
+        *_stability("stability", "two_moons 128", all_sources, (0.0, 0.5, 0.94, 1.0)),
+        *_stability("digits", "digits", all_sources[::2], (0.0, 1.0), **small),
         *_derivative("derivative"),
         *_hybrid("hybrid"),
         *_coupling("coupling"),
@@ -182,14 +179,16 @@ def _of_estimates(run: Run) -> Scores:
     z = interpolate(rows.x, rows.e, t=rows.t)
     u = small_runs.field(run.fitted.average, z, r=rows.r, t=rows.t, condition=None)
     exact = small_runs.exact_average(run.data.x, z, rows.r, rows.t)
-    frozen = _frozen(dataclasses.replace(run.how, objective=PLAIN), run.seed)
+    numbers = (0.0,) * len(run.how.objective.numbers)
+    plain = dataclasses.replace(run.how.objective, numbers=numbers)
+    frozen = _frozen(dataclasses.replace(run.how, objective=plain), run.seed)
     return {
         "variance": small_runs.gradient_variance(run.how, frozen),
         "u_error": float(np.sqrt(np.mean(np.square(u - exact)))),
     }
 
 
-@functools.lru_cache(2 * small_runs.SEEDS)
+@functools.lru_cache(8)
 def _frozen(plain: Training, seed: int) -> small_runs.Fitted:
     """Return where all settings of a group have the variance of their gradients compared."""
     return small_runs.fit(plain, plain.steps // 4, seed, data_of(plain.data))

@@ -7,7 +7,7 @@ loop are this file's own, as in docs/from_your_own_code.md.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,19 +24,79 @@ from mf_jax.data.pipeline import read
 from mf_jax.data.toy2d import TOYS
 from mf_jax.flow.diagnostics import additivity_gap, derivative_at, residual_of
 from mf_jax.flow.paths import advance, velocity
-from mf_jax.flow.records import Draws
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.two_sample import nearest_distances
 
 SEEDS, POOL, COMPARED = 3, 2**15, 1000
 DECAY = 0.99  # of the average that is measured, and of the source `average`
 SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
-_WAVES = (1.0, 2.0, 4.0)
+_WAVES, _WIDTHS = (1.0, 2.0, 4.0), (0.1, 0.3, 1.0)
+_MOST_STEPS = 2**13
 MAPS = {  # optimal transport from N(0, I) to N(0, A^2), A symmetric and positive, is A
     "narrow": 0.5 * np.eye(2),
     "wide": 2.0 * np.eye(2),
     "tilted": np.array([[1.2, 0.6], [0.6, 0.7]]),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned(mf_jax.Objective):
+    """An objective and what numbers add to it, so that one program serves all of their values.
+
+    names: of numbers: `target SOURCE` and `tangent SOURCE` are shares of the velocity estimates
+    `network`, `average` and `exact` (of all rows of `data`); names of `Controls` and `mmd` are
+    factors of terms, the last one of the MMD between one-step samples and data. numbers: a plain 0
+    leaves out what it costs.
+    """
+
+    objective: mf_jax.Objective
+    names: tuple[str, ...] = ()
+    numbers: Any = ()
+    data: str = ""
+
+    def loss(self, field, params, draws, step=0, target_params=None):
+        """See `Objective.loss`."""
+        both = zip(self.names, self.numbers, strict=True)
+        on = {name: n for name, n in both if not (isinstance(n, float) and n == 0)}
+        for name in [name for name in on if " " in name]:
+            draws = self._estimated(name, on.pop(name), (field, params, draws, target_params))
+        loss, metrics = self.objective.loss(field, params, draws, step)
+        if "mmd" in on:
+            loss += on.pop("mmd") * discrepancy(field, params, draws)
+        for name, factor in on.items():
+            control = mf_jax.Controls(**{name: 1.0})
+            loss += factor * control.penalty(field, params, draws)[0]
+        return loss, metrics
+
+    def _estimated(self, name: str, share: Any, known: tuple) -> Draws:
+        place, source = name.split()
+        kind = {"exact": "data"}.get(source, source)
+        data = data_of(self.data).x if source == "exact" else None
+        estimate = mf_jax.VelocityEstimate(kind, **{place: 1.0}, data=data)
+        told, draws = estimate.estimated(*known), known[2]
+
+        def mix(rows: Rows, other: Rows) -> Rows:
+            v = velocity(rows.x, rows.e)
+            own = {"v": v if rows.v is None else rows.v}
+            own["tangent"] = v if rows.tangent is None else rows.tangent
+            key = {"target": "v"}.get(place, place)
+            own[key] = own[key] + share * (getattr(other, key) - v)
+            return rows.replace(**own)
+
+        return Draws(*map(mix, (draws.instant, draws.interval), (told.instant, told.interval)))
+
+
+def discrepancy(field: Field, params: PyTree, draws: Draws) -> Float[Array, ""]:
+    """Return the squared MMD of one-step samples and data, up to the data's own part."""
+    both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+    made, n = mf_jax.sample(field, params, both.e), len(both.x)
+
+    def kernel(a: Array, b: Array) -> Array:
+        squares = jnp.sum((a[:, None] - b[None]) ** 2, axis=2)
+        return sum(jnp.exp(-squares / (2 * width**2)) for width in _WIDTHS) / len(_WIDTHS)
+
+    return (jnp.sum(kernel(made, made)) - n) / (n * (n - 1)) - 2 * jnp.mean(kernel(made, both.x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +108,7 @@ class Training:
     """
 
     data: str
-    objective: mf_jax.Objective
+    objective: Tuned
     steps: int = 4000
     lr: float = 3e-3
     width: int = 64
@@ -113,70 +173,80 @@ def field(params: PyTree, z: Array, *, r: Array, t: Array, condition: Any, dtype
     return hidden.astype(z.dtype).reshape(z.shape)
 
 
-def make_step(how: Training, num_steps: int) -> Callable:
-    """Return a step of (parameters, average, optimiser's state, its number), given key and data."""
+def gradient_of(how: Training, key: Array, numbers: Any, params: PyTree, average: PyTree, *data):
+    """Return the gradient of a step and the error of its rows with r < t."""
+    rows_key, draw_key = jax.random.split(key)
+    rows = jax.random.randint(rows_key, (how.batch_size,), 0, len(data[0]))
+    x, e = (None if each is None else each[rows] for each in data)
+    draws, objective = SCHEME.draw(draw_key, x, e=e), how.objective
+    objective = dataclasses.replace(objective, numbers=numbers)
     own = functools.partial(field, dtype=how.dtype)
-    rate = optax.cosine_decay_schedule(1.0, num_steps)
-
-    def step(carry: tuple, i: Array, key: Array, lr: Array, x: Array, e: Array | None) -> tuple:
-        params, average, state = carry
-        rows_key, draw_key = jax.random.split(jax.random.fold_in(key, i))
-        rows = jax.random.randint(rows_key, (how.batch_size,), 0, len(x))
-        draws = SCHEME.draw(draw_key, x[rows], e=None if e is None else e[rows])
-
-        def loss(params: PyTree) -> tuple[Array, dict]:
-            return how.objective.loss(own, params, draws, i, average)
-
-        gradient, metrics = jax.grad(loss, has_aux=True)(params)
-        updates, state = optax.scale_by_adam(b2=0.95).update(gradient, state)
-        params = jax.tree.map(lambda p, u: p - lr * rate(i) * u, params, updates)
-        average = optax.incremental_update(params, average, 1 - DECAY)
-        return (params, average, state), metrics["u_error"].compute()
-
-    return step
+    of_params = jax.grad(objective.loss, argnums=1, has_aux=True)
+    gradient, metrics = of_params(own, params, draws, 0, average)
+    return gradient, metrics["u_error"].compute()
 
 
 def step_flops(how: Training) -> float:
-    """Return the FLOPs of a step, as XLA counts them before it compiles."""
-    arguments = _arguments(how, data_of(how.data))
-    step = jax.jit(make_step(how, how.steps))
-    return float(step.lower(_start(how, arguments[0]), 0, *arguments).cost_analysis()["flops"])
+    """Return the FLOPs of a gradient, as XLA counts them before it compiles."""
+    x = jnp.asarray(data_of(how.data).x)
+    params = initial(jax.random.key(0), x[0].size, how.width)
+
+    def gradient(params: PyTree, x: Array) -> tuple:
+        return gradient_of(how, jax.random.key(0), how.objective.numbers, params, params, x, None)
+
+    return float(jax.jit(gradient).lower(params, x).cost_analysis()["flops"])
 
 
-def _arguments(how: Training, data: Data, seed: int = 0, factor: float = 1.0) -> tuple:
-    e = None if data.e is None else jnp.asarray(data.e)
-    return jax.random.key(seed), jnp.float32(how.lr * factor), jnp.asarray(data.x), e
+@functools.lru_cache(4)
+def _program(how: Training, rows: int, has_pairs: bool) -> Callable:
+    """Return the compiled training of settings that differ in numbers, rate, steps and data."""
 
+    def train(key: Array, num_steps: Array, lr: Array, numbers: Array, *data: Any) -> tuple:
+        numbers = [numbers[i] for i in range(len(how.objective.names))]
+        params = initial(jax.random.fold_in(key, _MOST_STEPS), data[0][0].size, how.width)
+        optimizer = optax.scale_by_adam(b2=0.95)
 
-def _start(how: Training, key: Array) -> tuple:
-    size = data_of(how.data).x[0].size
-    params = initial(jax.random.fold_in(key, 2**31 - 1), size, how.width)
-    return params, params, optax.scale_by_adam().init(params)
+        def step(i: Array, carry: tuple) -> tuple:
+            params, average, state, errors = carry
+            own = jax.random.fold_in(key, i)
+            gradient, error = gradient_of(how, own, numbers, params, average, *data)
+            updates, state = optimizer.update(gradient, state)
+            rate = lr * (1 + jnp.cos(jnp.pi * i / num_steps)) / 2
+            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+            average = optax.incremental_update(params, average, 1 - DECAY)
+            return params, average, state, errors.at[i].set(error)
 
+        carry = params, params, optimizer.init(params), jnp.zeros(_MOST_STEPS)
+        return jax.lax.fori_loop(0, num_steps, step, carry)
 
-@functools.lru_cache(2)
-def _program(how: Training, num_steps: int, rows: int, has_pairs: bool) -> Callable:
-    """Return a setting's whole training on so many rows, compiled."""
-
-    def train(key: Array, lr: Array, x: Array, e: Array | None) -> tuple:
-        step = functools.partial(make_step(how, num_steps), key=key, lr=lr, x=x, e=e)
-        return jax.lax.scan(step, _start(how, key), jnp.arange(num_steps))
-
-    x = data_of(how.data).x[:rows]
-    data = data_of(how.data)._replace(x=x, e=x if has_pairs else None)
-    return jax.jit(train).lower(*_arguments(how, data)).compile()
+    x = jax.ShapeDtypeStruct((rows, *data_of(how.data).x.shape[1:]), jnp.float32)
+    arguments = jax.random.key(0), jnp.int32(0), jnp.float32(0)
+    numbers = jnp.zeros(len(how.objective.names))
+    return jax.jit(train).lower(*arguments, numbers, x, x if has_pairs else None).compile()
 
 
 def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.0) -> Fitted:
     """Train one seed, at so many times the learning rate."""
-    program = _program(how, num_steps, len(data.x), data.e is not None)
+    program = _program(_shared(how), len(data.x), data.e is not None)
+    numbers = jnp.asarray(how.objective.numbers, jnp.float32)
+    arguments = jnp.int32(num_steps), jnp.float32(factor * how.lr), numbers
     start = time.monotonic()
-    (params, average, _), errors = jax.block_until_ready(
-        program(*_arguments(how, data, seed, factor))
-    )
-    milliseconds = 1e3 * (time.monotonic() - start) / num_steps
+    result = program(jax.random.key(seed), *arguments, *map(_on_device, (data.x, data.e)))
+    params, average, _, errors = jax.block_until_ready(result)
+    pace = 1e3 * (time.monotonic() - start) / num_steps
     memory = program.memory_analysis().temp_size_in_bytes / 1e6
-    return Fitted(params, average, np.asarray(errors), milliseconds, memory)
+    return Fitted(params, average, np.asarray(errors[:num_steps]), pace, memory)
+
+
+def _on_device(x: np.ndarray | None) -> Array | None:
+    return None if x is None else jnp.asarray(x)
+
+
+def _shared(how: Training) -> Training:
+    """Return a setting without what one program may vary; exact estimates are of their own data."""
+    objective = dataclasses.replace(how.objective, numbers=())
+    data = how.objective.data or ("digits" if how.data == "digits" else "wide")
+    return dataclasses.replace(how, objective=objective, data=data, steps=0, lr=0.0, pairs="")
 
 
 class Run(NamedTuple):
@@ -212,8 +282,9 @@ def run_of(how: Training, num_steps: int, seed: int) -> Run:
         num_steps //= 2
         teacher = fit(how, num_steps, seed, data).average
         x, once = (np.asarray(sampled(teacher, data.e, steps)) for steps in (16, 1))
-        worst = np.linalg.norm(x - once, axis=1)
-        kept = np.argsort(worst)[: round((1 - float(number)) * len(x))]
+        apart = np.linalg.norm(x - once, axis=1)
+        kept = np.flatnonzero(apart <= np.quantile(apart, 1 - float(number)))
+        kept = np.resize(kept, len(x))  # some of them twice: of one size, for one program
         data = data._replace(x=x[kept], e=data.e[kept])
     e = _normal(data.held_out.shape, 100 + seed)
     return Run(how, seed, num_steps, data, fit(how, num_steps, seed, data), e)
@@ -292,31 +363,24 @@ def exact_average(x: Array, z: Array, r: Array, t: Array) -> Array:
     return ((flat - end) / jnp.maximum(t - r, 1e-4)[:, None]).reshape(shape)
 
 
-@functools.lru_cache(1)
-def _moments(how: Training, batches: int) -> Callable:
-    """Return a function of parameters: sum and summed squares of the gradients of batches."""
+@functools.partial(jax.jit, static_argnames=("how", "batches"))
+def _moments(how: Training, numbers: Any, x: Array, fitted: Sequence[PyTree], batches: int):
+    """Return the sum and the summed squares of the gradients of so many batches."""
 
-    def gradient(params: PyTree, average: PyTree, x: Array, i: Array) -> Array:
-        rows_key, key = jax.random.split(jax.random.fold_in(jax.random.key(5), i))
-        draws = SCHEME.draw(key, x[jax.random.randint(rows_key, (how.batch_size,), 0, len(x))])
-        of_params = jax.grad(lambda p: how.objective.loss(field, p, draws, 0, average)[0])
-        return ravel_pytree(of_params(params))[0]
+    def add(sums: tuple, i: Array) -> tuple:
+        key = jax.random.fold_in(jax.random.key(5), i)
+        g = ravel_pytree(gradient_of(how, key, numbers, *fitted, x, None)[0])[0]
+        return (sums[0] + g, sums[1] + g @ g), None
 
-    def add(sums: tuple, g: Array) -> tuple:
-        return sums[0] + g, sums[1] + g @ g
-
-    def moments(params: PyTree, average: PyTree, x: Array) -> tuple:
-        zeros = jnp.zeros_like(ravel_pytree(params)[0]), jnp.float32(0)
-        step = lambda sums, i: (add(sums, gradient(params, average, x, i)), None)  # noqa: E731
-        return jax.lax.scan(step, zeros, jnp.arange(batches))[0]
-
-    return jax.jit(moments)
+    zeros = jnp.zeros_like(ravel_pytree(fitted[0])[0]), jnp.float32(0)
+    return jax.lax.scan(add, zeros, jnp.arange(batches))[0]
 
 
 def gradient_variance(how: Training, fitted: Fitted, batches: int = 500) -> float:
     """Return the total variance of the gradient at frozen parameters."""
-    x = jnp.asarray(data_of(how.data).x)
-    total, squares = _moments(how, batches)(fitted.params, fitted.average, x)
+    numbers = [jnp.float32(n) for n in how.objective.numbers]
+    known = numbers, jnp.asarray(data_of(how.data).x), (fitted.params, fitted.average)
+    total, squares = _moments(_shared(how), *known, batches)
     return float(squares / batches - jnp.sum((total / batches) ** 2))
 
 
@@ -327,47 +391,3 @@ def identities(params: PyTree, draws: Draws) -> tuple[Array, Array, Array]:
     v, u, du_dt = derivative_at(field, params, rows)
     largest = jnp.sqrt(jnp.max(jnp.sum(du_dt**2, axis=1)))
     return residual_of(rows, v, u, du_dt), additivity_gap(field, params, rows), largest
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixed(mf_jax.Objective):
-    """An objective whose target and tangent know estimates of their own."""
-
-    objective: mf_jax.Objective
-    target: mf_jax.VelocityEstimate
-    tangent: mf_jax.VelocityEstimate
-
-    def loss(self, field, params, draws, step=0, target_params=None):
-        """See `Objective.loss`."""
-        both = [
-            each.estimated(field, params, draws, target_params)
-            for each in (self.target, self.tangent)
-        ]
-        rows = draws.interval
-        plain = velocity(rows.x, rows.e)
-        rows = rows.replace(v=both[0].interval.v, tangent=both[1].interval.tangent)
-        rows = rows.replace(tangent=plain if rows.tangent is None else rows.tangent)
-        draws = Draws(both[0].instant, rows)
-        return self.objective.loss(field, params, draws, step, target_params)
-
-
-@dataclasses.dataclass(frozen=True)
-class WithDiscrepancy(mf_jax.Objective):
-    """An objective and the squared MMD of one-step samples and data, in three Gaussian kernels."""
-
-    objective: mf_jax.Objective
-    factor: float = 0.0
-    widths: tuple[float, ...] = (0.1, 0.3, 1.0)
-
-    def loss(self, field, params, draws, step=0, target_params=None):
-        """See `Objective.loss`."""
-        loss, metrics = self.objective.loss(field, params, draws, step, target_params)
-        both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-        made, n = mf_jax.sample(field, params, both.e), len(both.x)
-
-        def kernel(a: Array, b: Array) -> Array:
-            squares = jnp.sum((a[:, None] - b[None]) ** 2, axis=2)
-            return sum(jnp.exp(-squares / (2 * width**2)) for width in self.widths)
-
-        own = (jnp.sum(kernel(made, made)) - len(self.widths) * n) / (n * (n - 1))
-        return loss + self.factor * (own - 2 * jnp.mean(kernel(made, both.x))), metrics
