@@ -129,7 +129,7 @@ def _hybrid(group: str):
     for factor, kind, steps in product((0.0, 0.1, 1.0), ("composed", "renoised"), (1, 2, 4, 8)):
         how = Training("eight_gaussians", Tuned(USUAL, ("mmd",), (factor,)))
         series, part = f"MMD {factor:g}, {kind}", f"{kind}_{steps}_"
-        yield Row(group, f"{series}, {steps}", series, steps, f"{group} {factor:g}", how, part)
+        yield Row(group, f"{series}, {steps}", series, f"{steps}", f"{group} {factor:g}", how, part)
 
 
 def _coupling(group: str):
@@ -254,13 +254,13 @@ def config_of(row: Row, num_steps: int) -> dict[str, str]:
 
 
 def execute(row: Row) -> Result:
-    """Train and measure the seeds of a run; of real data compare two halves."""
+    """Train and measure the seeds of a run; of real data compare other rows with the held-out."""
     result = {"config": config_of(row, 0), "num_steps": 1}
     if row.how is None:
         data = data_of(row.run.removeprefix("real "))
-        halves = np.array_split(np.random.default_rng(0).permutation(data.held_out), 2)
-        own = data._replace(held_out=halves[1])
-        return result | {"rows": [small_runs.sample_scores(halves[0], own)]}
+        apart = small_runs.sample_scores(data.held_out, data)["nearest"]
+        scores = small_runs.sample_scores(data.other, data) | {"nearest": apart}
+        return result | {"rows": [scores]}
     flops, rows = small_runs.step_flops(row.how), []
     num_steps = max(1, round(budget(row.group) / flops))
     for seed in range(small_runs.SEEDS):
@@ -307,7 +307,7 @@ def save_plot(path: Path, group: str, results: Results) -> None:
         for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
             own = [row for row in rows if row.series == series]
             names |= _draw(panel, own, [values_of(row, results, key) for row in own], f"C{i}")
-        if group in ("derivative", "hybrid"):
+        if group == "derivative":
             panel.set_xscale("log")
     for panel in panels[len(keys) :]:
         panel.axis("off")
@@ -326,7 +326,7 @@ def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) ->
     places = [rows[i].place for i in known]
     style = {"color": color, "marker": "o", "markersize": 3, "capsize": 2}
     line = panel.errorbar(places, means, spreads, **style)
-    panel.tick_params("x", rotation=40 if isinstance(places[0], str) else 0, labelsize=8)
+    panel.tick_params("x", rotation=0 if len(str(places[0])) < 5 else 40, labelsize=8)
     return {rows[0].series: line}
 
 

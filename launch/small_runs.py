@@ -118,10 +118,11 @@ class Training:
 
 
 class Data(NamedTuple):
-    """Training rows, held-out rows, and the noise of each row, or None."""
+    """Training rows, held-out rows, as many to compare them with, and each x's noise, or None."""
 
     x: np.ndarray
     held_out: np.ndarray
+    other: np.ndarray
     e: np.ndarray | None = None
 
 
@@ -139,10 +140,12 @@ class Fitted(NamedTuple):
 def data_of(name: str) -> Data:
     """Return `digits`, a Gaussian of `MAPS`, or `TOY` with many rows or `TOY ROWS`."""
     if name == "digits":
-        return Data(*(read(Digits(image_size=8, split=s)).x for s in ("train", "held_out")))
+        x, held_out = (read(Digits(image_size=8, split=s)).x for s in ("train", "held_out"))
+        return Data(x, held_out, np.random.default_rng(0).permutation(x)[: len(held_out)])
     toy, _, rows = name.partition(" ")
     make = TOYS.get(toy, lambda n, seed: _normal((n, 2), seed) @ MAPS[toy])
-    return Data(*(np.float32(make(n, i)) for i, n in enumerate((int(rows or POOL), COMPARED))))
+    sizes = int(rows or POOL), COMPARED, COMPARED
+    return Data(*(np.float32(make(n, seed)) for seed, n in enumerate(sizes)))
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -323,7 +326,7 @@ def sample_scores(x: np.ndarray, data: Data) -> dict[str, float]:
         return {}
     rows = [each.reshape(len(each), -1) for each in (x, data.held_out)]
     scores = {"w2": assignment(*rows)[0], "recall": pair_scores(*rows).recall}
-    return scores | {"nearest": float(nearest_distances(x, data.x[:COMPARED]).mean())}
+    return scores | {"nearest": float(nearest_distances(x, data.x[: 2 * COMPARED]).mean())}
 
 
 @functools.partial(jax.jit, static_argnames="steps")

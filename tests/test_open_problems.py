@@ -14,7 +14,7 @@ from oracle import STD, gaussian_average
 
 import mf_jax
 from launch import open_problems, small_runs
-from launch.small_runs import MAPS, Data, Fitted, Mixed, Training
+from launch.small_runs import MAPS, Data, Fitted, Training, Tuned
 from mf_jax.data.arrays import of_file
 from mf_jax.objectives.terms import AdaptiveWeight
 
@@ -73,43 +73,39 @@ def test_what_is_measured_is_what_closed_forms_say():
     assert distance == pytest.approx(0.5)
     np.testing.assert_array_equal(places, np.arange(8)[::-1])
     e = np.random.default_rng(1).normal(size=(500, 2)).astype(np.float32)
-    own = small_runs.sample_scores(e, Data(e, e))
+    own = small_runs.sample_scores(e, Data(e, e, e))
     assert (own["w2"], own["recall"], own["nearest"]) == pytest.approx((0, 1, 0), abs=1e-3)
     dealt = small_runs._dealt("tilted", 1024)
     apart = small_runs.data_of("tilted").x - dealt @ MAPS["tilted"]
     assert np.sqrt(np.mean(apart**2)) < 0.2
 
 
-def test_estimates_of_target_and_tangent_are_apart():
-    sources = mf_jax.VelocityEstimate("data", target=1.0, data=small_runs.data_of("wide").x[:64])
-    network = mf_jax.VelocityEstimate("network", tangent=1.0)
-    seen = []
-
-    @dataclasses.dataclass(frozen=True)
-    class Seen(mf_jax.Objective):
-        def loss(self, field, params, draws, step=0, target_params=None):
-            seen.append(draws.interval)
-            return PLAIN.loss(field, params, draws)
-
-    params = small_runs.initial(jax.random.key(0), 2, 8)
+def test_numbers_turn_on_what_the_core_calls_by_name():
+    """Shares of an estimate for target and tangent at once, and factors of controls."""
+    params, estimate = small_runs.initial(jax.random.key(0), 2, 8), mf_jax.VelocityEstimate
+    params[-1] = params[0][0][:8, :2], params[-1][1]  # else it would return 0
     draws = small_runs.SCHEME.draw(jax.random.key(1), jnp.ones((8, 2)))
-    off = mf_jax.VelocityEstimate()
-    for target, tangent in ((sources, network), (off, network), (sources, off)):
-        Mixed(Seen(), target, tangent).loss(small_runs.field, params, draws, 0, params)
-    plain = draws.interval.e - draws.interval.x
-    apart = [
-        [bool(jnp.abs(v - plain).max() > 0.1) if v is not None else False for v in (s.v, s.tangent)]
-        for s in seen
-    ]
-    assert apart == [[True, True], [False, True], [True, False]]
-    assert not np.allclose(seen[0].v, seen[0].tangent)
+    data = small_runs.data_of("two_moons 128").x
+    controlled = mf_jax.Controlled(PLAIN, mf_jax.Controls(lipschitz=0.3, non_expansive=2.0))
+    exact = mf_jax.Estimated(PLAIN, estimate("data", 0.7, 0.2, data=data))
+    for names, numbers, theirs in (
+        (("target exact", "tangent exact"), (0.7, 0.2), exact),
+        (("tangent network",), (0.4,), mf_jax.Estimated(PLAIN, estimate("network", 0.0, 0.4))),
+        (("lipschitz", "monotone", "non_expansive"), (0.3, 0.0, 2.0), controlled),
+        (("mmd", "target exact"), (0.0, 0.0), PLAIN),
+    ):
+        ours = Tuned(PLAIN, names, numbers, "two_moons 128")
+        losses = [o.loss(small_runs.field, params, draws, 0, params)[0] for o in (ours, theirs)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_gradients_vary_less_in_larger_batches():
     params = small_runs.initial(jax.random.key(0), 2, 8)
     fitted = Fitted(params, params, np.zeros(1), 0.0, 0.0)
     small, large = (
-        small_runs.gradient_variance(Training("wide", PLAIN, batch_size=n, width=8), fitted, 100)
+        small_runs.gradient_variance(
+            Training("wide", Tuned(PLAIN), batch_size=n, width=8), fitted, 100
+        )
         for n in (8, 128)
     )
     assert small / large == pytest.approx(16, rel=0.3)
