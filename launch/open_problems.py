@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from launch import runner, small_runs
+from launch import runner
 from launch.runner import Result, Results, Study
-from launch.small_runs import MAPS, Run, Training, Tuned, data_of
+from launch.small import measures, training
+from launch.small.data import data_of
+from launch.small.training import Training, Tuned
 from mf_jax import Derivative, MeanFlow
-from mf_jax.flow.paths import interpolate
 from mf_jax.objectives.terms import AdaptiveWeight
 
 RUNS, DOCUMENT = Path("runs/open_problems"), Path("docs/open_problems.md")
 PLAIN, USUAL = (MeanFlow(weight=AdaptiveWeight(p=p)) for p in (0.0, 0.25))
-Scores = dict[str, float]
 
 
 class Row(NamedTuple):
@@ -174,69 +174,13 @@ def runs_of(only: str = "") -> list[Row]:
     return list(runs.values())
 
 
-def _of_estimates(run: Run) -> Scores:
-    rows = run.draws(512).interval
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    u = small_runs.field(run.fitted.average, z, r=rows.r, t=rows.t, condition=None)
-    exact = small_runs.exact_average(run.data.x, z, rows.r, rows.t)
-    numbers = (0.0,) * len(run.how.objective.numbers)
-    plain = dataclasses.replace(run.how.objective, numbers=numbers)
-    frozen = _frozen(dataclasses.replace(run.how, objective=plain), run.seed)
-    return {
-        "variance": small_runs.gradient_variance(run.how, frozen),
-        "u_error": float(np.sqrt(np.mean(np.square(u - exact)))),
-    }
-
-
-@functools.lru_cache(8)
-def _frozen(plain: Training, seed: int) -> small_runs.Fitted:
-    """Return where all settings of a group have the variance of their gradients compared."""
-    return small_runs.fit(plain, plain.steps // 4, seed, data_of(plain.data))
-
-
-def _of_derivative(run: Run) -> Scores:
-    fitted = run.fitted
-    residual = float(small_runs.identities(fitted.average, run.draws())[0])
-    memory, pace = fitted.megabytes, fitted.milliseconds
-    return {"residual": residual, "milliseconds": pace, "megabytes": memory}
-
-
-def _of_hybrid(run: Run) -> Scores:
-    angles, scale, scores = np.arange(8) * np.pi / 4, np.sqrt(1 / 2 + 0.1**2), {}
-    centers = np.stack([np.cos(angles), np.sin(angles)], axis=1) / scale
-    for kind, steps in product(("composed", "renoised"), (1, 2, 4, 8)):
-        x = np.asarray(run.sampled(steps, renoised=kind == "renoised"))
-        away = np.linalg.norm(x[:, None] - centers, axis=2).min(axis=1)
-        scores[f"{kind}_{steps}_w2"] = small_runs.assignment(x, run.data.held_out)[0]
-        scores[f"{kind}_{steps}_outside"] = float(np.mean(away > 3 * 0.1 / scale))
-    return scores
-
-
-def _of_coupling(run: Run) -> Scores:
-    path = np.asarray(small_runs.path_of(run.fitted.average, run.e))
-    moves, straight = np.diff(path, axis=0), path[-1] - path[0]
-    length = np.linalg.norm(moves, axis=2).sum(axis=0).mean()
-    bend = np.square(len(moves) * moves - straight).sum(axis=2).mean()
-    gap = small_runs.identities(run.fitted.average, run.draws())[1]
-    ratio = length / np.linalg.norm(straight, axis=1).mean()
-    return {"length": float(ratio), "bend": float(bend), "gap": float(gap)}
-
-
-def _of_control(run: Run) -> Scores:
-    errors = small_runs.fit(run.how, run.steps, run.seed, run.data, factor=4.0).errors
-    bad = ~(errors < 10 * np.median(run.fitted.errors[:100]))
-    first = int(np.argmax(bad)) if bad.any() else run.steps
-    largest = float(small_runs.identities(run.fitted.average, run.draws())[2])
-    return {"largest": largest, "stable": first / run.steps}
-
-
 MEASURES = {
-    "stability": _of_estimates,
-    "digits": _of_estimates,
-    "derivative": _of_derivative,
-    "hybrid": _of_hybrid,
-    "coupling": _of_coupling,
-    "control": _of_control,
+    "stability": measures.of_estimates,
+    "digits": measures.of_estimates,
+    "derivative": measures.of_derivative,
+    "hybrid": measures.of_hybrid,
+    "coupling": measures.of_coupling,
+    "control": measures.of_control,
 }
 
 
@@ -244,13 +188,13 @@ MEASURES = {
 def budget(group: str) -> float:
     """Return the FLOPs of each run of a group: those of its first setting."""
     how = next(row.how for row in rows_of() if row.group == group and row.how)
-    return how.steps * small_runs.step_flops(how)
+    return how.steps * training.step_flops(how)
 
 
 def config_of(row: Row, num_steps: int) -> dict[str, str]:
     """Return what decides a run's numbers, beside its steps."""
     del num_steps
-    return {"training": repr(row.how), "seeds": str(small_runs.SEEDS)}
+    return {"training": repr(row.how), "seeds": str(training.SEEDS)}
 
 
 def execute(row: Row) -> Result:
@@ -258,18 +202,14 @@ def execute(row: Row) -> Result:
     result = {"config": config_of(row, 0), "num_steps": 1}
     if row.how is None:
         data = data_of(row.run.removeprefix("real "))
-        apart = small_runs.sample_scores(data.held_out, data)["nearest"]
-        scores = small_runs.sample_scores(data.other, data) | {"nearest": apart}
+        apart = measures.sample_scores(data.held_out, data)["nearest"]
+        scores = measures.sample_scores(data.other, data) | {"nearest": apart}
         return result | {"rows": [scores]}
-    flops, rows = small_runs.step_flops(row.how), []
+    flops, rows = training.step_flops(row.how), []
     num_steps = max(1, round(budget(row.group) / flops))
-    for seed in range(small_runs.SEEDS):
-        run = small_runs.run_of(row.how, num_steps, seed)
-        scores = small_runs.sample_scores(made := run.sampled(1), data_of(row.how.data))
-        if row.how.data in MAPS:
-            apart = made - run.e @ MAPS[row.how.data]
-            scores["map_error"] = float(np.sqrt(np.mean(np.square(apart))))
-        scores |= MEASURES[row.group](run)
+    for seed in range(training.SEEDS):
+        run = training.run_of(row.how, num_steps, seed)
+        scores = measures.scores_of(run) | MEASURES[row.group](run)
         rows.append({k: float(v) for k, v in scores.items() if math.isfinite(v)})
     return result | {"num_steps": num_steps, "step_flops": flops, "rows": rows}
 
@@ -295,7 +235,7 @@ def table(group: str, results: Results) -> str:
 def save_plot(path: Path, group: str, results: Results) -> None:
     """Save a panel for each score that is drawn, with a line for each series."""
     rows, keys = [row for row in rows_of() if row.group == group], GROUPS[group].drawn.split()
-    wide = min(3, len(keys))
+    wide = 2 if len(keys) == 4 else min(3, len(keys))
     tall = math.ceil(len(keys) / wide)
     figure = Figure(figsize=(4.4 * wide, 3.2 * tall + 1), layout="constrained")
     figure.suptitle(GROUPS[group].title)

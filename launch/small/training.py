@@ -7,37 +7,25 @@ loop are this file's own, as in docs/from_your_own_code.md.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
-from scipy.optimize import linear_sum_assignment
 
 import mf_jax
-from mf_jax.data.digits import Digits
-from mf_jax.data.pipeline import read
-from mf_jax.data.toy2d import TOYS
-from mf_jax.flow.diagnostics import additivity_gap, derivative_at, residual_of
-from mf_jax.flow.paths import advance, velocity
+from launch.small.data import Data, data_of, dealt, normal
+from mf_jax.flow.paths import velocity
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.metrics.row_pairs import pair_scores
-from mf_jax.metrics.two_sample import nearest_distances
 
-SEEDS, POOL, COMPARED = 3, 2**15, 1000
+SEEDS = 3
 DECAY = 0.99  # of the average that is measured, and of the source `average`
 SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
 _WAVES, _WIDTHS = (1.0, 2.0, 4.0), (0.1, 0.3, 1.0)
 _MOST_STEPS = 2**13
-MAPS = {  # optimal transport from N(0, I) to N(0, A^2), A symmetric and positive, is A
-    "narrow": 0.5 * np.eye(2),
-    "wide": 2.0 * np.eye(2),
-    "tilted": np.array([[1.2, 0.6], [0.6, 0.7]]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +105,6 @@ class Training:
     pairs: str = ""
 
 
-class Data(NamedTuple):
-    """Training rows, held-out rows, as many to compare them with, and each x's noise, or None."""
-
-    x: np.ndarray
-    held_out: np.ndarray
-    other: np.ndarray
-    e: np.ndarray | None = None
-
-
 class Fitted(NamedTuple):
     """One seed's parameters, their average, squared errors by step, time of a step, and memory."""
 
@@ -134,22 +113,6 @@ class Fitted(NamedTuple):
     errors: np.ndarray
     milliseconds: float
     megabytes: float
-
-
-@functools.cache
-def data_of(name: str) -> Data:
-    """Return `digits`, a Gaussian of `MAPS`, or `TOY` with many rows or `TOY ROWS`."""
-    if name == "digits":
-        x, held_out = (read(Digits(image_size=8, split=s)).x for s in ("train", "held_out"))
-        return Data(x, held_out, np.random.default_rng(0).permutation(x)[: len(held_out)])
-    toy, _, rows = name.partition(" ")
-    make = TOYS.get(toy, lambda n, seed: _normal((n, 2), seed) @ MAPS[toy])
-    sizes = int(rows or POOL), COMPARED, COMPARED
-    return Data(*(np.float32(make(n, seed)) for seed, n in enumerate(sizes)))
-
-
-def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def initial(key: Array, size: int, width: int) -> PyTree:
@@ -230,7 +193,7 @@ def _program(how: Training, rows: int, has_pairs: bool) -> Callable:
 
 def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.0) -> Fitted:
     """Train one seed, at so many times the learning rate."""
-    program = _program(_shared(how), len(data.x), data.e is not None)
+    program = _program(shared(how), len(data.x), data.e is not None)
     numbers = jnp.asarray(how.objective.numbers, jnp.float32)
     arguments = jnp.int32(num_steps), jnp.float32(factor * how.lr), numbers
     start = time.monotonic()
@@ -245,7 +208,7 @@ def _on_device(x: np.ndarray | None) -> Array | None:
     return None if x is None else jnp.asarray(x)
 
 
-def _shared(how: Training) -> Training:
+def shared(how: Training) -> Training:
     """Return a setting without what one program may vary; exact estimates are of their own data."""
     objective = dataclasses.replace(how.objective, numbers=())
     data = how.objective.data or ("digits" if how.data == "digits" else "wide")
@@ -278,9 +241,9 @@ def run_of(how: Training, num_steps: int, seed: int) -> Run:
     """Train a seed of a setting; a teacher takes half of the steps."""
     data, (kind, _, number) = data_of(how.data), how.pairs.partition(" ")
     if kind == "dealt":
-        data = data._replace(e=_dealt(how.data, int(number)))
+        data = data._replace(e=dealt(how.data, int(number)))
     elif kind:
-        data = data._replace(e=_normal(data.x.shape, 3))
+        data = data._replace(e=normal(data.x.shape, 3))
     if kind == "reflow":
         num_steps //= 2
         teacher = fit(how, num_steps, seed, data).average
@@ -289,27 +252,8 @@ def run_of(how: Training, num_steps: int, seed: int) -> Run:
         kept = np.flatnonzero(apart <= np.quantile(apart, 1 - float(number)))
         kept = np.resize(kept, len(x))  # some of them twice: of one size, for one program
         data = data._replace(x=x[kept], e=data.e[kept])
-    e = _normal(data.held_out.shape, 100 + seed)
+    e = normal(data.held_out.shape, 100 + seed)
     return Run(how, seed, num_steps, data, fit(how, num_steps, seed, data), e)
-
-
-@functools.cache
-def _dealt(name: str, rows: int) -> np.ndarray:
-    """Return noise dealt to the data as `OptimalTransport` does, by scipy, which is faster."""
-    x = data_of(name).x
-    e = _normal(x.shape, 3)
-    for i in range(0, len(x), rows):
-        block = slice(i, i + rows)
-        e[block] = e[block][assignment(x[block], e[block])[1]]
-    return e
-
-
-def assignment(a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the root mean square of the cheapest assignment, and the place in b of each a."""
-    a, b = (each.reshape(len(each), -1).astype(np.float64) for each in (a, b))
-    cost = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None] - 2 * a @ b.T
-    rows, places = linear_sum_assignment(cost)
-    return float(np.sqrt(np.maximum(cost[rows, places].mean(), 0))), places
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "renoised"))
@@ -317,80 +261,3 @@ def sampled(params: PyTree, e: Array, steps: int, renoised: bool = False) -> Arr
     """Return samples of the perceptron, by composed steps or by steps to the data and back."""
     key = jax.random.key(11) if renoised else None
     return mf_jax.sample(field, params, jnp.asarray(e), steps=steps, renoise=key)
-
-
-def sample_scores(x: np.ndarray, data: Data) -> dict[str, float]:
-    """Compare as many samples as there are held-out rows with them, and with the training rows."""
-    x = np.asarray(x)
-    if not np.isfinite(x).all():
-        return {}
-    rows = [each.reshape(len(each), -1) for each in (x, data.held_out)]
-    scores = {"w2": assignment(*rows)[0], "recall": pair_scores(*rows).recall}
-    return scores | {"nearest": float(nearest_distances(x, data.x[: 2 * COMPARED]).mean())}
-
-
-@functools.partial(jax.jit, static_argnames="steps")
-def path_of(params: PyTree, e: Array, steps: int = 16) -> Float[Array, "s n d"]:
-    """Return the points of the samples' paths, noise first."""
-
-    def move(z: Array, t: Array) -> tuple[Array, Array]:
-        times = [jnp.full(len(z), time) for time in (t, t - 1 / steps)]
-        u = field(params, z, r=times[1], t=times[0], condition=None)
-        z = advance(z, u, r=times[1], t=times[0])
-        return z, z
-
-    return jnp.concatenate([e[None], jax.lax.scan(move, e, 1 - jnp.arange(steps) / steps)[1]])
-
-
-@jax.jit
-def exact_average(x: Array, z: Array, r: Array, t: Array) -> Array:
-    """Return u of the flow that ends at the rows x, by Runge-Kutta steps from t to r."""
-    data, shape = x.reshape(len(x), -1), z.shape
-
-    def v(z: Array, t: Array) -> Array:
-        squares = jnp.sum((z[:, None] - (1 - t)[:, None, None] * data) ** 2, axis=2)
-        weights = jax.nn.softmax(-squares / (2 * t[:, None] ** 2), axis=1)
-        return (z - weights @ data) / t[:, None]
-
-    def step(z: Array, i: Array) -> tuple[Array, None]:
-        d = (t - r) / 32
-        now, h = t - i * d, d[:, None]
-        a = v(z, now)
-        b = v(z - h / 2 * a, now - d / 2)
-        c = v(z - h / 2 * b, now - d / 2)
-        last = v(z - h * c, jnp.maximum(now - d, 1e-4))
-        return z - h / 6 * (a + 2 * b + 2 * c + last), None
-
-    flat = z.reshape(len(z), -1)
-    end = jax.lax.scan(step, flat, jnp.arange(32))[0]
-    return ((flat - end) / jnp.maximum(t - r, 1e-4)[:, None]).reshape(shape)
-
-
-@functools.partial(jax.jit, static_argnames=("how", "batches"))
-def _moments(how: Training, numbers: Any, x: Array, fitted: Sequence[PyTree], batches: int):
-    """Return the sum and the summed squares of the gradients of so many batches."""
-
-    def add(sums: tuple, i: Array) -> tuple:
-        key = jax.random.fold_in(jax.random.key(5), i)
-        g = ravel_pytree(gradient_of(how, key, numbers, *fitted, x, None)[0])[0]
-        return (sums[0] + g, sums[1] + g @ g), None
-
-    zeros = jnp.zeros_like(ravel_pytree(fitted[0])[0]), jnp.float32(0)
-    return jax.lax.scan(add, zeros, jnp.arange(batches))[0]
-
-
-def gradient_variance(how: Training, fitted: Fitted, batches: int = 500) -> float:
-    """Return the total variance of the gradient at frozen parameters."""
-    numbers = [jnp.float32(n) for n in how.objective.numbers]
-    known = numbers, jnp.asarray(data_of(how.data).x), (fitted.params, fitted.average)
-    total, squares = _moments(_shared(how), *known, batches)
-    return float(squares / batches - jnp.sum((total / batches) ** 2))
-
-
-@jax.jit
-def identities(params: PyTree, draws: Draws) -> tuple[Array, Array, Array]:
-    """Return identity residual, additivity gap and the largest |du/dt| of the rows with r < t."""
-    rows = draws.interval
-    v, u, du_dt = derivative_at(field, params, rows)
-    largest = jnp.sqrt(jnp.max(jnp.sum(du_dt**2, axis=1)))
-    return residual_of(rows, v, u, du_dt), additivity_gap(field, params, rows), largest
