@@ -18,7 +18,7 @@ Result = dict[str, Any]
 Results = Mapping[str, Result]
 """Name of a run -> its result.json."""
 Column = tuple[Sequence[Any], str, Callable | None]
-"""Numbers, or numbers of some seeds; their format; what the best is: min, max or None."""
+"""Numbers, numbers of some seeds, or text; their format; what the best is: min, max or None."""
 
 
 class Study(NamedTuple):
@@ -108,7 +108,9 @@ def as_table(labels: Sequence[str], columns: Mapping[str, Column], first: str = 
 
 
 def _cell(values: Sequence[Any], form: str, best: Callable | None, i: int) -> str:
-    means = [float(np.mean(value)) for value in values]
+    if isinstance(values[i], str):
+        return values[i]
+    means = [math.nan if isinstance(value, str) else float(np.mean(value)) for value in values]
     known = [mean for mean in means if not math.isnan(mean)]
     if math.isnan(means[i]):
         return "–"
