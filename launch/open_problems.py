@@ -64,7 +64,7 @@ SCORES = {  # heading, format, what the best is
     "recall": ("recall", ".3f", max),
     "nearest": ("nearest training row", ".3f", None),
     "residual": ("identity residual", ".3f", min),
-    "milliseconds": ("ms a step", ".2f", None),
+    "mflops": ("MFLOPs a step", ".1f", None),
     "megabytes": ("MB", ".1f", None),
     "outside": ("outside of all modes", ".3f", min),
     "length": ("path length / distance", ".4f", min),
@@ -81,7 +81,7 @@ GROUPS = {
     "derivative": Group(
         "The derivative without a JVP: eight Gaussians",
         "step of the difference",
-        "w2 residual milliseconds megabytes",
+        "w2 residual mflops megabytes",
         "w2 residual",
     ),
     "hybrid": Group("Samplers, and an MMD term: eight modes", "steps", "w2 outside", "w2 outside"),
@@ -211,7 +211,8 @@ def execute(row: Row) -> Result:
         run = training.run_of(row.how, num_steps, seed)
         scores = measures.scores_of(run) | MEASURES[row.group](run)
         rows.append({k: float(v) for k, v in scores.items() if math.isfinite(v)})
-    return result | {"num_steps": num_steps, "step_flops": flops, "rows": rows}
+    rows = [{"mflops": flops / 1e6, **row} for row in rows]
+    return result | {"num_steps": num_steps, "rows": rows}
 
 
 def values_of(row: Row, results: Results, key: str) -> list[float]:

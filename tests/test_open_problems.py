@@ -100,7 +100,7 @@ def test_numbers_turn_on_what_the_core_calls_by_name():
 
 def test_gradients_vary_less_in_larger_batches():
     params = training.initial(jax.random.key(0), 2, 8)
-    fitted = Fitted(params, params, np.zeros(1), 0.0, 0.0)
+    fitted = Fitted(params, params, np.zeros(1), 0.0)
     own = [Training("wide", Tuned(PLAIN), batch_size=n, width=8) for n in (8, 128)]
     small, large = (measures.gradient_variance(how, fitted, 100) for how in own)
     assert small / large == pytest.approx(16, rel=0.3)

@@ -131,11 +131,9 @@ def _frozen(plain: Training, seed: int) -> Fitted:
 
 
 def of_derivative(run: Run) -> Scores:
-    """Return the identity residual, and a step's time and memory."""
-    fitted = run.fitted
-    residual = float(identities(fitted.average, run.draws())[0])
-    memory, pace = fitted.megabytes, fitted.milliseconds
-    return {"residual": residual, "milliseconds": pace, "megabytes": memory}
+    """Return the identity residual, and the memory of a step."""
+    residual = identities(run.fitted.average, run.draws())[0]
+    return {"residual": float(residual), "megabytes": run.fitted.megabytes}
 
 
 def of_hybrid(run: Run) -> Scores:

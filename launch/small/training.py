@@ -6,7 +6,6 @@ loop are this file's own, as in docs/from_your_own_code.md.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,12 +105,11 @@ class Training:
 
 
 class Fitted(NamedTuple):
-    """One seed's parameters, their average, squared errors by step, time of a step, and memory."""
+    """One seed's parameters, their average, squared errors by step, and the memory of a step."""
 
     params: PyTree
     average: PyTree
     errors: np.ndarray
-    milliseconds: float
     megabytes: float
 
 
@@ -196,12 +194,10 @@ def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.
     program = _program(shared(how), len(data.x), data.e is not None)
     numbers = jnp.asarray(how.objective.numbers, jnp.float32)
     arguments = jnp.int32(num_steps), jnp.float32(factor * how.lr), numbers
-    start = time.monotonic()
     result = program(jax.random.key(seed), *arguments, *map(_on_device, (data.x, data.e)))
-    params, average, _, errors = jax.block_until_ready(result)
-    pace = 1e3 * (time.monotonic() - start) / num_steps
+    params, average, _, errors = result
     memory = program.memory_analysis().temp_size_in_bytes / 1e6
-    return Fitted(params, average, np.asarray(errors[:num_steps]), pace, memory)
+    return Fitted(params, average, np.asarray(errors[:num_steps]), memory)
 
 
 def _on_device(x: np.ndarray | None) -> Array | None:
