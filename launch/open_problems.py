@@ -58,14 +58,14 @@ class Group(NamedTuple):
 
 
 SCORES = {  # heading, format, what the best is
-    "variance": ("gradient variance", ".4g", min),
+    "variance": ("gradient variance", ".3f", min),
     "u_error": ("error of u", ".3f", min),
     "w2": ("W2", ".3f", min),
     "recall": ("recall", ".3f", max),
     "nearest": ("nearest training row", ".3f", None),
     "residual": ("identity residual", ".3f", min),
     "mflops": ("MFLOPs a step", ".1f", None),
-    "megabytes": ("MB", ".1f", None),
+    "megabytes": ("MB", ".2f", None),
     "outside": ("outside of all modes", ".3f", min),
     "length": ("path length / distance", ".4f", min),
     "bend": ("bend of the paths", ".3f", min),
@@ -271,7 +271,8 @@ def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) ->
     places = [rows[i].place for i in known]
     style = {"color": color, "marker": "o", "markersize": 3, "capsize": 2}
     line = panel.errorbar(places, means, spreads, **style)
-    panel.tick_params("x", rotation=0 if len(str(places[0])) < 5 else 40, labelsize=8)
+    is_long = isinstance(places[0], str) and max(map(len, places)) > 4
+    panel.tick_params("x", rotation=40 if is_long else 0, labelsize=8)
     return {rows[0].series: line}
 
 

@@ -115,6 +115,6 @@ def _cell(values: Sequence[Any], form: str, best: Callable | None, i: int) -> st
     if math.isnan(means[i]):
         return "–"
     text = format(means[i], form) if math.isfinite(means[i]) else "diverged"
-    if np.size(values[i]) > 1 and math.isfinite(means[i]):
+    if math.isfinite(means[i]) and np.ptp(values[i]) > 0:
         text += f" ± {format(float(np.std(values[i], ddof=1)), form)}"
     return f"**{text}**" if best and len(known) > 1 and means[i] == best(known) else text
