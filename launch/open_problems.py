@@ -72,7 +72,7 @@ SCORES = {  # heading, format, what the best is
     "gap": ("additivity gap", ".3f", min),
     "map_error": ("error of the map", ".3f", min),
     "largest": ("largest du/dt", ".2f", None),
-    "stable": ("share of steps before divergence", ".2f", max),
+    "stable": ("steps before divergence", ",.0f", max),
 }
 _SHARE, _OF_ESTIMATES = "share of the estimate in the tangent", "variance u_error w2 recall nearest"
 GROUPS = {

@@ -160,9 +160,9 @@ def of_coupling(run: Run) -> Scores:
 
 
 def of_control(run: Run) -> Scores:
-    """Return the largest du/dt, and how long four times the rate goes well."""
-    errors = fit(run.how, run.steps, run.seed, run.data, factor=4.0).errors
+    """Return the largest du/dt, and the steps before four times the rate diverges."""
+    errors = fit(run.how, run.how.steps, run.seed, run.data, factor=4.0).errors
     bad = ~(errors < 10 * np.median(run.fitted.errors[:100]))
-    first = int(np.argmax(bad)) if bad.any() else run.steps
+    first = int(np.argmax(bad)) if bad.any() else run.how.steps
     largest = float(identities(run.fitted.average, run.draws())[2])
-    return {"largest": largest, "stable": first / run.steps}
+    return {"largest": largest, "stable": first}
