@@ -265,7 +265,8 @@ def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) ->
     known = [i for i, each in enumerate(values) if np.isfinite(each).all()]
     if not known:
         return {}
-    means, spreads = ([float(f(values[i])) for i in known] for f in (np.mean, np.std))
+    means = [float(np.mean(values[i])) for i in known]
+    spreads = [float(np.std(values[i], ddof=len(values[i]) > 1)) for i in known]
     if rows[0].place is None:
         return {rows[0].series: panel.axhline(means[0], color=color, linestyle="--")}
     places = [rows[i].place for i in known]
