@@ -100,6 +100,7 @@ def test_numbers_turn_on_what_the_core_calls_by_name():
 
 def test_gradients_vary_less_in_larger_batches():
     params = training.initial(jax.random.key(0), 2, 8)
+    params[-1] = params[-1][0], params[-1][1] + 5.0  # a mean gradient that is no variance
     fitted = Fitted(params, params, np.zeros(1), 0.0)
     own = [Training("wide", Tuned(PLAIN), batch_size=n, width=8) for n in (8, 128)]
     small, large = (measures.gradient_variance(how, fitted, 100) for how in own)
