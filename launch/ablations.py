@@ -9,14 +9,12 @@
 Usage: bash launch/ablations.sh [--only=GROUP] [--document]
 """
 
-import argparse
 import contextlib
 import functools
 import gc
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,11 +28,11 @@ from ml_collections import ConfigDict
 
 from configs.digits import get_config as digits
 from configs.rows import soflow
+from launch import runner
+from launch.runner import Result, Results, Study, as_table, write_tables
 from mf_jax import evaluate, train
 from mf_jax.bench.step import placed_step
-from mf_jax.flow.errors import BadInput
-from mf_jax.runtime.files import replace_file
-from mf_jax.runtime.json_files import read_json, write_json
+from mf_jax.runtime.json_files import read_json
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json
 from mf_jax.validation import validate
@@ -45,8 +43,6 @@ MUST_FAIL = ("tangent_v00", "tangent_v10", "tangent_v11", "share_0")
 VISIBLY = 2.0
 """What must fail has at least this many times the baseline's distance at one step."""
 Overrides = Mapping[str, Any]
-Results = Mapping[str, Mapping[str, Any]]
-"""Name of a run -> its result.json."""
 
 
 class Row(NamedTuple):
@@ -207,20 +203,9 @@ def budget() -> float:
     return NUM_STEPS * step_flops(make_config(next(row for row in ROWS if row.group == EQUAL)))
 
 
-def finished(row: Row, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a run, or None where it is not finished."""
-    path = folder / row.run / "result.json"
-    if not path.exists():
-        return None
-    result = read_json(path, {"config": {}, "num_steps": 1, "rows": [{}]}, "move it away")
-    if result["config"] != decisive(make_config(row, result["num_steps"])):
-        raise BadInput(f"{path.parent}: its result is of another config; move the folder away")
-    return result
-
-
-def execute(row: Row, folder: Path) -> dict[str, Any] | None:
+def execute(row: Row, folder: Path) -> Result | None:
     """Train and evaluate a run, or continue it; return its result, None if it was told to stop."""
-    start, num_steps, result = time.monotonic(), NUM_STEPS, {}
+    num_steps, result = NUM_STEPS, {}
     if row.group == EQUAL:
         result["step_flops"] = step_flops(make_config(row))
         num_steps = max(1, round(budget() / result["step_flops"]))
@@ -235,8 +220,6 @@ def execute(row: Row, folder: Path) -> dict[str, Any] | None:
             result["rows"] = read_json(workdir / "eval.json", {"rows": [{}]})["rows"]
         except FloatingPointError as error:
             result["diverged"] = str(error)
-    result["seconds"] = time.monotonic() - start
-    write_json(workdir / "result.json", result, indent=1)
     jax.clear_caches()  # 40 compiled steps do not fit
     gc.collect()
     return result
@@ -258,24 +241,13 @@ def table(group: str, results: Results) -> str:
     if group == EQUAL:
         flops = [result.get("step_flops", NONE) / 1e6 for result in found]
         columns["MFLOPs a step"] = flops, ",.0f", None
-        columns["steps"] = [result.get("num_steps", NONE) for result in found], ",", None
+        columns["steps"] = [result.get("num_steps", NONE) for result in found], ",.0f", None
     columns["Fréchet distance, 1 step"] = [score(results, row.run) for row in rows], ".2f", min
     for steps in (2, 8) if group == EQUAL else (2,):
         columns[f"{steps} steps"] = [score(results, row.run, steps) for row in rows], ".2f", min
     accuracy = [score(results, row.run, key="class_accuracy") for row in rows]
     columns["class accuracy, 1 step"] = accuracy, ".1%", max
-    lines = [["setting", *columns], ["---"] * (len(columns) + 1)]
-    for i, row in enumerate(rows):
-        lines.append([row.label, *(_cell(*column, i) for column in columns.values())])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cell(values: Sequence[float], form: str, best: Any, i: int) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if math.isnan(values[i]):
-        return "–"
-    text = format(values[i], form) if math.isfinite(values[i]) else "diverged"
-    return f"**{text}**" if best and len(known) > 1 and values[i] == best(known) else text
+    return as_table([row.label for row in rows], columns)
 
 
 def save_plot(path: Path, group: str, results: Results) -> None:
@@ -305,43 +277,28 @@ def _bars(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:
 
 def write_document(results: Results, document: Path, plots: Path) -> list[str]:
     """Write the tables between their marks and the plots; return what did not fail but must."""
-    text = document.read_text()
+    write_tables(document, {group: table(group, results) for group in TITLES})
     plots.mkdir(parents=True, exist_ok=True)
     for group in TITLES:
-        start = text.index(mark := f"<!-- {group} -->\n") + len(mark)
-        text = text[:start] + table(group, results) + text[text.index("<!-- end -->", start) :]
         save_plot(plots / f"{group}.png", group, results)
-    replace_file(document, text.encode())
-    return [run for run in MUST_FAIL if score(results, run) < VISIBLY * score(results, BASE)]
+    failed = [run for run in MUST_FAIL if score(results, run) < VISIBLY * score(results, BASE)]
+    return [f"{run} must fail and does not" for run in failed]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 a check failed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="launch/ablations.sh", description=__doc__)
-    parser.add_argument("--only", default="", choices=TITLES, help="the runs of one group")
-    parser.add_argument("--document", action="store_true", help="write the document alone")
-    arguments = parser.parse_args(argv)
-    runs = [] if arguments.document else all_runs(arguments.only)
-    try:
-        for i, row in enumerate(runs):
-            if finished(row, RUNS) is None:
-                print(f"[{i + 1}/{len(runs)}] {row.run}", flush=True)
-                if (result := execute(row, RUNS)) is None:
-                    print("told to stop; the same command continues")
-                    return 0
-                print(f"    {result['seconds']:.0f} s", flush=True)
-        results = {row.run: finished(row, RUNS) for row in all_runs()}
-        results = {name: result for name, result in results.items() if result}
-        if not results:
-            raise BadInput(f"{RUNS} holds no finished run; leave --document out")
-        failed = write_document(results, DOCUMENT, PLOTS)
-    except BadInput as error:
-        print(f"ablations: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {DOCUMENT} and {PLOTS}/*.png")
-    for run in failed:
-        print(f"ablations: {run} must fail and does not", file=sys.stderr)
-    return int(bool(failed))
+    """Run the command line; return the exit code."""
+    study = Study(
+        name="ablations",
+        about=__doc__,
+        groups=tuple(TITLES),
+        folder=RUNS,
+        document=DOCUMENT,
+        runs_of=all_runs,
+        config_of=lambda row, num_steps: decisive(make_config(row, num_steps)),
+        execute=lambda row: execute(row, RUNS),
+        write=lambda results: write_document(results, DOCUMENT, PLOTS),
+    )
+    return runner.main(study, argv)
 
 
 if __name__ == "__main__":

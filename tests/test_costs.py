@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import pytest
 from steps import lowered_step, parts_of
 
+from mf_jax.flow.couplings import OptimalTransport
+from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import Condition
 from mf_jax.flow.times import UniformTimes
+from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import SIZES as PUBLISHED_SIZES
 from mf_jax.models import DiT, InContextDiT, as_field, initial_params
-from mf_jax.objectives import OBJECTIVES, Controlled, Controls
+from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
@@ -108,6 +111,25 @@ def test_cost_is_the_stated_one(dit, name, objective, more):
 
 def test_every_objective_states_its_cost():
     assert set(OBJECTIVES) - {"pixel_meanflow"} <= {name for name, *_ in CASES}
+
+
+def test_seams_add_the_forwards_that_they_state(dit):
+    """Of the whole batch, with a quarter of the rows r < t; a plug-in and a coupling add none."""
+    field, params, forward = dit
+    plain, average = MeanFlow(), VelocityEstimate("average", tangent=1.0)
+    for objective, draws, more in (
+        (Estimated(plain, VelocityEstimate("batch", target=0.2, tangent=0.2)), {}, 0),
+        (Estimated(plain, VelocityEstimate("network", tangent=1.0)), {}, 0.25),
+        (Estimated(plain, VelocityEstimate("network", target=0.5)), {}, 0.25),
+        (Estimated(plain, average, ema=0.9), {}, 0.25),
+        (Estimated(plain, VelocityEstimate("average", target=0.5), ema=1.0), {}, 1),
+        (MeanFlow(derivative=Derivative("backward")), {}, 0),
+        (MeanFlow(derivative=Derivative("central")), {}, 0.25),
+        (plain, {"coupling": OptimalTransport()}, 0),
+        (plain, {"coupling": OptimalTransport(4)}, 0),
+    ):
+        measured = _step(objective, field, params, **draws) / forward
+        assert abs(measured - (3.25 + more)) < 0.05 * 3.25, (objective, draws, measured)
 
 
 def test_meanflow_costs_hardly_more_than_flow_matching():

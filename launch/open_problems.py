@@ -1,0 +1,297 @@
+"""Five experiments on the open problems of the method, on toys, Gaussians and the 8x8 digits.
+
+1. `rows_of` is the table of what runs; rows that name the same run share it.
+2. Each run trains some seeds in this process, with the FLOPs of its group's first run. Its
+   result.json in runs/open_problems/NAME marks it as finished.
+3. The tables and figures of docs/open_problems.md are written from the result.json files.
+
+Usage: bash launch/open_problems.sh [--only=GROUP] [--document]
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from launch import runner
+from launch.runner import Result, Results, Study
+from launch.small import measures, training
+from launch.small.data import data_of
+from launch.small.training import Training, Tuned
+from mf_jax import Derivative, MeanFlow
+from mf_jax.objectives.terms import AdaptiveWeight
+
+RUNS, DOCUMENT = Path("runs/open_problems"), Path("docs/open_problems.md")
+PLAIN, USUAL = (MeanFlow(weight=AdaptiveWeight(p=p)) for p in (0.0, 0.25))
+
+
+class Row(NamedTuple):
+    """A row of a table and a point of a figure.
+
+    series, place: its line in the figure, and where on it; no place is a level. run: its run; rows
+    of one run share it. how: the run's setting; None = real data. part: prefix of its scores.
+    """
+
+    group: str
+    label: str
+    series: str
+    place: float | str | None
+    run: str
+    how: Training | None
+    part: str = ""
+
+
+class Group(NamedTuple):
+    """A table and its figure: title, name of the x axis, and scores, of which some are drawn."""
+
+    title: str
+    axis: str
+    scores: str
+    drawn: str
+
+
+SCORES = {  # heading, format, what the best is
+    "variance": ("gradient variance", ".3f", min),
+    "u_error": ("error of u", ".3f", min),
+    "w2": ("W2", ".3f", min),
+    "recall": ("recall", ".3f", max),
+    "nearest": ("nearest training row", ".3f", None),
+    "residual": ("identity residual", ".3f", min),
+    "mflops": ("MFLOPs a step", ".1f", None),
+    "megabytes": ("MB", ".2f", None),
+    "outside": ("outside of all modes", ".3f", min),
+    "length": ("path length / distance", ".4f", min),
+    "bend": ("bend of the paths", ".3f", min),
+    "gap": ("additivity gap", ".3f", min),
+    "map_error": ("error of the map", ".3f", min),
+    "largest": ("largest du/dt", ".2f", None),
+    "stable": ("steps before divergence", ",.0f", max),
+}
+_SHARE, _OF_ESTIMATES = "share of the estimate in the tangent", "variance u_error w2 recall nearest"
+GROUPS = {
+    "stability": Group("Two moons of 128 rows", _SHARE, _OF_ESTIMATES, _OF_ESTIMATES),
+    "digits": Group("8x8 digits", _SHARE, _OF_ESTIMATES, _OF_ESTIMATES),
+    "derivative": Group(
+        "The derivative without a JVP: eight Gaussians",
+        "step of the difference",
+        "w2 residual mflops megabytes",
+        "w2 residual",
+    ),
+    "hybrid": Group("Samplers, and an MMD term: eight modes", "steps", "w2 outside", "w2 outside"),
+    "coupling": Group(
+        "Couplings", "", "length bend gap w2 map_error", "length bend gap w2 map_error"
+    ),
+    "control": Group(
+        "Control of du/dz",
+        "weight of the term",
+        "map_error w2 largest stable",
+        "map_error w2 largest stable",
+    ),
+}
+
+
+def _real(group: str, data: str) -> Row:
+    return Row(group, f"{data}, held-out", "held-out data", None, f"real {data}", None)
+
+
+def _stability(group: str, data: str, sources: Sequence[str], shares: Sequence[float], **size: Any):
+    yield _real(group, data)
+    for target, source, share in product(("sample", "exact"), sources, shares):
+        told = f"target {target}, tangent"
+        label = f"{told} {share:g} {source}" if share else f"{told} sample"
+        first = source if share else sources[-1]
+        names, numbers = ("target exact", f"tangent {first}"), (float(target == "exact"), share)
+        how = Training(data, Tuned(PLAIN, names, numbers, data), **size)
+        yield Row(group, label, f"{told} {source}", share, f"{group} {label}", how)
+
+
+def _derivative(group: str):
+    yield _real(group, "eight_gaussians")
+    for dtype, kind in product(("float32", "bfloat16"), ("jvp", "backward", "central")):
+        deltas = (1e-4, 1e-3, 5e-3, 1e-2, 5e-2) if dtype == "float32" else (1e-3, 5e-3, 5e-2)
+        for delta in deltas if kind != "jvp" else (None,):
+            series = f"{kind}, {dtype}"
+            label = series if delta is None else f"{series}, {delta:g}"
+            objective = dataclasses.replace(USUAL, derivative=Derivative(kind, delta or 0.0))
+            how = Training("eight_gaussians", Tuned(objective), dtype=dtype)
+            yield Row(group, label, series, delta, f"{group} {label}", how)
+
+
+def _hybrid(group: str):
+    yield _real(group, "eight_gaussians")
+    for factor, kind, steps in product((0.0, 0.1, 1.0), ("composed", "renoised"), (1, 2, 4, 8)):
+        how = Training("eight_gaussians", Tuned(USUAL, ("mmd",), (factor,)))
+        series, part = f"MMD {factor:g}, {kind}", f"{kind}_{steps}_"
+        yield Row(group, f"{series}, {steps}", series, f"{steps}", f"{group} {factor:g}", how, part)
+
+
+def _coupling(group: str):
+    yield _real(group, "eight_gaussians")
+    pairs = ("independent", "dealt 64", "dealt 256", "dealt 1024", "reflow 0", "reflow 0.1")
+    for data, each in product(("eight_gaussians", "tilted"), pairs):
+        place = each.replace("dealt", "OT")
+        how = Training(data, Tuned(USUAL), pairs=each)
+        yield Row(group, f"{data}, {place}", data, place, f"{group} {data} {each}", how)
+
+
+def _control(group: str):
+    controls, factors = ("lipschitz", "monotone", "non_expansive"), (0.0, 0.1, 1.0)
+    for data, control, factor in product(("narrow", "wide", "eight_gaussians"), controls, factors):
+        numbers = tuple(factor * (control == each) for each in controls)
+        label = f"{data}, {control} {factor:g}" if factor else f"{data}, none"
+        how = Training(data, Tuned(USUAL, controls, numbers), lr=1e-2, steps=2000)
+        yield Row(group, label, f"{data}, {control}", f"{factor:g}", f"{group} {label}", how)
+
+
+@functools.cache
+def rows_of() -> tuple[Row, ...]:
+    """Return all rows, in the order of the groups."""
+    all_sources, small = ("network", "average", "exact"), {"width": 256, "batch_size": 128}
+    small["steps"] = 1000
+    return (
+        *_stability("stability", "two_moons 128", all_sources, (0.0, 0.5, 0.94, 1.0)),
+        *_stability("digits", "digits", all_sources[::2], (0.0, 1.0), **small),
+        *_derivative("derivative"),
+        *_hybrid("hybrid"),
+        *_coupling("coupling"),
+        *_control("control"),
+    )
+
+
+def runs_of(only: str = "") -> list[Row]:
+    """Return the first row of each run, of all groups or of one."""
+    runs: dict[str, Row] = {}
+    for row in rows_of():
+        if only in ("", row.group):
+            runs.setdefault(row.run, row)
+    return list(runs.values())
+
+
+MEASURES = {
+    "stability": measures.of_estimates,
+    "digits": measures.of_estimates,
+    "derivative": measures.of_derivative,
+    "hybrid": measures.of_hybrid,
+    "coupling": measures.of_coupling,
+    "control": measures.of_control,
+}
+
+
+@functools.cache
+def budget(group: str) -> float:
+    """Return the FLOPs of each run of a group: those of its first setting."""
+    how = next(row.how for row in rows_of() if row.group == group and row.how)
+    return how.steps * training.step_flops(how)
+
+
+def config_of(row: Row, num_steps: int) -> dict[str, str]:
+    """Return what decides a run's numbers, beside its steps."""
+    del num_steps
+    return {"training": repr(row.how), "seeds": str(training.SEEDS)}
+
+
+def execute(row: Row) -> Result:
+    """Train and measure the seeds of a run; of real data compare other rows with the held-out."""
+    result = {"config": config_of(row, 0), "num_steps": 1}
+    if row.how is None:
+        data = data_of(row.run.removeprefix("real "))
+        apart = measures.sample_scores(data.held_out, data)["nearest"]
+        scores = measures.sample_scores(data.other, data) | {"nearest": apart}
+        return result | {"rows": [scores]}
+    flops, rows = training.step_flops(row.how), []
+    num_steps = max(1, round(budget(row.group) / flops))
+    for seed in range(training.SEEDS):
+        run = training.run_of(row.how, num_steps, seed)
+        scores = measures.scores_of(run) | MEASURES[row.group](run)
+        rows.append({k: float(v) for k, v in scores.items() if math.isfinite(v)})
+    rows = [{"mflops": flops / 1e6, **row} for row in rows]
+    return result | {"num_steps": num_steps, "rows": rows}
+
+
+def values_of(row: Row, results: Results, key: str) -> list[float]:
+    """Return a row's score by seed: infinite where a seed has none, NaN where none has it."""
+    found = results.get(row.run, {}).get("rows", [])
+    key = key if row.how is None else row.part + key
+    return [each.get(key, math.inf) for each in found if any(key in e for e in found)] or [math.nan]
+
+
+def table(group: str, results: Results) -> str:
+    """Return a group's table in Markdown."""
+    rows = list({row.label: row for row in rows_of() if row.group == group}.values())
+    steps = [results.get(row.run, {}).get("num_steps") if row.how else None for row in rows]
+    columns = {"steps": ([each or math.nan for each in steps], ",.0f", None)}
+    for key in GROUPS[group].scores.split():
+        heading, form, best = SCORES[key]
+        values = [values_of(row, results, key) for row in rows]
+        for i, row in enumerate(rows):  # real data compete with no setting
+            if row.how is None and math.isfinite(values[i][0]):
+                values[i] = format(values[i][0], form)
+        columns[heading] = values, form, best
+    return runner.as_table([row.label for row in rows], columns)
+
+
+def save_plot(path: Path, group: str, results: Results) -> None:
+    """Save a panel for each score that is drawn, with a line for each series."""
+    rows, keys = [row for row in rows_of() if row.group == group], GROUPS[group].drawn.split()
+    wide = 2 if len(keys) == 4 else min(3, len(keys))
+    tall = math.ceil(len(keys) / wide)
+    figure = Figure(figsize=(4.4 * wide, 3.2 * tall + 1), layout="constrained")
+    figure.suptitle(GROUPS[group].title)
+    panels, names = figure.subplots(tall, wide, squeeze=False).ravel(), {}
+    for panel, key in zip(panels, keys, strict=False):
+        panel.set_title(SCORES[key][0], fontsize=9.5)
+        panel.set_xlabel(GROUPS[group].axis)
+        panel.spines[["right", "top"]].set_visible(False)
+        for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
+            own = [row for row in rows if row.series == series]
+            names |= _draw(panel, own, [values_of(row, results, key) for row in own], f"C{i}")
+        if group == "derivative":
+            panel.set_xscale("log")
+    for panel in panels[len(keys) :]:
+        panel.axis("off")
+    figure.legend(names.values(), names, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=80, facecolor="white")
+
+
+def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) -> dict[str, Any]:
+    """Draw the finite points of a series with their standard deviations; return its name."""
+    known = [i for i, each in enumerate(values) if np.isfinite(each).all()]
+    if not known:
+        return {}
+    means = [float(np.mean(values[i])) for i in known]
+    spreads = [float(np.std(values[i], ddof=len(values[i]) > 1)) for i in known]
+    if rows[0].place is None:
+        return {rows[0].series: panel.axhline(means[0], color=color, linestyle="--")}
+    places = [rows[i].place for i in known]
+    style = {"color": color, "marker": "o", "markersize": 3, "capsize": 2}
+    line = panel.errorbar(places, means, spreads, **style)
+    is_long = isinstance(places[0], str) and max(map(len, places)) > 4
+    panel.tick_params("x", rotation=40 if is_long else 0, labelsize=8)
+    return {rows[0].series: line}
+
+
+def write(results: Results) -> list[str]:
+    """Write the page's tables and figures; nothing can be wrong with them."""
+    runner.write_tables(DOCUMENT, {group: table(group, results) for group in GROUPS})
+    DOCUMENT.with_suffix("").mkdir(exist_ok=True)
+    for group in GROUPS:
+        save_plot(DOCUMENT.with_suffix("") / f"{group}.png", group, results)
+    return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    own = runs_of, config_of, execute, write
+    study = Study("open_problems", __doc__, tuple(GROUPS), RUNS, DOCUMENT, *own)
+    return runner.main(study, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
