@@ -43,6 +43,18 @@ ROWS = {
         "times.r_mean": 0.8,
         "times.r_std": 0.8,
     },
+    # arXiv 2512.11831 (ESC): a fifth of the rows take the velocity of the batch at z; du/dt comes in
+    # slowly, and more and more rows leave r = 0
+    "esc": {
+        "velocity.source": "batch",
+        "velocity.target": 0.2,
+        "velocity.tangent": 0.2,
+        "velocity.of_rows": True,
+        "objective.ramp_steps": STEPS // 4,
+        "objective.to_data_steps": STEPS,
+    },
+    # arXiv 2605.09235: du/dt mostly along the velocity of the batch, which varies less
+    "variance_reduced": {"velocity.source": "batch", "velocity.tangent": 0.94},
     # arXiv 2510.20771: from flow matching to MeanFlow; until half of the run alpha is near 1
     "alpha_flow": {"objective.name": "alpha_flow", "objective.anneal_to": STEPS},
     # arXiv 2512.15657: no JVP is computed
