@@ -43,8 +43,8 @@ ROWS = {
         "times.r_mean": 0.8,
         "times.r_std": 0.8,
     },
-    # arXiv 2512.11831 (ESC): a fifth of the rows take the velocity of the batch at z; du/dt comes in
-    # slowly, and more and more rows leave r = 0
+    # arXiv 2512.11831 (ESC): a fifth of the rows take the batch's velocity at z. du/dt comes in
+    # slowly, and at first all intervals end at the data.
     "esc": {
         "velocity.source": "batch",
         "velocity.target": 0.2,
