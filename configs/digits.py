@@ -55,6 +55,8 @@ ROWS = {
     },
     # arXiv 2605.09235: du/dt mostly along the velocity of the batch, which varies less
     "variance_reduced": {"velocity.source": "batch", "velocity.tangent": 0.94},
+    # MF-RAE and TiM: no JVP, but two more forwards of the rows with r < t
+    "mf_rae": {"objective.derivative": "central"},
     # arXiv 2510.20771: from flow matching to MeanFlow; until half of the run alpha is near 1
     "alpha_flow": {"objective.name": "alpha_flow", "objective.anneal_to": STEPS},
     # arXiv 2512.15657: no JVP is computed

@@ -10,8 +10,9 @@ The plug-in estimate knows some data x_j, of the row's condition where it was no
 
     v_est = v + sum_j w_j (x - x_j) / t,   w = softmax_j(-|z_t - (1 - t) x_j|^2 / (2 t^2))
 
-Over all data it is the velocity of the flow that ends at them. Over a batch it is biased, since w
-is normalised by few.
+Over all data it is the velocity of the flow that ends at them. Over a batch its mean is the
+velocity too: among the data is the row's own x, which z_t came from. Without it few data would be
+biased, since w is normalised by them.
 
 FLOPs: `network` and `average` take one forward of the rows with r < t, and `average` one of the
 others too where its share of the target is above 0.
