@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from mf_jax.data.digits import Digits
+from mf_jax.data.digits import of_digits
 from mf_jax.data.pipeline import read
 from mf_jax.data.toy2d import TOYS
 
@@ -31,7 +31,7 @@ class Data(NamedTuple):
 def data_of(name: str) -> Data:
     """Return `digits`, a Gaussian of `MAPS`, or `TOY` with many rows or `TOY ROWS`."""
     if name == "digits":
-        x, held_out = (read(Digits(image_size=8, split=s)).x for s in ("train", "held_out"))
+        x, held_out = (read(of_digits(image_size=8, split=s)).x for s in ("train", "held_out"))
         return Data(x, held_out, np.random.default_rng(0).permutation(x)[: len(held_out)])
     toy, _, rows = name.partition(" ")
     make = TOYS.get(toy, lambda n, seed: normal((n, 2), seed) @ MAPS[toy])
