@@ -2,7 +2,9 @@
 
 OpenML has the data: they are fetched once, through scikit-learn. Without a network, name a file:
 --config.data.name=arrays --config.data.path=FILE.npz (x uint8 [N, 28, 28, 1] and label).
-Hardware: 2 CPU cores, 17 minutes (0.4 s a step). 32 rows are computed at once, since more do not fit the cache.
+Hardware: 2 CPU cores, 17 minutes; 32 rows are computed at once, since more do not fit the cache.
+Measured on 9,000 digits: 75 % of one-step samples in their class (real ones 98.5 %), Frechet
+distance 61 beside 4.2. That is a start, not yet a good recipe.
 Command: bash launch/local.sh --config=configs/mnist.py
 """
 
