@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mf_jax.flow.errors import BadInput
+from mf_jax.runtime.compile_cache import keep_programs
 from mf_jax.runtime.files import replace_file
 from mf_jax.runtime.json_files import read_json, write_json
 
@@ -64,6 +65,7 @@ def main(study: Study, argv: Sequence[str] | None) -> int:
         return finished(study.folder / row.run, lambda steps: study.config_of(row, steps))
 
     runs = [] if arguments.document else study.runs_of(arguments.only)
+    keep_programs()  # most of which the runs share
     try:
         for i, row in enumerate(runs):
             if result_of(row) is None:

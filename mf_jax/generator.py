@@ -146,6 +146,8 @@ class Generator:
         are padding. What `given_for` returns is repeated to reach all of them.
         """
         plan.check_guidable(self.config.draws.omega_max)
+        if plan.renoise and self.spec.has_pairs:
+            raise BadInput("renoise=True: the noise of this model comes with its data; use False")
         rows = min(plan.batch_size, max(len(labels), least_rows))
         size = -(-rows // self.mesh.size) * self.mesh.size
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))

@@ -128,11 +128,11 @@ def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_pat
     assert not [*tmp_path.glob("started"), *tmp_path.glob("pids*")]
 
 
-def test_ablations_pass_arguments_on_and_keep_what_they_compile(finish, tmp_path):
-    stub = '#!/bin/sh\necho "$JAX_COMPILATION_CACHE_DIR python $*"\n'
-    _program(tmp_path / "venv" / "bin" / "python", stub)
-    out = f"{ROOT}/runs/ablations/compiled python -m launch.ablations --document\n"
-    assert finish("ablations.sh", "--document") == (0, out, "")
+def test_studies_pass_arguments_on(finish, tmp_path):
+    _program(tmp_path / "venv" / "bin" / "python", '#!/bin/sh\necho "python $*"\n')
+    for name in ("ablations", "open_problems"):
+        out = f"python -m launch.{name} --document\n"
+        assert finish(f"{name}.sh", "--document") == (0, out, "")
 
 
 MODES = ("train", "eval", "sample")

@@ -40,15 +40,17 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     shutil.copy(ROOT / "docs" / "open_problems.md", tmp_path / "open_problems.md")
     monkeypatch.setattr(open_problems, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(open_problems, "DOCUMENT", tmp_path / "open_problems.md")
-    real, reflow = (
-        next(r for r in open_problems.rows_of() if r.group == "coupling" and end in r.label)
-        for end in ("held-out", "tilted, reflow 0.1")
+    real, reflow, renoised = (
+        next(r for r in open_problems.rows_of() if f"{r.group} {r.label}".endswith(end))
+        for end in ("coupling eight_gaussians, held-out", "tilted, reflow 0.1", "0, renoised, 8")
     )
-    small = dataclasses.replace(reflow.how, steps=20, width=8, batch_size=16)
-    rows = real, reflow._replace(how=small)
+    tiny = {"steps": 20, "width": 8, "batch_size": 16}
+    small, fresh = (dataclasses.replace(row.how, **tiny) for row in (reflow, renoised))
+    rows = real, reflow._replace(how=small), renoised._replace(how=fresh)
     monkeypatch.setattr(open_problems, "rows_of", lambda: rows)
     monkeypatch.setattr(open_problems, "budget", open_problems.budget.__wrapped__)
-    for starts in (["[1/2] real eight_gaussians", "[2/2] coupling tilted reflow 0.1"], []):
+    first = ["[1/3] real eight_gaussians", "[2/3] coupling tilted reflow 0.1", "[3/3] hybrid 0"]
+    for starts in (first, []):
         assert open_problems.main([]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if line.startswith("[")] == starts
@@ -57,6 +59,8 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     page = (tmp_path / "open_problems.md").read_text()
     (line,) = re.findall(r"\| tilted, reflow 0.1 \| 20 .*", page)
     assert line.count("±") == 5
+    (line,) = re.findall(r"\| MMD 0, renoised, 8 \| 20 .*", page)
+    assert "±" in line
     assert (tmp_path / "open_problems" / "coupling.png").stat().st_size > 2000
     monkeypatch.setattr(training, "SEEDS", 3)
     assert open_problems.main(["--document"]) == 2

@@ -255,5 +255,10 @@ def run_of(how: Training, num_steps: int, seed: int) -> Run:
 @functools.partial(jax.jit, static_argnames=("steps", "renoised"))
 def sampled(params: PyTree, e: Array, steps: int, renoised: bool = False) -> Array:
     """Return samples of the perceptron, by composed steps or by steps to the data and back."""
-    key = jax.random.key(11) if renoised else None
-    return mf_jax.sample(field, params, jnp.asarray(e), steps=steps, renoise=key)
+    keys = jax.random.split(jax.random.key(11), steps)
+
+    def fresh(step: Array) -> Array:
+        return jax.random.normal(keys[step], e.shape)
+
+    renoise = fresh if renoised else None
+    return mf_jax.sample(field, params, jnp.asarray(e), steps=steps, renoise=renoise)

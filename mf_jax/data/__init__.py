@@ -33,6 +33,7 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
       section: `name`, a key of `SOURCES`, and the arguments of the source; other keys are ignored.
       split: `train` or `held_out`.
     """
+    check_known("split", split, SPLITS)
     check_known("name", section.get("name", ""), SOURCES)
     constructor = SOURCES[section["name"]]  # of your own: a class
     if isinstance(constructor, str):
