@@ -8,7 +8,6 @@ from mf_jax.flow.errors import check_known
 
 ATTENTIONS = ("xla", "plain", "fused")
 _LONG = 256  # tokens from which on one head at a time is quicker, measured on CPUs
-_IN_CACHE = 2**17  # weights of attention computed at once then
 Heads = Float[Array, "b n heads d"]
 
 
@@ -31,19 +30,22 @@ def attend(q: Heads, k: Heads, v: Heads, *, kind: str, forward_mode: bool = Fals
 
 
 def _plain(q: Heads, k: Heads, v: Heads) -> Heads:
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    weights = jax.nn.softmax(wide).astype(q.dtype)
+    weights = _weights(jnp.einsum("bqhd,bkhd->bhqk", q, k))
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _weights(scores: Float[Array, "... q k"]) -> Float[Array, "... q k"]:
+    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return jax.nn.softmax(wide).astype(scores.dtype)
 
 
 def _by_heads(q: Heads, k: Heads, v: Heads) -> Heads:
     """Attend head by head, so that weights and their tangents stay in the cache of a CPU.
 
-    The gradient computes weights again instead of reading them from memory.
+    The gradient computes weights again instead of reading them from memory. Products are of plain
+    matrices: with axes for batch and heads, even of length 1, they take twice as long.
     """
     batch, length, heads, size = q.shape
-    apart = [x.swapaxes(1, 2).reshape(-1, length, 1, size) for x in (q, k, v)]
-    attend_one = jax.checkpoint(lambda qkv: _plain(*(x[None] for x in qkv))[0])
-    out = jax.lax.map(attend_one, apart, batch_size=max(1, _IN_CACHE // length**2))
+    apart = [x.swapaxes(1, 2).reshape(-1, length, size) for x in (q, k, v)]
+    out = jax.lax.map(jax.checkpoint(lambda qkv: _weights(qkv[0] @ qkv[1].T) @ qkv[2]), apart)
     return out.reshape(batch, heads, length, size).swapaxes(1, 2)
