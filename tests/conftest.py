@@ -14,7 +14,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from jobs import ROOT as ROOT
 from jobs import TINY as TINY
-from jobs import here, works
+from jobs import works
 from recorded import DIFFERENCES, FOLDER
 
 from mf_jax.flow.errors import BadInput
@@ -91,12 +91,6 @@ def rng():
 def recorded_scores():
     """Return recorded inputs and scores of published metrics."""
     return dict(np.load(FOLDER / "metrics.npz"))
-
-
-@pytest.fixture
-def command():
-    """Return a function that runs a command line here and returns (exit code, stdout, stderr)."""
-    return here
 
 
 def refuses(message, act, *arguments, **more):

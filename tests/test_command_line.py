@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 from etils import epath
+from jobs import here
 
 from configs import digits
 from mf_jax import models
@@ -160,17 +161,17 @@ ROUNDS_OF_TOY = (
 )
 
 
-def test_bad_keys_are_refused_together_before_anything_is_written(command, tmp_path, monkeypatch):
+def test_bad_keys_are_refused_together_before_anything_is_written(tmp_path, monkeypatch):
     shapes = functools.cache(models.parameter_shapes)  # of few networks
     monkeypatch.setattr("mf_jax.validation.parameter_shapes", shapes)
     run = f"--workdir={tmp_path}/run"
     for override, words in REFUSED_BY_THE_PARSER.items():
-        _assert_refused(command(DIGITS, run, *TINY, f"--config.{override}"), *words)
+        _assert_refused(here(DIGITS, run, *TINY, f"--config.{override}"), *words)
     for config, rounds in ((DIGITS, ROUNDS), (TOY, ROUNDS_OF_TOY)):
         for bad in rounds:
             overrides = [f"--config.{override}" for override in bad]
             more = [] if config == TOY else ["--config.ema.decays=(0.9,)"]
-            _assert_refused(command(config, run, *TINY, *more, *overrides), *bad.values())
+            _assert_refused(here(config, run, *TINY, *more, *overrides), *bad.values())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,24 +191,24 @@ REFUSED_IN_A_FILE = {
 }
 
 
-def test_a_config_file_is_checked_as_the_command_line_is(command, tmp_path):
+def test_a_config_file_is_checked_as_the_command_line_is(tmp_path):
     path = tmp_path / "own.py"
     head = "from ml_collections import ConfigDict\nfrom configs.default import get_config as get\n"
     for body, words in REFUSED_IN_A_FILE.items():
         path.write_text(f"{head}def get_config():\n    config = get()\n    {body}\n")
-        result = command(f"--config={path}")
+        result = here(f"--config={path}")
         _assert_refused(result, *words)
         assert len(result[2]) < 400
 
 
-def test_paths_are_expanded_or_refused_wherever_they_are_given(command, monkeypatch):
+def test_paths_are_expanded_or_refused_wherever_they_are_given(monkeypatch):
     """Before anything is read or written."""
     for key in (*(f"config.{key}" for key in PATHS), "workdir"):
         value = "('hdfs://a/b',)" if key == "config.eval.references" else "hdfs://a/b"
-        refused = command(DIGITS, f"--{key}={value}")
+        refused = here(DIGITS, f"--{key}={value}")
         _assert_refused(refused, f"{key.removeprefix('config.')}=hdfs://a/b", "gs://")
-    _assert_refused(command("--workdir=file:///x"), "--workdir=file:///x")
-    _assert_refused(command(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
+    _assert_refused(here("--workdir=file:///x"), "--workdir=file:///x")
+    _assert_refused(here(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
     monkeypatch.setenv("HOME", "/home/me")
     arguments = ["mf_jax", DIGITS, "--workdir=~/x", "--config.data.path=~/y/"]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -215,15 +216,15 @@ def test_paths_are_expanded_or_refused_wherever_they_are_given(command, monkeypa
     assert (str(workdir), config.data.path) == ("/home/me/x", "/home/me/y")
 
 
-def test_a_run_needs_no_config(command, copy_of_trained):
+def test_a_run_needs_no_config(copy_of_trained):
     """Overrides apply to its own; whatever does not decide its numbers may change."""
     run = f"--workdir={copy_of_trained}"
-    code, out, _ = command("--mode=sample", run, "--config.sample.num=3")
+    code, out, _ = here("--mode=sample", run, "--config.sample.num=3")
     assert (code, out.startswith("3 samples from step 12")) == (0, True)
-    assert "* train.num_steps = 12" in command("--mode=config", run)[1]
-    _assert_refused(command("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
-    _assert_refused(command("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
-    _assert_refused(command(run, "--config.train.num_steps=13"), "rates fall to 0 at")
+    assert "* train.num_steps = 12" in here("--mode=config", run)[1]
+    _assert_refused(here("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
+    _assert_refused(here("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
+    _assert_refused(here(run, "--config.train.num_steps=13"), "rates fall to 0 at")
     folder = epath.Path(copy_of_trained)
     config = run_folder.stored_config(folder)
     more = {"train.log_every_steps": 7, "log.progress": False, "data.path": "elsewhere"}
@@ -258,7 +259,7 @@ def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained
         run_folder.check_data(folder, data)
 
 
-def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(command, tmp_path):
+def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(tmp_path):
     for mode, *keys in (
         ("sample", "sample.num=1000000000000"),
         ("sample", "sample.steps=1000000000"),
@@ -272,13 +273,13 @@ def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(command, tmp_
         ("prepare", "prepare.batch_size=1000000000", "data.image_size=1000"),
     ):
         flags = [f"--config.{key}" for key in keys]
-        refused = command(DIGITS, f"--mode={mode}", f"--workdir={tmp_path}/run", *flags)
+        refused = here(DIGITS, f"--mode={mode}", f"--workdir={tmp_path}/run", *flags)
         word = "must be at most" if "num_steps" in keys[0] else "GB"
         _assert_refused(refused, keys[0], word)
         assert not (tmp_path / "run").exists()
 
 
-def test_bad_arguments(command, tmp_path):
+def test_bad_arguments(tmp_path):
     broken, empty = tmp_path / "broken.py", tmp_path / "pictures"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     leaves = tmp_path / "leaves.py"
@@ -309,7 +310,7 @@ def test_bad_arguments(command, tmp_path):
         ([DIGITS, "--mode=sample", "--workdir=/nowhere/run"], "/nowhere/run", "train first"),
         ([*pictures, f"--workdir={tmp_path}/run"], "pictures"),
     ):
-        _assert_refused(command(*arguments), *words)
+        _assert_refused(here(*arguments), *words)
 
 
 def _contents(folder):
@@ -317,23 +318,23 @@ def _contents(folder):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "sample"])
-def test_workdir_of_another_run(mode, command, copy_of_trained):
+def test_workdir_of_another_run(mode, copy_of_trained):
     before = _contents(copy_of_trained)
     arguments = (DIGITS, f"--mode={mode}", f"--workdir={copy_of_trained}", *TINY)
-    refused = command(*arguments, "--config.optim.lr=0.5")
+    refused = here(*arguments, "--config.optim.lr=0.5")
     _assert_refused(refused, "another config", "optim.lr", "0.5")
     if mode == "train":
         with locked(epath.Path(copy_of_trained) / ".lock", wait=False):
-            _assert_refused(command(*arguments), "another process is training")
+            _assert_refused(here(*arguments), "another process is training")
         data = copy_of_trained / "data.json"
         stored = data.read_text()
         data.write_text(json.dumps(json.loads(stored) | {"size": 1436, "checksum": None}))
-        _assert_refused(command(*arguments), "other data", "1436", "1437")
+        _assert_refused(here(*arguments), "other data", "1436", "1437")
         assert json.loads(data.read_text())["size"] == 1436
         data.write_text(stored)
     if mode == "sample":
         for seed in ("5000000000", "-1"):
-            _assert_refused(command(*arguments, f"--config.sample.seed={seed}"), "seed")
+            _assert_refused(here(*arguments, f"--config.sample.seed={seed}"), "seed")
     if mode == "eval":  # which reads checkpoints as --mode=sample does
         assert _contents(copy_of_trained) == before
         return
@@ -341,23 +342,23 @@ def test_workdir_of_another_run(mode, command, copy_of_trained):
     del stored["checksum"]  # as who edits it does
     stored["model"]["width"] = 32
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
-    refused = command(*arguments, "--config.model.width=32")
+    refused = here(*arguments, "--config.model.width=32")
     _assert_refused(refused, "another model", "checkpoint")
     assert _contents(copy_of_trained) == before
 
 
-def test_workdir_that_is_damaged(command, copy_of_trained):
+def test_workdir_that_is_damaged(copy_of_trained):
     checkpoints = copy_of_trained / "checkpoints"
     for checkpoint in checkpoints.iterdir():
         checkpoint.rename(copy_of_trained / f"elsewhere_{checkpoint.name}")
     arguments = (DIGITS, "--mode=sample", f"--workdir={copy_of_trained}", *TINY)
-    _assert_refused(command(*arguments), "no checkpoint")
+    _assert_refused(here(*arguments), "no checkpoint")
     arguments = (DIGITS, f"--workdir={copy_of_trained}", *TINY)
     checkpoints.rmdir()
     checkpoints.write_text("")
-    _assert_refused(command(*arguments), "checkpoints")
+    _assert_refused(here(*arguments), "checkpoints")
     (copy_of_trained / "config.json").write_text("{")
-    _assert_refused(command(*arguments), "config.json")
+    _assert_refused(here(*arguments), "config.json")
 
 
 def test_a_misspelt_config_is_told_without_importing_jax():
@@ -370,15 +371,15 @@ def test_a_misspelt_config_is_told_without_importing_jax():
     assert result.stdout == ""
 
 
-def test_help_names_modes(command):
-    code, out, _ = command("--help")
+def test_help_names_modes():
+    code, out, _ = here("--help")
     assert code == 0
     assert all(f"\n  {mode} " in out for mode in MODES)
     assert "\n  digits  MeanFlow on the 1,797" in out
     assert "shortcut, terminal_velocity" in out
 
 
-def test_configs_have_names_beside_a_folder_configs_of_the_caller(command, tmp_path, monkeypatch):
+def test_configs_have_names_beside_a_folder_configs_of_the_caller(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.py").write_text("SEED = 7\n")
     (tmp_path / "own.py").write_text(
@@ -395,16 +396,14 @@ def test_configs_have_names_beside_a_folder_configs_of_the_caller(command, tmp_p
         ("imagenet:xl2", "* model.size = 'XL'"),
         (tmp_path / "own.py", "* seed = 7  (default 0)"),
     ):
-        code, out, errors = command(f"--config={config}", "--mode=config")
+        code, out, errors = here(f"--config={config}", "--mode=config")
         assert not errors
         assert code == 0
         assert line in out
 
 
-def test_config_is_printed_with_what_differs_marked(command):
-    code, out, _ = command(
-        "--config=configs/digits.py:shortcut", "--mode=config", "--config.seed=3"
-    )
+def test_config_is_printed_with_what_differs_marked():
+    code, out, _ = here("--config=configs/digits.py:shortcut", "--mode=config", "--config.seed=3")
     assert code == 0
     lines = out.splitlines()
     assert "* seed = 3  (default 0)" in lines

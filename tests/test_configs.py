@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from flax.traverse_util import flatten_dict
+from jobs import here
 from PIL import Image
 from recorded import FOLDER
 
@@ -156,13 +157,13 @@ def test_the_docs_print_the_rows():
     assert imagenet.page(text.replace("| 3.43 |", "| 3.34 |")) == text
 
 
-def test_a_misspelt_row_lists_the_nearest_and_all(command):
-    code, _, errors = command("--config=configs/imagenet.py:imf_xl")
+def test_a_misspelt_row_lists_the_nearest_and_all():
+    code, _, errors = here("--config=configs/imagenet.py:imf_xl")
     assert code == 2
     assert errors.count("\n") == 1
     assert "did you mean imf_xl2?" in errors
     assert ", ".join(imagenet.ROWS) in errors
-    code, _, errors = command("--config=configs/imagenet.py")
+    code, _, errors = here("--config=configs/imagenet.py")
     assert code == 2
     assert ", ".join(imagenet.ROWS) in errors
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from etils import epath
+from jobs import here
 from PIL import Image
 from test_data import Numbered
 
@@ -74,13 +75,13 @@ def reference(tmp_path):
 
 
 @pytest.fixture
-def score(looks, command, copy_of_trained, reference):
+def score(looks, copy_of_trained, reference):
     """Return a function that evaluates the trained run and returns its rows; errors fail."""
 
     def run(*more, references=(reference,), workdir=copy_of_trained):
         looks.clear()
         named = f"--config.eval.references={tuple(map(str, references))}"
-        code, run.out, errors = command(*ARGUMENTS, f"--workdir={workdir}", named, *more)
+        code, run.out, errors = here(*ARGUMENTS, f"--workdir={workdir}", named, *more)
         assert code == 0, errors
         return _rows(workdir)
 
@@ -325,7 +326,7 @@ def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
         scorers.scorer_of_data(get_config(), epath.Path(tmp_path), Numbered(1), Numbered(9))
 
 
-def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, reference, monkeypatch):
+def test_bad_input_is_one_line(looks, copy_of_trained, tmp_path, reference, monkeypatch):
     wide = _write_reference(tmp_path / "wide.npz", width=7)
     np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     good = f"--config.eval.references=('{reference}',)"
@@ -343,17 +344,17 @@ def test_bad_input_is_one_line(looks, copy_of_trained, command, tmp_path, refere
         ("init.which", *elsewhere, "--config.eval.emas=('none',)"),
     ):
         looks.clear()
-        code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments)
+        code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments)
         assert (code, errors.count("\n")) == (2, 1), arguments
         assert message in errors
         assert not looks or message == "eval.num_samples=6", "refused before samples are made"
         assert not (copy_of_trained / "eval.jsonl").exists()
     (copy_of_trained / "eval.jsonl").mkdir()
-    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
+    code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
     assert (code, "eval.jsonl" in errors) == (2, True)
     monkeypatch.setattr(scorers, "find_weights", find_weights)
     missing = f"--config.weights_dir={tmp_path}"
-    code, _, errors = command(*ARGUMENTS, f"--workdir={copy_of_trained}", good, missing)
+    code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", good, missing)
     assert (code, f"{tmp_path}" in errors) == (2, True)
     assert "weights-inception-2015-12-05-6726825d.pth" in errors
 

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from etils import epath
+from jobs import here
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.published.fetch import PUBLISHED, PublishedFile, find_weights, verify
@@ -59,10 +60,10 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def fetch(command, tmp_path):
+def fetch(tmp_path):
     """Return a function that runs --mode=weights into tmp_path / "weights"."""
     where = f"--config.weights_dir={tmp_path / 'weights'}"
-    return lambda *more: command("--config=configs/digits.py", "--mode=weights", where, *more)
+    return lambda *more: here("--config=configs/digits.py", "--mode=weights", where, *more)
 
 
 def _refused(result, folder, *words):
@@ -158,8 +159,8 @@ def test_each_file_that_cannot_be_had_has_its_line_and_the_others_are_fetched(
     assert "config.json: fetched" in out
 
 
-def test_folders_and_names_that_are_wrong(command, fetch, server, tmp_path):
-    unnamed = command("--config=configs/digits.py", "--mode=weights")
+def test_folders_and_names_that_are_wrong(fetch, server, tmp_path):
+    unnamed = here("--config=configs/digits.py", "--mode=weights")
     _refused(unnamed, tmp_path, "weights_dir=''", "--config.weights_dir=DIR", "MF_WEIGHTS")
     unknown = fetch("--config.eval.inception=inception-2015")
     _refused(unknown, tmp_path, "eval.inception='inception-2015'", f"did you mean {INCEPTION}?")

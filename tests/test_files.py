@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath.backend import fsspec_backend
+from jobs import here
 
 from mf_jax import train
 from mf_jax.flow.errors import Failure
@@ -111,7 +112,7 @@ def test_a_bucket_knows_no_locks(bucket, tmp_path):
         pass
 
 
-def test_what_the_machine_lacks_is_one_line(tmp_path, command, monkeypatch):
+def test_what_the_machine_lacks_is_one_line(tmp_path, monkeypatch):
     workdir, asked = tmp_path / "run", jax.config.jax_platforms
     reason = f"mf_jax: --workdir={workdir}: No space left on device; make room, and the same "
     for error in (  # of the system, or of the library that writes checkpoints
@@ -119,18 +120,18 @@ def test_what_the_machine_lacks_is_one_line(tmp_path, command, monkeypatch):
         ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"),
     ):
         with mock.patch.object(train, "run", side_effect=error):
-            code, _, errors = command("--config=configs/digits.py", f"--workdir={workdir}")
+            code, _, errors = here("--config=configs/digits.py", f"--workdir={workdir}")
         assert (code, errors) == (1, reason + "command continues\n")
     lacking = "Please install gcsfs to access Google Storage"
     fs = mock.Mock(side_effect=ImportError(lacking))
     monkeypatch.setattr(type(fsspec_backend), "fs", fs)
-    code, _, errors = command("--config=configs/digits.py", "--workdir=gs://bucket/run")
+    code, _, errors = here("--config=configs/digits.py", "--workdir=gs://bucket/run")
     named = f"mf_jax: --workdir=gs://bucket/run: {lacking}; pip"
     assert (code, errors.startswith(named)) == (2, True)
     monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=AssertionError))
     jax.config.update("jax_platforms", "cuda")
     try:
-        code, _, errors = command("--config=configs/digits.py")
+        code, _, errors = here("--config=configs/digits.py")
     finally:
         jax.config.update("jax_platforms", asked)
     assert (code, errors.count("\n"), "JAX_PLATFORMS=cuda" in errors) == (2, 1, True)

@@ -76,11 +76,11 @@ def tree(tmp_path):
 
 
 @pytest.fixture
-def prepared(command, tree, tmp_path):
+def prepared(tree, tmp_path):
     """Return a function that runs --mode=prepare into a folder: (exit code, stdout, stderr)."""
 
     def run(folder, *arguments, index=0, count=0, **more):
-        return command(
+        return here(
             *TOGETHER,
             *places(tree, tmp_path / folder),
             f"--config.prepare.process_index={index}",

@@ -10,7 +10,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jobs import Job
+from jobs import Job, here
 from PIL import Image
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
@@ -92,7 +92,7 @@ def _scores(row):
 
 
 @pytest.mark.slow
-def test_from_pictures_to_fid(command, tmp_path, monkeypatch):
+def test_from_pictures_to_fid(tmp_path, monkeypatch):
     shrink_inception(monkeypatch)
     latents, workdir, reference = tmp_path / "latents", tmp_path / "run", tmp_path / "reference.npz"
     _draw_pictures(tmp_path / "imagenet")
@@ -105,7 +105,7 @@ def test_from_pictures_to_fid(command, tmp_path, monkeypatch):
     )
 
     def start(*arguments):
-        code, out, errors = command(*common, f"--workdir={workdir}", *arguments)
+        code, out, errors = here(*common, f"--workdir={workdir}", *arguments)
         assert code == 0, errors
         return out
 
@@ -124,7 +124,7 @@ def test_from_pictures_to_fid(command, tmp_path, monkeypatch):
     assert [row["protocol"]["checkpoint"] for row in (first, second)] == [10, 20]
     assert first["fid"] != second["fid"]
     assert f"{second['fid']:.4g}" in told
-    code, _, errors = command(
+    code, _, errors = here(
         *common, f"--workdir={workdir}", "--mode=eval", "--config.data.latent_std=2.0,"
     )
     assert (code, errors.count("\n")) == (2, 1)

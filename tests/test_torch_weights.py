@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import here
 from recorded import FOLDER, note_difference
 
 import mf_jax
@@ -89,9 +90,9 @@ def test_reference_networks_go_back_under_their_names(tmp_path):
             np.testing.assert_allclose(after, before, atol=2e-8)  # cos and sin, in float32
 
 
-def test_a_warm_start_from_a_sit_beats_a_cold_one_at_equal_steps(command, tmp_path):
+def test_a_warm_start_from_a_sit_beats_a_cold_one_at_equal_steps(tmp_path):
     def train(name, row, num_steps, path=""):
-        code, _, errors = command(
+        code, _, errors = here(
             f"--config=configs/digits.py{row}",
             f"--workdir={tmp_path / name}",
             f"--config.init.path={path}",
