@@ -106,6 +106,7 @@ DEFAULTS = dict(
         p=1.0,  # 0 = all rows alike
         c=0.01,  # above 0; keeps the weight of a small error finite
         of="sum",  # l is the sum of a row's squared errors, or their mean: sum | mean
+        of_interval=0.0,  # power of t - r that multiplies l; above 0 leaves out rows with r = t
     ),
     controls=dict(  # optional terms on any objective, along a random direction of z
         lipschitz=0.0,  # factor of relu(|du/dz n| - lipschitz_bound)^2; 0 = off

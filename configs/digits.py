@@ -55,6 +55,18 @@ ROWS = {
     },
     # arXiv 2605.09235: du/dt mostly along the velocity of the batch, which varies less
     "variance_reduced": {"velocity.source": "batch", "velocity.tangent": 0.94},
+    # arXiv 2506.14603 (AYF): the velocity of a flow-matching run, which --config.init.path names
+    "ayf": {
+        "velocity.source": "average",
+        "velocity.ema": 1.0,
+        "velocity.target": 1.0,
+        "velocity.tangent": 1.0,
+        "draws.instant_share": 0.0,
+        "weight.p": 0.0,
+        "weight.of_interval": 1.0,
+    },
+    # arXiv 2602.02571 (EMF): no JVP, but one more forward of the rows with r < t
+    "emf": {"objective.derivative": "backward"},
     # MF-RAE and TiM: no JVP, but two more forwards of the rows with r < t
     "mf_rae": {"objective.derivative": "central"},
     # arXiv 2510.20771: from flow matching to MeanFlow; until half of the run alpha is near 1

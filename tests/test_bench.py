@@ -22,7 +22,7 @@ from mf_jax import bench
 from mf_jax.bench import attention, measure, step, table
 from mf_jax.bench import input as input_pipeline
 from mf_jax.bench import scores as scores_benchmark
-from mf_jax.bench.step import FLOW_MATCHING, Noise, changed, fresh_batches
+from mf_jax.bench.step import Noise, changed, flow_matching, fresh_batches
 from mf_jax.config import make_network, make_objective
 from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
@@ -183,10 +183,11 @@ def test_a_loop_does_not_hide_flops(monkeypatch):
 def test_a_flow_matching_of_any_config_is_valid():
     config = _config()
     config.guidance.update(omega=2.0, kappa=0.5)
-    config.controls.lipschitz = config.controls.monotone = 1.0
-    config.draws.label_drop_share = 0.1
+    config.controls.lipschitz = config.controls.monotone = config.controls.non_expansive = 1.0
+    config.draws.label_drop_share, config.objective.derivative = 0.1, "backward"
+    config.velocity.update(source="batch", target=0.5)
     before = config.to_dict()
-    plain = changed(config, FLOW_MATCHING)
+    plain = flow_matching(config)
     assert isinstance(make_objective(plain), FlowMatching)
     assert step_parts(plain, validate(plain, num_devices=1)).scheme.omega_max == 1
     for section in ("model", "optim", "train", "times"):

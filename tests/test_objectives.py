@@ -450,6 +450,9 @@ def test_adaptive_weight_scales_the_gradient_without_being_differentiated():
         weight = AdaptiveWeight(p=p, c=0.1)
         gradient = jax.grad(lambda e, w=weight: w.mean(_off_draws(2, 1), e[:2], e[2:]))(error)
         np.testing.assert_allclose(gradient, (error + 0.1) ** -p / 3, rtol=1e-12)
+    rows = _off_draws(2, 2).interval
+    weighted = AdaptiveWeight(p=0.0, of_interval=2.0)(error[:2], rows)
+    np.testing.assert_allclose(weighted, error[:2] * (rows.t - rows.r) ** 2, rtol=1e-6)
 
 
 def test_metrics_are_unweighted_and_apart():

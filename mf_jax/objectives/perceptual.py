@@ -89,7 +89,7 @@ class Perceptual:
             ]
         )
         loss, metrics = jnp.zeros(()), {}
-        weight = dataclasses.replace(weight, of="sum")
+        weight = dataclasses.replace(weight, of="sum", of_interval=0.0)
         for distance, d in zip(self.distances, self._apart(x_hat, x, box, t), strict=True):
             loss += distance.factor * jnp.mean(weight(d, draws.instant))
             metrics[distance.name] = terms.average(d)

@@ -145,15 +145,18 @@ class AdaptiveWeight:
       c: above 0, in the units of l: published for sums, one for means is smaller by D, the number
         of counted entries of a row.
       of: l is the `sum` of a row's squared errors, as published, or their `mean`.
+      of_interval: power of t - r that multiplies l, at least 0; AYF has 1 and p = 0.
 
-    Source: MeanFlow, arXiv 2505.13447, equation 22.
+    Source: MeanFlow, arXiv 2505.13447, equation 22; AYF, arXiv 2506.14603.
     """
 
     p: float = 1.0
     c: float = 0.01
     of: str = "sum"
+    of_interval: float = 0.0
 
     def __post_init__(self) -> None:
+        check_within("weight.of_interval", self.of_interval, 0, math.inf, "[)")
         check_within("weight.p", self.p, 0, math.inf, "[)", "MeanFlow uses 1.0")
         check_within("weight.c", self.c, 0, math.inf, "()", "MeanFlow uses 0.01")
         check_known("weight.of", self.of, ("sum", "mean"))
@@ -161,6 +164,8 @@ class AdaptiveWeight:
     def __call__(self, error: Scalars, rows: Rows) -> Scalars:
         """Return the weighted error of each row, given its sum of squared errors."""
         error = error / num_counted(rows) if self.of == "mean" else error
+        if self.of_interval:
+            error = error * (rows.t - rows.r) ** self.of_interval
         return error * jax.lax.stop_gradient((error + self.c) ** -self.p)
 
     def mean(
