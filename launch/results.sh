@@ -10,8 +10,8 @@
 #   bash launch/results.sh                      all runs that are not finished, then the document
 #   bash launch/results.sh --only=digits        the runs of one data set (or mnist), then the document
 #   bash launch/results.sh --document           the document alone, from the runs that are finished
-#   MF_MNIST=mnist.npz bash launch/results.sh   MNIST from a file (x uint8 [N, 28, 28, 1] and label),
-#                                               not from OpenML; the same each time
+#   MF_MNIST=/data/mnist.npz bash launch/results.sh   MNIST from a file (x uint8 [N, 28, 28, 1], label)
+#                                               instead of OpenML; name it each time
 #
 # Needs: what launch/setup.sh needs; for MNIST without a file, a way to OpenML once.
 set -euo pipefail
