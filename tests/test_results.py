@@ -10,13 +10,12 @@ from PIL import Image
 
 from launch import results
 from launch.results import METHODS, ROWS, make_config
-from launch.runner import decisive
+from launch.runner import decisive, whole_run
 from mf_jax.metrics import classifier
 from mf_jax.validation import validate
 
 SMALL = {"model.depth": 1, "model.width": 16, "train.batch_size": 16, "optim.warmup_steps": 0}
 SMALL |= {"train.log_every_steps": 3, "eval.num_samples": 80}
-GFLOPS = {"meanflow": 3.0, "flow_matching": 2.0}
 
 
 def test_every_run_has_a_valid_config_of_its_own_and_mnist_may_be_a_file(tmp_path, monkeypatch):
@@ -31,44 +30,48 @@ def test_every_run_has_a_valid_config_of_its_own_and_mnist_may_be_a_file(tmp_pat
         assert config.objective.anneal_to == config.train.num_steps == 240
 
 
-def test_tiny_runs_have_equal_flops_and_are_written_into_the_page(tmp_path, monkeypatch, capsys):
+def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
+    """Another method diverges, after as many steps as take the FLOPs."""
+
     def compiled(config, source, mesh, say):
-        costs = {"gflop": GFLOPS[config.objective.name], "temp_bytes": 3e6, "argument_bytes": 2e6}
-        return costs, None
+        gflop = {"meanflow": 3.0, "flow_matching": 2.0}[config.objective.name]
+        return {"gflop": gflop, "temp_bytes": 3e6, "argument_bytes": 2e6}, None
+
+    def run(config, folder):
+        if config.objective.name == "meanflow":
+            return whole_run(config, folder)
+        shutil.copytree(tmp_path / first.run, folder)
+        result = {"config": decisive(config), "num_steps": config.train.num_steps}
+        return result | {"rows": [], "diverged": "why"}
 
     recipe = classifier.Recipe(steps=3, batch_size=32)
     monkeypatch.setattr(classifier, "Recipe", lambda: recipe)
-    monkeypatch.setattr(results.runner.jax, "clear_caches", lambda: None)
     shutil.copy(ROOT / "docs" / "results.md", tmp_path / "page.md")
     small = {"RUNS": tmp_path, "DOCUMENT": tmp_path / "page.md", "QUIET": results.QUIET | SMALL}
     small |= {"NUM_STEPS": {"digits": 12}, "STEPS": (1, 4), "compile_step": compiled}
-    small["cost_of"] = functools.cache(results.cost_of.__wrapped__)
-    small["ROWS"] = first, last = ROWS[0], ROWS[24]
+    small |= {"cost_of": functools.cache(results.cost_of.__wrapped__), "whole_run": run}
+    first, small["ROWS"] = ROWS[0], (ROWS[0], ROWS[24])
     for name, value in small.items():
         monkeypatch.setattr(results, name, value)
     for starts in ([f"[{i + 1}/2] {row.run}" for i, row in enumerate(small["ROWS"])], []):
         assert results.main([]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if line.startswith("[")] == starts
-    files = [tmp_path / row.run / "result.json" for row in (first, last)]
-    ours, flow = (json.loads(file.read_text()) for file in files)
-    counts = ours["num_steps"], flow["num_steps"], flow["config"]["train"]["num_steps"]
-    assert counts == (12, 18, 18)
-    assert [row.get("steps") for row in ours["rows"]] == [None, 1, 4]
-    real, samples = np.load(files[0].with_name(results.PICTURES))
+    result = json.loads((tmp_path / first.run / "result.json").read_text())
+    assert [row.get("steps") for row in result["rows"]] == [None, 1, 4]
+    real, samples = np.load(tmp_path / first.run / results.PICTURES)
     assert real.shape == (20, 8, 8, 1)
     assert not np.array_equal(real, samples)
     with Image.open(tmp_path / "page" / "digits.png") as picture:
-        assert picture.height > 3 * 56
+        assert picture.height > 2 * 56
 
-    monkeypatch.setattr(results, "ROWS", ROWS)  # another seed, and one that has diverged
-    for row in ours["rows"][1:]:
+    monkeypatch.setattr(results, "ROWS", (*small["ROWS"], ROWS[1]))  # a second seed
+    for row in result["rows"][1:]:
         row |= {key: 2 * row[key] + 1 for key in results.SCORES}
-    for row, result in ((ROWS[1], ours), (last, flow | {"diverged": "why", "rows": []})):
-        result["config"]["seed"] = row.seed
-        result.pop("checksum")
-        (tmp_path / row.run).mkdir(exist_ok=True)
-        (tmp_path / row.run / "result.json").write_text(json.dumps(result))
+    result["config"]["seed"] = 1
+    result.pop("checksum")
+    (tmp_path / ROWS[1].run).mkdir()
+    (tmp_path / ROWS[1].run / "result.json").write_text(json.dumps(result))
     assert results.main(["--document"]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "Not run yet: `bash launch/results.sh --only=mnist`" in page
@@ -80,6 +83,7 @@ def test_tiny_runs_have_equal_flops_and_are_written_into_the_page(tmp_path, monk
     assert found["| MeanFlow"][0].startswith("12 36 ")
     assert found["| MeanFlow"][0].endswith(" 3,000 5 |")
     assert [text.count("±") for text in found["| MeanFlow"][1:]] == [2] * 4
+    assert found["| flow matching"][0].startswith("18 36 ")
     assert found["| flow matching"][1:3] == ["– – |", "diverged diverged |"]
     assert [text.count("±") for text in found["| real data, held out"]] == [0, 2, 0, 0]
     assert found["| SoFlow"] == ["– – – – – |", *4 * ["– – |"]]
