@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 from conftest import ROOT
-from PIL import Image
 
 from launch import results
 from launch.results import METHODS, ROWS, make_config
@@ -60,10 +59,8 @@ def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / first.run / "result.json").read_text())
     assert [row.get("steps") for row in result["rows"]] == [None, 1, 4]
     real, samples = np.load(tmp_path / first.run / results.PICTURES)
-    assert real.shape == (20, 8, 8, 1)
-    assert not np.array_equal(real, samples)
-    with Image.open(tmp_path / "page" / "digits.png") as picture:
-        assert picture.height > 2 * 56
+    assert real.mean() != samples.mean()
+    assert (tmp_path / "page" / "digits.png").stat().st_size > 2_000
 
     monkeypatch.setattr(results, "ROWS", (*small["ROWS"], ROWS[1]))  # a second seed
     for row in result["rows"][1:]:
