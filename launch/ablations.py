@@ -40,13 +40,8 @@ class Row(NamedTuple):
     overrides: Overrides = MappingProxyType({})
 
 
-SHORT: Overrides = QUIET | {
-    "model.depth": 2,
-    "model.width": 96,
-    "model.num_heads": 2,
-    "ema.decays": (0.99,),
-    "eval.steps": (1, 2),
-}
+SHORT: Overrides = QUIET | {"ema.decays": (0.99,), "eval.steps": (1, 2)}
+SHORT |= {"model.depth": 2, "model.width": 96, "model.num_heads": 2}
 
 
 def _times(mean: float, std: float) -> Overrides:

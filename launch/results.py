@@ -2,7 +2,7 @@
 
 1. `METHODS` says what each changes in a data set's config; a row of `ROWS` is one run.
 2. MeanFlow has `NUM_STEPS`; the others have as many steps as take the same FLOPs.
-3. Each run is trained, evaluated and sampled in this process, in runs/results/DATA/METHOD/SEED.
+3. Each run is trained, evaluated and sampled in this process, in runs/results/DATA/METHOD_SEED.
    Its result.json marks it as finished; a run that diverges is finished too.
 4. The tables and pictures of docs/results.md are written from these folders.
 
@@ -40,14 +40,12 @@ NUM_STEPS = {"digits": 1800, "mnist": mnist.get_config().train.num_steps}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
     "MeanFlow": digits.ROWS[""],
-    # on the network of all others: its own has many more tokens
     "improved MeanFlow": {"objective.name": "improved_meanflow", "objective.velocity": "boundary"},
     "alpha-Flow": digits.ROWS["alpha_flow"],
     "SoFlow": digits.ROWS["soflow"],
     "SplitMeanFlow": digits.ROWS["split_meanflow"],
     "Shortcut": digits.ROWS["shortcut"],
     "terminal velocity": digits.ROWS["terminal_velocity"],
-    # all intervals that it knows end at the data
     "consistency": digits.ROWS["consistency"] | {"eval.renoise": True},
     "flow matching": digits.ROWS["flow_matching"],
 }
@@ -69,7 +67,7 @@ class Row(NamedTuple):
 
 
 ROWS = tuple(
-    Row(group, method, seed, f"{group}/{method.replace(' ', '_')}/{seed}")
+    Row(group, method, seed, f"{group}/{method.replace(' ', '_')}_{seed}")
     for group, method, seed in product(CONFIGS, METHODS, range(SEEDS))
 )
 

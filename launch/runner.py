@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +23,15 @@ from mf_jax.runtime.compile_cache import keep_programs
 from mf_jax.runtime.files import replace_file
 from mf_jax.runtime.json_files import read_json, write_json
 from mf_jax.runtime.workdir import SECTIONS_OF_A_RUN, as_json
+from mf_jax.scoring.rows import append, read_rows
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]
 """Name of a run -> its result.json."""
 Column = tuple[Sequence[Any], str, Callable | None]
 """Numbers, numbers of some seeds, or text; their format; what the best is: min, max or None."""
-QUIET = {
-    "log.sample_every_steps": 0,
-    "log.progress": False,
-    "checkpoint.every_steps": 250,
-    "checkpoint.keep": 1,
-    "job.stopped_exit_code": 75,
-}
+QUIET = {"log.sample_every_steps": 0, "log.progress": False, "job.stopped_exit_code": 75}
+QUIET |= {"checkpoint.every_steps": 250, "checkpoint.keep": 1}
 """Settings of a run of many."""
 
 
@@ -79,6 +76,7 @@ def whole_run(config: ConfigDict, folder: Path) -> Result | None:
         try:
             if train.run(config, epath.Path(folder)):
                 return None
+            borrow_classifier(folder)
             evaluate.run(config, epath.Path(folder))
             result["rows"] = read_json(folder / "eval.json", {"rows": [{}]})["rows"]
         except FloatingPointError as error:
@@ -86,6 +84,15 @@ def whole_run(config: ConfigDict, folder: Path) -> Result | None:
     jax.clear_caches()  # the compiled steps of many runs do not fit
     gc.collect()
     return result
+
+
+def borrow_classifier(folder: Path) -> None:
+    """Copy the classifier of a run of the same data, which the score of real data vouches for."""
+    for file in folder.parent.glob("*/classifier-*.npz"):
+        rows = [row for row in read_rows(epath.Path(file.parent)) if "samples" in row["protocol"]]
+        if rows and file.parent != folder and not (folder / file.name).exists():
+            append(epath.Path(folder), rows)
+            shutil.copy(file, folder)
 
 
 def finished(folder: Path, config_of: Callable[[int], Any]) -> Result | None:
