@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up, then rerun the paper's ablations in miniature on the 8x8 digits, compare the objectives at
-# equal training FLOPs, and write docs/ablations.md with a plot for each group.
+# Set up, then rerun the paper's ablations in miniature on the 8x8 digits, and write
+# docs/ablations.md with a plot for each group.
 #
 # Rows that are finished are skipped, a row that was killed continues from its checkpoint: the same
 # command continues. Everything but the document lies under runs/ablations. Hardware: 2 CPU cores,
-# about 45 minutes.
+# about half an hour.
 #
 # Usage: bash launch/ablations.sh [ARGUMENTS]
 #   bash launch/ablations.sh                      all rows that are not finished, then the document

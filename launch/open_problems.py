@@ -165,15 +165,6 @@ def rows_of() -> tuple[Row, ...]:
     )
 
 
-def runs_of(only: str = "") -> list[Row]:
-    """Return the first row of each run, of all groups or of one."""
-    runs: dict[str, Row] = {}
-    for row in rows_of():
-        if only in ("", row.group):
-            runs.setdefault(row.run, row)
-    return list(runs.values())
-
-
 MEASURES = {
     "stability": measures.of_estimates,
     "digits": measures.of_estimates,
@@ -277,18 +268,9 @@ def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) ->
     return {rows[0].series: line}
 
 
-def write(results: Results) -> list[str]:
-    """Write the page's tables and figures; nothing can be wrong with them."""
-    runner.write_tables(DOCUMENT, {group: table(group, results) for group in GROUPS})
-    DOCUMENT.with_suffix("").mkdir(exist_ok=True)
-    for group in GROUPS:
-        save_plot(DOCUMENT.with_suffix("") / f"{group}.png", group, results)
-    return []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    own = runs_of, config_of, execute, write
+    own = rows_of(), config_of, execute, table, save_plot
     study = Study("open_problems", __doc__, tuple(GROUPS), RUNS, DOCUMENT, *own)
     return runner.main(study, argv)
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 
 from launch import ablations
-from launch.ablations import ROWS, Row, all_runs, decisive, make_config
-from mf_jax.data import make_source
+from launch.ablations import ROWS, make_config
+from launch.runner import decisive, runs_of, score, train
 from mf_jax.validation import validate
 
-RUNS = {row.run: row for row in all_runs()}
+RUNS = {row.run: row for row in runs_of(ROWS)}
 CONFIGS = {name: decisive(make_config(row)) for name, row in RUNS.items()}
 
 
@@ -25,10 +25,10 @@ def results():
     for row in reversed(ROWS):
         distance = row.published / 4 if row.published > 0 else 5.0
         rows = [{"name": "real data", "frechet_distance": 3.5, "class_accuracy": 0.99}]
-        for k in (1, 2, 8):
+        for k in (1, 2):
             score = {"frechet_distance": distance / k, "class_accuracy": 1 / distance}
             rows.append({"steps": k, **score})
-        result = {"config": CONFIGS[row.run], "num_steps": 1000, "rows": rows, "step_flops": 2e9}
+        result = {"config": CONFIGS[row.run], "num_steps": 1000, "rows": rows}
         made.setdefault(row.run, result)
     made["baseline"]["rows"][1]["frechet_distance"] = 15.2
     return made
@@ -41,71 +41,46 @@ def folder(tmp_path, results, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     shutil.copy(ROOT / "docs" / "ablations.md", tmp_path / "page.md")
-    for name, path in {"RUNS": "", "DOCUMENT": "page.md", "PLOTS": "plots"}.items():
+    for name, path in {"RUNS": "", "DOCUMENT": "page.md"}.items():
         monkeypatch.setattr(ablations, name, tmp_path / path)
     return tmp_path
 
 
-def test_the_rows_are_the_papers_and_every_objective():
+def test_the_rows_are_the_papers():
     sizes = Counter(row.group for row in ROWS)
     assert list(sizes) == list(ablations.TITLES)
-    assert list(sizes.values()) == [3, 4, 4, 15, 4, 5, 5, 5, 3]
-    paper = [row for row in ROWS if row.group not in ("seed", "objectives")]
+    assert list(sizes.values()) == [3, 4, 4, 4, 5, 5, 5, 3]
+    paper = [row for row in ROWS if row.group != "seed"]
     groups = {row.group: 0 for row in paper}
     best = {g: min(row.published for row in paper if row.group == g) for g in groups}
     assert set(best.values()) == {61.06, 15.53, 18.63}
-    assert [row.run for row in all_runs("kappa")] == ["omega_2", "kappa_05", "kappa_09"]
+    assert [row.run for row in runs_of(ROWS, "kappa")] == ["omega_2", "kappa_05", "kappa_09"]
 
 
 def test_each_run_has_one_valid_config_of_its_own():
     for row in ROWS:
         assert row.overrides == RUNS[row.run].overrides, row.run
-    assert len({json.dumps(config) for config in CONFIGS.values()}) == len(RUNS) == 41
+    assert len({json.dumps(config) for config in CONFIGS.values()}) == len(RUNS) == 26
     config = make_config(ROWS[0])
-    source = make_source(config.data, split="train")
-    for row in all_runs("objectives"):
-        validate(make_config(row), num_devices=1, source=source)
+    validate(config, num_devices=1)
     assert (config.times.name, config.times.t_mean, config.times.r_std) == ("logit_normal", -0.4, 1)
     assert (config.draws.instant_share, config.draws.label_drop_share) == (0.75, 0.1)
     assert (config.weight.p, config.objective.tangent, config.seed) == (1.0, "v01", 0)
-    for row in all_runs("kappa"):
+    for row in runs_of(ROWS, "kappa"):
         guidance = make_config(row).guidance
         assert guidance.omega / (1 - guidance.kappa) == pytest.approx(2)
 
 
-def test_equal_flops_buy_fewer_of_dearer_steps(tmp_path, monkeypatch):
-    """The run is told to stop: it is not evaluated, and has no result."""
-    seen = []
-    monkeypatch.setattr(ablations.train, "run", lambda config, workdir: seen.append(config) or 75)
-    dear = {"terminal_velocity": 3e9}
-    monkeypatch.setattr(ablations, "step_flops", lambda c: dear.get(c.objective.name, 1.5e9))
-    ablations.budget.cache_clear()
-    for name in ("objective_terminal", "objective_meanflow", "tangent_v00"):
-        assert ablations.execute(RUNS[name], tmp_path) is None
-        assert not (tmp_path / name / "result.json").exists()
-    assert [config.train.num_steps for config in seen] == [500, 1000, 1000]
-    assert [config.optim.warmup_steps for config in seen] == [50, 100, 100]
-    ablations.budget.cache_clear()
-
-
-def test_flops_of_a_step_are_counted_in_the_compiled_step():
-    tiny = {"model.name": "affine", "model.width": 16, "train.batch_size": 16}
-    tiny |= {"objective.name": "flow_matching", "draws.instant_share": 1.0}
-    flops = ablations.step_flops(make_config(Row("objectives", "", 0.0, "", tiny)))
-    matrix = 2 * 16 * 64 * 64  # A(r, t) z of a batch, forward alone
-    assert 2 * matrix < flops < 1000 * matrix
-
-
 def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, capsys):
     diverge = mock.Mock(side_effect=FloatingPointError("step 3: loss not finite"))
-    monkeypatch.setattr(ablations.train, "run", diverge)
-    monkeypatch.setattr(ablations, "write_document", lambda *arguments: [])
+    monkeypatch.setattr(train, "run", diverge)
+    monkeypatch.setattr(ablations, "save_plot", lambda *arguments: None)
     (folder / "weight_0" / "result.json").unlink()
     assert ablations.main(["--only=weight"]) == 0
     assert capsys.readouterr().out.splitlines()[:1] == ["[1/5] weight_0"]
     result = json.loads((folder / "weight_0" / "result.json").read_text())
     assert result["diverged"] == "step 3: loss not finite"
-    assert ablations.score({"weight_0": result}, "weight_0") == math.inf
+    assert score({"weight_0": result}, "weight_0") == math.inf
 
 
 def test_results_of_another_config_and_no_results_are_refused(folder, monkeypatch, capsys):
@@ -143,13 +118,11 @@ def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
         "| (v, 0, 1) | **61.06** | **15.20** | **7.63** | **6.6%** |",
         "| p = 2 | 69.19 | diverged | diverged | – |",
         "| uniform | 65.9 | – | – | – |",
-        "| MeanFlow | 3.43 | 2,000 | 1,000 | 0.86 | 0.43 | 0.11 | 116.6% |",
-        "| alpha-Flow | **2.95** | 2,000 | 1,000 | **0.74** | **0.37** | **0.09** | **135.6%** |",
         "| 0 | – | 15.20 | 7.63 | 6.6% |",
     ):
         assert line in after.splitlines(), line
     prose = [[x for x in text.splitlines() if x[:1] != "|"] for text in (before, after)]
     assert prose[0] == prose[1]
     assert plots == [f"{group}.png" for group in ablations.TITLES]
-    assert 2_000 < (folder / "plots" / "weight.png").stat().st_size < 60_000
+    assert 2_000 < (folder / "page" / "weight.png").stat().st_size < 60_000
     assert all(f"(ablations/{name})" in after for name in plots[1:])

@@ -175,7 +175,7 @@ def test_a_loop_does_not_hide_flops(monkeypatch):
     config.model.depth, config.objective.name = 2, "flow_matching"
     looped = changed(config, {"model": {"scan": True}})
     mesh, source = make_mesh(data=0, fsdp=1), validate(looped, num_devices=1)
-    row, _ = step._compile_step(looped, source, mesh, lambda text: None)
+    row, _ = step.compile_step(looped, source, mesh, lambda text: None)
     assert row["gflop"] == _lower_step(config).cost_analysis()["flops"] / 1e9
     assert row["gflop_compiled"] == program.cost_analysis()["flops"] / 1e9 > 0
 

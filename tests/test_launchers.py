@@ -130,7 +130,7 @@ def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_pat
 
 def test_studies_pass_arguments_on(finish, tmp_path):
     _program(tmp_path / "venv" / "bin" / "python", '#!/bin/sh\necho "python $*"\n')
-    for name in ("ablations", "open_problems"):
+    for name in ("ablations", "open_problems", "results"):
         out = f"python -m launch.{name} --document\n"
         assert finish(f"{name}.sh", "--document") == (0, out, "")
 

@@ -141,7 +141,7 @@ def gradient_of(how: Training, key: Array, numbers: Any, params: PyTree, average
     """Return the gradient of a step and the error of its rows with r < t."""
     rows_key, draw_key = jax.random.split(key)
     rows = jax.random.randint(rows_key, (how.batch_size,), 0, len(data[0]))
-    x, e = (None if each is None else each[rows] for each in data)
+    x, e = jax.tree.map(lambda each: each[rows], data)
     draws, objective = SCHEME.draw(draw_key, x, e=e), how.objective
     objective = dataclasses.replace(objective, numbers=numbers)
     own = functools.partial(field, dtype=how.dtype)
@@ -154,11 +154,8 @@ def step_flops(how: Training) -> float:
     """Return the FLOPs of a gradient, as XLA counts them before it compiles."""
     x = jnp.asarray(data_of(how.data).x)
     params = initial(jax.random.key(0), x[0].size, how.width)
-
-    def gradient(params: PyTree, x: Array) -> tuple:
-        return gradient_of(how, jax.random.key(0), how.objective.numbers, params, params, x, None)
-
-    return float(jax.jit(gradient).lower(params, x).cost_analysis()["flops"])
+    gradient = functools.partial(gradient_of, how, jax.random.key(0), how.objective.numbers)
+    return float(jax.jit(gradient).lower(params, params, x, None).cost_analysis()["flops"])
 
 
 @functools.lru_cache(4)
@@ -194,14 +191,10 @@ def fit(how: Training, num_steps: int, seed: int, data: Data, factor: float = 1.
     program = _program(shared(how), len(data.x), data.e is not None)
     numbers = jnp.asarray(how.objective.numbers, jnp.float32)
     arguments = jnp.int32(num_steps), jnp.float32(factor * how.lr), numbers
-    result = program(jax.random.key(seed), *arguments, *map(_on_device, (data.x, data.e)))
+    result = program(jax.random.key(seed), *arguments, *jax.tree.map(jnp.asarray, (data.x, data.e)))
     params, average, _, errors = result
     memory = program.memory_analysis().temp_size_in_bytes / 1e6
     return Fitted(params, average, np.asarray(errors[:num_steps]), memory)
-
-
-def _on_device(x: np.ndarray | None) -> Array | None:
-    return None if x is None else jnp.asarray(x)
 
 
 def shared(how: Training) -> Training:

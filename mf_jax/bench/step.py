@@ -35,6 +35,7 @@ COLUMNS = (
 COUNTABLE = {
     "model": {"scan": False, "attention": "plain"},
     "perceptual": {"rows_at_once": 2**31 - 1},
+    "train": {"microbatch": 0},
 }
 """The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""
 PUBLISHED = {  # GFLOP of the published code's step, of flow matching's, and of which network
@@ -86,7 +87,7 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     peak = measure.matmul_peak(config.model.dtype)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     both = (config, flow_matching(config))
-    rows, programs = zip(*(_compile_step(each, source, mesh, say) for each in both), strict=True)
+    rows, programs = zip(*(compile_step(each, source, mesh, say) for each in both), strict=True)
     if config.bench.repeats:
         say(f"timing {config.bench.dropped + config.bench.repeats} steps of each")
         contenders = (_contender(*pair, source, mesh) for pair in zip(both, programs, strict=True))
@@ -121,7 +122,7 @@ def changed(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> Con
     return copy
 
 
-def _compile_step(
+def compile_step(
     config: ConfigDict, source: Source, mesh: Mesh, say: measure.Say
 ) -> tuple[measure.Result, jax.stages.Compiled]:
     """Return the row of a config's step before it is timed, and the compiled step."""

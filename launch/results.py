@@ -1,0 +1,152 @@
+"""Every objective on the digits and on MNIST at equal training FLOPs, three seeds of each.
+
+1. `METHODS` says what each changes in a data set's config; a row of `ROWS` is one run.
+2. MeanFlow has `NUM_STEPS`; the others have as many steps as take the same FLOPs.
+3. Each run is trained, evaluated and sampled in this process, in runs/results/DATA/METHOD_SEED.
+   Its result.json marks it as finished; a run that diverges is finished too.
+4. The tables and pictures of docs/results.md are written from these folders.
+
+Usage: [MF_MNIST=FILE.npz] bash launch/results.sh [--only=DATA] [--document]
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import mf_jax
+from configs import digits, mnist
+from launch import runner
+from launch.runner import QUIET, Result, Results, Study, as_table, decisive, score, whole_run
+from mf_jax.bench.step import compile_step
+from mf_jax.data import make_source, read
+from mf_jax.data.pixels import to_pixels
+from mf_jax.reporting.run_log import TIMING, TIMING_FILE
+from mf_jax.reporting.sample_grid import save_rows
+from mf_jax.runtime.json_files import read_json
+from mf_jax.runtime.sharding import make_mesh
+from mf_jax.validation import validate
+
+RUNS, DOCUMENT, PICTURES = Path("runs/results"), Path("docs/results.md"), "one_step.npy"
+CONFIGS = {"digits": digits.get_config, "mnist": mnist.get_config}
+NUM_STEPS = {"digits": 1800, "mnist": mnist.get_config().train.num_steps}
+SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
+METHODS = {
+    "MeanFlow": digits.ROWS[""],
+    "improved MeanFlow": {"objective.name": "improved_meanflow", "objective.velocity": "boundary"},
+    "alpha-Flow": digits.ROWS["alpha_flow"],
+    "SoFlow": digits.ROWS["soflow"],
+    "SplitMeanFlow": digits.ROWS["split_meanflow"],
+    "Shortcut": digits.ROWS["shortcut"],
+    "terminal velocity": digits.ROWS["terminal_velocity"],
+    "consistency": digits.ROWS["consistency"] | {"eval.renoise": True},
+    "flow matching": digits.ROWS["flow_matching"],
+}
+SCORES = {  # heading, format, what the best is
+    "class_accuracy": ("share in its class", ".1%", max),
+    "frechet_distance": ("Fréchet distance", ".2f", min),
+    "kernel_distance": ("kernel distance (KID)", ".1f", min),
+    "nearest_training": ("nearest training picture", ".3f", None),
+}
+
+
+class Row(NamedTuple):
+    """A run: its data set, method, seed and folder."""
+
+    group: str
+    method: str
+    seed: int
+    run: str
+
+
+ROWS = tuple(
+    Row(group, method, seed, f"{group}/{method.replace(' ', '_')}_{seed}")
+    for group, method, seed in product(CONFIGS, METHODS, range(SEEDS))
+)
+
+
+def make_config(row: Row, num_steps: int) -> ConfigDict:
+    """Return the config of a row's run of so many steps; its curriculum lasts the whole run."""
+    file, config = os.environ.get("MF_MNIST", ""), CONFIGS[row.group]()
+    data = {"data.name": "arrays", "data.path": file} if file and row.group == "mnist" else {}
+    steps = {"train.num_steps": num_steps, "objective.anneal_to": num_steps, "eval.steps": STEPS}
+    own = {**METHODS[row.method], **QUIET, **data, **steps, "seed": row.seed}
+    config.update_from_flattened_dict(own)
+    return config
+
+
+@cache
+def cost_of(group: str, method: str) -> dict[str, float]:
+    """Return the costs of a training step."""
+    config = make_config(Row(group, method, 0, ""), NUM_STEPS[group])
+    placed = validate(config, num_devices=1), make_mesh(data=0, fsdp=1)
+    cost, _ = compile_step(config, *placed, lambda line: None)
+    num_bytes = cost["temp_bytes"] + cost["argument_bytes"]
+    return {"MFLOPs a step": 1e3 * cost["gflop"], "MB of memory": num_bytes / 1e6}
+
+
+def execute(row: Row) -> Result | None:
+    """Train, evaluate and sample a run, or continue it; None if it was told to stop."""
+    cost, (most, *_) = cost_of(*row[:2]), cost_of(row.group, "MeanFlow").values()
+    each, folder = cost["MFLOPs a step"], RUNS / row.run
+    num_steps = max(1, round(NUM_STEPS[row.group] * most / each))
+    config = make_config(row, num_steps)
+    if (result := whole_run(config, folder)) is None:
+        return None
+    if result["rows"]:
+        samples = mf_jax.load(folder).sample(num=SHOWN, seed=0)  # the classes in turn
+        real = read(make_source(config.data, split="held_out"))
+        nth = [np.flatnonzero(real.labels == i % 10)[i // 10] for i in range(SHOWN)]
+        np.save(folder / PICTURES, np.stack([to_pixels(real.x[nth]), samples]))
+    seconds = read_json(folder / TIMING_FILE, TIMING)["wall_seconds"]
+    amounts = {"steps": num_steps, "GFLOPs": each * num_steps / 1e3, "seconds": seconds}
+    return result | {"costs": amounts | cost}
+
+
+def table(group: str, results: Results) -> str:
+    """Return a data set's tables in Markdown, and the link to its picture."""
+    done = [row for row in ROWS if row.group == group and row.run in results]
+
+    def column(get: Callable[..., float], *more: Any) -> list[list[float]]:
+        found = ([get(row.run, *more) for row in done if row.method == each] for each in METHODS)
+        return [each or [math.nan] for each in found]
+
+    names = results[done[0].run]["costs"]
+    costs = [column(lambda run, name: results[run]["costs"][name], name) for name in names]
+    columns = {name: (each, ",.0f", None) for name, each in zip(names, costs, strict=True)}
+    texts = [as_table(list(METHODS), columns, "training")]
+    whole = max((row.run for row in done), key=lambda run: len(results[run]["rows"]))
+    for key, (heading, form, best) in SCORES.items():
+        real = [score(results, whole, None, each) for each in (key, f"{key}_std")]
+        text = " ± ".join(format(each, form) for each in real if not math.isnan(each))
+        found = {k: [text, *column(partial(score, results), k, key)] for k in STEPS}
+        columns = {f"{k} step{'s' * (k > 1)}": (found[k], form, best) for k in STEPS}
+        texts.append(as_table(["real data, held out", *METHODS], columns, heading))
+    return "\n".join([*texts, f"![One-step samples](results/{group}.png)\n"])
+
+
+def save_picture(path: Path, group: str, results: Results) -> None:
+    """Save one-step samples of the first seed of each method below real pictures."""
+    whole = [r for r in ROWS if r[::2] == (group, 0) and results.get(r.run, {}).get("rows")]
+    shown = [(row.method, *np.load(RUNS / row.run / PICTURES)) for row in whole]
+    rows = [("real data", real) for _, real, _ in shown[:1]] + [(name, x) for name, _, x in shown]
+    if rows:
+        save_rows(path, rows, caption="one network evaluation a sample, the first seed, not chosen")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    own = ROWS, lambda row, steps: decisive(make_config(row, steps)), execute, table, save_picture
+    study = Study("results", __doc__, tuple(CONFIGS), RUNS, DOCUMENT, *own)
+    return runner.main(study, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
