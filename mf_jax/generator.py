@@ -156,7 +156,7 @@ class Generator:
         times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
-            x, is_good = _sample(
+            x, is_good = sample_rows(
                 *fixed,
                 self.params,
                 plan.seed,
@@ -232,7 +232,7 @@ class Generator:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(
+def sample_rows(
     network: nn.Module,
     learns_average: bool,
     renoise: bool,

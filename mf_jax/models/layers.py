@@ -73,8 +73,8 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
     Args:
       other: finite numbers that XLA does not know and that are there before x.
     """
-    if jax.default_backend() != "cpu" or x.size < _LARGE:
-        return x
+    if jax.default_backend() != "cpu" or not isinstance(x.size, int) or x.size < _LARGE:
+        return x  # exported programs are of any batch size
     one = 1 + 0 * jax.lax.stop_gradient(other[(0,) * other.ndim])
     return x / one.astype(x.dtype)
 
