@@ -268,7 +268,7 @@ def sample_rows(
     with jax.default_matmul_precision("highest"):
         grid = {"times": times, "num_intervals": num, "renoise": fresh if renoise else None}
         x = sampler.sample(field, params, e, condition, learns_average=learns_average, **grid)
-    return x, jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+    return x, jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

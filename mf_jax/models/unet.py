@@ -111,7 +111,7 @@ class Block(nn.Module):
             x = conv(1, name="shortcut")(resample(x))
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
-            pixels = _norm(x, "norm_3").reshape(len(x), -1, self.features)
+            pixels = _norm(x, "norm_3").reshape(x.shape[0], -1, self.features)
             plain, out = functools.partial(attend, kind="plain"), layers.zero_dense
             attention = layers.Attention(1, self.dtype, plain, out=out, name="attention")
             x = _RESIDUAL_SCALE * (x + attention(pixels).reshape(x.shape))
@@ -138,7 +138,7 @@ class _Embedding(nn.Module):
         width = features.shape[-1]
         if self.augment_labels:
             labels = condition.augment
-            labels = jnp.zeros((len(t), self.augment_labels)) if labels is None else labels
+            labels = jnp.zeros((*t.shape, self.augment_labels)) if labels is None else labels
             augment = nn.Dense(width, use_bias=False, kernel_init=_XAVIER, name="augment")
             features += augment(labels)
         if self.num_classes:

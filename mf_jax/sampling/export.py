@@ -1,5 +1,6 @@
 """--mode=export: the generator of a run as a program, and as a page that draws in a browser."""
 
+import jax
 from etils.epath import Path
 from ml_collections import ConfigDict
 
@@ -25,6 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise BadInput("sample.renoise=True: a program is given its noise once; use False")
     if plan.times:
         raise BadInput(f"sample.times={plan.times}: a program takes a number of steps; use ()")
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # files of this machine stay unnamed
     config.model.attention = "plain"  # kernels and loops are of one kind of device
     generator = load_for(workdir, config, ema=ema)
     if not processes.is_first():

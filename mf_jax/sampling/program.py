@@ -55,7 +55,7 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
             return sample_rows(*fixed, params, 0, grid, *rows)[0]
 
         x = jax.lax.fori_loop(0, steps, step, e)
-        return x if decoder is None else decoder(x)
+        return x if decoder is None else jax.lax.map(lambda row: decoder(row[None])[0], x)
 
     (b,) = export.symbolic_shape("b")
     shapes = {"e": (spec.shape, "float32"), **spec.more}
@@ -65,4 +65,4 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
     }
     inputs["steps"] = jax.ShapeDtypeStruct((), jnp.int32)
     exported = export.export(jax.jit(sample), platforms=PLATFORMS)(**inputs)
-    replace_file(path, exported.serialize())
+    replace_file(path, bytes(exported.serialize()))
