@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, refuses
@@ -15,6 +16,7 @@ from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from jobs import here, tiny_config, works
 from networks import draw
+from recorded import FOLDER
 
 import mf_jax
 from mf_jax.config import make_network
@@ -31,6 +33,7 @@ SMALL |= {"draws.label_drop_share": 0.1}
 UNET = {"model.name": "unet", "model.channels": 8, "model.channel_multipliers": (1, 2)}
 UNET |= {"model.num_blocks": 1, "model.attention_resolutions": (2,)}
 IN_CONTEXT = {"model.name": "in_context_dit", "model.head_depth": 1, "draws.omega_max": 4.0}
+LATENTS = {"data.name": "latents", "data.autoencoder": str(FOLDER / "vae")}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -70,11 +73,12 @@ def _load(path):
 
 def test_every_network_becomes_a_program_of_any_batch_size_and_a_page_of_a_dit_alone(tmp_path):
     path = Path(tmp_path / "program")
-    vectors = DataSpec((2,), condition_size=3)
+    vectors, latent = DataSpec((2,), condition_size=3), DataSpec((4, 4, 4), 3, ("a", "b", "c"))
     for plan, generator in (
         ({"guidance": (2.0, 0.1, 0.9)}, _untrained(**IN_CONTEXT)),
         ({"steps": 3}, _untrained(**UNET)),
         ({}, _untrained(vectors, **{"model.name": "mlp"})),
+        ({}, _untrained(latent, **LATENTS)),
     ):
         plan, e = SamplePlan(steps=2).replace(**plan), _noise(generator, 3)
         write_program(path, generator, plan)
@@ -82,8 +86,9 @@ def test_every_network_becomes_a_program_of_any_batch_size_and_a_page_of_a_dit_a
         told = {"labels": np.int32([2, 0, -1])} if generator.spec.num_classes else {}
         drawn = _load(path).call(e=e, steps=np.int32(plan.steps), **told, **given)
         ours = generator.sample_raw(*told.values(), e=e, plan=plan, **given)
+        ours = generator.decoder(jnp.asarray(ours)) if generator.decoder else ours
         np.testing.assert_allclose(drawn, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
-        refuses(r"no page.*model\.name=", web_page.write_page, path, generator, plan)
+        refuses(r"no page.*(model|data)\.name=", web_page.write_page, path, generator, plan)
 
 
 def _drawn_by_page(path, asked):

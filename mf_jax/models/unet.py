@@ -172,7 +172,7 @@ class UNet(Network, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        self._check_levels(z.shape)
+        self._check_levels(*z.shape[1:3])
         sizes = self.channels, self.time_conditioning, self.num_classes, self.augment_labels
         c = _Embedding(*sizes, name="condition")(r=r, t=t, condition=condition)
         numbers = itertools.count()
@@ -213,8 +213,7 @@ class UNet(Network, kw_only=True):
         u = last(nn.silu(_norm(x, f"{end}_norm")))
         return Prediction(u=layers.at_least_float32(u))
 
-    def _check_levels(self, shape: tuple[int, ...]) -> None:
-        _, height, width, _ = shape
+    def _check_levels(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if not self.channel_multipliers or height % factor or width % factor:
             raise BadInput(

@@ -34,7 +34,7 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
       generator: what becomes the program.
       plan: whose guidance is the program's.
     """
-    spec, decoder = generator.spec, jax.device_get(generator.decoder)
+    spec, decoder = generator.spec, generator.decoder
     objective = make_objective(generator.config)
     fixed = (generator.network, objective.learns_average, False, spec.shape)
     params, guidance = jax.device_get(generator.params), np.float32(plan.guidance)
