@@ -18,6 +18,7 @@ MODES = {
     "train": "mf_jax.train",
     "eval": "mf_jax.evaluate",
     "sample": "mf_jax.sampling",
+    "export": "mf_jax.sampling.export",
     "bench": "mf_jax.bench",
     "weights": "mf_jax.published.fetch",
     "prepare": "mf_jax.prepare",

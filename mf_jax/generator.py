@@ -156,7 +156,7 @@ class Generator:
         times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)
-            x, is_good = _sample(
+            x, is_good = sample_rows(
                 *fixed,
                 self.params,
                 plan.seed,
@@ -232,7 +232,7 @@ class Generator:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(
+def sample_rows(
     network: nn.Module,
     learns_average: bool,
     renoise: bool,
@@ -268,7 +268,7 @@ def _sample(
     with jax.default_matmul_precision("highest"):
         grid = {"times": times, "num_intervals": num, "renoise": fresh if renoise else None}
         x = sampler.sample(field, params, e, condition, learns_average=learns_average, **grid)
-    return x, jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+    return x, jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -30,6 +30,7 @@ modes:
   train     train, or continue the run of the workdir (the default)
   eval      score samples, into eval.json
   sample    write samples.npz and pictures
+  export    write the generator as a program, and as a page that draws in a browser
   config    print every key and its value, * where it is not the default
   prepare   encode pictures to latents, and make reference statistics
   weights   fetch the published weights that a config names
@@ -165,7 +166,7 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
         check_sizes(config, mode)
         if in_bucket(workdir):
             workdir.exists()
-        if mode in ("train", "sample", "eval"):
+        if mode in ("train", "sample", "eval", "export"):
             keep_habits(workdir, config)
     with processes.only_first_talks():
         code = importlib.import_module(MODES[mode]).run(config, workdir) or _OK

@@ -103,3 +103,6 @@ def test_every_package_is_installed():
     folders = {f"mf_jax.{path.parent.name}" for path in (ROOT / "mf_jax").glob("*/__init__.py")}
     packages = set(listed["options"]["packages"].split())
     assert packages == folders | {"mf_jax", "mf_jax.configs"}
+    others = (path for path in (ROOT / "mf_jax").rglob("*.*") if path.suffix not in (".py", ".pyc"))
+    data = {f"mf_jax.{path.parent.name}": path.name for path in others}
+    assert data == dict(listed["options.package_data"])

@@ -82,12 +82,12 @@ def test_one_program_draws_few_or_many_samples_in_any_number_of_steps(generator)
     scale = GuidanceScale(jnp.ones(64), jnp.zeros(64), jnp.ones(64))
     condition = Condition(jnp.arange(64) % 10, guidance=scale)
     noise, field = e(jnp.arange(64)), as_field(generator.network)
-    module._sample.clear_cache()
+    module.sample_rows.clear_cache()
     for num, steps in ((1, 1), (3, 8), (64, 2), (13, 63)):
         walk = jax.jit(functools.partial(mf_jax.sample, field, steps=steps))
         plain = walk(generator.params, noise, condition)[:num]
         np.testing.assert_array_equal(generator.sample_raw(num=num, steps=steps), plain)
-    assert module._sample._cache_size() == 1
+    assert module.sample_rows._cache_size() == 1
 
 
 def test_seed_label_and_average_matter(generator, trained):
@@ -201,7 +201,7 @@ def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_def
     times, guidance = (np.float32([1, 0]), 1, 1.0), np.float32([1, 0, 1])
     rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
     fixed = (generator.network, True, False, generator.spec.shape)
-    text = str(module._sample.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)
+    text = str(module.sample_rows.trace(*fixed, generator.params, 0, times, guidance, *rows).jaxpr)
     assert text.count("precision=") > 3
     assert "precision=None" not in text
 

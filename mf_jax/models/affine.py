@@ -45,7 +45,7 @@ class _AffineInZ(Network, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        flat = z.reshape(len(z), -1).astype(self.dtype)
+        flat = z.reshape(z.shape[0], -1).astype(self.dtype)
 
         def numbers(size: int, name: str, num_classes: int = 0, **more: bool) -> Array:
             fields = size, self.width, num_classes, self.time_conditioning, self.dtype

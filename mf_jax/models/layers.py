@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -73,8 +73,8 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
     Args:
       other: finite numbers that XLA does not know and that are there before x.
     """
-    if jax.default_backend() != "cpu" or x.size < _LARGE:
-        return x
+    if jax.default_backend() != "cpu" or not isinstance(x.size, int) or x.size < _LARGE:
+        return x  # exported programs are of any batch size
     one = 1 + 0 * jax.lax.stop_gradient(other[(0,) * other.ndim])
     return x / one.astype(x.dtype)
 
@@ -137,7 +137,7 @@ class ConditionEmbedding(nn.Module):
     def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"] | Told) -> Vectors:
         """Return the embedding; a negative label is the null class, labels alone are no numbers."""
         if not isinstance(labels, Told):
-            labels = Told(labels, jnp.full((len(t), self.condition_size), jnp.nan))
+            labels = Told(labels, jnp.full((*t.shape, self.condition_size), jnp.nan))
         labels, numbers = labels
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
@@ -175,7 +175,7 @@ def patches_of(z: Image | Signal, size: int) -> Tokens:
     if z.ndim == 3:
         if size <= 0 or z.shape[1] % size:
             raise BadInput(f"model.patch_size={size}: must divide the length {z.shape[1]}")
-        return z.reshape(len(z), -1, size * z.shape[2])
+        return z.reshape(z.shape[0], -1, size * z.shape[2])
     batch, height, width, channels = z.shape
     if size <= 0 or height % size or width % size:
         raise BadInput(f"model.patch_size={size}: must divide the image size {height}x{width}")
@@ -183,7 +183,7 @@ def patches_of(z: Image | Signal, size: int) -> Tokens:
     return z.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
-def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image | Signal:
+def image_of(patches: Tokens, shape: tuple[Any, ...], size: int) -> Image | Signal:
     """Undo `patches_of`, given the shape of the images or signals; at least float32."""
     if len(shape) == 3:
         return at_least_float32(patches.reshape(shape))

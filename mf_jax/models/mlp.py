@@ -32,7 +32,7 @@ class MLP(Network, kw_only=True):
         dense = functools.partial(layers.xavier_dense, dtype=self.dtype)
         sizes = self.width, self.time_conditioning, self.num_classes, self.condition_size
         embed = layers.ConditionEmbedding(*sizes, name="condition")
-        shape, z = z.shape, z.reshape(len(z), -1)
+        shape, z = z.shape, z.reshape(z.shape[0], -1)
         c = nn.silu(embed(r=r, t=t, labels=condition.labels)).astype(self.dtype)
         waves = [wave(k * z) for k in _FREQUENCIES for wave in (jnp.sin, jnp.cos)]
         x = dense(self.width, name="embedding")(jnp.concatenate([z, *waves], axis=-1))

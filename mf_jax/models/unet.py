@@ -111,7 +111,7 @@ class Block(nn.Module):
             x = conv(1, name="shortcut")(resample(x))
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
-            pixels = _norm(x, "norm_3").reshape(len(x), -1, self.features)
+            pixels = _norm(x, "norm_3").reshape(x.shape[0], -1, self.features)
             plain, out = functools.partial(attend, kind="plain"), layers.zero_dense
             attention = layers.Attention(1, self.dtype, plain, out=out, name="attention")
             x = _RESIDUAL_SCALE * (x + attention(pixels).reshape(x.shape))
@@ -138,7 +138,7 @@ class _Embedding(nn.Module):
         width = features.shape[-1]
         if self.augment_labels:
             labels = condition.augment
-            labels = jnp.zeros((len(t), self.augment_labels)) if labels is None else labels
+            labels = jnp.zeros((*t.shape, self.augment_labels)) if labels is None else labels
             augment = nn.Dense(width, use_bias=False, kernel_init=_XAVIER, name="augment")
             features += augment(labels)
         if self.num_classes:
@@ -172,7 +172,7 @@ class UNet(Network, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        self._check_levels(z.shape)
+        self._check_levels(*z.shape[1:3])
         sizes = self.channels, self.time_conditioning, self.num_classes, self.augment_labels
         c = _Embedding(*sizes, name="condition")(r=r, t=t, condition=condition)
         numbers = itertools.count()
@@ -213,8 +213,7 @@ class UNet(Network, kw_only=True):
         u = last(nn.silu(_norm(x, f"{end}_norm")))
         return Prediction(u=layers.at_least_float32(u))
 
-    def _check_levels(self, shape: tuple[int, ...]) -> None:
-        _, height, width, _ = shape
+    def _check_levels(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if not self.channel_multipliers or height % factor or width % factor:
             raise BadInput(

@@ -1,0 +1,162 @@
+"""A generator as one HTML page that draws in a browser: no server, no library, no network access.
+
+`page.html` computes the blocks of a dit in JavaScript, in float32. What depends on times alone is
+computed here, for each interval of each number of steps: embeddings, and the factors of a step.
+"""
+
+import base64
+import html
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path as LocalPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float
+
+from mf_jax.config import make_objective
+from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import Condition, DataSpec
+from mf_jax.flow.sampler import SamplePlan
+from mf_jax.generator import Generator
+from mf_jax.models import DataPrediction
+from mf_jax.models.blocks import unstack_blocks
+from mf_jax.models.dit import DECOUPLED, DiT, num_r_blocks
+from mf_jax.models.layers import ConditionEmbedding, sine_cosine_positions
+from mf_jax.runtime.files import replace_file
+
+_STEPS, _MOST_STEPS = (1, 2, 4, 8), 64
+_MOST_BYTES = 2**26  # of weights; a page is a third larger
+_LABELS = "condition/label_embedding/embedding"
+_Times = Float[np.ndarray, "n"]
+
+
+def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
+    """Write the page; BadInput where a page cannot run the generator.
+
+    Args:
+      path: of the file, in the folder of the run.
+      generator: what the page draws with.
+      plan: whose steps the page starts with.
+    """
+    spec, network, clip = generator.spec, generator.network, 0.0
+    if isinstance(network, DataPrediction):
+        network, clip = network.network, network.t_clip
+    _check(generator, network, plan)
+    counts = sorted({*_STEPS, plan.steps})
+    grids = [SamplePlan(steps).grid for steps in counts]
+    t, r = np.float32([ends for grid in grids for ends in itertools.pairwise(grid)]).T
+    learns_average = make_objective(generator.config).learns_average
+    arrays = _weights(generator.params, network, spec)
+    arrays["times"] = _embedded_times(generator, network, t, r if learns_average else t)
+    about = {
+        "arrays": [(name, array.size) for name, array in arrays.items()],
+        "steps": {steps: sum(counts[:i]) for i, steps in enumerate(counts)},
+        "factors": _factors(t, r, clip).tolist(),
+        "chosen": plan.steps,
+        **_description(generator, network),
+    }
+    parts = {
+        "title": html.escape(path.parent.resolve().name),
+        "about": json.dumps(about).replace("<", r"\u003c"),
+        "weights": base64.b64encode(b"".join(a.tobytes() for a in arrays.values())).decode(),
+    }
+    page = _TEMPLATE.read_text()
+    for name, text in parts.items():
+        page = page.replace("{{" + name + "}}", text)
+    replace_file(path, page.encode(errors="backslashreplace"))  # folders are named by any bytes
+
+
+_TEMPLATE = LocalPath(__file__).with_name("page.html")
+
+
+def _check(generator: Generator, network: Any, plan: SamplePlan) -> None:
+    config, spec = generator.config, generator.spec
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(generator.params))
+    limits = {
+        f"model.name={config.model.name} (it runs dit)": not isinstance(network, DiT),
+        f"model.norm={config.model.norm}": config.model.norm != "layer",
+        "model.told_guidance": config.model.told_guidance,
+        f"data.name={config.data.name}": config.data.name == "latents",
+        f"samples of shape {spec.shape}": not spec.is_picture or spec.shape[-1] not in (1, 3),
+        f"data with {', '.join(spec.more)}": bool(spec.more),
+        f"sample.steps={plan.steps} (it takes {_MOST_STEPS})": plan.steps > _MOST_STEPS,
+        f"{size / 1e6:.0f} MB of weights (it holds {_MOST_BYTES / 1e6:.0f})": size > _MOST_BYTES,
+    }
+    if found := [name for name, is_beyond in limits.items() if is_beyond]:
+        raise BadInput(f"no page, which is not made for {', '.join(found)}")
+
+
+def _weights(params: Any, network: DiT, spec: DataSpec) -> dict[str, Float[np.ndarray, "..."]]:
+    """Return arrays by name; a row of a kernel is what one output is told of all inputs."""
+    flat = flatten_dict(unstack_blocks(jax.device_get(params)), sep="/")
+    arrays = {
+        name: np.ascontiguousarray(array.T if name.endswith("/kernel") else array, "<f4")
+        for name, array in flat.items()
+        if not name.startswith("condition/")
+    }
+    grid = (side // network.patch_size for side in spec.shape[:2])
+    arrays["positions"] = sine_cosine_positions(*grid, num_features=network.width)
+    arrays["labels"] = np.float32(flat.get(_LABELS, np.zeros((1, network.width))))
+    return arrays
+
+
+def _embedded_times(
+    generator: Generator, network: DiT, t: _Times, r: _Times
+) -> Float[np.ndarray, "k n d"]:
+    """Return what blocks are told of times, from the network itself: of t|r that of t, then of r.
+
+    The embedding of labels is 0 here, and is added in the page.
+    """
+    params, place = dict(generator.params), dict(generator.params["condition"])
+    if "label_embedding" in place:
+        place["label_embedding"] = jax.tree.map(jnp.zeros_like, place["label_embedding"])
+    params["condition"] = place
+    z, condition = jnp.zeros((len(t), *generator.spec.shape)), Condition(jnp.zeros(len(t), int))
+
+    @jax.jit
+    def embed(params: Any, t: Any, r: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            _, seen = network.apply(
+                {"params": params},
+                z,
+                r=r,
+                t=t,
+                condition=condition,
+                capture_intermediates=lambda module, _: isinstance(module, ConditionEmbedding),
+                mutable=["intermediates"],
+            )
+        return jnp.stack(seen["intermediates"]["condition"]["__call__"])
+
+    return np.asarray(embed(params, t, r), "<f4")
+
+
+def _factors(t: _Times, r: _Times, clip: float) -> Float[np.ndarray, "n 2"]:
+    """Return a and b of steps a z + b f, where f is the network's velocity or data."""
+    share = (t - r) / np.maximum(t, clip) if clip else t - r
+    return np.stack([1 - share, share] if clip else [np.ones_like(t), -share], axis=1)
+
+
+def _description(generator: Generator, network: DiT) -> Mapping[str, Any]:
+    """Return what the page must know of the network and of the data, and tells of them."""
+    spec, config = generator.spec, generator.config
+    last = network.time_conditioning == DECOUPLED and num_r_blocks(network.depth, network.r_blocks)
+    has_null = config.draws.label_drop_share > 0
+    names = [*spec.class_names[: spec.num_classes], *["any"] * has_null] * bool(spec.num_classes)
+    count = sum(leaf.size for leaf in jax.tree.leaves(generator.params))
+    return {
+        "shape": spec.shape,
+        "patch": network.patch_size,
+        "heads": network.num_heads,
+        "depth": network.depth,
+        "first": network.depth - last,
+        "power": network.logit_power,
+        "noise": config.draws.noise_scale,
+        "names": names,
+        "note": f"{config.objective.name} · {count:,} parameters · step {generator.step:,}",
+    }
