@@ -15,8 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
-from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
-from mf_jax.data.local_copy import local_copy
+from mf_jax.data.latent_records import LABEL, NUMBER, local_copy, read_manifest
 from mf_jax.data.pipeline import Batch, Stored
 from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.flow.records import DataSpec

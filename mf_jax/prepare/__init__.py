@@ -27,7 +27,7 @@ from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
-from mf_jax.prepare.stream import PictureStream
+from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
@@ -187,11 +187,24 @@ def _work(
             progress.name(f"shard {shard} of {config.prepare.shards},")
             for output in outputs:
                 output.begin(shard)
-            for pixels in stream.shard(len(indices[shard])):
-                images = jax.device_put(pixels.images, split)
-                for output in outputs:
-                    output.add(pixels, images)
+            batches = stream.shard(len(indices[shard]))
+            for pixels, computed in _computed(batches, outputs, split):
+                for output, values in zip(outputs, computed, strict=True):
+                    output.add(pixels, values)
                 progress.advance(pixels.count)
             progress.advance(len(stream.skipped))
             for output in outputs:
                 output.end(shard, stream.skipped)
+
+
+def _computed(
+    batches: Iterator[Pixels], outputs: list[Output], split: NamedSharding
+) -> Iterator[tuple[Pixels, list[Any]]]:
+    """Yield batches and what outputs compute of them; the next is computed meanwhile."""
+    ahead = []
+    for pixels in batches:
+        images = jax.device_put(pixels.images, split)
+        ahead.append((pixels, [output.compute(images) for output in outputs]))
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+    yield from ahead

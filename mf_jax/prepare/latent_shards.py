@@ -97,19 +97,30 @@ class LatentShards:
     def begin(self, shard: int) -> None:
         """Start a shard anew."""
         self._counts: Counter[int] = Counter()
-        self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
         self._local = self._open.enter_context(written_aside(self._path(shard)))
         self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
 
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Encode pictures, whose images are on the devices, while the batch before is written."""
-        latents = _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
-        self._write()
-        self._encoding = pixels, latents
+    def compute(self, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Array]:
+        """Encode pictures and their mirror images on the devices, without waiting."""
+        return _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
+
+    def add(self, pixels: Pixels, latents: tuple[Array, Array]) -> None:
+        """Write what was computed of pictures."""
+        plain, mirrored = jax.device_get(latents)
+        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+            name = self._settings["autoencoder"]["name"]
+            raise BadInput(
+                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
+            )
+        with self._room():
+            labels = pixels.labels[: pixels.count].tolist()
+            for label, *rows in zip(labels, plain, mirrored, strict=False):
+                self._counts[label] += 1
+                for row in rows:
+                    self._writer.write(to_record(label, row))
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """Finish the side file, which names its broken pictures, then the shard."""
-        self._write()
         with self._room():
             self._writer.close()
             side = {
@@ -132,25 +143,6 @@ class LatentShards:
         write_json(self._folder / MANIFEST, manifest, indent=1)
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
-
-    def _write(self) -> None:
-        """Write the last batch, once it is encoded."""
-        if self._encoding is None:
-            return
-        pixels, latents = self._encoding
-        plain, mirrored = jax.device_get(latents)
-        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
-            name = self._settings["autoencoder"]["name"]
-            raise BadInput(
-                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
-            )
-        with self._room():
-            labels = pixels.labels[: pixels.count].tolist()
-            for label, *rows in zip(labels, plain, mirrored, strict=False):
-                self._counts[label] += 1
-                for row in rows:
-                    self._writer.write(to_record(label, row))
-        self._encoding = None
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:

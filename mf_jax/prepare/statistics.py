@@ -49,6 +49,15 @@ class _Part:
         lists = {name: arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")}
         return cls(sums, kept_features=list(arrays["kept_features"]), **lists)
 
+    def add(
+        self, sums: Mapping[str, Moments], indices: Sequence[int], features: Iterable[np.ndarray]
+    ) -> None:
+        """Add sums, and the numbers and features of more kept pictures."""
+        for name, more in sums.items():
+            self.sums[name] += more
+        self.kept_indices.extend(indices)
+        self.kept_features.extend(features)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the part as arrays, for a file."""
         rows = np.array(self.kept_features, np.float32)
@@ -99,7 +108,6 @@ class ReferenceStatistics:
             else _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
         )
         self._done = set(self._shards())
-        self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
     def has(self, shard: int) -> bool:
         """See `LatentShards.has`."""
@@ -112,15 +120,20 @@ class ReferenceStatistics:
     def begin(self, shard: int) -> None:
         """See `LatentShards.begin`."""
 
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
+    def compute(self, images: UInt8[Array, "b s s 3"]) -> dict[str, Array]:
+        """See `LatentShards.compute`."""
+        return inception_features(self._params, images)
+
+    def add(self, pixels: Pixels, features: dict[str, Array]) -> None:
         """See `LatentShards.add`."""
-        features = inception_features(self._params, images)
-        self._keep()
-        self._waiting = pixels, features
+        rows = {name: np.asarray(features[name])[: pixels.count] for name in _NAMES}
+        indices = pixels.indices[: pixels.count]
+        kept = np.isin(indices, self._wanted)
+        sums = {name: Moments.of(x) for name, x in rows.items()}
+        self._part.add(sums, indices[kept].tolist(), rows[_POOLED][kept])
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """See `LatentShards.end`."""
-        self._keep()
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
         self._done.add(shard)
@@ -141,19 +154,6 @@ class ReferenceStatistics:
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
-
-    def _keep(self) -> None:
-        """Add the features of the batch that was given last; the next is computed meanwhile."""
-        if self._waiting is None:
-            return
-        pixels, features = self._waiting
-        for name, sums in self._part.sums.items():
-            rows = np.asarray(features[name])[: pixels.count]
-            self._part.sums[name] = sums + Moments.of(rows)
-        kept = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
-        self._part.kept_indices.extend(pixels.indices[kept].tolist())
-        self._part.kept_features.extend(np.asarray(features[_POOLED])[kept])
-        self._waiting = None
 
     def _part_paths(self) -> list[epath.Path]:
         """Return the files of all processes, in their order."""
@@ -185,10 +185,7 @@ def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"
     """
     whole = next(parts := iter(parts))
     for part in parts:
-        for name in whole.sums:
-            whole.sums[name] += part.sums[name]
-        whole.kept_indices.extend(part.kept_indices)
-        whole.kept_features.extend(part.kept_features)
+        whole.add(part.sums, part.kept_indices, part.kept_features)
     order = np.argsort(whole.kept_indices)
     features = np.stack(whole.kept_features)[order]
     statistics = Statistics.of(whole.sums[_POOLED], whole.sums[_SPATIAL], features)

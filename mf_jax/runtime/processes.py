@@ -169,16 +169,16 @@ def on_host(x: Shaped[Array | np.ndarray, "*_"]) -> Shaped[np.ndarray, "*_"]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Raise the BadInput of any process on all; the body must not compute with the others."""
+def together(kind: type[Exception] = BadInput) -> Iterator[None]:
+    """Raise such an error of any process on all; the body must not compute with the others."""
     try:
         yield
-    except BadInput as error:
+    except kind as error:
         from_all(str(error))
         raise
     for index, problem in enumerate(from_all("")):
         if problem:
-            raise BadInput(f"process {index} has: {problem}")
+            raise kind(f"process {index} has: {problem}")
 
 
 def check_alike(settings: dict[str, Any]) -> None:
