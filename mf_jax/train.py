@@ -43,7 +43,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog
-from mf_jax.runtime import processes, stopping
+from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
@@ -88,7 +88,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         sha256 = weights_sha256(config)
     frozen = load_frozen(config, parts.objective.frozen)
-    stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
+    stop_signal = processes.stop_signal(workdir / FOLDER, config.train.num_steps)
     with run_folder.own(workdir, config, source, own_parts(config), sha256), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights, frozen)
@@ -204,7 +204,7 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         for done in range(start + 1, num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
             ahead = pool.submit(advance, state, mark, batch)
-            state, mark = stopping.awaited(ahead, log.remind if log else None)
+            state, mark = processes.awaited(ahead, log.remind if log else None)
             if log and done - 1 > start:
                 log.advance(done - 1)
             is_stopped = stop(done)

@@ -70,7 +70,11 @@ class Latents:
         counts = itertools.accumulate(shard["count"] for shard in self._shards)
         self._starts = np.array([0, *counts])
         for shard in self._shards:
-            self._check_length(shard)
+            path = self._folder / shard["name"]
+            if not path.is_file():
+                self._refuse(shard, "is missing")
+            if (length := path.stat().length) != shard["bytes"]:
+                self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
         self._reader = functools.cache(self._opened)  # which threads share
 
     def __len__(self) -> int:
@@ -106,14 +110,6 @@ class Latents:
     def _opened(self, shard: int) -> ArrayRecordReader:
         path = self._folder / self._shards[shard]["name"]
         return ArrayRecordReader(str(path), **_READER_OPTIONS)
-
-    def _check_length(self, shard: dict[str, Any]) -> None:
-        path = self._folder / shard["name"]
-        if not path.is_file():
-            self._refuse(shard, "is missing")
-        length = path.stat().length
-        if length != shard["bytes"]:
-            self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
 
     def _refuse(self, shard: dict[str, Any], problem: str) -> None:
         path, command = self._folder / shard["name"], "this command again, which copies"

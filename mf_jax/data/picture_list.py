@@ -38,7 +38,10 @@ class Listed:
     """
 
     def __init__(self, classes: list[tuple[str, File]], class_order: str) -> None:
-        self.class_names = _ordered(classes, class_order)
+        names = sorted({name for name, _ in classes} - {""})
+        if class_order == "number" and all(map(_NUMBER.fullmatch, names)):
+            names.sort(key=decimal.Decimal)
+        self.class_names = tuple(names)
         numbers = {name: label for label, name in enumerate(self.class_names)}
         found = sorted((numbers.get(name, NO_LABEL), file[1:]) for name, file in classes)
         self.labels = [label for label, _ in found]
@@ -105,13 +108,6 @@ def digest(lines: Iterable[str]) -> str:
     for line in lines:
         total.update(line.encode(errors="surrogateescape") + b"\n")
     return total.hexdigest()
-
-
-def _ordered(classes: list[tuple[str, File]], class_order: str) -> tuple[str, ...]:
-    names = sorted({name for name, _ in classes} - {""})
-    if class_order == "number" and all(map(_NUMBER.fullmatch, names)):
-        names.sort(key=decimal.Decimal)
-    return tuple(names)
 
 
 def _is_picture(file: File) -> bool:

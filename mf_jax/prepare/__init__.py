@@ -34,15 +34,12 @@ from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
-
-
 Output = LatentShards | ReferenceStatistics
 """What is made of the pictures, shard by shard."""
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Make this process's share of latents and statistics; a failure keeps what is finished."""
-    del workdir
     process = index, count = check_prepare(config)
     prepare, key = config.prepare, "prepare.input"
     taken = {"tfds_split": config.data.split_train, "class_order": config.data.class_order}
@@ -52,7 +49,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"prepare.shards={prepare.shards}: the input has {len(pictures)} pictures: set "
             f"prepare.shards={max(1, len(pictures) // 1000)}"
         )
-    outputs = _outputs(config, pictures, process)
+    common = {
+        "format_version": FORMAT_VERSION,
+        "image_size": config.data.image_size,
+        "crop": CROP,
+        "num_shards": prepare.shards,
+        "num_listed": len(pictures),
+        "input_sha256": digest(pictures.lines()),
+    }
+    # what is to be made is opened before any work
+    outputs: list[Output] = [_latents(config, common, pictures)] if prepare.latents else []
+    outputs += [_reference(config, common, pictures, process)] if prepare.reference else []
     mine = range(index, prepare.shards, count)
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
@@ -82,22 +89,6 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise BadInput("; ".join(problems))
     return (index, count) if count else (jax.process_index(), jax.process_count())
-
-
-def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int]) -> list[Output]:
-    """Open what is to be made, all of it before any work."""
-    common = {
-        "format_version": FORMAT_VERSION,
-        "image_size": config.data.image_size,
-        "crop": CROP,
-        "num_shards": config.prepare.shards,
-        "num_listed": len(pictures),
-        "input_sha256": digest(pictures.lines()),
-    }
-    outputs: list[Output] = [_latents(config, common, pictures)] if config.prepare.latents else []
-    if config.prepare.reference:
-        outputs.append(_reference(config, common, pictures, process))
-    return outputs
 
 
 def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -> LatentShards:
@@ -141,10 +132,8 @@ def _reference(
     claim(parts, common | {"inception_sha256": inception.sha256}, key="prepare.reference")
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
     crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
-    shards, listed = config.prepare.shards, len(pictures)
-    return ReferenceStatistics(
-        path, params, process, num_shards=shards, num_listed=listed, crop=crop
-    )
+    sizes = {"num_shards": config.prepare.shards, "num_listed": len(pictures)}
+    return ReferenceStatistics(path, params, process, **sizes, crop=crop)
 
 
 def _crop(

@@ -5,7 +5,6 @@ these files adds them up. Sums are in float64, so that a restart loses nothing.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,11 +101,9 @@ class ReferenceStatistics:
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = self._parts / "sums-{:05d}-of-{:05d}.npz".format(*process)
-        self._part = (
-            _read(self._own, _Part.of)
-            if self._own.exists()
-            else _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
-        )
+        self._part = _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
+        if self._own.exists():
+            self._part = _Part.of(_read(self._own))
         self._done = set(self._shards())
 
     def has(self, shard: int) -> bool:
@@ -150,7 +147,7 @@ class ReferenceStatistics:
         if len(shards) < self._num_shards:
             share = f"{len(shards)} of {self._num_shards} shards are in the sums"
             return f"{self._path}: {share}; the process that finishes the last one writes the file"
-        statistics, kept = _statistics(_read(path, _Part.of) for path in self._part_paths())
+        statistics, kept = _statistics(_Part.of(_read(path)) for path in self._part_paths())
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
@@ -161,21 +158,16 @@ class ReferenceStatistics:
 
     def _shards(self) -> list[int]:
         """Return the shards in the sums of any process."""
-        shards = (
-            _read(path, lambda a: a["shards"].tolist(), ["shards"]) for path in self._part_paths()
-        )
-        return list(itertools.chain.from_iterable(shards))
+        read = (_read(path, ["shards"]) for path in self._part_paths())
+        return [shard for arrays in read for shard in arrays["shards"].tolist()]
 
 
-def _read(
-    path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any], only: Sequence[str] = ()
-) -> Any:
-    """Return what a function reads of the arrays in a file, of all or `only` some."""
+def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arrays in a file of sums, all or `only` some."""
     try:
-        return read(read_npz(path, only))
+        return read_npz(path, only)
     except UNREADABLE as error:
-        problem = f"{path} is no file of sums ({error}): delete it and run again"
-        raise BadInput(problem) from error
+        raise BadInput(f"{path} is no file of sums ({error}): delete it and run again") from error
 
 
 def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
