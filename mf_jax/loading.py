@@ -41,10 +41,9 @@ INIT_KINDS = ("auto", "run", *KINDS)
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
-    """Load the newest checkpoint of a run.
+    """Load the newest checkpoint of the run in a workdir.
 
     Args:
-      workdir: of the run.
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
     """
     folder = place(workdir, "workdir")

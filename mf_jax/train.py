@@ -1,12 +1,10 @@
 """--mode=train: from a config to a trained model in a workdir.
 
 1. Everything wrong with the config is reported before anything is written.
-2. The newest undamaged checkpoint is restored. Without one, the state starts from the weights of
-   `init` or from the seed.
+2. The state is the newest undamaged checkpoint, else the weights of `init`, else the seed's.
 3. Batch and random numbers of a step are pure functions of (seed, step). A continued run repeats
    the run that was never stopped bit for bit, its metrics included.
-4. One compiled step runs, its state donated, until the last step or a signal to stop. The host
-   waits for the step before, so that it knows how far the device is.
+4. One compiled step runs, its state donated, until the last step or a signal to stop.
 5. A metric that is not finite stops the run before anything is saved.
 6. Saving comes first. Nothing that draws, writes the report or feeds TensorBoard can end a run.
 """
@@ -95,8 +93,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
             del weights, frozen  # which lie on the devices
             _describe(workdir, source, state)
             names = () if parts.ema_rampup else parts.ema_names
-            amounts = {"num_steps": config.train.num_steps, "batch_size": parts.batch_size}
-            if warning := forgetful(names, **amounts):
+            steps, size = config.train.num_steps, parts.batch_size
+            if warning := forgetful(names, num_steps=steps, batch_size=size):
                 print(warning)
             this = _Run(config, workdir, source, parts, mesh, checkpoints, draws)
             done = _loop(this, state, stop)
@@ -182,7 +180,7 @@ def _hardware() -> str:
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     """Train to the last step or a signal to stop; return the number of steps done."""
-    config, start, num_steps = run.config, int(state.step), run.config.train.num_steps
+    config, start = run.config, int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(run.parts, run.mesh)
 
@@ -194,14 +192,13 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
 
     def advance(state: TrainState, mark: Any, batch: tuple) -> tuple[TrainState, Array]:
         after = train_step(state, *batch)
-        jax.block_until_ready(mark)
+        jax.block_until_ready(mark)  # so that the host knows how far the device is
         return after
 
-    batches = batches_of(config, run.source, start)
-    schedule = make_schedule(config)
+    batches, schedule = batches_of(config, run.source, start), make_schedule(config)
     with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None
-        for done in range(start + 1, num_steps + 1):
+        for done in range(start + 1, config.train.num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
             ahead = pool.submit(advance, state, mark, batch)
             state, mark = processes.awaited(ahead, log.remind if log else None)
@@ -241,14 +238,9 @@ def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog
     """Return the log of the run on the first process, None on the others."""
     if not processes.is_first():
         return contextlib.nullcontext()
-    return RunLog(
-        run.workdir,
-        num_steps=run.config.train.num_steps,
-        start_step=start,
-        batch_size=run.config.train.batch_size,
-        show_progress=run.config.log.progress,
-        hardware=_hardware(),
-    )
+    train, wanted = run.config.train, run.config.log.progress
+    sizes = {"num_steps": train.num_steps, "start_step": start, "batch_size": train.batch_size}
+    return RunLog(run.workdir, **sizes, show_progress=wanted, hardware=_hardware())
 
 
 def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:

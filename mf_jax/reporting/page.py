@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from html import escape
 from typing import Any
 
@@ -135,27 +136,16 @@ def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
 
 def _facts(config: Mapping[str, Any], timing: Mapping[str, Any], grids: Sequence[Path]) -> str:
     """Return how the run was made, and what its newest samples show."""
-    step, evaluations, shown, *_ = (
-        [*_caption(grids[-1]).split(" · "), "", ""] if grids else [""] * 3
-    )
-    num_steps, seconds = config.get("train", {}).get("num_steps"), timing.get("wall_seconds")
-    speed = timing.get("images_per_second")
+    seconds, speed = timing.get("wall_seconds"), timing.get("images_per_second")
     facts = {
-        "Newest samples": f"{step} of {_cell(num_steps)}" if step and num_steps else step,
-        "Network evaluations": evaluations,
-        "Parameters shown": shown,
+        "Steps planned": config.get("train", {}).get("num_steps"),
+        "Newest samples": _caption(grids[-1]) if grids else "",
         "Hardware": timing.get("hardware"),
-        "Wall time of training": seconds and _duration(int(seconds)),
+        "Wall time of training": seconds and str(timedelta(seconds=int(seconds))),
         "Throughput": speed and f"{_cell(speed)} examples/s",
     }
-    items = [f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v]
+    items = [f"<div><dt>{k}</dt><dd>{escape(_cell(v))}</dd></div>" for k, v in facts.items() if v]
     return f'<dl class="facts">{"".join(items)}</dl>\n' if items else ""
-
-
-def _duration(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def _caption(path: Path) -> str:
@@ -182,8 +172,7 @@ def _training_samples(grids: Sequence[Path], real: Path) -> str:
     steps = [f"step {_step_of(grid):,}" for grid in chosen]
     shots = "".join(
         f'<img class="shot grid" data-step="{step}" alt="{escape(_caption(grid) or step)}"'
-        f' src="{_data_uri(grid)}"'
-        f"{' hidden' if grid != chosen[-1] else ''}>\n"
+        f' src="{_data_uri(grid)}"{" hidden" * (grid != chosen[-1])}>\n'
         for step, grid in zip(steps, chosen, strict=True)
     )
     slider = (
@@ -208,25 +197,23 @@ def _picture(path: Path, caption: str, kind: str) -> str:
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
     if not evaluation:
         return ""
+    rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
     body = f'<p class="note">{escape(str(evaluation.get("protocol", "")))}</p>\n'
-    if rows:
-        cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
-        body += _table(["", *columns], cells)
+    cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
+    body += _table(["", *columns], cells) if rows else ""
     if diagnostics := evaluation.get("diagnostics"):
-        body += "<h3>Diagnostics</h3>\n"
-        body += _table([], [[name.replace("_", " "), value] for name, value in diagnostics.items()])
+        cells = [[name.replace("_", " "), value] for name, value in diagnostics.items()]
+        body += f"<h3>Diagnostics</h3>\n{_table([], cells)}"
     return _section("Evaluation", body)
 
 
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
-    text = escape(json.dumps(config, indent=2, ensure_ascii=False))
-    details = f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-    return f"<section>{details}</section>\n"
+    text = f"<pre>{escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"
+    return f"<section><details><summary>Configuration</summary>{text}</details></section>\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -32,11 +32,7 @@ def check_claim(claimed: int, num_bytes: int) -> None:
 
 
 def check_members(archive: zipfile.ZipFile, num_bytes: int, *, stored: bool = False) -> None:
-    """Raise BadInput unless the members of an archive of so many bytes can be in it.
-
-    Args:
-      stored: none of them may be compressed.
-    """
+    """Raise BadInput unless so many bytes can hold the members, uncompressed if `stored`."""
     members = archive.infolist()
     names = {member.filename for member in members}
     inside = sum(member.compress_size for member in members)

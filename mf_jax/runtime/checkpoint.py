@@ -1,14 +1,11 @@
 """Checkpoints of a run: written in the background, read only if every bit is what was saved.
 
 A checkpoint holds the items `params`, `ema` and `rest` of the training state, and an index of their
-arrays. Sampling reads no more than it needs. The format's own checks notice a file that is cut
-short; fingerprints notice the rest.
-
-Orbax writes into a temporary folder and renames it at the end: a process may be killed at any time.
+arrays. Its fingerprints notice what the format's own checks do not. Orbax writes into a temporary
+folder and renames it at the end: a process may be killed at any time.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -72,17 +69,13 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
 
 def _items(state: _State) -> _Items:
     """Return the items of a state; a run without averages has no item for them."""
-    names = [field.name for field in dataclasses.fields(state)]
-    rest = {name: getattr(state, name) for name in names if name != _FROZEN}
+    rest = {name: item for name, item in vars(state).items() if name != _FROZEN}
     items = {name: rest.pop(name) for name in ("params", "ema")} | {"rest": rest}
     return {name: item for name, item in items.items() if item}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, on a file system or in a bucket; the newest few are kept.
-
-    Processes beside the one that trains are `read_only`: they never change anything.
-    """
+    """The checkpoints of one workdir; the newest few are kept, and `read_only` changes nothing."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = _in_letters(epath.Path(workdir).absolute()) / FOLDER
@@ -122,10 +115,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(index=index, **arguments))
 
     def verify(self) -> None:
-        """Wait for the newest checkpoint, and raise Failure unless every array of it can be opened.
-
-        What happens to a file later is found when it is read, by the fingerprints.
-        """
+        """Wait for the newest checkpoint, and raise Failure unless its arrays can be opened."""
         self._manager.wait_until_finished()
         self._reader.reload()
         for step in processes.from_first(self.steps[-1:]):
@@ -147,15 +137,15 @@ class Checkpoints:
 
     def restore_state(self, like: _State) -> _State | None:
         """Return the newest undamaged state, placed like another; None without a checkpoint."""
-        if newest := self._newest(_items(like)):
-            _, items = newest
-            return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
-        return None
+        if not (newest := self._newest(_items(like))):
+            return None
+        items = newest[1]
+        return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
     def restore(self, like: _Items, step: int | None = None) -> tuple[int, _Items]:
-        """Return the step and some items of a checkpoint, shaped and placed like others.
+        """Return the step and some items of a checkpoint, the newest undamaged one for None.
 
-        None is the newest undamaged step. Another must be undamaged, else UnreadableCheckpoint.
+        Items are shaped and placed like others. UnreadableCheckpoint where the step is damaged.
         """
         if step is not None:
             with self._asked_for(step):
@@ -247,8 +237,7 @@ def _in_letters(folder: epath.Path) -> epath.Path:
 def _meet(*, key: str, timeout_ms: int) -> None:
     """Wait for the other processes at the end of a save, unless this one has failed to write.
 
-    Orbax would wait with its error in hand, and the others for this process, for 20 minutes.
-    Raising the error ends this process, which the others notice.
+    Orbax would wait for 20 minutes with its error in hand; raised, it ends this process.
     """
     if error := sys.exc_info()[1]:
         raise error

@@ -1,8 +1,7 @@
 """Several processes as one job, by JAX's own multi-controller runtime, and signals to stop it.
 
 JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a
-job, or JAX knows it by itself: TPU pods, SLURM, Open MPI. In a single process, everything here
-works and does nothing.
+job, or JAX knows it by itself: TPU pods, SLURM, Open MPI.
 
 A problem that only some processes see, such as a missing folder, goes to all before they compute
 together. Otherwise the others would wait for ever, in a collective, for one that has given up.
@@ -210,13 +209,9 @@ def explain(error: Exception) -> str:
 
 
 def leave(code: int) -> int:
-    """Leave the job, waiting some seconds for the others; return the exit code.
-
-    After an error the others may not come to leave together. JAX also waits for ever where SIGTERM
-    comes after the last step that the processes agreed on. Then this process ends alone, and they
-    notice. A process whose output goes nowhere ends too.
-    """
+    """Leave the job, waiting some seconds for the others; return the exit code."""
     if are_several():
+        # after an error, or SIGTERM behind the last step agreed on, JAX would wait for ever
         _timer(_PATIENCE_SECONDS, lambda: os._exit(code))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -241,8 +236,7 @@ def awaited(future: Future, meanwhile: Callable[[], None] | None) -> Any:
 def stop_signal(folder: Path, num_steps: int) -> Iterator[Callable[[int], bool]]:
     """Turn SIGTERM, and the first Ctrl-C, into the wish to save and end after the step at hand.
 
-    Yields a function of the steps begun that says whether to stop; all processes say the same. The
-    folder is where checkpoints are saved.
+    Yields a function of the steps begun that says whether to stop; all processes say the same.
     """
     next_step, last_step, several = 0, None, are_several()
 
