@@ -61,7 +61,7 @@ def _names(root: str, below: str, within: tuple[str, ...]) -> Iterator[str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Return a name's parts, or () if it is hidden or outside of the root."""
+    """Return a name's parts, or () if it is outside of the root or hidden, as Macs' companions."""
     parts = *posixpath.normpath(name.strip("/")).split("/"), *[""] * name.endswith("/")
     is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return () if is_hidden else parts

@@ -5,6 +5,7 @@ Decoded pictures are kept in a folder of the user's: the next start reads one fi
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,7 @@ _KEPT, _MOST_KEPT = "pictures", 4
 class ImageFolder(Pictures):
     """The pictures of a folder, or of tar files, as `[image_size, image_size, channels]`.
 
-    Broken pictures are skipped with one warning and listed in `broken`. Digest: of the names and
-    classes of the others.
+    Broken pictures are listed in `broken`. Digest: of the names and classes of the others.
     """
 
     def __init__(
@@ -52,10 +52,8 @@ class ImageFolder(Pictures):
         """List one split and decode each of its pictures once, to find the broken ones.
 
         Args:
-          path: see `list_files`.
-          held_out_share: share of each class, in (0, 1), chosen by file names alone; of two
-            pictures or more, both splits get one.
-          class_order: see `list_files`; the default is how earlier runs ordered them.
+          path, class_order: see `list_files`.
+          held_out_share: share of each class, in (0, 1), chosen by file names alone.
           channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
           background: colour behind transparent pixels.
         """
@@ -69,11 +67,9 @@ class ImageFolder(Pictures):
         formats()  # before the threads: a race in Pillow would reject a good picture
         self._list = list_files(path, key="path", class_order=class_order)
         labels = np.array(self._list.labels)
-        listed = [
-            index
-            for label in np.unique(labels)
-            for index in _part(self._list, np.flatnonzero(labels == label), held_out_share, split)
-        ]
+        classes = (np.flatnonzero(labels == label) for label in np.unique(labels))
+        parts = (_part(self._list, indices, held_out_share, split) for indices in classes)
+        listed = list(itertools.chain.from_iterable(parts))
         if not listed:
             raise BadInput(f"path={path!r} has no picture for split={split!r}: add a second one")
         channels = channels or (1 if _are_grey(self._list, background) else 3)

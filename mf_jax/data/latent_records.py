@@ -1,8 +1,7 @@
 """The files in a folder of latents, shards, a side file of each, settings, a manifest; a copy.
 
 A record is a label (int32), then the mean and standard deviation of a latent (float16
-`[2, h, w, C]`), little-endian. Record 2i of a shard is of its picture i,
-and record 2i + 1 of the mirror image.
+`[2, h, w, C]`), little-endian. Record 2i is of picture i of a shard, 2i + 1 of its mirror image.
 """
 
 import collections
@@ -55,13 +54,11 @@ def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """Return the manifest of a folder; of an unfinished one, say how much is there."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (path := folder / MANIFEST).exists():
         _refuse_unfinished(folder)
     manifest = read_json(path, {}, AGAIN)
     needed = {"format_version": FORMAT_VERSION, "crop": CROP}
-    stored = {key: manifest.get(key) for key in needed}
-    if stored != needed:
+    if (stored := {key: manifest.get(key) for key in needed}) != needed:
         raise BadInput(f"{path} says {stored}; must say {needed}: prepare them again")
     if problem := misfit(manifest, _MANIFEST, "it"):
         raise BadInput(f"{path}: {problem}: {AGAIN}")

@@ -3,9 +3,8 @@
 Classes and pictures are in the order of their names. Hence a picture has the same number on every
 host, and ImageNet's labels are the usual 0 to 999.
 
-Folders and tar files are one list of files. A folder around all others is opened, and so is
-`train` beside other splits. What lies below a folder at the top then is its class. Names that begin
-with a dot are no pictures: Macs leave such companions.
+A folder around all others is opened, and so is `train` beside other splits. What lies below a
+folder at the top then is its class.
 """
 
 import decimal
@@ -32,10 +31,7 @@ _HEAD_BYTES = 2**24  # of a name without ending, to see whether it is a picture
 
 
 class Listed:
-    """Encoded pictures in folders or in tar files; `read` is safe in several threads.
-
-    class_names: in the order of the labels; () without labels.
-    """
+    """Encoded pictures in folders or in tar files; `read` is safe in several threads."""
 
     def __init__(self, classes: list[tuple[str, File]], class_order: str) -> None:
         names = sorted({name for name, _ in classes} - {""})

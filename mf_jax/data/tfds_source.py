@@ -25,7 +25,7 @@ class TfdsPictures:
 
     Args:
       dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
-      split: TFDS name of the split; slices such as `train[:90%]` are allowed.
+      split: in the words of TFDS, such as `train[:90%]`.
       path: the TFDS data_dir; "" means the default of TFDS.
       encoded: leave pictures as the bytes that are stored.
     """

@@ -150,7 +150,7 @@ def _crop(
 
 
 def _local_mesh() -> Mesh:
-    """Return this process's own devices: processes work apart, each at its own pace."""
+    """Return this process's own devices: each works at its own pace."""
     return Mesh(np.array(jax.local_devices()), ("batch",))
 
 

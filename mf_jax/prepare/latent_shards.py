@@ -1,7 +1,4 @@
-"""Write latents: encode pictures and their mirror images, a shard at a time, and last the manifest.
-
-Several processes fill the folder side by side; `claim` makes sure that they agree on the settings.
-"""
+"""Write latents of pictures and their mirror images, a shard at a time, and last the manifest."""
 
 import contextlib
 from collections import Counter
@@ -33,11 +30,9 @@ from mf_jax.runtime.json_files import read_json, write_json
 
 
 def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
-    """Make a folder the place of files with these settings; the first process to come stores them.
+    """Make a folder the place of files that settings decide; the first process stores them.
 
-    Args:
-      settings: decide the content of the files.
-      key: config key that names the folder, for errors.
+    Several processes may fill the folder side by side. The key is of the config, for errors.
     """
     path = folder / SETTINGS
     try:
@@ -65,12 +60,9 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
 
 
 class LatentShards:
-    """The shards of a folder, some of which this process writes.
+    """The shards of a claimed folder with its settings, some of which this process writes.
 
-    Args:
-      settings: of the claimed folder, which the manifest repeats.
-      class_names: in the order of the labels; () without labels.
-      autoencoder: on the devices that pictures are given on.
+    class_names: in the order of the labels. autoencoder: on the devices that have the pictures.
     """
 
     def __init__(

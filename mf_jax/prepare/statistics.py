@@ -1,7 +1,7 @@
 """Reference statistics of the cropped pictures, neither mirrored nor decoded.
 
-A process writes a file of its sums anew after each shard. The process that finds all shards in
-these files adds them up. Sums are in float64, so that a restart loses nothing.
+A process writes a file of its sums, in float64, anew after each shard. The process that finds all
+shards in these files adds them up.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 class _Part:
     """The work of one process.
 
-    sums: by the name of the features. shards: in the sums. skipped: names of their broken pictures.
-    kept_indices, kept_features: numbers in the input and pooled features of some pictures.
+    sums: by the name of the features. skipped: names of the shards' broken pictures. kept_indices,
+    kept_features: numbers in the input and pooled features of some pictures.
     """
 
     sums: dict[str, Moments]
@@ -78,10 +78,8 @@ class ReferenceStatistics:
     """The statistics in one file, to which this process adds some shards.
 
     Args:
-      path: of the `.npz`; its `parts_folder` is claimed.
       params: of Inception, on the devices that pictures are given on.
       process: the number of this one and the count of all.
-      num_shards: of all processes.
       num_listed: pictures of all shards, broken ones included.
       crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """

@@ -41,7 +41,6 @@ class PictureStream:
 
     Args:
       indices: of the pictures, in order.
-      image_size: pixels of the crop.
       max_bad: unreadable pictures to skip; one more is an error.
       skipped: names of pictures that an earlier run has skipped.
     """

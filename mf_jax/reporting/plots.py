@@ -1,6 +1,6 @@
 """Plots of a run as PNG files: vectors, the field of 2-D toy data, and training curves.
 
-Figures are drawn off screen, without pyplot. matplotlib is imported at the first plot.
+Figures are drawn off screen, without pyplot.
 """
 
 import contextlib
@@ -107,9 +107,7 @@ def save_signals(
                     ax.plot(line, color=shade if i % 4 > 1 else _MUTED, linewidth=0.9)
 
 
-def _save_histograms(
-    path: epath.PathLike, samples: np.ndarray, data: np.ndarray, title: str
-) -> None:
+def _save_histograms(path: epath.PathLike, samples: Any, data: Any, title: str) -> None:
     bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
     with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, axes):
         for name, points, color in (("data", data, _MUTED), ("samples", samples, _BLUE)):
@@ -188,8 +186,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]
         with _figure(content, 1, 1, width=3.4, height=1.9) as (_, (ax,)):
             shades = _BINS if len(curves) > 1 else (_BLUE,)
             for i, (line, (steps, values)) in enumerate(curves.items()):
-                shade, is_smooth = shades[i % len(shades)], name != "learning_rate"
-                _draw_curve(ax, steps, values, shade, label=line[-2:], is_smooth=is_smooth)
+                _draw_curve(ax, steps, values, shades[i % len(shades)], line[-2:])
             _finish_curves(ax, np.concatenate([values for _, values in curves.values()]))
             if len(curves) > 1:
                 ax.legend(ncols=4, handlelength=1.2)
@@ -209,11 +206,9 @@ def _panels(
     return panels
 
 
-def _draw_curve(
-    ax: Any, steps: np.ndarray, values: np.ndarray, color: str, *, label: str, is_smooth: bool
-) -> None:
+def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
     window = len(values) // 40
-    if is_smooth and window > 1:
+    if window > 1:
         ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
         values = ndimage.uniform_filter1d(values, window, mode="nearest")
     marker = "o" if len(values) == 1 else ""
@@ -260,14 +255,13 @@ def _figure(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
     size = (columns * width, rows * height + 0.3 * len(title.splitlines()))
-    in_memory = isinstance(path, io.BytesIO)
     with mpl.rc_context(_STYLE):
         sheet = figure.Figure(figsize=size, layout="constrained")
         if title:
             sheet.suptitle(title)
         yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
-        place = contextlib.nullcontext(path) if in_memory else written_aside(epath.Path(path))
-        with place as file:
+        in_memory = isinstance(path, io.BytesIO)
+        with contextlib.nullcontext(path) if in_memory else written_aside(epath.Path(path)) as file:
             sheet.savefig(file, format="png", metadata={CAPTION: title})
 
 

@@ -42,12 +42,10 @@ _SHOWN = ("loss", "u_error", "v_error")
 
 
 class RunLog:
-    """Record a training run on the one process that reports; use it as a context manager.
+    """Record, within a `with`, a training run on the one process that reports.
 
     Args:
       start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
-      batch_size: images in a step over all devices.
-      hardware: for people.
     """
 
     def __init__(
@@ -128,13 +126,13 @@ class RunLog:
         else:
             with self._path.open("a") as file:
                 file.write(line)
-        for name, x in finite.items():
-            self._add(summary.scalar(f"train/{name}", x), step)
+        curves = {f"train/{name}": x for name, x in finite.items()}
         if speed := self._steps_per_second(step):
             self._speed = speed * self._batch_size
-            for unit, size in (("steps", 1), ("images", self._batch_size)):
-                rate = summary.scalar(f"throughput/{unit}_per_second", speed * size)
-                self._add(rate, step)
+            curves |= {"throughput/steps_per_second": speed}
+            curves |= {"throughput/images_per_second": self._speed}
+        for name, x in curves.items():
+            self._add(summary.scalar(name, x), step)
         with left_out(TIMING_FILE):
             self._save_timing(step)
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
