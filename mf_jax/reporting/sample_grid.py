@@ -119,10 +119,7 @@ def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
 
 
 def _sheet(
-    groups: Sequence[tuple[str, np.ndarray]],
-    columns: int,
-    caption: str,
-    names: Sequence[str] = (),
+    groups: Sequence[tuple[str, np.ndarray]], columns: int, caption: str, names: Sequence[str] = ()
 ) -> Image.Image:
     """Return images row by row, tiny ones as large pixels, with names of groups beside them.
 
