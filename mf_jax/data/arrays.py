@@ -1,7 +1,7 @@
 """Arrays of a file: vectors `[N, D]`, signals `[N, L, C]` or pictures `[N, H, W, C]`.
 
-A file is an `.npz` of arrays by name, or an `.npy` of x alone, which is read row by row from the
-disk. Names are x, label, condition, pair and mask; others are refused.
+A file is an `.npz` of arrays by the names of `KEYS`, or an `.npy` of x alone, which is read row by
+row from the disk.
 """
 
 import functools
@@ -68,12 +68,7 @@ class Rows:
 
 
 def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
-    """Open one split of the arrays in a file.
-
-    Args:
-      path: an `.npz` or `.npy` file.
-      held_out_share: share of the rows, in (0, 1), chosen at random once and for all.
-    """
+    """Open one split of an `.npz` or `.npy` file; held out are rows chosen once and for all."""
     file, where = epath.Path(path).expanduser(), f"path={path!r}"
     if in_bucket(file):
         raise BadInput(f"{where} is in a bucket: copy the file to each host, and set path to that")

@@ -41,11 +41,9 @@ def of_digits(*, image_size: int, split: str) -> Rows:
 
 
 def of_openml(*, dataset: str, path: str, split: str) -> Rows:
-    """Open the official split of a set as grey pictures `[28, 28, 1]`.
+    """Open the official split of one of `DATASETS` as grey pictures `[28, 28, 1]`.
 
-    Args:
-      dataset: a key of `DATASETS`.
-      path: folder to keep what is fetched; "" = scikit-learn's own.
+    What is fetched is kept in the folder `path`; "" is scikit-learn's own.
     """
     check_known("dataset", dataset, DATASETS)
     x, labels, digest = _fetch(dataset, os.path.expanduser(path))

@@ -45,10 +45,8 @@ class Latents:
         """Open the latents in a folder.
 
         Args:
-          image_size: pixels of the pictures that were encoded.
-          autoencoder: that encoded them, by its published name or as a path.
-          latent_mean: taken from each latent, one number or one a channel.
-          latent_std: what the rest is divided by, one number or one a channel, above 0.
+          image_size, autoencoder: of the pictures, and that encoded them, by name or path.
+          latent_mean, latent_std: give (latent - mean) / std; one number, or one a channel.
           copy_to: folder of this host to copy them to first; a bucket needs it, "" reads in place.
         """
         if split != "train":
@@ -137,8 +135,7 @@ def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -
             f"image_size={image_size}: these latents are of pictures of {size} pixels: set "
             f"image_size={size}, or path to others"
         )
-    made_by = manifest["autoencoder"]
-    sha256 = _sha256(autoencoder)
+    made_by, sha256 = manifest["autoencoder"], _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(
             f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "

@@ -2,8 +2,7 @@
 
 1. The pictures, in the order of their names, are dealt to a fixed number of shards. Process i of n
    takes the shards i, i + n, i + 2n, ...
-2. A shard is written aside and renamed when it is whole: a restart makes what is missing. However
-   many stops and processes there are, every file has the same bytes.
+2. A shard is renamed when it is whole: a restart makes what is missing, with the same bytes.
 3. The process that finds all shards there writes the manifest; training waits for it.
 """
 

@@ -33,18 +33,13 @@ _STYLE = {
     "text.color": _INK,
     "figure.titlesize": 11,
     "axes.titlesize": 9.5,
-    "axes.titlecolor": _MUTED,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _MUTED,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
     **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")},
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
+    **{f"figure.constrained_layout.{axis}_pad": 0.08 for axis in "wh"},
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT),
+    **dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "legend.labelcolor"), _MUTED),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _MUTED),
+    "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.labelcolor": _MUTED,
     "legend.fontsize": 7.5,
     "savefig.dpi": 180,
 }
@@ -62,7 +57,7 @@ def save_scatter(
 ) -> None:
     """Save data, whose range sets the axes, beside samples, both as vectors of any length.
 
-    Of one coordinate it is histograms, of more than two the data's first two principal components.
+    Of more than two coordinates it shows the data's first two principal components.
     """
     samples, data = (points.reshape(len(points), -1) for points in (samples, data))
     if data.shape[1] == 1:
@@ -90,10 +85,7 @@ def save_signals(
     *,
     title: str,
 ) -> None:
-    """Save the first signals of the data, whose range sets the axes, beside samples.
-
-    Of more channels than four the first four are drawn.
-    """
+    """Save signals of the data, whose range sets the axes, beside samples, of 4 channels each."""
     middle, reach = (data.min() + data.max()) / 2, 0.6 * np.ptp(data) or 1.0
     panels = [(f"data ({len(data):,})", data), (f"samples ({len(samples):,})", samples)]
     with _figure(path, _SIGNAL_ROWS, 4, width=2.1, height=1.1, title=title) as (_, axes):
@@ -125,9 +117,7 @@ def save_field(
 ) -> None:
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
 
-    Args:
-      limits: (low, high) of both axes.
-      times: pairs (r, t), a panel each; r = t is the velocity v.
+    Limits are (low, high) of both axes; times are pairs (r, t), a panel each.
     """
     line = np.linspace(*limits, 41)
     points = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2).astype(np.float32)

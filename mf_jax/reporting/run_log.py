@@ -215,7 +215,7 @@ def _line(row: Mapping[str, Any]) -> str:
 class _Events:
     """Write events for TensorBoard, which then drops earlier events of steps after `start_step`.
 
-    `SummaryWriter` writes by a thread, which ends on a full disk: the run would wait forever.
+    The thread of `SummaryWriter` ends on a full disk: the run would wait forever.
     """
 
     def __init__(self, folder: Path, start_step: int):

@@ -13,10 +13,8 @@ from numpy.lib import format as npy
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import opened, written_aside
 
-_MOST_TIMES = 20
-"""As many times its size may a compressed file hold; numbers of networks compress little."""
-_ALWAYS_BYTES = 2**28
-"""May be held by any file: zeros compress well."""
+_MOST_TIMES = 20  # its size may a compressed file hold: numbers of networks compress little
+_ALWAYS_BYTES = 2**28  # may be in any file: zeros compress well
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError)
 UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
 """What reading a damaged `.npz` raises."""
@@ -71,8 +69,7 @@ def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], 
     """Return shape, order and type of an array of an `.npz`, which must be as long as they say."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        header = read_header(member)
-        shape, _, dtype = header
+        shape, _, dtype = header = read_header(member)
         claimed = member.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject or claimed < info.file_size:
         raise ValueError(f"{name} holds more than numbers")

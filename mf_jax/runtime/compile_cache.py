@@ -1,7 +1,4 @@
-"""Programs that XLA has compiled are kept in a folder, so that the next start need not wait.
-
-JAX reads and writes the folder: an entry that is damaged, or of another machine, is compiled anew.
-"""
+"""Programs that XLA has compiled are kept in a folder, so that the next start need not wait."""
 
 import contextlib
 import os

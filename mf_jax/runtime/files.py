@@ -39,10 +39,9 @@ _glob_of_etils = _PathOfEtils.glob
 
 
 def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
-    """Yield what a pattern finds in a folder, whatever its own name holds.
+    """Yield what a pattern finds in a folder, whose own name may hold brackets.
 
-    etils takes brackets in the name of the folder for a part of the pattern. Orbax then finds
-    nothing of what its processes have written, and leaves a checkpoint without its arrays.
+    etils takes them for a part of the pattern: Orbax would save a checkpoint without its arrays.
     """
     if in_bucket(folder):
         return _glob_of_etils(folder, pattern)

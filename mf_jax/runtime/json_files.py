@@ -33,10 +33,9 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -
 
 
 def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
-    """Return an object and whether it had a checksum; ValueError unless it fits an example.
+    """Return an object of finite numbers and whether it had a checksum; ValueError for a misfit.
 
     Args:
-      content: JSON in UTF-8, whose numbers are finite.
       like: has the keys that must be there, those that end in ? may be missing. A whole number is
         the least one allowed, the first element of a list stands for all of them.
     """
@@ -77,15 +76,14 @@ def misfit(value: Any, like: Any, name: str) -> str:
         return f"{name} is {str(value)[:40]!r}, not {kinds.get(kind, 'a number')}"
     if kind is int and value < like:
         return f"{name} is {value}, and must be at least {like}"
-    if kind is list:
-        parts = [(each, like[0], f"an element of {name}") for each in value] if like else []
+    parts = []
+    if kind is list and like:
+        parts = [(each, like[0], f"an element of {name}") for each in value]
     elif kind is dict:
         wanted = {key.removesuffix("?"): key for key in like}
         if lacking := [key for key, full in wanted.items() if key == full and key not in value]:
             return f"{name} lacks {', '.join(lacking)}"
         parts = [(value[key], like[wanted[key]], key) for key in wanted if key in value]
-    else:
-        parts = []
     return next(filter(None, itertools.starmap(misfit, parts)), "")
 
 

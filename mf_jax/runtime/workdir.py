@@ -144,9 +144,8 @@ def _check_shared(workdir: Path) -> None:
 
 def _about(data: Any) -> dict[str, Any]:
     """Return what batches and labels depend on, and a digest of the data's own list of names."""
-    digest = getattr(data, "digest", "")
-    about = {**dataclasses.asdict(data.spec), "size": len(data), "digest": digest}
-    return json.loads(json.dumps(about))
+    more = {"size": len(data), "digest": getattr(data, "digest", "")}
+    return json.loads(json.dumps(dataclasses.asdict(data.spec) | more))
 
 
 def check_data(workdir: Path, data: Any, init_sha256: str = "") -> dict[str, Any]:
