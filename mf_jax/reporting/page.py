@@ -53,29 +53,27 @@ _CURVES = {
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1f2933;--muted:#66727f;
 --line:#e3e7ec;--accent:#2563eb}@media(prefers-color-scheme:dark){:root{--page:#111315;
---card:#1a1a1a;--ink:#e6e8eb;--muted:#98a2ad;--line:#2f3439;--accent:#6ea2ff}
-.plot{filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}
-*{box-sizing:border-box}[hidden]{display:none!important}body{margin:0;background:var(--page);
-color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}h1{font-size:28px;line-height:1.2;
-margin:0;letter-spacing:-.01em}.state{color:var(--muted);margin:6px 0 28px;
-font-variant-numeric:tabular-nums}h2{font-size:16px;margin:0 0 12px}section{background:var(--card);
-border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin:0 0 18px}img{display:block;
-max-width:100%;height:auto;margin:0 auto;border-radius:6px}.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:7px 12px;
-text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;
+--card:#1a1a1a;--ink:#e6e8eb;--muted:#98a2ad;--line:#2f3439;--accent:#6ea2ff}.plot{
+filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}*{box-sizing:border-box}
+[hidden]{display:none!important}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+font-variant-numeric:tabular-nums}main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}
+h1{font-size:28px;line-height:1.2;margin:0}.state{color:var(--muted);margin:6px 0 28px}
+h2{font-size:16px;margin:0 0 12px}section{background:var(--card);border:1px solid var(--line);border-radius:12px;
+padding:20px 22px;margin:0 0 18px}img{display:block;max-width:100%;height:auto;margin:0 auto;
+border-radius:6px}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{
+padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}th{
+color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;
 margin:0 0 10px}h2+.note,h3+.note{margin-top:-4px}h3{font-size:14px;margin:22px 0 6px}
 input[type=range]{width:100%;accent-color:var(--accent);margin:0}.slider{display:flex;gap:16px;
 align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7.5em;
-text-align:right;font-variant-numeric:tabular-nums}summary{cursor:pointer;font-weight:600;
-font-size:16px}pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
-overflow-x:auto;margin:14px 0 0}.facts{display:grid;gap:14px 24px;margin:0 0 24px;
-grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.facts dt{color:var(--muted);
-font-size:13px}.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;
-overflow-wrap:anywhere}.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
-align-items:start}.curves h3{margin-top:0}.curves img{width:100%}.pair h3{margin-top:0}
+text-align:right}summary{cursor:pointer;font-weight:600;font-size:16px}pre{
+font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:14px 0 0}
+.facts{display:grid;gap:14px 24px;margin:0 0 24px;grid-template-columns:repeat(auto-fit,
+minmax(150px,1fr))}.facts dt{color:var(--muted);font-size:13px}.facts dd{margin:0;font-weight:600;
+overflow-wrap:anywhere}.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,
+minmax(290px,1fr));align-items:start}.curves h3,.pair h3{margin-top:0}.curves img{width:100%}
 @media(max-width:600px){main{padding:24px 12px 40px}section{padding:16px 14px}}
 """
 _SCRIPT = """
