@@ -20,8 +20,7 @@ from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import in_bucket, sha256_of
 
 KEYS = ("x", "label", "condition", "pair", "mask")
-SPLIT_SEED = 0
-"""Seed of the split, fixed so that every run and every host holds out the same rows."""
+SPLIT_SEED = 0  # fixed so that every run and every host holds out the same rows
 _RANKS = {2: "[N, D]", 3: "[N, L, C]", 4: "[N, H, W, C]"}
 _MOST_CLASSES = 100_000
 _CHUNK = 2**22  # numbers looked at together

@@ -7,7 +7,7 @@ import os
 import numpy as np
 from etils import epy
 
-from mf_jax.data.arrays import Rows
+from mf_jax.data.arrays import SPLIT_SEED, Rows
 from mf_jax.data.pipeline import SPLITS
 from mf_jax.flow.errors import BadInput, check_known, reason_of
 
@@ -16,8 +16,6 @@ with epy.lazy_imports():  # takes a second
     import sklearn.model_selection
 
 IMAGE_SIZE = 8
-SPLIT_SEED = 0
-"""Seed of the split, fixed so that every run and every host holds out the same digits."""
 _SIDE = 28
 _HELD_OUT_OF = 7  # the last 10,000 of 70,000 pictures are the test set
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"

@@ -30,8 +30,7 @@ _TAR, _NUMBER = ".tar", re.compile(r"-?\d+(\.\d+)?")
 _TRAIN = ("train", "training")
 _SPLITS = {*_TRAIN, "val", "valid", "validation", "dev", "test", "testing"}
 _HEAD_BYTES = 2**24  # of a name without ending, to see whether it is a picture
-_OF_TARFILE = b"LKxgX"
-"""Types of members that tarfile reads itself: long names, and headers of POSIX."""
+_OF_TARFILE = b"LKxgX"  # types that tarfile reads itself: long names, headers of POSIX
 _MOST_OF_A_NAME = 2**20
 
 

@@ -16,8 +16,7 @@ from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.files import in_bucket, opened
 
 _FEATURES = "tensorflow_datasets.core.features."
-_NAMING = {"pythonClassName", "python_class_name", "type"}
-"""Keys of a features.json that name a class, of which TFDS imports the module."""
+_NAMING = {"pythonClassName", "python_class_name", "type"}  # name a class to import
 
 
 class TfdsPictures:

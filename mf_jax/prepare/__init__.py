@@ -33,8 +33,7 @@ from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
-Output = LatentShards | ReferenceStatistics
-"""What is made of the pictures, shard by shard."""
+Output = LatentShards | ReferenceStatistics  # what is made of the pictures, by shards
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:

@@ -20,8 +20,7 @@ from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 
-KEPT_FEATURES = 10_000
-"""Feature rows that are kept for precision and recall, spread evenly over the pictures."""
+KEPT_FEATURES = 10_000  # rows for precision and recall, spread evenly over the pictures
 _NAMES = _POOLED, _SPATIAL = "2048", "spatial"
 Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 

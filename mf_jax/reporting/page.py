@@ -59,9 +59,10 @@ filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}*{box-
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 font-variant-numeric:tabular-nums}main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}
 h1{font-size:28px;line-height:1.2;margin:0}.state{color:var(--muted);margin:6px 0 28px}
-h2{font-size:16px;margin:0 0 12px}section{background:var(--card);border:1px solid var(--line);border-radius:12px;
-padding:20px 22px;margin:0 0 18px}img{display:block;max-width:100%;height:auto;margin:0 auto;
-border-radius:6px}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{
+h2{font-size:16px;margin:0 0 12px}section{background:var(--card);border:1px solid var(--line);
+border-radius:12px;padding:20px 22px;margin:0 0 18px}
+img{display:block;max-width:100%;height:auto;margin:0 auto;border-radius:6px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{
 padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}th{
 color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;

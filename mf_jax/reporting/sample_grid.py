@@ -17,10 +17,8 @@ with epy.lazy_imports():  # brings the font, whose letters are many
     import matplotlib as mpl
     from matplotlib import ft2font
 
-CAPTION = "Description"
-"""The key of a picture's caption among the texts of its PNG file."""
-REAL_FILE = "real.png"
-"""Real pictures of a run, as its samples are shown."""
+CAPTION = "Description"  # key of the caption among the texts of a PNG file
+REAL_FILE = "real.png"  # real pictures of a run, as its samples are shown
 _INK, _MUTED = "#1f2933", "#66727f"
 _TILE, _GAP, _FONT, _LINE = 56, 4, 11, 13
 _MOST_TILES, _MOST_CLASSES = 100, 10

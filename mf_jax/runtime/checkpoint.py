@@ -30,13 +30,10 @@ with epy.lazy_imports():  # takes a second
 
 FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
-_State = TypeVar("_State")
-"""A flax.struct dataclass with the fields `params` and `ema`, and any others."""
-_FROZEN = "frozen"
-"""A field that is not saved: published weights, which a run reads anew."""
+_State = TypeVar("_State")  # a flax.struct dataclass with the fields params and ema
+_FROZEN = "frozen"  # not saved: published weights, which a run reads anew
 _Items = dict[str, PyTree]
-_Index = dict[str, dict[str, list]]
-"""{item: {name of an array: [shape, type, fingerprint]}}."""
+_Index = dict[str, dict[str, list]]  # {item: {name of an array: [shape, type, fingerprint]}}
 _PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
 _PASSING_WORDS = "UNAVAILABLE|DEADLINE_EXCEEDED"
 """Numbers and words of errors where storage cannot be reached, and may be later."""

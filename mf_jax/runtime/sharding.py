@@ -20,8 +20,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from mf_jax.flow.errors import BadInput
 
-_REPLICATE_BELOW = 2**14
-"""Arrays with fewer numbers stay whole on every device: splitting costs more than it saves."""
+_REPLICATE_BELOW = 2**14  # numbers: to split a smaller array costs more than it saves
 _WHOLE, _WHOLE_FROM_END = -1, 0
 """The axis of a parameter that is not split, counted from the front and from the end."""
 GATHERS = ("step", "block")
