@@ -42,11 +42,6 @@ def shard_name(shard: int, shards: int) -> str:
     return f"latents-{shard:05d}-of-{shards:05d}.array_record"
 
 
-def side_name(shard: int, shards: int) -> str:
-    """Return the name of the side file, which counts and names what a shard holds and lacks."""
-    return shard_name(shard, shards).replace(".array_record", ".json")
-
-
 def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
     """Return the record of a label and the mean and standard deviation of a latent."""
     return np.array(label, LABEL).tobytes() + np.ascontiguousarray(rows, NUMBER).tobytes()

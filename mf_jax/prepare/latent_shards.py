@@ -18,7 +18,6 @@ from mf_jax.data.latent_records import (
     SIDE,
     WRITER_OPTIONS,
     shard_name,
-    side_name,
     to_record,
 )
 from mf_jax.data.pixels import from_pixels
@@ -151,7 +150,7 @@ class LatentShards:
         return self._folder / shard_name(shard, self._shards)
 
     def _side_path(self, shard: int) -> epath.Path:
-        return self._folder / side_name(shard, self._shards)
+        return self._path(shard).with_suffix(".json")
 
     def _side(self, shard: int) -> dict[str, Any]:
         return read_json(self._side_path(shard), SIDE, AGAIN)

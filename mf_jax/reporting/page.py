@@ -230,10 +230,8 @@ def _cell(value: Any) -> str:
     """Return a number to 4 significant digits, counts in full, anything missing as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value) or (value != 0 and not 1e-4 <= abs(value) < 1e7):
         return f"{value:.3e}"
     value = float(f"{value:.3e}")

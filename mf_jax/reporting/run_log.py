@@ -187,25 +187,22 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     lines, rows = lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_row_of(line, path.parent))
+            row, is_sealed = parse_json(line, {"step": 0})
+            if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
+                raise ValueError(f"{', '.join(wrong)} must be a number or null")
         except ValueError as error:
             problem = f"{path} line {number} is {line[:80]!r}: {error}"
             if number < len(lines):  # no kill has torn it
                 raise BadInput(f"{problem}; delete that line") from None
             tell_once(f"{problem}; it is left out, as torn by a kill")
+            continue
+        if not is_sealed:
+            tell_unsealed(path.parent)
+        rows.append(row)
     last = rows[-1]["step"] if rows else 0
     if last < (written := _timing_of(path.parent).get("last_row", 0)):
         tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
     return rows
-
-
-def _row_of(line: bytes, folder: Path) -> dict[str, Any]:
-    row, is_sealed = parse_json(line, {"step": 0})
-    if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
-        raise ValueError(f"{', '.join(wrong)} must be a number or null")
-    if not is_sealed:
-        tell_unsealed(folder)
-    return row
 
 
 def _line(row: Mapping[str, Any]) -> str:
