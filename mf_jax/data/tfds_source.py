@@ -127,6 +127,12 @@ def _check_features(folder: epath.Path) -> None:
 
     TFDS would import them, and so run what lies in a folder from which Python imports.
     """
+
+    def check(entry: dict[str, Any]) -> None:
+        for name in (str(entry[key]) for key in _NAMING & entry.keys()):
+            if not name.startswith(_FEATURES):
+                raise BadInput(f"{folder} asks for {name[:80]}, which is no feature of TFDS")
+
     for versions in ("", "*/", "*/*/"):
         pattern = f"{versions}features.json"
         if in_bucket(folder):
@@ -134,13 +140,5 @@ def _check_features(folder: epath.Path) -> None:
         else:
             found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
         for path in found:
-            for name in map(str, _class_names(path)):
-                if not name.startswith(_FEATURES):
-                    raise BadInput(f"{path} asks for {name[:80]}, which is no feature of TFDS")
-
-
-def _class_names(path: epath.Path) -> list[Any]:
-    names: list[Any] = []
-    with opened(path) as file:
-        json.load(file, object_hook=lambda d: names.extend(d[k] for k in _NAMING & d.keys()))
-    return names
+            with opened(path) as file:
+                json.load(file, object_hook=check)

@@ -71,10 +71,8 @@ input[type=range]{width:100%;accent-color:var(--accent);margin:0}.slider{display
 align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7.5em;
 text-align:right}summary{cursor:pointer;font-weight:600;font-size:16px}pre{
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:14px 0 0}
-.facts{display:grid;gap:14px 24px;margin:0 0 24px;grid-template-columns:repeat(auto-fit,
-minmax(150px,1fr))}.facts dt{color:var(--muted);font-size:13px}.facts dd{margin:0;font-weight:600;
-overflow-wrap:anywhere}.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,
-minmax(290px,1fr));align-items:start}.curves h3,.pair h3{margin-top:0}.curves img{width:100%}
+.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
+align-items:start}.curves h3,.pair h3{margin-top:0}.curves img{width:100%}
 @media(max-width:600px){main{padding:24px 12px 40px}section{padding:16px 14px}}
 """
 _SCRIPT = """
@@ -94,6 +92,7 @@ def write_report(workdir: PathLike) -> Path:
     grids = sorted(grids, key=_step_of)
     title = escape(folder.resolve().name)
     config, rows = _read_json(folder / "config.json", _CONFIG), read_metrics(folder)
+    timing = _read_json(folder / TIMING_FILE, TIMING)
     if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
         rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
@@ -107,8 +106,7 @@ def write_report(workdir: PathLike) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
-        f'<p class="state">{escape(_state(rows, grids))}</p>\n'
-        f"{_facts(config, _read_json(folder / TIMING_FILE, TIMING), grids)}"
+        f'<p class="state">{escape(_state(rows, grids, config, timing))}</p>\n'
         f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
     path = folder / "report.html"
@@ -124,27 +122,28 @@ def _read_json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
         return {"protocol": str(problem)}
 
 
-def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
+def _state(
+    rows: Sequence[Mapping[str, Any]],
+    grids: Sequence[Path],
+    config: Mapping[str, Any],
+    timing: Mapping[str, Any],
+) -> str:
+    """Return how far the run is, its newest errors, and where and how fast it was trained."""
     steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]
     if not steps:
         return "No step recorded yet."
     latest = {name: value for row in rows for name, value in row.items()}
     names = [name for name in ("loss", "u_error", "v_error") if name in latest]
-    return " · ".join([f"Step {max(steps):,}", *(f"{k} {_cell(latest[k])}" for k in names)])
-
-
-def _facts(config: Mapping[str, Any], timing: Mapping[str, Any], grids: Sequence[Path]) -> str:
-    """Return how the run was made, and what its newest samples show."""
-    seconds, speed = timing.get("wall_seconds"), timing.get("images_per_second")
-    facts = {
-        "Steps planned": config.get("train", {}).get("num_steps"),
-        "Newest samples": _caption(grids[-1]) if grids else "",
-        "Hardware": timing.get("hardware"),
-        "Wall time of training": seconds and str(timedelta(seconds=int(seconds))),
-        "Throughput": speed and f"{_cell(speed)} examples/s",
-    }
-    items = [f"<div><dt>{k}</dt><dd>{escape(_cell(v))}</dd></div>" for k, v in facts.items() if v]
-    return f'<dl class="facts">{"".join(items)}</dl>\n' if items else ""
+    num_steps, seconds = config.get("train", {}).get("num_steps"), timing.get("wall_seconds")
+    speed = timing.get("images_per_second")
+    facts = [
+        f"Step {max(steps):,}" + (f" of {_cell(num_steps)}" if num_steps else ""),
+        *(f"{name} {_cell(latest[name])}" for name in names),
+        timing.get("hardware"),
+        seconds and f"{timedelta(seconds=int(seconds))} of training",
+        speed and f"{_cell(speed)} examples/s",
+    ]
+    return " · ".join(filter(None, facts))
 
 
 def _caption(path: Path) -> str:
@@ -182,7 +181,8 @@ def _training_samples(grids: Sequence[Path], real: Path) -> str:
     if real.exists():
         image = f'<img class="grid" alt="real pictures" src="{_data_uri(real)}">'
         body = f'<div class="pair"><div>{body}</div><div><h3>Real pictures</h3>{image}</div></div>'
-    return _section("Samples during training", body)
+    note = f'<p class="note">{escape(_caption(grids[-1]))}</p>\n'
+    return _section("Samples during training", note + body)
 
 
 def _picture(path: Path, caption: str, kind: str) -> str:
