@@ -24,14 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import (
-    averages,
-    from_section,
-    make_network,
-    make_objective,
-    make_schedule,
-    make_scheme,
-)
+from mf_jax import config as build
 from mf_jax.data import Batch, Source, make_batches
 from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
@@ -109,13 +102,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
     """Return the parts of the training step of a config on a data source."""
+    rate = build.make_schedule(config)
     return StepParts(
-        network=make_network(config, source.spec),
+        network=build.make_network(config, source.spec),
         shape=source.spec.shape,
-        objective=make_objective(config, source),
-        scheme=make_scheme(config),
-        optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
-        ema_names=averages(config),
+        objective=build.make_objective(config, source),
+        scheme=build.make_scheme(config),
+        optimizer=build.from_section(make_optimizer, config.optim, rate=rate),
+        ema_names=build.averages(config),
         seed=config.seed,
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
@@ -195,7 +189,7 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         jax.block_until_ready(mark)  # so that the host knows how far the device is
         return after
 
-    batches, schedule = batches_of(config, run.source, start), make_schedule(config)
+    batches, schedule = batches_of(config, run.source, start), build.make_schedule(config)
     with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None
         for done in range(start + 1, config.train.num_steps + 1):

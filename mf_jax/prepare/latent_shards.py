@@ -11,15 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Array, Float16, UInt8
 
-from mf_jax.data.latent_records import (
-    AGAIN,
-    MANIFEST,
-    SETTINGS,
-    SIDE,
-    WRITER_OPTIONS,
-    shard_name,
-    to_record,
-)
+from mf_jax.data import latent_records as records
 from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.models.autoencoder import Autoencoder
@@ -33,11 +25,11 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
 
     Several processes may fill the folder side by side. The key is of the config, for errors.
     """
-    path = folder / SETTINGS
+    path = folder / records.SETTINGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if SETTINGS not in present:
+        if records.SETTINGS not in present:
             if present:
                 raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
             write_json(path, settings, indent=1)
@@ -45,7 +37,7 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         raise BadInput(
             f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
         ) from error
-    stored = read_json(path, {}, AGAIN)
+    stored = read_json(path, {}, records.AGAIN)
     changes = [
         f"{name} {stored.get(name)!r} -> {settings.get(name)!r}"
         for name in sorted(stored | settings)
@@ -89,7 +81,7 @@ class LatentShards:
         """Start a shard anew."""
         self._counts: Counter[int] = Counter()
         self._local = self._open.enter_context(written_aside(self._path(shard)))
-        self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
+        self._writer = ArrayRecordWriter(self._local, records.WRITER_OPTIONS)
 
     def compute(self, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Array]:
         """Encode pictures and their mirror images on the devices, without waiting."""
@@ -108,7 +100,7 @@ class LatentShards:
             for label, *rows in zip(labels, plain, mirrored, strict=False):
                 self._counts[label] += 1
                 for row in rows:
-                    self._writer.write(to_record(label, row))
+                    self._writer.write(records.to_record(label, row))
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """Finish the side file, which names its broken pictures, then the shard."""
@@ -131,7 +123,7 @@ class LatentShards:
             share = f"{present} of {self._shards} shards are there"
             return f"{self._folder}: {share}; the last one brings the manifest"
         manifest = self._manifest()
-        write_json(self._folder / MANIFEST, manifest, indent=1)
+        write_json(self._folder / records.MANIFEST, manifest, indent=1)
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
 
@@ -147,13 +139,13 @@ class LatentShards:
             ) from error
 
     def _path(self, shard: int) -> epath.Path:
-        return self._folder / shard_name(shard, self._shards)
+        return self._folder / records.shard_name(shard, self._shards)
 
     def _side_path(self, shard: int) -> epath.Path:
         return self._path(shard).with_suffix(".json")
 
     def _side(self, shard: int) -> dict[str, Any]:
-        return read_json(self._side_path(shard), SIDE, AGAIN)
+        return read_json(self._side_path(shard), records.SIDE, records.AGAIN)
 
     def _manifest(self) -> dict[str, Any]:
         """Return the manifest, a function of the shards alone."""
@@ -172,7 +164,7 @@ class LatentShards:
             "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],
             "skipped": self.skipped(range(self._shards)),
             "shards": [
-                {"name": shard_name(shard, self._shards)}
+                {"name": records.shard_name(shard, self._shards)}
                 | {key: side[key] for key in ("count", "bytes", "sha256") if key in side}
                 for shard, side in enumerate(sides)
             ],

@@ -22,16 +22,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
+from mf_jax.runtime import json_files
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
-from mf_jax.runtime.json_files import (
-    lines_of,
-    parse_json,
-    read_json,
-    sealed,
-    tell_once,
-    tell_unsealed,
-    write_json,
-)
 
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
@@ -150,7 +142,7 @@ class RunLog:
         timing = {"hardware": self._hardware, "wall_seconds": round(seconds, 1)}
         timing |= {"last_row": last_row}
         timing |= {"images_per_second": self._speed} if self._speed else {}
-        write_json(self._path.parent / TIMING_FILE, timing)
+        json_files.write_json(self._path.parent / TIMING_FILE, timing)
 
     def _add(self, content: Summary, step: int) -> None:
         """Add to TensorBoard; an error ends it, not the run."""
@@ -170,11 +162,11 @@ class RunLog:
 
 def _timing_of(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / TIMING_FILE, TIMING)
+        return json_files.read_json(folder / TIMING_FILE, TIMING)
     except FileNotFoundError:
         return {}
     except BadInput as problem:
-        tell_once(f"{problem}; it is left out")
+        json_files.tell_once(f"{problem}; it is left out")
         return {}
 
 
@@ -184,29 +176,30 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
-    lines, rows = lines_of(path), []
+    lines, rows = json_files.lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
-            row, is_sealed = parse_json(line, {"step": 0})
+            row, is_sealed = json_files.parse_json(line, {"step": 0})
             if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
                 raise ValueError(f"{', '.join(wrong)} must be a number or null")
         except ValueError as error:
             problem = f"{path} line {number} is {line[:80]!r}: {error}"
             if number < len(lines):  # no kill has torn it
                 raise BadInput(f"{problem}; delete that line") from None
-            tell_once(f"{problem}; it is left out, as torn by a kill")
+            json_files.tell_once(f"{problem}; it is left out, as torn by a kill")
             continue
         if not is_sealed:
-            tell_unsealed(path.parent)
+            json_files.tell_unsealed(path.parent)
         rows.append(row)
     last = rows[-1]["step"] if rows else 0
     if last < (written := _timing_of(path.parent).get("last_row", 0)):
-        tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
+        problem = f"{path}: ends at step {last}, though rows were written up to step {written}"
+        json_files.tell_once(problem)
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return to_json(sealed(row)) + "\n"
+    return to_json(json_files.sealed(row)) + "\n"
 
 
 class _Events:
