@@ -1,7 +1,7 @@
 """From weights that exist to a model: a run's, or published ones.
 
-`init.path` names the place. What lies there, a run or a kind of published checkpoint, is found by
-its names, or told by `init.kind`. Parameters must fit the network by name and shape.
+What lies at `init.path`, a run or a kind of published checkpoint, is found by its names, or told by
+`init.kind`. Parameters must fit the network by name and shape.
 """
 
 import contextlib

@@ -47,9 +47,8 @@ def check_background(colour: str) -> None:
     try:
         ImageColor.getrgb(colour)
     except ValueError as error:
-        raise BadInput(
-            f"background={colour!r}: must be a colour, as white, black or #8080ff"
-        ) from error
+        problem = f"background={colour!r}: must be a colour, as white, black or #8080ff"
+        raise BadInput(problem) from error
 
 
 def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:

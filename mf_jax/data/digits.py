@@ -26,9 +26,7 @@ DATASETS = {"mnist_784": tuple("0123456789"), "Fashion-MNIST": tuple(_CLOTHES.sp
 def of_digits(*, image_size: int, split: str) -> Rows:
     """Open one split of grey digits `[8, 8, 1]` in [-1, 1]; of each class a fifth is held out."""
     if image_size != IMAGE_SIZE:
-        raise BadInput(
-            f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set {IMAGE_SIZE}"
-        )
+        raise BadInput(f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set that")
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     parts = sklearn.model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels
@@ -60,8 +58,7 @@ def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
     except (OSError, ValueError) as error:  # no network; an answer that is no data set
         raise BadInput(
             f"dataset={dataset!r} cannot be fetched from OpenML ({reason_of(error)}): try again "
-            "with a network, or set path to a folder with a copy; it is "
-            f"{path or 'the usual one'!r}"
+            "with a network, or set path to a folder with a copy"
         ) from error
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
     labels = labels.astype(np.int32)

@@ -208,10 +208,8 @@ def _readable(
     lost = {pictures.labels[index] for index in bad} - {pictures.labels[index] for index in good}
     if lost and split == "train":
         names = listed([pictures.class_names[label] for label in sorted(lost)])
-        raise BadInput(
-            f"path={path!r}: all {split} pictures of class {names} are broken: replace {named}, or "
-            "remove the class"
-        )
+        problem = f"path={path!r}: all {split} pictures of class {names} are broken"
+        raise BadInput(f"{problem}: replace {named}, or remove the class")
     if bad:
         share = f"{len(bad)} broken of {len(indices)} pictures"
         logging.warning("%s: skipped %s: %s", path, share, named)

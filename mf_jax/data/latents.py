@@ -51,7 +51,13 @@ class Latents:
         """
         if split != "train":
             raise BadInput("name='latents': has no held-out pictures: set eval.references")
-        self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
+        folder, target = (epath.Path(each).expanduser() for each in (path, copy_to))
+        if in_bucket(folder) and not copy_to:
+            raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
+        if not path or not folder.is_dir():  # "" would be the current directory
+            raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
+        self._is_copy = bool(copy_to)
+        self._folder = local_copy(folder, target) if copy_to else folder
         manifest = read_manifest(self._folder)
         _check_origin(manifest, image_size, autoencoder)
         shape = tuple(manifest["latent_shape"])
@@ -120,21 +126,10 @@ class Latents:
         return (mean + std * jax.random.normal(key, mean.shape) - self._mean) / self._std
 
 
-def _checked_folder(path: str, copy_to: str) -> epath.Path:
-    folder = epath.Path(path).expanduser()
-    if in_bucket(folder) and not copy_to:
-        raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
-    if not path or not folder.is_dir():  # "" would be the current directory
-        raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
-    return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
-
-
 def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -> None:
     if (size := manifest["image_size"]) != image_size:
-        raise BadInput(
-            f"image_size={image_size}: these latents are of pictures of {size} pixels: set "
-            f"image_size={size}, or path to others"
-        )
+        problem = f"image_size={image_size}: these latents are of pictures of {size} pixels"
+        raise BadInput(f"{problem}: set image_size={size}, or path to others")
     made_by, sha256 = manifest["autoencoder"], _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(

@@ -257,10 +257,8 @@ def _in_tar(tar_file: File, key: str) -> Iterator[File]:
     except BadInput:
         raise
     except Exception as error:  # its type depends on where tarfile stumbles over the damage
-        raise BadInput(
-            f"{key}: {shown} is cut short, or no uncompressed tar file ({error}): fetch it "
-            "again, or unpack it"
-        ) from error
+        problem = f"{shown} is cut short, or no uncompressed tar file ({error})"
+        raise BadInput(f"{key}: {problem}: fetch it again, or unpack it") from error
     for member in members.values():
         target = _target(member, members)
         if parts := _parts(member.name + "/" * member.isdir()):

@@ -115,10 +115,8 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
     features = dict(data.dataset_info.features.items())
     image = features.get("image")
     if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
-        raise BadInput(
-            f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has "
-            f"{list(features)}"
-        )
+        needed = "a feature 'image' (uint8 [H, W, C])"
+        raise BadInput(f"dataset={dataset!r} must have {needed}; it has {list(features)}")
     return data, features
 
 

@@ -44,10 +44,8 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         if stored.get(name) != settings.get(name)
     ]
     if changes:
-        raise BadInput(
-            f"{key}={str(folder)!r} holds files of other settings ({', '.join(changes)}): choose "
-            "another folder, or set these back"
-        )
+        problem = f"holds files of other settings ({', '.join(changes)})"
+        raise BadInput(f"{key}={str(folder)!r} {problem}: choose another folder, or set these back")
 
 
 class LatentShards:

@@ -123,10 +123,7 @@ def _read_json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(
-    rows: Sequence[Mapping[str, Any]],
-    grids: Sequence[Path],
-    config: Mapping[str, Any],
-    timing: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]], grids: Sequence[Path], config: dict, timing: dict
 ) -> str:
     """Return how far the run is, its newest errors, and where and how fast it was trained."""
     steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]

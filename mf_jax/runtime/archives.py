@@ -23,10 +23,8 @@ UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
 def check_claim(claimed: int, num_bytes: int) -> None:
     """Raise BadInput if a file of so many bytes claims far more bytes of numbers."""
     if claimed > max(_MOST_TIMES * num_bytes, _ALWAYS_BYTES):
-        raise BadInput(
-            f"claims {claimed:,} bytes of numbers in a file of {num_bytes:,}, which is refused: "
-            "fetch it again"
-        )
+        sizes = f"{claimed:,} bytes of numbers in a file of {num_bytes:,}"
+        raise BadInput(f"claims {sizes}, which is refused: fetch it again")
 
 
 def check_members(archive: zipfile.ZipFile, num_bytes: int, *, stored: bool = False) -> None:

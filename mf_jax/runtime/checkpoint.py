@@ -121,10 +121,9 @@ class Checkpoints:
                     for name in self._read_index(step):
                         ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name)
             except DamagedCheckpoint as problem:
-                raise Failure(
-                    f"{self._folder / str(step)} was saved and cannot be read ({problem}); see to "
-                    "its file system, or choose another --workdir"
-                ) from problem
+                told = f"{self._folder / str(step)} was saved and cannot be read ({problem})"
+                fix = "see to its file system, or choose another --workdir"
+                raise Failure(f"{told}; {fix}") from problem
 
     def close(self) -> None:
         """Wait until everything is written."""

@@ -134,10 +134,8 @@ def _check_shared(workdir: Path) -> None:
     processes.from_first(None)
     with processes.together():
         if not mark.exists():
-            raise BadInput(
-                f"--workdir={workdir}: does not show what process 0 writes there; must be one "
-                "folder for all hosts: a shared file system or a bucket"
-            )
+            fix = "must be one folder for all hosts: a shared file system or a bucket"
+            raise BadInput(f"--workdir={workdir}: does not show what process 0 writes there; {fix}")
     if processes.is_first():
         mark.unlink()
 
