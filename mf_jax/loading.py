@@ -157,10 +157,9 @@ def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
     """Raise BadInput unless both runs are on latents of one scale, or neither is on latents."""
     ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
     if ours != others:
-        raise BadInput(
-            f"init.path={config.init.path}: its run was trained on {others}, this config is of "
-            f"{ours}; set data.name, data.latent_mean and data.latent_std as they were"
-        )
+        problem = f"its run was trained on {others}, this config is of {ours}"
+        fix = "set data.name, data.latent_mean and data.latent_std as they were"
+        raise BadInput(f"init.path={config.init.path}: {problem}; {fix}")
 
 
 def _latent_scale(data: ConfigDict) -> str:

@@ -245,10 +245,10 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     intact = "no checkpoint yet"
     if checkpoints.steps:
         intact = f"the checkpoint of step {checkpoints.steps[-1]} is intact"
-    raise TrainingDiverged(
-        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
-        "optim.warmup_steps or optim.clip_norm=1 in another workdir"
+    fix = (
+        "try a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm=1 in another workdir"
     )
+    raise TrainingDiverged(f"step {step}: {names} not finite; {intact}; {fix}")
 
 
 def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:

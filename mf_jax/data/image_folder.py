@@ -211,6 +211,6 @@ def _readable(
         problem = f"path={path!r}: all {split} pictures of class {names} are broken"
         raise BadInput(f"{problem}: replace {named}, or remove the class")
     if bad:
-        share = f"{len(bad)} broken of {len(indices)} pictures"
-        logging.warning("%s: skipped %s: %s", path, share, named)
+        text = "%s: skipped %d broken of %d pictures: %s"
+        logging.warning(text, path, len(bad), len(indices), named)
     return good, tuple(pictures.name(index) for index in bad)

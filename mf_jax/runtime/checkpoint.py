@@ -183,9 +183,8 @@ class Checkpoints:
         try:
             yield
         except DamagedCheckpoint as problem:
-            raise UnreadableCheckpoint(
-                f"{self._folder / str(step)} is damaged ({problem}); choose another step"
-            ) from problem
+            told = f"{self._folder / str(step)} is damaged ({problem}); choose another step"
+            raise UnreadableCheckpoint(told) from problem
 
     def _restore(self, step: int, like: _Items) -> _Items:
         """Return the items of a checkpoint; all processes of a job find it damaged, or none."""

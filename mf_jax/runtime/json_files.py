@@ -56,10 +56,8 @@ def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
         )
         stored = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
         if stored is not None and stored != _checksum(value):
-            raise ValueError(
-                "its checksum says that it is damaged or edited: restore it, or delete its "
-                f"{CHECKSUM!r} if you have edited it"
-            )
+            fix = f"restore it, or delete its {CHECKSUM!r} if you have edited it"
+            raise ValueError(f"its checksum says that it is damaged or edited: {fix}")
         if problem := misfit(value, like, "it"):
             raise ValueError(problem)
     except RecursionError as error:
