@@ -16,7 +16,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -65,32 +64,30 @@ class Listed:
         numbers = {name: label for label, name in enumerate(self.class_names)}
         found = sorted((numbers.get(name, NO_LABEL), file[1:]) for name, file in classes)
         self.labels = [label for label, _ in found]
-        self._names = [name for _, (name, _, *_) in found]
-        self._files = [path for _, (_, path, *_) in found]
-        self._places = np.array([place for _, (_, _, *place) in found], np.int64).reshape(-1, 2)
+        self._files = [File((), *place) for _, place in found]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
     def name(self, index: int) -> str:
         """Return a picture's name, with the folders it is in."""
-        return self._names[index]
+        return self._files[index].name
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Return a picture as it is stored, and its label."""
-        place = self._places[index].tolist()
-        return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
+        return self._files[index].read(), self.labels[index]
 
     def versions(self) -> Iterator[str]:
         """Yield text that differs where a file was changed, or is another."""
-        changed = {path: os.stat(path).st_mtime_ns for path in dict.fromkeys(self._files)}
-        for line, path in zip(self.lines(), self._files, strict=True):
-            yield f"{line}\0{path}\0{changed[path]}"
+        changed = {path: os.stat(path).st_mtime_ns for path in {file.path for file in self._files}}
+        for line, file in zip(self.lines(), self._files, strict=True):
+            yield f"{line}\0{file.path}\0{changed[file.path]}"
 
     def lines(self) -> Iterator[str]:
         """Yield text that differs between different lists."""
-        for label, name, size in zip(self.labels, self._names, self._places[:, 1], strict=True):
-            yield f"{self.class_names[label] if label != NO_LABEL else ''}\0{name}\0{size}"
+        for label, file in zip(self.labels, self._files, strict=True):
+            class_name = self.class_names[label] if label != NO_LABEL else ""
+            yield f"{class_name}\0{file.name}\0{file.size}"
 
 
 PicturesIn = Listed | TfdsPictures
