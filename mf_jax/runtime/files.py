@@ -5,14 +5,13 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,15 +90,8 @@ def sha256_of(path: epath.PathLike) -> str:
 
 def to_json(value: Any, **options: Any) -> str:
     """Return a value as JSON, in which a number that is not finite is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), allow_nan=False, **options)
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, **options)
 
 
 def replace_file(path: epath.PathLike, content: bytes) -> None:

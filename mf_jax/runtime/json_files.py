@@ -23,8 +23,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
-    text = json.dumps(json.loads(to_json(value)), sort_keys=True)  # as it will be read
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -> None:
