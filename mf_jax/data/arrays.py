@@ -61,9 +61,7 @@ class Rows:
         mask = found.get("mask")
         x, e = (_as_floats(found.get(key), mask) for key in ("x", "pair"))
         labels = found.get("label", np.full(len(indices), NO_LABEL))
-        condition = found.get("condition")
-        condition = None if condition is None else condition.astype(np.float32)
-        return Batch(x, labels.astype(np.int32), condition, e, mask)
+        return Batch(x, labels.astype(np.int32), found.get("condition"), e, mask)
 
 
 def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
