@@ -42,9 +42,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     prepare, key = config.prepare, "prepare.input"
     taken = {"tfds_split": config.data.split_train, "class_order": config.data.class_order}
     pictures = list_pictures(prepare.input, key=key, **taken)
-    if (count_all := len(pictures)) < prepare.shards:
-        problem = f"prepare.shards={prepare.shards}: the input has {count_all} pictures"
-        raise BadInput(f"{problem}: set prepare.shards={max(1, count_all // 1000)}")
+    if (num_pictures := len(pictures)) < prepare.shards:
+        problem = f"prepare.shards={prepare.shards}: the input has {num_pictures} pictures"
+        raise BadInput(f"{problem}: set prepare.shards={max(1, num_pictures // 1000)}")
     common = {
         "format_version": FORMAT_VERSION,
         "image_size": config.data.image_size,

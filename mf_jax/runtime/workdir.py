@@ -50,8 +50,7 @@ def as_json(config: ConfigDict) -> str:
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raise BadInput, naming keys that differ, unless a config continues the run of a workdir.
 
-    Nothing that decides its numbers may change; the number of steps does not under a constant
-    schedule.
+    What decides its numbers may not change, but `train.num_steps` under a constant schedule.
     """
     ours, theirs = flat(config), flat(stored_config(workdir))
     for values in (ours, theirs):  # one folder has many spellings
