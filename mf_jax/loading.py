@@ -1,7 +1,7 @@
 """From weights that exist to a model: a run's, or published ones.
 
-`init.path` names the place. What lies there, a run or a kind of published checkpoint, is found by
-its names, or told by `init.kind`. Parameters must fit the network by name and shape.
+What lies at `init.path`, a run or a kind of published checkpoint, is found by its names, or told by
+`init.kind`. Parameters must fit the network by name and shape.
 """
 
 import contextlib
@@ -41,10 +41,9 @@ INIT_KINDS = ("auto", "run", *KINDS)
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
-    """Load the newest checkpoint of a run.
+    """Load the newest checkpoint of the run in a workdir.
 
     Args:
-      workdir: of the run.
       ema: a decay of the run's `ema.decays`, `none` for the raw parameters, "" for the first decay.
     """
     folder = place(workdir, "workdir")
@@ -158,10 +157,9 @@ def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
     """Raise BadInput unless both runs are on latents of one scale, or neither is on latents."""
     ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
     if ours != others:
-        raise BadInput(
-            f"init.path={config.init.path}: its run was trained on {others}, this config is of "
-            f"{ours}; set data.name, data.latent_mean and data.latent_std as they were"
-        )
+        problem = f"its run was trained on {others}, this config is of {ours}"
+        fix = "set data.name, data.latent_mean and data.latent_std as they were"
+        raise BadInput(f"init.path={config.init.path}: {problem}; {fix}")
 
 
 def _latent_scale(data: ConfigDict) -> str:

@@ -33,8 +33,8 @@ class TrainState:
     """Everything that changes from step to step and is in a checkpoint, or its shapes or shardings.
 
     ema: averages by name. metrics: since the last row of metrics.jsonl. first_bad_step: the first,
-    from 1, with a metric that is not finite, or `NEVER`; from then on metrics stand still. frozen:
-    see `Objective`; it stays the same, and no checkpoint has it.
+    from 1, with a metric that is not finite, or `NEVER`; then metrics stand still. frozen: see
+    `Objective`; it stays the same, and no checkpoint has it.
     """
 
     step: PyTree
@@ -50,12 +50,10 @@ class TrainState:
 class StepParts:
     """Parts of a training step, fixed for a run.
 
-    shape: of one data element. log_every_steps: steps over which metrics are averaged. stored: how
-    batches become elements, where each visit draws them anew. more: see `DataSpec.more`. gather:
-    one of `sharding.GATHERS`.
-    ema_rampup, ema_every_steps: see `update_averages`; they leave the objective's own average out.
-    augment: changes the elements of a batch, and tells how; see `mf_jax.data.augment`.
-    microbatch: rows, over all devices, whose gradient is computed at once; 0 = all of the batch.
+    shape: of one data element. log_every_steps: steps over which metrics are averaged. stored,
+    more: see `Source` and `DataSpec`. gather: one of `sharding.GATHERS`. ema_rampup,
+    ema_every_steps: see `update_averages`. augment: see `mf_jax.data.augment`. microbatch: rows,
+    over all devices, whose gradient is computed at once; 0 = all of the batch.
     """
 
     network: nn.Module
@@ -80,12 +78,8 @@ class StepParts:
         """Shapes of the rows, as the data have them, of their labels and of all else they bring."""
         row = self.stored.rows if self.stored else jax.ShapeDtypeStruct(self.shape, jnp.float32)
         rows = {"x": (row.shape, row.dtype), "labels": ((), jnp.int32), **self.more}
-        return Batch(
-            **{
-                name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
-                for name, (shape, dtype) in rows.items()
-            }
-        )
+        size, struct = self.batch_size, jax.ShapeDtypeStruct
+        return Batch(**{k: struct((size, *shape), dtype) for k, (shape, dtype) in rows.items()})
 
     def draw(self, step: Int[Array, ""] | int, *batch: PyTree) -> Draws:
         """Draw a step from the fields of a `Batch`; its key is a pure function of (seed, step)."""
@@ -131,11 +125,10 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
     """
     if params is None:
         params = initial_params(parts.network, parts.shape, _keys(parts.seed)[0])
-    ema = start_averages(params, parts.ema_names)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        ema=ema,
+        ema=start_averages(params, parts.ema_names),
         opt_state=parts.optimizer.init(params),
         metrics={name: Average(jnp.float32(0), jnp.float32(0)) for name in parts.metric_names},
         first_bad_step=jnp.int32(NEVER),
@@ -199,23 +192,17 @@ def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[...,
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         collected, first_bad_step = _collect(parts, state, metrics)
-        return TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=update_averages(
-                state.ema,
-                params,
-                batch_size=parts.batch_size,
-                step=state.step,
-                rampup=parts.ema_rampup,
-                every_steps=parts.ema_every_steps,
-                fixed=average_name(parts.objective.target_ema),
-            ),
-            opt_state=opt_state,
-            metrics=collected,
-            first_bad_step=first_bad_step,
-            frozen=state.frozen,
+        ema = update_averages(
+            state.ema,
+            params,
+            batch_size=parts.batch_size,
+            step=state.step,
+            rampup=parts.ema_rampup,
+            every_steps=parts.ema_every_steps,
+            fixed=average_name(parts.objective.target_ema),
         )
+        after = state.replace(params=params, ema=ema, opt_state=opt_state, metrics=collected)
+        return after.replace(step=state.step + 1, first_bad_step=first_bad_step)
 
     return train_step
 

@@ -1,12 +1,10 @@
 """--mode=train: from a config to a trained model in a workdir.
 
 1. Everything wrong with the config is reported before anything is written.
-2. The newest undamaged checkpoint is restored. Without one, the state starts from the weights of
-   `init` or from the seed.
+2. The state is the newest undamaged checkpoint, else the weights of `init`, else the seed's.
 3. Batch and random numbers of a step are pure functions of (seed, step). A continued run repeats
    the run that was never stopped bit for bit, its metrics included.
-4. One compiled step runs, its state donated, until the last step or a signal to stop. The host
-   waits for the step before, so that it knows how far the device is.
+4. One compiled step runs, its state donated, until the last step or a signal to stop.
 5. A metric that is not finite stops the run before anything is saved.
 6. Saving comes first. Nothing that draws, writes the report or feeds TensorBoard can end a run.
 """
@@ -26,14 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import (
-    averages,
-    from_section,
-    make_network,
-    make_objective,
-    make_schedule,
-    make_scheme,
-)
+from mf_jax import config as build
 from mf_jax.data import Batch, Source, make_batches
 from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.errors import left_out
@@ -43,7 +34,7 @@ from mf_jax.models import parameter_shapes
 from mf_jax.optim import forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog
-from mf_jax.runtime import processes, stopping
+from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
 from mf_jax.runtime.sharding import make_mesh, placed, put_batch, state_sharding
@@ -88,15 +79,15 @@ def run(config: ConfigDict, workdir: Path) -> int:
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         sha256 = weights_sha256(config)
     frozen = load_frozen(config, parts.objective.frozen)
-    stop_signal = stopping.stop_signal(workdir / FOLDER, config.train.num_steps)
+    stop_signal = processes.stop_signal(workdir / FOLDER, config.train.num_steps)
     with run_folder.own(workdir, config, source, own_parts(config), sha256), stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights, frozen)
             del weights, frozen  # which lie on the devices
             _describe(workdir, source, state)
             names = () if parts.ema_rampup else parts.ema_names
-            amounts = {"num_steps": config.train.num_steps, "batch_size": parts.batch_size}
-            if warning := forgetful(names, **amounts):
+            steps, size = config.train.num_steps, parts.batch_size
+            if warning := forgetful(names, num_steps=steps, batch_size=size):
                 print(warning)
             this = _Run(config, workdir, source, parts, mesh, checkpoints, draws)
             done = _loop(this, state, stop)
@@ -111,13 +102,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 def step_parts(config: ConfigDict, source: Source) -> StepParts:
     """Return the parts of the training step of a config on a data source."""
+    rate = build.make_schedule(config)
     return StepParts(
-        network=make_network(config, source.spec),
+        network=build.make_network(config, source.spec),
         shape=source.spec.shape,
-        objective=make_objective(config, source),
-        scheme=make_scheme(config),
-        optimizer=from_section(make_optimizer, config.optim, rate=make_schedule(config)),
-        ema_names=averages(config),
+        objective=build.make_objective(config, source),
+        scheme=build.make_scheme(config),
+        optimizer=build.from_section(make_optimizer, config.optim, rate=rate),
+        ema_names=build.averages(config),
         seed=config.seed,
         log_every_steps=config.train.log_every_steps,
         batch_size=config.train.batch_size,
@@ -182,7 +174,7 @@ def _hardware() -> str:
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
     """Train to the last step or a signal to stop; return the number of steps done."""
-    config, start, num_steps = run.config, int(state.step), run.config.train.num_steps
+    config, start = run.config, int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(run.parts, run.mesh)
 
@@ -194,17 +186,16 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
 
     def advance(state: TrainState, mark: Any, batch: tuple) -> tuple[TrainState, Array]:
         after = train_step(state, *batch)
-        jax.block_until_ready(mark)
+        jax.block_until_ready(mark)  # so that the host knows how far the device is
         return after
 
-    batches = batches_of(config, run.source, start)
-    schedule = make_schedule(config)
+    batches, schedule = batches_of(config, run.source, start), build.make_schedule(config)
     with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None
-        for done in range(start + 1, num_steps + 1):
+        for done in range(start + 1, config.train.num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
             ahead = pool.submit(advance, state, mark, batch)
-            state, mark = stopping.awaited(ahead, log.remind if log else None)
+            state, mark = processes.awaited(ahead, log.remind if log else None)
             if log and done - 1 > start:
                 log.advance(done - 1)
             is_stopped = stop(done)
@@ -241,14 +232,9 @@ def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog
     """Return the log of the run on the first process, None on the others."""
     if not processes.is_first():
         return contextlib.nullcontext()
-    return RunLog(
-        run.workdir,
-        num_steps=run.config.train.num_steps,
-        start_step=start,
-        batch_size=run.config.train.batch_size,
-        show_progress=run.config.log.progress,
-        hardware=_hardware(),
-    )
+    train, wanted = run.config.train, run.config.log.progress
+    sizes = {"num_steps": train.num_steps, "start_step": start, "batch_size": train.batch_size}
+    return RunLog(run.workdir, **sizes, show_progress=wanted, hardware=_hardware())
 
 
 def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
@@ -259,10 +245,10 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     intact = "no checkpoint yet"
     if checkpoints.steps:
         intact = f"the checkpoint of step {checkpoints.steps[-1]} is intact"
-    raise TrainingDiverged(
-        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
-        "optim.warmup_steps or optim.clip_norm=1 in another workdir"
+    fix = (
+        "try a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm=1 in another workdir"
     )
+    raise TrainingDiverged(f"step {step}: {names} not finite; {intact}; {fix}")
 
 
 def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:

@@ -12,7 +12,7 @@ from jobs import here, works
 from steps import parts_of
 
 import mf_jax
-from mf_jax.data import make_batches, make_source, openml, read
+from mf_jax.data import digits, make_batches, make_source, read
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec, Told
 from mf_jax.models import MLP, DiT, as_field, initial_params
@@ -223,7 +223,7 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
     train, held_out = (make_source(section, split=split) for split in ("train", "held_out"))
     assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits
     assert train.digest == held_out.digest != ""
-    assert train.spec == DataSpec((28, 28, 1), 10, openml.DATASETS["Fashion-MNIST"])
+    assert train.spec == DataSpec((28, 28, 1), 10, digits.DATASETS["Fashion-MNIST"])
     assert (len(train), read(held_out).labels.tolist()) == (12, [2, 3])
     np.testing.assert_allclose(read(held_out).x[:, 0, 0, 0], np.array([12, 13]) / 127.5 - 1)
     with pytest.raises(BadInput, match="must be one of mnist_784, Fashion-MNIST"):

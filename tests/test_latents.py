@@ -15,7 +15,7 @@ from etils import epath
 
 from configs.default import get_config
 from mf_jax import data
-from mf_jax.data import local_copy
+from mf_jax.data import latent_records
 from mf_jax.data.latent_records import MANIFEST, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
@@ -243,7 +243,7 @@ def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(local_copy, "written_aside", full)
+        patch.setattr(latent_records, "written_aside", full)
         refuses(r"cannot hold the .* GB of gs://.*No space left", make)
     assert {path.name for path in copy.iterdir()} == {".lock", MANIFEST}
     assert_all_there(make(path=str(inside)))  # from a file system too

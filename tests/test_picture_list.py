@@ -10,7 +10,7 @@ from conftest import refuses
 from test_data import write_tfds
 from test_prepare import CLASSES, CONTENTS, NAMES, write_tree
 
-from mf_jax.data import files_in
+from mf_jax.data import picture_list
 from mf_jax.data.picture_list import digest, list_files, list_pictures
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
@@ -85,7 +85,9 @@ def test_the_order_is_that_of_names_and_the_digest_tells_lists_apart(tmp_path, m
         (tree / "n01" / name).write_text("no picture")
     digests = [digest(listed(tree).lines())]
     with monkeypatch.context() as patch:
-        patch.setattr(files_in, "_names", lambda *a, f=files_in._names: sorted(f(*a), reverse=True))
+        patch.setattr(
+            picture_list, "_names", lambda *a, f=picture_list._names: sorted(f(*a), reverse=True)
+        )
         found = listed(tree)
     assert [found.name(i) for i in range(len(found))] == NAMES
     assert digest(found.lines()) == digests[0] == DIGEST

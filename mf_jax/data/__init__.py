@@ -21,7 +21,7 @@ SOURCES = {
     "tfds": "mf_jax.data.tfds_source:Tfds",
     "latents": "mf_jax.data.latents:Latents",
     "arrays": "mf_jax.data.arrays:of_file",
-    "openml": "mf_jax.data.openml:of_openml",
+    "openml": "mf_jax.data.digits:of_openml",
 }
 """Where each source is defined; its module is imported when a config names it."""
 

@@ -1,7 +1,7 @@
 """Arrays of a file: vectors `[N, D]`, signals `[N, L, C]` or pictures `[N, H, W, C]`.
 
-A file is an `.npz` of arrays by name, or an `.npy` of x alone, which is read row by row from the
-disk. Names are x, label, condition, pair and mask; others are refused.
+A file is an `.npz` of arrays by the names of `KEYS`, or an `.npy` of x alone, which is read row by
+row from the disk.
 """
 
 import functools
@@ -20,8 +20,7 @@ from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import in_bucket, sha256_of
 
 KEYS = ("x", "label", "condition", "pair", "mask")
-SPLIT_SEED = 0
-"""Seed of the split, fixed so that every run and every host holds out the same rows."""
+SPLIT_SEED = 0  # fixed so that every run and every host holds out the same rows
 _RANKS = {2: "[N, D]", 3: "[N, L, C]", 4: "[N, H, W, C]"}
 _MOST_CLASSES = 100_000
 _CHUNK = 2**22  # numbers looked at together
@@ -62,18 +61,11 @@ class Rows:
         mask = found.get("mask")
         x, e = (_as_floats(found.get(key), mask) for key in ("x", "pair"))
         labels = found.get("label", np.full(len(indices), NO_LABEL))
-        condition = found.get("condition")
-        condition = None if condition is None else condition.astype(np.float32)
-        return Batch(x, labels.astype(np.int32), condition, e, mask)
+        return Batch(x, labels.astype(np.int32), found.get("condition"), e, mask)
 
 
 def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
-    """Open one split of the arrays in a file.
-
-    Args:
-      path: an `.npz` or `.npy` file.
-      held_out_share: share of the rows, in (0, 1), chosen at random once and for all.
-    """
+    """Open one split of an `.npz` or `.npy` file; held out are rows chosen once and for all."""
     file, where = epath.Path(path).expanduser(), f"path={path!r}"
     if in_bucket(file):
         raise BadInput(f"{where} is in a bucket: copy the file to each host, and set path to that")

@@ -10,8 +10,7 @@ from PIL import Image, ImageColor, ImageOps
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.archives import check_claim
 
-CROP = "adm"
-"""The crop's name in manifests."""
+CROP = "adm"  # the crop's name in manifests
 _FORMATS = """AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF HEIF ICNS ICO IM JPEG JPEG2000 MSP
 PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM"""
 """Those with pixels in them: EPS and WMF are programs, others hold a picture of any format."""
@@ -48,9 +47,8 @@ def check_background(colour: str) -> None:
     try:
         ImageColor.getrgb(colour)
     except ValueError as error:
-        raise BadInput(
-            f"background={colour!r}: must be a colour, as white, black or #8080ff"
-        ) from error
+        problem = f"background={colour!r}: must be a colour, as white, black or #8080ff"
+        raise BadInput(problem) from error
 
 
 def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:

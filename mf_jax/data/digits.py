@@ -1,27 +1,32 @@
-"""The 1,797 handwritten digits that come with scikit-learn: real pictures without a download."""
+"""Grey pictures through scikit-learn: its own 1,797 digits, and MNIST's kin fetched from OpenML."""
+
+import functools
+import hashlib
+import os
 
 import numpy as np
 from etils import epy
 
-from mf_jax.data.arrays import Rows
+from mf_jax.data.arrays import SPLIT_SEED, Rows
 from mf_jax.data.pipeline import SPLITS
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_known, reason_of
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
     import sklearn.model_selection
 
 IMAGE_SIZE = 8
-SPLIT_SEED = 0
-"""Seed of the split, fixed so that every run and every host holds out the same digits."""
+_SIDE = 28
+_HELD_OUT_OF = 7  # the last 10,000 of 70,000 pictures are the test set
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+DATASETS = {"mnist_784": tuple("0123456789"), "Fashion-MNIST": tuple(_CLOTHES.split(","))}
+"""The names of the classes of each set, by its name at OpenML."""
 
 
 def of_digits(*, image_size: int, split: str) -> Rows:
     """Open one split of grey digits `[8, 8, 1]` in [-1, 1]; of each class a fifth is held out."""
     if image_size != IMAGE_SIZE:
-        raise BadInput(
-            f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set {IMAGE_SIZE}"
-        )
+        raise BadInput(f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set that")
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     parts = sklearn.model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels
@@ -29,3 +34,32 @@ def of_digits(*, image_size: int, split: str) -> Rows:
     x = (pixels / 8 - 1).astype(np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1)
     chosen = np.sort(parts[SPLITS.index(split)])
     return Rows({"x": x, "label": labels}, chosen, tuple("0123456789"))
+
+
+def of_openml(*, dataset: str, path: str, split: str) -> Rows:
+    """Open the official split of one of `DATASETS` as grey pictures `[28, 28, 1]`.
+
+    What is fetched is kept in the folder `path`; "" is scikit-learn's own.
+    """
+    check_known("dataset", dataset, DATASETS)
+    x, labels, digest = _fetch(dataset, os.path.expanduser(path))
+    start = len(x) - len(x) // _HELD_OUT_OF
+    rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
+    return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], digest)
+
+
+@functools.lru_cache(1)  # for both splits: to parse the text takes a minute
+def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
+    options = {"version": 1, "as_frame": False, "return_X_y": True}
+    try:  # pandas, the usual parser, is one package more
+        pixels, labels = sklearn.datasets.fetch_openml(
+            dataset, data_home=path or None, parser="liac-arff", **options
+        )
+    except (OSError, ValueError) as error:  # no network; an answer that is no data set
+        raise BadInput(
+            f"dataset={dataset!r} cannot be fetched from OpenML ({reason_of(error)}): try again "
+            "with a network, or set path to a folder with a copy"
+        ) from error
+    x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
+    labels = labels.astype(np.int32)
+    return x, labels, hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()

@@ -1,8 +1,13 @@
-"""Pictures in a folder, whatever their size and mode; sub-folders are classes."""
+"""Pictures in a folder, whatever their size and mode; sub-folders are classes.
 
+Decoded pictures are kept in a folder of the user's: the next start reads one file, not thousands.
+"""
+
+import contextlib
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +16,6 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from mf_jax.data.crop import adm_crop, as_rgb, check_background, formats, open_picture
-from mf_jax.data.kept_pictures import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures, fit_in_memory
 from mf_jax.data.pipeline import count_held_out
@@ -19,17 +23,19 @@ from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
+from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
+from mf_jax.runtime.compile_cache import cache_folder
 from mf_jax.runtime.files import in_bucket
 
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
 _LOOKED_AT, _COLOUR = 256, "colour"
+_KEPT, _MOST_KEPT = "pictures", 4
 
 
 class ImageFolder(Pictures):
     """The pictures of a folder, or of tar files, as `[image_size, image_size, channels]`.
 
-    Broken pictures are skipped with one warning and listed in `broken`. Digest: of the names and
-    classes of the others.
+    Broken pictures are listed in `broken`. Digest: of the names and classes of the others.
     """
 
     def __init__(
@@ -46,10 +52,8 @@ class ImageFolder(Pictures):
         """List one split and decode each of its pictures once, to find the broken ones.
 
         Args:
-          path: see `list_files`.
-          held_out_share: share of each class, in (0, 1), chosen by file names alone; of two
-            pictures or more, both splits get one.
-          class_order: see `list_files`; the default is how earlier runs ordered them.
+          path, class_order: see `list_files`.
+          held_out_share: share of each class, in (0, 1), chosen by file names alone.
           channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
           background: colour behind transparent pixels.
         """
@@ -63,11 +67,9 @@ class ImageFolder(Pictures):
         formats()  # before the threads: a race in Pillow would reject a good picture
         self._list = list_files(path, key="path", class_order=class_order)
         labels = np.array(self._list.labels)
-        listed = [
-            index
-            for label in np.unique(labels)
-            for index in _part(self._list, np.flatnonzero(labels == label), held_out_share, split)
-        ]
+        classes = (np.flatnonzero(labels == label) for label in np.unique(labels))
+        parts = (_part(self._list, indices, held_out_share, split) for indices in classes)
+        listed = list(itertools.chain.from_iterable(parts))
         if not listed:
             raise BadInput(f"path={path!r} has no picture for split={split!r}: add a second one")
         channels = channels or (1 if _are_grey(self._list, background) else 3)
@@ -76,7 +78,7 @@ class ImageFolder(Pictures):
         self._path, self._background, pixels = path, background, None
         if fit_in_memory(spec, len(listed)):
             recipe = [path, split, *map(str, (held_out_share, spec.shape, background))]
-            whole = kept([*recipe, *self._list.versions()], lambda: self._crop_all(listed, spec))
+            whole = _kept([*recipe, *self._list.versions()], lambda: self._crop_all(listed, spec))
             pixels, problems = whole["pixels"], whole["problems"].tolist()
         else:
             problems = _tried(lambda index: _look(self._list, index), listed)
@@ -117,6 +119,29 @@ class ImageFolder(Pictures):
                 f"changed and cannot be read ({error}): put any picture in its place, and run the "
                 "same command again, which continues"
             ) from error
+
+
+def _kept(
+    made_from: Iterable[str], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the arrays that `make` returns, from the user's folder where it holds them whole."""
+    cache = None
+    with contextlib.suppress(RuntimeError):  # there is no home folder
+        cache = cache_folder()
+    if cache is None:
+        return make()
+    folder = epath.Path(cache) / _KEPT
+    file = folder / f"{digest(made_from)}.npz"
+    with contextlib.suppress(*UNREADABLE):
+        return read_npz(file, ("pixels", "problems"))
+    arrays = make()
+    with contextlib.suppress(OSError):  # no folder, no space: no matter
+        folder.mkdir(parents=True, exist_ok=True)
+        write_npz(file, arrays)
+        files = sorted(folder.glob("*.npz"), key=lambda each: -each.stat().mtime)
+        for old in files[_MOST_KEPT:]:
+            old.unlink(missing_ok=True)
+    return arrays
 
 
 def _part(
@@ -183,11 +208,9 @@ def _readable(
     lost = {pictures.labels[index] for index in bad} - {pictures.labels[index] for index in good}
     if lost and split == "train":
         names = listed([pictures.class_names[label] for label in sorted(lost)])
-        raise BadInput(
-            f"path={path!r}: all {split} pictures of class {names} are broken: replace {named}, or "
-            "remove the class"
-        )
+        problem = f"path={path!r}: all {split} pictures of class {names} are broken"
+        raise BadInput(f"{problem}: replace {named}, or remove the class")
     if bad:
-        share = f"{len(bad)} broken of {len(indices)} pictures"
-        logging.warning("%s: skipped %s: %s", path, share, named)
+        text = "%s: skipped %d broken of %d pictures: %s"
+        logging.warning(text, path, len(bad), len(indices), named)
     return good, tuple(pictures.name(index) for index in bad)

@@ -1,12 +1,13 @@
-"""The files in a folder of latents: shards, a side file of each, settings, and a manifest.
+"""The files in a folder of latents, shards, a side file of each, settings, a manifest; a copy.
 
 A record is a label (int32), then the mean and standard deviation of a latent (float16
-`[2, h, w, C]`), little-endian. Record 2i of a shard is of its picture i,
-and record 2i + 1 of the mirror image.
+`[2, h, w, C]`), little-endian. Record 2i is of picture i of a shard, 2i + 1 of its mirror image.
 """
 
+import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from jaxtyping import Float16
 
 from mf_jax.data.crop import CROP
 from mf_jax.flow.errors import BadInput
-from mf_jax.runtime.json_files import misfit, read_json
+from mf_jax.reporting.progress import track
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket, locked, opened, sha256_of, written_aside
+from mf_jax.runtime.json_files import misfit, read_json, write_json
 
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -30,16 +34,12 @@ _MANIFEST = {"image_size": 1, "latent_shape": [1], "autoencoder": {"name": "", "
 _MANIFEST |= {"classes": [{"name": ""}], "shards": [{"name": ""} | _SIDE]}
 """What the files are like; see `parse_json`."""
 AGAIN = "delete it and prepare again"
+_COPIED_AT_ONCE, _CHUNK_BYTES = 8, 2**24
 
 
 def shard_name(shard: int, shards: int) -> str:
     """Return the file name of a shard."""
     return f"latents-{shard:05d}-of-{shards:05d}.array_record"
-
-
-def side_name(shard: int, shards: int) -> str:
-    """Return the name of the side file, which counts and names what a shard holds and lacks."""
-    return shard_name(shard, shards).replace(".array_record", ".json")
 
 
 def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
@@ -49,13 +49,11 @@ def to_record(label: int, rows: Float16[np.ndarray, "2 h w c"]) -> bytes:
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """Return the manifest of a folder; of an unfinished one, say how much is there."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (path := folder / MANIFEST).exists():
         _refuse_unfinished(folder)
     manifest = read_json(path, {}, AGAIN)
     needed = {"format_version": FORMAT_VERSION, "crop": CROP}
-    stored = {key: manifest.get(key) for key in needed}
-    if stored != needed:
+    if (stored := {key: manifest.get(key) for key in needed}) != needed:
         raise BadInput(f"{path} says {stored}; must say {needed}: prepare them again")
     if problem := misfit(manifest, _MANIFEST, "it"):
         raise BadInput(f"{path}: {problem}: {AGAIN}")
@@ -85,3 +83,59 @@ def _refuse_unfinished(folder: epath.Path) -> None:
         f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no "
         f"{MANIFEST}: run the same --mode=prepare again, which continues"
     )
+
+
+def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
+    """Copy the shards that a copy lacks, and return it: record by record, a network is too slow.
+
+    Processes of one host may share a copy: one makes it, the others wait.
+    """
+    if in_bucket(target):
+        raise BadInput(f"copy_to={str(target)!r}: is in a bucket; must be a folder of this host")
+    manifest = read_manifest(source)
+    shards = manifest["shards"]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with locked(target / ".lock", wait=True), ThreadPoolExecutor(_COPIED_AT_ONCE) as pool:
+            if not (target / MANIFEST).exists():
+                write_json(target / MANIFEST, manifest)
+            elif read_manifest(target) != manifest:
+                message = f"holds other latents than {source}; choose another folder"
+                raise BadInput(f"copy_to={str(target)!r}: {message}")
+            is_there = pool.map(lambda shard: _is_there(target / shard["name"], shard), shards)
+            there = zip(shards, is_there, strict=True)
+            names = [shard["name"] for shard, is_whole in there if not is_whole]
+            copied = pool.map(lambda name: _copy(source / name, target / name), names)
+            shown = {"unit": "shards", "is_wanted": bool(names) and processes.is_first()}
+            collections.deque(track(copied, "copying latents", len(names), **shown), maxlen=0)
+    except OSError as error:
+        size = sum(shard["bytes"] for shard in shards)
+        raise BadInput(
+            f"copy_to={str(target)!r}: cannot hold the {size / 1e9:.3g} GB of {source} "
+            f"({error.strerror or error}); choose another folder of this host"
+        ) from error
+    return target
+
+
+def _is_there(path: epath.Path, shard: Mapping[str, Any]) -> bool:
+    if not path.is_file() or path.stat().length != shard["bytes"]:
+        return False
+    return sha256_of(path) == shard["sha256"] if "sha256" in shard else True
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    with written_aside(target) as aside, open(aside, "wb") as copy:
+        for chunk in _chunks(source):
+            copy.write(chunk)
+
+
+def _chunks(path: epath.Path) -> Iterator[bytes]:
+    """Yield a file's bytes; only errors of reading it are caught here."""
+    try:
+        with opened(path) as file:
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+    except OSError as error:
+        raise BadInput(
+            f"path={str(path.parent)!r}: {path.name} cannot be read ({error.strerror or error}); "
+            "see to it, and run the same command again, which continues"
+        ) from error

@@ -15,8 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
-from mf_jax.data.latent_records import LABEL, NUMBER, read_manifest
-from mf_jax.data.local_copy import local_copy
+from mf_jax.data.latent_records import LABEL, NUMBER, local_copy, read_manifest
 from mf_jax.data.pipeline import Batch, Stored
 from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.flow.records import DataSpec
@@ -46,15 +45,19 @@ class Latents:
         """Open the latents in a folder.
 
         Args:
-          image_size: pixels of the pictures that were encoded.
-          autoencoder: that encoded them, by its published name or as a path.
-          latent_mean: taken from each latent, one number or one a channel.
-          latent_std: what the rest is divided by, one number or one a channel, above 0.
+          image_size, autoencoder: of the pictures, and that encoded them, by name or path.
+          latent_mean, latent_std: give (latent - mean) / std; one number, or one a channel.
           copy_to: folder of this host to copy them to first; a bucket needs it, "" reads in place.
         """
         if split != "train":
             raise BadInput("name='latents': has no held-out pictures: set eval.references")
-        self._folder, self._is_copy = _checked_folder(path, copy_to), bool(copy_to)
+        folder, target = (epath.Path(each).expanduser() for each in (path, copy_to))
+        if in_bucket(folder) and not copy_to:
+            raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
+        if not path or not folder.is_dir():  # "" would be the current directory
+            raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
+        self._is_copy = bool(copy_to)
+        self._folder = local_copy(folder, target) if copy_to else folder
         manifest = read_manifest(self._folder)
         _check_origin(manifest, image_size, autoencoder)
         shape = tuple(manifest["latent_shape"])
@@ -71,7 +74,11 @@ class Latents:
         counts = itertools.accumulate(shard["count"] for shard in self._shards)
         self._starts = np.array([0, *counts])
         for shard in self._shards:
-            self._check_length(shard)
+            path = self._folder / shard["name"]
+            if not path.is_file():
+                self._refuse(shard, "is missing")
+            if (length := path.stat().length) != shard["bytes"]:
+                self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
         self._reader = functools.cache(self._opened)  # which threads share
 
     def __len__(self) -> int:
@@ -108,14 +115,6 @@ class Latents:
         path = self._folder / self._shards[shard]["name"]
         return ArrayRecordReader(str(path), **_READER_OPTIONS)
 
-    def _check_length(self, shard: dict[str, Any]) -> None:
-        path = self._folder / shard["name"]
-        if not path.is_file():
-            self._refuse(shard, "is missing")
-        length = path.stat().length
-        if length != shard["bytes"]:
-            self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
-
     def _refuse(self, shard: dict[str, Any], problem: str) -> None:
         path, command = self._folder / shard["name"], "this command again, which copies"
         if not self._is_copy:
@@ -127,23 +126,11 @@ class Latents:
         return (mean + std * jax.random.normal(key, mean.shape) - self._mean) / self._std
 
 
-def _checked_folder(path: str, copy_to: str) -> epath.Path:
-    folder = epath.Path(path).expanduser()
-    if in_bucket(folder) and not copy_to:
-        raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
-    if not path or not folder.is_dir():  # "" would be the current directory
-        raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
-    return local_copy(folder, epath.Path(copy_to).expanduser()) if copy_to else folder
-
-
 def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -> None:
     if (size := manifest["image_size"]) != image_size:
-        raise BadInput(
-            f"image_size={image_size}: these latents are of pictures of {size} pixels: set "
-            f"image_size={size}, or path to others"
-        )
-    made_by = manifest["autoencoder"]
-    sha256 = _sha256(autoencoder)
+        problem = f"image_size={image_size}: these latents are of pictures of {size} pixels"
+        raise BadInput(f"{problem}: set image_size={size}, or path to others")
+    made_by, sha256 = manifest["autoencoder"], _sha256(autoencoder)
     if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
         raise BadInput(
             f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "

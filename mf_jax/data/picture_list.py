@@ -3,9 +3,8 @@
 Classes and pictures are in the order of their names. Hence a picture has the same number on every
 host, and ImageNet's labels are the usual 0 to 999.
 
-Folders and tar files are one list of files. A folder around all others is opened, and so is
-`train` beside other splits. What lies below a folder at the top then is its class. Names that begin
-with a dot are no pictures: Macs leave such companions.
+A folder around all others is opened, and so is `train` beside other splits. What lies below a
+folder at the top then is its class.
 """
 
 import decimal
@@ -13,61 +12,82 @@ import hashlib
 import os
 import posixpath
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import numpy as np
 from absl import logging
 from etils import epath
 
 from mf_jax.data.crop import open_picture, suffixes
-from mf_jax.data.files_in import File, in_folder, in_tar
 from mf_jax.data.tfds_source import TfdsPictures
 from mf_jax.flow.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
+from mf_jax.runtime.files import in_bucket, opened
 
 _TAR, _NUMBER = ".tar", re.compile(r"-?\d+(\.\d+)?")
 _TRAIN = ("train", "training")
 _SPLITS = {*_TRAIN, "val", "valid", "validation", "dev", "test", "testing"}
 _HEAD_BYTES = 2**24  # of a name without ending, to see whether it is a picture
+_OF_TARFILE = b"LKxgX"  # types that tarfile reads itself: long names, headers of POSIX
+_MOST_OF_A_NAME = 2**20
+
+
+class File(NamedTuple):
+    """A file of an input, or a folder.
+
+    parts: its name below the root; of a folder, the last is empty. name: as it is shown and told
+    apart. path, offset, size: its place; a size of -1 means the whole file.
+    """
+
+    parts: tuple[str, ...]
+    name: str
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        with opened(self.path) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 class Listed:
-    """Encoded pictures in folders or in tar files; `read` is safe in several threads.
-
-    class_names: in the order of the labels; () without labels.
-    """
+    """Encoded pictures in folders or in tar files; `read` is safe in several threads."""
 
     def __init__(self, classes: list[tuple[str, File]], class_order: str) -> None:
-        self.class_names = _ordered(classes, class_order)
+        names = sorted({name for name, _ in classes} - {""})
+        if class_order == "number" and all(map(_NUMBER.fullmatch, names)):
+            names.sort(key=decimal.Decimal)
+        self.class_names = tuple(names)
         numbers = {name: label for label, name in enumerate(self.class_names)}
         found = sorted((numbers.get(name, NO_LABEL), file[1:]) for name, file in classes)
         self.labels = [label for label, _ in found]
-        self._names = [name for _, (name, _, *_) in found]
-        self._files = [path for _, (_, path, *_) in found]
-        self._places = np.array([place for _, (_, _, *place) in found], np.int64).reshape(-1, 2)
+        self._files = [File((), *place) for _, place in found]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
     def name(self, index: int) -> str:
         """Return a picture's name, with the folders it is in."""
-        return self._names[index]
+        return self._files[index].name
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Return a picture as it is stored, and its label."""
-        place = self._places[index].tolist()
-        return File((), self._names[index], self._files[index], *place).read(), self.labels[index]
+        return self._files[index].read(), self.labels[index]
 
     def versions(self) -> Iterator[str]:
         """Yield text that differs where a file was changed, or is another."""
-        changed = {path: os.stat(path).st_mtime_ns for path in dict.fromkeys(self._files)}
-        for line, path in zip(self.lines(), self._files, strict=True):
-            yield f"{line}\0{path}\0{changed[path]}"
+        changed = {path: os.stat(path).st_mtime_ns for path in {file.path for file in self._files}}
+        for line, file in zip(self.lines(), self._files, strict=True):
+            yield f"{line}\0{file.path}\0{changed[file.path]}"
 
     def lines(self) -> Iterator[str]:
         """Yield text that differs between different lists."""
-        for label, name, size in zip(self.labels, self._names, self._places[:, 1], strict=True):
-            yield f"{self.class_names[label] if label != NO_LABEL else ''}\0{name}\0{size}"
+        for label, file in zip(self.labels, self._files, strict=True):
+            class_name = self.class_names[label] if label != NO_LABEL else ""
+            yield f"{class_name}\0{file.name}\0{file.size}"
 
 
 PicturesIn = Listed | TfdsPictures
@@ -91,9 +111,9 @@ def list_files(path: str, *, key: str, class_order: str) -> Listed:
     """
     root = epath.Path(path).expanduser()
     if path and root.is_dir():  # "" would be the current directory
-        files = list(in_folder(root))
+        files = list(_in_folder(root))
     elif root.suffix.lower() == _TAR and root.exists():
-        files = list(in_tar(File((), "", str(root)), key))
+        files = list(_in_tar(File((), "", str(root)), key))
     else:
         raise BadInput(f"{key}={path!r} is neither a folder of pictures nor a .tar file: set {key}")
     return Listed(_classes(files, root, key), class_order)
@@ -105,13 +125,6 @@ def digest(lines: Iterable[str]) -> str:
     for line in lines:
         total.update(line.encode(errors="surrogateescape") + b"\n")
     return total.hexdigest()
-
-
-def _ordered(classes: list[tuple[str, File]], class_order: str) -> tuple[str, ...]:
-    names = sorted({name for name, _ in classes} - {""})
-    if class_order == "number" and all(map(_NUMBER.fullmatch, names)):
-        names.sort(key=decimal.Decimal)
-    return tuple(names)
 
 
 def _is_picture(file: File) -> bool:
@@ -179,7 +192,7 @@ def _to_open(files: list[File], pictures: set[str]) -> str:
 def _of_class(tar: File, key: str) -> Iterator[tuple[str, File]]:
     """Yield the pictures of a class's tar file."""
     class_name = posixpath.splitext(tar.parts[-1])[0]
-    pictures = [file for file in in_tar(tar, key) if _is_picture(file)]
+    pictures = [file for file in _in_tar(tar, key) if _is_picture(file)]
     if not pictures:
         _refuse_empty(f"{tar.path}:{tar.name}", key)
     for file in pictures:
@@ -191,3 +204,77 @@ def _refuse_empty(place: str, key: str) -> None:
         f"{key}: {place} holds no pictures that Pillow reads; a class must have one: remove it, or "
         f"set {key} to the folder whose sub-folders hold pictures"
     )
+
+
+def _in_folder(root: epath.Path) -> Iterator[File]:
+    """Yield the files below a folder, and its folders."""
+    names = _names(os.fspath(root), "", ())
+    if in_bucket(root):
+        start = len(f"{root}/")
+        names = (f"{place}/{name}"[start:] for place, _, each in root.walk() for name in each)
+    for name in names:
+        if parts := _parts(name):
+            yield File(parts, name, f"{root}/{name}")
+
+
+def _names(root: str, below: str, within: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names of files, and of folders with a slash, in the folder `below` of a root."""
+    within = (*within, os.path.realpath(f"{root}/{below}"))
+    with os.scandir(f"{root}/{below}") as entries:  # which knows folders without asking for each
+        for entry in entries:
+            name = below + entry.name
+            if not entry.is_dir():
+                yield from [name] if entry.is_file() or entry.is_symlink() else []
+            elif _parts(name) and os.path.realpath(entry.path) not in within:
+                yield f"{name}/"
+                yield from _names(root, f"{name}/", within)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Return a name's parts, or () if it is outside of the root or hidden, as Macs' companions."""
+    parts = *posixpath.normpath(name.strip("/")).split("/"), *[""] * name.endswith("/")
+    is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return () if is_hidden else parts
+
+
+def _in_tar(tar_file: File, key: str) -> Iterator[File]:
+    """Yield the files of a tar file, which may lie in another."""
+    shown = tar_file.path if tar_file.size < 0 else f"{tar_file.path}:{tar_file.name}"
+    members: dict[str, tarfile.TarInfo] = {}
+    try:
+        with opened(tar_file.path) as file:
+            end = file.seek(0, os.SEEK_END)
+            end = end if tar_file.size < 0 else min(end, tar_file.offset + tar_file.size)
+            file.seek(tar_file.offset)
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                for member in tar:
+                    if not 0 <= member.size <= end - member.offset_data or member.issparse():
+                        raise tarfile.ReadError("a size is wrong")
+                    members[posixpath.normpath(member.name)] = member
+    except BadInput:
+        raise
+    except Exception as error:  # its type depends on where tarfile stumbles over the damage
+        problem = f"{shown} is cut short, or no uncompressed tar file ({error})"
+        raise BadInput(f"{key}: {problem}: fetch it again, or unpack it") from error
+    for member in members.values():
+        target = _target(member, members)
+        if parts := _parts(member.name + "/" * member.isdir()):
+            place = (target.offset_data, target.size) if target.isfile() else (0, 0)
+            yield File(parts, member.name, tar_file.path, *place)
+
+
+class _Header(tarfile.TarInfo):
+    """The header of a member, before tarfile skips what it says, or reads it as a long name."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _OF_TARFILE and header.size > _MOST_OF_A_NAME):
+            raise tarfile.ReadError("a size is wrong")
+        return header
+
+
+def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Return what a link leads to; a link that leads nowhere, and all else, itself."""
+    above = posixpath.dirname(member.name) if member.issym() else ""
+    return members.get(posixpath.normpath(posixpath.join(above, member.linkname)), member)

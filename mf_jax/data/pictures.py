@@ -12,8 +12,7 @@ from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 
-CACHE_BYTES = 2**30
-"""Pictures that take at most this many bytes together are decoded once and kept."""
+CACHE_BYTES = 2**30  # pictures that take no more together are decoded once and kept
 THREADS = max(16, processes.cpu_count())  # also where there are fewer cores: reading waits
 
 

@@ -64,8 +64,8 @@ class Stored(NamedTuple):
 class Source(Protocol):
     """A fixed, ordered collection of elements with random access.
 
-    spec: of its elements. stored: None where `gather` returns the elements themselves. A source
-    whose elements may be replaced has a `digest` too, of their names.
+    stored: None where `gather` returns the elements themselves. A source whose elements may be
+    replaced has a `digest` too, of their names.
     """
 
     spec: DataSpec
@@ -87,10 +87,7 @@ def count_held_out(held_out_share: float, num: int) -> int:
 def stream_indices(
     positions: Int[np.ndarray, "n"], *, length: int, seed: int
 ) -> Int[np.ndarray, "n"]:
-    """Map positions of the endless stream to elements, a pure function of (seed, position, length).
-
-    Every epoch holds each of the `length` elements exactly once.
-    """
+    """Map positions of the endless stream to elements; an epoch holds each exactly once."""
     from grain.experimental import index_shuffle
 
     epochs, places = np.divmod(positions, length)
@@ -106,10 +103,7 @@ def stream_indices(
 
 
 def stream_flips(first: int, count: int, *, seed: int) -> Bool[np.ndarray, "n"]:
-    """Return which of the positions first, first + 1, ... are mirrored, with probability 1/2.
-
-    A pure function of (seed, position).
-    """
+    """Return which of the positions first, first + 1, ... are mirrored, with probability 1/2."""
     # position p owns counter p, which yields four words; the first decides
     generator = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)))
     words = generator.advance(first).random_raw(4 * count)[::4]
@@ -130,8 +124,7 @@ def make_batches(
 
     Args:
       batch_size: rows of the global batch; a multiple of process_count.
-      seed: at least 0; with the step it decides everything that a batch holds.
-      start_step: the step of the first batch; k resumes a stream of which k batches were used.
+      start_step: k resumes a stream of which k batches were used.
       flip: mirror each picture left to right with probability 1/2.
       process_index: which contiguous share of each batch to return, in [0, process_count).
     """

@@ -16,8 +16,7 @@ from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.files import in_bucket, opened
 
 _FEATURES = "tensorflow_datasets.core.features."
-_NAMING = {"pythonClassName", "python_class_name", "type"}
-"""Keys of a features.json that name a class, of which TFDS imports the module."""
+_NAMING = {"pythonClassName", "python_class_name", "type"}  # name a class to import
 
 
 class TfdsPictures:
@@ -25,7 +24,7 @@ class TfdsPictures:
 
     Args:
       dataset: TFDS name, such as `cifar10` or `imagenet2012:5.1.0`.
-      split: TFDS name of the split; slices such as `train[:90%]` are allowed.
+      split: in the words of TFDS, such as `train[:90%]`.
       path: the TFDS data_dir; "" means the default of TFDS.
       encoded: leave pictures as the bytes that are stored.
     """
@@ -116,10 +115,8 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
     features = dict(data.dataset_info.features.items())
     image = features.get("image")
     if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
-        raise BadInput(
-            f"dataset={dataset!r} must have a feature 'image' (uint8 [H, W, C]); it has "
-            f"{list(features)}"
-        )
+        needed = "a feature 'image' (uint8 [H, W, C])"
+        raise BadInput(f"dataset={dataset!r} must have {needed}; it has {list(features)}")
     return data, features
 
 
@@ -128,6 +125,12 @@ def _check_features(folder: epath.Path) -> None:
 
     TFDS would import them, and so run what lies in a folder from which Python imports.
     """
+
+    def check(entry: dict[str, Any]) -> None:
+        for name in (str(entry[key]) for key in _NAMING & entry.keys()):
+            if not name.startswith(_FEATURES):
+                raise BadInput(f"{folder} asks for {name[:80]}, which is no feature of TFDS")
+
     for versions in ("", "*/", "*/*/"):
         pattern = f"{versions}features.json"
         if in_bucket(folder):
@@ -135,13 +138,5 @@ def _check_features(folder: epath.Path) -> None:
         else:
             found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
         for path in found:
-            for name in map(str, _class_names(path)):
-                if not name.startswith(_FEATURES):
-                    raise BadInput(f"{path} asks for {name[:80]}, which is no feature of TFDS")
-
-
-def _class_names(path: epath.Path) -> list[Any]:
-    names: list[Any] = []
-    with opened(path) as file:
-        json.load(file, object_hook=lambda d: names.extend(d[k] for k in _NAMING & d.keys()))
-    return names
+            with opened(path) as file:
+                json.load(file, object_hook=check)

@@ -18,8 +18,7 @@ with epy.lazy_imports():  # takes a second
 
 SPLIT_SEEDS = {"train": 20250, "held_out": 20251}
 GAUSSIAN_MEAN = (0.5, -0.25)
-GAUSSIAN_STD = 0.5
-"""The average velocity of this Gaussian is known in closed form."""
+GAUSSIAN_STD = 0.5  # its average velocity is known in closed form
 
 
 def checkerboard(n: int, seed: int) -> Float[np.ndarray, "n 2"]:

@@ -2,8 +2,7 @@
 
 1. The pictures, in the order of their names, are dealt to a fixed number of shards. Process i of n
    takes the shards i, i + n, i + 2n, ...
-2. A shard is written aside and renamed when it is whole: a restart makes what is missing. However
-   many stops and processes there are, every file has the same bytes.
+2. A shard is renamed when it is whole: a restart makes what is missing, with the same bytes.
 3. The process that finds all shards there writes the manifest; training waits for it.
 """
 
@@ -27,32 +26,36 @@ from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
-from mf_jax.prepare.stream import PictureStream
+from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
-
-
-Output = LatentShards | ReferenceStatistics
-"""What is made of the pictures, shard by shard."""
+Output = LatentShards | ReferenceStatistics  # what is made of the pictures, by shards
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Make this process's share of latents and statistics; a failure keeps what is finished."""
-    del workdir
     process = index, count = check_prepare(config)
     prepare, key = config.prepare, "prepare.input"
     taken = {"tfds_split": config.data.split_train, "class_order": config.data.class_order}
     pictures = list_pictures(prepare.input, key=key, **taken)
-    if len(pictures) < prepare.shards:
-        raise BadInput(
-            f"prepare.shards={prepare.shards}: the input has {len(pictures)} pictures: set "
-            f"prepare.shards={max(1, len(pictures) // 1000)}"
-        )
-    outputs = _outputs(config, pictures, process)
+    if (num_pictures := len(pictures)) < prepare.shards:
+        problem = f"prepare.shards={prepare.shards}: the input has {num_pictures} pictures"
+        raise BadInput(f"{problem}: set prepare.shards={max(1, num_pictures // 1000)}")
+    common = {
+        "format_version": FORMAT_VERSION,
+        "image_size": config.data.image_size,
+        "crop": CROP,
+        "num_shards": prepare.shards,
+        "num_listed": len(pictures),
+        "input_sha256": digest(pictures.lines()),
+    }
+    # what is to be made is opened before any work
+    outputs: list[Output] = [_latents(config, common, pictures)] if prepare.latents else []
+    outputs += [_reference(config, common, pictures, process)] if prepare.reference else []
     mine = range(index, prepare.shards, count)
     pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
     pending = {shard: missing for shard, missing in pending.items() if missing}
@@ -82,22 +85,6 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise BadInput("; ".join(problems))
     return (index, count) if count else (jax.process_index(), jax.process_count())
-
-
-def _outputs(config: ConfigDict, pictures: PicturesIn, process: tuple[int, int]) -> list[Output]:
-    """Open what is to be made, all of it before any work."""
-    common = {
-        "format_version": FORMAT_VERSION,
-        "image_size": config.data.image_size,
-        "crop": CROP,
-        "num_shards": config.prepare.shards,
-        "num_listed": len(pictures),
-        "input_sha256": digest(pictures.lines()),
-    }
-    outputs: list[Output] = [_latents(config, common, pictures)] if config.prepare.latents else []
-    if config.prepare.reference:
-        outputs.append(_reference(config, common, pictures, process))
-    return outputs
 
 
 def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -> LatentShards:
@@ -141,10 +128,8 @@ def _reference(
     claim(parts, common | {"inception_sha256": inception.sha256}, key="prepare.reference")
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
     crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
-    shards, listed = config.prepare.shards, len(pictures)
-    return ReferenceStatistics(
-        path, params, process, num_shards=shards, num_listed=listed, crop=crop
-    )
+    sizes = {"num_shards": config.prepare.shards, "num_listed": len(pictures)}
+    return ReferenceStatistics(path, params, process, **sizes, crop=crop)
 
 
 def _crop(
@@ -161,7 +146,7 @@ def _crop(
 
 
 def _local_mesh() -> Mesh:
-    """Return this process's own devices: processes work apart, each at its own pace."""
+    """Return this process's own devices: each works at its own pace."""
     return Mesh(np.array(jax.local_devices()), ("batch",))
 
 
@@ -187,11 +172,24 @@ def _work(
             progress.name(f"shard {shard} of {config.prepare.shards},")
             for output in outputs:
                 output.begin(shard)
-            for pixels in stream.shard(len(indices[shard])):
-                images = jax.device_put(pixels.images, split)
-                for output in outputs:
-                    output.add(pixels, images)
+            batches = stream.shard(len(indices[shard]))
+            for pixels, computed in _computed(batches, outputs, split):
+                for output, values in zip(outputs, computed, strict=True):
+                    output.add(pixels, values)
                 progress.advance(pixels.count)
             progress.advance(len(stream.skipped))
             for output in outputs:
                 output.end(shard, stream.skipped)
+
+
+def _computed(
+    batches: Iterator[Pixels], outputs: list[Output], split: NamedSharding
+) -> Iterator[tuple[Pixels, list[Any]]]:
+    """Yield batches and what outputs compute of them; the next is computed meanwhile."""
+    ahead = []
+    for pixels in batches:
+        images = jax.device_put(pixels.images, split)
+        ahead.append((pixels, [output.compute(images) for output in outputs]))
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+    yield from ahead

@@ -1,7 +1,4 @@
-"""Write latents: encode pictures and their mirror images, a shard at a time, and last the manifest.
-
-Several processes fill the folder side by side; `claim` makes sure that they agree on the settings.
-"""
+"""Write latents of pictures and their mirror images, a shard at a time, and last the manifest."""
 
 import contextlib
 from collections import Counter
@@ -14,16 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Array, Float16, UInt8
 
-from mf_jax.data.latent_records import (
-    AGAIN,
-    MANIFEST,
-    SETTINGS,
-    SIDE,
-    WRITER_OPTIONS,
-    shard_name,
-    side_name,
-    to_record,
-)
+from mf_jax.data import latent_records as records
 from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.models.autoencoder import Autoencoder
@@ -33,17 +21,15 @@ from mf_jax.runtime.json_files import read_json, write_json
 
 
 def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
-    """Make a folder the place of files with these settings; the first process to come stores them.
+    """Make a folder the place of files that settings decide; the first process stores them.
 
-    Args:
-      settings: decide the content of the files.
-      key: config key that names the folder, for errors.
+    Several processes may fill the folder side by side. The key is of the config, for errors.
     """
-    path = folder / SETTINGS
+    path = folder / records.SETTINGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if SETTINGS not in present:
+        if records.SETTINGS not in present:
             if present:
                 raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
             write_json(path, settings, indent=1)
@@ -51,26 +37,21 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
         raise BadInput(
             f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
         ) from error
-    stored = read_json(path, {}, AGAIN)
+    stored = read_json(path, {}, records.AGAIN)
     changes = [
         f"{name} {stored.get(name)!r} -> {settings.get(name)!r}"
         for name in sorted(stored | settings)
         if stored.get(name) != settings.get(name)
     ]
     if changes:
-        raise BadInput(
-            f"{key}={str(folder)!r} holds files of other settings ({', '.join(changes)}): choose "
-            "another folder, or set these back"
-        )
+        problem = f"holds files of other settings ({', '.join(changes)})"
+        raise BadInput(f"{key}={str(folder)!r} {problem}: choose another folder, or set these back")
 
 
 class LatentShards:
-    """The shards of a folder, some of which this process writes.
+    """The shards of a claimed folder with its settings, some of which this process writes.
 
-    Args:
-      settings: of the claimed folder, which the manifest repeats.
-      class_names: in the order of the labels; () without labels.
-      autoencoder: on the devices that pictures are given on.
+    class_names: in the order of the labels. autoencoder: on the devices that have the pictures.
     """
 
     def __init__(
@@ -97,19 +78,30 @@ class LatentShards:
     def begin(self, shard: int) -> None:
         """Start a shard anew."""
         self._counts: Counter[int] = Counter()
-        self._encoding: tuple[Pixels, tuple[Array, Array]] | None = None
         self._local = self._open.enter_context(written_aside(self._path(shard)))
-        self._writer = ArrayRecordWriter(self._local, WRITER_OPTIONS)
+        self._writer = ArrayRecordWriter(self._local, records.WRITER_OPTIONS)
 
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
-        """Encode pictures, whose images are on the devices, while the batch before is written."""
-        latents = _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
-        self._write()
-        self._encoding = pixels, latents
+    def compute(self, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Array]:
+        """Encode pictures and their mirror images on the devices, without waiting."""
+        return _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
+
+    def add(self, pixels: Pixels, latents: tuple[Array, Array]) -> None:
+        """Write what was computed of pictures."""
+        plain, mirrored = jax.device_get(latents)
+        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+            name = self._settings["autoencoder"]["name"]
+            raise BadInput(
+                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
+            )
+        with self._room():
+            labels = pixels.labels[: pixels.count].tolist()
+            for label, *rows in zip(labels, plain, mirrored, strict=False):
+                self._counts[label] += 1
+                for row in rows:
+                    self._writer.write(records.to_record(label, row))
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """Finish the side file, which names its broken pictures, then the shard."""
-        self._write()
         with self._room():
             self._writer.close()
             side = {
@@ -129,28 +121,9 @@ class LatentShards:
             share = f"{present} of {self._shards} shards are there"
             return f"{self._folder}: {share}; the last one brings the manifest"
         manifest = self._manifest()
-        write_json(self._folder / MANIFEST, manifest, indent=1)
+        write_json(self._folder / records.MANIFEST, manifest, indent=1)
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
-
-    def _write(self) -> None:
-        """Write the last batch, once it is encoded."""
-        if self._encoding is None:
-            return
-        pixels, latents = self._encoding
-        plain, mirrored = jax.device_get(latents)
-        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
-            name = self._settings["autoencoder"]["name"]
-            raise BadInput(
-                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
-            )
-        with self._room():
-            labels = pixels.labels[: pixels.count].tolist()
-            for label, *rows in zip(labels, plain, mirrored, strict=False):
-                self._counts[label] += 1
-                for row in rows:
-                    self._writer.write(to_record(label, row))
-        self._encoding = None
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
@@ -164,13 +137,13 @@ class LatentShards:
             ) from error
 
     def _path(self, shard: int) -> epath.Path:
-        return self._folder / shard_name(shard, self._shards)
+        return self._folder / records.shard_name(shard, self._shards)
 
     def _side_path(self, shard: int) -> epath.Path:
-        return self._folder / side_name(shard, self._shards)
+        return self._path(shard).with_suffix(".json")
 
     def _side(self, shard: int) -> dict[str, Any]:
-        return read_json(self._side_path(shard), SIDE, AGAIN)
+        return read_json(self._side_path(shard), records.SIDE, records.AGAIN)
 
     def _manifest(self) -> dict[str, Any]:
         """Return the manifest, a function of the shards alone."""
@@ -189,7 +162,7 @@ class LatentShards:
             "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],
             "skipped": self.skipped(range(self._shards)),
             "shards": [
-                {"name": shard_name(shard, self._shards)}
+                {"name": records.shard_name(shard, self._shards)}
                 | {key: side[key] for key in ("count", "bytes", "sha256") if key in side}
                 for shard, side in enumerate(sides)
             ],

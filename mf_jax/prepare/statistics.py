@@ -1,11 +1,10 @@
 """Reference statistics of the cropped pictures, neither mirrored nor decoded.
 
-A process writes a file of its sums anew after each shard. The process that finds all shards in
-these files adds them up. Sums are in float64, so that a restart loses nothing.
+A process writes a file of its sums, in float64, anew after each shard. The process that finds all
+shards in these files adds them up.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,7 @@ from mf_jax.metrics.reference_file import Statistics, write_reference
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 
-KEPT_FEATURES = 10_000
-"""Feature rows that are kept for precision and recall, spread evenly over the pictures."""
+KEPT_FEATURES = 10_000  # rows for precision and recall, spread evenly over the pictures
 _NAMES = _POOLED, _SPATIAL = "2048", "spatial"
 Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 
@@ -31,8 +29,8 @@ Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 class _Part:
     """The work of one process.
 
-    sums: by the name of the features. shards: in the sums. skipped: names of their broken pictures.
-    kept_indices, kept_features: numbers in the input and pooled features of some pictures.
+    sums: by the name of the features. skipped: names of the shards' broken pictures. kept_indices,
+    kept_features: numbers in the input and pooled features of some pictures.
     """
 
     sums: dict[str, Moments]
@@ -48,6 +46,15 @@ class _Part:
         sums = {name: Moments(int(tree[name].pop("count")), **tree[name]) for name in _NAMES}
         lists = {name: arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")}
         return cls(sums, kept_features=list(arrays["kept_features"]), **lists)
+
+    def add(
+        self, sums: Mapping[str, Moments], indices: Sequence[int], features: Iterable[np.ndarray]
+    ) -> None:
+        """Add sums, and the numbers and features of more kept pictures."""
+        for name, more in sums.items():
+            self.sums[name] += more
+        self.kept_indices.extend(indices)
+        self.kept_features.extend(features)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the part as arrays, for a file."""
@@ -70,10 +77,8 @@ class ReferenceStatistics:
     """The statistics in one file, to which this process adds some shards.
 
     Args:
-      path: of the `.npz`; its `parts_folder` is claimed.
       params: of Inception, on the devices that pictures are given on.
       process: the number of this one and the count of all.
-      num_shards: of all processes.
       num_listed: pictures of all shards, broken ones included.
       crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """
@@ -93,13 +98,10 @@ class ReferenceStatistics:
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = self._parts / "sums-{:05d}-of-{:05d}.npz".format(*process)
-        self._part = (
-            _read(self._own, _Part.of)
-            if self._own.exists()
-            else _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
-        )
+        self._part = _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
+        if self._own.exists():
+            self._part = _Part.of(_read(self._own))
         self._done = set(self._shards())
-        self._waiting: tuple[Pixels, dict[str, Array]] | None = None
 
     def has(self, shard: int) -> bool:
         """See `LatentShards.has`."""
@@ -112,15 +114,20 @@ class ReferenceStatistics:
     def begin(self, shard: int) -> None:
         """See `LatentShards.begin`."""
 
-    def add(self, pixels: Pixels, images: UInt8[Array, "b s s 3"]) -> None:
+    def compute(self, images: UInt8[Array, "b s s 3"]) -> dict[str, Array]:
+        """See `LatentShards.compute`."""
+        return inception_features(self._params, images)
+
+    def add(self, pixels: Pixels, features: dict[str, Array]) -> None:
         """See `LatentShards.add`."""
-        features = inception_features(self._params, images)
-        self._keep()
-        self._waiting = pixels, features
+        rows = {name: np.asarray(features[name])[: pixels.count] for name in _NAMES}
+        indices = pixels.indices[: pixels.count]
+        kept = np.isin(indices, self._wanted)
+        sums = {name: Moments.of(x) for name, x in rows.items()}
+        self._part.add(sums, indices[kept].tolist(), rows[_POOLED][kept])
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """See `LatentShards.end`."""
-        self._keep()
         self._part.shards.append(shard)
         self._part.skipped.extend(skipped)
         self._done.add(shard)
@@ -130,30 +137,16 @@ class ReferenceStatistics:
         """Write the file of statistics if all shards are in sums; see `LatentShards.finish`."""
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
-            raise BadInput(
-                f"{self._parts} holds shards {twice[:5]} twice, from runs with different "
-                "prepare.process_count at once: delete the folder and run again"
-            )
+            cause = "from runs with different prepare.process_count at once"
+            problem = f"{self._parts} holds shards {twice[:5]} twice, {cause}"
+            raise BadInput(f"{problem}: delete the folder and run again")
         if len(shards) < self._num_shards:
             share = f"{len(shards)} of {self._num_shards} shards are in the sums"
             return f"{self._path}: {share}; the process that finishes the last one writes the file"
-        statistics, kept = _statistics(_read(path, _Part.of) for path in self._part_paths())
+        statistics, kept = _statistics(_Part.of(_read(path)) for path in self._part_paths())
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
-
-    def _keep(self) -> None:
-        """Add the features of the batch that was given last; the next is computed meanwhile."""
-        if self._waiting is None:
-            return
-        pixels, features = self._waiting
-        for name, sums in self._part.sums.items():
-            rows = np.asarray(features[name])[: pixels.count]
-            self._part.sums[name] = sums + Moments.of(rows)
-        kept = np.flatnonzero(np.isin(pixels.indices[: pixels.count], self._wanted))
-        self._part.kept_indices.extend(pixels.indices[kept].tolist())
-        self._part.kept_features.extend(np.asarray(features[_POOLED])[kept])
-        self._waiting = None
 
     def _part_paths(self) -> list[epath.Path]:
         """Return the files of all processes, in their order."""
@@ -161,21 +154,16 @@ class ReferenceStatistics:
 
     def _shards(self) -> list[int]:
         """Return the shards in the sums of any process."""
-        shards = (
-            _read(path, lambda a: a["shards"].tolist(), ["shards"]) for path in self._part_paths()
-        )
-        return list(itertools.chain.from_iterable(shards))
+        read = (_read(path, ["shards"]) for path in self._part_paths())
+        return [shard for arrays in read for shard in arrays["shards"].tolist()]
 
 
-def _read(
-    path: epath.Path, read: Callable[[Mapping[str, np.ndarray]], Any], only: Sequence[str] = ()
-) -> Any:
-    """Return what a function reads of the arrays in a file, of all or `only` some."""
+def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arrays in a file of sums, all or `only` some."""
     try:
-        return read(read_npz(path, only))
+        return read_npz(path, only)
     except UNREADABLE as error:
-        problem = f"{path} is no file of sums ({error}): delete it and run again"
-        raise BadInput(problem) from error
+        raise BadInput(f"{path} is no file of sums ({error}): delete it and run again") from error
 
 
 def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
@@ -185,10 +173,7 @@ def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"
     """
     whole = next(parts := iter(parts))
     for part in parts:
-        for name in whole.sums:
-            whole.sums[name] += part.sums[name]
-        whole.kept_indices.extend(part.kept_indices)
-        whole.kept_features.extend(part.kept_features)
+        whole.add(part.sums, part.kept_indices, part.kept_features)
     order = np.argsort(whole.kept_indices)
     features = np.stack(whole.kept_features)[order]
     statistics = Statistics.of(whole.sums[_POOLED], whole.sums[_SPATIAL], features)

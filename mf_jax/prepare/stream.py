@@ -18,9 +18,9 @@ _AHEAD = 2  # batches of decoded pictures that wait for the device
 
 
 class Pixels(NamedTuple):
-    """A batch of cropped pictures, filled up to its fixed size with zeros.
+    """A batch of cropped pictures, repeated up to its fixed size.
 
-    images: `[B, S, S, 3]`. labels, indices: of the pictures. count: how many are pictures.
+    images: `[B, S, S, 3]`. labels, indices: of the pictures. count: how many are not repeated.
     """
 
     images: UInt8[np.ndarray, "b s s 3"]
@@ -30,9 +30,9 @@ class Pixels(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    index: int
-    label: int
     image: np.ndarray
+    label: int
+    index: int
     problem: str = ""
 
 
@@ -41,7 +41,6 @@ class PictureStream:
 
     Args:
       indices: of the pictures, in order.
-      image_size: pixels of the crop.
       max_bad: unreadable pictures to skip; one more is an error.
       skipped: names of pictures that an earlier run has skipped.
     """
@@ -65,15 +64,18 @@ class PictureStream:
         decoded = grain.MapDataset.source(indices).map(self._decode)
         self._decoded = iter(decoded.to_iter_dataset(options))
         self._batch_size, self._max_bad = batch_size, max_bad
-        self._all_skipped = list(skipped)
-        self.skipped: list[str] = []
+        self._before, self.skipped = list(skipped), list[str]()
 
     def shard(self, count: int) -> Iterator[Pixels]:
         """Yield the next `count` pictures in batches; then `skipped` names the broken ones."""
+        self._before += self.skipped
         self.skipped = []
         good = filter(self._is_good, itertools.islice(self._decoded, count))
         while batch := list(itertools.islice(good, self._batch_size)):
-            yield _packed(batch, self._batch_size)
+            images, labels, indices, _ = map(np.array, zip(*batch, strict=True))
+            columns = images, labels, indices
+            whole = (np.resize(x, (self._batch_size, *x.shape[1:])) for x in columns)
+            yield Pixels(*whole, len(batch))
 
     def _decode(self, index: np.integer) -> _Decoded:
         name = self._pictures.name(int(index))
@@ -86,14 +88,14 @@ class PictureStream:
             ) from error
         try:
             with open_picture(content) as image:
-                return _Decoded(int(index), label, adm_crop(as_rgb(image), self._image_size))
+                return _Decoded(adm_crop(as_rgb(image), self._image_size), label, int(index))
         except MemoryError as error:
             raise BadInput(
                 f"prepare.input: there is no memory to decode {name}: lower prepare.batch_size and "
                 "run the same command again, which continues"
             ) from error
         except Exception as error:  # the decoders of Pillow raise anything
-            return _Decoded(int(index), label, np.empty(0), reason_of(error))
+            return _Decoded(np.empty(0), label, int(index), reason_of(error))
 
     def _is_good(self, decoded: _Decoded) -> bool:
         """Return whether a picture is whole, and note its name if it is not."""
@@ -102,20 +104,9 @@ class PictureStream:
         name = self._pictures.name(decoded.index)
         logging.warning("%s is broken and skipped: %s", name, decoded.problem)
         self.skipped.append(name)
-        self._all_skipped.append(name)
-        if len(self._all_skipped) > self._max_bad:
+        if len(bad := [*self._before, *self.skipped]) > self._max_bad:
             raise BadInput(
-                f"prepare.max_bad={self._max_bad}: {len(self._all_skipped)} pictures are broken "
-                f"({listed(self._all_skipped)}): replace them, or raise prepare.max_bad; finished "
-                "shards are kept"
+                f"prepare.max_bad={self._max_bad}: {len(bad)} pictures are broken ({listed(bad)}): "
+                "replace them, or raise prepare.max_bad; finished shards are kept"
             )
         return False
-
-
-def _packed(decoded: list[_Decoded], batch_size: int) -> Pixels:
-    images = np.zeros((batch_size, *decoded[0].image.shape), np.uint8)
-    numbers = np.zeros((2, batch_size), np.int64)
-    for row, picture in enumerate(decoded):
-        images[row] = picture.image
-        numbers[:, row] = picture.label, picture.index
-    return Pixels(images, numbers[0], numbers[1], len(decoded))

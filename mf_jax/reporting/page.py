@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from html import escape
 from typing import Any
 
@@ -52,29 +53,26 @@ _CURVES = {
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1f2933;--muted:#66727f;
 --line:#e3e7ec;--accent:#2563eb}@media(prefers-color-scheme:dark){:root{--page:#111315;
---card:#1a1a1a;--ink:#e6e8eb;--muted:#98a2ad;--line:#2f3439;--accent:#6ea2ff}
-.plot{filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}
-*{box-sizing:border-box}[hidden]{display:none!important}body{margin:0;background:var(--page);
-color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}h1{font-size:28px;line-height:1.2;
-margin:0;letter-spacing:-.01em}.state{color:var(--muted);margin:6px 0 28px;
-font-variant-numeric:tabular-nums}h2{font-size:16px;margin:0 0 12px}section{background:var(--card);
-border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin:0 0 18px}img{display:block;
-max-width:100%;height:auto;margin:0 auto;border-radius:6px}.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:7px 12px;
-text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;
+--card:#1a1a1a;--ink:#e6e8eb;--muted:#98a2ad;--line:#2f3439;--accent:#6ea2ff}.plot{
+filter:invert(.898) hue-rotate(180deg)}.grid{background:#fff;padding:4px}}*{box-sizing:border-box}
+[hidden]{display:none!important}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+font-variant-numeric:tabular-nums}main{max-width:1080px;margin:0 auto;padding:40px 20px 64px}
+h1{font-size:28px;line-height:1.2;margin:0}.state{color:var(--muted);margin:6px 0 28px}
+h2{font-size:16px;margin:0 0 12px}section{background:var(--card);border:1px solid var(--line);
+border-radius:12px;padding:20px 22px;margin:0 0 18px}
+img{display:block;max-width:100%;height:auto;margin:0 auto;border-radius:6px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{
+padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}tr:last-child td{border-bottom:0}th{
+color:var(--muted);font-weight:600;font-size:13px}.note{color:var(--muted);font-size:13px;
 margin:0 0 10px}h2+.note,h3+.note{margin-top:-4px}h3{font-size:14px;margin:22px 0 6px}
 input[type=range]{width:100%;accent-color:var(--accent);margin:0}.slider{display:flex;gap:16px;
 align-items:center;margin:0 0 14px}.slider output{white-space:nowrap;min-width:7.5em;
-text-align:right;font-variant-numeric:tabular-nums}summary{cursor:pointer;font-weight:600;
-font-size:16px}pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
-overflow-x:auto;margin:14px 0 0}.facts{display:grid;gap:14px 24px;margin:0 0 24px;
-grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.facts dt{color:var(--muted);
-font-size:13px}.facts dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;
-overflow-wrap:anywhere}.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
-align-items:start}.curves h3{margin-top:0}.curves img{width:100%}.pair h3{margin-top:0}
+text-align:right}summary{cursor:pointer;font-weight:600;font-size:16px}pre{
+font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:14px 0 0}
+.pair,.curves{display:grid;gap:22px;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));
+align-items:start}.curves h3,.pair h3{margin-top:0}.curves img{width:100%}
 @media(max-width:600px){main{padding:24px 12px 40px}section{padding:16px 14px}}
 """
 _SCRIPT = """
@@ -94,6 +92,7 @@ def write_report(workdir: PathLike) -> Path:
     grids = sorted(grids, key=_step_of)
     title = escape(folder.resolve().name)
     config, rows = _read_json(folder / "config.json", _CONFIG), read_metrics(folder)
+    timing = _read_json(folder / TIMING_FILE, TIMING)
     if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
         rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
@@ -107,8 +106,7 @@ def write_report(workdir: PathLike) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
-        f'<p class="state">{escape(_state(rows, grids))}</p>\n'
-        f"{_facts(config, _read_json(folder / TIMING_FILE, TIMING), grids)}"
+        f'<p class="state">{escape(_state(rows, grids, config, timing))}</p>\n'
         f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
     path = folder / "report.html"
@@ -124,38 +122,25 @@ def _read_json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
         return {"protocol": str(problem)}
 
 
-def _state(rows: Sequence[Mapping[str, Any]], grids: Sequence[Path]) -> str:
+def _state(
+    rows: Sequence[Mapping[str, Any]], grids: Sequence[Path], config: dict, timing: dict
+) -> str:
+    """Return how far the run is, its newest errors, and where and how fast it was trained."""
     steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]
     if not steps:
         return "No step recorded yet."
     latest = {name: value for row in rows for name, value in row.items()}
     names = [name for name in ("loss", "u_error", "v_error") if name in latest]
-    return " · ".join([f"Step {max(steps):,}", *(f"{k} {_cell(latest[k])}" for k in names)])
-
-
-def _facts(config: Mapping[str, Any], timing: Mapping[str, Any], grids: Sequence[Path]) -> str:
-    """Return how the run was made, and what its newest samples show."""
-    step, evaluations, shown, *_ = (
-        [*_caption(grids[-1]).split(" · "), "", ""] if grids else [""] * 3
-    )
     num_steps, seconds = config.get("train", {}).get("num_steps"), timing.get("wall_seconds")
     speed = timing.get("images_per_second")
-    facts = {
-        "Newest samples": f"{step} of {_cell(num_steps)}" if step and num_steps else step,
-        "Network evaluations": evaluations,
-        "Parameters shown": shown,
-        "Hardware": timing.get("hardware"),
-        "Wall time of training": seconds and _duration(int(seconds)),
-        "Throughput": speed and f"{_cell(speed)} examples/s",
-    }
-    items = [f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v]
-    return f'<dl class="facts">{"".join(items)}</dl>\n' if items else ""
-
-
-def _duration(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    facts = [
+        f"Step {max(steps):,}" + (f" of {_cell(num_steps)}" if num_steps else ""),
+        *(f"{name} {_cell(latest[name])}" for name in names),
+        timing.get("hardware"),
+        seconds and f"{timedelta(seconds=int(seconds))} of training",
+        speed and f"{_cell(speed)} examples/s",
+    ]
+    return " · ".join(filter(None, facts))
 
 
 def _caption(path: Path) -> str:
@@ -182,8 +167,7 @@ def _training_samples(grids: Sequence[Path], real: Path) -> str:
     steps = [f"step {_step_of(grid):,}" for grid in chosen]
     shots = "".join(
         f'<img class="shot grid" data-step="{step}" alt="{escape(_caption(grid) or step)}"'
-        f' src="{_data_uri(grid)}"'
-        f"{' hidden' if grid != chosen[-1] else ''}>\n"
+        f' src="{_data_uri(grid)}"{" hidden" * (grid != chosen[-1])}>\n'
         for step, grid in zip(steps, chosen, strict=True)
     )
     slider = (
@@ -194,7 +178,8 @@ def _training_samples(grids: Sequence[Path], real: Path) -> str:
     if real.exists():
         image = f'<img class="grid" alt="real pictures" src="{_data_uri(real)}">'
         body = f'<div class="pair"><div>{body}</div><div><h3>Real pictures</h3>{image}</div></div>'
-    return _section("Samples during training", body)
+    note = f'<p class="note">{escape(_caption(grids[-1]))}</p>\n'
+    return _section("Samples during training", note + body)
 
 
 def _picture(path: Path, caption: str, kind: str) -> str:
@@ -208,25 +193,23 @@ def _picture(path: Path, caption: str, kind: str) -> str:
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
     if not evaluation:
         return ""
+    rows, columns = evaluation.get("rows", []), evaluation.get("columns", [])
     body = f'<p class="note">{escape(str(evaluation.get("protocol", "")))}</p>\n'
-    if rows:
-        cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
-        body += _table(["", *columns], cells)
+    cells = [[row.get("name"), *(row.get(column) for column in columns)] for row in rows]
+    body += _table(["", *columns], cells) if rows else ""
     if diagnostics := evaluation.get("diagnostics"):
-        body += "<h3>Diagnostics</h3>\n"
-        body += _table([], [[name.replace("_", " "), value] for name, value in diagnostics.items()])
+        cells = [[name.replace("_", " "), value] for name, value in diagnostics.items()]
+        body += f"<h3>Diagnostics</h3>\n{_table([], cells)}"
     return _section("Evaluation", body)
 
 
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
-    text = escape(json.dumps(config, indent=2, ensure_ascii=False))
-    details = f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-    return f"<section>{details}</section>\n"
+    text = f"<pre>{escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"
+    return f"<section><details><summary>Configuration</summary>{text}</details></section>\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -244,10 +227,8 @@ def _cell(value: Any) -> str:
     """Return a number to 4 significant digits, counts in full, anything missing as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value) or (value != 0 and not 1e-4 <= abs(value) < 1e7):
         return f"{value:.3e}"
     value = float(f"{value:.3e}")

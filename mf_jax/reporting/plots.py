@@ -1,6 +1,6 @@
 """Plots of a run as PNG files: vectors, the field of 2-D toy data, and training curves.
 
-Figures are drawn off screen, without pyplot. matplotlib is imported at the first plot.
+Figures are drawn off screen, without pyplot.
 """
 
 import contextlib
@@ -33,18 +33,13 @@ _STYLE = {
     "text.color": _INK,
     "figure.titlesize": 11,
     "axes.titlesize": 9.5,
-    "axes.titlecolor": _MUTED,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _MUTED,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
     **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")},
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
+    **{f"figure.constrained_layout.{axis}_pad": 0.08 for axis in "wh"},
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT),
+    **dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "legend.labelcolor"), _MUTED),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _MUTED),
+    "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.labelcolor": _MUTED,
     "legend.fontsize": 7.5,
     "savefig.dpi": 180,
 }
@@ -62,7 +57,7 @@ def save_scatter(
 ) -> None:
     """Save data, whose range sets the axes, beside samples, both as vectors of any length.
 
-    Of one coordinate it is histograms, of more than two the data's first two principal components.
+    Of more than two coordinates it shows the data's first two principal components.
     """
     samples, data = (points.reshape(len(points), -1) for points in (samples, data))
     if data.shape[1] == 1:
@@ -90,10 +85,7 @@ def save_signals(
     *,
     title: str,
 ) -> None:
-    """Save the first signals of the data, whose range sets the axes, beside samples.
-
-    Of more channels than four the first four are drawn.
-    """
+    """Save signals of the data, whose range sets the axes, beside samples, of 4 channels each."""
     middle, reach = (data.min() + data.max()) / 2, 0.6 * np.ptp(data) or 1.0
     panels = [(f"data ({len(data):,})", data), (f"samples ({len(samples):,})", samples)]
     with _figure(path, _SIGNAL_ROWS, 4, width=2.1, height=1.1, title=title) as (_, axes):
@@ -107,9 +99,7 @@ def save_signals(
                     ax.plot(line, color=shade if i % 4 > 1 else _MUTED, linewidth=0.9)
 
 
-def _save_histograms(
-    path: epath.PathLike, samples: np.ndarray, data: np.ndarray, title: str
-) -> None:
+def _save_histograms(path: epath.PathLike, samples: Any, data: Any, title: str) -> None:
     bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
     with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, axes):
         for name, points, color in (("data", data, _MUTED), ("samples", samples, _BLUE)):
@@ -127,9 +117,7 @@ def save_field(
 ) -> None:
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
 
-    Args:
-      limits: (low, high) of both axes.
-      times: pairs (r, t), a panel each; r = t is the velocity v.
+    Limits are (low, high) of both axes; times are pairs (r, t), a panel each.
     """
     line = np.linspace(*limits, 41)
     points = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2).astype(np.float32)
@@ -188,8 +176,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]
         with _figure(content, 1, 1, width=3.4, height=1.9) as (_, (ax,)):
             shades = _BINS if len(curves) > 1 else (_BLUE,)
             for i, (line, (steps, values)) in enumerate(curves.items()):
-                shade, is_smooth = shades[i % len(shades)], name != "learning_rate"
-                _draw_curve(ax, steps, values, shade, label=line[-2:], is_smooth=is_smooth)
+                _draw_curve(ax, steps, values, shades[i % len(shades)], line[-2:])
             _finish_curves(ax, np.concatenate([values for _, values in curves.values()]))
             if len(curves) > 1:
                 ax.legend(ncols=4, handlelength=1.2)
@@ -209,11 +196,9 @@ def _panels(
     return panels
 
 
-def _draw_curve(
-    ax: Any, steps: np.ndarray, values: np.ndarray, color: str, *, label: str, is_smooth: bool
-) -> None:
+def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
     window = len(values) // 40
-    if is_smooth and window > 1:
+    if window > 1:
         ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
         values = ndimage.uniform_filter1d(values, window, mode="nearest")
     marker = "o" if len(values) == 1 else ""
@@ -260,14 +245,13 @@ def _figure(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
     size = (columns * width, rows * height + 0.3 * len(title.splitlines()))
-    in_memory = isinstance(path, io.BytesIO)
     with mpl.rc_context(_STYLE):
         sheet = figure.Figure(figsize=size, layout="constrained")
         if title:
             sheet.suptitle(title)
         yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
-        place = contextlib.nullcontext(path) if in_memory else written_aside(epath.Path(path))
-        with place as file:
+        in_memory = isinstance(path, io.BytesIO)
+        with contextlib.nullcontext(path) if in_memory else written_aside(epath.Path(path)) as file:
             sheet.savefig(file, format="png", metadata={CAPTION: title})
 
 

@@ -18,9 +18,7 @@ Item = TypeVar("Item")
 class ProgressBar:
     """Show, within a `with`, how many steps are done, how fast, and how long the rest takes.
 
-    Args:
-      per_step: units in a step; the rate counts units.
-      unit: in the plural.
+    A step has `per_step` units, which the rate counts.
     """
 
     def __init__(

@@ -22,16 +22,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
+from mf_jax.runtime import json_files
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
-from mf_jax.runtime.json_files import (
-    lines_of,
-    parse_json,
-    read_json,
-    sealed,
-    tell_once,
-    tell_unsealed,
-    write_json,
-)
 
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
@@ -42,12 +34,10 @@ _SHOWN = ("loss", "u_error", "v_error")
 
 
 class RunLog:
-    """Record a training run on the one process that reports; use it as a context manager.
+    """Record, within a `with`, a training run on the one process that reports.
 
     Args:
       start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
-      batch_size: images in a step over all devices.
-      hardware: for people.
     """
 
     def __init__(
@@ -128,13 +118,13 @@ class RunLog:
         else:
             with self._path.open("a") as file:
                 file.write(line)
-        for name, x in finite.items():
-            self._add(summary.scalar(f"train/{name}", x), step)
+        curves = {f"train/{name}": x for name, x in finite.items()}
         if speed := self._steps_per_second(step):
             self._speed = speed * self._batch_size
-            for unit, size in (("steps", 1), ("images", self._batch_size)):
-                rate = summary.scalar(f"throughput/{unit}_per_second", speed * size)
-                self._add(rate, step)
+            curves |= {"throughput/steps_per_second": speed}
+            curves |= {"throughput/images_per_second": self._speed}
+        for name, x in curves.items():
+            self._add(summary.scalar(name, x), step)
         with left_out(TIMING_FILE):
             self._save_timing(step)
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
@@ -152,7 +142,7 @@ class RunLog:
         timing = {"hardware": self._hardware, "wall_seconds": round(seconds, 1)}
         timing |= {"last_row": last_row}
         timing |= {"images_per_second": self._speed} if self._speed else {}
-        write_json(self._path.parent / TIMING_FILE, timing)
+        json_files.write_json(self._path.parent / TIMING_FILE, timing)
 
     def _add(self, content: Summary, step: int) -> None:
         """Add to TensorBoard; an error ends it, not the run."""
@@ -172,11 +162,11 @@ class RunLog:
 
 def _timing_of(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / TIMING_FILE, TIMING)
+        return json_files.read_json(folder / TIMING_FILE, TIMING)
     except FileNotFoundError:
         return {}
     except BadInput as problem:
-        tell_once(f"{problem}; it is left out")
+        json_files.tell_once(f"{problem}; it is left out")
         return {}
 
 
@@ -186,38 +176,36 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
-    lines, rows = lines_of(path), []
+    lines, rows = json_files.lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_row_of(line, path.parent))
+            row, is_sealed = json_files.parse_json(line, {"step": 0})
+            if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
+                raise ValueError(f"{', '.join(wrong)} must be a number or null")
         except ValueError as error:
             problem = f"{path} line {number} is {line[:80]!r}: {error}"
             if number < len(lines):  # no kill has torn it
                 raise BadInput(f"{problem}; delete that line") from None
-            tell_once(f"{problem}; it is left out, as torn by a kill")
+            json_files.tell_once(f"{problem}; it is left out, as torn by a kill")
+            continue
+        if not is_sealed:
+            json_files.tell_unsealed(path.parent)
+        rows.append(row)
     last = rows[-1]["step"] if rows else 0
     if last < (written := _timing_of(path.parent).get("last_row", 0)):
-        tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
+        problem = f"{path}: ends at step {last}, though rows were written up to step {written}"
+        json_files.tell_once(problem)
     return rows
 
 
-def _row_of(line: bytes, folder: Path) -> dict[str, Any]:
-    row, is_sealed = parse_json(line, {"step": 0})
-    if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
-        raise ValueError(f"{', '.join(wrong)} must be a number or null")
-    if not is_sealed:
-        tell_unsealed(folder)
-    return row
-
-
 def _line(row: Mapping[str, Any]) -> str:
-    return to_json(sealed(row)) + "\n"
+    return to_json(json_files.sealed(row)) + "\n"
 
 
 class _Events:
     """Write events for TensorBoard, which then drops earlier events of steps after `start_step`.
 
-    `SummaryWriter` writes by a thread, which ends on a full disk: the run would wait forever.
+    The thread of `SummaryWriter` ends on a full disk: the run would wait forever.
     """
 
     def __init__(self, folder: Path, start_step: int):

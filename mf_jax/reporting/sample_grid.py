@@ -17,10 +17,8 @@ with epy.lazy_imports():  # brings the font, whose letters are many
     import matplotlib as mpl
     from matplotlib import ft2font
 
-CAPTION = "Description"
-"""The key of a picture's caption among the texts of its PNG file."""
-REAL_FILE = "real.png"
-"""Real pictures of a run, as its samples are shown."""
+CAPTION = "Description"  # key of the caption among the texts of a PNG file
+REAL_FILE = "real.png"  # real pictures of a run, as its samples are shown
 _INK, _MUTED = "#1f2933", "#66727f"
 _TILE, _GAP, _FONT, _LINE = 56, 4, 11, 13
 _MOST_TILES, _MOST_CLASSES = 100, 10
@@ -54,7 +52,6 @@ def save_sample_grid(
 
     Args:
       images: at least one; 3 channels are RGB, of any other number the first is shown in grey.
-      labels: classes, `NO_LABEL` for none.
       class_names: empty for an unconditional model, whose samples bear no names.
       caption: of the whole, above it and in the file.
     """
@@ -65,10 +62,8 @@ def save_sample_grid(
     if oblong <= _MOST_OBLONG:
         each -= each % columns * (len(classes) > 1)  # whole rows
         chosen = [np.flatnonzero(labels == k)[:each] for k in classes]
-        rows = [
-            (_class_name(k, class_names), images[at])
-            for k, at in zip(classes.tolist(), chosen, strict=True)
-        ]
+        names = [_class_name(k, class_names) for k in classes.tolist()]
+        rows = [(name, images[at]) for name, at in zip(names, chosen, strict=True)]
         sheet = _sheet(rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
@@ -119,10 +114,7 @@ def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
 
 
 def _sheet(
-    groups: Sequence[tuple[str, np.ndarray]],
-    columns: int,
-    caption: str,
-    names: Sequence[str] = (),
+    groups: Sequence[tuple[str, np.ndarray]], columns: int, caption: str, names: Sequence[str] = ()
 ) -> Image.Image:
     """Return images row by row, tiny ones as large pixels, with names of groups beside them.
 
@@ -142,10 +134,10 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), _shorten(caption, sheet.width - 2 * _GAP), _MUTED, font)
     how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-    for i, (side, images) in enumerate(zip(sides, (images for _, images in groups), strict=True)):
+    for i, (_, images) in enumerate(groups):
         first = top + i * rows * step_y
         middle = first + (rows * step_y - _GAP) // 2
-        draw.text((left - 2 * _GAP, middle), side, _INK, font, anchor="rm")
+        draw.text((left - 2 * _GAP, middle), sides[i], _INK, font, anchor="rm")
         for j, image in enumerate(images):
             x, y = left + j % columns * step_x, first + j // columns * step_y
             tile = Image.fromarray(image if channels == 3 else image[..., 0])

@@ -13,10 +13,8 @@ from numpy.lib import format as npy
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.files import opened, written_aside
 
-_MOST_TIMES = 20
-"""As many times its size may a compressed file hold; numbers of networks compress little."""
-_ALWAYS_BYTES = 2**28
-"""May be held by any file: zeros compress well."""
+_MOST_TIMES = 20  # its size may a compressed file hold: numbers of networks compress little
+_ALWAYS_BYTES = 2**28  # may be in any file: zeros compress well
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError)
 UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
 """What reading a damaged `.npz` raises."""
@@ -25,18 +23,12 @@ UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
 def check_claim(claimed: int, num_bytes: int) -> None:
     """Raise BadInput if a file of so many bytes claims far more bytes of numbers."""
     if claimed > max(_MOST_TIMES * num_bytes, _ALWAYS_BYTES):
-        raise BadInput(
-            f"claims {claimed:,} bytes of numbers in a file of {num_bytes:,}, which is refused: "
-            "fetch it again"
-        )
+        sizes = f"{claimed:,} bytes of numbers in a file of {num_bytes:,}"
+        raise BadInput(f"claims {sizes}, which is refused: fetch it again")
 
 
 def check_members(archive: zipfile.ZipFile, num_bytes: int, *, stored: bool = False) -> None:
-    """Raise BadInput unless the members of an archive of so many bytes can be in it.
-
-    Args:
-      stored: none of them may be compressed.
-    """
+    """Raise BadInput unless so many bytes can hold the members, uncompressed if `stored`."""
     members = archive.infolist()
     names = {member.filename for member in members}
     inside = sum(member.compress_size for member in members)
@@ -75,8 +67,7 @@ def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], 
     """Return shape, order and type of an array of an `.npz`, which must be as long as they say."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        header = read_header(member)
-        shape, _, dtype = header
+        shape, _, dtype = header = read_header(member)
         claimed = member.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject or claimed < info.file_size:
         raise ValueError(f"{name} holds more than numbers")

@@ -1,14 +1,11 @@
 """Checkpoints of a run: written in the background, read only if every bit is what was saved.
 
 A checkpoint holds the items `params`, `ema` and `rest` of the training state, and an index of their
-arrays. Sampling reads no more than it needs. The format's own checks notice a file that is cut
-short; fingerprints notice the rest.
-
-Orbax writes into a temporary folder and renames it at the end: a process may be killed at any time.
+arrays. Its fingerprints notice what the format's own checks do not. Orbax writes into a temporary
+folder and renames it at the end: a process may be killed at any time.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -16,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -33,15 +30,10 @@ with epy.lazy_imports():  # takes a second
 
 FOLDER = "checkpoints"
 _DAMAGED_FOLDER = "damaged_checkpoints"
-_Result = TypeVar("_Result")
-_State = TypeVar("_State")
-"""A flax.struct dataclass with the fields `params` and `ema`, and any others."""
-_FROZEN = "frozen"
-"""A field that is not saved: published weights, which a run reads anew."""
+_State = TypeVar("_State")  # a flax.struct dataclass with the fields params and ema
+_FROZEN = "frozen"  # not saved: published weights, which a run reads anew
 _Items = dict[str, PyTree]
-_Index = dict[str, dict[str, list]]
-"""{item: {name of an array: [shape, type, fingerprint]}}."""
-_NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, JaxRuntimeError)
+_Index = dict[str, dict[str, list]]  # {item: {name of an array: [shape, type, fingerprint]}}
 _PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
 _PASSING_WORDS = "UNAVAILABLE|DEADLINE_EXCEEDED"
 """Numbers and words of errors where storage cannot be reached, and may be later."""
@@ -53,6 +45,10 @@ class DamagedCheckpoint(Exception):
 
 class UnreadableCheckpoint(BadInput):
     """The checkpoint that was asked for is damaged or not there."""
+
+
+_NOT_OF_FILES = (MemoryError, PermissionError, ConnectionError, TimeoutError, JaxRuntimeError)
+_NOT_OF_FILES += (DamagedCheckpoint, BadInput)
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -70,17 +66,13 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
 
 def _items(state: _State) -> _Items:
     """Return the items of a state; a run without averages has no item for them."""
-    names = [field.name for field in dataclasses.fields(state)]
-    rest = {name: getattr(state, name) for name in names if name != _FROZEN}
+    rest = {name: item for name, item in vars(state).items() if name != _FROZEN}
     items = {name: rest.pop(name) for name in ("params", "ema")} | {"rest": rest}
     return {name: item for name, item in items.items() if item}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, on a file system or in a bucket; the newest few are kept.
-
-    Processes beside the one that trains are `read_only`: they never change anything.
-    """
+    """The checkpoints of one workdir; the newest few are kept, and `read_only` changes nothing."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
         self._folder = _in_letters(epath.Path(workdir).absolute()) / FOLDER
@@ -120,27 +112,18 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(index=index, **arguments))
 
     def verify(self) -> None:
-        """Wait for the newest checkpoint, and raise Failure unless every array of it can be opened.
-
-        What happens to a file later is found when it is read, by the fingerprints.
-        """
+        """Wait for the newest checkpoint, and raise Failure unless its arrays can be opened."""
         self._manager.wait_until_finished()
         self._reader.reload()
         for step in processes.from_first(self.steps[-1:]):
             try:
-                _agreed(lambda step=step: self._open_all(step))
+                with _damage():
+                    for name in self._read_index(step):
+                        ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name)
             except DamagedCheckpoint as problem:
-                raise Failure(
-                    f"{self._folder / str(step)} was saved and cannot be read ({problem}); see to "
-                    "its file system, or choose another --workdir"
-                ) from problem
-
-    def _open_all(self, step: int) -> None:
-        """Read the index of a checkpoint, and what is stored about each array."""
-        index = self._read_index(step)
-        with _damage():
-            for name in index:
-                ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name)
+                told = f"{self._folder / str(step)} was saved and cannot be read ({problem})"
+                fix = "see to its file system, or choose another --workdir"
+                raise Failure(f"{told}; {fix}") from problem
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -150,15 +133,15 @@ class Checkpoints:
 
     def restore_state(self, like: _State) -> _State | None:
         """Return the newest undamaged state, placed like another; None without a checkpoint."""
-        if newest := self._newest(_items(like)):
-            _, items = newest
-            return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
-        return None
+        if not (newest := self._newest(_items(like))):
+            return None
+        items = newest[1]
+        return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
     def restore(self, like: _Items, step: int | None = None) -> tuple[int, _Items]:
-        """Return the step and some items of a checkpoint, shaped and placed like others.
+        """Return the step and some items of a checkpoint, the newest undamaged one for None.
 
-        None is the newest undamaged step. Another must be undamaged, else UnreadableCheckpoint.
+        Items are shaped and placed like others. UnreadableCheckpoint where the step is damaged.
         """
         if step is not None:
             with self._asked_for(step):
@@ -170,8 +153,8 @@ class Checkpoints:
 
     def index(self, step: int) -> _Index:
         """Return the index of a checkpoint, or raise UnreadableCheckpoint."""
-        with self._asked_for(step):
-            return _agreed(lambda: self._read_index(step))
+        with self._asked_for(step), _damage():
+            return self._read_index(step)
 
     def _newest(self, like: _Items) -> tuple[int, _Items] | None:
         """Return the newest undamaged checkpoint's step and items; damaged ones are moved away."""
@@ -193,40 +176,34 @@ class Checkpoints:
     def _asked_for(self, step: int) -> Iterator[None]:
         """Raise UnreadableCheckpoint on all processes where a step is missing or damaged."""
         kept = ", ".join(map(str, self.steps)) or "none"
-        missing = f"{self._folder} has no checkpoint of step {step}; it has {kept}"
-        if problem := _first_problem("" if step in self.steps else missing):
-            raise UnreadableCheckpoint(problem)
+        with processes.together(UnreadableCheckpoint):
+            if step not in self.steps:
+                problem = f"has no checkpoint of step {step}; it has {kept}"
+                raise UnreadableCheckpoint(f"{self._folder} {problem}")
         try:
             yield
         except DamagedCheckpoint as problem:
-            raise UnreadableCheckpoint(
-                f"{self._folder / str(step)} is damaged ({problem}); choose another step"
-            ) from problem
+            told = f"{self._folder / str(step)} is damaged ({problem}); choose another step"
+            raise UnreadableCheckpoint(told) from problem
 
     def _restore(self, step: int, like: _Items) -> _Items:
         """Return the items of a checkpoint; all processes of a job find it damaged, or none."""
-        index, items = _agreed(lambda: self._read(step, like))
+        with _damage():
+            index = self._read_index(step)
+            if missing := set(like) - set(index):
+                raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
+            for name, item in like.items():
+                check_same_model(str(self._folder / str(step)), index[name], item)
+            arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
+            items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
         for name in like:  # fingerprints take every process
             if index_of(items[name]) != index[name]:
                 raise DamagedCheckpoint(f"fingerprints of {name} differ")
-        return items
-
-    def _read(self, step: int, like: _Items) -> tuple[_Index, _Items]:
-        """Return the index and this process's part of the items of a checkpoint."""
-        index = self._read_index(step)
-        if missing := set(like) - set(index):
-            raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
-        for name, item in like.items():
-            check_same_model(str(self._folder / str(step)), index[name], item)
-        with _damage():
-            arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
-            items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
-        return index, {name: items[name] for name in like}
+        return {name: items[name] for name in like}
 
     def _read_index(self, step: int) -> _Index:
-        with _damage():
-            arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
-            return self._reader.restore(step, args=arguments)["index"]
+        arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
+        return self._reader.restore(step, args=arguments)["index"]
 
     def _set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints away: their steps can be saved again, and nothing is lost."""
@@ -255,43 +232,29 @@ def _in_letters(folder: epath.Path) -> epath.Path:
 def _meet(*, key: str, timeout_ms: int) -> None:
     """Wait for the other processes at the end of a save, unless this one has failed to write.
 
-    Orbax would wait with its error in hand, and the others for this process, for 20 minutes.
-    Raising the error ends this process, which the others notice.
+    Orbax would wait for 20 minutes with its error in hand; raised, it ends this process.
     """
     if error := sys.exc_info()[1]:
         raise error
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def _first_problem(problem: str) -> str:
-    """Return the first problem that a process has, "" if none has one; all must call it."""
-    return next(filter(None, processes.from_all(problem)), "")
-
-
-def _agreed(read: Callable[[], _Result]) -> _Result:
-    """Return what this process reads; raise DamagedCheckpoint on all where one finds damage."""
-    problem, result = "", None
-    try:
-        result = read()
-    except DamagedCheckpoint as error:
-        problem = str(error)
-    if problem := _first_problem(problem):
-        raise DamagedCheckpoint(problem)
-    return result
-
-
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Raise DamagedCheckpoint for errors of reading, unless machine or network is at fault."""
-    # the type of an error depends on where a reader of damaged files stumbles
-    try:
-        yield
-    except _NOT_OF_FILES:
-        raise
-    except Exception as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if errno.errorcode.get(number) in _PASSING or re.search(_PASSING_WORDS, str(error)):
+    """Raise DamagedCheckpoint on all processes for what one cannot read.
+
+    Errors where the machine, the network or the user is at fault stay what they are.
+    """
+    with processes.together(DamagedCheckpoint):
+        # the type of an error depends on where a reader of damaged files stumbles
+        try:
+            yield
+        except _NOT_OF_FILES:
             raise
-        text = " ".join(str(error).split())[:120]
-        raise DamagedCheckpoint(f"{type(error).__name__}: {text}") from error
+        except Exception as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            number = int(code[1]) if code else getattr(error, "errno", None)
+            if errno.errorcode.get(number) in _PASSING or re.search(_PASSING_WORDS, str(error)):
+                raise
+            text = " ".join(str(error).split())[:120]
+            raise DamagedCheckpoint(f"{type(error).__name__}: {text}") from error

@@ -1,7 +1,4 @@
-"""Programs that XLA has compiled are kept in a folder, so that the next start need not wait.
-
-JAX reads and writes the folder: an entry that is damaged, or of another machine, is compiled anew.
-"""
+"""Programs that XLA has compiled are kept in a folder, so that the next start need not wait."""
 
 import contextlib
 import os
@@ -29,7 +26,6 @@ def keep_programs() -> None:
 
     A folder that cannot be written costs a line on standard error, and time.
     """
-    given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
     if jax.config.jax_compilation_cache_dir:
         return
     try:
@@ -39,6 +35,7 @@ def keep_programs() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # the second: there is no home folder
+        given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
         fix = f"{ENVIRONMENT_VARIABLE}=off says that none is wanted"
         return print(f"programs are not kept in {given} ({error}); {fix}", file=sys.stderr)
     _drop_oldest(folder)

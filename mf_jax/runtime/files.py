@@ -5,14 +5,13 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,10 +38,9 @@ _glob_of_etils = _PathOfEtils.glob
 
 
 def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
-    """Yield what a pattern finds in a folder, whatever its own name holds.
+    """Yield what a pattern finds in a folder, whose own name may hold brackets.
 
-    etils takes brackets in the name of the folder for a part of the pattern. Orbax then finds
-    nothing of what its processes have written, and leaves a checkpoint without its arrays.
+    etils takes them for a part of the pattern: Orbax would save a checkpoint without its arrays.
     """
     if in_bucket(folder):
         return _glob_of_etils(folder, pattern)
@@ -92,15 +90,8 @@ def sha256_of(path: epath.PathLike) -> str:
 
 def to_json(value: Any, **options: Any) -> str:
     """Return a value as JSON, in which a number that is not finite is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), allow_nan=False, **options)
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, **options)
 
 
 def replace_file(path: epath.PathLike, content: bytes) -> None:

@@ -46,7 +46,5 @@ def check_same_model(path: str, index: dict[str, list], like: PyTree) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if wrong:
-        raise BadInput(
-            f"checkpoint {path} is of another model: {listed(wrong, most=4)}; "
-            "use its own config, or another --workdir"
-        )
+        problem = f"checkpoint {path} is of another model: {listed(wrong, most=4)}"
+        raise BadInput(f"{problem}; use its own config, or another --workdir")

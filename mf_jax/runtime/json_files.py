@@ -23,8 +23,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
-    text = json.dumps(json.loads(to_json(value)), sort_keys=True)  # as it will be read
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -> None:
@@ -33,10 +32,9 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -
 
 
 def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
-    """Return an object and whether it had a checksum; ValueError unless it fits an example.
+    """Return an object of finite numbers and whether it had a checksum; ValueError for a misfit.
 
     Args:
-      content: JSON in UTF-8, whose numbers are finite.
       like: has the keys that must be there, those that end in ? may be missing. A whole number is
         the least one allowed, the first element of a list stands for all of them.
     """
@@ -57,10 +55,8 @@ def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
         )
         stored = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
         if stored is not None and stored != _checksum(value):
-            raise ValueError(
-                "its checksum says that it is damaged or edited: restore it, or delete its "
-                f"{CHECKSUM!r} if you have edited it"
-            )
+            fix = f"restore it, or delete its {CHECKSUM!r} if you have edited it"
+            raise ValueError(f"its checksum says that it is damaged or edited: {fix}")
         if problem := misfit(value, like, "it"):
             raise ValueError(problem)
     except RecursionError as error:
@@ -77,15 +73,14 @@ def misfit(value: Any, like: Any, name: str) -> str:
         return f"{name} is {str(value)[:40]!r}, not {kinds.get(kind, 'a number')}"
     if kind is int and value < like:
         return f"{name} is {value}, and must be at least {like}"
-    if kind is list:
-        parts = [(each, like[0], f"an element of {name}") for each in value] if like else []
+    parts = []
+    if kind is list and like:
+        parts = [(each, like[0], f"an element of {name}") for each in value]
     elif kind is dict:
         wanted = {key.removesuffix("?"): key for key in like}
         if lacking := [key for key, full in wanted.items() if key == full and key not in value]:
             return f"{name} lacks {', '.join(lacking)}"
         parts = [(value[key], like[wanted[key]], key) for key in wanted if key in value]
-    else:
-        parts = []
     return next(filter(None, itertools.starmap(misfit, parts)), "")
 
 

@@ -1,8 +1,7 @@
-"""Several processes as one job, by JAX's own multi-controller runtime.
+"""Several processes as one job, by JAX's own multi-controller runtime, and signals to stop it.
 
 JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a
-job, or JAX knows it by itself: TPU pods, SLURM, Open MPI. In a single process, everything here
-works and does nothing.
+job, or JAX knows it by itself: TPU pods, SLURM, Open MPI.
 
 A problem that only some processes see, such as a missing folder, goes to all before they compute
 together. Otherwise the others would wait for ever, in a collective, for one that has given up.
@@ -13,14 +12,18 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Shaped
 
@@ -29,7 +32,7 @@ from mf_jax.flow.errors import BadInput
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
 """What JAX says where it knows of no job, or this process has begun to compute by itself."""
-_LAST_TO_LEAVE_SECONDS, _PATIENCE_SECONDS = 3, 10
+_LAST_TO_LEAVE_SECONDS, _PATIENCE_SECONDS, _SECONDS_PER_LOOK = 3, 10, 1.0
 _BAD_INPUT = 2
 _LOST = "gloo|connection (reset|closed)|coordination service|heartbeat|socket closed"
 """Words in errors of computations where another process has gone."""
@@ -122,7 +125,7 @@ def _give_up(seconds: float, job: dict[str, Any]) -> None:
     os._exit(_BAD_INPUT)
 
 
-def _timer(seconds: float, call: Any) -> threading.Timer:
+def _timer(seconds: float, call: Callable[[], Any]) -> threading.Timer:
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()
@@ -169,16 +172,16 @@ def on_host(x: Shaped[Array | np.ndarray, "*_"]) -> Shaped[np.ndarray, "*_"]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Raise the BadInput of any process on all; the body must not compute with the others."""
+def together(kind: type[Exception] = BadInput) -> Iterator[None]:
+    """Raise such an error of any process on all; the body must not compute with the others."""
     try:
         yield
-    except BadInput as error:
+    except kind as error:
         from_all(str(error))
         raise
     for index, problem in enumerate(from_all("")):
         if problem:
-            raise BadInput(f"process {index} has: {problem}")
+            raise kind(f"process {index} has: {problem}")
 
 
 def check_alike(settings: dict[str, Any]) -> None:
@@ -206,13 +209,9 @@ def explain(error: Exception) -> str:
 
 
 def leave(code: int) -> int:
-    """Leave the job, waiting some seconds for the others; return the exit code.
-
-    After an error the others may not come to leave together. JAX also waits for ever where SIGTERM
-    comes after the last step that the processes agreed on. Then this process ends alone, and they
-    notice. A process whose output goes nowhere ends too.
-    """
+    """Leave the job, waiting some seconds for the others; return the exit code."""
     if are_several():
+        # after an error, or SIGTERM behind the last step agreed on, JAX would wait for ever
         _timer(_PATIENCE_SECONDS, lambda: os._exit(code))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -223,3 +222,46 @@ def leave(code: int) -> int:
 def only_first_talks() -> contextlib.AbstractContextManager[Any]:
     """Keep standard output to the first process; errors are told by all."""
     return contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
+
+
+def awaited(future: Future, meanwhile: Callable[[], None] | None) -> Any:
+    """Return what a thread returns; signals reach this one every second, as `meanwhile` does."""
+    while wait([future], timeout=_SECONDS_PER_LOOK).not_done:
+        if meanwhile:
+            meanwhile()
+    return future.result()
+
+
+@contextlib.contextmanager
+def stop_signal(folder: Path, num_steps: int) -> Iterator[Callable[[int], bool]]:
+    """Turn SIGTERM, and the first Ctrl-C, into the wish to save and end after the step at hand.
+
+    Yields a function of the steps begun that says whether to stop; all processes say the same.
+    """
+    next_step, last_step, several = 0, None, are_several()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal last_step
+        signal.signal(number, before[number])  # a second one acts as it always does
+        last_step = next_step if last_step is None else last_step
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to all processes
+        step = "the next step" if several or not last_step else f"step {min(last_step, num_steps)}"
+        with contextlib.suppress(OSError, RuntimeError):  # amid another print
+            print(f"stopping after {step}; the checkpoint of {step} will be saved in {folder}")
+            sys.stdout.flush()
+
+    def is_last(done: int) -> bool:
+        nonlocal next_step
+        next_step = done + 1  # what a signal from now on promises
+        return last_step is not None and done >= last_step
+
+    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # it alone may catch signals
+        caught = ()
+    before = {number: signal.signal(number, ask) for number in caught}
+    try:
+        yield multihost_utils.reached_preemption_sync_point if several else is_last
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

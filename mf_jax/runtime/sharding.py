@@ -20,8 +20,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from mf_jax.flow.errors import BadInput
 
-_REPLICATE_BELOW = 2**14
-"""Arrays with fewer numbers stay whole on every device: splitting costs more than it saves."""
+_REPLICATE_BELOW = 2**14  # numbers: to split a smaller array costs more than it saves
 _WHOLE, _WHOLE_FROM_END = -1, 0
 """The axis of a parameter that is not split, counted from the front and from the end."""
 GATHERS = ("step", "block")
@@ -32,22 +31,18 @@ Late = Callable[[Names, int], bool]
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh over all devices, a process's beside one another.
+    """Return the mesh over all devices, a process's beside one another, as the rows that it reads.
 
-    Hence a process holds the rows that it reads, in the order of one process. `jax.make_mesh` would
-    follow the torus of a TPU slice, on which processes alternate.
+    `jax.make_mesh` would follow the torus of a TPU slice, on which processes alternate.
 
     Args:
       data, fsdp: devices along each axis; data=0 are all that remain.
-      devices: all by default.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if data < 0 or fsdp < 1 or count % fsdp or (data and data * fsdp != count):
-        raise BadInput(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: must multiply to the {count} devices here; "
-            "use 0 and 1"
-        )
+        needed = f"must multiply to the {count} devices here; use 0 and 1"
+        raise BadInput(f"mesh.data={data}, mesh.fsdp={fsdp}: {needed}")
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(in_order).reshape(count // fsdp, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -103,8 +98,8 @@ def per_device(
     """Return a gradient, placed like the parameters, and sums over rows; each device takes its own.
 
     Args:
-      gradient: from whole parameters and some rows to sums over these rows, and before them the
-        gradient of their mean with respect to the first entry of the parameters.
+      gradient: from whole parameters and some rows to the gradient of the rows' mean with respect
+        to the first entry of the parameters, and to sums over the rows.
       params: a tuple of trees of parameters, placed by `state_sharding`.
       rows: a tree of arrays `[B, ...]`, placed by `batch_sharding`.
       late: which parameters `gradient` gathers itself with `gather_late`; None for none.
@@ -135,14 +130,9 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTr
     """Return a function that gathers parameters within the gradient of `per_device`.
 
     The function takes a path and this device's part of the parameters under it, and returns them
-    whole. A loop over blocks may have taken axes away in front. The derivative sums over `fsdp` and
-    leaves each device its part.
-
-    Args:
-      mesh, late: as `per_device` takes them.
-      params: nested dicts of whole parameters, placed by `state_sharding`, or their shapes.
+    whole. Its derivative sums over `fsdp` and leaves each device its part.
     """
-    # from the end, which a loop does not move
+    # from the end, which a loop over blocks does not move
     axes = jax.tree.map(
         lambda leaf, axis, is_late: axis - leaf.ndim if is_late else _WHOLE_FROM_END,
         params,

@@ -50,8 +50,7 @@ def as_json(config: ConfigDict) -> str:
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raise BadInput, naming keys that differ, unless a config continues the run of a workdir.
 
-    Nothing that decides its numbers may change. Under a constant schedule the number of steps does
-    not, but for those that are done.
+    What decides its numbers may not change, but `train.num_steps` under a constant schedule.
     """
     ours, theirs = flat(config), flat(stored_config(workdir))
     for values in (ours, theirs):  # one folder has many spellings
@@ -96,8 +95,8 @@ def own(
 
     Args:
       data: its `mf_jax.data.Source`.
-      parts: the files that registered parts of the user's own, by section of the config.
-      init_sha256: of the file of weights that it starts from, if it starts.
+      parts: see `own_parts`.
+      init_sha256: of the file of weights that the run starts from, "" for none.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -134,26 +133,20 @@ def _check_shared(workdir: Path) -> None:
     processes.from_first(None)
     with processes.together():
         if not mark.exists():
-            raise BadInput(
-                f"--workdir={workdir}: does not show what process 0 writes there; must be one "
-                "folder for all hosts: a shared file system or a bucket"
-            )
+            fix = "must be one folder for all hosts: a shared file system or a bucket"
+            raise BadInput(f"--workdir={workdir}: does not show what process 0 writes there; {fix}")
     if processes.is_first():
         mark.unlink()
 
 
 def _about(data: Any) -> dict[str, Any]:
     """Return what batches and labels depend on, and a digest of the data's own list of names."""
-    digest = getattr(data, "digest", "")
-    about = {**dataclasses.asdict(data.spec), "size": len(data), "digest": digest}
-    return json.loads(json.dumps(about))
+    more = {"size": len(data), "digest": getattr(data, "digest", "")}
+    return json.loads(json.dumps(dataclasses.asdict(data.spec) | more))
 
 
 def check_data(workdir: Path, data: Any, init_sha256: str = "") -> dict[str, Any]:
-    """Return what is stored about a run's data; raise BadInput unless these, wherever, are them.
-
-    So must the file of weights be that it starts from, if it starts; see `own`.
-    """
+    """Return what is stored about a run's data; BadInput unless these, and its weights, are it."""
     stored, about = _read(workdir, _DATA), _about(data)
     if about["digest"] and not stored.get("digest"):
         stored.pop("digest", "")
@@ -207,35 +200,25 @@ def check_writable(workdir: Path) -> None:
 
 
 def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
-    """Return the config of the run in a workdir, in today's keys.
-
-    Args:
-      workdir: of the run.
-      key: that names the workdir, for errors.
-    """
+    """Return the config of the run in a workdir, which a key names, in today's keys."""
     stored = flatten_dict(_read(workdir, _CONFIG, key), sep=".")
-    values = {RENAMED.get(key, key): _tuples(value) for key, value in stored.items()}
-    values = flatten_dict(ADDED, sep=".") | values
-    if problem := _misfit(values):
+    values = flatten_dict(json.loads(to_json(ADDED)), sep=".")
+    values |= {RENAMED.get(name, name): value for name, value in stored.items()}
+    if problem := misfit(values, _like_defaults(), "it"):
         raise BadInput(f"{key}={workdir}: its {_CONFIG} cannot be used ({problem}); restore it")
+    values = {name: _tuples(value) for name, value in values.items()}
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
 
 
-def _misfit(values: dict[str, Any]) -> str:
-    """Return which key of a stored config is missing, or of another type than its default."""
-    known = flatten_dict(defaults().to_dict(), sep=".")
-    for key, default in known.items():
+def _like_defaults() -> dict[str, Any]:
+    """Return what a stored config is like, see `parse_json`: keys and types of the default."""
+    like = {}
+    for key, default in flat(defaults()).items():
+        is_needed = key.split(".")[0] in SECTIONS_OF_A_RUN
         is_number = isinstance(default, int) and not isinstance(default, bool)
-        like = -(2**63) if is_number else default
-        like = list(default[:1]) if isinstance(default, tuple) else like
-        if key not in values:
-            if key.split(".")[0] in SECTIONS_OF_A_RUN:
-                return f"it lacks {key}"
-            continue
-        value = list(values[key]) if isinstance(values[key], tuple) else values[key]
-        if problem := misfit(value, like, key):
-            return problem
-    return ""
+        default = default[:1] if isinstance(default, list) else default
+        like[key if is_needed else f"{key}?"] = -(2**63) if is_number else default
+    return like
 
 
 def _tuples(value: Any) -> Any:
