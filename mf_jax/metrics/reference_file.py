@@ -180,23 +180,20 @@ def _write_pictures(
 
 
 @contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
+    with _naming(path), opened_npz(path) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
 def _naming(path: epath.Path) -> Iterator[None]:
+    """Name the file in one line of any error in reading it."""
     try:
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
-    """Open an `.npz`, and name the file in one line of any error in reading from it."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
-    try:
-        with _naming(path), opened_npz(path) as archive:
-            yield archive
-    except BadInput:
-        raise
     except UNREADABLE as error:
         reason = reason_of(error)
         raise BadInput(

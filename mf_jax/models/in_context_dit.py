@@ -30,7 +30,11 @@ Turns = Float[Array, "2 n f"]
 """Cosine and sine of the angles by which each token turns its queries and keys."""
 _NUM_CLASS_TOKENS = 8
 _NUM_SCALAR_TOKENS = {"omega": 4, "t_min": 2, "t_max": 2, "h": 4}  # in this order, after the class
-_BLOCK_INIT = nn.initializers.variance_scaling(0.32**2, "fan_in", "normal")
+_linear = functools.partial(
+    nn.Dense,
+    use_bias=False,
+    kernel_init=nn.initializers.variance_scaling(0.32**2, "fan_in", "normal"),
+)
 _SCALAR_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -63,10 +67,6 @@ def _rotate(x: Float[Array, "b n heads d"], turns: Turns) -> Float[Array, "b n h
     cos, sin = turns.astype(x.dtype)[:, :, None]
     a, b = x[..., 0::2], x[..., 1::2]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-
-
-def _linear(features: int, *, dtype: str, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_BLOCK_INIT, name=name)
 
 
 class RotaryAttention(nn.Module):

@@ -192,14 +192,8 @@ def image_of(patches: Tokens, shape: tuple[int, ...], size: int) -> Image | Sign
     return at_least_float32(x.swapaxes(2, 3).reshape(shape))
 
 
-def xavier_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
-    """Return a linear layer with Xavier-uniform weights that computes in dtype."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
-
-
-def zero_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
-    """Return a linear layer that starts at zero and computes in dtype."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
+xavier_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+zero_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
 
 
 class Attention(nn.Module):

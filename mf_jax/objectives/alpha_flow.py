@@ -21,17 +21,16 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, per_row
-from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.records import Step
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
@@ -104,9 +103,7 @@ class AlphaFlow(terms.Objective):
         alpha = jnp.where(alpha < self.derivative_below, 0, alpha)
         return jnp.where(alpha > 1 - self.derivative_below, 1, alpha)
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         rows = draws.interval
         u_instant = terms.at_instant(field, params, draws.instant).u

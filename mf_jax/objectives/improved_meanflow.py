@@ -18,7 +18,6 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
 from mf_jax.flow.paths import Points, per_row
-from mf_jax.flow.records import Draws, Field, Prediction, Step
+from mf_jax.flow.records import Draws, Field, Prediction
 from mf_jax.objectives import terms
 
 
@@ -68,9 +67,7 @@ class ImprovedMeanFlow(terms.Objective):
         """See `Objective`."""
         return self.velocity == "head"
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         loss, metrics, _ = self.with_predictions(field, params, draws)
         return loss, metrics

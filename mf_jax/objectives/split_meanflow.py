@@ -17,7 +17,6 @@ Source: SplitMeanFlow, arXiv 2507.16884, equation 8; Shortcut models, arXiv 2410
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -25,7 +24,7 @@ from jaxtyping import PyTree
 from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, advance, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Field, Rows
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
@@ -49,9 +48,7 @@ class SplitMeanFlow(terms.Objective):
         check_known("objective.split", self.split, SPLITS)
         check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         u_instant = terms.at_instant(field, params, draws.instant).u
         # only the rows with r = t look at the data

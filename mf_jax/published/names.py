@@ -260,5 +260,5 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
         array = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
         if stored in _OUT_FIRST:
             array = array.transpose(-1, -2, *range(array.ndim - 2))
-        flat[name] = array
+        flat[name] = np.ascontiguousarray(array)
     return dict(sorted(flat.items()))

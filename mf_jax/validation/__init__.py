@@ -19,7 +19,7 @@ from mf_jax.config import (
 from mf_jax.data import SOURCES, Source, make_source
 from mf_jax.flow.errors import BadInput, in_section
 from mf_jax.flow.records import DataSpec
-from mf_jax.flow.sampler import ONE_STEP, SamplePlan
+from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.models import NETWORKS, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.optim import choose_ema
@@ -78,7 +78,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
         objective = make_objective(config)
         choose_ema("sample.ema", config.sample.ema, averages(config))
     with collect():
-        check_grid(config)
+        eval_plans(config)
     if source is not None:
         spec = source.spec
         with collect():
@@ -172,17 +172,19 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         )
 
 
-def check_grid(config: ConfigDict) -> None:
-    """Raise BadInput if `eval` lists nothing, or an entry that this run cannot be sampled with."""
-    section, names = config.eval, averages(config)
+def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
+    """Return averages with plans to sample them; raise BadInput where the run has none like it."""
+    section, known = config.eval, averages(config)
     for key in ("steps", "omegas", "intervals", "emas"):
         if not section[key]:
             raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
-    for name in section.emas:
-        choose_ema("eval.emas", name, names)
+    emas, plans = [choose_ema("eval.emas", name, known) for name in section.emas], []
     with in_section("eval"):
-        for steps in section.steps:
-            SamplePlan(steps)
-        for omega, interval in itertools.product(section.omegas, section.intervals):
-            plan = ONE_STEP.replace(guidance=(omega, *interval))
+        base = SamplePlan(**{key: section[key] for key in ("renoise", "seed", "batch_size")})
+        for steps, omega, interval in itertools.product(
+            section.steps, section.omegas, section.intervals
+        ):
+            plan = base.replace(steps=steps, guidance=(omega, *interval))
             plan.check_guidable(config.draws.omega_max)
+            plans.append(plan if omega != 1 else plan.replace(guidance=NO_GUIDANCE))
+    return list(itertools.product(emas, plans))
