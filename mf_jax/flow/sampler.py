@@ -18,8 +18,6 @@ from mf_jax.flow.records import Field
 from mf_jax.flow.rows import call
 
 NO_GUIDANCE = (1.0, 0.0, 1.0)
-
-
 _MOST_STEPS = 10**6
 
 

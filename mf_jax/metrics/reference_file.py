@@ -97,11 +97,7 @@ Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
 
 
 def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Reference:
-    """Read a file of reference statistics; its pictures are not touched if it has statistics.
-
-    Args:
-      compute: for files of pictures alone, which None refuses; takes blocks of pictures.
-    """
+    """Read a file of reference statistics; of pictures alone they are computed, or refused."""
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
         names = set(array_names(archive))

@@ -54,11 +54,7 @@ class Autoencoder:
 
     @jax.jit
     def encode(self, image: Array) -> tuple[Float32[Array, "b h w c"], Float32[Array, "b h w c"]]:
-        """Return mean and standard deviation of the latents of images.
-
-        Args:
-          image: in [-1, 1], with 3 channels; height and width divisible by `network.factor`.
-        """
+        """Return mean and standard deviation of the latents of images [B, H, W, 3] in [-1, 1]."""
         # Not left to the platform: latents must not depend on how an accelerator rounds.
         with jax.default_matmul_precision("highest"):
             return self.network.apply({"params": self.params}, image, method="encode")
@@ -88,11 +84,9 @@ class Decoder:
 
 
 def load_autoencoder(path: epath.PathLike) -> Autoencoder:
-    """Read a published autoencoder, for example `sd-vae-ft-mse` of `published.fetch`.
+    """Read a published autoencoder, for example `sd-vae-ft-mse`, from its file or folder.
 
-    Args:
-      path: of `diffusion_pytorch_model.safetensors` or its folder. Sizes come from the
-        `config.json` beside it; without one from the weights and `_DEFAULTS`.
+    Sizes come from the `config.json` beside it; without one from the weights and `_DEFAULTS`.
     """
     path = epath.Path(path).expanduser().absolute()
     path = path / _FILE if path.is_dir() else path

@@ -69,14 +69,9 @@ def _unit(x: Image) -> Image:
 
 
 class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 without its head; the default sizes are Base.
+    """ConvNeXt V2 without its head; the default sizes are Base."""
 
-    Args:
-      depths: blocks of each stage.
-      widths: channels of each stage; every stage after the first halves the picture.
-    """
-
-    depths: tuple[int, ...] = (3, 3, 27, 3)
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of each stage
     widths: tuple[int, ...] = (128, 256, 512, 1024)
 
     @nn.compact
@@ -146,11 +141,7 @@ def distance_shapes(network: nn.Module) -> PyTree:
 
 
 def load_distance(network: nn.Module, path: epath.Path) -> tuple[PyTree, str]:
-    """Return published parameters, and the SHA-256 of their first file.
-
-    Args:
-      path: of a file, or of the folder with the two files of LPIPS.
-    """
+    """Return parameters of a file, or of the folder of LPIPS, and the first file's SHA-256."""
     paths = [path / name for name in _FILES] if path.is_dir() else [path]
     first, *others = map(read_state_dict, paths)
     arrays = {k: v for state in (first, *others) for k, v in state.arrays.items()}

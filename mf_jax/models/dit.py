@@ -35,11 +35,7 @@ NORMS = ("layer", "rms")
 
 
 def num_r_blocks(depth: int, r_blocks: int) -> int:
-    """Return how many of a decoupled network's blocks, the last ones, are told r.
-
-    Args:
-      r_blocks: wanted; 0 for a quarter of the blocks, rounded up.
-    """
+    """Return how many blocks, the last ones, are told r; 0 asks for a quarter, rounded up."""
     last = r_blocks or -(-depth // 4)
     if not 0 < last < depth:
         few = "use a model.depth of 2 or more"

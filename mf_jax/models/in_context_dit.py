@@ -127,11 +127,7 @@ class Head(nn.Module):
 
 
 class PrefixTokens(nn.Module):
-    """Learned tokens, each plus one embedding per row, in float32.
-
-    Args:
-      embed: from a number or a label of each row, and the name of a sub-module, to an embedding.
-    """
+    """Learned tokens, each plus one embedding `embed(value, name=...)` per row, in float32."""
 
     num_tokens: int
     embed: Callable

@@ -68,10 +68,8 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
 
     XLA computes sums again in every operation that reads them. Of a residual stream that is the
     chain of all sums before: the first block's gradient reads tensors of every block. XLA does
-    not repeat a division, here by a one that it cannot know. A small x stays in the cache anyway.
-
-    Args:
-      other: finite numbers that XLA does not know and that are there before x.
+    not repeat a division, here by a one that it cannot know, made of `other`, finite and there
+    before x. A small x stays in the cache anyway.
     """
     if jax.default_backend() != "cpu" or x.size < _LARGE:
         return x

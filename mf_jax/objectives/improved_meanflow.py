@@ -47,16 +47,11 @@ VELOCITIES = {"head": _head_velocity, "boundary": boundary_velocity}
 
 @dataclasses.dataclass(frozen=True)
 class ImprovedMeanFlow(terms.Objective):
-    """Regress the velocity that u and its derivative make; each term has its own weight.
-
-    Args:
-      velocity: a key of `VELOCITIES`.
-      derivative: how du/dt is taken.
-    """
+    """Regress the velocity that u and its derivative make; each term has its own weight."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    velocity: str = "head"
+    velocity: str = "head"  # a key of VELOCITIES
     derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:

@@ -44,16 +44,6 @@ class Distance:
     def __post_init__(self) -> None:
         check_within(f"perceptual.{self.name}", self.factor, 0, math.inf, "()", "0 = off")
 
-    def with_slope(self, a: Image, b: Image) -> tuple[Scalars, Image]:
-        """Return the distance of each pair, and its gradient in a."""
-
-        def total(a: Image) -> tuple[Float[Array, ""], Scalars]:
-            distances = self.between(self.params, a, b)
-            return distances.sum(), distances
-
-        slope, distances = jax.grad(total, has_aux=True)(a)
-        return distances, slope
-
 
 @flax.struct.dataclass
 class Perceptual:
@@ -127,7 +117,7 @@ class Perceptual:
         real = crop(x, box, self.crop_size)
         found = []
         for distance in self.distances:
-            d, slope = distance.with_slope(seen, real)
-            (slope,) = to_x_hat(slope)
+            d, to_seen = jax.vjp(lambda a, by=distance: by.between(by.params, a, real), seen)
+            (slope,) = to_x_hat(*to_seen(jnp.ones_like(d)))
             found.append((jnp.where(counts, d, 0), jnp.where(per_row(counts, slope), slope, 0)))
         return found

@@ -25,13 +25,9 @@ from mf_jax.objectives.perceptual import Perceptual
 
 @dataclasses.dataclass(frozen=True)
 class PixelMeanFlow(ImprovedMeanFlow):
-    """Improved MeanFlow with a clipped velocity, and perhaps perceptual terms.
+    """Improved MeanFlow with a clipped velocity, and perhaps perceptual terms."""
 
-    Args:
-      t_clip: smallest time divided by, in (0, 1), the network's own.
-    """
-
-    t_clip: float = 0.05
+    t_clip: float = 0.05  # smallest time divided by, the network's own
     perceptual: Perceptual = dataclasses.field(default_factory=Perceptual)
     predicts: ClassVar[str] = "data"
 

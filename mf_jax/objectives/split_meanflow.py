@@ -33,15 +33,11 @@ SPLITS = ("uniform", "midpoint")
 
 @dataclasses.dataclass(frozen=True)
 class SplitMeanFlow(terms.Objective):
-    """Regress the average velocity over an interval on the average velocities over its two parts.
-
-    Args:
-      split: `uniform` (s uniform between r and t) or `midpoint`.
-    """
+    """Regress the average velocity over an interval on those over its two parts."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    split: str = "uniform"
+    split: str = "uniform"  # where s lies between r and t
     target_ema: float = 0.0
 
     def __post_init__(self) -> None:
