@@ -84,13 +84,10 @@ def _check(config: ConfigDict) -> None:
     cells(config)
     section = config.eval
     if section.watch and (section.samples or section.checkpoints):
-        raise BadInput(
-            "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and "
-            "eval.checkpoints out"
-        )
-    if not section.references and (
-        section.samples or section.watch or config.data.name == "latents"
-    ):
+        others = "leave eval.samples and eval.checkpoints out"
+        raise BadInput(f"eval.watch=True: scores every new checkpoint of a run; {others}")
+    needs_references = section.samples or section.watch or config.data.name == "latents"
+    if needs_references and not section.references:
         raise BadInput(
             "eval.references=(): eval.samples, eval.watch and latents are compared with reference "
             "statistics; name at least one .npz"
@@ -163,10 +160,8 @@ class Evaluation:
     def score_grid(self, steps: list[int]) -> list[Row]:
         """Return the rows of all cells, the newest of these checkpoints by its step."""
         if self.is_run and not steps:
-            raise BadInput(
-                f"--workdir={self.workdir}: holds no checkpoint; train first: --mode=train "
-                "with this --workdir"
-            )
+            fix = "train first: --mode=train with this --workdir"
+            raise BadInput(f"--workdir={self.workdir}: holds no checkpoint; {fix}")
         newest = {"checkpoint": steps[-1]} if self.is_run else {"checkpoint": 0, "ema": "init"}
         # cells of one model are neighbours
         load = functools.lru_cache(1)(self._load)

@@ -237,10 +237,8 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
         null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.integer) else None
     fit = "give a tree like condition, without its first axis"
     if null is None and is_needed:
-        raise BadInput(
-            "null=None: a row that trains without its condition is told null; "
-            f"{fit}, or use label_drop_share=0"
-        )
+        told = "a row that trains without its condition is told null"
+        raise BadInput(f"null=None: {told}; {fit}, or use label_drop_share=0")
     if null is None:
         return None
 

@@ -213,9 +213,8 @@ class InContextDiT(Transformer, kw_only=True):
     def _check_sizes(self) -> None:
         check_known("positions", self.positions, POSITIONS)
         if not 0 <= self.head_depth <= self.depth:
-            raise BadInput(
-                f"model.head_depth={self.head_depth}: must be from 0 to depth={self.depth}"
-            )
+            fix = f"must be from 0 to depth={self.depth}"
+            raise BadInput(f"model.head_depth={self.head_depth}: {fix}")
         multiple = self.num_heads * (4 if self.positions == "grid" else 2)
         if self.num_heads <= 0 or self.width <= 0 or self.width % multiple:
             raise BadInput(

@@ -82,11 +82,8 @@ class AlphaFlow(terms.Objective):
                 f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be "
                 "above 0 with annealing=exponential or derivative_below=0; try 0.1 and 0.002"
             )
-        if not 0 <= self.anneal_from < self.anneal_to:
-            raise BadInput(
-                f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must obey "
-                "0 <= anneal_from < anneal_to"
-            )
+        end, fix = self.anneal_to, "anneal_to comes later"
+        check_within("objective.anneal_from", self.anneal_from, 0, end, "[)", fix)
         check_known("objective.error_of", self.error_of, ERRORS)
         for name, ends in (("sharpness", "()"), ("target_clip", "(]"), ("interval_factor", "()")):
             check_within(f"objective.{name}", getattr(self, name), 0, math.inf, ends)

@@ -52,9 +52,7 @@ class AverageDivergence:
         def of(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Array]:
             value = q(params, z, r=r, t=t, condition=condition)
             if value.shape != t.shape:
-                raise BadInput(
-                    f"q: is {value.shape}; return a number for each of the rows {t.shape}"
-                )
+                raise BadInput(f"q: is {value.shape}; return a number for each row {t.shape}")
             return value, value
 
         def still(*point: Array) -> tuple[Array, Array]:
