@@ -30,10 +30,7 @@ class SampleScores:
 
     Over several processes features are global arrays and every process calls `add`. Process 0 alone
     keeps pooled rows, logits and sums, and so has the scores.
-
-    Args:
-      num_samples: of all batches, exactly.
-      least: fewest samples to score; 0 = one more than the features of a row.
+    All batches together have num_samples, and at least `least`: 0 = one more than a row's features.
     """
 
     def __init__(self, num_samples: int, *, least: int = 0) -> None:

@@ -97,17 +97,11 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
 
 
 class AutoencoderKL(nn.Module):
-    """Convolutional encoder and decoder, their layers under the published names.
+    """Convolutional encoder and decoder, their layers under the published names."""
 
-    Args:
-      block_out_channels: of each level; every level after the first halves the image.
-      layers_per_block: residual blocks of a level of the encoder; one more in the decoder.
-      norm_num_groups: divides all channels.
-    """
-
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # of levels, each half the last
+    layers_per_block: int = 2  # residual ones of the encoder; one more in the decoder
+    norm_num_groups: int = 32  # divides all channels
     latent_channels: int = 4
 
     def setup(self):

@@ -95,27 +95,18 @@ def _omega(condition: Condition, t: Time) -> Time:
 
 
 class DiT(Transformer, kw_only=True):
-    """Predict u(z, r, t) of images, latents or signals.
-
-    Args:
-      time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
-      r_blocks: see `num_r_blocks`, where time_conditioning is `DECOUPLED`.
-      levels: where time_conditioning is `STEPS`; the smallest step is 2^-levels.
-      norm: one of `NORMS`.
-      logit_power: see `Attention.power`.
-      told_guidance: whether it is told 1 / omega, and its output is multiplied by omega.
-    """
+    """Predict u(z, r, t) of images, latents or signals."""
 
     takes = ("images", "signals")
     can_be_told_guidance = True
 
-    time_conditioning: str = "t,t-r"
-    r_blocks: int = 0
+    time_conditioning: str = "t,t-r"  # one of DIT_TIME_CONDITIONINGS
+    r_blocks: int = 0  # see num_r_blocks, where time_conditioning is DECOUPLED
     condition_size: int = 0
-    levels: int = 7
-    norm: str = "layer"
-    logit_power: float = -0.5
-    told_guidance: bool = False
+    levels: int = 7  # where time_conditioning is STEPS; the smallest step is 2^-levels
+    norm: str = "layer"  # one of NORMS
+    logit_power: float = -0.5  # see Attention.power
+    told_guidance: bool = False  # it is told 1 / omega, and its output is multiplied by omega
 
     @nn.compact
     def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:

@@ -141,21 +141,14 @@ class PrefixTokens(nn.Module):
 
 
 class InContextDiT(Transformer, kw_only=True):
-    """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents.
-
-    Args:
-      head_depth: blocks, the last ones of depth, that belong to one prediction alone.
-      second_head: predict v too, by head_depth further blocks; False in sampling.
-      bottleneck: width between two layers of the patch embedding; 0 for one layer.
-      positions: one of `POSITIONS`.
-    """
+    """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents."""
 
     can_be_told_guidance = True
 
-    head_depth: int
-    second_head: bool = True
-    bottleneck: int = 0
-    positions: str = "sequence"
+    head_depth: int  # blocks, the last ones of depth, that belong to one prediction alone
+    second_head: bool = True  # predict v too, by head_depth further blocks; False in sampling
+    bottleneck: int = 0  # width between two layers of the patch embedding; 0 for one layer
+    positions: str = "sequence"  # one of POSITIONS
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:

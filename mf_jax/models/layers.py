@@ -195,22 +195,14 @@ zero_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
+    """Multi-head self-attention."""
 
-    Args:
-      num_heads: divides the width.
-      attend: from scaled queries, keys and values `[B, tokens, heads, features]` to values.
-      out: makes the last linear layer.
-      power: logits are products of queries and keys times the features of a head to it.
-      qk_norm: whether RMSNorm, in float32, comes before the products.
-    """
-
-    num_heads: int
+    num_heads: int  # divides the width
     dtype: str
-    attend: Callable
-    out: Callable = xavier_dense
-    power: float = -0.5
-    qk_norm: bool = False
+    attend: Callable  # from scaled queries, keys, values [B, tokens, heads, features] to values
+    out: Callable = xavier_dense  # makes the last linear layer
+    power: float = -0.5  # logits are products of queries and keys times the head's width to it
+    qk_norm: bool = False  # whether RMSNorm, in float32, comes before the products
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:

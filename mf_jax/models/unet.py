@@ -144,23 +144,14 @@ class _Embedding(nn.Module):
 
 
 class UNet(Network, kw_only=True):
-    """Predict u(z, r, t) of images.
+    """Predict u(z, r, t) of images."""
 
-    Args:
-      channels: of the first convolution; the unit of a level's channels.
-      channel_multipliers: one for each level; every level after the first halves the image.
-      num_blocks: residual blocks of a level on the way down; one more on the way up.
-      attention_resolutions: heights in pixels of levels with attention; the middle always has it.
-      dropout: rate, in [0, 1), where the condition has seeds for it.
-      augment_labels: numbers that tell a row's augmentation; 0 = told none.
-    """
-
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (2, 2, 2)
-    num_blocks: int = 4
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    augment_labels: int = 0
+    channels: int = 128  # of the first convolution; the unit of a level's channels
+    channel_multipliers: tuple[int, ...] = (2, 2, 2)  # every level after the first halves the image
+    num_blocks: int = 4  # residual ones of a level on the way down; one more on the way up
+    attention_resolutions: tuple[int, ...] = (16,)  # heights of levels with it; the middle has it
+    dropout: float = 0.0  # rate, in [0, 1), where the condition has seeds for it
+    augment_labels: int = 0  # numbers that tell a row's augmentation; 0 = told none
     time_conditioning: str = "t,t-r"
 
     @nn.compact

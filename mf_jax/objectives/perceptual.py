@@ -47,12 +47,9 @@ class Distance:
 
 @flax.struct.dataclass
 class Perceptual:
-    """Perceptual terms of a loss; none by default.
+    """Perceptual terms of a loss, for rows with t < max_t; none by default.
 
-    Args:
-      max_t: rows with t < max_t have them, in [0, 1]; no limit of guidance.
-      crop_size: side of the crops that the networks see, in pixels.
-      rows_at_once: rows computed at once; does not change them.
+    The networks see crops of crop_size pixels. How many rows_at_once does not change the numbers.
     """
 
     distances: tuple[Distance, ...] = ()
