@@ -111,9 +111,8 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
             own = from_section(record, ConfigDict({**config.instant_times, **shared}))
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
-    parts = {"times": times, "instant_times": own, "coupling": coupling}
-    parts["crops"] = sees_pictures(config)
-    return from_section(DrawScheme, config.draws, **parts, for_networks=True)
+    parts = {"times": times, "instant_times": own, "coupling": coupling, "for_networks": True}
+    return from_section(DrawScheme, config.draws, **parts, crops=sees_pictures(config))
 
 
 def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = False) -> nn.Module:

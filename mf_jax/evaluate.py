@@ -134,10 +134,7 @@ class Evaluation:
     ) -> list[Row]:
         """Return the rows of some samples; those that eval.jsonl lacks are computed and appended.
 
-        Args:
-          subject: the part of the protocol that decides the samples.
-          draw: makes the samples.
-          diagnose: gives more entries of the rows.
+        The subject is the part of the protocol that decides the samples; diagnose adds entries.
         """
         protocols = [subject | own for own in self.scorer.protocols]
         # another job may add rows meanwhile: all processes go by what the first has read

@@ -116,7 +116,6 @@ def make_optimizer(
     """Return the optimiser with optional clipping.
 
     Args:
-      rate: the learning rate as a function of the step.
       b1, b2: decay of adam's first and second moment, in [0, 1).
       weight_decay: decoupled.
       clip_norm: clip gradients to this global norm first; 0 = off.

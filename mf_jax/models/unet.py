@@ -201,8 +201,8 @@ class UNet(Network, kw_only=True):
         _, height, width, _ = shape
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if not self.channel_multipliers or height % factor or width % factor:
+            fix = f"use fewer, or an image size divisible by {factor} where it is {height}x{width}"
             raise BadInput(
                 f"model.channel_multipliers={tuple(self.channel_multipliers)}: every level after"
-                " the first halves the image, and there must be a first; fewer levels, or an image"
-                f" size divisible by {factor} where it is {height}x{width}"
+                f" the first halves the image, and there must be a first; {fix}"
             )

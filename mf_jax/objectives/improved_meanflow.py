@@ -33,11 +33,8 @@ from mf_jax.objectives import terms
 
 def _head_velocity(prediction: Prediction) -> Points:
     if prediction.v is None:
-        raise BadInput(
-            "objective.velocity='head': the network has no second head; return Prediction(u, v), "
-            "from the command line model.name=in_context_dit and model.second_head=True, or use "
-            "objective.velocity=boundary"
-        )
+        fix = "return Prediction(u, v), or use objective.velocity=boundary"
+        raise BadInput(f"objective.velocity='head': the network has no second head; {fix}")
     return prediction.v
 
 

@@ -94,9 +94,7 @@ class Perceptual:
             return self._of_batch(still[rows], x[rows], box[rows], counts[rows])
 
         def none(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
-            return jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, rows)
-            )
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, rows))
 
         def one(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
             return jax.lax.cond(counts[rows].any(), compute, none, rows)

@@ -196,7 +196,6 @@ def write_published(
     if kind == "sit":
         ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
-        params = unflatten_dict(params, sep="/")
     flat = to_published(kind, params, patch_size=patch_size)
     if len(positions):
         flat["pos_embed"] = np.ascontiguousarray(positions)[None]

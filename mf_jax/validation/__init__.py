@@ -52,7 +52,6 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     """Return the training split of the data; raise one BadInput with every problem of the config.
 
     Args:
-      config: of the run.
       num_devices: over which the batch is split.
       source: takes the place of the data that the config names, which are not opened then.
     """
