@@ -29,11 +29,9 @@ from mf_jax.models.attention import Heads
 
 
 def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Heads:
-    """See `attention.attend`.
+    """See `attention.attend`; with forward_mode `jax.jvp` can differentiate the result.
 
-    Args:
-      forward_mode: whether `jax.jvp` can differentiate the result. Gradients then flow through
-        values alone. Where there is no jvp they cost one more attention than without.
+    Gradients then flow through values alone. Where there is no jvp they cost one more attention.
     """
     return (_with_tangent if forward_mode else _fused)(q, k, v)
 
