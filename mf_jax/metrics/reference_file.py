@@ -97,7 +97,7 @@ Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
 
 
 def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Reference:
-    """Read a file of reference statistics; of pictures alone they are computed, or refused."""
+    """Read reference statistics; of pictures alone `compute` makes them, and None refuses."""
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
         names = set(array_names(archive))

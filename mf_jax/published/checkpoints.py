@@ -201,7 +201,10 @@ def write_published(
         flat["pos_embed"] = np.ascontiguousarray(positions)[None]
     try:
         with written_aside(path) as aside:
-            np.savez(aside, **flat) if path.suffix == ".npz" else save_file(flat, aside)
+            if path.suffix == ".npz":
+                np.savez(aside, **flat)
+            else:
+                save_file(flat, aside)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
 

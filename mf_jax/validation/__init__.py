@@ -172,7 +172,7 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
 
 
 def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
-    """Return averages with plans to sample them; raise BadInput where the run has none like it."""
+    """Return the averages and plans that `eval` combines, which the run must be able to follow."""
     section, known = config.eval, averages(config)
     for key in ("steps", "omegas", "intervals", "emas"):
         if not section[key]:
@@ -185,5 +185,7 @@ def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
         ):
             plan = base.replace(steps=steps, guidance=(omega, *interval))
             plan.check_guidable(config.draws.omega_max)
-            plans.append(plan if omega != 1 else plan.replace(guidance=NO_GUIDANCE))
+            if omega == 1:  # no guidance has no interval
+                plan = plan.replace(guidance=NO_GUIDANCE)
+            plans.append(plan)
     return list(itertools.product(emas, plans))
