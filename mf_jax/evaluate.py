@@ -98,10 +98,8 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
     if config.init.path and not run_folder.exists(workdir):
         if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
-            raise BadInput(
-                "eval.checkpoints, eval.emas: init.path names one model; leave both out, "
-                "or name another with --config.init.which"
-            )
+            fix = "leave both out, or name another with --config.init.which"
+            raise BadInput(f"eval.checkpoints, eval.emas: init.path names one model; {fix}")
         run_folder.make(workdir)
         return
     run_folder.check(workdir, config)
