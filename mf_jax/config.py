@@ -52,14 +52,12 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
         "t_clip": config.model.t_clip,
         "levels": config.times.levels,
     }
-    fields = inspect.signature(objective).parameters
+    fields = fields_of(objective)
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
         parts["derivative"] = Derivative(kind, delta)
         if "derivative" not in fields and (kind, delta) != ("jvp", 0):
-            able = [
-                k for k, v in OBJECTIVES.items() if "derivative" in inspect.signature(v).parameters
-            ]
+            able = [k for k, v in OBJECTIVES.items() if "derivative" in fields_of(v)]
             raise BadInput(
                 f"derivative={kind!r}, derivative_delta={delta}: {config.objective.name} takes no "
                 f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
@@ -144,9 +142,9 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
-def fields_of(network: Callable) -> set[str]:
-    """Return the names of a network's fields, or of the arguments of another constructor."""
-    return set(inspect.signature(network).parameters)
+def fields_of(part: Callable) -> set[str]:
+    """Return the names of a part's fields, or of the arguments of another constructor."""
+    return set(inspect.signature(part).parameters)
 
 
 _TOLD = {

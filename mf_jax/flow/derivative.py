@@ -31,10 +31,15 @@ Point = tuple[Points, Scalars, Scalars]
 
 @dataclasses.dataclass(frozen=True)
 class Derivative:
-    """How an objective takes du/dt; a network that cannot do it raises, nothing else is tried."""
+    """How an objective takes du/dt; a network that cannot do it raises, nothing else is tried.
 
-    kind: str = "jvp"  # or backward, central
-    delta: float = 0.0  # of a difference in t, in (0, 1); 0 = as published, 0.05 and 0.005
+    Args:
+      kind: `jvp`, `backward` or `central`.
+      delta: step of a difference in t, in (0, 1); 0 = as published, 0.05 and 0.005.
+    """
+
+    kind: str = "jvp"
+    delta: float = 0.0
 
     def __post_init__(self) -> None:
         check_known("derivative", self.kind, _DELTAS)

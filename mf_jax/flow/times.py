@@ -43,15 +43,21 @@ class UniformTimes:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormalTimes:
-    """Draw each time as sigmoid(mean + std * n), n standard normal; equal ones are MeanFlow's."""
+    """Draw each time as sigmoid(mean + std * n), n standard normal; equal ones are MeanFlow's.
+
+    Args:
+      order: where r > t, `swap` lets r and t change places, `clip` lowers r to t.
+      min_gap: `clip` keeps r at most t - min_gap, in [0, 1), and at least 0.
+      uniform_share: share of the rows whose times are uniform instead, in [0, 1].
+    """
 
     t_mean: float = -0.4
     t_std: float = 1.0
     r_mean: float = -0.4
     r_std: float = 1.0
-    order: str = "swap"  # where r > t they change places; `clip` lowers r to t
-    min_gap: float = 0.0  # `clip` keeps r at most t - min_gap, in [0, 1), and at least 0
-    uniform_share: float = 0.0  # of the rows whose times are uniform instead, in [0, 1]
+    order: str = "swap"
+    min_gap: float = 0.0
+    uniform_share: float = 0.0
 
     def __post_init__(self) -> None:
         check_within("uniform_share", self.uniform_share, 0, 1)

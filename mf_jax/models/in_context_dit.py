@@ -30,11 +30,8 @@ Turns = Float[Array, "2 n f"]
 """Cosine and sine of the angles by which each token turns its queries and keys."""
 _NUM_CLASS_TOKENS = 8
 _NUM_SCALAR_TOKENS = {"omega": 4, "t_min": 2, "t_max": 2, "h": 4}  # in this order, after the class
-_linear = functools.partial(
-    nn.Dense,
-    use_bias=False,
-    kernel_init=nn.initializers.variance_scaling(0.32**2, "fan_in", "normal"),
-)
+_BLOCK_INIT = nn.initializers.variance_scaling(0.32**2, "fan_in", "normal")
+_linear = functools.partial(nn.Dense, use_bias=False, kernel_init=_BLOCK_INIT)
 _SCALAR_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -163,13 +160,9 @@ class InContextDiT(Transformer, kw_only=True):
         x = jnp.concatenate([prefix, x], axis=1)
         if self.positions == "grid":
             x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        angles = rotary_angles(
-            self.positions,
-            num_prefix=num_prefix,
-            rows=z.shape[1] // p,
-            columns=z.shape[2] // p,
-            head_width=self.width // self.num_heads,
-        )
+        grid = {"rows": z.shape[1] // p, "columns": z.shape[2] // p}
+        head_width = self.width // self.num_heads
+        angles = rotary_angles(self.positions, num_prefix=num_prefix, head_width=head_width, **grid)
         turns = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
         run = functools.partial(run_blocks, self, forward_mode=condition.forward_mode)
         shared = [turns] * (self.depth - self.head_depth)

@@ -39,23 +39,17 @@ _LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on
 class Network(nn.Module, kw_only=True):
     """A network predicts velocities from z, the times and the condition.
 
-    Args:
-      num_classes: of the data; 0 for a network without classes.
-      condition_size: numbers of a row's condition; 0 for a network without one.
-      time_conditioning: a key of `TIME_CONDITIONINGS`.
-      dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
-        normalisation and softmax are float32 in any case.
-      second_head: whether it predicts v too.
-
-    Only some have a condition_size, a time_conditioning and a second_head.
+    Some have a condition_size, the numbers of a row's condition, and a time_conditioning, a key of
+    `TIME_CONDITIONINGS`. Parameters, predictions, embeddings, normalisation and softmax are float32
+    whatever the dtype of the computation.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
     can_be_told_guidance: ClassVar[bool] = False
-    second_head = False  # without an annotation it is no field
+    second_head = False  # whether it predicts v too; without an annotation it is no field
 
-    num_classes: int
-    dtype: str = "float32"
+    num_classes: int  # of the data; 0 for a network without classes
+    dtype: str = "float32"  # or bfloat16
 
 
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:

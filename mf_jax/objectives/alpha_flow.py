@@ -40,23 +40,37 @@ ERRORS = ("velocity", "step")
 
 @dataclasses.dataclass(frozen=True)
 class AlphaFlow(terms.Objective):
-    """Regress the average velocity on a finite step along the path, whose length is annealed."""
+    """Regress the average velocity on a finite step along the path, whose length is annealed.
+
+    Args:
+      annealing: schedule of a, a key of `ANNEALINGS`.
+      alpha_start, alpha_end: ends of a, in [0, 1].
+      anneal_from, anneal_to: steps between which a changes.
+      sharpness: of `sigmoid`.
+      derivative_below: where a is below it, a is 0 and the derivative is used; where 1 - a is
+        below it, a is 1. 0 = never.
+      min_gap: t - s is at least this, but at most t - r; in [0, 1).
+      target_clip: largest size of an entry of the target of a finite step; inf = no bound.
+      error_of: l is divided by a^2, an error of the `velocity`, or not, an error of the `step`.
+      interval_factor: of the rows with r < t in the loss, above 0.
+      derivative: how it is taken, below `derivative_below`.
+    """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    annealing: str = "sigmoid"  # schedule of a, one of ANNEALINGS
-    alpha_start: float = 1.0  # ends of a, in [0, 1]
+    annealing: str = "sigmoid"
+    alpha_start: float = 1.0
     alpha_end: float = 0.0
-    anneal_from: int = 0  # steps between which a changes
+    anneal_from: int = 0
     anneal_to: int = 10_000
-    sharpness: float = 25.0  # of sigmoid
-    derivative_below: float = 5e-3  # a below it is 0, by the derivative; a above 1 - it is 1
-    min_gap: float = 0.0  # t - s is at least this, but at most t - r; in [0, 1)
-    target_clip: float = 4.0  # largest size of an entry of a finite step's target; inf = none
-    error_of: str = "velocity"  # so l is divided by a^2; the error of the `step` is not
-    interval_factor: float = 1.0  # of the rows with r < t in the loss, above 0
+    sharpness: float = 25.0
+    derivative_below: float = 5e-3
+    min_gap: float = 0.0
+    target_clip: float = 4.0
+    error_of: str = "velocity"
+    interval_factor: float = 1.0
     target_ema: float = 0.0
-    derivative: Derivative = Derivative()  # below derivative_below
+    derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
         check_known("objective.annealing", self.annealing, ANNEALINGS)

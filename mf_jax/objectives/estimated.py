@@ -15,10 +15,15 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class Estimated(terms.Around):
-    """An objective whose rows know an estimate of the velocity."""
+    """An objective whose rows know an estimate of the velocity.
+
+    Args:
+      ema: decay of the average of parameters that `average` takes, in [0, 1]; 1 = a frozen teacher,
+        0 = the objective's own average.
+    """
 
     velocity: VelocityEstimate
-    ema: float = 0.0  # decay of the average taken; 1 = a frozen teacher, 0 = the objective's own
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.objective.predicts == "data":  # whose target is made of x, not of v

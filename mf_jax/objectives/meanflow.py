@@ -41,17 +41,21 @@ TANGENTS = {
 class MeanFlow(terms.Objective):
     """Regress the average velocity on the MeanFlow identity.
 
-    Over the first to_data_steps the share arccos(step / to_data_steps) / (pi / 2) of the rows with
-    r < t, falling from 1 to 0, has r = 0 instead.
+    Args:
+      tangent: direction of du/dt, a key of `TANGENTS`.
+      derivative: how du/dt is taken.
+      ramp_steps: over so many first steps the factor of du/dt in the target rises from 0 to 1.
+      to_data_steps: over so many first steps the share arccos(step / to_data_steps) / (pi / 2) of
+        the rows with r < t, falling from 1 to 0, has r = 0 instead.
 
-    Source of the last two fields: ESC, arXiv 2512.11831.
+    Source of the last two: ESC, arXiv 2512.11831.
     """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    tangent: str = "v01"  # direction of du/dt, a key of TANGENTS
+    tangent: str = "v01"
     derivative: Derivative = Derivative()
-    ramp_steps: int = 0  # the first ones, in which du/dt's factor in the target rises from 0 to 1
+    ramp_steps: int = 0
     to_data_steps: int = 0
 
     def __post_init__(self) -> None:

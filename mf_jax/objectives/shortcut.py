@@ -35,12 +35,18 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class Shortcut(terms.Objective):
-    """Regress steps of dyadic sizes on two steps of half their size."""
+    """Regress steps of dyadic sizes on two steps of half their size.
 
-    guidance: Guidance = Guidance()  # of the smallest steps, with the scale omega / (1 - kappa)
+    Args:
+      guidance: its scale, omega / (1 - kappa), is that of the smallest steps.
+      levels: the smallest step is 2^-levels.
+      target_clip: largest size of an entry of a middle point and of a target.
+    """
+
+    guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight(p=0.0, of="mean")
-    levels: int = 7  # the smallest step is 2^-levels
-    target_clip: float = 4.0  # largest size of an entry of a middle point and of a target
+    levels: int = 7
+    target_clip: float = 4.0
     target_ema: float = 0.999
 
     def __post_init__(self) -> None:
