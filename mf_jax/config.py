@@ -43,33 +43,27 @@ def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
 
 
 def make_objective(config: ConfigDict, source: Source | None = None) -> Objective:
-    """Return the objective that a config names, with its guidance, weight and control terms.
-
-    Args:
-      source: of the training data, which `velocity.source=data` must know to train.
-    """
+    """Return a config's objective; `velocity.source=data` must know the training data to train."""
     objective = look_up("objective.name", config.objective.name, OBJECTIVES)
-    parts = {"guidance": (Guidance, config.guidance), "weight": (AdaptiveWeight, config.weight)}
-    fields = inspect.signature(objective).parameters
-    more = {name: from_section(*part) for name, part in parts.items() if name in fields}
-    if "t_clip" in fields:  # the objective's is the network's
-        more["t_clip"] = config.model.t_clip
-    if "levels" in fields:  # the objective's are the times'
-        more["levels"] = config.times.levels
-    if "perceptual" in fields:
-        more["perceptual"] = _perceptual(config.perceptual)
+    parts = {
+        "guidance": from_section(Guidance, config.guidance),
+        "weight": from_section(AdaptiveWeight, config.weight),
+        "perceptual": _perceptual(config.perceptual),
+        "t_clip": config.model.t_clip,
+        "levels": config.times.levels,
+    }
+    fields = fields_of(objective)
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
-        more |= {"derivative": Derivative(kind, delta)} if "derivative" in fields else {}
+        parts["derivative"] = Derivative(kind, delta)
         if "derivative" not in fields and (kind, delta) != ("jvp", 0):
-            able = [
-                k for k, v in OBJECTIVES.items() if "derivative" in inspect.signature(v).parameters
-            ]
+            able = [k for k, v in OBJECTIVES.items() if "derivative" in fields_of(v)]
             raise BadInput(
                 f"derivative={kind!r}, derivative_delta={delta}: {config.objective.name} takes no "
                 f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
             )
-    made = from_section(objective, config.objective, **more)
+    own = {name: part for name, part in parts.items() if name in fields}
+    made = from_section(objective, config.objective, **own)
     known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
     velocity = from_section(VelocityEstimate, config.velocity, **known)
     if not velocity.is_off:
@@ -115,19 +109,12 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
             own = from_section(record, ConfigDict({**config.instant_times, **shared}))
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
-    parts = {"times": times, "instant_times": own, "coupling": coupling}
-    parts["crops"] = sees_pictures(config)
-    return from_section(DrawScheme, config.draws, **parts, for_networks=True)
+    parts = {"times": times, "instant_times": own, "coupling": coupling, "for_networks": True}
+    return from_section(DrawScheme, config.draws, **parts, crops=sees_pictures(config))
 
 
 def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = False) -> nn.Module:
-    """Return the network that a config names.
-
-    Args:
-      config: of the run.
-      spec: of the data; without classes the network is unconditional.
-      for_sampling: leave out what only training needs, the second head.
-    """
+    """Return a config's network for data; for sampling without what only training needs."""
     model = config.model
     network = look_up("model.name", model.name, NETWORKS)
     kind = {1: "vectors", 2: "signals"}.get(len(spec.shape), "images")
@@ -155,9 +142,9 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
-def fields_of(network: Callable) -> set[str]:
-    """Return the names of a network's fields, or of the arguments of another constructor."""
-    return set(inspect.signature(network).parameters)
+def fields_of(part: Callable) -> set[str]:
+    """Return the names of a part's fields, or of the arguments of another constructor."""
+    return set(inspect.signature(part).parameters)
 
 
 _TOLD = {

@@ -84,13 +84,10 @@ def _check(config: ConfigDict) -> None:
     cells(config)
     section = config.eval
     if section.watch and (section.samples or section.checkpoints):
-        raise BadInput(
-            "eval.watch=True: scores every new checkpoint of a run; leave eval.samples and "
-            "eval.checkpoints out"
-        )
-    if not section.references and (
-        section.samples or section.watch or config.data.name == "latents"
-    ):
+        others = "leave eval.samples and eval.checkpoints out"
+        raise BadInput(f"eval.watch=True: scores every new checkpoint of a run; {others}")
+    needs_references = section.samples or section.watch or config.data.name == "latents"
+    if needs_references and not section.references:
         raise BadInput(
             "eval.references=(): eval.samples, eval.watch and latents are compared with reference "
             "statistics; name at least one .npz"
@@ -101,10 +98,8 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
     if config.init.path and not run_folder.exists(workdir):
         if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
-            raise BadInput(
-                "eval.checkpoints, eval.emas: init.path names one model; leave both out, "
-                "or name another with --config.init.which"
-            )
+            fix = "leave both out, or name another with --config.init.which"
+            raise BadInput(f"eval.checkpoints, eval.emas: init.path names one model; {fix}")
         run_folder.make(workdir)
         return
     run_folder.check(workdir, config)
@@ -137,10 +132,7 @@ class Evaluation:
     ) -> list[Row]:
         """Return the rows of some samples; those that eval.jsonl lacks are computed and appended.
 
-        Args:
-          subject: the part of the protocol that decides the samples.
-          draw: makes the samples.
-          diagnose: gives more entries of the rows.
+        The subject is the part of the protocol that decides the samples; diagnose adds entries.
         """
         protocols = [subject | own for own in self.scorer.protocols]
         # another job may add rows meanwhile: all processes go by what the first has read
@@ -163,10 +155,8 @@ class Evaluation:
     def score_grid(self, steps: list[int]) -> list[Row]:
         """Return the rows of all cells, the newest of these checkpoints by its step."""
         if self.is_run and not steps:
-            raise BadInput(
-                f"--workdir={self.workdir}: holds no checkpoint; train first: --mode=train "
-                "with this --workdir"
-            )
+            fix = "train first: --mode=train with this --workdir"
+            raise BadInput(f"--workdir={self.workdir}: holds no checkpoint; {fix}")
         newest = {"checkpoint": steps[-1]} if self.is_run else {"checkpoint": 0, "ema": "init"}
         # cells of one model are neighbours
         load = functools.lru_cache(1)(self._load)

@@ -44,18 +44,15 @@ def _is_fused(path: KeyPath) -> bool:
     return path[-2:] == (DictKey("qkv"), DictKey("kernel"))
 
 
-def _split_qkv(tree: PyTree) -> PyTree:
+def _split_qkv(tree: PyTree, *, undo: bool = False) -> PyTree:
     """Make three matrices of each fused projection: `[..., in, 3 out]` to `[..., in, 3, out]`."""
-    return tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-1], 3, -1) if _is_fused(path) else x, tree
-    )
 
+    def split(path: KeyPath, x: Array) -> Array:
+        if not _is_fused(path):
+            return x
+        return x.reshape(*x.shape[:-2], -1) if undo else x.reshape(*x.shape[:-1], 3, -1)
 
-def _fuse_qkv(tree: PyTree) -> PyTree:
-    """Undo `_split_qkv`."""
-    return tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-2], -1) if _is_fused(path) else x, tree
-    )
+    return tree_map_with_path(split, tree)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
@@ -91,7 +88,7 @@ def _muon(
 
     def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = inner.update(_split_qkv(updates), state, _split_qkv(params))
-        return _fuse_qkv(updates), state
+        return _split_qkv(updates, undo=True), state
 
     return optax.GradientTransformation(lambda params: inner.init(_split_qkv(params)), update)
 
@@ -119,7 +116,6 @@ def make_optimizer(
     """Return the optimiser with optional clipping.
 
     Args:
-      rate: the learning rate as a function of the step.
       b1, b2: decay of adam's first and second moment, in [0, 1).
       weight_decay: decoupled.
       clip_norm: clip gradients to this global norm first; 0 = off.

@@ -14,10 +14,9 @@ from mf_jax.metrics import classifier as classifiers
 from mf_jax.metrics import frechet, row_pairs, two_sample
 from mf_jax.metrics.classifier import Recipe, principal_components, train_classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error, noise_line
-from mf_jax.metrics.inception_score import inception_score
 from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import pair_scores
-from mf_jax.metrics.suite import SampleScores, check_widths
+from mf_jax.metrics.suite import SampleScores, check_widths, inception_score
 from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
 from mf_jax.runtime.files import sha256_of
 

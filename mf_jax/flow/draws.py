@@ -161,9 +161,7 @@ class DrawScheme:
             e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:
             x, e, direction = (jnp.where(mask, each, 0) for each in (x, e, direction))
-        dropout = None
-        if self.for_networks:
-            dropout = jax.random.bits(more_keys[1], (num_rows,), jnp.uint32)
+        seeds = jax.random.bits(more_keys[1], (num_rows,), jnp.uint32)
         rows = Rows(
             x=x,
             e=e,
@@ -175,7 +173,7 @@ class DrawScheme:
             mask=mask,
             guidance=self._guidance(guidance_key, num_rows),
             fraction=jax.random.uniform(more_keys[0], (num_rows,)),
-            dropout=dropout,
+            dropout=seeds if self.for_networks else None,
             direction=direction,
             box=draw_boxes(jax.random.fold_in(key, _CROPS), x.shape) if self.crops else None,
             for_networks=self.for_networks,
@@ -239,10 +237,8 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
         null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.integer) else None
     fit = "give a tree like condition, without its first axis"
     if null is None and is_needed:
-        raise BadInput(
-            "null=None: a row that trains without its condition is told null; "
-            f"{fit}, or use label_drop_share=0"
-        )
+        told = "a row that trains without its condition is told null"
+        raise BadInput(f"null=None: {told}; {fit}, or use label_drop_share=0")
     if null is None:
         return None
 

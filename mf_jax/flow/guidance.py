@@ -57,10 +57,8 @@ class Guidance:
     def __post_init__(self) -> None:
         check_within("guidance.omega", self.omega, 0, math.inf, "[)", "1 is no guidance")
         check_within("guidance.kappa", self.kappa, 0, 1, "[)", "0 is no such term")
-        if not 0 <= self.t_min <= self.t_max <= 1:
-            raise BadInput(
-                f"guidance.t_min={self.t_min}, t_max={self.t_max}: must be in order within [0, 1]"
-            )
+        check_within("guidance.t_max", self.t_max, 0, 1)
+        check_within("guidance.t_min", self.t_min, 0, self.t_max, fix="see guidance.t_max")
         if self.fade and self.t_min:
             raise BadInput(f"guidance.t_min={self.t_min}: must be 0 with guidance.fade=True")
 

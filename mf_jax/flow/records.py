@@ -1,13 +1,14 @@
 """Records shared by every part: a data element, training rows, a network's inputs and outputs."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from mf_jax.flow.errors import BadInput, listed, nearest
+from mf_jax.flow.errors import BadInput, check_within, listed, nearest
 from mf_jax.flow.paths import Points, Scalars
 
 Step = Int[Array, ""] | int
@@ -36,8 +37,7 @@ class DataSpec:
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
             raise BadInput(f"shape={self.shape}: must be whole numbers above 0, e.g. (8, 8, 1)")
-        if self.num_classes < 0:
-            raise BadInput(f"num_classes={self.num_classes}: must be at least 0; 0 is no classes")
+        check_within("num_classes", self.num_classes, 0, math.inf, "[)", "0 is no classes")
 
     @property
     def is_picture(self) -> bool:
@@ -72,9 +72,8 @@ class DataSpec:
             raise BadInput(f"labels={wrong[0]}: this model has no classes; leave labels out")
         if wrong:
             null = "-1 for none" if has_null else "-1 means nothing: draws.label_drop_share was 0"
-            raise BadInput(
-                f"labels: {wrong[0]} is not a class; use 0 to {self.num_classes - 1}, {null}"
-            )
+            most = self.num_classes - 1
+            raise BadInput(f"labels: {wrong[0]} is not a class; use 0 to {most}, {null}")
 
 
 @flax.struct.dataclass

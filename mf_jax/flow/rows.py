@@ -16,11 +16,8 @@ from mf_jax.flow.records import Condition, Field, Prediction, Rows
 def condition_of(rows: Rows, *, is_null: bool = False, forward_mode: bool = False) -> PyTree:
     """Return what a field is told of rows: their own condition, `null` where it is dropped.
 
-    A field of `Rows.for_networks` gets a `Condition`, any other the caller's own tree.
-
-    Args:
-      is_null: tell every row `null`.
-      forward_mode: see `Condition`.
+    A field of `Rows.for_networks` gets a `Condition`, any other the caller's own tree. With is_null
+    every row is told `null`.
     """
 
     def tell(own: Array, null: Array) -> Array:

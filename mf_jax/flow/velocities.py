@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.flow.errors import BadInput, check_known, check_within
-from mf_jax.flow.paths import Points, Scalars, per_row, velocity
+from mf_jax.flow.paths import Points, per_row, velocity
 from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.flow.rows import point_of, predict
 
@@ -85,16 +85,13 @@ class VelocityEstimate:
             else:
                 away = _plug_in(rows, *self._known(draws), self.noise_scale)
             away = jax.lax.stop_gradient(away)
-            both = (self._share(share, rows) for share in (self.target, self.tangent))
-            target, tangent = (v + per_row(share, v) * away for share in both)
+            shares = jnp.full_like(rows.t, self.target), jnp.full_like(rows.t, self.tangent)
+            if self.of_rows:
+                shares = ((rows.fraction < share).astype(rows.t.dtype) for share in shares)
+            target, tangent = (v + per_row(share, v) * away for share in shares)
             return rows.replace(v=target if has_target else v, tangent=tangent)
 
         return Draws(told(draws.instant, is_interval=False), told(draws.interval, is_interval=True))
-
-    def _share(self, share: float, rows: Rows) -> Scalars:
-        if not self.of_rows:
-            return jnp.full_like(rows.t, share)
-        return (rows.fraction < share).astype(rows.t.dtype)
 
     def _known(self, draws: Draws) -> tuple[Float[Array, "m ..."], PyTree]:
         if self.source == "data":

@@ -19,14 +19,7 @@ from numpy.lib import format as npy
 from mf_jax.flow.errors import BadInput, reason_of
 from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
 from mf_jax.metrics.row_pairs import LEAST_ROWS
-from mf_jax.runtime.archives import (
-    UNREADABLE,
-    array_header,
-    array_names,
-    opened_npz,
-    read_array,
-    read_header,
-)
+from mf_jax.runtime import archives
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
@@ -97,15 +90,11 @@ Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
 
 
 def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Reference:
-    """Read a file of reference statistics; its pictures are not touched if it has statistics.
-
-    Args:
-      compute: for files of pictures alone, which None refuses; takes blocks of pictures.
-    """
+    """Read reference statistics; of pictures alone `compute` makes them, and None refuses."""
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
-        names = set(array_names(archive))
-        shape = array_header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
+        names = set(archives.array_names(archive))
+        shape = archives.array_header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
         num_pictures = shape[0] if shape else 0
         has_statistics = "mu" in names or "sigma" in names or not num_pictures
         if has_statistics:
@@ -126,7 +115,7 @@ def read_pictures(
     with _opened(epath.Path(path).expanduser()) as archive:
         shape = _picture_shape(archive)
         with archive.open(f"{_PICTURES}.npy") as member:
-            read_header(member)
+            archives.read_header(member)
             for start in range(0, shape[0], block_size):
                 block = (min(block_size, shape[0] - start), *shape[1:])
                 yield np.frombuffer(member.read(math.prod(block)), np.uint8).reshape(block)
@@ -180,24 +169,21 @@ def _write_pictures(
 
 
 @contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
+    with _naming(path), archives.opened_npz(path) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
 def _naming(path: epath.Path) -> Iterator[None]:
+    """Name the file in one line of any error in reading it."""
     try:
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
-    """Open an `.npz`, and name the file in one line of any error in reading from it."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
-    try:
-        with _naming(path), opened_npz(path) as archive:
-            yield archive
-    except BadInput:
-        raise
-    except UNREADABLE as error:
+    except archives.UNREADABLE as error:
         reason = reason_of(error)
         raise BadInput(
             f"{path}: an array in it cannot be read ({reason}); check the file, or fetch it again"
@@ -207,7 +193,7 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
 def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
     if f"{_PICTURES}.npy" not in archive.namelist():
         raise BadInput("has no pictures; must have arr_0, uint8 [N, H, W, C]")
-    shape, fortran, dtype = array_header(archive, _PICTURES)
+    shape, fortran, dtype = archives.array_header(archive, _PICTURES)
     if dtype != np.uint8 or len(shape) != 4 or fortran or 0 in shape:
         raise BadInput(
             f"arr_0 is {dtype} {list(shape)}{' in Fortran order' * fortran}; must be uint8 "
@@ -222,7 +208,7 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
         raise BadInput(f"lacks {', '.join(missing)}; it has {there}: use FID reference statistics")
     arrays = dict.fromkeys(_KEYS)
     for name in set(_KEYS) & names:
-        array = read_array(archive, name)
+        array = archives.read_array(archive, name)
         if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
             raise ValueError(f"{name} is {array.dtype} or below 0")
         arrays[name] = np.asarray(array, _KEYS[name])

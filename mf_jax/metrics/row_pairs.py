@@ -68,12 +68,7 @@ def pair_scores(
     *,
     own: OwnPairs | None = None,
 ) -> PairScores:
-    """Compare generated rows with reference rows; published values take as many of both.
-
-    Args:
-      generated, reference: rows, at least `LEAST_ROWS` of each, finite.
-      own: pairs of the generated rows, if they are known.
-    """
+    """Compare finite rows, `LEAST_ROWS` or more of each; published values take as many of both."""
     own_a, own_b = own or own_pairs(generated), own_pairs(reference)
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _shifted(generated, centre), _shifted(reference, centre)

@@ -1,13 +1,14 @@
 """All scores of samples from their Inception features, which come batch by batch."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
+from scipy.special import softmax, xlogy
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
-from mf_jax.metrics.inception_score import inception_score
 from mf_jax.metrics.reference_file import Reference
 from mf_jax.metrics.row_pairs import LEAST_ROWS, OwnPairs, own_pairs, pair_scores
 from mf_jax.runtime.processes import is_first, on_host
@@ -29,10 +30,7 @@ class SampleScores:
 
     Over several processes features are global arrays and every process calls `add`. Process 0 alone
     keeps pooled rows, logits and sums, and so has the scores.
-
-    Args:
-      num_samples: of all batches, exactly.
-      least: fewest samples to score; 0 = one more than the features of a row.
+    All batches together have num_samples, and at least `least`: 0 = one more than a row's features.
     """
 
     def __init__(self, num_samples: int, *, least: int = 0) -> None:
@@ -45,12 +43,7 @@ class SampleScores:
         features: Mapping[str, Shaped[Array | np.ndarray, "b _"]],
         index: Shaped[Array | np.ndarray, "b"],
     ) -> None:
-        """Add features of a batch.
-
-        Args:
-          features: of `inception_features`.
-          index: the number of each sample, each once; padding has `num_samples` or more.
-        """
+        """Add `inception_features` of a batch; numbers from `num_samples` on are padding."""
         numbers = on_host(index)
         keep = numbers < self._num_samples
         rows = {name: on_host(features[name]) for name in (POOLED, SPATIAL, LOGITS)}
@@ -76,7 +69,7 @@ class SampleScores:
         self._spatial += Moments.of(rows[SPATIAL][keep])
 
     def inception_score(self) -> tuple[float | None, float | None]:
-        """Return the mean and the standard deviation of Inception Score over its parts, if any."""
+        """See `inception_score`."""
         return inception_score(self._logits)
 
     def against(self, reference: Reference) -> dict[str, float | None]:
@@ -112,3 +105,25 @@ def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
                 f"eval.references: {reference.path}: {key} has {width} features{maker}; must have "
                 f"{wanted} like the samples: use statistics of the same network and layer"
             )
+
+
+def inception_score(
+    logits: Float[np.ndarray, "n k"], splits: int = 10
+) -> tuple[float, float] | tuple[None, None]:
+    """Return mean and (biased) deviation over parts of exp of the mean of KL(p(y|x) | p(y)).
+
+    Both are None if there are fewer samples than parts, which are cut in the order of the samples.
+    The score means little for samples sorted by class, where a part holds few classes.
+
+    Source: Salimans et al., arXiv 1606.03498, section 4.
+    """
+    if len(logits) < splits:
+        return None, None
+    scores = []
+    ends = np.arange(splits + 1) * len(logits) // splits
+    for start, end in itertools.pairwise(ends):
+        p = softmax(logits[start:end].astype(np.float64), axis=1)
+        marginal = p.mean(axis=0)
+        certainty = xlogy(p, p).sum(axis=1).mean()
+        scores.append(np.exp(certainty - xlogy(marginal, marginal).sum()))
+    return float(np.mean(scores)), float(np.std(scores))

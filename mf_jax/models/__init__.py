@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from mf_jax.flow.records import Condition, Field
+from mf_jax.flow.paths import Points, per_row
+from mf_jax.flow.records import Condition, Field, Prediction
 from mf_jax.models.affine import Affine, LowRank
-from mf_jax.models.data_prediction import DataPrediction
 from mf_jax.models.dit import DiT
 from mf_jax.models.in_context_dit import InContextDiT
+from mf_jax.models.layers import Time
 from mf_jax.models.mlp import MLP
 from mf_jax.models.sizes import SIZES as SIZES
 from mf_jax.models.unet import UNet
@@ -24,6 +25,27 @@ NETWORKS = {
     "affine": Affine,
     "low_rank": LowRank,
 }
+
+
+class DataPrediction(nn.Module):
+    """Read a network's predictions x_hat as velocities: u = (z - x_hat) / max(t, t_clip).
+
+    A second head is read likewise. The parameters are the network's own, under the same names.
+
+    Source: pixel MeanFlow, arXiv 2601.22158, section 3.
+    """
+
+    network: nn.Module
+    t_clip: float = 0.05
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.network)
+
+    def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
+        clipped = per_row(jnp.maximum(t, self.t_clip), z)
+        x, x_second = self.network(z, r=r, t=t, condition=condition)
+        v = None if x_second is None else (z - x_second) / clipped
+        return Prediction(u=(z - x) / clipped, v=v)
 
 
 def as_field(network: nn.Module) -> Field:

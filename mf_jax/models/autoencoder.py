@@ -54,11 +54,7 @@ class Autoencoder:
 
     @jax.jit
     def encode(self, image: Array) -> tuple[Float32[Array, "b h w c"], Float32[Array, "b h w c"]]:
-        """Return mean and standard deviation of the latents of images.
-
-        Args:
-          image: in [-1, 1], with 3 channels; height and width divisible by `network.factor`.
-        """
+        """Return mean and standard deviation of the latents of images [B, H, W, 3] in [-1, 1]."""
         # Not left to the platform: latents must not depend on how an accelerator rounds.
         with jax.default_matmul_precision("highest"):
             return self.network.apply({"params": self.params}, image, method="encode")
@@ -88,11 +84,9 @@ class Decoder:
 
 
 def load_autoencoder(path: epath.PathLike) -> Autoencoder:
-    """Read a published autoencoder, for example `sd-vae-ft-mse` of `published.fetch`.
+    """Read a published autoencoder, for example `sd-vae-ft-mse`, from its file or folder.
 
-    Args:
-      path: of `diffusion_pytorch_model.safetensors` or its folder. Sizes come from the
-        `config.json` beside it; without one from the weights and `_DEFAULTS`.
+    Sizes come from the `config.json` beside it; without one from the weights and `_DEFAULTS`.
     """
     path = epath.Path(path).expanduser().absolute()
     path = path / _FILE if path.is_dir() else path
@@ -103,17 +97,11 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
 
 
 class AutoencoderKL(nn.Module):
-    """Convolutional encoder and decoder, their layers under the published names.
+    """Convolutional encoder and decoder, their layers under the published names."""
 
-    Args:
-      block_out_channels: of each level; every level after the first halves the image.
-      layers_per_block: residual blocks of a level of the encoder; one more in the decoder.
-      norm_num_groups: divides all channels.
-    """
-
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # of levels, each half the last
+    layers_per_block: int = 2  # residual ones of the encoder; one more in the decoder
+    norm_num_groups: int = 32  # divides all channels
     latent_channels: int = 4
 
     def setup(self):

@@ -42,26 +42,16 @@ def is_axis_of_block(path: Sequence[str], axis: int) -> bool:
 
 
 class Transformer(Network, kw_only=True):
-    """A network whose blocks see the patches of images or latents.
+    """A network whose blocks see the patches of images or latents."""
 
-    Args:
-      patch_size: side of a patch, divides the height and width of z.
-      depth: number of blocks between z and u.
-      width: of a token, divisible by num_heads.
-      attention: one of `attention.ATTENTIONS`.
-      remat: a key of `REMATS`.
-      scan: whether blocks are a loop.
-      gather: called where a block begins, and again where it is computed again; None does nothing.
-    """
-
-    patch_size: int
-    depth: int
-    width: int
+    patch_size: int  # side of a patch, divides the height and width of z
+    depth: int  # number of blocks between z and u
+    width: int  # of a token, divisible by num_heads
     num_heads: int
-    attention: str = "xla"
-    remat: str = "none"
-    scan: bool = False
-    gather: Gather | None = None
+    attention: str = "xla"  # one of attention.ATTENTIONS
+    remat: str = "none"  # a key of REMATS
+    scan: bool = False  # whether blocks are a loop
+    gather: Gather | None = None  # called where a block begins, and where it is computed again
 
 
 def run_blocks(

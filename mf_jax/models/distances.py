@@ -25,6 +25,7 @@ _BLOCKS = ((64, 0, 2), (128, 5, 7), (256, 10, 12, 14), (512, 17, 19, 21), (512, 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 _TINY = 1e-10
 _EPSILON = 1e-6
+_norm = functools.partial(nn.LayerNorm, epsilon=_EPSILON, use_fast_variance=False)
 
 
 class VGG16(nn.Module):
@@ -68,31 +69,26 @@ def _unit(x: Image) -> Image:
 
 
 class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 without its head; the default sizes are Base.
+    """ConvNeXt V2 without its head; the default sizes are Base."""
 
-    Args:
-      depths: blocks of each stage.
-      widths: channels of each stage; every stage after the first halves the picture.
-    """
-
-    depths: tuple[int, ...] = (3, 3, 27, 3)
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of each stage
     widths: tuple[int, ...] = (128, 256, 512, 1024)
 
     @nn.compact
     def __call__(self, image: Image) -> tuple[Float[Array, "b f"], list[Float[Array, "b _ _ _"]]]:
         """Return the features of pictures in [-1, 1], and what each stage makes of them."""
         at, maps = "embeddings", []
-        x = _patches(image, self.widths[0], 4, f"{at}.patch_embeddings")
-        x = _norm(f"{at}.layernorm")(x)
+        x = nn.Conv(self.widths[0], (4, 4), 4, "VALID", name=f"{at}.patch_embeddings")(image)
+        x = _norm(name=f"{at}.layernorm")(x)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             at = f"encoder.stages.{i}"
             if i > 0:
-                x = _norm(f"{at}.downsampling_layer.0")(x)
-                x = _patches(x, width, 2, f"{at}.downsampling_layer.1")
+                x = _norm(name=f"{at}.downsampling_layer.0")(x)
+                x = nn.Conv(width, (2, 2), 2, "VALID", name=f"{at}.downsampling_layer.1")(x)
             for j in range(depth):
                 x = _Block(name=f"{at}.layers.{j}")(x)
             maps.append(x)
-        return _norm("layernorm")(jnp.mean(x, (1, 2))), maps
+        return _norm(name="layernorm")(jnp.mean(x, (1, 2))), maps
 
 
 class ConvNeXtDistance(nn.Module):
@@ -113,7 +109,7 @@ class _Block(nn.Module):
     def __call__(self, x: Image) -> Image:
         width = x.shape[-1]
         hidden = nn.Conv(width, (7, 7), feature_group_count=width, name="dwconv")(x)
-        hidden = nn.Dense(4 * width, name="pwconv1")(_norm("layernorm")(hidden))
+        hidden = nn.Dense(4 * width, name="pwconv1")(_norm(name="layernorm")(hidden))
         hidden = _ResponseNorm(name="grn")(nn.gelu(hidden, approximate=False))
         return x + nn.Dense(width, name="pwconv2")(hidden)
 
@@ -127,14 +123,6 @@ class _ResponseNorm(nn.Module):
         weight, bias = (self.param(k, nn.initializers.zeros, shape) for k in ("weight", "bias"))
         norm = jnp.sqrt(jnp.sum(x**2, (1, 2), keepdims=True) + _EPSILON)
         return x + weight * (x * norm / (jnp.mean(norm, -1, keepdims=True) + _EPSILON)) + bias
-
-
-def _norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=_EPSILON, use_fast_variance=False, name=name)
-
-
-def _patches(x: Image, width: int, size: int, name: str) -> Float[Array, "b _ _ c2"]:
-    return nn.Conv(width, (size, size), (size, size), "VALID", name=name)(x)
 
 
 DISTANCES = {"lpips": LPIPS(), "convnext": ConvNeXtDistance()}
@@ -153,11 +141,7 @@ def distance_shapes(network: nn.Module) -> PyTree:
 
 
 def load_distance(network: nn.Module, path: epath.Path) -> tuple[PyTree, str]:
-    """Return published parameters, and the SHA-256 of their first file.
-
-    Args:
-      path: of a file, or of the folder with the two files of LPIPS.
-    """
+    """Return parameters of a file, or of the folder of LPIPS, and the first file's SHA-256."""
     paths = [path / name for name in _FILES] if path.is_dir() else [path]
     first, *others = map(read_state_dict, paths)
     arrays = {k: v for state in (first, *others) for k, v in state.arrays.items()}

@@ -35,11 +35,7 @@ NORMS = ("layer", "rms")
 
 
 def num_r_blocks(depth: int, r_blocks: int) -> int:
-    """Return how many of a decoupled network's blocks, the last ones, are told r.
-
-    Args:
-      r_blocks: wanted; 0 for a quarter of the blocks, rounded up.
-    """
+    """Return how many blocks, the last ones, are told r; 0 asks for a quarter, rounded up."""
     last = r_blocks or -(-depth // 4)
     if not 0 < last < depth:
         few = "use a model.depth of 2 or more"
@@ -99,35 +95,24 @@ def _omega(condition: Condition, t: Time) -> Time:
 
 
 class DiT(Transformer, kw_only=True):
-    """Predict u(z, r, t) of images, latents or signals.
-
-    Args:
-      time_conditioning: one of `DIT_TIME_CONDITIONINGS`.
-      r_blocks: see `num_r_blocks`, where time_conditioning is `DECOUPLED`.
-      levels: where time_conditioning is `STEPS`; the smallest step is 2^-levels.
-      norm: one of `NORMS`.
-      logit_power: see `Attention.power`.
-      told_guidance: whether it is told 1 / omega, and its output is multiplied by omega.
-    """
+    """Predict u(z, r, t) of images, latents or signals."""
 
     takes = ("images", "signals")
     can_be_told_guidance = True
 
-    time_conditioning: str = "t,t-r"
-    r_blocks: int = 0
+    time_conditioning: str = "t,t-r"  # one of DIT_TIME_CONDITIONINGS
+    r_blocks: int = 0  # see num_r_blocks, where time_conditioning is DECOUPLED
     condition_size: int = 0
-    levels: int = 7
-    norm: str = "layer"
-    logit_power: float = -0.5
-    told_guidance: bool = False
+    levels: int = 7  # where time_conditioning is STEPS; the smallest step is 2^-levels
+    norm: str = "layer"  # one of NORMS
+    logit_power: float = -0.5  # see Attention.power
+    told_guidance: bool = False  # it is told 1 / omega, and its output is multiplied by omega
 
     @nn.compact
     def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
         if self.width % 4 or self.width % self.num_heads:
-            raise BadInput(
-                f"model.width={self.width}: must be divisible by 4 and by"
-                f" model.num_heads={self.num_heads}"
-            )
+            multiple = f"4 and by model.num_heads={self.num_heads}"
+            raise BadInput(f"model.width={self.width}: must be divisible by {multiple}")
         check_known("model.norm", self.norm, NORMS)
         p, dense = self.patch_size, functools.partial(layers.zero_dense, dtype=self.dtype)
         patches = layers.patches_of(z, p)

@@ -29,11 +29,9 @@ from mf_jax.models.attention import Heads
 
 
 def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Heads:
-    """See `attention.attend`.
+    """See `attention.attend`; with forward_mode `jax.jvp` can differentiate the result.
 
-    Args:
-      forward_mode: whether `jax.jvp` can differentiate the result. Gradients then flow through
-        values alone. Where there is no jvp they cost one more attention than without.
+    Gradients then flow through values alone. Where there is no jvp they cost one more attention.
     """
     return (_with_tangent if forward_mode else _fused)(q, k, v)
 
@@ -95,13 +93,9 @@ def _fused(q: Array, k: Array, v: Array) -> Array:
     if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and head_size <= 128:
         return _cudnn(q, k, v)
     # Padding by more than half of the length costs more than JAX's flash attention saves.
-    if backend == "tpu" and head_size <= 128 and _up(length, 128) <= 1.5 * length:
+    if backend == "tpu" and head_size <= 128 and 128 * pl.cdiv(length, 128) <= 1.5 * length:
         return _with_gradient(_flash_on_tpu)(q, k, v)
     return _with_gradient(_dot_product)(q, k, v)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _dot_product(q: Array, k: Array, v: Array, implementation: str = "xla") -> Array:
@@ -118,7 +112,7 @@ def _flash_on_tpu(q: Array, k: Array, v: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
     batch, length = q.shape[:2]
-    padded = _up(length, 128)
+    padded = 128 * pl.cdiv(length, 128)
     # A token attends to its own segment alone; the padding is one.
     segment = jnp.broadcast_to(jnp.arange(padded) >= length, (batch, padded)).astype(jnp.int32)
     segments = SegmentIds(q=segment, kv=segment) if padded > length else None
@@ -206,7 +200,7 @@ def _on_tpu(*inputs: Array, interpret: bool) -> Array:
     """
     batch, length, heads, head_size = inputs[0].shape
     block = min(128, _power_of_2(length))
-    padded = _up(length, block)
+    padded = block * pl.cdiv(length, block)
 
     def read(ref: Any, start: Array, size: int) -> Array:
         return ref[pl.ds(start, size), :]

@@ -31,6 +31,7 @@ Turns = Float[Array, "2 n f"]
 _NUM_CLASS_TOKENS = 8
 _NUM_SCALAR_TOKENS = {"omega": 4, "t_min": 2, "t_max": 2, "h": 4}  # in this order, after the class
 _BLOCK_INIT = nn.initializers.variance_scaling(0.32**2, "fan_in", "normal")
+_linear = functools.partial(nn.Dense, use_bias=False, kernel_init=_BLOCK_INIT)
 _SCALAR_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -63,10 +64,6 @@ def _rotate(x: Float[Array, "b n heads d"], turns: Turns) -> Float[Array, "b n h
     cos, sin = turns.astype(x.dtype)[:, :, None]
     a, b = x[..., 0::2], x[..., 1::2]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-
-
-def _linear(features: int, *, dtype: str, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_BLOCK_INIT, name=name)
 
 
 class RotaryAttention(nn.Module):
@@ -127,11 +124,7 @@ class Head(nn.Module):
 
 
 class PrefixTokens(nn.Module):
-    """Learned tokens, each plus one embedding per row, in float32.
-
-    Args:
-      embed: from a number or a label of each row, and the name of a sub-module, to an embedding.
-    """
+    """Learned tokens, each plus one embedding `embed(value, name=...)` per row, in float32."""
 
     num_tokens: int
     embed: Callable
@@ -145,21 +138,14 @@ class PrefixTokens(nn.Module):
 
 
 class InContextDiT(Transformer, kw_only=True):
-    """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents.
-
-    Args:
-      head_depth: blocks, the last ones of depth, that belong to one prediction alone.
-      second_head: predict v too, by head_depth further blocks; False in sampling.
-      bottleneck: width between two layers of the patch embedding; 0 for one layer.
-      positions: one of `POSITIONS`.
-    """
+    """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents."""
 
     can_be_told_guidance = True
 
-    head_depth: int
-    second_head: bool = True
-    bottleneck: int = 0
-    positions: str = "sequence"
+    head_depth: int  # blocks, the last ones of depth, that belong to one prediction alone
+    second_head: bool = True  # predict v too, by head_depth further blocks; False in sampling
+    bottleneck: int = 0  # width between two layers of the patch embedding; 0 for one layer
+    positions: str = "sequence"  # one of POSITIONS
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
@@ -174,13 +160,9 @@ class InContextDiT(Transformer, kw_only=True):
         x = jnp.concatenate([prefix, x], axis=1)
         if self.positions == "grid":
             x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        angles = rotary_angles(
-            self.positions,
-            num_prefix=num_prefix,
-            rows=z.shape[1] // p,
-            columns=z.shape[2] // p,
-            head_width=self.width // self.num_heads,
-        )
+        grid = {"rows": z.shape[1] // p, "columns": z.shape[2] // p}
+        head_width = self.width // self.num_heads
+        angles = rotary_angles(self.positions, num_prefix=num_prefix, head_width=head_width, **grid)
         turns = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]))
         run = functools.partial(run_blocks, self, forward_mode=condition.forward_mode)
         shared = [turns] * (self.depth - self.head_depth)
@@ -217,9 +199,8 @@ class InContextDiT(Transformer, kw_only=True):
     def _check_sizes(self) -> None:
         check_known("positions", self.positions, POSITIONS)
         if not 0 <= self.head_depth <= self.depth:
-            raise BadInput(
-                f"model.head_depth={self.head_depth}: must be from 0 to depth={self.depth}"
-            )
+            fix = f"must be from 0 to depth={self.depth}"
+            raise BadInput(f"model.head_depth={self.head_depth}: {fix}")
         multiple = self.num_heads * (4 if self.positions == "grid" else 2)
         if self.num_heads <= 0 or self.width <= 0 or self.width % multiple:
             raise BadInput(

@@ -39,23 +39,17 @@ _LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on
 class Network(nn.Module, kw_only=True):
     """A network predicts velocities from z, the times and the condition.
 
-    Args:
-      num_classes: of the data; 0 for a network without classes.
-      condition_size: numbers of a row's condition; 0 for a network without one.
-      time_conditioning: a key of `TIME_CONDITIONINGS`.
-      dtype: of the computation, float32 or bfloat16. Parameters, predictions, embeddings,
-        normalisation and softmax are float32 in any case.
-      second_head: whether it predicts v too.
-
-    Only some have a condition_size, a time_conditioning and a second_head.
+    Some have a condition_size, the numbers of a row's condition, and a time_conditioning, a key of
+    `TIME_CONDITIONINGS`. Parameters, predictions, embeddings, normalisation and softmax are float32
+    whatever the dtype of the computation.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
     can_be_told_guidance: ClassVar[bool] = False
-    second_head = False  # without an annotation it is no field
+    second_head = False  # whether it predicts v too; without an annotation it is no field
 
-    num_classes: int
-    dtype: str = "float32"
+    num_classes: int  # of the data; 0 for a network without classes
+    dtype: str = "float32"  # or bfloat16
 
 
 def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -68,10 +62,8 @@ def kept_in_memory(x: Float[Array, "..."], other: Float[Array, "..."]) -> Float[
 
     XLA computes sums again in every operation that reads them. Of a residual stream that is the
     chain of all sums before: the first block's gradient reads tensors of every block. XLA does
-    not repeat a division, here by a one that it cannot know. A small x stays in the cache anyway.
-
-    Args:
-      other: finite numbers that XLA does not know and that are there before x.
+    not repeat a division, here by a one that it cannot know, made of `other`, finite and there
+    before x. A small x stays in the cache anyway.
     """
     if jax.default_backend() != "cpu" or not isinstance(x.size, int) or x.size < _LARGE:
         return x  # exported programs are of any batch size
@@ -192,33 +184,19 @@ def image_of(patches: Tokens, shape: tuple[Any, ...], size: int) -> Image | Sign
     return at_least_float32(x.swapaxes(2, 3).reshape(shape))
 
 
-def xavier_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
-    """Return a linear layer with Xavier-uniform weights that computes in dtype."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
-
-
-def zero_dense(features: int, *, dtype: str, name: str) -> nn.Dense:
-    """Return a linear layer that starts at zero and computes in dtype."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
+xavier_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+zero_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
+    """Multi-head self-attention."""
 
-    Args:
-      num_heads: divides the width.
-      attend: from scaled queries, keys and values `[B, tokens, heads, features]` to values.
-      out: makes the last linear layer.
-      power: logits are products of queries and keys times the features of a head to it.
-      qk_norm: whether RMSNorm, in float32, comes before the products.
-    """
-
-    num_heads: int
+    num_heads: int  # divides the width
     dtype: str
-    attend: Callable
-    out: Callable = xavier_dense
-    power: float = -0.5
-    qk_norm: bool = False
+    attend: Callable  # from scaled queries, keys, values [B, tokens, heads, features] to values
+    out: Callable = xavier_dense  # makes the last linear layer
+    power: float = -0.5  # logits are products of queries and keys times the head's width to it
+    qk_norm: bool = False  # whether RMSNorm, in float32, comes before the products
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:

@@ -1,8 +1,7 @@
 """The sizes of the transformers, by network, name of the size, and field of the network."""
 
-_DIT = ("depth", "width", "num_heads")
-_IN_CONTEXT = (*_DIT, "head_depth", "bottleneck", "positions")
-_ROWS = {
+_FIELDS = ("depth", "width", "num_heads", "head_depth", "bottleneck", "positions")
+_ROWS = {  # of a dit the first three
     "dit": {
         "digits": (4, 128, 2),
         "S": (12, 384, 6),
@@ -23,9 +22,6 @@ _ROWS = {
     },
 }
 SIZES: dict[str, dict[str, dict[str, int | str]]] = {
-    network: {
-        size: dict(zip({"dit": _DIT, "in_context_dit": _IN_CONTEXT}[network], row, strict=True))
-        for size, row in rows.items()
-    }
+    network: {size: dict(zip(_FIELDS, row, strict=False)) for size, row in rows.items()}
     for network, rows in _ROWS.items()
 }

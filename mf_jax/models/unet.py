@@ -26,6 +26,7 @@ from mf_jax.models.attention import attend
 from mf_jax.models.layers import LONGEST_PERIOD, TIME_CONDITIONINGS, Image, Network, Time, Vectors
 
 _XAVIER = nn.initializers.xavier_uniform()
+_conv = functools.partial(nn.Conv, kernel_init=_XAVIER)
 Seeds = UInt32[Array, "b"]
 _RESIDUAL_SCALE = 0.5**0.5
 """Multiplies the sum of a block's input and output, which so keeps its variance."""
@@ -38,10 +39,6 @@ def _norm(x: Image, name: str) -> Image:
     num_groups = max(groups for groups in range(1, most + 1) if channels % groups == 0)
     norm = nn.GroupNorm(num_groups, epsilon=1e-6, use_fast_variance=False, name=name)
     return norm(layers.at_least_float32(x))
-
-
-def _conv(features: int, size: int, *, dtype: str, name: str, init: Callable = _XAVIER) -> nn.Conv:
-    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=init, name=name)
 
 
 def _shifted(x: Image, axis: int, count: int, *, stride: int = 1) -> list[Array]:
@@ -85,14 +82,10 @@ def drop_out(x: Points, seeds: Seeds | None, *, layer: int, rate: float) -> Poin
 
 
 class Block(nn.Module):
-    """One residual block that may resample its input (`halve`, `double`) and attend to pixels.
-
-    Args:
-      layer: number of the block, for its dropout mask.
-    """
+    """One residual block that may resample its input (`halve`, `double`) and attend to pixels."""
 
     features: int
-    layer: int
+    layer: int  # its number, for its dropout mask
     dropout: float
     dtype: str
     resample: Callable | None = None
@@ -102,13 +95,13 @@ class Block(nn.Module):
     def __call__(self, x: Image, c: Vectors, seeds: Seeds | None) -> Float[Array, "b h2 w2 f"]:
         conv = functools.partial(_conv, self.features, dtype=self.dtype)
         resample = self.resample or (lambda x: x)
-        hidden = conv(3, name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))
+        hidden = conv((3, 3), name="conv_1")(resample(nn.silu(_norm(x, "norm_1"))))
         shift = layers.xavier_dense(self.features, dtype=self.dtype, name="condition")(c)
         hidden = nn.silu(_norm(hidden + shift[:, None, None], "norm_2"))
         hidden = drop_out(hidden, seeds, layer=self.layer, rate=self.dropout)
-        hidden = conv(3, name="conv_2", init=nn.initializers.zeros)(hidden)
+        hidden = conv((3, 3), name="conv_2", kernel_init=nn.initializers.zeros)(hidden)
         if self.resample or x.shape[-1] != self.features:
-            x = conv(1, name="shortcut")(resample(x))
+            x = conv((1, 1), name="shortcut")(resample(x))
         x = _RESIDUAL_SCALE * (x + hidden)
         if self.attention:
             pixels = _norm(x, "norm_3").reshape(x.shape[0], -1, self.features)
@@ -151,23 +144,14 @@ class _Embedding(nn.Module):
 
 
 class UNet(Network, kw_only=True):
-    """Predict u(z, r, t) of images.
+    """Predict u(z, r, t) of images."""
 
-    Args:
-      channels: of the first convolution; the unit of a level's channels.
-      channel_multipliers: one for each level; every level after the first halves the image.
-      num_blocks: residual blocks of a level on the way down; one more on the way up.
-      attention_resolutions: heights in pixels of levels with attention; the middle always has it.
-      dropout: rate, in [0, 1), where the condition has seeds for it.
-      augment_labels: numbers that tell a row's augmentation; 0 = told none.
-    """
-
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (2, 2, 2)
-    num_blocks: int = 4
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    augment_labels: int = 0
+    channels: int = 128  # of the first convolution; the unit of a level's channels
+    channel_multipliers: tuple[int, ...] = (2, 2, 2)  # every level after the first halves the image
+    num_blocks: int = 4  # residual ones of a level on the way down; one more on the way up
+    attention_resolutions: tuple[int, ...] = (16,)  # heights of levels with it; the middle has it
+    dropout: float = 0.0  # rate, in [0, 1), where the condition has seeds for it
+    augment_labels: int = 0  # numbers that tell a row's augmentation; 0 = told none
     time_conditioning: str = "t,t-r"
 
     @nn.compact
@@ -184,7 +168,7 @@ class UNet(Network, kw_only=True):
         def place(side: str, level: int) -> str:
             return f"{side}_{z.shape[1] >> level}x{z.shape[2] >> level}"
 
-        x = _conv(self.channels, 3, dtype=self.dtype, name=f"{place('encoder', 0)}_conv")(z)
+        x = _conv(self.channels, (3, 3), dtype=self.dtype, name=f"{place('encoder', 0)}_conv")(z)
         skipped = [x]
         levels = [(i, self.channels * each) for i, each in enumerate(self.channel_multipliers)]
         for level, features in levels:
@@ -209,15 +193,15 @@ class UNet(Network, kw_only=True):
                 is_last = i == self.num_blocks
                 x = block(x, features, f"{here}_block{i}", attention=attends and is_last)
         zeros, end = nn.initializers.zeros, f"{place('decoder', 0)}_aux"
-        last = _conv(z.shape[-1], 3, dtype=self.dtype, name=f"{end}_conv", init=zeros)
+        last = _conv(z.shape[-1], (3, 3), dtype=self.dtype, name=f"{end}_conv", kernel_init=zeros)
         u = last(nn.silu(_norm(x, f"{end}_norm")))
         return Prediction(u=layers.at_least_float32(u))
 
     def _check_levels(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if not self.channel_multipliers or height % factor or width % factor:
+            fix = f"use fewer, or an image size divisible by {factor} where it is {height}x{width}"
             raise BadInput(
                 f"model.channel_multipliers={tuple(self.channel_multipliers)}: every level after"
-                " the first halves the image, and there must be a first; fewer levels, or an image"
-                f" size divisible by {factor} where it is {height}x{width}"
+                f" the first halves the image, and there must be a first; {fix}"
             )

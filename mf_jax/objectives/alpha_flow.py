@@ -21,17 +21,16 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, per_row
-from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.records import Step
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
@@ -83,11 +82,8 @@ class AlphaFlow(terms.Objective):
                 f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be "
                 "above 0 with annealing=exponential or derivative_below=0; try 0.1 and 0.002"
             )
-        if not 0 <= self.anneal_from < self.anneal_to:
-            raise BadInput(
-                f"objective.anneal_from={self.anneal_from}, anneal_to={self.anneal_to}: must obey "
-                "0 <= anneal_from < anneal_to"
-            )
+        end, fix = self.anneal_to, "anneal_to comes later"
+        check_within("objective.anneal_from", self.anneal_from, 0, end, "[)", fix)
         check_known("objective.error_of", self.error_of, ERRORS)
         for name, ends in (("sharpness", "()"), ("target_clip", "(]"), ("interval_factor", "()")):
             check_within(f"objective.{name}", getattr(self, name), 0, math.inf, ends)
@@ -104,9 +100,7 @@ class AlphaFlow(terms.Objective):
         alpha = jnp.where(alpha < self.derivative_below, 0, alpha)
         return jnp.where(alpha > 1 - self.derivative_below, 1, alpha)
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         rows = draws.interval
         u_instant = terms.at_instant(field, params, draws.instant).u

@@ -31,15 +31,10 @@ from mf_jax.objectives import terms
 
 @dataclasses.dataclass(frozen=True)
 class AverageDivergence:
-    """Regress `q(params, z, *, r, t, condition) -> [B]`, the average divergence of a trained u.
-
-    Args:
-      weight: of a row's squared error; all alike by default.
-      derivative: how dq/dt is taken; the divergence is always a JVP of u.
-    """
+    """Regress `q(params, z, *, r, t, condition) -> [B]`, the average divergence of a trained u."""
 
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight(p=0.0)
-    derivative: Derivative = Derivative()
+    derivative: Derivative = Derivative()  # of dq/dt; the divergence is always a JVP of u
 
     def loss(
         self, q: Any, params: PyTree, draws: Draws, *, flow: Field, flow_params: PyTree
@@ -52,9 +47,7 @@ class AverageDivergence:
         def of(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Array]:
             value = q(params, z, r=r, t=t, condition=condition)
             if value.shape != t.shape:
-                raise BadInput(
-                    f"q: is {value.shape}; return a number for each of the rows {t.shape}"
-                )
+                raise BadInput(f"q: is {value.shape}; return a number for each row {t.shape}")
             return value, value
 
         def still(*point: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ for the last, the limit of its differences.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxtyping import Array, PyTree
 
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import Draws, Field, Step
+from mf_jax.flow.records import Draws, Field
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
@@ -79,9 +79,7 @@ class Controlled(terms.Around):
     controls: Controls
     second_order: ClassVar[bool] = True
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
         penalty, more = self.controls.penalty(field, params, draws)

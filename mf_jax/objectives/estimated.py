@@ -7,12 +7,8 @@ Source: beside those of the estimates, AYF, arXiv 2506.14603 (a teacher in targe
 """
 
 import dataclasses
-from typing import Any
-
-from jaxtyping import PyTree
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.objectives import terms
 
@@ -45,9 +41,7 @@ class Estimated(terms.Around):
         """See `Objective`."""
         return self.objective.target_ema or self.ema
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         known = params if target_params is None else target_params
         draws = self.velocity.estimated(field, params, draws, known)

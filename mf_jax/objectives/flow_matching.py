@@ -10,11 +10,8 @@ Source: Lipman et al., arXiv 2210.02747; rectified flow, arXiv 2209.03003.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jaxtyping import PyTree
-
-from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.flow.rows import join_rows, velocity_of
 from mf_jax.objectives import terms
 
@@ -27,9 +24,7 @@ class FlowMatching(terms.Objective):
     learns_average: ClassVar[bool] = False
     guidable: ClassVar[bool] = False
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         rows = join_rows([draws.instant, draws.interval])
         u = terms.at_instant(field, params, rows).u

@@ -18,7 +18,6 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +27,14 @@ from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
 from mf_jax.flow.paths import Points, per_row
-from mf_jax.flow.records import Draws, Field, Prediction, Step
+from mf_jax.flow.records import Draws, Field, Prediction
 from mf_jax.objectives import terms
 
 
 def _head_velocity(prediction: Prediction) -> Points:
     if prediction.v is None:
-        raise BadInput(
-            "objective.velocity='head': the network has no second head; return Prediction(u, v), "
-            "from the command line model.name=in_context_dit and model.second_head=True, or use "
-            "objective.velocity=boundary"
-        )
+        fix = "return Prediction(u, v), or use objective.velocity=boundary"
+        raise BadInput(f"objective.velocity='head': the network has no second head; {fix}")
     return prediction.v
 
 
@@ -48,16 +44,11 @@ VELOCITIES = {"head": _head_velocity, "boundary": boundary_velocity}
 
 @dataclasses.dataclass(frozen=True)
 class ImprovedMeanFlow(terms.Objective):
-    """Regress the velocity that u and its derivative make; each term has its own weight.
-
-    Args:
-      velocity: a key of `VELOCITIES`.
-      derivative: how du/dt is taken.
-    """
+    """Regress the velocity that u and its derivative make; each term has its own weight."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    velocity: str = "head"
+    velocity: str = "head"  # a key of VELOCITIES
     derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
@@ -68,9 +59,7 @@ class ImprovedMeanFlow(terms.Objective):
         """See `Objective`."""
         return self.velocity == "head"
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         loss, metrics, _ = self.with_predictions(field, params, draws)
         return loss, metrics

@@ -19,16 +19,13 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import Draws, Field, Step
 from mf_jax.objectives import terms
 
 TANGENTS = {
@@ -66,9 +63,7 @@ class MeanFlow(terms.Objective):
         for name in ("ramp_steps", "to_data_steps"):
             check_within(f"objective.{name}", getattr(self, name), 0, math.inf, "[)")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         rows, ramp = draws.interval, 1.0
         if self.ramp_steps:

@@ -44,25 +44,12 @@ class Distance:
     def __post_init__(self) -> None:
         check_within(f"perceptual.{self.name}", self.factor, 0, math.inf, "()", "0 = off")
 
-    def with_slope(self, a: Image, b: Image) -> tuple[Scalars, Image]:
-        """Return the distance of each pair, and its gradient in a."""
-
-        def total(a: Image) -> tuple[Float[Array, ""], Scalars]:
-            distances = self.between(self.params, a, b)
-            return distances.sum(), distances
-
-        slope, distances = jax.grad(total, has_aux=True)(a)
-        return distances, slope
-
 
 @flax.struct.dataclass
 class Perceptual:
-    """Perceptual terms of a loss; none by default.
+    """Perceptual terms of a loss, for rows with t < max_t; none by default.
 
-    Args:
-      max_t: rows with t < max_t have them, in [0, 1]; no limit of guidance.
-      crop_size: side of the crops that the networks see, in pixels.
-      rows_at_once: rows computed at once; does not change them.
+    The networks see crops of crop_size pixels. How many rows_at_once does not change the numbers.
     """
 
     distances: tuple[Distance, ...] = ()
@@ -107,9 +94,7 @@ class Perceptual:
             return self._of_batch(still[rows], x[rows], box[rows], counts[rows])
 
         def none(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
-            return jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, rows)
-            )
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, rows))
 
         def one(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
             return jax.lax.cond(counts[rows].any(), compute, none, rows)
@@ -127,7 +112,7 @@ class Perceptual:
         real = crop(x, box, self.crop_size)
         found = []
         for distance in self.distances:
-            d, slope = distance.with_slope(seen, real)
-            (slope,) = to_x_hat(slope)
+            d, to_seen = jax.vjp(lambda a, by=distance: by.between(by.params, a, real), seen)
+            (slope,) = to_x_hat(*to_seen(jnp.ones_like(d)))
             found.append((jnp.where(counts, d, 0), jnp.where(per_row(counts, slope), slope, 0)))
         return found

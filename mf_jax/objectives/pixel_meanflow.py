@@ -10,14 +10,13 @@ Source: pixel MeanFlow, arXiv 2601.22158.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Draws, Rows
 from mf_jax.flow.rows import point_of
 from mf_jax.objectives import terms
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
@@ -26,13 +25,9 @@ from mf_jax.objectives.perceptual import Perceptual
 
 @dataclasses.dataclass(frozen=True)
 class PixelMeanFlow(ImprovedMeanFlow):
-    """Improved MeanFlow with a clipped velocity, and perhaps perceptual terms.
+    """Improved MeanFlow with a clipped velocity, and perhaps perceptual terms."""
 
-    Args:
-      t_clip: smallest time divided by, in (0, 1), the network's own.
-    """
-
-    t_clip: float = 0.05
+    t_clip: float = 0.05  # smallest time divided by, the network's own
     perceptual: Perceptual = dataclasses.field(default_factory=Perceptual)
     predicts: ClassVar[str] = "data"
 
@@ -40,9 +35,7 @@ class PixelMeanFlow(ImprovedMeanFlow):
         super().__post_init__()
         check_within("model.t_clip", self.t_clip, 0, 1, "()", "0.05 is published")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         clipped = Draws(self._clip(draws.instant), self._clip(draws.interval))
         loss, metrics, u = self.with_predictions(field, params, clipped)

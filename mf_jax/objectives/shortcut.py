@@ -21,7 +21,6 @@ Source: Shortcut models, arXiv 2410.12557, equation 5, and their published code.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -29,7 +28,7 @@ from jaxtyping import Array, PyTree
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import Points, advance, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Field, Rows
 from mf_jax.flow.rows import call, condition_of, point_of, predict, velocity_of
 from mf_jax.objectives import terms
 
@@ -54,9 +53,7 @@ class Shortcut(terms.Objective):
         check_within("objective.target_clip", self.target_clip, 0, math.inf, "(]")
         check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the difference quotient of u."""
         instant, interval = draws.instant, draws.interval
         u_instant = terms.at_instant(field, params, instant).u

@@ -17,7 +17,6 @@ Source: SplitMeanFlow, arXiv 2507.16884, equation 8; Shortcut models, arXiv 2410
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -25,7 +24,7 @@ from jaxtyping import PyTree
 from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, advance, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Field, Rows
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
 
@@ -34,24 +33,18 @@ SPLITS = ("uniform", "midpoint")
 
 @dataclasses.dataclass(frozen=True)
 class SplitMeanFlow(terms.Objective):
-    """Regress the average velocity over an interval on the average velocities over its two parts.
-
-    Args:
-      split: `uniform` (s uniform between r and t) or `midpoint`.
-    """
+    """Regress the average velocity over an interval on those over its two parts."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    split: str = "uniform"
+    split: str = "uniform"  # where s lies between r and t
     target_ema: float = 0.0
 
     def __post_init__(self) -> None:
         check_known("objective.split", self.split, SPLITS)
         check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         u_instant = terms.at_instant(field, params, draws.instant).u
         # only the rows with r = t look at the data

@@ -24,7 +24,7 @@ Source: terminal velocity matching, arXiv 2511.19797, and its published code.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, PyTree
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, Scalars, advance, per_row
-from mf_jax.flow.records import Draws, Field, Rows, Step
+from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.flow.rows import at_time, point_of
 from mf_jax.objectives import terms
 
@@ -50,9 +50,7 @@ class TerminalVelocity(terms.Objective):
     def __post_init__(self) -> None:
         check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
-    def loss(
-        self, field: Field, params: PyTree, draws: Draws, step: Step = 0, target_params: Any = None
-    ) -> terms.Loss:
+    def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the derivative in r."""
         instant, interval = (_told(rows) for rows in (draws.instant, draws.interval))
         teacher = params if target_params is None else target_params

@@ -5,11 +5,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from urllib.parse import quote
 
-import numpy as np
 import tensorstore as ts
 from etils import epath
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.published import Arrays, torch_file
@@ -97,15 +95,6 @@ def _read_torch(path: epath.Path, choose: Choose) -> Arrays:
     return {short: arrays[name] for short, name in choose(arrays).items()}
 
 
-def _write_npz(path: str, flat: Arrays) -> None:
-    np.savez(path, **flat)
-
-
-def _write_safetensors(path: str, flat: Arrays) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
-
-
 TORCH_FILES = (".pt", ".pth")
 READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
 READERS |= dict.fromkeys(TORCH_FILES, _read_torch)
-WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}

@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.numpy import bfloat16
 from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.published import Arrays, flow_matching, reading, torch_file
-from mf_jax.published.checkpoint_files import TORCH_FILES, WRITERS, opened_checkpoint
+from mf_jax.published.checkpoint_files import TORCH_FILES, opened_checkpoint
 from mf_jax.published.names import (
     KINDS,
     TORCH_KINDS,
@@ -101,8 +102,10 @@ def read_published(
     choose = functools.partial(_choose, section, only)
     with reading(path, "a published checkpoint"):
         flat = read(path, choose)
-        if not only:
-            _check_kind(flat, kind)
+        if not only and (fitting := _kinds_of(flat)) and kind not in fitting:
+            raise BadInput(f"kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
+        if not only and not any(our_name(kind, name) for name in flat):
+            raise BadInput(f"kind={kind!r}: none of its parameters has a name of any kind")
         return {name: _as_float32(name, array) for name, array in sorted(flat.items())}
 
 
@@ -188,18 +191,20 @@ def write_published(
       positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
     path = epath.Path(path).expanduser().absolute()
-    if path.suffix not in WRITERS:
-        raise BadInput(f"{path}: must end in {' or '.join(WRITERS)}")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise BadInput(f"{path}: must end in .npz or .safetensors")
     if kind == "sit":
         ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
-        params = unflatten_dict(params, sep="/")
     flat = to_published(kind, params, patch_size=patch_size)
     if len(positions):
-        flat["pos_embed"] = positions[None]
+        flat["pos_embed"] = np.ascontiguousarray(positions)[None]
     try:
         with written_aside(path) as aside:
-            WRITERS[path.suffix](aside, flat)
+            if path.suffix == ".npz":
+                np.savez(aside, **flat)
+            else:
+                save_file(flat, aside)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
 
@@ -235,15 +240,6 @@ def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict
     bare = {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
     wanted = [k for k in bare if not only or any(fnmatchcase(k, pattern) for pattern in only)]
     return {short: bare[short] for short in wanted}
-
-
-def _check_kind(names: Collection[str], kind: str) -> None:
-    """Raise BadInput if all names are of another kind, or none is of this."""
-    fitting = _kinds_of(names)
-    if fitting and kind not in fitting:
-        raise BadInput(f"kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
-    if not any(our_name(kind, name) for name in names):
-        raise BadInput(f"kind={kind!r}: none of its parameters has a published name of any kind")
 
 
 def _kinds_of(names: Collection[str]) -> list[str]:

@@ -194,39 +194,32 @@ def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
 
 def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     """Make sure that a file is there; return what was done, and leave a wrong file as it is."""
+    import pooch  # with requests, which only this mode needs
+    import requests
+
     path = folder / file.path
     if path.exists():
         if problem := _problem(file, path, whole=True):
             raise BadInput(f"{problem}; delete or move it, then run the same command again")
         return "already there"
+    pooch.get_logger().setLevel("WARNING")
+    bar = ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress)
+    fix = _where_to_get(file, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            _download(file, Path(aside), folder, progress=progress)
+        with written_aside(path) as aside, bar:
+            get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
+            to, digest = Path(aside), file.sha256 or None
+            pooch.retrieve(file.address, digest, to.name, to.parent, downloader=get)
+    except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
+        again = f"({error}); run the same command again, or {fix}"
+        raise BadInput(f"{file.path}: cannot be fetched {again}") from error
     except OSError as error:
-        raise BadInput(
-            f"weights_dir={folder}: cannot be written ({error.strerror or error}); choose another,"
-            f" or {_where_to_get(file, folder)}"
-        ) from error
+        other = f"({error.strerror or error}); choose another, or {fix}"
+        raise BadInput(f"weights_dir={folder}: cannot be written {other}") from error
     if not file.sha256:
         return f"fetched, {path.stat().length:,} bytes, SHA-256 {sha256_of(path)}, none is known"
     return f"fetched, {file.num_bytes:,} bytes, checksum right"
-
-
-def _download(file: PublishedFile, to: Path, folder: epath.Path, *, progress: bool) -> None:
-    import pooch  # with requests, which only this mode needs
-    import requests
-
-    pooch.get_logger().setLevel("WARNING")
-    try:
-        with ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress) as bar:
-            get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
-            pooch.retrieve(file.address, file.sha256 or None, to.name, to.parent, downloader=get)
-    except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
-        raise BadInput(
-            f"{file.path}: cannot be fetched ({error}); run the same command again, or"
-            f" {_where_to_get(file, folder)}"
-        ) from error
 
 
 class _Received:

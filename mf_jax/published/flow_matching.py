@@ -32,11 +32,7 @@ _FINAL = ("final/kernel", "final/bias")
 def as_flow_map(
     kind: str, flat: Mapping[str, Leaf], wanted: Iterable[str], *, channels: int
 ) -> dict[str, Leaf]:
-    """Return parameters of a `sit` or `dit`, in our names, for a network that wants these names.
-
-    Args:
-      channels: of z.
-    """
+    """Return parameters of a `sit` or `dit`, in our names, for a network of these names."""
     flat = dict(flat)
     for name in filter(flat.__contains__, _FINAL):
         pixels = flat[name].reshape(*flat[name].shape[:-1], -1, 2 * channels)[..., :channels]

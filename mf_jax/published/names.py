@@ -196,19 +196,6 @@ KINDS_WITH_POSITIONS = TORCH_KINDS[:-1]
 """They store the computed embeddings of patches."""
 
 
-def our_name(kind: str, published: str) -> tuple[str, str] | None:
-    """Return our name of a published parameter, and how it is stored (`_Rule`), if it has one.
-
-    For example `blocks/layers_0/attn/qkv/_flax_linear/kernel` is `block_0/attention/qkv/kernel`.
-    """
-    return _renamed(kind, published, "published", "ours")
-
-
-def published_name(kind: str, ours: str) -> tuple[str, str] | None:
-    """Undo `our_name`."""
-    return _renamed(kind, ours, "ours", "published")
-
-
 def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] | None:
     """Return a name after its rule, from one field of `_Rule` to another."""
     check_known("kind", kind, KINDS)
@@ -216,6 +203,14 @@ def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] 
         if match := _pattern(getattr(rule, source)).fullmatch(name):
             return getattr(rule, target).format(**match.groupdict()) + match["leaf"], rule.stored
     return None
+
+
+our_name = functools.partial(_renamed, source="published", target="ours")
+published_name = functools.partial(_renamed, source="ours", target="published")
+"""From a kind and a name to the other one, and how it is stored (`_Rule`), if it has one.
+
+For example `blocks/layers_0/attn/qkv/_flax_linear/kernel` is `block_0/attention/qkv/kernel`.
+"""
 
 
 @functools.cache
@@ -237,11 +232,7 @@ def as_ours(array: Leaf, stored: str) -> Leaf:
 
 
 def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]:
-    """Return our parameters under their published names, sorted.
-
-    Args:
-      patch_size: of the network, which its parameters do not tell.
-    """
+    """Return our parameters under their published names, sorted."""
     flat = {}
     for ours, leaf in flatten_dict(tree, sep="/").items():
         if not (renamed := published_name(kind, ours)):
@@ -260,5 +251,5 @@ def to_published(kind: str, tree: PyTree, *, patch_size: int) -> dict[str, Leaf]
         array = array.reshape(*before.get(stored, array.shape[:-1]), array.shape[-1])
         if stored in _OUT_FIRST:
             array = array.transpose(-1, -2, *range(array.ndim - 2))
-        flat[name] = array
+        flat[name] = np.ascontiguousarray(array)
     return dict(sorted(flat.items()))

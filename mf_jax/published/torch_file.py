@@ -48,18 +48,13 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
     with opened(path) as file:
         content = file.read()
     with reading(path, ".pth or .safetensors"):
-        if is_torch(content):
+        if content.startswith(b"PK\x03\x04") or _MAGIC in content[:32]:  # of torch.save
             arrays = _arrays(_read(content))
         else:
             with safe_open(path, framework="np") as file:
                 names = file.keys()
                 arrays = {name: file.get_tensor(name) for name in names}
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
-
-
-def is_torch(content: bytes) -> bool:
-    """Return whether a file of this content is one of `torch.save`."""
-    return content.startswith(b"PK\x03\x04") or _MAGIC in content[:32]
 
 
 def _read(content: bytes) -> Any:

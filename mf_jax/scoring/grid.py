@@ -6,10 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages
-from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
-from mf_jax.optim import choose_ema
-from mf_jax.validation import check_grid
+from mf_jax.flow.sampler import SamplePlan
+from mf_jax.validation import eval_plans
 
 NEWEST = -1
 
@@ -36,18 +34,5 @@ class Cell:
 
 def cells(config: ConfigDict) -> list[Cell]:
     """Return the cells that `eval` asks for, one model after the other; each once."""
-    check_grid(config)
-    section, known = config.eval, averages(config)
-    emas = [choose_ema("eval.emas", name, known) for name in section.emas]
-    guidances = [
-        (omega, *interval) if omega != 1 else NO_GUIDANCE  # no guidance has no interval
-        for omega, interval in itertools.product(section.omegas, section.intervals)
-    ]
-    more = {key: section[key] for key in ("renoise", "seed", "batch_size")}
-    base = SamplePlan(**more)
-    combined = itertools.product(section.checkpoints or (NEWEST,), emas, section.steps, guidances)
-    every = (
-        Cell(checkpoint, ema, base.replace(steps=steps, guidance=guidance))
-        for checkpoint, ema, steps, guidance in combined
-    )
-    return list(dict.fromkeys(every))
+    every = itertools.product(config.eval.checkpoints or (NEWEST,), eval_plans(config))
+    return list(dict.fromkeys(Cell(checkpoint, *model) for checkpoint, model in every))

@@ -177,11 +177,7 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
 def _of_pictures(
     train: Batch, num_classes: int, workdir: epath.Path, equal: int
 ) -> tuple[Row, Callable[..., Scores]]:
-    """Return protocol and comparison in features of a classifier, or components without classes.
-
-    Args:
-      equal: pictures of a subset, whoever has made them.
-    """
+    """Return protocol and comparison of `equal` pictures at once, in features of real ones."""
     has_classes = num_classes > 1 and min(train.x.shape[1:3]) >= classifier.SMALLEST_SIDE
     recipe = classifier.Recipe()
     kind = f"classifier, {recipe}" if has_classes else "principal components"

@@ -19,7 +19,7 @@ from mf_jax.config import (
 from mf_jax.data import SOURCES, Source, make_source
 from mf_jax.flow.errors import BadInput, in_section
 from mf_jax.flow.records import DataSpec
-from mf_jax.flow.sampler import ONE_STEP, SamplePlan
+from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.models import NETWORKS, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.optim import choose_ema
@@ -52,7 +52,6 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
     """Return the training split of the data; raise one BadInput with every problem of the config.
 
     Args:
-      config: of the run.
       num_devices: over which the batch is split.
       source: takes the place of the data that the config names, which are not opened then.
     """
@@ -78,7 +77,7 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
         objective = make_objective(config)
         choose_ema("sample.ema", config.sample.ema, averages(config))
     with collect():
-        check_grid(config)
+        eval_plans(config)
     if source is not None:
         spec = source.spec
         with collect():
@@ -131,12 +130,11 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
     if is_guided and is_drawn:
         yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
     able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
-    is_told = config.model.told_guidance or "told_guidance" not in fields_of(
-        NETWORKS[config.model.name]
-    )
-    if is_drawn and not (config.model.name in able and is_told):
+    name = config.model.name
+    is_told = config.model.told_guidance or "told_guidance" not in fields_of(NETWORKS[name])
+    if is_drawn and not (name in able and is_told):
         fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
-        yield f"{setting}: model.name={config.model.name} cannot be told guidance; {fix}"
+        yield f"{setting}: model.name={name} cannot be told guidance; {fix}"
     if config.draws.label_drop_share == 0:
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
@@ -146,43 +144,41 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     model, name = config.model, config.objective.name
     network = NETWORKS[model.name]
     if objective.second_order and model.attention == "fused":
-        yield (
-            f"model.attention='fused': {name}, with or without controls, takes the gradient of a "
-            "derivative, which only model.attention=xla has"
-        )
+        problem = "with or without controls, takes the gradient of a derivative; use xla"
+        yield f"model.attention='fused': {name}, {problem}"
     has_second_head = getattr(network, "second_head", False) and model.second_head
     if objective.needs_second_head and not has_second_head:
-        yield (
-            "objective.velocity='head': the network has no second head; use model.name="
-            "in_context_dit with model.second_head=True, or objective.velocity=boundary"
-        )
+        fix = "model.name=in_context_dit with second_head=True, or objective.velocity=boundary"
+        yield f"objective.velocity='head': the network has no second head; use {fix}"
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
-    able = "perceptual" in inspect.signature(OBJECTIVES[name]).parameters
+    able = "perceptual" in fields_of(OBJECTIVES[name])
     if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
         yield (
             f"perceptual: {name} on data of shape {spec.shape}; only pixel_meanflow has such "
             "terms, on pictures with three channels; use perceptual.lpips=0.0 and convnext=0.0"
         )
-    knows_r = "time_conditioning" not in inspect.signature(network).parameters
+    knows_r = "time_conditioning" not in fields_of(network)
     if objective.learns_average and model.time_conditioning == "t" and not knows_r:
-        yield (
-            "model.time_conditioning='t': a network that is not told r can only learn "
-            f"flow_matching, not {name}; use t,t-r, or t|r with model.name=dit"
-        )
+        problem = f"a network that is not told r can only learn flow_matching, not {name}"
+        yield f"model.time_conditioning='t': {problem}; use t,t-r, or t|r with model.name=dit"
 
 
-def check_grid(config: ConfigDict) -> None:
-    """Raise BadInput if `eval` lists nothing, or an entry that this run cannot be sampled with."""
-    section, names = config.eval, averages(config)
+def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
+    """Return the averages and plans that `eval` combines, which the run must be able to follow."""
+    section, known = config.eval, averages(config)
     for key in ("steps", "omegas", "intervals", "emas"):
         if not section[key]:
             raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
-    for name in section.emas:
-        choose_ema("eval.emas", name, names)
+    emas, plans = [choose_ema("eval.emas", name, known) for name in section.emas], []
     with in_section("eval"):
-        for steps in section.steps:
-            SamplePlan(steps)
-        for omega, interval in itertools.product(section.omegas, section.intervals):
-            plan = ONE_STEP.replace(guidance=(omega, *interval))
+        base = SamplePlan(**{key: section[key] for key in ("renoise", "seed", "batch_size")})
+        for steps, omega, interval in itertools.product(
+            section.steps, section.omegas, section.intervals
+        ):
+            plan = base.replace(steps=steps, guidance=(omega, *interval))
             plan.check_guidable(config.draws.omega_max)
+            if omega == 1:  # no guidance has no interval
+                plan = plan.replace(guidance=NO_GUIDANCE)
+            plans.append(plan)
+    return list(itertools.product(emas, plans))
