@@ -21,7 +21,10 @@ def get_config(row: str = "") -> ConfigDict:
     config = digits()
     config.data.name, config.data.dataset, config.data.image_size = "openml", "mnist_784", 28
     config.model.depth, config.model.width, config.model.num_heads = 4, 128, 4
-    config.train.num_steps, config.train.batch_size, config.train.microbatch = 2400, 64, 32
+    config.model.patch_size, config.model.prediction = 7, "data"
+    config.optim.name, config.optim.lr = "muon", 0.015
+    config.guidance.omega, config.draws.label_drop_share = 1.8, 0.1
+    config.train.num_steps, config.train.batch_size, config.train.microbatch = 2400, 128, 64
     config.ema.decays = (0.998,)
     config.update_from_flattened_dict(choose("configs/mnist.py", row, ROWS))
     return config
