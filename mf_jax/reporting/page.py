@@ -96,7 +96,7 @@ def write_report(workdir: PathLike) -> Path:
     if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
         rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
-        _training_samples(grids, folder / REAL_FILE),
+        _training_samples(grids, folder / REAL_FILE, config),
         *(_picture(folder / name, caption, kind) for name, (caption, kind) in _PICTURES.items()),
         _evaluation(_read_json(folder / "eval.json", _TABLE)),
         _curves(rows),
@@ -106,7 +106,7 @@ def write_report(workdir: PathLike) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
-        f'<p class="state">{escape(_state(rows, grids, config, timing))}</p>\n'
+        f'<p class="state">{escape(_state(rows, grids, timing))}</p>\n'
         f"{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
     path = folder / "report.html"
@@ -123,7 +123,7 @@ def _read_json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(
-    rows: Sequence[Mapping[str, Any]], grids: Sequence[Path], config: dict, timing: dict
+    rows: Sequence[Mapping[str, Any]], grids: Sequence[Path], timing: Mapping[str, Any]
 ) -> str:
     """Return how far the run is, its newest errors, and where and how fast it was trained."""
     steps = [row["step"] for row in rows[-1:]] + [_step_of(grid) for grid in grids[-1:]]
@@ -131,10 +131,9 @@ def _state(
         return "No step recorded yet."
     latest = {name: value for row in rows for name, value in row.items()}
     names = [name for name in ("loss", "u_error", "v_error") if name in latest]
-    num_steps, seconds = config.get("train", {}).get("num_steps"), timing.get("wall_seconds")
-    speed = timing.get("images_per_second")
+    seconds, speed = timing.get("wall_seconds"), timing.get("images_per_second")
     facts = [
-        f"Step {max(steps):,}" + (f" of {_cell(num_steps)}" if num_steps else ""),
+        f"Step {max(steps):,}",
         *(f"{name} {_cell(latest[name])}" for name in names),
         timing.get("hardware"),
         seconds and f"{timedelta(seconds=int(seconds))} of training",
@@ -159,12 +158,14 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     return _section("Training curves, by step", curves) if figures else ""
 
 
-def _training_samples(grids: Sequence[Path], real: Path) -> str:
+def _training_samples(grids: Sequence[Path], real: Path, config: Mapping[str, Any]) -> str:
     if not grids:
         return ""
+    num_steps = config.get("train", {}).get("num_steps")
+    of = f" of {_cell(num_steps)}" if num_steps else ""
     last = min(len(grids), _MOST_GRIDS) - 1
     chosen = [grids[i] for i in np.linspace(0, len(grids) - 1, last + 1).round().astype(int)]
-    steps = [f"step {_step_of(grid):,}" for grid in chosen]
+    steps = [f"step {_step_of(grid):,}{of}" for grid in chosen]
     shots = "".join(
         f'<img class="shot grid" data-step="{step}" alt="{escape(_caption(grid) or step)}"'
         f' src="{_data_uri(grid)}"{" hidden" * (grid != chosen[-1])}>\n'
