@@ -17,7 +17,7 @@ ADDED: dict[str, dict[str, Any]] = {
     | {"derivative": "jvp", "derivative_delta": 0.0, "min_gap": 0.0, "interval_factor": 1.0}
     | {"error_of": "velocity", "ramp_steps": 0, "to_data_steps": 0},
     "guidance": {"of_dropped": False, "fade": False},
-    "weight": {"of": "sum"},
+    "weight": {"of": "sum", "of_interval": 0.0},
     "controls": {"lipschitz": 0.0, "lipschitz_bound": 1.0, "monotone": 0.0, "non_expansive": 0.0},
     "velocity": {"source": "sample", "target": 0.0, "tangent": 0.0, "of_rows": False, "ema": 0.0},
     "perceptual": {"lpips": 0.0, "convnext": 0.0, "max_t": 1.0, "crop_size": 224}
