@@ -173,7 +173,7 @@ def test_a_loop_does_not_hide_flops(monkeypatch):
     monkeypatch.setattr(measure, "compile_program", lambda *arguments: (program, costs))
     config = _config()
     config.model.depth, config.objective.name = 2, "flow_matching"
-    looped = changed(config, {"model": {"scan": True}})
+    looped = changed(config, {"model": {"scan": True}, "train": {"microbatch": 8}})
     mesh, source = make_mesh(data=0, fsdp=1), validate(looped, num_devices=1)
     row, _ = step.compile_step(looped, source, mesh, lambda text: None)
     assert row["gflop"] == _lower_step(config).cost_analysis()["flops"] / 1e9
