@@ -47,7 +47,7 @@ METHODS = {
     "Shortcut": digits.ROWS["shortcut"],
     "terminal velocity": digits.ROWS["terminal_velocity"],
     "consistency": digits.ROWS["consistency"] | {"eval.renoise": True},
-    "flow matching": digits.ROWS["flow_matching"],
+    "flow matching": digits.ROWS["flow_matching"] | {"guidance.omega": 1.0},  # has no target for it
 }
 SCORES = {  # heading, format, what the best is
     "class_accuracy": ("share in its class", ".1%", max),
