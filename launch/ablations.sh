@@ -4,7 +4,7 @@
 #
 # Rows that are finished are skipped, a row that was killed continues from its checkpoint: the same
 # command continues. Everything but the document lies under runs/ablations. Hardware: 2 CPU cores,
-# about half an hour.
+# an estimated half an hour.
 #
 # Usage: bash launch/ablations.sh [ARGUMENTS]
 #   bash launch/ablations.sh                      all rows that are not finished, then the document

@@ -3,8 +3,8 @@
 # seeds of each, and write docs/results.md with a picture of one-step samples for each data set.
 #
 # Runs that are finished are skipped, a run that was killed continues from its checkpoint: the same
-# command continues. Everything but the document lies under runs/results. Hardware: a CPU core takes
-# about 7 minutes for each of the 27 runs of the digits, and 40 for each of MNIST.
+# command continues. Everything but the document lies under runs/results. Hardware: a CPU core,
+# an estimated 7 minutes for each of the 27 runs of the digits, and 40 for each of MNIST.
 #
 # Usage: [MF_MNIST=FILE.npz] bash launch/results.sh [ARGUMENTS]
 #   bash launch/results.sh                      all runs that are not finished, then the document
