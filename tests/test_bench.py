@@ -197,7 +197,9 @@ def test_a_flow_matching_of_any_config_is_valid():
 
 def test_rates_of_sampling_reading_and_attention(outcomes):
     (row,) = outcomes["sample"][2]["rows"]
-    assert (row["evaluations"], len(row["batch_seconds"])) == (2, 2)
+    assert (row["evaluations"], len(row["batch_seconds"]), len(row["forward_seconds"])) == (2, 2, 2)
+    times = row["batch_seconds_median"], 2 * row["forward_seconds_median"]
+    assert row["ratio_to_forwards"] == pytest.approx(times[0] / times[1])
     assert row["images_per_second"] == pytest.approx(24 / row["batch_seconds_median"])
     rate = 2 * 24 * row["gflop_per_image"] / row["batch_seconds_median"]
     assert row["peak_share"] == pytest.approx(rate / outcomes["sample"][2]["matmul_peak_gflops"])

@@ -1,6 +1,7 @@
-"""How many images a second --mode=sample draws, with a network fresh from its seed."""
+"""How many images a second --mode=sample draws, and the time of the bare forward beside it."""
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ COLUMNS = (
     Column("evaluations", "evaluations"),
     Column("GFLOP per image", "gflop_per_image"),
     timing("batch"),
+    timing("forward"),
+    Column("batch beside its forwards", "ratio_to_forwards"),
     Column("images/s", "images_per_second"),
     Column("share of peak", "peak_share"),
 )
@@ -40,26 +43,35 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     labels = generator.labels_for(config.sample.labels or None, plan.batch_size)
     say("compiling the sampler")
     generator.sample_raw(labels, plan=plan)
-    say(f"timing {sum(turns.values())} batches")
-    contender = itertools.count(), lambda seed: generator.sample_raw(labels, plan=plan, seed=seed)
-    (seconds,) = measure.take_turns(contender, **turns)
+    say(f"timing {sum(turns.values())} batches, and as many forwards")
+    forward, _, z = _forward(config, source)
+    forward = jax.jit(forward)
+    sampling = itertools.count(), lambda seed: generator.sample_raw(labels, plan=plan, seed=seed)
+    bare = itertools.repeat(z), lambda z: forward(params, z)
+    seconds, forwards = measure.take_turns(sampling, bare, **turns)
     evaluations = len(plan.grid) - 1
-    gflop = _count_forward(changed(config, COUNTABLE), source) / 1e9
+    gflop = measure.lowered_flops(*_forward(changed(config, COUNTABLE), source)) / 1e9
     work = {"images": plan.batch_size, "gflop": evaluations * gflop}
     row = {"evaluations": evaluations, "gflop_per_image": gflop / plan.batch_size}
     row |= measure.throughput("batch", seconds, **work, peak=peak)
+    row |= measure.spread("forward", forwards)
+    least = evaluations * row["forward_seconds_median"]
+    row["ratio_to_forwards"] = row["batch_seconds_median"] / least
     result = {"batch_size": plan.batch_size, "notes": [COUNT_NOTE, _PEAK_NOTE], "rows": [row]}
     return result | peak
 
 
-def _count_forward(config: ConfigDict, source: Source) -> float:
-    """Return the FLOPs of one evaluation of a batch."""
+def _forward(
+    config: ConfigDict, source: Source
+) -> tuple[Callable[[PyTree, Array], Array], PyTree, Array]:
+    """Return one evaluation of a batch, the shapes of its parameters, and a batch."""
     network = make_network(config, source.spec, for_sampling=True)
     ones = jnp.ones(config.sample.batch_size)
     condition = Condition(ones.astype(jnp.int32), guidance=GuidanceScale(ones, ones, ones))
 
     def forward(params: PyTree, z: Array) -> Array:
-        return as_field(network)(params, z, r=ones, t=ones, condition=condition).u
+        with jax.default_matmul_precision("highest"):  # as samples are drawn
+            return as_field(network)(params, z, r=ones, t=ones, condition=condition).u
 
-    z = jnp.ones((*ones.shape, *source.spec.shape))
-    return measure.lowered_flops(forward, parameter_shapes(network, source.spec.shape), z)
+    shapes = parameter_shapes(network, source.spec.shape)
+    return forward, shapes, jnp.ones((*ones.shape, *source.spec.shape))
