@@ -54,6 +54,9 @@ def _guidance(omega: float, kappa: float) -> Overrides:
 
 PAPER: Overrides = {
     **_times(-0.4, 1.0),
+    "model.prediction": "velocity",
+    "coupling.name": "independent",
+    "optim.lr": 2e-3,
     "draws.instant_share": 0.75,
     "draws.label_drop_share": 0.1,
     "weight.p": 1.0,

@@ -36,7 +36,7 @@ from mf_jax.validation import validate
 
 RUNS, DOCUMENT, PICTURES = Path("runs/results"), Path("docs/results.md"), "one_step.npy"
 CONFIGS = {"digits": digits.get_config, "mnist": mnist.get_config}
-NUM_STEPS = {"digits": 1800, "mnist": mnist.get_config().train.num_steps}
+NUM_STEPS = {"digits": 1200, "mnist": mnist.get_config().train.num_steps}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
     "MeanFlow": digits.ROWS[""],

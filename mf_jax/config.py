@@ -19,7 +19,7 @@ from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
-from mf_jax.flow.velocities import VelocityEstimate
+from mf_jax.flow.velocities import PLUG_INS, VelocityEstimate
 from mf_jax.models import NETWORKS, SIZES, DataPrediction
 from mf_jax.models.distances import DISTANCES, distance_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
@@ -67,6 +67,9 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
     known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
     velocity = from_section(VelocityEstimate, config.velocity, **known)
     if not velocity.is_off:
+        if velocity.source in PLUG_INS and config.coupling.name != "independent":
+            what = f"velocity.source={velocity.source!r} takes noise and data for independent"
+            raise BadInput(f"coupling.name={config.coupling.name!r}: {what}; use independent")
         made = Estimated(made, velocity, ema=config.velocity.ema)
     controls = from_section(Controls, config.controls)
     return Controlled(made, controls) if controls.is_on else made

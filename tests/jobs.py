@@ -22,6 +22,7 @@ TINY = (
     "--config.train.num_steps=12",
     "--config.train.batch_size=16",
     "--config.optim.warmup_steps=0",
+    "--config.coupling.name=independent",  # the other compiles for long
     "--config.train.log_every_steps=3",
     "--config.log.sample_every_steps=5",
     "--config.ema.every_steps=5",  # which no checkpoint falls on

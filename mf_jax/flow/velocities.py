@@ -33,7 +33,9 @@ from mf_jax.flow.paths import Points, per_row, velocity
 from mf_jax.flow.records import Draws, Field, Rows
 from mf_jax.flow.rows import point_of, predict
 
-SOURCES = ("sample", "batch", "data", "network", "average")
+PLUG_INS = ("batch", "data")
+"""Sums over data, for which noise and data must be independent."""
+SOURCES = ("sample", *PLUG_INS, "network", "average")
 
 
 @dataclasses.dataclass(frozen=True)
