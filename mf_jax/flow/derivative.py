@@ -13,7 +13,6 @@ Source: MF-RAE, whose FID of one step is 1.96 with the JVP, 2.03 with central di
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.flow.paths import Points, Scalars, per_row
+from mf_jax.flow.paths import Points, Scalars, per_row, quotient
 
 _DELTAS = {"jvp": 0.0, "backward": 0.05, "central": 5e-3}
 Function = Callable[..., tuple[Array, Any]]
@@ -78,5 +77,4 @@ class Derivative:
             d = jnp.full_like(t, delta)
             return (shifted(d) - shifted(-d)) / (2 * delta)
         d = jnp.minimum(delta, t - r)
-        # 0 over an empty interval, where it is multiplied by t - r
-        return (value - shifted(-d)) / per_row(jnp.where(d > 0, d, math.inf), value)
+        return quotient(value - shifted(-d), d)

@@ -11,6 +11,7 @@ Arrays are `[B, ...]` (images `[B, H, W, C]`), times are `[B]` and keyword-only.
 Source: MeanFlow, arXiv 2505.13447, section 4.1.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 Points = Float[Array, "b ..."]
@@ -22,6 +23,11 @@ Scalars = Float[Array, "b"]
 def per_row(t: Shaped[Array, "b"], z: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """Return one number per row as `[B, 1, ...]`, with the number of axes of z."""
     return t.reshape(t.shape + (1,) * (z.ndim - 1))
+
+
+def quotient(change: Points, dt: Scalars) -> Points:
+    """Return a change over the time that it takes; 0 where the float of that time is 0."""
+    return change / per_row(jnp.where(dt > 0, dt, jnp.inf), change)
 
 
 def interpolate(x: Points, e: Points, *, t: Scalars) -> Points:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import advance, per_row
+from mf_jax.flow.paths import advance, per_row, quotient
 from mf_jax.flow.records import Step
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
@@ -122,7 +122,7 @@ class AlphaFlow(terms.Objective):
             share = per_row(a, u)
             target = share * v.interval + (1 - share) * u_s
             target = jnp.clip(target, -self.target_clip, self.target_clip)
-            return u, target, (u - u_s) / per_row(rows.t - s, u)
+            return u, target, quotient(u - u_s, rows.t - s)
 
         def by_derivative() -> tuple[Array, Array, Array]:
             how = self.derivative

@@ -27,7 +27,7 @@ from jaxtyping import Array, PyTree
 
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.guidance import Guidance
-from mf_jax.flow.paths import Points, advance, per_row
+from mf_jax.flow.paths import Points, advance, per_row, quotient
 from mf_jax.flow.records import Field, Rows
 from mf_jax.flow.rows import call, condition_of, point_of, predict, velocity_of
 from mf_jax.objectives import terms
@@ -86,4 +86,4 @@ class Shortcut(terms.Objective):
         first = half(z, r=s, t=t)
         second = half(jnp.clip(advance(z, first, r=s, t=t), -clip, clip), r=r, t=s)
         u = predict(field, params, rows, z, r=r, t=t).u
-        return u, jnp.clip((first + second) / 2, -clip, clip), (u - second) / per_row(t - s, u)
+        return u, jnp.clip((first + second) / 2, -clip, clip), quotient(u - second, t - s)

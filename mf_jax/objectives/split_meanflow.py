@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 
 from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import Points, advance, per_row
+from mf_jax.flow.paths import Points, advance, per_row, quotient
 from mf_jax.flow.records import Field, Rows
 from mf_jax.flow.rows import point_of, predict
 from mf_jax.objectives import terms
@@ -69,5 +69,5 @@ class SplitMeanFlow(terms.Objective):
         first = predict(field, teacher, rows, z, r=s, t=t).u
         second = predict(field, teacher, rows, advance(z, first, r=s, t=t), r=r, t=s).u
         u = predict(field, params, rows, z, r=r, t=t).u
-        weight = per_row((t - s) / (t - r), z)
-        return u, weight * first + (1 - weight) * second, (u - second) / per_row(t - s, u)
+        weight = per_row(quotient(t - s, t - r), z)
+        return u, weight * first + (1 - weight) * second, quotient(u - second, t - s)
