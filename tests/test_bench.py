@@ -244,6 +244,8 @@ def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path
 
     monkeypatch.setattr(Generator, "sample_raw", sample)
     monkeypatch.setattr("mf_jax.bench.sample.initial_params", lambda *arguments: np.zeros(()))
+    forward = (lambda params, z: params + z), np.zeros(()), np.zeros(())
+    monkeypatch.setattr("mf_jax.bench.sample._forward", lambda *arguments: forward)
     flags = ("--config.model.name=in_context_dit", "--config.sample.batch_size=24")
     shape = ("--config.bench.shape=(8,8,3)", "--config.bench.num_classes=7")
     code, out, errors = _run("sample", "digits", tmp_path, *flags, *shape)

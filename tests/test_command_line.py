@@ -130,6 +130,7 @@ ROUNDS = (
     },
     {
         "model.time_conditioning=r,t": "time_conditioning='r,t'",
+        "model.prediction=velocity": "",
         "objective.name=pixel_meanflow": "needs a network that predicts data",
         "train.batch_size=7": "train.batch_size=7: must be a multiple of 2",
     },
