@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jobs import here
 from recorded import FOLDER, note_difference
 
-import mf_jax
 from configs.default import get_config
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition
@@ -88,31 +86,6 @@ def test_reference_networks_go_back_under_their_names(tmp_path):
             *map(jax.tree.leaves, (generator.params, again.params)), strict=True
         ):
             np.testing.assert_allclose(after, before, atol=2e-8)  # cos and sin, in float32
-
-
-def test_a_warm_start_from_a_sit_beats_a_cold_one_at_equal_steps(tmp_path):
-    def train(name, row, num_steps, path=""):
-        code, _, errors = here(
-            f"--config=configs/digits.py{row}",
-            f"--workdir={tmp_path / name}",
-            f"--config.init.path={path}",
-            f"--config.train.num_steps={num_steps}",
-            "--config.train.log_every_steps=20",
-            "--config.optim.warmup_steps=10",
-            "--config.model.depth=1",
-            "--config.model.width=32",
-            "--config.model.num_heads=2",
-            "--config.log.sample_every_steps=0",
-        )
-        assert code == 0, errors
-        return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
-
-    train("flow", ":flow_matching", 300)
-    sit = tmp_path / "sit.safetensors"
-    mf_jax.load(tmp_path / "flow").export(sit, kind="sit")
-    cold, warm = train("cold", "", 60), train("warm", "", 60, sit)
-    for error in ("u_error", "v_error"):
-        assert warm[error] < 0.85 * cold[error]
 
 
 def test_an_interval_that_has_been_learned_is_kept_at_r_equal_t(tmp_path):

@@ -168,6 +168,7 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
+    assert not (workdir / "field.png").exists(), "it is for the plane alone"
     arrays = _arrays(workdir, 12)
     assert [*arrays["ema"].values()] != [*arrays["params"].values()], "the ramp counts steps"
     assert "sliced_wasserstein" in json.loads((workdir / "eval.json").read_text())["rows"][0]
