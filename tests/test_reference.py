@@ -64,11 +64,8 @@ def test_recorded_cases_are_there():
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_recorded_case(path):
     meta, case, params, grads = load_case(path)
-    field, draws, objective = (
-        as_field(_network(meta, params)),
-        draws_of(meta, case),
-        _objective(meta),
-    )
+    field, objective = as_field(_network(meta, params)), _objective(meta)
+    draws = draws_of(meta, case)
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
     told = {"r": rows.r, "t": rows.t, "condition": Condition(rows.condition, rows.guidance)}
 
