@@ -256,23 +256,6 @@ def test_average_divergence_is_exact_for_gaussian_data():
     np.testing.assert_allclose(log_p, exact, rtol=1e-6)
 
 
-def test_sampling_with_fresh_noise():
-    e, mean = next(_arrays((8, 3))), jnp.linspace(-1, 1, 8)
-
-    def fresh(step: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(KEY, step), e.shape)
-
-    once, renoised = (
-        mf_jax.sample(truth, None, e, mean, renoise=renoise) for renoise in (None, fresh)
-    )
-    np.testing.assert_allclose(once, mean[:, None] + STD * e, rtol=1e-5)
-    _same(once, renoised)
-    twice = mf_jax.sample(truth, None, e, mean, times=(1.0, 0.4, 0.0), renoise=fresh)
-    z = 0.6 * once + 0.4 * fresh(0)
-    u = truth(None, z, r=jnp.zeros(8), t=jnp.full(8, 0.4), condition=mean)
-    np.testing.assert_allclose(twice, z - 0.4 * u, rtol=1e-5)
-
-
 def test_what_cannot_be_is_named():
     x, e, _ = _arrays((8, 3))
     draw, vector = functools.partial(SCHEME.draw, KEY), jnp.zeros((8, 2))
