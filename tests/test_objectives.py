@@ -16,7 +16,7 @@ import mf_jax.objectives
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate, per_row, velocity
-from mf_jax.flow.records import NO_LABEL, Condition, Draws, GuidanceScale, Rows
+from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import condition_of
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.objectives.alpha_flow import AlphaFlow
@@ -404,38 +404,20 @@ def _off_draws(*sizes):
     )
 
 
-def _plain_reading(params, draws, guidance, weight):
-    """Compute the MeanFlow loss with the JVP of every row, neither split nor shared."""
-    rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-    z, v, t, r = interpolate(rows.x, rows.e, t=rows.t), velocity(rows.x, rows.e), rows.t, rows.r
-    null = jnp.full_like(rows.condition, NO_LABEL)
-    u_class, u_null = (
-        FIELD(params, z, r=t, t=t, condition=Condition(labels)).u
-        for labels in (rows.condition, null)
-    )
-    omega, kappa = guidance.omega, guidance.kappa
-    guided = omega * v + kappa * u_class + (1 - omega - kappa) * u_null
-    inside = (t >= guidance.t_min) & (t <= guidance.t_max) & ~rows.dropped
-    v_g = jax.lax.stop_gradient(jnp.where(per_row(inside, v), guided, v))
-
-    def u_of(z, r, t):
-        return FIELD(params, z, r=r, t=t, condition=condition_of(rows)).u
-
-    u, du_dt = jax.jvp(u_of, (z, r, t), (v_g, jnp.zeros_like(r), jnp.ones_like(t)))
-    target = jax.lax.stop_gradient(v_g - per_row(t - r, z) * du_dt)
-    error = jnp.sum((u - target) ** 2, axis=1)
-    return jnp.mean(error / jax.lax.stop_gradient((error + weight.c) ** weight.p))
-
-
-def test_split_equals_plain_reading():
+def test_rows_with_r_equal_t_count_the_same_on_either_side():
+    """The split is for speed: du/dt has no part in them."""
     weight, params = AdaptiveWeight(p=0.75, c=1e-3), jnp.array(BENT_PARAMS)
-    windowed = Guidance(0.2, 0.9, 0.3, 0.7)
-    for instant, guidance in ((6, PLAIN), (0, windowed), (6, windowed), (9, windowed)):
-        objective, draws = MeanFlow(guidance, weight), _off_draws(instant, 9 - instant)
-        ours = jax.value_and_grad(lambda p, o=objective, d=draws: o.loss(FIELD, p, d)[0])(params)
-        plain = jax.value_and_grad(_plain_reading)(params, draws, guidance, weight)
-        for a, b in zip(ours, plain, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    for guidance in (PLAIN, Guidance(0.2, 0.9, 0.3, 0.7)):
+        objective, draws = MeanFlow(guidance, weight), _off_draws(6, 3)
+        whole = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+        none, equal = jax.tree.map(lambda a: a[:0], whole), whole.replace(r=whole.t)
+        for apart, together in (
+            (draws, Draws(none, whole)),
+            (Draws(equal, none), Draws(none, equal)),
+        ):
+            loss = jax.value_and_grad(lambda p, d, o=objective: o.loss(FIELD, p, d)[0])
+            for a, b in zip(loss(params, apart), loss(params, together), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_adaptive_weight_scales_the_gradient_without_being_differentiated():
