@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from flax.traverse_util import flatten_dict
-from recorded import FOLDER, draws_of, from_published, note_difference, perceptual_weights
+from recorded import (
+    FOLDER,
+    assert_gradients,
+    draws_of,
+    from_published,
+    note_difference,
+    perceptual_weights,
+)
 from safetensors.numpy import save_file
 
 from configs import imagenet
@@ -35,7 +41,7 @@ VALUES, GRADIENTS = 3e-5, 1e-4  # relative to the largest entry
 PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
 
 
-def assert_close(ours, theirs, tolerance, name):
+def assert_close(ours, theirs, name, tolerance=VALUES):
     error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
     note_difference(name, error)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -74,7 +80,7 @@ def check_distance(prefix, network, params):
 
     (a, b), theirs = PAIR, CASE[f"{prefix}/gradient/a"]
     slope, (distances, kept) = measure(a, b, params)
-    assert_close(distances, CASE[f"{prefix}/out/distance"], VALUES, prefix)
+    assert_close(distances, CASE[f"{prefix}/out/distance"], prefix)
     # a ReLU may lie so near its kink that rounding picks the side: one shift of a picks theirs
     error, limit = np.abs(slope - theirs).max((1, 2, 3)), GRADIENTS * np.abs(theirs).max()
     for shift in (3e-6, -3e-6):
@@ -89,21 +95,21 @@ def test_reference_crops():
     image, box = (jnp.asarray(CASE[f"crop/in/{name}"]) for name in ("image", "box"))
     for side in META["crop_sizes"]:
         ours = crop(image, box, side)
-        assert_close(ours, CASE[f"crop/out/{side}"], VALUES, f"crop to {side}")
+        assert_close(ours, CASE[f"crop/out/{side}"], f"crop to {side}")
 
 
 def test_reference_lpips():
     kept = check_distance("lpips", *distance("lpips"))
     recorded = [name for name in CASE if name.startswith("lpips/out/layer/")]
     for name, ours in zip(recorded, kept["layers"][0], strict=True):
-        assert_close(ours, CASE[name], VALUES, name)
+        assert_close(ours, CASE[name], name)
     for picture, maps in zip("ab", kept["features"]["__call__"], strict=True):
         for name, ours in zip(recorded, maps, strict=True):
             kinds = ("mean", "map")
             mean, whole = (f"lpips/out/{picture}/{kind}/{name.split('/')[-1]}" for kind in kinds)
-            assert_close(ours.mean((1, 2)), CASE[mean], VALUES, mean)
+            assert_close(ours.mean((1, 2)), CASE[mean], mean)
             if whole in CASE:
-                assert_close(ours, CASE[whole], VALUES, whole)
+                assert_close(ours, CASE[whole], whole)
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("base", marks=pytest.mark.slow)])
@@ -111,10 +117,10 @@ def test_reference_convnext(size):
     prefix = f"convnext_{size}"
     kept = check_distance(prefix, *distance(size))
     for picture, (features, maps) in zip("ab", kept["convnextv2"]["__call__"], strict=True):
-        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], VALUES, prefix)
+        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], prefix)
         for i, x in enumerate(maps):
             if (name := f"{prefix}/out/{picture}/mean/stage{i}") in CASE:
-                assert_close(x.mean((1, 2)), CASE[name], VALUES, name)
+                assert_close(x.mean((1, 2)), CASE[name], name)
 
 
 def _row(settings, case, params):
@@ -160,14 +166,11 @@ def test_reference_loss_through_the_row(name, tolerance):
         return jax.value_and_grad(loss, argnums=1, has_aux=True)(field, params, draws)
 
     (loss, metrics), ours = evaluate(params, frozen)
-    assert_close(loss, case["out/loss"], VALUES, "loss")
+    assert_close(loss, case["out/loss"], "loss")
     for key in ("lpips", "convnext"):
         recorded = case[f"out/metric/aux_loss_{key}"]
-        assert_close(metrics[key].compute(), recorded, VALUES, key)
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        assert_close(ours[key], theirs[key], tolerance, f"gradient of {key}")
+        assert_close(metrics[key].compute(), recorded, key)
+    assert_gradients(ours, theirs, tolerance, assert_close)
 
 
 def test_published_files_become_what_the_loss_reads(tmp_path):

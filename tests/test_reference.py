@@ -8,8 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from flax.traverse_util import flatten_dict
-from recorded import FOLDER, assert_close, draws_of, load_case
+from recorded import FOLDER, assert_close, assert_gradients, draws_of, load_case
 
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
@@ -80,10 +79,7 @@ def test_recorded_case(path):
         if f"out/{name}" in case:
             assert_close(output, case[f"out/{name}"], name)
     assert_close(loss, case["out/loss"], "loss")
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert_close(ours[name], theirs[name], f"gradient of {name}")
+    assert_gradients(ours, grads)
 
 
 def test_parameter_counts_of_every_published_dit():
