@@ -89,6 +89,24 @@ def test_a_network(name):
         assert dead <= told_share, f"{path}: {dead:.0%} without a gradient"
 
 
+def test_fresh_blocks_add_nothing_and_weights_have_the_published_scale():
+    params = flatten_dict(answers("in_context_dit").fresh_params, sep="/")
+    assert not any(np.any(leaf) for name, leaf in params.items() if name.endswith("_gate"))
+    width = 32
+    for name, std in (
+        ("block_0/attention/query/kernel", 0.32 * width**-0.5),
+        ("block_0/contract/kernel", 0.32 * int(width * 8 / 3) ** -0.5),
+        ("class_tokens/tokens", width**-0.5),
+        ("h_tokens/tokens", width**-0.5),
+        ("class_tokens/embedding/embedding", width**-0.5),
+    ):
+        assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
+    blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
+    outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
+    assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
+    assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
+
+
 def test_networks_without_classes_have_no_parameters_for_them():
     for network, shape in CASES.values():
         names = set(flatten_dict(shapes_of(network, shape), sep="/"))
@@ -168,11 +186,8 @@ def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
     flow = jax.jit(as_field(DiT(**sizes, time_conditioning="t")))
     np.testing.assert_array_equal(u(run, drawn, 0.7, 0.7), u(flow, drawn, 0.7, 0.7))
     assert not np.allclose(u(run, drawn, 0.2, 0.7), u(flow, drawn, 0.2, 0.7), atol=1e-3)
-
-
-def test_decoupled_dit_leaves_a_block_for_each_time():
     assert [num_r_blocks(depth, 0) for depth in (2, 4, 5, 12, 28)] == [1, 1, 2, 3, 7]
-    for depth, r_blocks in [(1, 0), (4, 4), (4, 5), (4, -1)]:
+    for depth, r_blocks in [(1, 0), (4, 4), (4, -1)]:
         with pytest.raises(BadInput, match=f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use"):
             num_r_blocks(depth, r_blocks)
 
@@ -190,20 +205,6 @@ def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance
     alone = jax.jit(as_field(sampling))(params, make_z(shape), r=r, t=t, condition=condition)
     assert alone.v is None
     np.testing.assert_allclose(alone.u[i], exact.u[i], rtol=1e-4, atol=1e-5)
-
-
-def test_fresh_gates_close_the_blocks_and_weights_have_the_published_scale():
-    params = flatten_dict(answers("in_context_dit").fresh_params, sep="/")
-    assert not any(np.any(leaf) for name, leaf in params.items() if name.endswith("_gate"))
-    width = 32
-    for name, std in (
-        ("block_0/attention/query/kernel", 0.32 * width**-0.5),
-        ("block_0/contract/kernel", 0.32 * int(width * 8 / 3) ** -0.5),
-        ("class_tokens/tokens", width**-0.5),
-        ("h_tokens/tokens", width**-0.5),
-        ("class_tokens/embedding/embedding", width**-0.5),
-    ):
-        assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
 
 
 # ---- affine baselines
@@ -253,13 +254,6 @@ def test_baselines_are_exact_on_gaussian_data():
 # ---- U-Net
 
 
-def test_a_fresh_block_adds_nothing():
-    blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
-    outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
-    assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
-    assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
-
-
 def test_dropout_is_a_function_of_the_seed_and_every_block_has_its_own_mask(monkeypatch):
     assert_apart(answers("unet").exact, ["base", "seed"])  # rows that share a seed share its masks
     layers = []
@@ -294,12 +288,10 @@ def test_sizes_that_do_not_fit_are_refused():
             in_context("positions='gird'.*sequence, grid.*did you mean grid", positions="gird"),
             in_context("patch_size=0: must divide the image size 4x6", patch_size=0),
             in_context("head_depth=3: must be from 0 to depth=2", head_depth=3),
-            in_context("head_depth=-1", head_depth=-1),
             in_context("width=18: must be a multiple of 4 for num_heads=2", width=18),
             in_context("width=12: must be a multiple of 8", width=12, positions="grid"),
             in_context("num_heads=0", num_heads=0),
             (DiT(**SMALL_DIT | {"width": 18}), "model.width=18: .* by 4 and by model.num_heads=2"),
-            (DiT(**SMALL_DIT | {"width": 20, "num_heads": 3}), "model.num_heads=3"),
             (DiT(**SMALL_DIT | {"patch_size": 4}), "patch_size=4: must divide the image size 4x6"),
             (DiT(**SMALL_DIT, remat="all"), "model.remat='all'.*none, block, dots"),
             with_levels("channel_multipliers.*divisible by 4 where it is 4x6", 1, 2, 2),
