@@ -4,6 +4,7 @@ Every size and setting comes from the case's own `meta`; those of the row are th
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -119,12 +120,13 @@ def test_reference_samples_of_soflow():
     for path in (path for path in CASES if path.stem.startswith("soflow")):
         _, case, params, _, field, _ = _parts(path)
         e, noise, labels = (jnp.asarray(case[f"sample/{name}"]) for name in ("e", "noise", "y"))
-        told = Condition(labels)
-        with jax.default_matmul_precision("highest"):
-            once = sample(field, params, e, told)
-            twice = sample(field, params, e, told, steps=2, renoise=lambda _, e=noise: e)
-        assert_close(once, case["sample/one_step"], "one step")
-        assert_close(twice, case["sample/two_steps"], "two steps")
+        draw = functools.partial(sample, field, renoise=lambda _, e=noise: e)
+        draw, told = jax.jit(draw), Condition(labels)
+        for key, *times in (("one_step", 1, 0, 0), ("two_steps", 1, 0.5, 0)):
+            num = times.index(0)
+            with jax.default_matmul_precision("highest"):
+                ours = draw(params, e, told, times=jnp.array(times, float), num_intervals=num)
+            assert_close(ours, case[f"sample/{key}"], key)
 
 
 def test_reference_schedule_of_alpha():
