@@ -6,14 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, refuses
 from jobs import here, tiny_config, works
 from recorded import FOLDER
 
 import mf_jax
 from mf_jax import loading
 from mf_jax.config import make_network
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.loading import load_initial, load_weights
 from mf_jax.models import parameter_shapes
@@ -51,11 +50,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_
     arrays[name] = arrays[name] * np.nan
     np.savez(tmp_path / "nan.npz", **arrays)
     config = _from(tmp_path / "nan.npz", "meanflow")
-    with pytest.raises(BadInput, match=f"{name} has numbers that are not finite"):
-        load_weights(config, _like(config))
+    refuses(f"{name} has numbers that are not finite", load_weights, config, _like(config))
     params = jax.tree.map(lambda x: x * np.inf, exported[0].params)
-    with pytest.raises(BadInput, match="RUN: its parameters are not finite"):
-        loading._fit(params, params, "RUN")
+    refuses("RUN: its parameters are not finite", loading._fit, params, params, "RUN")
 
 
 def test_training_starts_from_another_run(trained, tmp_path):
@@ -128,8 +125,8 @@ def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
     (copy_of_trained / "config.json").write_text(json.dumps(stored))
     for theirs, more in (trained, {}), (copy_of_trained, {"data.latent_std": (2.0,)}):
         config = _from(theirs, **{"data.name": "latents"}, **more)
-        with pytest.raises(BadInput, match=r"was trained on .*latents.*set data.name, data.late"):
-            load_weights(config, _like(config))
+        message = r"was trained on .*latents.*set data.name, data.late"
+        refuses(message, load_weights, config, _like(config))
 
 
 def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path):
@@ -141,39 +138,30 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
     works(*arguments, f"--config.init.path={exported[1]}", "--config.train.num_steps=1")
 
 
-def test_parameters_that_do_not_fit_are_listed(trained):
+def test_parameters_that_do_not_fit_and_bad_places_are_named(trained):
     sizes = {"model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
     config = _from(trained, **sizes, **{"model.time_conditioning": "t"})
-    with pytest.raises(BadInput) as error:
-        load_weights(config, _like(config))
-    for part in (
+    for message in (
         "missing: block_1/",
         "extra: condition/h_embedding/",
-        "misshapen: ",
-        "patch_embedding/kernel (16, 16), not (4, 16)",
+        r"misshapen: .*patch_embedding/kernel \(16, 16\), not \(4, 16\)",
     ):
-        assert part in str(error.value)
-
-
-def test_bad_places_are_named():
+        refuses(message, load_weights, config, _like(config))
     for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
         config = _from("nowhere", kind)
-        with pytest.raises(BadInput, match=named):
-            load_weights(config, _like(config))
+        refuses(named, load_weights, config, _like(config))
 
 
 def test_every_network_has_a_step():
     """Target averages are kept where an objective wants one."""
+    target = {"objective.name": "terminal_velocity", "objective.target_ema": 0.99}
     for more in (
-        {"model.name": "low_rank"},
-        {"model.time_conditioning": "t|r", "model.depth": 2},
+        {"model.name": "low_rank", **target},
         {"model.scan": True, "model.depth": 2, "model.remat": "block"},
-        {"objective.name": "terminal_velocity", "objective.target_ema": 0.99},
     ):
         config = tiny_config(**more)
         parts = step_parts(config, validate(config, num_devices=1))
         before = jax.eval_shape(lambda parts=parts: initial_state(parts))
         after = jax.eval_shape(make_train_step(parts), before, *parts.batch)
         assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, before)
-        wants = parts.objective.target_ema
-        assert set(before.ema) == ({"0.995", repr(wants)} if wants else {"0.995"})
+        assert set(before.ema) == {"0.995", "0.99"} if more.keys() >= target.keys() else {"0.995"}
