@@ -247,6 +247,7 @@ def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path
     forward = (lambda params, z: params + z), np.zeros(()), np.zeros(())
     monkeypatch.setattr("mf_jax.bench.sample._forward", lambda *arguments: forward)
     flags = ("--config.model.name=in_context_dit", "--config.sample.batch_size=24")
+    flags += ("--config.model.prediction=velocity",)
     shape = ("--config.bench.shape=(8,8,3)", "--config.bench.num_classes=7")
     code, out, errors = _run("sample", "digits", tmp_path, *flags, *shape)
     assert code == 0, errors

@@ -420,6 +420,18 @@ def test_rows_with_r_equal_t_count_the_same_on_either_side():
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
+def test_intervals_too_short_for_floats_are_no_divergence():
+    """SoFlow's step is a share of one, and may end where it began."""
+    draws, params = _off_draws(2, 3), jnp.array(BENT_PARAMS)
+    t = draws.interval.t
+    for name, setting in (*(case[:2] for case in CASES), ("alpha_flow", "step")):
+        objective = _make(_module(name), name, PLAIN, setting)
+        loss = jax.value_and_grad(functools.partial(objective.loss, FIELD), has_aux=True)
+        for r in (t, jnp.nextafter(t, jnp.zeros_like(t))):
+            values = loss(params, draws.replace(interval=draws.interval.replace(r=r)))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values)), name
+
+
 def test_adaptive_weight_scales_the_gradient_without_being_differentiated():
     error = jnp.array([0.5, 2.0, 7.0])
     for p in (0.0, 0.75, 1.0, 2.0):
