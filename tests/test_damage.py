@@ -40,7 +40,7 @@ from mf_jax.published.checkpoints import read_published
 from mf_jax.published.torch_file import StateDict, read_state_dict
 from mf_jax.reporting import run_log
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.run_log import RunLog, read_metrics
+from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import files, json_files
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.scoring import rows as score_rows
@@ -106,12 +106,12 @@ def _noticed(read, capsys):
 
 
 def _count(read, path, capsys):
-    """Return how many of 40 bit flips and 20 cuts of a file are noticed, harmless and silent."""
+    """Return how many of 20 bit flips and 10 cuts of a file are noticed, harmless and silent."""
     path, rng, counts = epath.Path(path), np.random.default_rng(0), collections.Counter()
     whole, (good, said) = path.read_bytes(), _noticed(read, capsys)
     assert (good is not None, said) == (True, "")
-    damaged = [whole[:cut] for cut in rng.integers(len(whole), size=20)]
-    for place, bit in rng.integers((len(whole), 8), size=(40, 2)):
+    damaged = [whole[:cut] for cut in rng.integers(len(whole), size=10)]
+    for place, bit in rng.integers((len(whole), 8), size=(20, 2)):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(bit)
         damaged.append(bytes(flipped))
@@ -265,12 +265,12 @@ WITHOUT_CHECKSUM = ("safetensors", "tar", "picture", "orbax")
 def test_no_flip_and_no_cut_is_silent(copy_of_trained, tmp_path, capsys, monkeypatch, rng):
     monkeypatch.setattr(classifier, "_train", lambda *_: {"a": np.zeros(1)})
     for kinds, least in (
-        (_of_runs(copy_of_trained, tmp_path), 20),
-        (_of_strangers(tmp_path, rng), 5),
+        (_of_runs(copy_of_trained, tmp_path), 10),
+        (_of_strangers(tmp_path, rng), 2),
     ):
         for kind, read, path in kinds:
             counts = _count(read, path, capsys)
-            assert counts.total() == 60, kind
+            assert counts.total() == 30, kind
             assert counts["noticed"] > least, (kind, counts)
             assert counts["silent"] == 0 or kind in WITHOUT_CHECKSUM, (kind, counts)
 
@@ -289,21 +289,22 @@ def test_what_is_no_such_file_is_one_line(copy_of_trained, tmp_path, capsys):
         path.write_bytes(content)
 
 
-def test_a_name_with_a_dollar_is_drawn(tmp_path):
-    with RunLog(tmp_path, num_steps=2, start_step=0, batch_size=1, show_progress=False) as log:
-        log.write(1, {"a $ b $": 1.0})
-    assert "a $ b $" in write_report(tmp_path).read_text()
-
-
 def test_the_config_of_a_published_autoencoder_is_checked(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text("{}")
-    sha256 = files.sha256_of(tmp_path / "config.json")
-    file = fetch.PublishedFile("config.json", 2, sha256, "there")
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    file = fetch.PublishedFile("config.json", 2, files.sha256_of(config), "there")
     monkeypatch.setattr(fetch, "PUBLISHED", {"vae": (file, file)})
     fetch.find_weights("vae", str(tmp_path))
-    (tmp_path / "config.json").write_text("[]")
+    config.write_text("[]")
     with pytest.raises(BadInput, match="SHA-256"):
         fetch.find_weights("vae", str(tmp_path))
+
+
+def test_a_name_with_a_dollar_is_drawn(tmp_path):
+    plan = {"num_steps": 2, "start_step": 0, "batch_size": 1, "show_progress": False}
+    with run_log.RunLog(tmp_path, **plan) as log:
+        log.write(1, {"a $ b $": 1.0})
+    assert "a $ b $" in write_report(tmp_path).read_text()
 
 
 def test_an_old_run_is_read_with_one_line(capsys):
