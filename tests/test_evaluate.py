@@ -200,6 +200,7 @@ def test_watching_scores_the_newest_and_goes_on_without_the_damaged_and_the_drop
     monkeypatch.setattr(evaluate.time, "sleep", wait)
     monkeypatch.setattr(evaluate, "load_run", load_meanwhile)
     assert _protocols(score("--config.eval.watch=True"), "checkpoint") == [(8,), (12,)]
+    assert len(waits) == 2, "for the run, and before the damaged one is tried again"
     for said in ("waiting for a run", "2 is left out: the run has dropped it", "4 is left out: "):
         assert said in score.out
     assert "damaged" in score.out
