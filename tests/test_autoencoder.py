@@ -1,6 +1,5 @@
 """The autoencoder of latents: recorded numbers, published names and sizes, and wrong files."""
 
-import functools
 import hashlib
 import json
 import shutil
@@ -88,18 +87,8 @@ def test_every_product_is_of_the_highest_precision(autoencoder, recorded):
 
 def test_the_published_network():
     network = AutoencoderKL()
-    params = network.parameter_shapes()
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
-
-    def shapes(method, x):
-        return jax.eval_shape(
-            lambda p, x: network.apply({"params": p}, x, method=method), params, x
-        )
-
-    image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    mean, std = shapes("encode", image)
-    assert mean.shape == std.shape == (2, 32, 32, 4)
-    assert shapes("decode", mean).shape == image.shape
+    sizes = [leaf.size for leaf in jax.tree.leaves(network.parameter_shapes())]
+    assert (sum(sizes), network.factor, network.latent_channels) == (83_653_863, 8, 4)
 
 
 def test_other_images_and_latents_are_refused(autoencoder):
@@ -117,27 +106,21 @@ def test_other_images_and_latents_are_refused(autoencoder):
 def test_other_ways_to_write_the_same_file(autoencoder, rewrite):
     """Old names of attention, half precision, and the file itself in place of its folder."""
 
-    def age(axes, arrays):
+    def age(arrays):
         aged = {}
         for name, array in arrays.items():
             for new, old in OLD_NAMES.items():
                 if f".{new}." in name:
                     name = name.replace(f".{new}.", f".{old}.")
-                    array = array[..., None, None] if array.ndim == axes - 2 else array
-            aged[name] = np.ascontiguousarray(array)
+                    array = array[..., None, None] if array.ndim == 2 else array
+            aged[name] = np.ascontiguousarray(array.astype(jnp.bfloat16))
         assert sum(".query." in name for name in aged) == 4
         return aged
 
-    half = lambda arrays: {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}  # noqa: E731
     same = jax.tree.map(np.asarray, autoencoder.params)
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(np.float32), same)
-    for change, expected in (
-        (functools.partial(age, 2), same),
-        (functools.partial(age, 4), same),
-        (half, rounded),
-    ):
-        found = load_autoencoder(rewrite(change)).params
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    aged = load_autoencoder(rewrite(age)).params
+    jax.tree.map(np.testing.assert_array_equal, aged, rounded)
     named = load_autoencoder(VAE / FILE)
     jax.tree.map(np.testing.assert_array_equal, named.params, same)
     config = json.loads((VAE / "config.json").read_text())
@@ -168,25 +151,10 @@ def test_sizes_of_weights_without_a_config(tmp_path):
     refuses("cannot be read", load_autoencoder, tmp_path)
 
 
-def test_parameters_that_do_not_fit_are_named(rewrite):
-    def damage(arrays):
-        arrays["decoder.extra.weight"] = arrays.pop("encoder.conv_in.bias")
-        arrays["quant_conv.bias"] = arrays["quant_conv.bias"][:-1]
-        arrays["post_quant_conv.bias"] = arrays["post_quant_conv.bias"].astype(np.int32)
-        return arrays
-
-    with pytest.raises(BadInput) as error:
-        load_autoencoder(rewrite(damage))
-    for part in (
-        "missing: encoder.conv_in.bias;",
-        "left over: decoder.extra.weight;",
-        "quant_conv.bias is [7], must be [8];",
-        "post_quant_conv.bias is int32, must be floating point",
-    ):
-        assert part in str(error.value)
-
-
-def test_configs_of_other_networks_are_refused(rewrite):
+def test_other_parameters_and_configs_of_other_networks_are_refused(rewrite):
+    whole = lambda arrays: arrays | {"quant_conv.bias": np.zeros(8, np.int32)}  # noqa: E731
+    message = "quant_conv.bias is int32, must be floating point"
+    refuses(message, load_autoencoder, rewrite(whole))
     for config, message in (
         ({"shift_factor": 0.1}, r"sets shift_factor=0\.1; must not"),
         ({"norm_num_groups": 5}, "'norm_num_groups': 5.*divisible by norm_num_groups"),

@@ -15,11 +15,12 @@ import pytest
 from conftest import ROOT, TINY
 from jax.sharding import AbstractMesh
 from jobs import here
+from networks import shapes_of
 
 from configs.digits import get_config as digits
 from configs.toy2d import get_config as toy2d
 from mf_jax import bench
-from mf_jax.bench import attention, measure, step, table
+from mf_jax.bench import attention, measure, step
 from mf_jax.bench import input as input_pipeline
 from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench.step import Noise, changed, flow_matching, fresh_batches
@@ -28,7 +29,7 @@ from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.generator import Generator
-from mf_jax.models import as_field, parameter_shapes
+from mf_jax.models import as_field
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state, make_train_step
@@ -55,6 +56,11 @@ OF_A_RESULT = "platform num_devices num_parameters dtype shape num_classes batch
 OF_A_RUN = ("config.json", "data.json", ".lock", "metrics.jsonl", "checkpoints/12/state")
 
 
+def _two_passes(kind, all_of=attention.passes):
+    passes = all_of(kind)
+    return {name: passes[name] for name in ("forward", "forward, tangent, gradient")}
+
+
 def _run(what, config, workdir, *flags):
     """Return (exit code, stdout, stderr) of a quick benchmark in this process."""
     where = [f"--config=configs/{config}.py", "--mode=bench", f"--workdir={workdir}"]
@@ -64,6 +70,7 @@ def _run(what, config, workdir, *flags):
         patch.setattr(input_pipeline, "LEAST_SECONDS", 0.01)
         widths = {"2048": 5, "spatial": 4, "logits_unbiased": 3}
         patch.setattr(scores_benchmark, "WIDTHS", widths)
+        patch.setattr(attention, "passes", _two_passes)
         return here(*where, *FLAGS, f"--config.bench.what={what}", *flags)
 
 
@@ -96,46 +103,39 @@ def _config(defaults=digits):
     return config
 
 
-@pytest.mark.parametrize("what", RUNS)
-def test_it_prints_what_it_writes(outcomes, what):
-    out, errors, result = outcomes[what]
-    assert set(OF_A_RESULT.split()) <= result.keys()
-    spec, config = (POINTS, toy2d()) if RUNS[what][0] == "toy2d" else (DIGITS, digits())
-    config.model.update(SMALL)
-    shapes = parameter_shapes(make_network(config, spec), spec.shape)
-    num = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    batch = {"sample": 24, "scores": 40}.get(what, 16)
-    assert (result["num_parameters"], result["batch_size"]) == (num, batch)
-    assert result["config"]["model"]["width"] == 64
-    lines = out.splitlines()
-    assert lines[:2] == [
-        f"{what}: {config.model.name}, {num:,} parameters, float32, batch {batch}, "
-        f"data {list(spec.shape)}, {spec.num_classes} classes",
-        f"on 1 x cpu (cpu), JAX {jax.__version__}, 2 repeats after 1 dropped",
-    ]
-    assert set(result["notes"]) <= set(lines)
-    assert f"bench_{what}.json" in lines[-1]
-    cells = [[c.strip() for c in re.split("[│┃]", x)[1:-1]] for x in lines if x[0] in "│┃"]
-    columns = importlib.import_module(f"mf_jax.bench.{what}").COLUMNS
-    assert cells[0] == [column.title for column in columns]
-    rows = [(row, True) for row in result["rows"]]
-    rows += [(result["ratio"], False)] if what == "step" else []
-    assert len(cells) == 1 + len(rows)
-    for (row, scaled), shown in zip(rows, cells[1:], strict=True):
-        assert shown == [column.cell(row, column.scale if scaled else 1.0) for column in columns]
-    assert [row for row in cells if "-" in row] == []
-    assert errors.count("\n") >= 1
+def test_they_print_what_they_write(outcomes):
+    for what, (out, errors, result) in outcomes.items():
+        assert set(OF_A_RESULT.split()) <= result.keys()
+        spec, config = (POINTS, toy2d()) if RUNS[what][0] == "toy2d" else (DIGITS, digits())
+        config.model.update(SMALL)
+        shapes = shapes_of(make_network(config, spec), spec.shape)
+        num = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        batch = {"sample": 24, "scores": 40}.get(what, 16)
+        assert (result["num_parameters"], result["batch_size"]) == (num, batch)
+        assert result["config"]["model"]["width"] == 64
+        lines = out.splitlines()
+        assert lines[:2] == [
+            f"{what}: {config.model.name}, {num:,} parameters, float32, batch {batch}, "
+            f"data {list(spec.shape)}, {spec.num_classes} classes",
+            f"on 1 x cpu (cpu), JAX {jax.__version__}, 2 repeats after 1 dropped",
+        ]
+        assert set(result["notes"]) <= set(lines)
+        assert f"bench_{what}.json" in lines[-1]
+        cells = [[c.strip() for c in re.split("[│┃]", x)[1:-1]] for x in lines if x[0] in "│┃"]
+        columns = importlib.import_module(f"mf_jax.bench.{what}").COLUMNS
+        assert cells.pop(0) == [column.title for column in columns]
+        rows = [(row, True) for row in result["rows"]]
+        rows += [(result["ratio"], False)] if what == "step" else []
+        for (row, scaled), shown in zip(rows, cells, strict=True):
+            assert shown == [each.cell(row, each.scale if scaled else 1.0) for each in columns]
+            assert "-" not in shown
+            if what == "step" and scaled:
+                assert f"{1e3 * row['step_seconds_median']:.4g} (" in shown[4]
+        assert errors.count("\n") >= 1
 
 
-def test_a_cell_shows_numbers_of_a_row_scaled():
-    row = {"name": "a", "nap_seconds_median": 0.0123456, "nap_seconds_quartiles": [0.001, 2.0]}
-    assert table.timing("nap").cell(row, 1e3) == "12.35 (1 to 2,000)"
-    assert table.Column("", "name").cell(row, 1.0) == "a"
-    assert table.Column("", "missing").cell(row, 1.0) == "-"
-
-
-def _lower_step(config, mesh=None):
-    parts = step_parts(config, validate(config, num_devices=1))
+def _lower_step(config, spec, mesh=None):
+    parts = step_parts(config, Noise(spec))
     state = jax.eval_shape(lambda: initial_state(parts))
     return jax.jit(make_train_step(parts, mesh), donate_argnums=0).lower(state, *parts.batch)
 
@@ -147,13 +147,13 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
     config.objective.name = "flow_matching"
     assert [row["objective"] for row in result["rows"]] == ["meanflow", "flow_matching"]
     for row, each in zip(result["rows"], (_config(toy2d), config), strict=True):
-        assert row["gflop_lowered"] == _lower_step(each).cost_analysis()["flops"] / 1e9
+        assert row["gflop_lowered"] == _lower_step(each, POINTS).cost_analysis()["flops"] / 1e9
         assert row["gflop"] == row["gflop_lowered"]
         assert row["gflop_compiled"] == pytest.approx(row["gflop"], rel=0.05)
         assert row["images_per_second"] == pytest.approx(16 / row["step_seconds_median"])
         share = row["gflop"] / row["step_seconds_median"] / result["matmul_peak_gflops"]
         assert row["peak_share"] == pytest.approx(share)
-    compiled = _lower_step(config, make_mesh(data=0, fsdp=1)).compile()
+    compiled = _lower_step(config, POINTS, make_mesh(data=0, fsdp=1)).compile()
     memory = compiled.memory_analysis()
     assert row["gflop_compiled"] == compiled.cost_analysis()["flops"] / 1e9
     assert row["temp_bytes"] == memory.temp_size_in_bytes
@@ -171,12 +171,11 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
 def test_a_loop_does_not_hide_flops(monkeypatch):
     program, costs = measure.compile_program(jax.jit(lambda x: x + 1), jnp.ones(3))
     monkeypatch.setattr(measure, "compile_program", lambda *arguments: (program, costs))
-    config = _config()
+    config, mesh = _config(), make_mesh(data=0, fsdp=1)
     config.model.depth, config.objective.name = 2, "flow_matching"
     looped = changed(config, {"model": {"scan": True}, "train": {"microbatch": 8}})
-    mesh, source = make_mesh(data=0, fsdp=1), validate(looped, num_devices=1)
-    row, _ = step.compile_step(looped, source, mesh, lambda text: None)
-    assert row["gflop"] == _lower_step(config).cost_analysis()["flops"] / 1e9
+    row, _ = step.compile_step(looped, Noise(DIGITS), mesh, lambda text: None)
+    assert row["gflop"] == _lower_step(config, DIGITS).cost_analysis()["flops"] / 1e9
     assert row["gflop_compiled"] == program.cost_analysis()["flops"] / 1e9 > 0
 
 
@@ -207,7 +206,7 @@ def test_rates_of_sampling_reading_and_attention(outcomes):
     z, t = jnp.ones((24, 8, 8, 1)), jnp.ones(24)
     condition = Condition(jnp.zeros(24, jnp.int32))
     forward = jax.jit(lambda params: as_field(network)(params, z, r=t, t=t, condition=condition).u)
-    flops = forward.lower(parameter_shapes(network, (8, 8, 1))).cost_analysis()["flops"]
+    flops = forward.lower(shapes_of(network, (8, 8, 1))).cost_analysis()["flops"]
     assert 24 * row["gflop_per_image"] == pytest.approx(flops / 1e9, rel=0.02)
 
     assert [row["into"] for row in outcomes["input"][2]["rows"]] == ["host memory", "devices"]
@@ -217,7 +216,7 @@ def test_rates_of_sampling_reading_and_attention(outcomes):
         assert (row["batches_per_second"], row["images_per_second"]) == (rate, 16 * rate)
 
     result = outcomes["attention"][2]
-    assert (result["num_heads"], result["head_width"], len(result["rows"])) == (2, 32, 4)
+    assert (result["num_heads"], result["head_width"], len(result["rows"])) == (2, 32, 2)
     for row in result["rows"]:
         ratio = row["fused_seconds_median"] / row["xla_seconds_median"]
         assert row["seconds_ratio"] == pytest.approx(ratio)
@@ -225,14 +224,6 @@ def test_rates_of_sampling_reading_and_attention(outcomes):
     assert row["samples"] == 90
     assert {"fid", "sfid", "kid", "precision", "recall", "inception_score"} <= set(row)
     assert row["precision"] > 0.9  # samples and reference come from one distribution
-
-
-def test_heads_are_of_the_network():
-    config = _config()
-    config.model.prediction = "data"
-    assert attention.heads(make_network(config, DIGITS)) == (2, 32)
-    config.model.name, config.model.size, config.model.width = "in_context_dit", "B", 0
-    assert attention.heads(make_network(config, DIGITS)) == (12, 64)
 
 
 def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path, monkeypatch):
@@ -320,7 +311,7 @@ def test_a_step_fits_where_xla_says_so(tmp_path):
     whole, split = (json.loads(path.read_text()) for path in files)
     config = toy2d()
     config.model.update(depth=1, width=WIDTH)
-    shapes = parameter_shapes(make_network(config, POINTS), (2,))
+    shapes = shapes_of(make_network(config, POINTS), (2,))
     for result, mesh in ((whole, (4, 1)), (split, (1, 4))):
         (row,) = result["rows"]
         shardings = state_sharding(AbstractMesh(mesh, ("data", "fsdp")), shapes)

@@ -8,7 +8,7 @@ import pytest
 from mf_jax.flow.draws import DrawScheme, group_sizes
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
-from mf_jax.flow.rows import condition_of, join_rows, split_rows
+from mf_jax.flow.rows import condition_of
 from mf_jax.flow.times import TIMES, ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
 
 ROWS = 4096
@@ -17,6 +17,10 @@ ROWS = 4096
 def _draw(scheme, rows=ROWS, seed=0):
     x = jnp.arange(rows, dtype=jnp.float32)[:, None] * jnp.ones((1, 3))
     return scheme.draw(jax.random.key(seed), x, jnp.arange(rows, dtype=jnp.int32) % 7)
+
+
+def _times(draws):
+    return draws.instant.t, draws.interval.t
 
 
 def _assert_same(ours, theirs):
@@ -29,21 +33,11 @@ def test_share_of_rows_is_exact_and_never_rounded_to_zero():
     for share, group in sizes.items():
         assert group_sizes(share) == group
         scheme = DrawScheme(UniformTimes(), instant_share=share, label_drop_share=0.0)
-        draws = _draw(scheme, rows=2 * sum(group))
-        assert (draws.instant.t.size, draws.interval.t.size) == (2 * group[0], 2 * group[1])
-
-
-def test_every_fourth_row_has_r_below_t():
+        times = jax.eval_shape(lambda: _times(_draw(scheme, rows=2 * sum(group))))  # noqa: B023
+        assert tuple(t.size for t in times) == (2 * group[0], 2 * group[1])
     draws = _draw(DrawScheme(UniformTimes()), rows=16)
     np.testing.assert_array_equal(draws.interval.x[:, 0], [3, 7, 11, 15])
     np.testing.assert_array_equal(draws.instant.x[:, 0], [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14])
-
-
-def test_split_and_join_are_inverse():
-    array = jnp.arange(60).reshape(20, 3)
-    parts = split_rows(array, (12, 8))
-    assert [part.shape for part in parts] == [(12, 3), (8, 3)]
-    np.testing.assert_array_equal(join_rows(parts), array)
 
 
 def test_times_are_ordered_and_inside():
@@ -55,20 +49,20 @@ def test_times_are_ordered_and_inside():
 
 
 def test_times_have_the_distribution_they_claim():
-    rows = 200_000
+    rows = 20_000
     r, t = UniformTimes().sample(jax.random.key(0), rows)
     # of the smaller and the larger draw
     np.testing.assert_allclose([r.mean(), t.mean()], [1 / 3, 2 / 3], atol=0.005)
     r, t = LogitNormalTimes(-0.4, 1.0, -0.4, 1.0).sample(jax.random.key(1), rows)
     logit = np.log(np.concatenate([r, t]) / (1 - np.concatenate([r, t])))
-    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.01)
+    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.02)
     # so far apart that t is t
     r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(jax.random.key(2), rows)
     logit_t, logit_r = np.log(t / (1 - t)), np.log(r / (1 - r))
-    np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.01)
+    np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.02)
     np.testing.assert_allclose([logit_r.mean(), logit_r.std()], [-3.0, 0.25], atol=0.01)
     for mean in (-0.8, -9.0):  # of the gap; with the second all r have room
-        r, t = TIMES["gap"](t_mean=mean).sample(jax.random.key(0), 20_000)
+        r, t = TIMES["gap"](t_mean=mean).sample(jax.random.key(0), rows)
         assert ((r >= 0) & (r < t) & (t <= 1)).all()
         drawn, center = (t - r, mean) if mean == -0.8 else (r, -0.4)
         logit = jax.scipy.special.logit(drawn)
@@ -78,9 +72,9 @@ def test_times_have_the_distribution_they_claim():
 def test_labels_are_dropped_where_the_name_says():
     for label_drop, share in (("instant_rows", 0.1), ("any_row", 0.3), ("any_row", 0.0)):
         scheme = DrawScheme(UniformTimes(), label_drop_share=share, label_drop=label_drop)
-        draws = _draw(scheme, rows=40_000)
+        draws = _draw(scheme)
         dropped = [np.asarray(rows.dropped) for rows in (draws.instant, draws.interval)]
-        np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.01)
+        np.testing.assert_allclose(np.concatenate(dropped).mean(), share, atol=0.02)
         assert dropped[1].any() == (label_drop == "any_row" and share > 0)
         rows, seen = draws.instant, condition_of(draws.instant)
         np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.condition))
@@ -92,14 +86,6 @@ def test_no_key_is_used_twice():
     columns = [draws.instant.e[:, 0], draws.instant.e[:, 1], draws.instant.t, draws.instant.dropped]
     correlation = np.corrcoef(np.asarray(columns, np.float64))
     assert np.abs(correlation - np.eye(4)).max() < 0.06
-
-
-def test_draws_are_a_pure_function_of_the_key():
-    scheme = DrawScheme(LogitNormalTimes())
-    same, again, other = (_draw(scheme, 16, seed) for seed in (0, 0, 1))
-    _assert_same(same, again)
-    assert not np.allclose(same.instant.e, other.instant.e)
-    assert not np.allclose(same.interval.t, other.interval.t)
 
 
 def test_consistency_times_end_at_the_data():
@@ -125,7 +111,7 @@ def test_drawn_guidance_has_the_density_it_names():
     for power in (0.0, 1.0, 2.5):
         told = {"omega_max": 8.0, "omega_power": power, "for_networks": True}
         scheme = DrawScheme(UniformTimes(), 0.0, 0.0, **told)
-        scale = _draw(scheme, 8000).interval.guidance
+        scale = _draw(scheme).interval.guidance
         edges = np.linspace(1, 8, 2001)
         density = edges**-power
         mean = np.trapezoid(edges * density, edges) / np.trapezoid(density, edges)
