@@ -15,8 +15,8 @@ cd "$root"
 quick=(architecture draws objectives samplers configs)
 if [ "${1:-}" = --quick ]; then
   files=("${quick[@]/#/tests/test_}")
-  # mutations, constant targets and all configs one by one take most of the time
-  long="mutations or constant_targets or tiny_copy or every_config_is_valid"
+  # mutations, a second reading of the loss and all configs one by one take most of the time
+  long="mutations or plain_reading or constant_targets or tiny_copy or every_config_is_valid"
   set -- "${files[@]/%/.py}" -k "not ($long)" "${@:2}"
 fi
 "$python" -m ruff check .

@@ -26,7 +26,6 @@ from mf_jax.models import (
 
 SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2, "num_classes": 3}
 SMALL_IN_CONTEXT = SMALL_DIT | {"depth": 2, "width": 32, "head_depth": 1}
-PIXEL = {"depth": 1, "bottleneck": 5, "positions": "grid"}
 SMALL_UNET = {
     "num_classes": 3,
     "channels": 8,
@@ -38,7 +37,7 @@ IMAGE = (4, 8, 3)
 CASES = {
     "dit": (DiT(**SMALL_DIT), IMAGE),
     "in_context_dit": (InContextDiT(**SMALL_IN_CONTEXT), IMAGE),
-    "pixel": (InContextDiT(**SMALL_IN_CONTEXT | PIXEL), IMAGE),
+    "pixel": (InContextDiT(**SMALL_IN_CONTEXT, bottleneck=5, positions="grid"), IMAGE),
     "unet": (UNet(**SMALL_UNET, dropout=0.3), IMAGE),
     "mlp": (MLP(depth=2, width=16, num_classes=3), (2,)),
     "affine": (Affine(width=16, num_classes=3), (2, 3, 1)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time
@@ -43,14 +43,6 @@ def assert_close(ours, theirs, name, tolerance=1e-5):
     error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
     note_difference(name, error)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
-
-
-def assert_gradients(ours, theirs, tolerance=1e-5, close=assert_close):
-    """Compare the gradients of all parameters."""
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        close(ours[name], theirs[name], f"gradient of {name}", tolerance)
 
 
 def load_case(path):

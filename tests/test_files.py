@@ -78,7 +78,7 @@ def test_output_takes_every_letter_and_outlives_its_reader(tmp_path, monkeypatch
     assert (tmp_path / "out").read_text() == "a - \\u732b \\udce9\nmore\n"
 
 
-def test_the_log_of_a_run_in_a_bucket_which_knows_no_locks(bucket, tmp_path, monkeypatch):
+def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     path, folder = bucket
     events = []  # their writer has its own way into buckets
     opened = lambda where, _: events.append(str(where)) or mock.MagicMock()  # noqa: E731
@@ -90,12 +90,6 @@ def test_the_log_of_a_run_in_a_bucket_which_knows_no_locks(bucket, tmp_path, mon
         log.write(2, {"loss": 2.0})
     with RunLog(path, start_step=1, **settings) as log:
         log.write(2, {"loss": 1.0})
-    assert in_bucket(path)
-    with locked(path / ".lock", wait=False), locked(path / ".lock", wait=False):
-        pass  # it knows none
-    local = epath.Path(tmp_path) / ".lock"
-    with locked(local, wait=False), pytest.raises(BlockingIOError), locked(local, wait=False):
-        pass
     assert events == ["gs://runs/first/tensorboard"] * 2
     assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}]
     images = np.zeros((4, 8, 8, 1), np.uint8)
@@ -105,6 +99,17 @@ def test_the_log_of_a_run_in_a_bucket_which_knows_no_locks(bucket, tmp_path, mon
     assert {"metrics.jsonl", "samples.png", "timing.json", "report.html"} <= {
         each.name for each in folder.iterdir()
     }
+
+
+def test_a_bucket_knows_no_locks(bucket, tmp_path):
+    path, _ = bucket
+    assert in_bucket(path)
+    with locked(path / ".lock", wait=False), locked(path / ".lock", wait=False):
+        pass
+    local = epath.Path(tmp_path) / ".lock"
+    assert not in_bucket(local)
+    with locked(local, wait=False), pytest.raises(BlockingIOError), locked(local, wait=False):
+        pass
 
 
 def test_what_the_machine_lacks_is_one_line(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jobs import here, works
 from PIL import Image
@@ -16,8 +17,11 @@ from recorded import FOLDER
 
 import mf_jax
 from configs.digits import get_config
+from configs.toy2d import get_config as toy2d
 from mf_jax import generator as module
+from mf_jax import sampling
 from mf_jax.config import make_network
+from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.errors import BadInput
@@ -37,6 +41,11 @@ def generator(trained):
     return mf_jax.load(trained, ema="none")
 
 
+def test_the_promised_two_lines(trained):
+    images = mf_jax.load(str(trained)).sample(labels=[3, 3, 7], steps=1, seed=0)
+    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
+
+
 def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
     whole = generator.sample_raw(num=23)
     assert whole.shape == (23, 8, 8, 1)
@@ -48,11 +57,15 @@ def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
         assert jax.random.key_impl(key_of(3)) == "threefry2x32"
         part = generator.sample_raw(num=9, batch_size=4)
     np.testing.assert_allclose(part, whole[:9], atol=1e-5)
-    fresh = [generator.sample_raw(num=9, steps=3, renoise=True, batch_size=b) for b in (4, 9)]
-    np.testing.assert_allclose(*fresh, atol=1e-5)
-    assert np.abs(fresh[0] - generator.sample_raw(num=9, steps=3)).max() > 1e-2
-    once = generator.sample_raw(num=9, renoise=True)
-    np.testing.assert_allclose(once, whole[:9], atol=1e-5)
+
+
+def test_fresh_noise_is_of_the_sample_and_the_step_whatever_the_batch_size(generator):
+    whole = generator.sample_raw(num=9, steps=3, renoise=True)
+    assert np.abs(whole - generator.sample_raw(num=9, steps=3)).max() > 1e-2
+    part = generator.sample_raw(num=9, steps=3, renoise=True, batch_size=4)
+    np.testing.assert_allclose(part, whole, atol=1e-5)
+    once = [generator.sample_raw(num=9, renoise=renoise) for renoise in (True, False)]
+    np.testing.assert_allclose(*once, atol=1e-5)
 
 
 def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
@@ -66,11 +79,11 @@ def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
 
 def test_one_program_draws_few_or_many_samples_in_any_number_of_steps(generator):
     e = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key_of(0), i), (8, 8, 1)))
-    whole = GuidanceScale(jnp.ones(64), jnp.zeros(64), jnp.ones(64))
-    condition = Condition(jnp.arange(64) % 10, guidance=whole)
+    scale = GuidanceScale(jnp.ones(64), jnp.zeros(64), jnp.ones(64))
+    condition = Condition(jnp.arange(64) % 10, guidance=scale)
     noise, field = e(jnp.arange(64)), as_field(generator.network)
     module.sample_rows.clear_cache()
-    for num, steps in ((1, 1), (13, 63)):
+    for num, steps in ((1, 1), (3, 8), (64, 2), (13, 63)):
         walk = jax.jit(functools.partial(mf_jax.sample, field, steps=steps))
         plain = walk(generator.params, noise, condition)[:num]
         np.testing.assert_array_equal(generator.sample_raw(num=num, steps=steps), plain)
@@ -175,6 +188,15 @@ def test_vectors_are_generated_drawn_and_scored(tmp_path):
     assert all(row["sliced_wasserstein"] > floor["sliced_wasserstein"] for row in rows)
 
 
+def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatch):
+    batch = Batch(np.eye(3, dtype=np.float32), np.zeros(3, np.int32))
+    monkeypatch.setattr(sampling, "save_field", None)
+    monkeypatch.setattr(sampling, "read", lambda *_: batch)
+    solid = dataclasses.replace(generator, spec=DataSpec((3,)))
+    sampling._plot_vectors(toy2d(), epath.Path(tmp_path), solid, batch.x)
+    assert [path.name for path in tmp_path.iterdir()] == ["scatter.png"]
+
+
 def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_default(generator):
     times, guidance = (np.float32([1, 0]), 1, 1.0), np.float32([1, 0, 1])
     rows = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
@@ -184,7 +206,8 @@ def test_sampling_computes_in_full_precision_whatever_the_platform_calls_its_def
     assert "precision=None" not in text
 
 
-def _of_latents():
+@pytest.fixture(scope="module")
+def of_latents():
     """Return an untrained generator of latents, which are decoded by a small autoencoder."""
     config = get_config()
     config.data.name, config.data.autoencoder = "latents", str(VAE)
@@ -196,8 +219,7 @@ def _of_latents():
     return Generator(config, network, params, LATENT, step=0, ema="none")
 
 
-def test_pictures_are_the_decoded_latents_at_any_batch_size():
-    of_latents = _of_latents()
+def test_pictures_are_the_decoded_latents_at_any_batch_size(of_latents):
     data, labels = of_latents.config.data, np.arange(11) % 10
     latents = of_latents.sample_raw(labels)
     assert latents.shape == (11, *LATENT.shape)
@@ -208,13 +230,19 @@ def test_pictures_are_the_decoded_latents_at_any_batch_size():
     # rounded the other way at a half
     assert np.abs(pictures.astype(int) - np.asarray(to_pixels(decoded))).max() <= 1
     np.testing.assert_array_equal(of_latents.sample(labels), pictures)
+
+
+def test_a_decoded_picture_that_is_not_finite_is_refused(of_latents):
     config = of_latents.config.copy_and_resolve_references()
     config.data.latent_std = (np.inf, 1.0, 1.0, 1.0)
     broken = dataclasses.replace(of_latents, config=config)
     assert np.isfinite(broken.sample_raw(num=2)).all()
     with pytest.raises(BadInput, match="decoded sample is not finite"):
         broken.sample(num=2)
-    # an autoencoder is missing or another; latents themselves need none
+
+
+def test_an_autoencoder_that_is_missing_or_another_is_refused(of_latents):
+    """Latents themselves need none."""
     config, sha256 = of_latents.config, load_autoencoder(VAE).sha256
     assert load_decoder(config, origin=sha256).autoencoder.sha256 == sha256
     with pytest.raises(BadInput, match=f"data.autoencoder=.*{sha256}.*0123abc"):

@@ -123,18 +123,20 @@ def test_a_drawn_latent_has_the_stored_mean_and_spread_normalised(source):
     certain = 4000 * SHAPE[0] * SHAPE[1]
     for mean, std in (((0.5,), (2.0,)), ((0.5, -1.0), (2.0, 4.0))):
         draw = jax.jit(source(latent_mean=mean, latent_std=std).stored.draw)
-        drawn, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 1))
-        assert drawn.dtype == np.float32
+        drawn, again, other = (np.asarray(draw(jax.random.key(seed), rows)) for seed in (0, 0, 1))
+        assert (drawn.dtype, drawn.shape) == (np.float32, (4000, *SHAPE))
         shift, scale = np.broadcast_to(mean, 2), np.broadcast_to(std, 2)
         np.testing.assert_allclose(drawn[..., 0], (3 - shift[0]) / scale[0], rtol=1e-6)
         expected, spread = (3 - shift[1]) / scale[1], 1.5 / scale[1]
         assert abs(drawn[..., 1].mean() - expected) < 5 * spread / certain**0.5
         assert abs(drawn[..., 1].std() / spread - 1) < 5 / certain**0.5
+        np.testing.assert_array_equal(again, drawn)
         assert (other[..., 1] != drawn[..., 1]).mean() > 0.9
 
 
 def test_settings_that_differ_from_the_manifest_are_refused(source):
     for changes, message in (
+        ({"path": ""}, "path='' is no folder"),
         ({"path": "/nowhere"}, "path='/nowhere' is no folder"),
         ({"path": "gs://bucket/latents"}, "is in a bucket.*set copy_to"),
         ({"image_size": 32}, "image_size=32: .* 16 pixels.*set image_size=16"),
@@ -142,6 +144,7 @@ def test_settings_that_differ_from_the_manifest_are_refused(source):
         ({"autoencoder": "/not/there"}, "autoencoder='/not/there'"),
         ({"latent_mean": (1.0, 2.0, 3.0)}, "latent_mean=.* 1 or 2 finite numbers"),
         ({"latent_mean": (float("nan"),)}, "latent_mean=.*finite"),
+        ({"latent_std": ()}, "latent_std=.* 1 or 2"),
         ({"latent_std": (1.0, 0.0)}, "latent_std=.*above 0"),
         ({"split": "held_out"}, "eval.references"),
     ):
@@ -255,8 +258,9 @@ def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
 
 def test_where_data_and_their_copy_lie_may_change_when_a_run_continues(tmp_path):
     config = get_config()
-    (tmp_path / "config.json").write_text(as_json(config))
+    workdir = epath.Path(tmp_path)
+    (workdir / "config.json").write_text(as_json(config))
     config.data.copy_to = config.data.path = "/elsewhere"
-    check(epath.Path(tmp_path), config)
+    check(workdir, config)
     config.data.flip = not config.data.flip
-    refuses(r"data\.flip", check, epath.Path(tmp_path), config)
+    refuses(r"data\.flip", check, workdir, config)

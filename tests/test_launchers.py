@@ -192,13 +192,15 @@ def test_test_script_checks_style_passes_arguments_to_pytest_and_its_quick_tests
 
 
 def test_setup_installs_the_build_for_the_accelerator_once(finish, tmp_path):
-    calls = {"uv": '#!/bin/sh\necho "$*" >>$RECORD/uv\n'}
+    calls = '#!/bin/sh\necho "$*" >>$RECORD/uv\n'
     for _ in range(2):
-        assert finish("setup.sh", fakes=calls, MF_ACCELERATOR="tpu")[::2] == (0, "")
+        code, _, errors = finish("setup.sh", fakes={"uv": calls}, MF_ACCELERATOR="tpu")
+        assert (code, errors) == (0, "")
     (line,) = (tmp_path / "uv").read_text().splitlines()
     assert line.endswith(f"-r {ROOT}/requirements.txt -e {ROOT}[test] jax[tpu] etils[epath-gcs]")
     code, out, errors = finish("setup.sh", MF_ACCELERATOR="gpu")
-    assert (code, out, "MF_ACCELERATOR=gpu" in errors) == (2, "", True)
+    assert (code, out) == (2, "")
+    assert "MF_ACCELERATOR=gpu" in errors
 
 
 def _pids(tmp_path, number):
@@ -298,9 +300,6 @@ def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(job, tmp_path):
 
 
 def test_slurm_needs_its_checkout_and_knows_gpus(job, tmp_path):
-    text = "".join(path.read_text() for path in LAUNCH.glob("*.*"))
-    keys = set(re.findall(r"--config\.job\.(\w+)=", text))
-    assert {"stopped_exit_code"} <= keys <= set(get_config().job)
     text = (LAUNCH / "slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
     assert options["gpus-per-node"] == options["ntasks-per-node"]
@@ -310,6 +309,24 @@ def test_slurm_needs_its_checkout_and_knows_gpus(job, tmp_path):
     (tmp_path / "venv" / ".installed_cuda13").unlink()
     assert "installing" not in job("--config=c", SLURM_GPUS_ON_NODE="0")[1]
     assert "jax[cuda13]" in job("--config=c")[1]
+
+
+def test_dry_runs_print_commands_for_a_shell(finish, tmp_path):
+    run = [f"{tmp_path}/venv/bin/python", "-m", "mf_jax.main", *MAIN]
+    code, out, _ = finish("slurm.sh", "--dry-run", *MAIN)
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", *run, "--config.job.stopped_exit_code=75"]
+    assert (code, _commands(out)) == (0, [srun, ["scontrol", "requeue", "JOB_ID"]])
+    code, out, _ = finish("local_processes.sh", 2, "--dry-run", *MAIN)
+    env = ["env", "JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT"]
+    common = ["JAX_NUM_PROCESSES=2", *run]  # JAX is left to choose the devices
+    assert (code, _commands(out)) == (0, [[*env, f"JAX_PROCESS_ID={i}", *common] for i in (0, 1)])
+    assert not list(tmp_path.glob("pids*"))
+
+
+def test_keys_that_launchers_set_are_keys_of_the_config():
+    text = "".join(path.read_text() for path in LAUNCH.glob("*.*"))
+    keys = set(re.findall(r"--config\.job\.(\w+)=", text))
+    assert {"stopped_exit_code"} <= keys <= set(get_config().job)
 
 
 def test_a_detached_command_tells_how_it_went(finish, tmp_path):
@@ -348,16 +365,14 @@ LOOK = _gcloud("queued-resources", "list", *WHERE, *FORMAT)
 
 
 def test_tpu_create_asks_for_the_slice(finish):
-    for kind, flag, runtime in (
-        ("v5litepod-16", "--capacity=spot", "v2-alpha-tpuv5-lite"),
-        ("v6e-16", "--capacity=on-demand", "v2-alpha-tpuv6e"),
-        ("v4-32", "--runtime=mine", "mine"),
+    for kind, flags, runtime, spot in (
+        (TPU["MF_TPU_TYPE"], [], "v2-alpha-tpuv5-lite", ["--spot"]),
+        ("v6e-16", ["--capacity=on-demand"], "v2-alpha-tpuv6e", []),
+        ("v4-32", ["--runtime=mine"], "mine", ["--spot"]),
     ):
-        code, out, _ = finish(
-            "tpu_pod.sh", "create", "--dry-run", "--name=n", f"--type={kind}", flag, **TPU
-        )
-        more = ["--node-id=n", f"--accelerator-type={kind}", f"--runtime-version={runtime}"]
-        more += ["--spot"] * (kind != "v6e-16")
+        flags = [f"--type={kind}", *flags]
+        code, out, _ = finish("tpu_pod.sh", "create", "--dry-run", "--name=n", *flags, **TPU)
+        more = ["--node-id=n", f"--accelerator-type={kind}", f"--runtime-version={runtime}", *spot]
         create = _gcloud("queued-resources", "create", "n", *WHERE, *more)
         assert (code, _commands(out)) == (0, [create, LOOK])
 
@@ -376,6 +391,10 @@ def test_tpu_other_actions_print_their_commands(finish):
     assert "checkout --quiet abc" in clone[-1]
     (run,) = dry("run", *MAIN, "--workdir=/shared/digits")
     assert run[-1].endswith("'--config.data.path=two words' --workdir=/shared/digits")
+    follow = dry("follow", *REMOTE)
+    words = [words[4] for words in follow if words[0] == "gcloud"]
+    assert words == ["list", "delete", "create", "ssh", "scp", "ssh", "ssh"]
+    assert follow[-1][-1].endswith("--workdir=gs://bucket/digits --config.job.stopped_exit_code=75")
 
 
 @pytest.fixture
@@ -464,6 +483,7 @@ def test_jobset_restarts_what_was_stopped_and_fits_its_slice():
     assert pod["restartPolicy"] == "Never"
     values = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
     assert (ROOT / values["config"]).exists()
+    assert all(values[key].startswith("gs://") for key in ("workdir", "config.data.path"))
     assert values["config.data.copy_to"].startswith("/"), "what a bucket's latents need"
     assert values["config.job.stopped_exit_code"] == "75"
     (bad_input,) = job["podFailurePolicy"]["rules"]
@@ -492,15 +512,15 @@ def test_image_holds_what_it_copies_and_installs_the_requirements_first():
     assert lines[-1] == 'ENTRYPOINT ["python", "-m", "mf_jax.main"]'
 
 
-def test_documented_commands_are_accepted_and_dry_runs_start_nothing(finish, tmp_path):
+def test_documented_commands_are_accepted(finish):
     text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/pods.md"))
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
-    script = r"^.*launch/(local_processes.sh|tpu_pod.sh|slurm.sh|detached.sh)(.*)$"
+    script = r"^.*launch/(?:local_processes|tpu_pod|slurm|detached)\.sh.*$"
     lines = re.findall(script, blocks.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) > 5
-    for name, arguments in lines:
-        words = shlex.split(arguments, comments=True)
-        code, out, errors = finish(name, *words, "--dry-run", **TPU)
-        assert (code, errors) == (0, ""), (name, words)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        i = next(i for i, word in enumerate(words) if word.startswith("launch/"))
+        code, out, errors = finish(Path(words[i]).name, *words[i + 1 :], "--dry-run", **TPU)
+        assert (code, errors) == (0, ""), line
         assert out
-    assert not list(tmp_path.glob("pids*"))

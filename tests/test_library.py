@@ -86,23 +86,31 @@ def _same(ours, theirs, rtol=1e-9):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9)
 
 
-def test_every_objective_takes_any_rank_and_a_padded_batch_has_the_loss_of_its_own_numbers():
+def test_every_objective_takes_any_rank():
     arrays = list(_arrays((8, 12)))
     flat = _all_losses(0.3, _draws(*arrays))
     assert all(np.isfinite(value) and gradient != 0 for value, gradient, _ in flat.values())
-    _same(_all_losses(0.3, _draws(*(a.reshape(8, 1, 2, 2, 3) for a in arrays))), flat)
+    for shape in ((3, 4), (2, 2, 3), (1, 2, 2, 3)):
+        draws = _draws(*(a.reshape(8, *shape) for a in arrays))
+        _same(_all_losses(0.3, draws), flat)
+
+
+def test_a_padded_batch_has_the_loss_of_its_own_numbers():
+    arrays = list(_arrays((8, 12)))
     padded = [jnp.pad(a, ((0, 0), (0, 5)), constant_values=jnp.nan) for a in arrays[:2]]
+    mask = jnp.arange(17)[None] < 12
     direction = jnp.pad(arrays[2], ((0, 0), (0, 5)), constant_values=7.0)
-    mask = jnp.broadcast_to(jnp.arange(17) < 12, (8, 17))
-    _same(_all_losses(0.3, _draws(*padded, direction, mask=mask)), flat)
+    mask = jnp.broadcast_to(mask, (8, 17))
+    ours = _all_losses(0.3, _draws(*padded, direction, mask=mask))
+    _same(ours, _all_losses(0.3, _draws(*arrays)))
     hidden = mask.at[2:4].set(False)
     rest = _all_losses(0.3, _draws(*padded, direction, mask=hidden))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rest))
     assert rest["meanflow"][2]["v_error"][1] == 3
+    rows = _draws(*arrays).interval
     error = jnp.array([1.0, 2.0, 3.0, 4.0])
-    weight = mf_jax.AdaptiveWeight(p=0.5, c=0.1, of="mean")
-    expected = error / 12 / (error / 12 + 0.1) ** 0.5
-    np.testing.assert_allclose(weight(error, _draws(*arrays).interval), expected)
+    weighted = mf_jax.AdaptiveWeight(p=0.5, c=0.1, of="mean")(error, rows)
+    np.testing.assert_allclose(weighted, error / 12 / (error / 12 + 0.1) ** 0.5)
 
 
 def test_pairs_and_a_tree_as_condition():
@@ -254,6 +262,23 @@ def test_average_divergence_is_exact_for_gaussian_data():
     x, log_p = divergence.log_likelihood(q_of, 0.0, e, mean, **flow)
     exact = jax.scipy.stats.norm.logpdf(x, mean[:, None], STD).sum(axis=1)
     np.testing.assert_allclose(log_p, exact, rtol=1e-6)
+
+
+def test_sampling_with_fresh_noise():
+    e, mean = next(_arrays((8, 3))), jnp.linspace(-1, 1, 8)
+
+    def fresh(step: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(KEY, step), e.shape)
+
+    once, renoised = (
+        mf_jax.sample(truth, None, e, mean, renoise=renoise) for renoise in (None, fresh)
+    )
+    np.testing.assert_allclose(once, mean[:, None] + STD * e, rtol=1e-5)
+    _same(once, renoised)
+    twice = mf_jax.sample(truth, None, e, mean, times=(1.0, 0.4, 0.0), renoise=fresh)
+    z = 0.6 * once + 0.4 * fresh(0)
+    u = truth(None, z, r=jnp.zeros(8), t=jnp.full(8, 0.4), condition=mean)
+    np.testing.assert_allclose(twice, z - 0.4 * u, rtol=1e-5)
 
 
 def test_what_cannot_be_is_named():

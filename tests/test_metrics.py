@@ -80,12 +80,13 @@ def test_frechet_distance_of_known_gaussians(rng):
 def test_standard_error_is_the_spread_over_draws(rng):
     mean, cov = np.zeros(4), np.diag([1.0, 2.0, 0.5, 1e-9]) + 0.1 * np.diag([1.0, 1.0, 0.0], 1)
     cov = (cov + cov.T) / 2
-    mix, found = 0.7 * np.linalg.cholesky(cov + 1e-3 * np.eye(4)), []
-    for _ in range(300):
-        rows = (rng.standard_normal((400, 4)) @ mix.T + 0.3).astype(np.float32)
-        found.append(frechet_with_error(Moments.of(rows), mean, cov, rows))
-    values, errors = zip(*found, strict=True)
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
+    for shift, scale in ((0.0, 1.5), (0.3, 0.7)):
+        mix, found = scale * np.linalg.cholesky(cov + 1e-3 * np.eye(4)), []
+        for _ in range(300):
+            rows = (rng.standard_normal((400, 4)) @ mix.T + shift).astype(np.float32)
+            found.append(frechet_with_error(Moments.of(rows), mean, cov, rows))
+        values, errors = zip(*found, strict=True)
+        assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
 
 
 def test_standard_error_of_a_known_functional(monkeypatch):
@@ -150,7 +151,7 @@ def test_pairs_are_those_of_the_definition(rng, monkeypatch):
         assert pair_scores(a, b, own=row_pairs.own_pairs(a)) == found
 
 
-def test_identical_sets_and_copies_are_inside_and_nothing_else_is(rng):
+def test_identical_sets_have_full_precision_and_recall(rng):
     for offset in (0.0, 1e4):
         rows = (rng.standard_normal((80, 64)) + offset).astype(np.float32)
         rows[:5] = rows[0]  # more copies than k: a ball of radius 0
@@ -159,6 +160,9 @@ def test_identical_sets_and_copies_are_inside_and_nothing_else_is(rng):
         assert pair_scores(rows, far)[:2] == pair_scores(far, rows)[:2] == (0.0, 0.0)
     both = np.concatenate([rows, far])  # a dropped mode costs recall and not precision
     assert pair_scores(rows, both)[:2] == (1.0, 0.5)
+
+
+def test_copies_lie_inside_a_ball_of_radius_zero_and_nothing_else(rng):
     for _ in range(30):  # only some draws round badly
         reference, far = rng.standard_normal((80, 64)), rng.standard_normal((2, 64)) + 50
         reference[70:74] = reference[0]
@@ -174,18 +178,24 @@ def test_identical_sets_and_copies_are_inside_and_nothing_else_is(rng):
 # Distances of vectors
 
 
-def test_energy_and_nearest_distances_of_known_sets(rng, monkeypatch):
+def test_energy_distance_by_hand(rng, monkeypatch):
     # 2 (2 + 4 + 1 + 3) / 4 - 1 - 2
     a, b = np.array([[0.0], [1.0]]), np.array([[2.0], [4.0]])
     assert energy_distance(a, b) == pytest.approx(2.0)
     a, b = rng.standard_normal((70, 3)), rng.standard_normal((50, 3)) + 1
     whole = energy_distance(a, b)
-    monkeypatch.setattr(two_sample, "_CHUNK_ENTRIES", 7)
+    monkeypatch.setattr(two_sample, "_CHUNK_ENTRIES", 170)
     assert energy_distance(a, b) == pytest.approx(whole, rel=1e-12)
+
+
+def test_nearest_distances_of_known_sets(rng, monkeypatch):
+    monkeypatch.setattr(two_sample, "_CHUNK_ENTRIES", 7)
     b = rng.normal(size=(9, 2, 3))
-    near = np.stack([b[4], b[1] + 0.25])
-    nearest = np.sqrt(np.square(near[:, None] - b).mean(axis=(2, 3)).min(axis=1))
-    np.testing.assert_allclose(nearest_distances(near, b), nearest, rtol=1e-5, atol=1e-3)
+    far = 5 * np.sign(b[[4, 0]])
+    np.testing.assert_allclose(nearest_distances(b[[4, 0]], b), 0, atol=1e-3)
+    far[1] = b[1] + 0.25
+    nearest = np.sqrt(np.square(far[:, None] - b).mean(axis=(2, 3)).min(axis=1))
+    np.testing.assert_allclose(nearest_distances(far, b), nearest, rtol=1e-5)
 
 
 def test_sliced_wasserstein_of_known_sets(rng):
@@ -258,6 +268,14 @@ def test_images_without_labels_have_principal_components(digits, rng):
     assert fid(real, noise) > 10 * fid(real, other)
 
 
+def test_shifts_move_whole_images(rng):
+    images = np.arange(4 * 8 * 8, dtype=np.float32).reshape(4, 8, 8, 1)
+    shifted = classifiers._shifted(np.repeat(images, 50, axis=0), 1, rng)
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    allowed = {padded[0, i : i + 8, j : j + 8].tobytes() for i in range(3) for j in range(3)}
+    assert {x.tobytes() for x in shifted[:50]} == allowed
+
+
 SCORES = {"fid", "sfid", "fid_standard_error", "precision", "recall", "kid"}
 NUM = 203
 
@@ -318,17 +336,23 @@ def test_scores_are_of_the_whole_whatever_the_batches(made):
         assert score(features, reference, 64, **more) == pytest.approx(found, rel=1e-6)
 
 
-def test_a_reference_gives_what_it_has_statistics_for_and_what_is_missing_is_refused(made, rng):
+def test_samples_that_are_missing_or_too_few_are_refused(made):
     features, reference = made
-    real = reference.statistics
-    plain = Reference("plain.npz", Statistics(0, real.mean, real.covariance))
-    scores = add_all(SampleScores(NUM, least=10), features, NUM)
-    assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
-    far = reference_of(rng.standard_normal((99, 64)), rng.standard_normal((99, 5)), path="far.npz")
-    refuses(r"far.npz: mu has 64 .*first pool.*; must have 8", check_widths, far, 8, 5)
-    refuses("mu_s has 5 features; must have 3", check_widths, reference, 8, 3)
     scores = SampleScores(NUM, least=10)
     scores.add({name: rows[:50] for name, rows in features.items()}, np.arange(50))
     refuses(r"153 of 203 samples are missing .*, the first is 50", scores.against, reference)
     few = {name: rows[:8] for name, rows in features.items()}
     refuses(r"eval\.num_samples=8: must be at least 9", SampleScores(8).add, few, np.arange(8))
+    SampleScores(8, least=8).add(few, np.arange(8))
+
+
+def test_any_number_of_references_gives_what_it_has_statistics_for(made, rng):
+    features, reference = made
+    real = reference.statistics
+    plain = Reference("plain.npz", Statistics(0, real.mean, real.covariance))
+    scores = add_all(SampleScores(NUM, least=10), features, NUM)
+    assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
+    assert scores.against(reference).keys() == SCORES
+    far = reference_of(rng.standard_normal((99, 64)), rng.standard_normal((99, 5)), path="far.npz")
+    refuses(r"far.npz: mu has 64 .*first pool.*; must have 8", check_widths, far, 8, 5)
+    refuses("mu_s has 5 features; must have 3", check_widths, reference, 8, 3)

@@ -29,6 +29,8 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition
 from mf_jax.models import (
     MLP,
+    NETWORKS,
+    SIZES,
     Affine,
     DiT,
     InContextDiT,
@@ -48,63 +50,73 @@ from mf_jax.models.layers import (
 )
 from mf_jax.models.unet import drop_out
 
+each_network = pytest.mark.parametrize("name", CASES)
+
+
 # ---- all networks
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_network(name):
-    """One compiled function answers what all networks are asked."""
+@each_network
+def test_predictions_and_parameters_are_float32_and_bfloat16_is_used_and_close(name):
     (network, shape), out = CASES[name], answers(name)
-    exact, in_context = out.exact, name in ("in_context_dit", "pixel")
 
-    def check_precision(exact, coarse):
+    def check(exact, coarse):
         assert exact.shape == coarse.shape == (len(ROWS), *shape)
         assert exact.dtype == coarse.dtype == jnp.float32
         assert 1e-4 < np.linalg.norm(exact - coarse) / np.linalg.norm(exact) < 0.05
 
-    jax.tree.map(check_precision, exact, out.coarse)
+    jax.tree.map(check, out.exact, out.coarse)
     for params in (out.fresh_params, shapes_of(network.clone(dtype="bfloat16"), shape)):
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    assert not any(map(np.any, jax.tree.leaves(out.fresh))), "a fresh network predicts zero"
 
-    assert_apart(exact, ["base", *LABELS, *TIMES, *(GUIDANCE if in_context else ()), "corner"])
+
+@each_network
+def test_a_fresh_network_predicts_zero(name):
+    assert not any(map(np.any, jax.tree.leaves(answers(name).fresh)))
+
+
+@each_network
+def test_everything_told_changes_what_is_predicted(name):
+    exact, in_context = answers(name).exact, name in ("in_context_dit", "pixel")
+    told = ["base", *LABELS, *TIMES, *(GUIDANCE if in_context else ()), "corner"]
+    assert_apart(exact, told)
     if in_context:
-        assert_apart(exact, ["base", *LABELS, *TIMES, *GUIDANCE, "corner"], head="v")
+        assert_apart(exact, told, head="v")
         assert np.abs(exact.u - exact.v).max() > 1e-3
-    for row in ["both times"] if in_context else [*GUIDANCE, "no guidance"]:
+    blind = ["both times"] if in_context else [*GUIDANCE, "no guidance"]
+    for row in blind:
         np.testing.assert_allclose(exact.u[ORDER[row]], exact.u[0], rtol=1e-4, atol=1e-4)
-    # rows do not see one another
-    np.testing.assert_allclose(out.turned.u, exact.u, rtol=1e-4, atol=1e-4)
-    if shape == IMAGE:  # every output sees every corner, in its place
-        assert np.abs(exact.u[ORDER["corner"]] - exact.u[0]).min() > 0
-        assert not np.allclose(exact.u[0, :2, :2], exact.u[ORDER["swapped"], :2, 2:4], atol=1e-3)
 
+
+@each_network
+def test_rows_do_not_see_one_another(name):
+    out = answers(name)
+    np.testing.assert_allclose(out.turned.u, out.exact.u, rtol=1e-4, atol=1e-4)
+
+
+@each_network
+def test_the_derivative_is_a_difference_quotient_also_with_dropout(name):
+    out = answers(name)
     for derivative, quotient in zip(out.derivative, out.quotient, strict=True):
         if quotient is not None:
             assert np.linalg.norm(quotient) > 1
             assert np.linalg.norm(derivative - quotient) / np.linalg.norm(quotient) < 0.01
-    for path, slope in flatten_dict(out.gradient, sep="/").items():
+
+
+@each_network
+def test_no_parameter_is_dead(name):
+    for path, slope in flatten_dict(answers(name).gradient, sep="/").items():
         told_share = 0 if name == "unet" and "qkv" not in path else 0.5
         dead = np.mean(np.asarray(slope) == 0)
         assert dead <= told_share, f"{path}: {dead:.0%} without a gradient"
 
 
-def test_fresh_blocks_add_nothing_and_weights_have_the_published_scale():
-    params = flatten_dict(answers("in_context_dit").fresh_params, sep="/")
-    assert not any(np.any(leaf) for name, leaf in params.items() if name.endswith("_gate"))
-    width = 32
-    for name, std in (
-        ("block_0/attention/query/kernel", 0.32 * width**-0.5),
-        ("block_0/contract/kernel", 0.32 * int(width * 8 / 3) ** -0.5),
-        ("class_tokens/tokens", width**-0.5),
-        ("h_tokens/tokens", width**-0.5),
-        ("class_tokens/embedding/embedding", width**-0.5),
-    ):
-        assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
-    blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
-    outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
-    assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
-    assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
+@pytest.mark.parametrize("name", ["dit", "in_context_dit", "pixel", "unet"])
+def test_every_output_sees_every_corner_in_its_place(name):
+    u = answers(name).exact.u
+    assert np.abs(u[ORDER["corner"]] - u[0]).min() > 0
+    swapped = u[ORDER["swapped"]]
+    assert not np.allclose(u[0, :2, :2], swapped[:2, 2:4], atol=1e-3)
 
 
 def test_networks_without_classes_have_no_parameters_for_them():
@@ -113,6 +125,21 @@ def test_networks_without_classes_have_no_parameters_for_them():
         less = set(flatten_dict(shapes_of(network.clone(num_classes=0), shape), sep="/"))
         assert names - less
         assert all("label_embedding" in name or "class_tokens" in name for name in names - less)
+
+
+def test_classes_of_networks_say_what_they_can():
+    takes = {name: network.takes for name, network in NETWORKS.items()}
+    assert takes["mlp"] == ("vectors", "signals")
+    assert takes["affine"] == takes["low_rank"] == ("images", "vectors")
+    assert takes["dit"] == ("images", "signals")
+    assert takes["in_context_dit"] == takes["unet"] == ("images",)
+    told = [name for name, network in NETWORKS.items() if network.can_be_told_guidance]
+    assert told == ["dit", "in_context_dit"]
+    heads = [name for name, (network, _) in CASES.items() if network.second_head]
+    assert heads == ["in_context_dit", "pixel"]
+    for name, rows in SIZES.items():
+        for row in rows.values():
+            NETWORKS[name](patch_size=2, num_classes=0, **row)
 
 
 # ---- times and patches
@@ -145,9 +172,12 @@ def test_time_conditioning_tells_what_its_name_says():
         shapes_of(MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED), (2,))
 
 
-def test_times_are_not_scaled_by_1000_and_patches_are_cut_row_by_row():
-    slope = jax.jacobian(sinusoidal_features)(jnp.array([0.3]))
+def test_time_features_are_not_scaled_by_1000():
+    slope = jax.jacobian(lambda t: sinusoidal_features(t))(jnp.array([0.3]))
     assert float(jnp.abs(slope).max()) <= 1.0
+
+
+def test_patches_are_cut_row_by_row_and_put_back():
     z = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
     patches = patches_of(jnp.asarray(z), 2)
     assert patches.shape == (2, 6, 12)
@@ -186,8 +216,11 @@ def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
     flow = jax.jit(as_field(DiT(**sizes, time_conditioning="t")))
     np.testing.assert_array_equal(u(run, drawn, 0.7, 0.7), u(flow, drawn, 0.7, 0.7))
     assert not np.allclose(u(run, drawn, 0.2, 0.7), u(flow, drawn, 0.2, 0.7), atol=1e-3)
+
+
+def test_decoupled_dit_leaves_a_block_for_each_time():
     assert [num_r_blocks(depth, 0) for depth in (2, 4, 5, 12, 28)] == [1, 1, 2, 3, 7]
-    for depth, r_blocks in [(1, 0), (4, 4), (4, -1)]:
+    for depth, r_blocks in [(1, 0), (4, 4), (4, 5), (4, -1)]:
         with pytest.raises(BadInput, match=f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use"):
             num_r_blocks(depth, r_blocks)
 
@@ -205,6 +238,20 @@ def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance
     alone = jax.jit(as_field(sampling))(params, make_z(shape), r=r, t=t, condition=condition)
     assert alone.v is None
     np.testing.assert_allclose(alone.u[i], exact.u[i], rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_gates_close_the_blocks_and_weights_have_the_published_scale():
+    params = flatten_dict(answers("in_context_dit").fresh_params, sep="/")
+    assert not any(np.any(leaf) for name, leaf in params.items() if name.endswith("_gate"))
+    width = 32
+    for name, std in (
+        ("block_0/attention/query/kernel", 0.32 * width**-0.5),
+        ("block_0/contract/kernel", 0.32 * int(width * 8 / 3) ** -0.5),
+        ("class_tokens/tokens", width**-0.5),
+        ("h_tokens/tokens", width**-0.5),
+        ("class_tokens/embedding/embedding", width**-0.5),
+    ):
+        assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
 
 
 # ---- affine baselines
@@ -254,6 +301,13 @@ def test_baselines_are_exact_on_gaussian_data():
 # ---- U-Net
 
 
+def test_a_fresh_block_adds_nothing():
+    blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
+    outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
+    assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
+    assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
+
+
 def test_dropout_is_a_function_of_the_seed_and_every_block_has_its_own_mask(monkeypatch):
     assert_apart(answers("unet").exact, ["base", "seed"])  # rows that share a seed share its masks
     layers = []
@@ -288,10 +342,12 @@ def test_sizes_that_do_not_fit_are_refused():
             in_context("positions='gird'.*sequence, grid.*did you mean grid", positions="gird"),
             in_context("patch_size=0: must divide the image size 4x6", patch_size=0),
             in_context("head_depth=3: must be from 0 to depth=2", head_depth=3),
+            in_context("head_depth=-1", head_depth=-1),
             in_context("width=18: must be a multiple of 4 for num_heads=2", width=18),
             in_context("width=12: must be a multiple of 8", width=12, positions="grid"),
             in_context("num_heads=0", num_heads=0),
             (DiT(**SMALL_DIT | {"width": 18}), "model.width=18: .* by 4 and by model.num_heads=2"),
+            (DiT(**SMALL_DIT | {"width": 20, "num_heads": 3}), "model.num_heads=3"),
             (DiT(**SMALL_DIT | {"patch_size": 4}), "patch_size=4: must divide the image size 4x6"),
             (DiT(**SMALL_DIT, remat="all"), "model.remat='all'.*none, block, dots"),
             with_levels("channel_multipliers.*divisible by 4 where it is 4x6", 1, 2, 2),

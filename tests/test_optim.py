@@ -48,12 +48,15 @@ def _optimizer(rate=0.1, **more):
     return make_optimizer(lambda step: rate, **settings)
 
 
-def test_adam_sees_a_bounded_gradient_and_weight_decay_is_decoupled():
+def test_clipping_bounds_the_gradient_that_adam_sees():
     params, gradient = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}
     for clip_norm, seen in {1.0: [0.6, 0.8], 0.0: [3.0, 4.0], 10.0: [3.0, 4.0]}.items():
         optimizer = _optimizer(b1=0.0, clip_norm=clip_norm)
         _, state = optimizer.update(gradient, optimizer.init(params), params)
         np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], seen, rtol=1e-6)
+
+
+def test_weight_decay_is_decoupled():
     params = {"w": jnp.array([10.0])}
     for name in ("adamw", "radam"):
         optimizer = _optimizer(weight_decay=0.5, name=name)
@@ -62,6 +65,18 @@ def test_adam_sees_a_bounded_gradient_and_weight_decay_is_decoupled():
     gradient, plain = {"w": jnp.array([3.0])}, optax.radam(0.1, 0.9, 0.95)
     moved = _step(params, gradient, name="radam")["w"] / 10  # at ten times the rate
     np.testing.assert_allclose(moved, plain.update(gradient, plain.init(params))[0]["w"], rtol=1e-6)
+
+
+def test_averages_move_as_their_names_say():
+    """A half-life halves the distance in that many thousand images, here five steps of 100."""
+    averages = start_averages({"w": jnp.array(1.0)}, ("0.9", "0.5kimg"))
+    for _ in range(5):
+        averages = update_averages(averages, {"w": jnp.array(0.0)}, batch_size=100)
+    moved = [average["w"] for average in averages.values()]
+    np.testing.assert_allclose(moved, [0.9**5, 0.5], rtol=1e-6)
+    decay = decay_of("2000kimg", batch_size=1024)
+    np.testing.assert_allclose(decay ** (2e6 / 1024), 0.5, rtol=1e-9)
+    assert decay_of("0.9999", batch_size=1024) == 0.9999
 
 
 def test_averages_forget_their_start_by_a_ramp():
@@ -81,10 +96,7 @@ def test_averages_forget_their_start_by_a_ramp():
 
 
 def test_averages_that_move_every_few_steps_move_as_far():
-    """By decay^4 after the 4th step and the 8th; the average of targets moves at each step.
-
-    A half-life halves the distance in that many thousand images, here five steps of 100.
-    """
+    """By decay^4 after the 4th step and the 8th; the average of targets moves at each step."""
     names, zero = {"0.9": 0.9, "0.5kimg": 0.5**0.2, "0.99": 0.99}, {"w": jnp.array(0.0)}
     averages, settings = start_averages({"w": jnp.array(1.0)}, tuple(names)), {"every_steps": 4}
     for step in range(9):
@@ -95,8 +107,6 @@ def test_averages_that_move_every_few_steps_move_as_far():
             moves = step + 1 if name == "0.99" else (step + 1) // 4 * 4
             np.testing.assert_allclose(averages[name]["w"], decay**moves, rtol=1e-5)
     ramp = {"batch_size": 1, "step": 199, "rampup": 0.05, **settings}
-    decay = decay_of("2000kimg", batch_size=1024)
-    np.testing.assert_allclose(decay ** (2e6 / 1024), 0.5, rtol=1e-9)
     ramped = update_averages({"0.9999": {"w": jnp.array(1.0)}}, zero, **ramp)
     np.testing.assert_allclose(ramped["0.9999"]["w"], 0.5 ** (4 / (0.05 * 199)), rtol=1e-5)
 
@@ -195,3 +205,8 @@ def test_what_muon_leaves_moves_as_under_adam_with_nesterov_momentum():
     expected, _ = adam.update(gradient["norm"], adam.init(params["norm"]), params["norm"])
     moved = _step(params, gradient)["norm"]["scale"]
     np.testing.assert_allclose(moved, expected["scale"], rtol=1e-6)
+
+
+def test_an_optimiser_that_is_not_known():
+    with pytest.raises(BadInput, match=r"optim.name='moun': must be one of adamw, muon.*mean muon"):
+        _step({"w": jnp.zeros(1)}, {"w": jnp.zeros(1)}, name="moun")

@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from recorded import (
-    FOLDER,
-    assert_gradients,
-    draws_of,
-    from_published,
-    note_difference,
-    perceptual_weights,
-)
+from flax.traverse_util import flatten_dict
+from recorded import FOLDER, draws_of, from_published, note_difference, perceptual_weights
 from safetensors.numpy import save_file
 
 from configs import imagenet
@@ -38,10 +32,11 @@ CASE = dict(np.load(FOLDER / "perceptual.npz"))
 META = json.loads(str(CASE["meta"]))
 SHAPES = json.loads((FOLDER / "perceptual_state_dict.json").read_text())
 VALUES, GRADIENTS = 3e-5, 1e-4  # relative to the largest entry
+SHIFTS = 0, 3e-6, -3e-6
 PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
 
 
-def assert_close(ours, theirs, name, tolerance=VALUES):
+def assert_close(ours, theirs, tolerance, name):
     error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
     note_difference(name, error)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -67,70 +62,75 @@ def _precision():
 
 
 def check_distance(prefix, network, params):
-    """Compare distances and their gradient; return what layers, maps and features they are of."""
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def measure(a, b, params):
-        keep = lambda module, name: name == "layers" or type(module) in (VGG16, ConvNeXtV2)  # noqa: E731
-        distances, kept = network.apply(
-            {"params": params}, a, b, capture_intermediates=keep, mutable="intermediates"
-        )
-        return distances.sum(), (distances, kept["intermediates"])
+    def total(a, b):
+        distances = network.apply({"params": params}, a, b)
+        return distances.sum(), distances
 
     (a, b), theirs = PAIR, CASE[f"{prefix}/gradient/a"]
-    slope, (distances, kept) = measure(a, b, params)
-    assert_close(distances, CASE[f"{prefix}/out/distance"], prefix)
+    gradient = jax.jit(jax.grad(total, has_aux=True))
+    assert_close(gradient(a, b)[1], CASE[f"{prefix}/out/distance"], VALUES, prefix)
     # a ReLU may lie so near its kink that rounding picks the side: one shift of a picks theirs
-    error, limit = np.abs(slope - theirs).max((1, 2, 3)), GRADIENTS * np.abs(theirs).max()
-    for shift in (3e-6, -3e-6):
-        if error.max() >= limit:
-            slope = measure(a + shift, b, params)[0]
-            error = np.minimum(error, np.abs(slope - theirs).max((1, 2, 3)))
-    assert error.max() < limit
-    return kept
+    errors = [np.abs(gradient(a + s, b)[0] - theirs).max((1, 2, 3)) for s in SHIFTS]
+    assert np.min(errors, axis=0).max() < GRADIENTS * np.abs(theirs).max(), errors
 
 
 def test_reference_crops():
     image, box = (jnp.asarray(CASE[f"crop/in/{name}"]) for name in ("image", "box"))
     for side in META["crop_sizes"]:
         ours = crop(image, box, side)
-        assert_close(ours, CASE[f"crop/out/{side}"], f"crop to {side}")
+        assert_close(ours, CASE[f"crop/out/{side}"], VALUES, f"crop to {side}")
 
 
 def test_reference_lpips():
-    kept = check_distance("lpips", *distance("lpips"))
+    network, params = distance("lpips")
+    check_distance("lpips", network, params)
+    layers = jax.jit(functools.partial(network.apply, method="layers"))({"params": params}, *PAIR)
     recorded = [name for name in CASE if name.startswith("lpips/out/layer/")]
-    for name, ours in zip(recorded, kept["layers"][0], strict=True):
-        assert_close(ours, CASE[name], name)
-    for picture, maps in zip("ab", kept["features"]["__call__"], strict=True):
-        for name, ours in zip(recorded, maps, strict=True):
+    for name, ours in zip(recorded, layers, strict=True):
+        assert_close(ours, CASE[name], VALUES, name)
+    vgg = jax.jit(VGG16().apply)
+    for picture, image in zip("ab", PAIR, strict=True):
+        maps = dict(zip(recorded, vgg({"params": params["features"]}, image), strict=True))
+        for name, ours in maps.items():
             kinds = ("mean", "map")
             mean, whole = (f"lpips/out/{picture}/{kind}/{name.split('/')[-1]}" for kind in kinds)
-            assert_close(ours.mean((1, 2)), CASE[mean], mean)
+            assert_close(ours.mean((1, 2)), CASE[mean], VALUES, mean)
             if whole in CASE:
-                assert_close(ours, CASE[whole], whole)
+                assert_close(ours, CASE[whole], VALUES, whole)
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("base", marks=pytest.mark.slow)])
 def test_reference_convnext(size):
+    network, params = distance(size)
     prefix = f"convnext_{size}"
-    kept = check_distance(prefix, *distance(size))
-    for picture, (features, maps) in zip("ab", kept["convnextv2"]["__call__"], strict=True):
-        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], prefix)
+    check_distance(prefix, network, params)
+    backbone = jax.jit(ConvNeXtV2(network.depths, network.widths).apply)
+    for picture, image in zip("ab", PAIR, strict=True):
+        features, maps = backbone({"params": params["convnextv2"]}, image)
+        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], VALUES, prefix)
         for i, x in enumerate(maps):
             if (name := f"{prefix}/out/{picture}/mean/stage{i}") in CASE:
-                assert_close(x.mean((1, 2)), CASE[name], name)
+                assert_close(x.mean((1, 2)), CASE[name], VALUES, name)
 
 
 def _row(settings, case, params):
     """Return the field and the objective of the shipped row, with the sizes of a recorded loss."""
     config, sizes, said = imagenet.get_config("pmf_b16"), META["model"], settings["objective"]
-    config.model.update({name: sizes[name] for name in ("patch_size", "depth", "num_heads")})
-    config.model.update(width=sizes["hidden_size"], head_depth=sizes["aux_head_depth"])
-    config.model.bottleneck = params["bottleneck"]["kernel"].shape[-1]
-    config.model.update(dtype="float32", scan=False, remat="none")
-    config.perceptual.update(max_t=said["perceptual_max_t"], crop_size=settings["crop_size"])
+    config.model.update(
+        patch_size=sizes["patch_size"],
+        depth=sizes["depth"],
+        width=sizes["hidden_size"],
+        num_heads=sizes["num_heads"],
+        head_depth=sizes["aux_head_depth"],
+        bottleneck=params["bottleneck"]["kernel"].shape[-1],
+        dtype="float32",
+        scan=False,
+        remat="none",
+    )
+    config.perceptual.max_t, config.perceptual.crop_size = (
+        said["perceptual_max_t"],
+        settings["crop_size"],
+    )
     objective = make_objective(config)
     ours = {distance.name: distance.factor for distance in objective.perceptual.distances}
     assert ours == {"lpips": said["lpips_weight"], "convnext": said["convnext_weight"]}
@@ -152,25 +152,31 @@ def _row(settings, case, params):
 )
 def test_reference_loss_through_the_row(name, tolerance):
     case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
-    settings = META["losses"][name]
-    params, theirs = (
-        from_published("pmf", {k[len(kind) :]: v for k, v in case.items() if k.startswith(kind)})
-        for kind in ("params/net/", "grads/net/")
-    )
-    field, shaped, frozen = _row(settings, case, params)
+    settings, trees = META["losses"][name], {}
+    for kind in ("params/net/", "grads/net/"):
+        flat = {k.removeprefix(kind): v for k, v in case.items() if k.startswith(kind)}
+        trees[kind] = from_published("pmf", flat)
+    params, theirs = (flatten_dict(tree, sep="/") for tree in trees.values())
+    field, shaped, frozen = _row(settings, case, trees["params/net/"])
     draws = draws_of(META | settings, case)
 
     @jax.jit
     def evaluate(params, frozen):
-        loss = shaped.with_frozen(frozen).loss
-        return jax.value_and_grad(loss, argnums=1, has_aux=True)(field, params, draws)
+        objective = shaped.with_frozen(frozen)
+        loss, gradient = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
+            field, params, draws
+        )
+        return loss, gradient
 
-    (loss, metrics), ours = evaluate(params, frozen)
-    assert_close(loss, case["out/loss"], "loss")
+    (loss, metrics), ours = evaluate(trees["params/net/"], frozen)
+    assert_close(loss, case["out/loss"], VALUES, "loss")
     for key in ("lpips", "convnext"):
         recorded = case[f"out/metric/aux_loss_{key}"]
-        assert_close(metrics[key].compute(), recorded, key)
-    assert_gradients(ours, theirs, tolerance, assert_close)
+        assert_close(metrics[key].compute(), recorded, VALUES, key)
+    ours = flatten_dict(ours, sep="/")
+    assert ours.keys() == theirs.keys() == params.keys()
+    for key in theirs:
+        assert_close(ours[key], theirs[key], tolerance, f"gradient of {key}")
 
 
 def test_published_files_become_what_the_loss_reads(tmp_path):

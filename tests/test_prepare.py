@@ -197,7 +197,7 @@ def test_broken_pictures_are_counted_named_and_skipped_or_too_many(
     (tree / broken[0]).write_bytes(CONTENTS[broken[0]][:-300])
     for name in broken[1:]:
         (tree / name).write_bytes(b"no picture")
-    for more in ({}, only_reference(tmp_path / "a.npz")) * 2:
+    for more in ({}, {}, only_reference(tmp_path / "a.npz"), only_reference(tmp_path / "a.npz")):
         # the second time the first shards are there already
         code, _, told = prepared("latents", **more, **{"prepare.max_bad": 2})
         assert code == 2
@@ -244,12 +244,16 @@ def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepared, tmp_path):
     for changes, message in (
         ({"prepare.input": "/nowhere"}, "prepare.input='/nowhere' is neither"),
+        ({"prepare.shards": 0}, "prepare.shards=0: must be at least 1"),
         ({"prepare.shards": 13}, "prepare.shards=13: the input has 12 pictures"),
         ({"prepare.batch_size": 0}, "prepare.batch_size=0"),
+        ({"prepare.max_bad": -1}, "prepare.max_bad=-1"),
         ({"prepare.latents": False}, "nothing to make"),
         ({"prepare.process_index": 2, "prepare.process_count": 2}, "prepare.process_index=2"),
+        ({"prepare.process_index": 1}, "prepare.process_index=1"),
         ({"prepare.process_count": 4}, r"prepare.process_count=4: must be within \[0, 3\]"),
         ({"data.image_size": 18}, "data.image_size=18: .*try 16"),
+        ({"data.path": ""}, "data.path='' is not set"),
         ({"data.path": "/proc/nowhere"}, "data.path='/proc/nowhere' cannot be written"),
         ({"data.autoencoder": "sd-vae"}, "data.autoencoder='sd-vae'"),
         ({"prepare.reference": "a.txt"}, "prepare.reference='a.txt': must end in .npz"),
@@ -343,14 +347,11 @@ def test_any_number_of_processes_writes_the_same_files(prepared, features, done,
     assert_statistics(path, features, NAMES, range(len(NAMES)))
 
 
-def test_statistics_continue_after_a_stop_with_the_same_bytes_and_files_in_the_way_are_named(
+def test_statistics_continue_after_a_stop_with_the_same_bytes(
     prepared, features, tmp_path, monkeypatch
 ):
     path, stopped = tmp_path / "undisturbed.npz", tmp_path / "stopped.npz"
     prepared("none", **only_reference(path))
-    before = path.read_bytes()
-    code, _, told = prepared("none", **only_reference(path))
-    assert (code, "exists; must be new" in told, path.read_bytes()) == (2, True, before)
     end, shards = statistics.ReferenceStatistics.end, []
 
     def stop(self, shard, skipped):
@@ -362,13 +363,19 @@ def test_statistics_continue_after_a_stop_with_the_same_bytes_and_files_in_the_w
     monkeypatch.setattr(statistics.ReferenceStatistics, "end", stop)
     assert prepared("none", **only_reference(stopped))[0] == 2
     assert not stopped.exists()
-    (sums,) = (tmp_path / "stopped.npz.parts").glob("sums*")
-    whole = sums.read_bytes()
-    sums.write_bytes(whole[:200])
-    code, _, told = prepared("none", **only_reference(stopped))
-    assert (code, f"{sums} is no file of sums" in told) == (2, True)
-    sums.write_bytes(whole)
-    shards.clear()
     assert prepared("none", **only_reference(stopped))[0] == 0
-    assert shards == [1, 2]
-    assert stopped.read_bytes() == before
+    assert shards == [0, 1, 1, 2]
+    assert stopped.read_bytes() == path.read_bytes()
+
+
+def test_files_of_statistics_that_are_in_the_way_are_named(prepared, features, tmp_path):
+    path = tmp_path / "reference.npz"
+    path.write_bytes(b"")
+    code, _, told = prepared("none", **only_reference(path))
+    assert (code, "exists; must be new" in told, path.read_bytes()) == (2, True, b"")
+    path.unlink()
+    prepared("none", index=0, count=2, **only_reference(path))
+    (sums,) = (tmp_path / "reference.npz.parts").glob("sums*")
+    sums.write_bytes(sums.read_bytes()[:200])
+    code, _, told = prepared("none", index=1, count=2, **only_reference(path))
+    assert (code, f"{sums} is no file of sums" in told) == (2, True)

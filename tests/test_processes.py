@@ -59,13 +59,8 @@ def lived(folder):
     return both, stopped
 
 
-def test_every_process_tells_bad_input_in_one_line_and_all_else_the_first_alone(lived, folder):
+def test_every_process_tells_bad_input_in_one_line(lived, folder):
     """Also where one host alone lacks the weights, or the hosts do not share the workdir."""
-    (first, second), stopped = lived
-    assert re.search("4 cpu devices.* in 2 processes", stopped[0].output)
-    assert "parameters, " not in stopped[1].output
-    assert "eval.json" in first["eval"][1]
-    assert second["eval"][1] == ""
     for scenario, text in {
         "seeds": "process 1 has seed=1, process 0 0: start all processes of a job with the same",
         "batch": "train.batch_size=10: must be a multiple of 8",
@@ -82,11 +77,14 @@ def test_every_process_tells_bad_input_in_one_line_and_all_else_the_first_alone(
     assert not (folder / "none").exists()
 
 
-def test_two_processes_prepare_all_shards_and_have_the_scores_of_one(lived, folder):
-    for mode in ("prepare", "eval"):
-        assert [scenarios[mode][0] for scenarios in lived[0]] == [0, 0], lived[0]
-    # the first has waited for the other
-    assert "12 pictures in 3 shards, 0 skipped" in lived[0][0]["prepare"][1]
+def test_preparing_on_two_processes_ends_when_all_shards_are_there(lived):
+    first, second = (scenarios["prepare"] for scenarios in lived[0])
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "12 pictures in 3 shards, 0 skipped" in first[1]  # it has waited for the other
+
+
+def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
+    assert [scenarios["eval"][0] for scenarios in lived[0]] == [0, 0], lived[0]
     run = folder / "run"
     ours = json.loads((run / "eval.json").read_text())
     (run / "eval.jsonl").unlink()
@@ -98,11 +96,14 @@ def test_two_processes_prepare_all_shards_and_have_the_scores_of_one(lived, fold
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_checkpoints_move_between_processes_and_what_damages_one_damages_all(lived, folder):
+def test_checkpoints_move_between_devices_and_processes(lived, folder):
     """From one device to two processes that split over four and over two, and back to one."""
     assert restore(folder / "moved", make_mesh(data=0, fsdp=1)) == 2
     assert Checkpoints(folder / "moved", read_only=True).steps == [1, 2]
-    # the job uses the checkpoint before; a step that one process cannot have, none has
+
+
+def test_damage_that_one_process_reads_is_damage_for_all(lived, folder):
+    """The job uses the checkpoint before; a step that one process cannot have, none has."""
     for scenarios in lived[0]:
         (damaged, missing), step = scenarios["damage"]
         assert "is damaged" in damaged
@@ -117,6 +118,14 @@ def test_a_signal_to_one_process_stops_all_at_one_step(lived, folder):
     (checkpoint,) = (folder / "split" / "checkpoints").iterdir()
     assert 0 < int(checkpoint.name) < 12
     assert f"stopped at step {checkpoint.name}; the same command continues" in stopped[0].output
+
+
+def test_the_first_process_alone_talks(lived):
+    (first, second), stopped = lived
+    assert re.search("4 cpu devices.* in 2 processes", stopped[0].output)
+    assert "parameters, " not in stopped[1].output
+    assert "eval.json" in first["eval"][1]
+    assert second["eval"][1] == ""
 
 
 LIMITED = """import os, resource, runpy, signal

@@ -94,6 +94,7 @@ def test_names_and_layouts_of_the_reference_there_and_back():
 
 def test_names_and_layouts_that_are_refused():
     patches = {"patch_embedding": {"kernel": np.ones((12, 8))}}
+    of_another_size = r"patch_size=4: patch_embedding/kernel of shape \(12, 8\)"
     for kind, name in (
         ("imf", "x_embedder/proj1/bias"),
         ("pmf", "x_embedder/proj/bias"),
@@ -101,13 +102,13 @@ def test_names_and_layouts_that_are_refused():
         ("meanflow", "blocks/layers_x/attn/qkv/_flax_linear/bias"),
     ):
         assert our_name(kind, name) is None
-    for kind, tree, patch_size, message in (
-        ("meanflow", {"u_head": np.ones(3)}, 2, "'u_head': unknown to published meanflow"),
-        ("imf", patches, 4, r"patch_size=4: patch_embedding/kernel of shape \(12, 8\)"),
-        ("imf", patches, 0, "patch_size=0"),
-    ):
+    with pytest.raises(BadInput, match=r"kind='imff'.*did you mean imf"):
+        our_name("imff", "class_tokens")
+    with pytest.raises(BadInput, match="'u_head': unknown to published meanflow"):
+        to_published("meanflow", {"u_head": np.ones(3)}, patch_size=2)
+    for patch_size, message in ((4, of_another_size), (0, "patch_size=0")):
         with pytest.raises(BadInput, match=message):
-            to_published(kind, tree, patch_size=patch_size)
+            to_published("imf", patches, patch_size=patch_size)
 
 
 # ---- recorded checkpoints
@@ -138,21 +139,26 @@ def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path):
         describe_published(_save_file(path, rest), kind)
 
 
+def test_the_newest_checkpoint_is_the_largest_number(tmp_path):
+    source = next(CHECKPOINTS["meanflow"].glob("checkpoint_*"))
+    shutil.copytree(source, tmp_path / "checkpoint_10")
+    (tmp_path / "checkpoint_9").mkdir()
+    (tmp_path / "checkpoint_11.orbax-checkpoint-tmp-1").mkdir()
+    _assert_equal(read_published(tmp_path, "meanflow"), _published("meanflow")[0])
+
+
 def _small_tree(value):
     return {"net": {"class_tokens": np.full((8, 4), value, np.float32)}}
 
 
-def test_the_newest_checkpoint_is_read_without_its_other_arrays(tmp_path):
-    """The newest has the largest number."""
-    for name in ("checkpoint_9", "checkpoint_11.orbax-checkpoint-tmp-1"):
-        (tmp_path / name).mkdir()
+def test_other_arrays_of_a_checkpoint_are_not_read(tmp_path):
     tree = {"params": _small_tree(1), "ema_params": _small_tree(2)}
     tree |= {"opt_state": {"mu": np.ones(3)}, "step": 5}
-    path = _save_orbax(tmp_path / "checkpoint_10", tree, one_database=False)
+    path = _save_orbax(tmp_path / "checkpoint_5", tree, one_database=False)
     for array in path.iterdir():
         if array.name.startswith(("params.", "opt_state.", "step")):
             shutil.rmtree(array)
-    assert np.all(read_published(tmp_path, "imf")["class_tokens"] == 2)
+    assert np.all(read_published(path, "imf")["class_tokens"] == 2)
     with pytest.raises(BadInput, match="cannot be read as a published checkpoint"):
         read_published(path, "imf", section="params")
 
@@ -163,28 +169,36 @@ def test_one_of_several_averages_is_chosen_by_name(tmp_path):
     for name, value in (("500", 5), ("1000", 10)):
         flat = read_published(path, "imf", section=f"ema_params/{name}")
         assert np.all(flat["class_tokens"] == value)
-    for section, message in (
-        ({}, "must be one of its averages: ema_params/1000, ema_params/500"),
-        ({"section": "ema_params/7"}, "holds no ema_params/7, but ema_params"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            read_published(path, "imf", **section)
+    message = "must be one of its averages: ema_params/1000, ema_params/500"
+    with pytest.raises(BadInput, match=message):
+        read_published(path, "imf")
+    with pytest.raises(BadInput, match="holds no ema_params/7, but ema_params"):
+        read_published(path, "imf", section="ema_params/7")
+    one = _save_orbax(tmp_path / "one" / "checkpoint_1", {"ema_params": {500: _small_tree(3)}})
+    assert np.all(read_published(one, "imf")["class_tokens"] == 3)
 
 
 # ---- files
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_files_of_published_names_of_narrow_numbers_and_with_sections(tmp_path, suffix):
-    path = tmp_path / f"weights{suffix}"
-    for kind in KINDS:
-        flat, patch_size = _published(kind)
+@each_kind
+def test_written_weights_have_the_published_names_and_are_read_back(tmp_path, kind):
+    flat, patch_size = _published(kind)
+    params = jax.tree.map(jnp.asarray, from_published(kind, flat))
+    for suffix in SUFFIXES:
+        path = tmp_path / f"weights{suffix}"
         path.write_text("replaced")
-        write_published(path, kind, from_published(kind, flat), patch_size=patch_size)
+        write_published(path, kind, params, patch_size=patch_size)
         assert [child.name for child in tmp_path.iterdir()] == [path.name]
         _assert_equal(read_published(path, kind), flat)
+        path.unlink()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_narrow_numbers_and_with_sections(tmp_path, suffix):
     flat, _ = _published("imf")
-    for dtype in (jnp.bfloat16, np.float16):
+    path = tmp_path / f"weights{suffix}"
+    for dtype in (jnp.bfloat16, np.float16, np.float32):
         narrow = {name: array.astype(dtype) for name, array in flat.items()}
         wide = {name: array.astype(np.float32) for name, array in narrow.items()}
         _assert_equal(read_published(_save_file(path, narrow), "imf"), wide)
@@ -278,14 +292,14 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
 
 def test_weights_that_cannot_be_written(tmp_path):
     params = unflatten_dict({"u_head/final/bias": np.ones(16, np.float32)}, sep="/")
-    (tmp_path / "folder.npz").mkdir()
-    for name, kind, message in (
-        ("weights.pt", "imf", r"weights.pt: must end in .npz or .safetensors"),
-        ("nothing/weights.safetensors", "imf", "cannot be written"),
-        ("nothing/weights.npz", "imf", "cannot be written"),
-        ("folder.npz", "imf", "cannot be written"),
-        ("weights.npz", "meanflow", "'u_head/final/bias'"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            write_published(tmp_path / name, kind, params, patch_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.npz"]
+    with pytest.raises(BadInput, match=r"weights.pt: must end in .npz or .safetensors"):
+        write_published(tmp_path / "weights.pt", "imf", params, patch_size=2)
+    for suffix in SUFFIXES:
+        (tmp_path / f"folder{suffix}").mkdir()
+        for name in ("nothing/weights", "folder"):
+            with pytest.raises(BadInput, match="cannot be written"):
+                write_published(tmp_path / f"{name}{suffix}", "imf", params, patch_size=2)
+        (tmp_path / f"folder{suffix}").rmdir()
+    with pytest.raises(BadInput, match="'u_head/final/bias'"):
+        write_published(tmp_path / "weights.npz", "meanflow", params, patch_size=2)
+    assert list(tmp_path.iterdir()) == []

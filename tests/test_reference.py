@@ -8,12 +8,13 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from recorded import FOLDER, assert_close, assert_gradients, draws_of, load_case
+from flax.traverse_util import flatten_dict
+from recorded import FOLDER, assert_close, draws_of, load_case
 
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Condition
-from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, parameter_shapes
+from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
@@ -63,30 +64,48 @@ def test_recorded_cases_are_there():
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_recorded_case(path):
     meta, case, params, grads = load_case(path)
-    field, objective = as_field(_network(meta, params)), _objective(meta)
-    draws = draws_of(meta, case)
+    field, draws, objective = (
+        as_field(_network(meta, params)),
+        draws_of(meta, case),
+        _objective(meta),
+    )
     rows = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-    told = {"r": rows.r, "t": rows.t, "condition": Condition(rows.condition, rows.guidance)}
-
-    @jax.jit
-    def evaluate(params):
-        outputs = field(params, interpolate(rows.x, rows.e, t=rows.t), **told)
-        return outputs, *jax.value_and_grad(lambda p: objective.loss(field, p, draws)[0])(params)
-
     with jax.default_matmul_precision(meta["matmul_precision"]):
-        outputs, loss, ours = evaluate(params)
+        z = interpolate(rows.x, rows.e, t=rows.t)
+        condition = Condition(rows.condition, rows.guidance)
+        outputs = jax.jit(field)(params, z, r=rows.r, t=rows.t, condition=condition)
+        loss, ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(field, p, draws)[0]))(
+            params
+        )
     for name, output in outputs._asdict().items():
         if f"out/{name}" in case:
             assert_close(output, case[f"out/{name}"], name)
     assert_close(loss, case["out/loss"], "loss")
-    assert_gradients(ours, grads)
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert_close(ours[name], theirs[name], f"gradient of {name}")
 
 
-def test_parameter_counts_of_every_published_dit():
-    counts = json.loads((FOLDER / "parameter_counts.json").read_text())
-    named = [name.split("_") for name in counts if name.startswith("DiT_")]
-    assert set(SIZES["dit"]) - {"digits"} <= {size for _, size, _ in named}
-    for _, size, patch in named:
-        network = DiT(patch_size=int(patch), num_classes=1000, **SIZES["dit"][size])
-        shapes = jax.tree.leaves(parameter_shapes(network, (32, 32, 4)))
-        assert sum(leaf.size for leaf in shapes) == counts[f"DiT_{size}_{patch}"]
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (name, count)
+        for name, count in json.loads((FOLDER / "parameter_counts.json").read_text()).items()
+        if name.startswith("DiT_")
+    ],
+)
+def test_parameter_count(name, count):
+    _, size, patch = name.split("_")
+    network = DiT(patch_size=int(patch), num_classes=1000, **SIZES["dit"][size])
+    params = jax.eval_shape(
+        lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_every_published_dit_size_is_counted():
+    counted = {
+        name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())
+    }
+    assert set(SIZES["dit"]) - {"digits"} <= counted

@@ -109,15 +109,12 @@ def test_from_pictures_to_fid(tmp_path, monkeypatch):
         assert code == 0, errors
         return out
 
+    prepare = ("--mode=prepare", f"--config.prepare.input={tmp_path / 'imagenet'}")
     for index in (1, 0):
-        start(
-            "--mode=prepare",
-            f"--config.prepare.input={tmp_path / 'imagenet'}",
-            f"--config.prepare.reference={reference}",
-            "--config.prepare.process_count=2",
-            f"--config.prepare.process_index={index}",
-        )
+        parts = "--config.prepare.process_count=2", f"--config.prepare.process_index={index}"
+        start(*prepare, *parts)
     assert json.loads((latents / "manifest.json").read_text())["num_pictures"] == 120
+    start(*prepare, f"--config.prepare.reference={reference}", "--config.prepare.latents=False")
     assert np.load(reference)["num_images"] == 120
 
     start("--mode=train")

@@ -63,6 +63,7 @@ def test_a_resumed_run_writes_the_same_bytes_as_one_never_stopped(tmp_path):
     whole, resumed = (path.read_bytes() for path in tmp_path.glob("*/metrics.jsonl"))
     assert resumed == whole
     assert len(whole.splitlines()) == 10
+    assert not list(tmp_path.glob("*/.*"))
     with _log(tmp_path / "resumed"):
         assert read_metrics(tmp_path / "resumed") == []
     path.write_text('{"step": 1, "lo\n{"step": 2}\n')
@@ -115,8 +116,10 @@ def test_each_row_prints_a_line_or_moves_a_bar_on_a_terminal(tmp_path, capsys, m
         print("saved [bold]")
         log.write(6, {"u_error": 0.5, "v_error": 0.25, "loss": 1.0})
         log.advance(7)
-    shown = capsys.readouterr().out
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
     assert "saved [bold]" in shown
+    last = [line for line in re.split(r"[\r\n]+", shown) if line.strip()][-1]
+    assert re.search(r"step .* 70% 7/10 .*loss 1  u_error 0.5  v_error 0.25", last)
     assert "(70%)" not in shown
 
 
@@ -144,7 +147,7 @@ def _grid(path, images, labels, class_names=()):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_grid_enlarges_tiny_images_and_places_them_by_row_or_class(tmp_path):
+def test_grid_enlarges_tiny_images_and_places_them_row_by_row(tmp_path):
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.full((8, 8, 1), 40, np.uint8)
     images[5, 0, 7] = 255
     pixels = _grid(tmp_path / "grid.png", images, [-1] * 6)
@@ -152,9 +155,12 @@ def test_grid_enlarges_tiny_images_and_places_them_by_row_or_class(tmp_path):
     for i in range(6):
         assert np.all(pixels[4 + i // 3 * 60 + 30, 4 + i % 3 * 60 + 30] == 40 * i)
     assert np.all(pixels[64:71, 173:180] == 255)  # one pixel becomes 7 x 7
+    assert np.all(pixels[64:71, 172] == 200)
+    assert np.all(pixels[:4] == 255)
     colours = np.zeros((3, 64, 64, 3), np.uint8)
     colours[1] = [10, 20, 30]
     pixels = _grid(tmp_path / "grid.png", colours, [-1] * 3)
+    assert pixels.shape == (4 + 2 * 68, 4 + 2 * 68, 3)
     assert pixels[30, 100].tolist() == [10, 20, 30]
     assert pixels[100, 100].tolist() == [255, 255, 255]
     for count, side, names in ((100, 64, ["même"]), (90, 300, ["猫 a", "b", "c"]), (100, 8, ["x"])):
@@ -163,9 +169,16 @@ def test_grid_enlarges_tiny_images_and_places_them_by_row_or_class(tmp_path):
         height, width, _ = _grid(tmp_path / "a.png", black, labels, names).shape
         assert width <= 1600
         assert 0.5 < width / height < 2
+    many = np.zeros((101, 8, 8, 2), np.uint8)
+    assert _grid(tmp_path / "grid.png", many, [-1] * 101).shape == (604, 604, 3)
+
+
+def test_grid_gives_each_class_a_row_or_labels_each_image(tmp_path):
+    """The classes of a picture are few and spread."""
     images = np.zeros((7, 8, 8, 1), np.uint8)
     images[1::2] = 200
     rows = _grid(tmp_path / "rows.png", images, [0, 7, 0, 7, 0, 7, 0], ["cat"])
+    assert rows.shape[0] == 4 + 2 * 60  # 3 columns, no captions
     left = rows.shape[1] - 3 * 60
     assert left > 20
     for top, gray in ((4, 0), (64, 200)):
@@ -174,6 +187,7 @@ def test_grid_enlarges_tiny_images_and_places_them_by_row_or_class(tmp_path):
     tiles = _grid(tmp_path / "tiles.png", images[:6], [0, 1, 0, 2, -1, 0], ["cat"])
     assert tiles.shape[:2] == (4 + 2 * 77, 4 + 3 * 60)
     assert tiles[61:77, 4:60].min() < 200
+    assert few_classes(4, 0).tolist() == [-1] * 4
     assert few_classes(5, 3).tolist() == [0, 1, 2, 0, 1]
     assert few_classes(10, 1000).tolist() == [round(i * 111) for i in range(10)]
 
@@ -188,45 +202,59 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_transport_field_and_scatter_show_what_they_are_given(drawn, monkeypatch):
-    """The whole interval; u and not its transpose; two coordinates, whatever their length."""
-    asked, streams = [], []
+def test_transport_moves_the_noise_by_the_whole_interval(drawn):
+    asked = []
 
-    def to_a_point(z, r, t):
+    def evaluate_u(z, r, t):
         asked.append((r, t, z.dtype))
-        return z - np.float32([1.0, 0.5])
+        return z - np.float32([1.0, 0.5])  # everything goes to one point
 
-    def shear(z, r, t):
+    data = np.random.default_rng(0).normal(size=(50, 2))
+    plots.save_transport("transport.png", evaluate_u, data, limits=(-2.0, 2.0))
+    assert asked == [(0.0, 1.0, np.float32)]
+    (before, after) = drawn[0].axes
+    wires, dots = before.collections
+    places = dots.get_offsets()
+    assert np.std(places) == pytest.approx(1, abs=0.05)  # equal probability under N(0, I)
+    segments = np.array(wires.get_segments())
+    assert np.ptp(segments, axis=1).max() < 0.05
+    moved = [np.array(after.collections[1].get_segments()), after.collections[2].get_offsets()]
+    assert len(moved[0]) == len(segments)
+    for points in moved:
+        np.testing.assert_allclose(points, np.broadcast_to([1.0, 0.5], points.shape), atol=1e-6)
+
+
+def test_field_draws_each_interval_and_u_not_its_transpose(drawn, monkeypatch):
+    streams = []
+
+    def evaluate_u(z, r, t):
         return np.stack([z[:, 0], np.full(len(z), r + 2 * t, np.float32)], axis=1)
 
     def streamplot(ax, *grid, **options):
         streams.append(grid)
         return SimpleNamespace(lines=ax.scatter([0], [0], c=[1.0]))
 
-    points = np.random.default_rng(0).normal(size=(100, 2))
-    plots.save_transport("transport.png", to_a_point, points, limits=(-2.0, 2.0))
-    assert asked == [(0.0, 1.0, np.float32)]
-    (before, after) = drawn[0].axes
-    places = before.collections[1].get_offsets()
-    assert np.std(places) == pytest.approx(1, abs=0.05)  # equal probability under N(0, I)
-    for moved in (
-        np.array(after.collections[1].get_segments()),
-        after.collections[2].get_offsets(),
-    ):
-        np.testing.assert_allclose(moved, np.broadcast_to([1.0, 0.5], moved.shape), atol=1e-6)
     monkeypatch.setattr("matplotlib.axes.Axes.streamplot", streamplot)
     times = ((0.0, 1.0), (0.5, 0.5))
-    plots.save_field("field.png", shear, limits=(-1.0, 1.0), times=times)
+    plots.save_field("field.png", evaluate_u, limits=(-1.0, 1.0), times=times)
     for (x, _, across, up), (r, t) in zip(streams, times, strict=True):
         np.testing.assert_allclose(across, np.broadcast_to(x, across.shape), atol=1e-6)
         assert np.all(up == r + 2 * t)
+    titles = [ax.get_title() for ax in drawn[0].axes[:2]]
+    assert titles == ["r = 0,  t = 1", "r = t = 0.5  (velocity v)"]
+
+
+def test_scatter_shows_two_coordinates_of_both_whatever_their_length(drawn):
+    points = np.random.default_rng(0).normal(size=(100, 2))
     plots.save_scatter("a.png", points + 0.5, points, title="both")
-    for ax, shown in zip(drawn[2].axes, (points, points + 0.5), strict=True):
-        np.testing.assert_array_equal(ax.collections[0].get_offsets(), shown)
+    for ax, shown in zip(drawn[0].axes, (points, points + 0.5), strict=True):
+        np.testing.assert_array_equal(ax.collections[0].get_offsets(), shown[:, :2])
+        low, high = np.transpose([ax.get_xlim(), ax.get_ylim()])
+        assert np.all((low < points[:, :2]) & (points[:, :2] < high))
     plots.save_scatter("b.png", points[:, :1], points[:, :1], title="one coordinate is enough")
     wide = points @ np.eye(2, 16) * 3
     plots.save_scatter("c.png", wide, wide, title="a plane in 16 dimensions")
-    across = drawn[4].axes[0].collections[0].get_offsets()
+    across = drawn[2].axes[0].collections[0].get_offsets()
     shown, data = (np.ptp(np.abs(each), axis=0).max() for each in (across, 3 * points))
     assert shown > 0.5 * data
 
@@ -270,14 +298,16 @@ def test_report_is_self_contained_escaped_and_thinned(tmp_path):
     Image.new("L", (8, 8)).save(workdir / "samples.png")
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 3), dtype=np.uint8)
     Image.fromarray(noise).save(workdir / "field.png", compress_level=0)
+    shown = {0.5: "0.5000", 0.0: "0.000", 9999.96: "10,000", 1000.0: "1000", 1e-4: "0.0001000"}
     evaluation = {
         "protocol": "<img src=x>",
         "columns": ["steps", "samples", "frechet_distance"],
         "rows": [
             {"name": "real <data>", "samples": 50000, "frechet_distance": 1.14},
+            {"name": "1 step", "steps": 1, "samples": 360, "frechet_distance": 12345.678},
             {"name": "broken", "steps": 2, "samples": None, "frechet_distance": 0.0000123456},
         ],
-        "diagnostics": {"identity_residual": 0.123456, "a": 0.0, "b": 9999.96},
+        "diagnostics": {"identity_residual": 0.123456} | {text: x for x, text in shown.items()},
     }
     (workdir / "eval.json").write_text(json.dumps(evaluation))
     (workdir / "config.json").write_text(json.dumps({"name": "</pre><script>alert(1)</script>"}))
@@ -291,13 +321,14 @@ def test_report_is_self_contained_escaped_and_thinned(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert page.count("<script>") == 1
     assert len(page) < 2_000_000  # the noise alone is 4 MB as a PNG
+    assert not list(workdir.glob(".*"))
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
     assert [row for row in cells if row] == [
         ["real &lt;data&gt;", "–", "50,000", "1.140"],
+        ["1 step", "1", "360", "12,350"],
         ["broken", "2", "–", "1.235e-05"],
         ["identity residual", "0.1235"],
-        ["a", "0.000"],
-        ["b", "10,000"],
+        *([text, text] for text in shown.values()),
     ]
     steps = [int(step.replace(",", "")) for step in re.findall(r'data-step="step ([\d,]+)"', page)]
     assert (steps[0], steps[-1], len(steps)) == (100, 5000, 24)

@@ -12,19 +12,27 @@ from mf_jax.flow.records import Condition, Prediction
 from mf_jax.flow.sampler import SamplePlan, sample
 
 MEAN = 0.3
-FIELD = gaussian_field(lambda condition: jnp.full(condition.labels.shape, MEAN))
 
 
 def _run(times, learns_average=True):
     e = jnp.linspace(-2, 2, 9)[:, None]
+    field = gaussian_field(lambda condition: jnp.full(condition.labels.shape, MEAN))
     condition = Condition(jnp.zeros(9, jnp.int32))
-    return e, sample(FIELD, jnp.zeros(4), e, condition, times=times, learns_average=learns_average)
+    return e, sample(field, jnp.zeros(4), e, condition, times=times, learns_average=learns_average)
 
 
-def test_average_velocity_lands_on_the_data_in_any_number_of_steps():
-    for times in (*(SamplePlan(steps).grid for steps in (1, 2, 8)), (1.0, 0.9, 0.2, 0.0)):
-        e, x = _run(times)
-        np.testing.assert_allclose(x, MEAN + STD * e, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    "times",
+    [
+        SamplePlan(1).grid,
+        SamplePlan(2).grid,
+        SamplePlan(8).grid,
+        SamplePlan(times=(1.0, 0.9, 0.2, 0.0)).grid,
+    ],
+)
+def test_average_velocity_lands_on_the_data_in_any_number_of_steps(times):
+    e, x = _run(times)
+    np.testing.assert_allclose(x, MEAN + STD * e, rtol=1e-5, atol=1e-5)
 
 
 def test_euler_needs_many_steps():
@@ -34,21 +42,27 @@ def test_euler_needs_many_steps():
     np.testing.assert_allclose(fine, MEAN + STD * e, atol=2e-3)
 
 
-def test_as_many_evaluations_as_steps_each_over_its_own_interval():
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_as_many_evaluations_as_steps_each_over_its_own_interval(steps):
     seen = []
 
     def field(params, z, *, r, t, condition):
         jax.debug.callback(lambda r, t: seen.append((float(r), float(t))), r[0], t[0], ordered=True)
         return Prediction(u=jnp.ones_like(z))
 
-    e, condition = jnp.zeros((2, 1)), Condition(jnp.zeros(2, jnp.int32))
-    for steps in (1, 2, 3):
-        seen.clear()
-        x = sample(field, {}, e, condition, times=SamplePlan(steps).grid, learns_average=True)
-        jax.effects_barrier()
-        edges = [1 - i / steps for i in range(steps + 1)]
-        np.testing.assert_allclose(seen, list(zip(edges[1:], edges[:-1], strict=True)), atol=1e-6)
-        np.testing.assert_allclose(x, -1.0, rtol=1e-6)
+    e = jnp.zeros((2, 1))
+    x = sample(
+        field,
+        {},
+        e,
+        Condition(jnp.zeros(2, jnp.int32)),
+        times=SamplePlan(steps).grid,
+        learns_average=True,
+    )
+    jax.effects_barrier()
+    edges = [1 - i / steps for i in range(steps + 1)]
+    np.testing.assert_allclose(seen, list(zip(edges[1:], edges[:-1], strict=True)), atol=1e-6)
+    np.testing.assert_allclose(x, -1.0, rtol=1e-6)
 
 
 def test_bad_grids_are_refused():
@@ -58,16 +72,28 @@ def test_bad_grids_are_refused():
             SamplePlan(steps, times)
 
 
-def test_measures_are_zero_on_the_closed_form_and_notice_a_bent_field():
+def _case():
     rng = np.random.default_rng(0)
-    r, t = jnp.asarray(np.sort(rng.uniform(0.05, 0.95, (2, 64)), axis=0), jnp.float32)
+    times = np.sort(rng.uniform(0.05, 0.95, (2, 64)), axis=0).astype(np.float32)
     labels, none = jnp.zeros(64, jnp.int32), jnp.zeros(64, bool)
     z = jnp.asarray(rng.normal(size=(64, 2)), jnp.float32)
-    rows = exact_rows(z, r, t, labels, none, jnp.full(64, MEAN))
+    rows = exact_rows(
+        z, jnp.asarray(times[0]), jnp.asarray(times[1]), labels, none, jnp.full(64, 0.3)
+    )
+    return gaussian_field(lambda condition: jnp.full(condition.labels.shape, 0.3)), rows
+
+
+def test_zero_on_the_closed_form_and_each_notices_a_bent_field():
+    field, rows = _case()
     for measure in (velocity_error, identity_residual, additivity_gap):
-        assert measure(FIELD, jnp.zeros(4), rows) < 1e-4, measure.__name__
-        assert measure(FIELD, jnp.array([0.1, 0.0, 0.1, 0.0]), rows) > 5e-3, measure.__name__
+        assert measure(field, jnp.zeros(4), rows) < 1e-4, measure.__name__
+        assert measure(field, jnp.array([0.1, 0.0, 0.1, 0.0]), rows) > 5e-3, measure.__name__
+
+
+def test_velocity_error_is_the_root_mean_square():
+    field, rows = _case()
     bend = 0.25 * (1 + 2 * rows.t)  # the fourth parameter adds (1 + r + t) at r = t
     expected = np.sqrt(np.mean(np.asarray(bend) ** 2))
-    error = velocity_error(FIELD, jnp.array([0, 0, 0, 0.25]), rows)
-    np.testing.assert_allclose(error, expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        velocity_error(field, jnp.array([0, 0, 0, 0.25]), rows), expected, rtol=1e-3
+    )

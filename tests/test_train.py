@@ -24,8 +24,10 @@ import mf_jax
 from configs.digits import get_config
 from mf_jax import step as state_module
 from mf_jax import train
-from mf_jax.data import Stored
+from mf_jax.data import Batch, Stored, make_batches
+from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import DataSpec
 from mf_jax.models import MLP
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.reporting.run_log import read_metrics
@@ -37,8 +39,8 @@ from mf_jax.step import initial_state, make_train_step
 from mf_jax.validation import validate
 
 
-def _args(workdir, *more, config="digits"):
-    return (f"--config={ROOT}/configs/{config}.py", f"--workdir={workdir}", *TINY, *more)
+def _args(workdir, *more):
+    return (f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY, *more)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
 def test_a_run_without_moving_averages_whose_pictures_cannot_be_drawn(tmp_path):
     """All that only shows a run fails, each in one line."""
     keys = ("ema.decays=()", "train.num_steps=2", "optim.warmup_steps=2", "train.log_every_steps=1")
-    arguments = _args(tmp_path / "run", *(f"--config.{key}" for key in keys), config="toy2d")
+    arguments = _args(tmp_path / "run", *(f"--config.{key}" for key in keys))
     broken = mock.Mock(side_effect=OSError("no font"))
     with (
         mock.patch.object(train, "draw_progress", broken),
@@ -168,14 +170,23 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)
     assert (workdir / "scatter.png").exists()
-    assert not (workdir / "field.png").exists(), "it is for the plane alone"
     arrays = _arrays(workdir, 12)
     assert [*arrays["ema"].values()] != [*arrays["params"].values()], "the ramp counts steps"
     assert "sliced_wasserstein" in json.loads((workdir / "eval.json").read_text())["rows"][0]
     page = (workdir / "report.html").read_text()
-    said = "step 12 of 12", "average 0.9999", "examples/s", "Squared error of the velocity v"
-    assert all(text in page for text in said)
+    for text in (
+        "step 12 of 12",
+        "average 0.9999",
+        "examples/s",
+        "Squared error of the velocity v",
+    ):
+        assert text in page
     assert "<h3>loss</h3>" not in page
+
+
+def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
+    assert "12 steps" in works(*_args(copy_of_trained))
+    assert results(copy_of_trained) == results(trained)
 
 
 def _damage(checkpoint, how):
@@ -199,15 +210,9 @@ def _damage(checkpoint, how):
 
 
 def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
-    trained, copy_of_trained, shapes, capsys
+    copy_of_trained, shapes, capsys
 ):
-    """Each kind is found by what reads the state; then the run goes on from step 8 to its end.
-
-    A finished run is left as it is.
-    """
-    assert "12 steps" in works(*_args(copy_of_trained))
-    assert results(copy_of_trained) == results(trained)
-    capsys.readouterr()
+    """Each kind is found by what reads the state; then the run goes on from step 8 to its end."""
     whole, newest = _arrays(copy_of_trained, 12), copy_of_trained / "checkpoints" / "12"
     shutil.copytree(newest, copy_of_trained / "kept")
     for how in ("cut short", "a bit flipped", "no index", "an item lost", "other numbers"):
@@ -217,7 +222,6 @@ def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
         restored = Checkpoints(copy_of_trained, read_only=True).restore_state(shapes)
         assert int(restored.step) == 8, how
     assert "12 is damaged (fingerprints of params differ)" in capsys.readouterr().out
-    assert index_of({"a": np.float32([1, 2])}) != index_of({"a": np.float32([2, 1])})
     output = works(*_args(copy_of_trained))
     assert "checkpoint 12 is damaged" in output
     assert "continuing at step 8" in output
@@ -229,6 +233,11 @@ def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
     code, _, errors = here(*_args(copy_of_trained))
     assert (code, "every checkpoint is damaged" in errors) == (2, True), "no fresh start"
     assert (copy_of_trained / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_fingerprints_depend_on_the_order_of_numbers():
+    first, second = (index_of({"a": np.float32(a)}) for a in ([1, 2], [2, 1]))
+    assert first != second
 
 
 def test_one_compilation_and_divergence_that_names_step_and_metric(tmp_path, monkeypatch):
@@ -245,7 +254,7 @@ def test_one_compilation_and_divergence_that_names_step_and_metric(tmp_path, mon
         return train_step
 
     monkeypatch.setattr(train, "make_train_step", poisoned)
-    code, _, errors = here(*_args(tmp_path / "run", config="toy2d"))
+    code, _, errors = here(*_args(tmp_path / "run"))
     assert (code, len(traced)) == (1, 1)
     for text in ("step 6: ", "loss", "v_error", "checkpoint of step 4 is intact"):
         assert text in errors
@@ -268,6 +277,9 @@ def test_metrics_that_stand_still_name_the_first_bad_metric_only(parts, shapes):
     assert wrong == ["grad_norm"]
 
 
+SHAPE = (4, 4, 1)
+
+
 def _noisy(key, rows):
     """Two channels, a mean and a deviation, become one."""
     mean, deviation = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
@@ -277,17 +289,43 @@ def _noisy(key, rows):
 STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy)
 
 
+class Numbered:
+    """Elements that are their own index, with mirrors of their own."""
+
+    stored = STORED
+    spec = DataSpec(SHAPE)
+
+    def __len__(self):
+        return 7
+
+    def gather(self, indices):
+        x = np.ones((1, 4, 4, 2), np.float16) * indices[:, None, None, None].astype(np.float16)
+        return Batch(x, np.full(len(indices), -1, np.int32))
+
+
+def test_mirrors_come_from_the_source_where_it_has_them():
+    batches = make_batches(Numbered(), batch_size=10, seed=3, flip=True)
+    for step in range(3):
+        batch = next(batches)
+        assert batch.x.dtype == np.float16
+        expected = stream_indices(np.arange(10 * step, 10 * step + 10), length=7, seed=3)
+        expected = expected + 7 * stream_flips(10 * step, 10, seed=3)
+        np.testing.assert_array_equal(batch.x[:, 0, 0, 0], expected)
+
+
 def _error(state):
     return float(state.metrics["u_error"].compute())
 
 
 def test_every_visit_draws_anew_and_the_step_sees_what_was_drawn():
     """A far mean gives a large error; the deviation counts too."""
-    parts = parts_of(MLP(depth=1, width=16, num_classes=0), MeanFlow(), shape=(4, 4, 1), batch=8)
+    network = MLP(depth=1, width=16, num_classes=0)
+    parts = parts_of(network, MeanFlow(), shape=SHAPE, batch=8)
     parts = dataclasses.replace(parts, stored=STORED)
     state, train_step = jax.jit(lambda: initial_state(parts))(), jax.jit(make_train_step(parts))
-    rows, labels = np.ones((8, 4, 4, 2), np.float16), np.zeros(8, np.int32)
-    assert parts.batch[0].shape == rows.shape
+    assert parts.batch[0].shape == (8, 4, 4, 2)
+    rows = np.ones((8, 4, 4, 2), np.float16)
+    labels = np.zeros(8, np.int32)
     first = _error(train_step(state, rows, labels))
     assert first == _error(train_step(state, rows, labels))
     assert first != _error(train_step(state.replace(step=state.step + 1), rows, labels))

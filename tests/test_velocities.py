@@ -36,7 +36,9 @@ def _brute_force(rows, x, conditions, scale=1.0):
     found, start, noise = [], np.asarray(rows.x, np.float64), np.asarray(rows.e, np.float64)
     for i, t in enumerate(np.asarray(rows.t, np.float64)):
         z = (1 - t) * start[i] + t * noise[i]
-        alike = np.array(rows.dropped[i] | (conditions == rows.condition[i]))
+        alike = (
+            np.ones(len(x), bool) if rows.dropped[i] else np.array(conditions == rows.condition[i])
+        )
         data = np.asarray(x, np.float64)[alike]
         log = -np.sum((z - (1 - t) * data) ** 2, axis=1) / (2 * (scale * t) ** 2)
         weight = np.exp(log - log.max())
@@ -101,11 +103,16 @@ def test_a_batch_is_unbiased_since_a_row_is_among_its_own_data():
 
 def test_the_networks_own_velocity_in_the_tangent_is_improved_meanflow():
     weight, draws = AdaptiveWeight(p=0.5), _noisy()
-    ours = Estimated(MeanFlow(weight=weight), VelocityEstimate("network", tangent=1.0))
+    estimate = VelocityEstimate("network", tangent=1.0)
+    ours = Estimated(MeanFlow(weight=weight), estimate)
     theirs = ImprovedMeanFlow(weight=weight, velocity="boundary")
-    losses = [lambda p, o=o: o.loss(FIELD, p, draws)[0] for o in (ours, theirs)]
-    found = [jax.value_and_grad(loss)(PARAMS) for loss in losses]
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(
+        *(
+            jax.value_and_grad(lambda p, o=o: o.loss(FIELD, p, draws)[0])(PARAMS)
+            for o in (ours, theirs)
+        ),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -114,7 +121,8 @@ def test_shares_and_averages_reach_target_and_tangent():
     told = _estimated(VelocityEstimate("average", target=0.25, tangent=0.5), draws)
     for rows in (told.instant, told.interval):
         v, z = rows.e - rows.x, interpolate(rows.x, rows.e, t=rows.t)
-        condition = Condition(jnp.where(rows.dropped, -1, rows.condition))
+        labels = jnp.where(rows.dropped, -1, rows.condition)
+        condition = Condition(labels)
         teacher = FIELD(OTHER, z, r=rows.t, t=rows.t, condition=condition).u
         np.testing.assert_allclose(rows.v, v + 0.25 * (teacher - v), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(rows.tangent, v + 0.5 * (teacher - v), rtol=1e-5, atol=1e-6)
