@@ -1,6 +1,6 @@
 """MeanFlow on the 1,797 real 8x8 digits of scikit-learn, by class, unguided: the main job.
 
-Hardware: 2 CPU cores, 2 to 3 minutes. Expected at one step: 98 % of the samples in their class.
+Hardware: 2 CPU cores, under 3 minutes. Expected at one step: 97 % of the samples in their class.
 Times lean towards long intervals, which a single step needs most. Optimal transport deals the noise
 of a class, and the network predicts the picture: docs/recipes.md has what was tried.
 Command: bash launch/local.sh
