@@ -15,7 +15,7 @@ from mf_jax.flow.records import Prediction
 from mf_jax.flow.times import UniformTimes
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.models import SIZES as PUBLISHED_SIZES
-from mf_jax.models import DiT
+from mf_jax.models import DiT, InContextDiT
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated
 from mf_jax.objectives.alpha_flow import AlphaFlow
 from mf_jax.objectives.flow_matching import FlowMatching
@@ -136,6 +136,19 @@ def test_guided_step_of_small_dit():
     steps = (_program("S", 16, patch_size=4, depth=depth) for depth in (1, 2))
     one, two = (step.cost_analysis()["flops"] / 1e9 for step in steps)
     assert one + 11 * (two - one) < 206
+
+
+def test_improved_step_with_heads_of_8_blocks():
+    """GFLOP of a step of 16 rows, linear in 4 shared blocks and 8 of each head; published: 539."""
+    sizes = {"patch_size": 4, "width": 384, "num_heads": 6, "num_classes": 1000}
+    more = {"shape": (32, 32, 4), "batch": 16, "instant_share": 0.5, "omega_max": 8.0}
+    base, shared, heads = (
+        lowered_step(parts_of(network, ImprovedMeanFlow(), **more)).cost_analysis()["flops"] / 1e9
+        for network in (
+            InContextDiT(**sizes, depth=n, head_depth=m) for n, m in ((2, 1), (3, 1), (3, 2))
+        )
+    )
+    assert base + 3 * (shared - base) + 7 * (heads - base) < 426
 
 
 def test_memory_of_a_guided_step_that_computes_blocks_again():

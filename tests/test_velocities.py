@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from oracle import STD, class_mean, exact_draws, gaussian_field, gaussian_velocity
 
+from configs.digits import get_config as digits
+from mf_jax.config import make_objective
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Condition, Draws
@@ -143,6 +145,11 @@ def test_a_teacher_is_refused_where_an_average_is_not_its_own():
         Estimated(PixelMeanFlow(), VelocityEstimate("batch", 1.0))
     with pytest.raises(BadInput, match="knows no data"):
         _estimated(VelocityEstimate("data", 1.0), _noisy())
+    config = digits("esc")
+    assert isinstance(make_objective(config), Estimated)
+    config.coupling.name = "optimal_transport"
+    with pytest.raises(BadInput, match=r"coupling\.name='optimal_transport'.*use independent"):
+        make_objective(config)
     with pytest.raises(BadInput, match=r"velocity\.target=2"):
         VelocityEstimate("batch", 2.0)
 
