@@ -36,7 +36,7 @@ from mf_jax.validation import validate
 
 RUNS, DOCUMENT, PICTURES = Path("runs/results"), Path("docs/results.md"), "one_step.npy"
 CONFIGS = {"digits": digits.get_config, "mnist": mnist.get_config}
-NUM_STEPS = {"digits": 1200, "mnist": mnist.get_config().train.num_steps}
+NUM_STEPS = {"digits": 1200, "mnist": 800}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
     "MeanFlow": digits.ROWS[""],
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 ROWS = tuple(
     Row(group, method, seed, f"{group}/{method.replace(' ', '_')}_{seed}")
-    for group, method, seed in product(CONFIGS, METHODS, range(SEEDS))
+    for group, seed, method in product(CONFIGS, range(SEEDS), METHODS)  # a table after one seed
 )
 
 

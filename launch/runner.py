@@ -183,5 +183,6 @@ def _cell(values: Sequence[Any], form: str, best: Callable | None, i: int) -> st
         return "–"
     text = format(means[i], form) if math.isfinite(means[i]) else "diverged"
     if math.isfinite(means[i]) and np.ptp(values[i]) > 0:
-        text += f" ± {format(float(np.std(values[i], ddof=1)), form)}"
+        spread = format(float(np.std(values[i], ddof=1)), form)
+        text += f" ± {spread}" * (spread != "0")  # a count that does not depend on the seed
     return f"**{text}**" if best and len(known) > 1 and means[i] == best(known) else text

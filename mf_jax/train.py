@@ -11,6 +11,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,12 +139,12 @@ def first_state(
     frozen: PyTree = None,
 ) -> TrainState:
     """Return the newest undamaged state, else one of weights, else the seed's."""
-    shapes = jax.eval_shape(lambda: initial_state(parts))
+    make = jax.jit(functools.partial(initial_state, parts), inline=True)
+    shapes = jax.eval_shape(make, None)
     shardings = state_sharding(mesh, shapes)
     if (state := checkpoints.restore_state(placed(shapes, shardings))) is None:
         params = None if weights is None else jax.device_put(weights, shardings.params)
-        first = jax.jit(lambda params: initial_state(parts, params), out_shardings=shardings)
-        state = first(params)
+        state = jax.jit(make, out_shardings=shardings)(params)
     return state.replace(frozen=jax.device_put(frozen, shardings.frozen))
 
 

@@ -27,7 +27,7 @@ def test_every_run_has_a_valid_config_of_its_own_and_mnist_may_be_a_file(tmp_pat
     monkeypatch.setenv("MF_MNIST", str(file))
     configs = [make_config(row, 240) for row in ROWS]
     assert len({json.dumps(runner.decisive(config)) for config in configs}) == 2 * 9 * 3
-    for config in configs[:: results.SEEDS]:
+    for config in (each for each in configs if each.seed == 0):
         side = validate(config, num_devices=1).spec.shape[0]
         assert (side, config.model.depth) in ((8, configs[0].model.depth), (28, 4))
         assert config.objective.anneal_to == config.train.num_steps == 240
@@ -52,7 +52,7 @@ def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
     small = {"RUNS": tmp_path, "DOCUMENT": tmp_path / "page.md", "QUIET": results.QUIET | SMALL}
     small |= {"NUM_STEPS": {"digits": 12}, "STEPS": (1, 4), "compile_step": compiled}
     small |= {"cost_of": functools.cache(results.cost_of.__wrapped__), "whole_run": run}
-    first, small["ROWS"] = ROWS[0], (ROWS[0], ROWS[24])
+    first, small["ROWS"] = ROWS[0], (ROWS[0], ROWS[8])
     for name, value in small.items():
         monkeypatch.setattr(results, name, value)
     for starts in ([f"[{i + 1}/2] {row.run}" for i, row in enumerate(small["ROWS"])], []):
@@ -63,11 +63,11 @@ def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
     real, samples = np.load(tmp_path / first.run / results.PICTURES)
     assert real.mean() != samples.mean()
     assert (tmp_path / "page" / "digits.png").stat().st_size > 2_000
-    (second := tmp_path / ROWS[1].run).mkdir()
+    (second := tmp_path / ROWS[9].run).mkdir()
     runner.borrow_classifier(second)
     (file,), (row,) = second.glob("classifier-*.npz"), read_rows(epath.Path(second))
     assert row["classifier_sha256"] == sha256_of(file)
-    monkeypatch.setattr(results, "ROWS", (*small["ROWS"], ROWS[1]))
+    monkeypatch.setattr(results, "ROWS", (*small["ROWS"], ROWS[9]))
     for row in result["rows"][1:]:
         row |= {key: 2 * row[key] + 1 for key in results.SCORES}
     result["config"]["seed"] = 1

@@ -1,5 +1,6 @@
 """Pure networks, and how one becomes the `Field` that objectives and samplers see."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -61,7 +62,13 @@ def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray
     """Return a network's fresh float32 parameters for elements of a shape."""
     z, time = jnp.zeros((1, *shape)), jnp.zeros((1,))
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
-    return jax.jit(network.init)(key, z, r=time, t=time, condition=condition)["params"]
+    return _initialiser(network)(key, z, r=time, t=time, condition=condition)["params"]
+
+
+@functools.lru_cache(64)
+def _initialiser(network: nn.Module) -> Callable:
+    """Return the one function that JAX traces once for equal networks."""
+    return jax.jit(network.init)
 
 
 def parameter_shapes(network: nn.Module, shape: tuple[int, ...]) -> PyTree:

@@ -20,6 +20,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 @jax.jit
 def _fingerprints(tree: PyTree) -> list[jax.Array]:
+    @jax.jit  # traced once for all arrays of a shape
     def fingerprint(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
