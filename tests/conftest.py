@@ -12,9 +12,9 @@ from etils import epath
 from etils.epath.backend import fsspec_backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from jobs import PICTURES, works
 from jobs import ROOT as ROOT
 from jobs import TINY as TINY
-from jobs import works
 from recorded import DIFFERENCES, FOLDER
 
 from mf_jax.flow.errors import BadInput
@@ -104,7 +104,7 @@ def refuses(message, act, *arguments, **more):
 def trained(tmp_path_factory):
     """Return the workdir of a tiny finished run of configs/digits.py; do not change it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    works(f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY)
+    works(f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY, PICTURES)
     return workdir
 
 

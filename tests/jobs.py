@@ -24,13 +24,15 @@ TINY = (
     "--config.optim.warmup_steps=0",
     "--config.coupling.name=independent",  # the other compiles for long
     "--config.train.log_every_steps=3",
-    "--config.log.sample_every_steps=5",
+    "--config.log.sample_every_steps=0",
     "--config.ema.every_steps=5",  # which no checkpoint falls on
     "--config.checkpoint.every_steps=4",
     "--config.eval.num_samples=80",
     "--config.eval.steps=1,2",
 )
 """Makes any config of digits or toy2d a matter of seconds."""
+PICTURES = "--config.log.sample_every_steps=5"
+"""Pictures before the last step too, each with a report: they take as long as the rest."""
 
 
 class Ended(NamedTuple):

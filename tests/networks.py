@@ -75,12 +75,9 @@ class Answers(NamedTuple):
     fresh_params: Any
 
 
-shapes_of = functools.cache(parameter_shapes)
-
-
 def draw(network, shape):
     """Return random parameters of a network, none of them zero, those of norms near 1."""
-    rng, shapes = np.random.default_rng(1), flatten_dict(shapes_of(network, shape), sep="/")
+    rng, shapes = np.random.default_rng(1), flatten_dict(parameter_shapes(network, shape), sep="/")
     drawn = {
         name: np.float32(name.endswith("scale") + 0.3 * rng.standard_normal(leaf.shape))
         for name, leaf in shapes.items()

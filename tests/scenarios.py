@@ -26,7 +26,6 @@ POINTS = (
     f"--config={ROOT}/configs/toy2d.py",
     *TINY,
     "--config.model.width=128",
-    "--config.log.sample_every_steps=0",
     "--config.eval.steps=(1,)",
 )
 """A run of points, compiled soon; it is wide enough for parameters that are worth splitting."""

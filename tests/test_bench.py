@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, TINY
 from jax.sharding import AbstractMesh
 from jobs import here
-from networks import shapes_of
 
 from configs.digits import get_config as digits
 from configs.toy2d import get_config as toy2d
@@ -29,7 +28,7 @@ from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.generator import Generator
-from mf_jax.models import as_field
+from mf_jax.models import as_field, parameter_shapes
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state, make_train_step
@@ -108,7 +107,7 @@ def test_they_print_what_they_write(outcomes):
         assert set(OF_A_RESULT.split()) <= result.keys()
         spec, config = (POINTS, toy2d()) if RUNS[what][0] == "toy2d" else (DIGITS, digits())
         config.model.update(SMALL)
-        shapes = shapes_of(make_network(config, spec), spec.shape)
+        shapes = parameter_shapes(make_network(config, spec), spec.shape)
         num = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         batch = {"sample": 24, "scores": 40}.get(what, 16)
         assert (result["num_parameters"], result["batch_size"]) == (num, batch)
@@ -206,7 +205,7 @@ def test_rates_of_sampling_reading_and_attention(outcomes):
     z, t = jnp.ones((24, 8, 8, 1)), jnp.ones(24)
     condition = Condition(jnp.zeros(24, jnp.int32))
     forward = jax.jit(lambda params: as_field(network)(params, z, r=t, t=t, condition=condition).u)
-    flops = forward.lower(shapes_of(network, (8, 8, 1))).cost_analysis()["flops"]
+    flops = forward.lower(parameter_shapes(network, (8, 8, 1))).cost_analysis()["flops"]
     assert 24 * row["gflop_per_image"] == pytest.approx(flops / 1e9, rel=0.02)
 
     assert [row["into"] for row in outcomes["input"][2]["rows"]] == ["host memory", "devices"]
@@ -311,7 +310,7 @@ def test_a_step_fits_where_xla_says_so(tmp_path):
     whole, split = (json.loads(path.read_text()) for path in files)
     config = toy2d()
     config.model.update(depth=1, width=WIDTH)
-    shapes = shapes_of(make_network(config, POINTS), (2,))
+    shapes = parameter_shapes(make_network(config, POINTS), (2,))
     for result, mesh in ((whole, (4, 1)), (split, (1, 4))):
         (row,) = result["rows"]
         shardings = state_sharding(AbstractMesh(mesh, ("data", "fsdp")), shapes)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import CASES, draw, shapes_of
+from networks import CASES, draw
 
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models import (
@@ -17,6 +17,7 @@ from mf_jax.models import (
     as_field,
     initial_params,
     layers,
+    parameter_shapes,
     with_gather,
 )
 from mf_jax.models.blocks import laid_out_like, stack_blocks, unstack_blocks
@@ -70,7 +71,7 @@ def test_x_is_kept_in_memory_on_cpus_alone_and_no_bit_changes(monkeypatch):
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         for name, network in NETWORKS.items():
-            params = shapes_of(network, SHAPE)
+            params = parameter_shapes(network, SHAPE)
             program = jax.make_jaxpr(lambda p, network=network: _loss(network, p))(params)
             counts[name].append(str(program).count(" div "))
         found.append(jax.jit(lambda x: jax.jvp(jax.value_and_grad(kept), (x,), (x,)))(x))
@@ -81,11 +82,11 @@ def test_x_is_kept_in_memory_on_cpus_alone_and_no_bit_changes(monkeypatch):
 
 def test_layouts_are_inverse_keep_the_order_and_fit_a_loop():
     for network in NETWORKS.values():
-        params, like = draw(network, SHAPE), shapes_of(network.clone(scan=True), SHAPE)
+        params, like = draw(network, SHAPE), parameter_shapes(network.clone(scan=True), SHAPE)
         there = laid_out_like(params, like)
         assert jax.tree.map(np.shape, there) == jax.tree.map(lambda a: a.shape, like)
         assert "block_0" not in str(jax.tree.structure(like))
-        back = laid_out_like(there, shapes_of(network, SHAPE))
+        back = laid_out_like(there, parameter_shapes(network, SHAPE))
         jax.tree.map(np.testing.assert_array_equal, back, params)
         assert laid_out_like(params, params) is params
     many = {f"block_{i}": {"w": np.full(2, i)} for i in reversed(range(12))}
@@ -113,7 +114,7 @@ def test_each_block_gathers_its_own_parameters_whatever_network_it_is_wrapped_in
 
     for scan, name in ((False, "block_0"), (True, "blocks")):
         network = NETWORKS["in_context_dit"].clone(scan=scan, remat="block")
-        shapes = shapes_of(network, SHAPE)
+        shapes = parameter_shapes(network, SHAPE)
         wrapped = DataPrediction(network) if scan else network
         assert gathered(wrapped, shapes) == {name, f"u_head/{name}", f"v_head/{name}"}
     network = MLP(depth=1, width=8, num_classes=0)
@@ -131,14 +132,14 @@ def test_gathered_parameters_are_those_that_blocks_compute_with():
 
 def _saved(network):
     """Return how many numbers a gradient keeps from forward to backward, besides parameters."""
-    params = shapes_of(network, SHAPE)
+    params = parameter_shapes(network, SHAPE)
     _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: _loss(network, p), p), params)
     kept, own = (sum(a.size for a in jax.tree.leaves(tree)) for tree in (pullback, params))
     return kept - own
 
 
 def _lowered(network):
-    params = shapes_of(network, SHAPE)
+    params = parameter_shapes(network, SHAPE)
     return jax.jit(jax.grad(lambda p: _loss(network, p))).lower(params)
 
 
@@ -165,7 +166,7 @@ def test_only_the_embeddings_multiply_matrices_in_float32():
     inputs = {"r": jnp.zeros(1), "t": jnp.ones(1), "condition": Condition(jnp.zeros(1, int))}
     field = as_field(network.clone(dtype="bfloat16"))
     trace = jax.make_jaxpr(lambda params: field(params, jnp.zeros((1, *shape)), **inputs))
-    program = str(trace(shapes_of(network, shape)))
+    program = str(trace(parameter_shapes(network, shape)))
     assert "bf16[1,28,32] = dot_general" in program, "20 tokens before 8 patches"
     two_layers_of_4_numbers = program.count("f32[1,32] = dot_general")
     assert two_layers_of_4_numbers == 2 * 4

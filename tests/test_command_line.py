@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT, TINY
 from etils import epath
 from jobs import here, works
-from networks import shapes_of
 
 from configs import digits
 from mf_jax.arguments import MODES, last_of_each, parse
@@ -157,8 +156,7 @@ ROUNDS_OF_TOY = (
 )
 
 
-def test_bad_keys_are_refused_together_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("mf_jax.validation.parameter_shapes", shapes_of)  # of few networks
+def test_bad_keys_are_refused_together_before_anything_is_written(tmp_path):
     run = f"--workdir={tmp_path}/run"
     for override, words in REFUSED_BY_THE_PARSER.items():
         _assert_refused(here(DIGITS, run, *TINY, f"--config.{override}"), *words)

@@ -15,7 +15,7 @@ from oracle import STD, gaussian_average
 import mf_jax
 from launch import open_problems
 from launch.runner import runs_of
-from launch.small import measures, training
+from launch.small import data, measures, training
 from launch.small.data import MAPS, Data, assignment, data_of, dealt
 from launch.small.training import Fitted, Training, Tuned
 from mf_jax.data.arrays import of_file
@@ -38,6 +38,9 @@ def test_every_setting_has_one_run_and_the_page_its_tables_and_figures():
 
 def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "SEEDS", 2)
+    monkeypatch.setattr(data, "POOL", 1024)
+    for module in (open_problems, measures, training):
+        monkeypatch.setattr(module, "data_of", data_of.__wrapped__)
     shutil.copy(ROOT / "docs" / "open_problems.md", tmp_path / "open_problems.md")
     monkeypatch.setattr(open_problems, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(open_problems, "DOCUMENT", tmp_path / "open_problems.md")
@@ -80,7 +83,8 @@ def test_what_is_measured_is_what_closed_forms_say():
     e = np.random.default_rng(1).normal(size=(500, 2)).astype(np.float32)
     own = measures.sample_scores(e, Data(e, e, e))
     assert (own["w2"], own["recall"], own["nearest"]) == pytest.approx((0, 1, 0), abs=1e-3)
-    apart = data_of("tilted").x - dealt("tilted", 1024) @ MAPS["tilted"]
+    many = "tilted 2048"
+    apart = data_of(many).x - dealt(many, 1024) @ MAPS["tilted"]
     assert np.sqrt(np.mean(apart**2)) < 0.2
 
 

@@ -7,13 +7,12 @@ import optax
 import optax.contrib
 import pytest
 from flax.traverse_util import flatten_dict
-from networks import shapes_of
 from recorded import FOLDER
 
 from configs.default import get_config
 from mf_jax.config import averages
 from mf_jax.flow.errors import BadInput
-from mf_jax.models import DiT, InContextDiT, UNet
+from mf_jax.models import DiT, InContextDiT, UNet, parameter_shapes
 from mf_jax.models.blocks import stack_blocks
 from mf_jax.optim import (
     choose_ema,
@@ -138,7 +137,7 @@ def test_muon_moves_what_is_a_matrix_in_the_published_code():
     case = np.load(FOLDER / "pmf_no_perceptual.npz")
     published = [name for name in case if name.startswith("params/net/") and case[name].ndim == 2]
     matrices = {our_name("pmf", name.removeprefix("params/net/"))[0] for name in published}
-    ours = flatten_dict(muon_dimensions(shapes_of(NETWORKS["pmf"], SHAPE)), sep="/")
+    ours = flatten_dict(muon_dimensions(parameter_shapes(NETWORKS["pmf"], SHAPE)), sep="/")
     moved = {name for name, dimensions in ours.items() if dimensions is not None}
     assert moved == {name for name in matrices if name in ours}
     assert len(moved) > 20
@@ -148,8 +147,8 @@ def test_muon_moves_what_is_a_matrix_in_the_published_code():
 
 def test_muon_leaves_tables_norms_biases_and_convolutions_to_adam():
     for network in NETWORKS.values():
-        shapes = flatten_dict(shapes_of(network, SHAPE), sep="/")
-        dimensions = flatten_dict(muon_dimensions(shapes_of(network, SHAPE)), sep="/")
+        shapes = flatten_dict(parameter_shapes(network, SHAPE), sep="/")
+        dimensions = flatten_dict(muon_dimensions(parameter_shapes(network, SHAPE)), sep="/")
         for leaf, shape in shapes.items():
             sees_data = "patch_embedding" in leaf or "bottleneck" in leaf
             if not leaf.endswith("kernel") or sees_data or len(shape.shape) > 2:
@@ -185,7 +184,7 @@ def test_muon_moves_a_matrix_by_a_nearly_orthogonal_one():
 
 def test_blocks_in_a_loop_move_as_blocks_one_after_another():
     """Each layer's matrix, and each part of a fused one, is made orthogonal by itself."""
-    params, gradient = (_random(shapes_of(NETWORKS["dit"], SHAPE), seed) for seed in (0, 1))
+    params, gradient = (_random(parameter_shapes(NETWORKS["dit"], SHAPE), seed) for seed in (0, 1))
     apart = stack_blocks(_step(params, gradient))
     together = _step(stack_blocks(params), stack_blocks(gradient))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), apart, together)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from etils import epath
-from jobs import here, tiny_config, works
+from jobs import PICTURES, here, tiny_config, works
 from networks import draw
 from steps import parts_of
 
@@ -83,7 +83,7 @@ def test_a_run_leaves_what_it_says(trained):
 
 def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
     workdir = tmp_path / "run"
-    arguments = _args(workdir, "--config.checkpoint.every_steps=1000")
+    arguments = _args(workdir, "--config.checkpoint.every_steps=1000", PICTURES)
     advance = train.RunLog.advance
 
     def stop_at_7(log, step):

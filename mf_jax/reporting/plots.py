@@ -27,6 +27,7 @@ EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
 
 _INK, _MUTED, _FAINT, _BLUE = "#1f2933", "#66727f", "#d9dee4", "#2563eb"
 _BINS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
+_MARGINS = {"left": 0.17, "right": 0.98, "bottom": 0.14, "top": 0.96}
 _STYLE = {
     "font.size": 8,
     "text.parse_math": False,  # a name may hold a $
@@ -42,6 +43,8 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 7.5,
     "savefig.dpi": 180,
+    # of curves, whose labels are short: a layout takes as long as the rest
+    **{f"figure.subplot.{side}": x for side, x in _MARGINS.items()},
 }
 _SIGNAL_ROWS = 6
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
@@ -211,8 +214,8 @@ def _finish_curves(ax: Any, values: np.ndarray) -> None:
     # beyond a factor of 1000 the few smallest values would take the whole axis
     if 0 < 4 * values.min() < values.max() < 1000 * values.min():
         ax.set_yscale("log", subs=(2, 5))
-        ax.yaxis.set_minor_formatter("{x:g}")
-    ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:.4g}")
+    ax.yaxis.set_major_formatter("{x:.4g}")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(axis="y", which="both")
     ax.spines[["left", "right", "top"]].set_visible(False)
@@ -246,7 +249,7 @@ def _figure(
     """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
     size = (columns * width, rows * height + 0.3 * len(title.splitlines()))
     with mpl.rc_context(_STYLE):
-        sheet = figure.Figure(figsize=size, layout="constrained")
+        sheet = figure.Figure(figsize=size, layout="constrained" if title else None)
         if title:
             sheet.suptitle(title)
         yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
