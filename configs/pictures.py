@@ -21,18 +21,22 @@ _GPU = {
 }
 _LAPTOP = {  # times and weight of the digits, which lean to the long intervals of a single step
     "model.depth": 4,
-    "model.width": 128,
-    "model.num_heads": 4,
+    "model.width": 192,
+    "model.num_heads": 6,
+    "model.patch_size": 8,
+    "model.prediction": "data",
+    "coupling.name": "optimal_transport",
     "times.t_mean": 0.4,
     "times.t_std": 1.2,
     "times.r_mean": -2.0,
     "times.r_std": 1.4,
     "draws.instant_share": 0.5,
     "weight.p": 0.5,
-    "train.num_steps": 1600,
-    "train.batch_size": 64,
-    "train.microbatch": 32,  # more rows do not fit the cache
-    "optim.lr": 2e-3,
+    "train.num_steps": 1300,
+    "train.batch_size": 128,
+    "train.microbatch": 64,  # more rows do not fit the cache
+    "optim.name": "muon",
+    "optim.lr": 0.015,
     "optim.warmup_steps": 100,
     "optim.schedule": "cosine",
     "ema.decays": (0.998,),

@@ -76,6 +76,12 @@ def first_moments(parts, mesh, compiled):
     return jax.tree.leaves(jax.device_get(compiled(*given).opt_state[0].mu))
 
 
+def relative(ours, theirs):
+    """Return the largest difference of arrays, each relative to its largest number."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs)
+
+
 def attention_on_four():
     """Return what fused attention with rows and heads, or rows and tokens, split exchanges.
 
@@ -105,7 +111,8 @@ def main():
     """Print {mesh/case/gather: {"collectives", "split", "in_blocks", "whole", "apart"}}.
 
     "split" and "whole" count numbers in the parameters, "in_blocks" the split ones of blocks.
-    "apart" is the largest relative difference between the gradients of a loop and one device's.
+    "apart" is the largest relative difference between the gradients of a loop and one device's, "in
+    parts" the same of a batch and of its quarters in turn.
     """
     out = {"attention": attention_on_four()}
     for chosen in CHOSEN:
@@ -131,10 +138,11 @@ def main():
                 alone = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
                 of_one = first_moments(parts, alone, lowered_step(parts, alone).compile())
             of_all = first_moments(parts, mesh, compiled)
-            out[chosen]["apart"] = max(
-                float(jnp.abs(a - b).max() / jnp.abs(a).max())
-                for a, b in zip(of_one, of_all, strict=True)
-            )
+            out[chosen]["apart"] = relative(of_one, of_all)
+        if name == "flow":
+            split = dataclasses.replace(parts, microbatch=BATCH // 4)
+            both = (parts, compiled), (split, lowered_step(split, mesh).compile())
+            out["in parts"] = relative(*(first_moments(p, mesh, step) for p, step in both))
     print(json.dumps(out))
 
 

@@ -97,3 +97,4 @@ def test_each_device_computes_attention_of_its_rows_alone(compiled):
 def test_eight_devices_compute_what_one_computes(compiled):
     assert compiled["both/loop/step"]["apart"] < 1e-6
     assert compiled["both/loop/block"]["apart"] < 1e-6
+    assert compiled["in parts"] < 1e-5
