@@ -82,7 +82,10 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     if source.stored or len(source) * math.prod(source.spec.shape) > _MOST_KNOWN:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
     whole = read(source)
-    return {"data": whole.x, "labels": whole.labels if source.spec.num_classes else None}
+    if source.spec.more:
+        problem = f"data with {', '.join(source.spec.more)}"
+        raise BadInput(f"velocity.source='data': takes no {problem}; use batch")
+    return {"data": whole.x, "labels": whole.labels}
 
 
 def _perceptual(section: ConfigDict) -> Perceptual:

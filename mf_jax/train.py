@@ -76,6 +76,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         draws = can_draw(config, source)
     draws = all(processes.from_all(draws))  # drawing takes every process
     parts, weights, sha256 = step_parts(config, source), None, ""
+    with processes.together():
+        _ = parts.metric_names  # traces a loss, and refuses what does not fit
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         sha256 = weights_sha256(config)

@@ -96,6 +96,9 @@ def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, s
     if x.ndim not in _RANKS:
         kinds = " or ".join(_RANKS.values())
         raise BadInput(f"{where}: x is {list(x.shape)}; must be {kinds}: reshape it")
+    if x.dtype == np.uint8 and x.ndim == 3:
+        fix = "of grey pictures save x[..., None], of signals floats"
+        raise BadInput(f"{where}: x is uint8 {list(x.shape)}; pictures are {_RANKS[4]}: {fix}")
     if min(x.shape) < 1 or len(x) < 2:
         raise BadInput(f"{where}: x is {list(x.shape)}; must have 2 rows or more, none empty")
     for key, array in arrays.items():

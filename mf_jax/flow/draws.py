@@ -120,7 +120,7 @@ class DrawScheme:
     def draw(
         self,
         key: PRNGKeyArray,
-        x: Points,
+        x: Shaped[Array, "b ..."],
         condition: PyTree = None,
         *,
         e: Float[Array, "..."] | None = None,
@@ -130,13 +130,16 @@ class DrawScheme:
         """Draw one step; raise BadInput at a batch that is no multiple of `group`.
 
         Args:
-          x: data `[B, ...]` of any rank.
+          x: data `[B, ...]` of any rank, floating point; half precision becomes float32.
           condition: any tree of arrays `[B, ...]`; classes are one int array `[B]`.
           e: like x, the noise that belongs to each row; drawn, normal, unless given.
           mask: bool that broadcasts to x, True where a number counts; what it hides may be NaN.
           null: a tree like condition without the axis B, or one array for all: what a row without
             its condition is told. Classes alone have a default, `NO_LABEL`.
         """
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise BadInput(f"x: is {x.dtype}; must be floating point, of pictures x / 127.5 - 1")
+        x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))  # as precise as times are
         num_rows = x.shape[0]
         if num_rows == 0 or num_rows % self.group:
             below = num_rows - num_rows % self.group
@@ -156,7 +159,7 @@ class DrawScheme:
             e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
-        mask = _mask_of(mask, x)
+        mask, e = _mask_of(mask, x), jnp.asarray(e, x.dtype)
         if self.coupling is not None:
             e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:

@@ -50,7 +50,7 @@ def in_section(name: str) -> Iterator[None]:
 
 def check_known(key: str, name: str, known: Iterable[str]) -> None:
     """Raise BadInput, which lists the known names and the nearest, unless a key's name is known."""
-    if name not in known:
+    if name not in (known := list(known)):
         raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
 
 

@@ -6,6 +6,7 @@ Source: MeanFlow, arXiv 2505.13447, equation 12.
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class SamplePlan:
         falls = all(a > b for a, b in itertools.pairwise(grid))
         if grid and not (len(grid) > 1 and grid[0] == 1 and grid[-1] == 0 and falls):
             raise BadInput(f"times={grid}: must fall strictly from 1.0 to 0.0, as (1.0, 0.5, 0.0)")
+        if not isinstance(self.steps, numbers.Integral):
+            raise BadInput(f"steps={self.steps!r}: must be a whole number")
         check_within("steps", self.steps, 0 if grid else 1, 10**6)
         check_within("batch_size", self.batch_size, 1, math.inf, "[)")
         check_within("seed", self.seed, 0, 2**31, "[)")

@@ -99,9 +99,18 @@ class VelocityEstimate:
         if self.source == "data":
             if self.data is None:
                 raise BadInput("velocity.source='data': knows no data; give VelocityEstimate(data)")
-            return jnp.asarray(self.data), self.labels
+            own, rows = (jnp.asarray(self.data), self.labels), draws.interval
+            told, theirs = (jax.tree.map(_row_shape, x) for x in (own, (rows.x, rows.condition)))
+            if told != theirs:
+                problem = f"data and labels of shapes {told} for x and condition of {theirs}"
+                raise BadInput(f"velocity.source='data': {problem}; give one of each for each row")
+            return own
         both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
         return both.x, both.condition
+
+
+def _row_shape(array: Any) -> tuple[int, ...]:
+    return jnp.shape(array)[1:]
 
 
 def _plug_in(rows: Rows, x: Float[Array, "m ..."], condition: PyTree, noise_scale: float) -> Points:

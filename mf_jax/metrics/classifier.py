@@ -17,12 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
 from mf_jax.flow.draws import key_of
+from mf_jax.reporting.progress import track
 from mf_jax.runtime.archives import read_npz, write_npz
 from mf_jax.runtime.files import sha256_of
 
 FEATURES_KEPT = 64
 SMALLEST_SIDE = 8
 _INFERENCE_BATCH = 256
+_TITLE = "classifier of real data"
 Described = tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n k"] | None]
 """Features of images, and their logits where there are classes."""
 
@@ -46,6 +48,7 @@ def train_classifier(
     *,
     file: epath.PathLike = "",
     trusted: Collection[str] = (),
+    show_progress: bool = False,
 ) -> Callable[[Float[np.ndarray, "m h w c"]], Described]:
     """Train a classifier; return the function from images to their features and logits.
 
@@ -61,17 +64,20 @@ def train_classifier(
     else:
         if is_there:
             print(f"{file}: no stored score was made with it; the classifier is trained again")
-        params = _train(images, labels, num_classes, recipe)
+        params = _train(images, labels, num_classes, recipe, show_progress)
         if file:
             write_npz(file, flatten_dict(params, sep="/"))
     return functools.partial(_describe, num_classes, params)
 
 
-def _train(images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe) -> PyTree:
+def _train(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe, show_progress: bool
+) -> PyTree:
     params = jax.jit(_Network(num_classes).init)(key_of(recipe.seed), images[:1])
     state = params, _optimiser(recipe).init(params)
     # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
-    for batch in _batches(images, labels, recipe):
+    shown = {"per_step": recipe.batch_size, "is_wanted": show_progress}
+    for batch in track(_batches(images, labels, recipe), _TITLE, recipe.steps, **shown):
         state = _train_step(num_classes, recipe, state, *batch)
     return jax.device_get(state[0])
 

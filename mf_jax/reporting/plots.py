@@ -91,7 +91,8 @@ def save_signals(
     """Save signals of the data, whose range sets the axes, beside samples, of 4 channels each."""
     middle, reach = (data.min() + data.max()) / 2, 0.6 * np.ptp(data) or 1.0
     panels = [(f"data ({len(data):,})", data), (f"samples ({len(samples):,})", samples)]
-    with _figure(path, _SIGNAL_ROWS, 4, width=2.1, height=1.1, title=title) as (_, axes):
+    rows = min(_SIGNAL_ROWS, -(-max(len(data), len(samples)) // 2))
+    with _figure(path, rows, 4, width=2.1, height=1.1, title=title) as (_, axes):
         for i, ax in enumerate(axes):
             name, signals = panels[i % 4 // 2]
             ax.set(ylim=(middle - reach, middle + reach), xticks=[], yticks=[])

@@ -62,12 +62,12 @@ def save_sample_grid(
     if oblong <= _MOST_OBLONG:
         each -= each % columns * (len(classes) > 1)  # whole rows
         chosen = [np.flatnonzero(labels == k)[:each] for k in classes]
-        names = [_class_name(k, class_names) for k in classes.tolist()]
+        names = [class_name(k, class_names) for k in classes.tolist()]
         rows = [(name, images[at]) for name, at in zip(names, chosen, strict=True)]
         sheet = _sheet(rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
-        names = [_class_name(k, class_names) for k in labels.tolist()] if class_names else ()
+        names = [class_name(k, class_names) for k in labels.tolist()] if class_names else ()
         columns, _ = _columns(1, len(images), shape)
         sheet = _sheet([("", images)], columns, caption, names)
     _save(path, sheet, caption)
@@ -148,7 +148,8 @@ def _sheet(
     return sheet
 
 
-def _class_name(label: int, class_names: Sequence[str]) -> str:
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """Return what people call a label."""
     if label == NO_LABEL:
         return "no label"
     return str(class_names[label]) if 0 <= label < len(class_names) else str(label)

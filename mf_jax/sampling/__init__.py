@@ -28,6 +28,7 @@ from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
 from mf_jax.reporting.sample_grid import (
     REAL_FILE,
+    class_name,
     describe,
     few_classes,
     save_animation,
@@ -79,19 +80,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if generator.spec.more.keys() - given:
         rows = in_turn(make_source(config.data, split="held_out"), len(labels))
         labels, given = labels if section.labels else rows.labels, rows.more | given
+    plan = sample_plan(config)
     with in_section("sample"):
-        samples = generator.sample(labels, plan=sample_plan(config), **given)
+        samples = generator.sample(labels, plan=plan, **given)
     if processes.is_first():
         _save(config, workdir, generator, samples, labels, given)
     for name in section.views:  # all processes draw samples
         with left_out(_PLACES[name]):
-            _VIEWS[name](workdir / _PLACES[name], generator, sample_plan(config))
+            _VIEWS[name](workdir / _PLACES[name], generator, plan)
     if processes.is_first():
         with left_out(_PLACES["report"]):
             write_report(workdir)
         source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
         print(f"{len(samples)} samples from {source}:")
-        run_folder.tell(workdir, **_PLACES)
+        made = [name for name in _PLACES if name not in _VIEWS or name in section.views]
+        run_folder.tell(workdir, **{name: _PLACES[name] for name in made})
 
 
 def _save(
@@ -123,9 +126,16 @@ def _check_views(views: Sequence[str], spec: DataSpec) -> None:
         raise BadInput("views: are of pictures that bring nothing but a class; use ()")
 
 
+def _labels_shown(generator: Generator) -> Int[np.ndarray, "n"]:
+    """Return the labels of a view's pictures: of `sample.labels`, or of some classes."""
+    if chosen := generator.config.sample.labels:
+        return generator.labels_for(chosen, _SHOWN)
+    return few_classes(_SHOWN, generator.spec.num_classes)
+
+
 def _save_steps(path: Path, generator: Generator, plan: SamplePlan) -> None:
     """Save samples of the same noise in 1, 2, 4 and 8 steps."""
-    labels, counts = few_classes(_SHOWN, generator.spec.num_classes), (1, 2, 4, 8)
+    labels, counts = _labels_shown(generator), (1, 2, 4, 8)
     plans = [plan.replace(steps=steps, times=()) for steps in counts]
     rows = [generator.sample(labels, plan=each) for each in plans]
     if processes.is_first():
@@ -137,14 +147,14 @@ def _save_steps(path: Path, generator: Generator, plan: SamplePlan) -> None:
 def _save_walk(path: Path, generator: Generator, plan: SamplePlan) -> None:
     """Save, in a row for each class, samples of cos(a) e0 + sin(a) e1, which is normal like e0."""
     spec, config = generator.spec, generator.config
-    labels = few_classes(_SHOWN, spec.num_classes)
+    labels = _labels_shown(generator)
     shape = len(labels) + 1, 1, *spec.shape
     e = config.draws.noise_scale * np.random.default_rng(plan.seed).standard_normal(shape, "f")
     angle = np.linspace(0, math.pi / 2, _SHOWN, dtype=np.float32)[:, None, None, None]
     walks = (np.cos(angle) * e[:-1] + np.sin(angle) * e[1:]).reshape(-1, *spec.shape)
     samples = generator.sample(np.repeat(labels, _SHOWN), plan=plan, e=walks)
     if processes.is_first():
-        names = [spec.class_names[label] if spec.num_classes else "" for label in labels]
+        names = [class_name(k, spec.class_names) if spec.num_classes else "" for k in labels]
         rows = samples.reshape(len(labels), _SHOWN, *samples.shape[1:])
         caption = f"from noise to noise · {_caption(generator)}"
         save_rows(path, list(zip(names, rows, strict=True)), caption=caption)
@@ -154,7 +164,7 @@ def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
     """Save samples above the training pictures at the least squared distance in pixels."""
     from sklearn.neighbors import NearestNeighbors
 
-    labels = few_classes(_SHOWN, generator.spec.num_classes)
+    labels = _labels_shown(generator)
     samples = generator.sample(labels, plan=plan)
     source = make_source(generator.config.data, split="train")
     if source.stored:

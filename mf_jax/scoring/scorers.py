@@ -135,7 +135,8 @@ def scorer_of_data(
     if train.spec.is_picture:
         whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
         equal = max(min(len(real.x) // 2, config.eval.num_samples), 1)
-        protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir, equal)
+        shown = config.log.progress
+        protocol, compare = _of_pictures(whole, train.spec.num_classes, workdir, equal, shown)
     else:
         whole, real = (read(each, config.eval.num_samples) for each in (train, held_out))
         protocol, compare = _of_vectors(whole.x)
@@ -175,7 +176,7 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
 
 
 def _of_pictures(
-    train: Batch, num_classes: int, workdir: epath.Path, equal: int
+    train: Batch, num_classes: int, workdir: epath.Path, equal: int, show_progress: bool = False
 ) -> tuple[Row, Callable[..., Scores]]:
     """Return protocol and comparison of `equal` pictures at once, in features of real ones."""
     has_classes = num_classes > 1 and min(train.x.shape[1:3]) >= classifier.SMALLEST_SIDE
@@ -198,7 +199,8 @@ def _of_pictures(
         if has_classes:
             training = images, train.labels, num_classes, recipe
             trusted = {str(row.get(_CLASSIFIER)) for row in read_rows(workdir)}
-            describe = classifier.train_classifier(*training, file=file, trusted=trusted)
+            more = {"file": file, "trusted": trusted, "show_progress": show_progress}
+            describe = classifier.train_classifier(*training, **more)
         else:
             describe = classifier.principal_components(images)
         return describe, describe(images)[0]

@@ -164,6 +164,17 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         yield f"model.time_conditioning='t': {problem}; use t,t-r, or t|r with model.name=dit"
 
 
+@contextlib.contextmanager
+def _in_eval() -> Iterator[None]:
+    """Name the keys of the section `eval` that a BadInput of the body is about."""
+    try:
+        with in_section("eval"):
+            yield
+    except BadInput as problem:
+        keys = str(problem).replace("eval.guidance=", "eval.omegas, eval.intervals: ")
+        raise BadInput(keys) from problem
+
+
 def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
     """Return the averages and plans that `eval` combines, which the run must be able to follow."""
     section, known = config.eval, averages(config)
@@ -171,7 +182,7 @@ def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
         if not section[key]:
             raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
     emas, plans = [choose_ema("eval.emas", name, known) for name in section.emas], []
-    with in_section("eval"):
+    with _in_eval():
         base = SamplePlan(**{key: section[key] for key in ("renoise", "seed", "batch_size")})
         for steps, omega, interval in itertools.product(
             section.steps, section.omegas, section.intervals
