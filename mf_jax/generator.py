@@ -32,7 +32,7 @@ from mf_jax.models.blocks import unstack_blocks
 from mf_jax.models.layers import sine_cosine_positions
 from mf_jax.published.checkpoints import write_published
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.published.names import KINDS_WITH_POSITIONS
+from mf_jax.published.names import KINDS_WITH_POSITIONS, check_prediction
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
@@ -219,11 +219,12 @@ class Generator:
 
         Args:
           path: a `.npz` or `.safetensors` file.
-          kind: `meanflow`, `sit`, `zhuyu_meanflow`, `soflow` or `alphaflow` of a dit, `imf` or
-            `pmf` of an in_context_dit, `py_meanflow` of a unet. A `sit` has the velocity u(z, t, t)
-            alone.
+          kind: `meanflow`, `sit`, `tvm`, `zhuyu_meanflow`, `soflow` or `alphaflow` of a dit, `imf`
+            or `pmf` of an in_context_dit, `py_meanflow` of a unet. A `sit` has the velocity
+            u(z, t, t) alone. Networks of a `pmf` predict the data, all others the velocity.
         """
         params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
+        check_prediction(kind, model.prediction)
         positions = ()
         if kind in KINDS_WITH_POSITIONS:
             grid = (side // model.patch_size for side in self.spec.shape[:2])

@@ -24,7 +24,7 @@ from mf_jax.objectives.perceptual import Perceptual
 from mf_jax.optim import choose_ema
 from mf_jax.published.checkpoints import describe_published, find_kind, load_published
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.published.names import KINDS
+from mf_jax.published.names import KINDS, check_prediction
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
@@ -94,6 +94,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     if kind != "run":
         plain = jax.eval_shape(unstack_blocks, like)
         with processes.together():
+            check_prediction(kind, config.model.prediction)
             published = load_published(path, kind, plain, section=which)
         print(f"init.path={path}: {which or 'weights'} of {kind}{_NOTES.get(kind, '')}")
         return laid_out_like(published, like)
@@ -101,6 +102,9 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
         folder = place(path, "init.path")
         theirs = run_folder.stored_config(folder, "init.path")
         _check_latents(config, theirs)
+        if (prediction := theirs.model.prediction) != config.model.prediction:
+            problem = f"model.prediction={config.model.prediction!r}: its network predicts"
+            raise BadInput(f"init.path={path}: {problem} {prediction}; use that")
     ema = choose_ema("init.which", which, averages(theirs))
     return _fit(_restore(folder, theirs, ema)[1], like, path)
 

@@ -22,6 +22,7 @@ TINY = (
     "--config.train.num_steps=12",
     "--config.train.batch_size=16",
     "--config.optim.warmup_steps=0",
+    "--config.model.prediction=velocity",  # as in most published files
     "--config.coupling.name=independent",  # the other compiles for long
     "--config.train.log_every_steps=3",
     "--config.log.sample_every_steps=0",
@@ -68,6 +69,7 @@ def tiny_config(**more):
     """Return the config of digits with a tiny network; keys may hold dots."""
     config = get_config()
     config.model.depth, config.model.width, config.train.batch_size = 1, 16, 16
+    config.model.prediction = "velocity"
     config.update_from_flattened_dict(more)
     return config
 

@@ -170,6 +170,7 @@ def test_bad_files_are_one_line(tmp_path):
         ({"x": nan}, "not finite in row 7"),
         ({"x": np.full((N, 4), 1e39)}, "not finite in row 0"),
         ({"x": x.astype(np.int32)}, "int32; must be float, or uint8"),
+        ({"x": np.zeros((N, 8, 8), np.uint8)}, r"grey pictures save x\[..., None\]"),
         ({"x": np.full((N, 4, 4, 1), 3.0)}, r"in \[-1, 1\] or uint8"),
         ({"x": x, "label": np.full(N, 0.5)}, "whole numbers"),
         ({"x": x, "label": np.full(N, -1)}, "classes from 0"),

@@ -117,7 +117,7 @@ ROUNDS = (
         "model.time_conditioning=t": "not told r",
         "objective.name=improved_meanflow": "no second head",
         "draws.label_drop_share=2.0": "draws.label_drop_share=2.0",
-        "eval.omegas=(2.0,)": "told no guidance",
+        "eval.omegas=(2.0,)": "eval.omegas, eval.intervals: (2.0, 0.0, 1.0): this run's network",
     },
     {
         "model.time_conditioning=r,t": "time_conditioning='r,t'",
@@ -144,6 +144,10 @@ ROUNDS = (
     {"data.name=digit": "must be one of digits, toy2d, image_folder, tfds", "eval.steps=()": "()"},
     {"data.name=image_folder": "picturs", "data.path=picturs": "data.path"},
     {"mesh.data=3": "mesh.data=3"},
+    {
+        "coupling.name=optimal_transport": "",
+        "coupling.rows=7": "coupling.rows=7: must divide the 16",
+    },
 )
 ROUNDS_OF_TOY = (
     {

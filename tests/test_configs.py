@@ -158,6 +158,7 @@ def test_a_misspelt_row_lists_the_nearest_and_all():
         assert (code, errors.count("\n")) == (2, 1)
         assert words in errors
         assert ", ".join(imagenet.ROWS) in errors
+    assert "one of flow_matching, " in here("--config=digits:imf")[2]
 
 
 def _reduced(config):

@@ -80,6 +80,12 @@ def test_labels_are_dropped_where_the_name_says():
         np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.condition))
 
 
+def test_data_of_half_precision_become_as_precise_as_times():
+    x = jnp.ones((4, 3), jnp.bfloat16)
+    rows = DrawScheme(UniformTimes()).draw(jax.random.key(0), x, e=-x).interval
+    assert (rows.x.dtype, rows.e.dtype) == (jnp.float32, jnp.float32)
+
+
 def test_no_key_is_used_twice():
     """Noise, times and dropped labels of one step must not be functions of one another."""
     draws = _draw(DrawScheme(UniformTimes(), label_drop_share=0.5, label_drop="any_row"))
@@ -143,6 +149,7 @@ def test_bad_arguments_are_named():
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
+        (lambda: DrawScheme(UniformTimes()).draw(None, jnp.ones((4, 2), jnp.uint8)), "x: is uint8"),
         (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
         (lambda: DyadicTimes(levels=0), "levels"),
         (lambda: TIMES["grid"](levels=21), "levels"),

@@ -135,6 +135,7 @@ def test_a_plan_that_cannot_be_followed_is_refused(generator):
         ({"num": 0}, "num=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"steps": 2.0}, "steps=2.0: must be a whole number"),
         ({"guidance": (0.5, 0.0, 1.0)}, "omega at least 1"),
         ({"guidance": (2.0, 0.6, 0.5)}, "t_min <= t_max"),
         ({"guidance": (2.0, 0.0)}, "guidance="),
@@ -157,6 +158,8 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     assert "samples.npz" in output
     ended = here(*digits, "--config.sample.views=step")
     assert (ended.code, "views='step': must be one of steps, walk" in ended.errors) == (2, True)
+    ended = here(*digits, "--config.sample.guidance=(2.0,0.0,1.0)")
+    assert (ended.code, ended.errors.split(":")[1][:18]) == (2, " sample.guidance=(")
     views = "--config.sample.views=('steps', 'walk', 'nearest', 'training')"
     output = works(*digits, "--config.sample.renoise=True", views)
     assert "left out" not in output
@@ -168,6 +171,10 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     with Image.open(copy_of_trained / "steps.png") as picture:
         top, bottom = np.asarray(picture)[19 : 19 + 56], np.asarray(picture)[-60:-4]
         assert (top != bottom).any(), "eight steps are not one"
+    asked = mf_jax.load(copy_of_trained)
+    asked.config.sample.labels = (3, 7)
+    assert sampling._labels_shown(asked).tolist() == [3, 7] * 5
+    assert "walk.png" not in works(*digits), "which an earlier command has drawn"
 
 
 def test_vectors_are_generated_drawn_and_scored(tmp_path):

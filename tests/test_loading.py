@@ -68,7 +68,10 @@ def test_training_starts_from_another_run(trained, tmp_path):
     assert int(state.step) == 0
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
-    config.init.which = "none"
+    config.model.prediction = "data"
+    with pytest.raises(BadInput, match="its network predicts velocity"):
+        load_weights(config, _like(config))
+    config.model.prediction, config.init.which = "velocity", "none"
     raw = mf_jax.load(trained, ema="none").params
     jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
 

@@ -103,6 +103,7 @@ def test_a_warm_start_from_a_sit_beats_a_cold_one_at_equal_steps(tmp_path):
             "--config.model.width=32",
             "--config.model.num_heads=2",
             "--config.log.sample_every_steps=0",
+            "--config.model.prediction=velocity",
             "--config.coupling.name=independent",  # the other compiles for long
         )
         assert code == 0, errors

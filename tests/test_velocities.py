@@ -170,3 +170,15 @@ def test_esc_lets_the_derivative_in_and_the_data_end_go():
     assert 0 < np.mean(rows.fraction < 2 / 3) < 1
     np.testing.assert_allclose(loss(50, to_data_steps=100), loss(draws=ended), rtol=1e-6)
     np.testing.assert_allclose(loss(100, to_data_steps=100), loss())
+
+
+def test_data_must_be_like_the_rows():
+    draws = _noisy()
+    data, labels = np.zeros((50, 5)), np.zeros(50, int)
+    for more, told in (
+        ({"data": data}, "for x and condition of"),
+        ({"data": data[:, :4], "labels": labels}, r"\(4,\)"),
+        ({"data": data, "labels": {"class": labels}}, "'class'"),
+    ):
+        with pytest.raises(BadInput, match=f"velocity.source='data': data and labels .*{told}"):
+            _estimated(VelocityEstimate("data", 1.0, **more), draws)

@@ -196,6 +196,13 @@ KINDS_WITH_POSITIONS = TORCH_KINDS[:-1]
 """They store the computed embeddings of patches."""
 
 
+def check_prediction(kind: str, prediction: str) -> None:
+    """Raise BadInput unless networks of a kind predict what `model.prediction` says."""
+    theirs = "data" if kind == "pmf" else "velocity"
+    if prediction != theirs:
+        raise BadInput(f"model.prediction={prediction!r}: networks of {kind} predict {theirs}")
+
+
 def _renamed(kind: str, name: str, source: str, target: str) -> tuple[str, str] | None:
     """Return a name after its rule, from one field of `_Rule` to another."""
     check_known("kind", kind, KINDS)
