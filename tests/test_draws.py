@@ -11,7 +11,7 @@ from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of
 from mf_jax.flow.times import TIMES, ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
 
-ROWS = 4096
+ROWS, KEY = 4096, jax.random.key(0)
 
 
 def _draw(scheme, rows=ROWS, seed=0):
@@ -149,7 +149,7 @@ def test_bad_arguments_are_named():
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
-        (lambda: DrawScheme(UniformTimes()).draw(None, jnp.ones((4, 2), jnp.uint8)), "x: is uint8"),
+        (lambda: DrawScheme(UniformTimes()).draw(KEY, jnp.ones((4, 2), jnp.uint8)), "x: is uint8"),
         (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
         (lambda: DyadicTimes(levels=0), "levels"),
         (lambda: TIMES["grid"](levels=21), "levels"),

@@ -137,9 +137,10 @@ class DrawScheme:
           null: a tree like condition without the axis B, or one array for all: what a row without
             its condition is told. Classes alone have a default, `NO_LABEL`.
         """
+        x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise BadInput(f"x: is {x.dtype}; must be floating point, of pictures x / 127.5 - 1")
-        x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))  # as precise as times are
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # as precise as times are
         num_rows = x.shape[0]
         if num_rows == 0 or num_rows % self.group:
             below = num_rows - num_rows % self.group
