@@ -3,7 +3,7 @@
 Row laptop is small enough for 2 CPU cores; without a row, or with gpu, the network is DiT-S/4.
 Choose train.num_steps by the size of the folder. Classes are learned sooner with guidance in the
 target, --config.guidance.omega=1.8. docs/recipes.md has what was tried.
-Hardware: a GPU; of laptop 2 CPU cores, 14 minutes.
+Hardware: a GPU; of laptop 2 CPU cores, under 15 minutes.
 Command: python -m mf_jax.main --config=configs/pictures.py:laptop --config.data.path=FOLDER
 """
 
@@ -33,7 +33,7 @@ _LAPTOP = {  # times and weight of the digits, which lean to the long intervals 
     "times.r_std": 1.4,
     "draws.instant_share": 0.5,
     "weight.p": 0.5,
-    "train.num_steps": 1300,
+    "train.num_steps": 1200,
     "train.batch_size": 128,
     "train.microbatch": 64,  # more rows do not fit the cache
     "optim.name": "muon",
