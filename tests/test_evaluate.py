@@ -210,7 +210,7 @@ def test_other_weights_are_another_row(score, looks, tmp_path):
     """Of init.path whatever it stands for."""
     elsewhere = tmp_path / "elsewhere"
     started = f"--config.init.path={score.workdir}"
-    for more in ((), ("--config.init.which=none",), ("--config.model.prediction=velocity",)):
+    for more in ((), ("--config.init.which=none",), ("--config.objective.name=flow_matching",)):
         rows = score(started, *more, workdir=elsewhere)
     assert len({row["fid"] for row in rows}) == 3
     assert len(score(started, workdir=elsewhere)) == 3

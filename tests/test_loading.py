@@ -110,6 +110,7 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
         "data.name=latents",
         f"data.autoencoder={FOLDER / 'vae'}",
         "data.image_size=32",
+        "model.prediction=velocity",
         "model.depth=2",
         "model.width=32",
         "model.num_heads=4",

@@ -75,7 +75,8 @@ def test_the_plug_in_nears_the_velocity_of_gaussian_data_as_they_grow_in_number(
     errors = []
     for num in (20, 2000, 200_000):
         data = np.random.default_rng(1).normal(float(class_mean(jnp.array(0))), STD, (num, 1))
-        estimate = VelocityEstimate("data", target=1.0, data=data)
+        known = {"data": data, "labels": np.zeros(num, int)}
+        estimate = VelocityEstimate("data", target=1.0, **known)
         told = _estimated(estimate, Draws(jax.tree.map(lambda a: a[:0], rows), rows)).interval
         inside = (rows.t > 0.3)[:, None]  # where many of the data count
         errors.append(float(jnp.sqrt(jnp.mean(((told.v - truth) ** 2)[inside]))))

@@ -154,7 +154,7 @@ def _save_walk(path: Path, generator: Generator, plan: SamplePlan) -> None:
     walks = (np.cos(angle) * e[:-1] + np.sin(angle) * e[1:]).reshape(-1, *spec.shape)
     samples = generator.sample(np.repeat(labels, _SHOWN), plan=plan, e=walks)
     if processes.is_first():
-        names = [class_name(k, spec.class_names) if spec.num_classes else "" for k in labels]
+        names = [class_name(k, spec.class_names) * bool(spec.num_classes) for k in labels.tolist()]
         rows = samples.reshape(len(labels), _SHOWN, *samples.shape[1:])
         caption = f"from noise to noise · {_caption(generator)}"
         save_rows(path, list(zip(names, rows, strict=True)), caption=caption)
