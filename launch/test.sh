@@ -17,6 +17,7 @@ if [ "${1:-}" = --quick ]; then
   files=("${quick[@]/#/tests/test_}")
   # mutations, a second reading of the loss and all configs one by one take most of the time
   long="mutations or plain_reading or constant_targets or tiny_copy or every_config_is_valid"
+  long="$long or published_size"
   set -- "${files[@]/%/.py}" -k "not ($long)" "${@:2}"
 fi
 "$python" -m ruff check .
