@@ -16,7 +16,7 @@ from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
 from mf_jax.flow.errors import BadInput, check_known, in_section
 from mf_jax.flow.guidance import Guidance
-from mf_jax.flow.records import DataSpec
+from mf_jax.flow.records import DataSpec, Told
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.flow.times import TIMES
 from mf_jax.flow.velocities import PLUG_INS, VelocityEstimate
@@ -82,10 +82,8 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     if source.stored or len(source) * math.prod(source.spec.shape) > _MOST_KNOWN:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
     whole = read(source)
-    if source.spec.more:
-        problem = f"data with {', '.join(source.spec.more)}"
-        raise BadInput(f"velocity.source='data': takes no {problem}; use batch")
-    return {"data": whole.x, "labels": whole.labels}
+    told = whole.labels if whole.condition is None else Told(whole.labels, whole.condition)
+    return {"data": whole.x, "labels": told}
 
 
 def _perceptual(section: ConfigDict) -> Perceptual:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refuses
-from jobs import here, works
+from jobs import here, tiny_config, works
 from steps import parts_of
 
 import mf_jax
+from mf_jax.config import make_objective
 from mf_jax.data import digits, make_batches, make_source, read
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec, Told
@@ -146,6 +147,10 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
         np.testing.assert_array_equal(rows.condition.numbers, batch.condition[chosen])
         assert np.isnan(rows.null.numbers).all()
     assert draws.instant.dropped.any()
+    config = tiny_config(**{"coupling.name": "independent", "velocity.source": "data"})
+    config.velocity.target = 0.5
+    known = make_objective(config, source).velocity.labels
+    np.testing.assert_array_equal(known.numbers, read(source).condition)
 
 
 def test_positions_of_a_signal_differ_and_those_of_a_picture_are_as_published():
