@@ -81,9 +81,12 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
         return {}
     if source.stored or len(source) * math.prod(source.spec.shape) > _MOST_KNOWN:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
+    if config.data.flip or config.data.augment != "none":
+        fix = "use batch, or data.flip=False and data.augment=none"
+        raise BadInput(f"velocity.source='data': knows the data as they lie, not moved; {fix}")
     whole = read(source)
     told = whole.labels if whole.condition is None else Told(whole.labels, whole.condition)
-    return {"data": whole.x, "labels": told}
+    return {"data": whole.x, "labels": told, "mask": whole.mask}
 
 
 def _perceptual(section: ConfigDict) -> Perceptual:

@@ -157,10 +157,13 @@ def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int) -> str:
-    """Return a warning of averages that still are the initial parameters in part, "" if none is."""
+def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: str = "") -> str:
+    """Return a warning of averages that still are the initial parameters in part, "" if none is.
+
+    `fixed`, the average of targets, may be a teacher that stays.
+    """
     left = {name: decay_of(name, batch_size=batch_size) ** num_steps for name in names}
-    late = [f"{share:.0%} of {name}" for name, share in left.items() if share > _MOST_LEFT]
+    late = [f"{n:.0%} of {name}" for name, n in left.items() if n > _MOST_LEFT and name != fixed]
     if not late:
         return ""
     return (
@@ -170,10 +173,13 @@ def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int) -> str:
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
-    """Return the one of `ema_names` that a name selects; "" is the first, `none` no average."""
+    """Return the one of `ema_names` that a name selects; `none` is no average.
+
+    "" is the first that is no frozen teacher.
+    """
     allowed = (*names, "none")
     if name == "":
-        return allowed[0]
+        return next(each for each in allowed if each != average_name(1.0))
     if name not in allowed:
         raise BadInput(f"{key}={name!r}: this run has {', '.join(allowed)}")
     return name

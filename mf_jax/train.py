@@ -32,7 +32,7 @@ from mf_jax.flow.errors import left_out
 from mf_jax.generator import Generator
 from mf_jax.loading import load_frozen, load_weights, weights_sha256
 from mf_jax.models import parameter_shapes
-from mf_jax.optim import forgetful, make_optimizer
+from mf_jax.optim import average_name, choose_ema, forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog
 from mf_jax.runtime import processes
@@ -89,8 +89,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
             del weights, frozen  # which lie on the devices
             _describe(workdir, source, state)
             names = () if parts.ema_rampup else parts.ema_names
-            steps, size = config.train.num_steps, parts.batch_size
-            if warning := forgetful(names, num_steps=steps, batch_size=size):
+            sizes = {"num_steps": config.train.num_steps, "batch_size": parts.batch_size}
+            fixed = average_name(parts.objective.target_ema)
+            if warning := forgetful(names, **sizes, fixed=fixed):
                 print(warning)
             this = _Run(config, workdir, source, parts, mesh, checkpoints, draws)
             done = _loop(this, state, stop)
@@ -217,11 +218,10 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
 
 
 def _draw(run: _Run, state: TrainState, log: RunLog | None) -> None:
-    """Draw this step's samples, of the first moving average if there is one, and the report."""
-    done, names = int(state.step), run.parts.ema_names
+    """Draw this step's samples, of the average that sampling takes, and the report."""
+    done, ema = int(state.step), choose_ema("", "", run.parts.ema_names)
     if run.can_draw:
-        ema, params = (names[0], state.ema[names[0]]) if names else ("none", state.params)
-        spec = run.source.spec
+        params, spec = state.ema.get(ema, state.params), run.source.spec
         generator = Generator(run.config, run.parts.network, params, spec, step=done, ema=ema)
         with left_out(f"the picture of step {done}"):
             picture = draw_progress(run.workdir, generator, run.source)

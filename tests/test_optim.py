@@ -92,6 +92,7 @@ def test_averages_forget_their_start_by_a_ramp():
         "after 4,000 steps 67% of 0.9999 will still be the initial parameters"
     )
     assert forgetful(("0.995",), num_steps=4000, batch_size=1) == ""
+    assert forgetful(("1.0",), num_steps=4000, batch_size=1, fixed="1.0") == ""
 
 
 def test_averages_that_move_every_few_steps_move_as_far():
@@ -118,6 +119,7 @@ def test_averages_are_named_by_decay_or_half_life():
     assert choose_ema("sample.ema", "500kimg", averages(config)) == "500kimg"
     config.ema.decays = ()
     assert choose_ema("sample.ema", "", averages(config)) == "500kimg"
+    assert choose_ema("sample.ema", "", ("1.0",)) == "none"  # a frozen teacher is not the run's own
     with pytest.raises(BadInput, match=r"sample.ema='1000kimg': this run has 500kimg, 1000000kimg"):
         choose_ema("sample.ema", "1000kimg", averages(config))
 

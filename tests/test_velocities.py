@@ -9,13 +9,16 @@ from oracle import STD, class_mean, exact_draws, gaussian_field, gaussian_veloci
 from configs.digits import get_config as digits
 from mf_jax.config import make_objective
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.paths import interpolate
-from mf_jax.flow.records import Condition, Draws
+from mf_jax.flow.guidance import Guidance
+from mf_jax.flow.paths import interpolate, per_row
+from mf_jax.flow.records import Condition, Draws, GuidanceScale
 from mf_jax.flow.velocities import VelocityEstimate
 from mf_jax.objectives import Estimated
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
+from mf_jax.objectives.split_meanflow import SplitMeanFlow
+from mf_jax.objectives.terminal_velocity import TerminalVelocity
 from mf_jax.objectives.terms import AdaptiveWeight
 
 FIELD = gaussian_field(lambda condition: class_mean(condition.labels))
@@ -33,14 +36,14 @@ def _estimated(estimate, draws, params=PARAMS, target_params=OTHER):
     return estimate.estimated(FIELD, params, draws, target_params)
 
 
-def _brute_force(rows, x, conditions, scale=1.0):
+def _brute_force(rows, x, conditions, scale=1.0, mask=None):
     """Return the mean velocity of all paths through z_t that start at alike data, in float64."""
     found, start, noise = [], np.asarray(rows.x, np.float64), np.asarray(rows.e, np.float64)
     for i, t in enumerate(np.asarray(rows.t, np.float64)):
         z = (1 - t) * start[i] + t * noise[i]
-        alike = (
-            np.ones(len(x), bool) if rows.dropped[i] else np.array(conditions == rows.condition[i])
-        )
+        alike = rows.dropped[i] | np.array(conditions == rows.condition[i])
+        if mask is not None:
+            alike &= np.all(np.asarray(mask) == np.asarray(rows.mask)[i], axis=1)
         data = np.asarray(x, np.float64)[alike]
         log = -np.sum((z - (1 - t) * data) ** 2, axis=1) / (2 * (scale * t) ** 2)
         weight = np.exp(log - log.max())
@@ -63,6 +66,42 @@ def test_the_plug_in_is_the_mean_over_alike_data():
             theirs = _brute_force(rows, *known, estimate.noise_scale)
             np.testing.assert_allclose(rows.v, theirs, rtol=2e-3, atol=2e-3)
             np.testing.assert_array_equal(rows.tangent, rows.e - rows.x)
+
+
+def _masked(rows):
+    """Return rows of two masks, one of which hides the last two numbers."""
+    mask = (jnp.arange(5) < 3) | (jnp.arange(len(rows.t)) % 2 == 0)[:, None]
+    x, e = (jnp.where(mask, each, 0) for each in (rows.x, rows.e))
+    return rows.replace(x=x, e=e, mask=mask)
+
+
+def test_a_plug_in_of_masked_rows_is_over_rows_of_their_mask_and_0_where_hidden():
+    draws = Draws(*map(_masked, (_noisy().instant, _noisy().interval)))
+    both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+    known = {"labels": both.condition, "mask": both.mask}
+    of_data = VelocityEstimate("data", 1.0, data=both.x + 9 * ~both.mask, **known)
+    for estimate in (VelocityEstimate("batch", 1.0), of_data):
+        told = _estimated(estimate, draws)
+        for rows in (told.instant, told.interval):
+            theirs = _brute_force(rows, both.x, both.condition, mask=both.mask)
+            np.testing.assert_allclose(rows.v, theirs, rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(jnp.where(rows.mask, 0, rows.v), 0)
+    assert not np.allclose(told.interval.v, draws.interval.e - draws.interval.x)
+
+
+def test_drawn_guidance_is_of_the_target_alone():
+    """The network is asked for the scale 1 at all t, and for no class of a row without one."""
+    drawn = lambda num: GuidanceScale(*(jnp.full(num, each) for each in (4.0, 0.2, 0.6)))  # noqa: E731
+
+    def field(params, z, *, r, t, condition):
+        omega, t_min, t_max = jax.tree.leaves(condition.guidance)
+        return per_row(omega + 10 * t_min + 100 * t_max, z) * jnp.ones_like(z)
+
+    draws = exact_draws(guidance=drawn)
+    told = VelocityEstimate("average", target=1.0).estimated(field, PARAMS, draws, OTHER)
+    for rows in (told.instant, told.interval):
+        np.testing.assert_allclose(rows.v, 101)
+        np.testing.assert_array_equal(rows.guidance.omega, 4)
 
 
 def test_the_plug_in_nears_the_velocity_of_gaussian_data_as_they_grow_in_number():
@@ -133,7 +172,7 @@ def test_shares_and_averages_reach_target_and_tangent():
     np.testing.assert_array_equal(network.instant.v, draws.instant.e - draws.instant.x)
     some = _estimated(VelocityEstimate("average", target=0.5, of_rows=True), draws).interval
     changed = np.any(some.v != some.e - some.x, axis=1)
-    np.testing.assert_array_equal(changed, some.fraction < 0.5)
+    np.testing.assert_array_equal(changed, some.fraction * 1024 % 1 < 0.5)
     assert _estimated(VelocityEstimate(), draws) is draws
 
 
@@ -144,6 +183,16 @@ def test_a_teacher_is_refused_where_an_average_is_not_its_own():
             Estimated(MeanFlow(), VelocityEstimate(estimate, 1.0), ema=ema)
     with pytest.raises(BadInput, match="pixel_meanflow takes no estimate"):
         Estimated(PixelMeanFlow(), VelocityEstimate("batch", 1.0))
+    guided, off = MeanFlow(guidance=Guidance(0.2, 0.9)), "network learns a guided velocity"
+    for objective, estimate, ema, problem in (
+        (guided, VelocityEstimate("network", tangent=1.0), 0.0, off),
+        (guided, VelocityEstimate("average", 1.0), 0.9, off),
+        (SplitMeanFlow(), VelocityEstimate("batch", 0.5, 0.5), 0.0, "SplitMeanFlow has no direc"),
+        (TerminalVelocity(), VelocityEstimate("network", 0.5), 0.0, "see no velocity"),
+    ):
+        with pytest.raises(BadInput, match=problem):
+            Estimated(objective, estimate, ema=ema)
+    assert Estimated(guided, VelocityEstimate("average", 1.0), ema=1.0).guidable
     with pytest.raises(BadInput, match="knows no data"):
         _estimated(VelocityEstimate("data", 1.0), _noisy())
     config = digits("esc")
@@ -177,9 +226,10 @@ def test_data_must_be_like_the_rows():
     draws = _noisy()
     data, labels = np.zeros((50, 5)), np.zeros(50, int)
     for more, told in (
-        ({"data": data}, "for x and condition of"),
+        ({"data": data}, "for x, condition and mask of"),
+        ({"data": data, "labels": labels, "mask": data > 0}, r"\(5,\)\) for"),
         ({"data": data[:, :4], "labels": labels}, r"\(4,\)"),
         ({"data": data, "labels": {"class": labels}}, "'class'"),
     ):
-        with pytest.raises(BadInput, match=f"velocity.source='data': data and labels .*{told}"):
+        with pytest.raises(BadInput, match=f"velocity.source='data': data, labels.*{told}"):
             _estimated(VelocityEstimate("data", 1.0, **more), draws)

@@ -2,8 +2,8 @@
 
 Independent draws make paths that cross, so that v = e - x varies at a point. Optimal transport
 within a batch deals the same e to the same x by the assignment of least total |x_i - e_p(i)|^2.
-Paths are then straighter, and v varies less. Rows change places with rows of the same condition
-alone; else the noise would tell the condition.
+Paths are then straighter, and v varies less. Rows change places with rows of the same condition and
+mask alone; else the noise would tell them.
 
 The flow's identities hold for every coupling. Batches are small samples: the assignment is that of
 the distributions only as they grow.
@@ -63,13 +63,13 @@ def _dealt(x: Array, e: Array, condition: PyTree, mask: Array | None) -> Array:
     import optax  # which the rest of the core does without
 
     num = len(x)
+    if mask is not None:
+        x, e = (jnp.where(mask, each, 0) for each in (x, e))
     flat_x, flat_e = (each.reshape(num, -1) for each in (x, e))
-    counts = jnp.ones_like(flat_x) if mask is None else mask.reshape(num, -1).astype(e.dtype)
     # |x_i - e_j|^2 but for |x_i|^2, which every e_j pays
-    cost = jnp.matmul(counts, (flat_e**2).T, precision="highest")
-    cost -= 2 * jnp.matmul(flat_x * counts, flat_e.T, precision="highest")
+    cost = jnp.sum(flat_e**2, axis=1) - 2 * jnp.matmul(flat_x, flat_e.T, precision="highest")
     unlike = jnp.zeros((num, num), bool)
-    for leaf in jax.tree.leaves(condition):
+    for leaf in jax.tree.leaves((condition, mask)):
         pairs = leaf[:, None] != leaf[None]
         unlike |= pairs.reshape(num, num, -1).any(axis=2)
     cost -= cost.min()

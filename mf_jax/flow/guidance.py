@@ -150,7 +150,8 @@ def _guide(
         guided = (1 - guidance.kappa) * v + guidance.kappa * v_class - against * (v - v_null)
     else:
         guided = guidance.omega * v + guidance.kappa * v_class + guidance.null_factor * v_null
-    inside = guidance.fade or _is_inside(rows, guidance if drawn is None else drawn)
+    is_whole = drawn is None and guidance.fade
+    inside = is_whole or _is_inside(rows, guidance if drawn is None else drawn)
     return jnp.where(per_row(inside & (guidance.of_dropped | ~rows.dropped), v), guided, v)
 
 

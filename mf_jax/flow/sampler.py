@@ -126,23 +126,17 @@ def sample(
     is_traced = isinstance(times, jax.core.Tracer)
     grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
 
-    def step(z: Float[Array, "b ..."], interval: tuple) -> tuple[Float[Array, "b ..."], None]:
-        t, r, number = interval
-        t, r = (jnp.full(z.shape[:1], time) for time in (t, r))
+    grid = jnp.asarray(grid, jnp.float32)
+    last = len(grid) - 1 if num_intervals is None else num_intervals
+
+    def step(i: Int[Array, ""], z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        t, r = (jnp.full(z.shape[:1], time) for time in (grid[i], grid[i + 1]))
         to = r if renoise is None else jnp.zeros_like(r)
         told = to if learns_average else t
         u = call(field, params, z, r=told, t=t, condition=condition).u
         moved = advance(z, u, r=to, t=t)
         if renoise is not None:
-            moved = interpolate(moved, renoise(number), t=r)
-        return moved.astype(z.dtype), None
+            moved = interpolate(moved, renoise(i), t=r)
+        return moved.astype(z.dtype)
 
-    grid = jnp.asarray(grid, jnp.float32)
-    intervals = (grid[:-1], grid[1:], jnp.arange(len(grid) - 1))
-    if num_intervals is None:
-        return jax.lax.scan(step, e, intervals)[0]
-
-    def walk(i: Int[Array, ""], z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        return step(z, jax.tree.map(lambda each: each[i], intervals))[0]
-
-    return jax.lax.fori_loop(0, num_intervals, walk, e)
+    return jax.lax.fori_loop(0, last, step, e)

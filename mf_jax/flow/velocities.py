@@ -6,7 +6,7 @@ through z_t. An estimate v_est of this mean takes the place of a share of v:
     v_a = v + target (v_est - v)      in the target
     v_b = v + tangent (v_est - v)     in the tangent (v_b, 0, 1), and along finite steps
 
-The plug-in estimate knows some data x_j, of the row's condition where it was not dropped:
+The plug-in estimate knows some data x_j, of the row's mask and, where not dropped, its condition:
 
     v_est = v + sum_j w_j (x - x_j) / t,   w = softmax_j(-|z_t - (1 - t) x_j|^2 / (2 t^2))
 
@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.paths import Points, per_row, velocity
-from mf_jax.flow.records import Draws, Field, Rows
+from mf_jax.flow.records import Draws, Field, GuidanceScale, Rows
 from mf_jax.flow.rows import point_of, predict
 
 PLUG_INS = ("batch", "data")
@@ -43,13 +43,14 @@ class VelocityEstimate:
     """Which estimate of the flow's velocity takes part, and where.
 
     Args:
-      source: `sample` (v itself), `batch` or `data` (plug-in over the rows of a step, or over
-        `data`), `network` or `average` (u(z, t, t) by its parameters or by those of targets).
+      source: `sample` (v itself), `batch` or `data` (plug-in over the rows that a device computes
+        at once, or over `data`), `network` or `average` (u(z, t, t) by its parameters or by those
+        of targets, told the scale 1 where guidance is drawn).
       target, tangent: shares in [0, 1]; rows with r = t keep v where the network is its own source.
       of_rows: each row takes part whole or not at all, with the share as probability.
       noise_scale: of the draws, which a plug-in must know.
       data: of `data`, `[m, ...]` like x.
-      labels: of `data`, a condition for each; None where rows have none.
+      labels, mask: of `data`, a condition and a mask for each; None where rows have none.
     """
 
     source: str = "sample"
@@ -59,6 +60,7 @@ class VelocityEstimate:
     noise_scale: float = 1.0
     data: Any = dataclasses.field(default=None, repr=False, compare=False)
     labels: Any = dataclasses.field(default=None, repr=False, compare=False)
+    mask: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_known("velocity.source", self.source, SOURCES)
@@ -83,59 +85,74 @@ class VelocityEstimate:
             if not rows.t.shape[0] or not (is_interval or (has_target and self.target)):
                 return rows.replace(v=v, tangent=v)
             if self.source in ("network", "average"):
-                away = predict(field, params, rows, point_of(rows), r=rows.t, t=rows.t).u - v
+                plain = rows
+                if rows.guidance is not None:  # v, of which the target makes the guided one
+                    one = jnp.ones_like(rows.t)
+                    plain = rows.replace(guidance=GuidanceScale(one, 0 * one, one))
+                away = predict(field, params, plain, point_of(rows), r=rows.t, t=rows.t).u - v
             else:
                 away = _plug_in(rows, *self._known(draws), self.noise_scale)
             away = jax.lax.stop_gradient(away)
             shares = jnp.full_like(rows.t, self.target), jnp.full_like(rows.t, self.tangent)
             if self.of_rows:
-                shares = ((rows.fraction < share).astype(rows.t.dtype) for share in shares)
+                own = rows.fraction * 1024 % 1  # independent of what the objective places by it
+                shares = ((own < share).astype(rows.t.dtype) for share in shares)
             target, tangent = (v + per_row(share, v) * away for share in shares)
             return rows.replace(v=target if has_target else v, tangent=tangent)
 
         return Draws(told(draws.instant, is_interval=False), told(draws.interval, is_interval=True))
 
-    def _known(self, draws: Draws) -> tuple[Float[Array, "m ..."], PyTree]:
+    def _known(
+        self, draws: Draws
+    ) -> tuple[Float[Array, "m ..."], PyTree, Bool[Array, "m ..."] | None]:
         if self.source == "data":
             if self.data is None:
                 raise BadInput("velocity.source='data': knows no data; give VelocityEstimate(data)")
-            own, rows = (jnp.asarray(self.data), self.labels), draws.interval
-            told, theirs = (jax.tree.map(_row_shape, x) for x in (own, (rows.x, rows.condition)))
-            if told != theirs:
-                problem = f"data and labels of shapes {told} for x and condition of {theirs}"
-                raise BadInput(f"velocity.source='data': {problem}; give one of each for each row")
-            return own
+            rows, x = draws.interval, jnp.asarray(self.data)
+            own = x, self.labels, self.mask
+            theirs = jax.tree.map(_row_shape, (rows.x, rows.condition, rows.mask))
+            if (told := jax.tree.map(_row_shape, own)) != theirs:
+                problem = f"data, labels and mask of shapes {told} for x, condition and mask of"
+                raise BadInput(f"velocity.source='data': {problem} {theirs}; give one for each row")
+            return own if self.mask is None else (jnp.where(self.mask, x, 0), *own[1:])
         both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-        return both.x, both.condition
+        return both.x, both.condition, both.mask
 
 
 def _row_shape(array: Any) -> tuple[int, ...]:
     return jnp.shape(array)[1:]
 
 
-def _plug_in(rows: Rows, x: Float[Array, "m ..."], condition: PyTree, noise_scale: float) -> Points:
-    """Return v_est - v of the module's head, given data and their conditions."""
+def _plug_in(
+    rows: Rows,
+    x: Float[Array, "m ..."],
+    condition: PyTree,
+    mask: Bool[Array, "m ..."] | None,
+    noise_scale: float,
+) -> Points:
+    """Return v_est - v of the module's head, given data, their conditions and masks."""
     z, one, axes = point_of(rows), rows.t[:, None], tuple(range(1, x.ndim))
-    if rows.mask is not None:  # x and e are 0 where it hides them
-        squares = jnp.tensordot(rows.mask.astype(x.dtype), x**2, (axes, axes), precision="highest")
-    else:
-        squares = jnp.sum(x**2, axis=axes)[None]
+    squares = jnp.sum(x**2, axis=axes)[None]
     products = jnp.tensordot(z, x, (axes, axes), precision="highest")
     distances = (1 - one) * ((1 - one) * squares - 2 * products)  # but for |z|^2, alike for all j
     tiny = jnp.finfo(x.dtype).tiny ** 0.5
     logits = -distances / (2 * jnp.maximum(noise_scale * one, tiny) ** 2)
-    weights = jax.nn.softmax(logits, axis=1, where=_are_alike(rows, condition))
+    weights = jax.nn.softmax(logits, axis=1, where=_are_alike(rows, condition, mask))
     mean = jnp.tensordot(weights, x, 1, precision="highest")
     return (rows.x - mean) / per_row(jnp.maximum(rows.t, tiny), mean)
 
 
-def _are_alike(rows: Rows, condition: PyTree) -> Bool[Array, "b m"] | None:
-    """Return which conditions are those of rows; rows without theirs are alike to all."""
-    if condition is None or rows.condition is None:
-        return None
-    alike = rows.dropped[:, None]
-    same = True
+def _are_alike(
+    rows: Rows, condition: PyTree, mask: Bool[Array, "m ..."] | None
+) -> Bool[Array, "b m"] | None:
+    """Return which data have a row's mask and condition; a row without its own fits them all."""
+    same, alike = True, None
     for own, other in zip(jax.tree.leaves(rows.condition), jax.tree.leaves(condition), strict=True):
         pairs = own[:, None] == jnp.asarray(other)[None]
         same &= jnp.all(pairs.reshape(*pairs.shape[:2], -1), axis=2)
-    return alike | same
+        alike = rows.dropped[:, None] | same
+    if mask is not None:
+        ours, theirs = (m.reshape(len(m), -1).astype(rows.x.dtype) for m in (rows.mask, mask))
+        shared, most = ours @ theirs.T, jnp.maximum(ours.sum(1)[:, None], theirs.sum(1))
+        alike = shared == most if alike is None else alike & (shared == most)
+    return alike

@@ -21,6 +21,7 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,8 @@ class AlphaFlow(terms.Objective):
       alpha_start, alpha_end: ends of a, in [0, 1].
       anneal_from, anneal_to: steps between which a changes.
       sharpness: of `sigmoid`.
-      derivative_below: where a is below it, a is 0 and the derivative is used; where 1 - a is
-        below it, a is 1. 0 = never.
+      derivative_below: where a is below it, the derivative is used, of `sigmoid` with a = 0;
+        where 1 - a of `sigmoid` is below it, a is 1. 0 = never.
       min_gap: t - s is at least this, but at most t - r; in [0, 1).
       target_clip: largest size of an entry of the target of a finite step; inf = no bound.
       error_of: l is divided by a^2, an error of the `velocity`, or not, an error of the `step`.
@@ -71,6 +72,7 @@ class AlphaFlow(terms.Objective):
     interval_factor: float = 1.0
     target_ema: float = 0.0
     derivative: Derivative = Derivative()
+    has_tangent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_known("objective.annealing", self.annealing, ANNEALINGS)

@@ -28,6 +28,18 @@ class Estimated(terms.Around):
     def __post_init__(self) -> None:
         if self.objective.predicts == "data":  # whose target is made of x, not of v
             raise BadInput("velocity.source: pixel_meanflow takes no estimate; use source=sample")
+        name, source = type(self.objective).__name__, self.velocity.source
+        if self.velocity.tangent and not self.objective.has_tangent:
+            problem = f"{name} has no direction that an estimate could change"
+            raise BadInput(f"velocity.tangent={self.velocity.tangent}: {problem}; use 0.0")
+        if source == "network" and not self.objective.interval_data:
+            problem = f"of {name} the rows with r < t see no velocity, and the others keep theirs"
+            raise BadInput(f"velocity.source='network': {problem}; use another source")
+        guidance = getattr(self.objective, "guidance", None)
+        is_own = source in ("network", "average") and self.ema < 1
+        if is_own and guidance is not None and not guidance.is_off:
+            problem = "the network learns a guided velocity, which would be guided again"
+            raise BadInput(f"velocity.source={source!r}: {problem}; use batch or data")
         own, is_needed = self.objective.target_ema, self.velocity.source == "average"
         if not 0 <= self.ema <= 1 or (self.ema > 0) != (is_needed and not own):
             raise BadInput(

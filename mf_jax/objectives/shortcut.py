@@ -21,11 +21,12 @@ Source: Shortcut models, arXiv 2410.12557, equation 5, and their published code.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import check_within
+from mf_jax.flow.errors import BadInput, check_within
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import Points, advance, per_row, quotient
 from mf_jax.flow.records import Field, Rows
@@ -38,7 +39,7 @@ class Shortcut(terms.Objective):
     """Regress steps of dyadic sizes on two steps of half their size.
 
     Args:
-      guidance: its scale, omega / (1 - kappa), is that of the smallest steps.
+      guidance: its scale, omega / (1 - kappa), is that of the smallest steps, at every t.
       levels: the smallest step is 2^-levels.
       target_clip: largest size of an entry of a middle point and of a target.
     """
@@ -48,9 +49,13 @@ class Shortcut(terms.Objective):
     levels: int = 7
     target_clip: float = 4.0
     target_ema: float = 0.999
+    interval_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_within("objective.target_clip", self.target_clip, 0, math.inf, "(]")
+        if self.guidance != Guidance(self.guidance.omega, self.guidance.kappa):
+            fix = "use t_min=0.0, t_max=1.0, of_dropped=False, fade=False"
+            raise BadInput(f"guidance: shortcut models are guided at every t; {fix}")
         check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
@@ -69,6 +74,8 @@ class Shortcut(terms.Objective):
     ) -> tuple[Points, Points, Points]:
         """Return u over the interval, its target, and the difference quotient of u."""
         r, t, clip = rows.r, rows.t, self.target_clip
+        if rows.guidance is not None:
+            raise BadInput("draws.omega_max: shortcut models have one scale of guidance; use 1.0")
         if t.shape[0] == 0:
             return rows.x, rows.x, rows.x
         scale = self.guidance.omega / (1 - self.guidance.kappa)

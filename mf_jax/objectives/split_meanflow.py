@@ -17,6 +17,7 @@ Source: SplitMeanFlow, arXiv 2507.16884, equation 8; Shortcut models, arXiv 2410
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from jaxtyping import PyTree
@@ -39,6 +40,7 @@ class SplitMeanFlow(terms.Objective):
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     split: str = "uniform"  # where s lies between r and t
     target_ema: float = 0.0
+    interval_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_known("objective.split", self.split, SPLITS)

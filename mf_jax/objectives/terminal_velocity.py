@@ -45,6 +45,7 @@ class TerminalVelocity(terms.Objective):
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     target_ema: float = 0.99
+    interval_data: ClassVar[bool] = False
     second_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -52,6 +52,10 @@ class Objective(abc.ABC):
     """`data` where the network must predict x."""
     guidable: ClassVar[bool] = True
     """Whether its target can hold guidance."""
+    interval_data: ClassVar[bool] = True
+    """Whether its rows with r < t see the data, not the network alone."""
+    has_tangent: ClassVar[bool] = False
+    """Whether a direction of du/dt, or a finite step, is along the velocity of its rows."""
     second_order: ClassVar[bool] = False
     """Whether its gradient passes through a derivative of the network."""
     target_ema: ClassVar[float] = 0.0
@@ -145,7 +149,8 @@ class AdaptiveWeight:
       c: above 0, in the units of l: published for sums, one for means is smaller by D, the number
         of counted entries of a row.
       of: l is the `sum` of a row's squared errors, as published, or their `mean`.
-      of_interval: power of t - r that multiplies l, at least 0; AYF has 1 and p = 0.
+      of_interval: power of t - r that multiplies l, at least 0; AYF has 1 and p = 0. Above 0 no
+        row with r = t counts.
 
     Source: MeanFlow, arXiv 2505.13447, equation 22; AYF, arXiv 2506.14603.
     """

@@ -20,6 +20,7 @@ from mf_jax.data import SOURCES, Source, make_source
 from mf_jax.flow.errors import BadInput, in_section
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
+from mf_jax.flow.velocities import PLUG_INS
 from mf_jax.models import NETWORKS, parameter_shapes
 from mf_jax.objectives import OBJECTIVES, Objective
 from mf_jax.optim import choose_ema
@@ -135,6 +136,9 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
     if is_drawn and not (name in able and is_told):
         fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
         yield f"{setting}: model.name={name} cannot be told guidance; {fix}"
+    if is_drawn and config.draws.omega_min > 1 and config.velocity.source in ("network", "average"):
+        problem = "is asked for the scale 1, which it would never learn"
+        yield f"velocity.source={config.velocity.source!r}: {problem}; use draws.omega_min=1.0"
     if config.draws.label_drop_share == 0:
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
@@ -152,6 +156,15 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         yield f"objective.velocity='head': the network has no second head; use {fix}"
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
+    if spec.has_pairs and config.velocity.source in PLUG_INS:
+        problem = "takes noise and data for independent, and the data are pairs; use sample"
+        yield f"velocity.source={config.velocity.source!r}: {problem}"
+    sees_intervals = objective.learns_average and objective.interval_data
+    if config.weight.of_interval and not sees_intervals:
+        yield f"weight.of_interval: {name} learns the data from rows with r = t alone; use 0.0"
+    draws = config.draws
+    if not (objective.interval_data or draws.instant_share or draws.instant_of_every_row):
+        yield f"draws.instant_share=0.0: {name} learns the data from rows with r = t; use 0.75"
     able = "perceptual" in fields_of(OBJECTIVES[name])
     if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
         yield (
