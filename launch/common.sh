@@ -22,7 +22,7 @@ mf_sort_arguments() {
   arguments=()
   for mf_argument in "${@:2}"; do
     mf_name="${mf_argument%%=*}" mf_name="${mf_name#--}"
-    if [[ $mf_argument == --*=* && $mf_names == *" $mf_name "* ]]; then
+    if [[ $mf_argument == --?*=* && $mf_names == *" $mf_name "* ]]; then
       [ -n "${mf_argument#*=}" ] || mf_refuse "--$mf_name has no value; write --$mf_name=VALUE"
       printf -v "${mf_name//-/_}" %s "${mf_argument#*=}"
       continue

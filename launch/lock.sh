@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
+case "${1:-cpu}" in cpu | cuda12 | cuda13 | tpu) ;; *) mf_refuse "'$1' is not cpu, cuda12, cuda13 or tpu" ;; esac
 lock="launch/locks/${1:-cpu}.txt"
 mkdir -p launch/locks
 "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \

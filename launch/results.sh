@@ -17,6 +17,7 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [ -n "${MF_MNIST:-}" ]; then MF_MNIST="$(realpath "$MF_MNIST")" && export MF_MNIST; fi
 cd "$root"
 
 exec "$python" -m launch.results "$@"

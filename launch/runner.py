@@ -72,7 +72,7 @@ def whole_run(config: ConfigDict, folder: Path) -> Result | None:
     """Train and evaluate, or continue; return the result, None if it was told to stop."""
     result = {"config": decisive(config), "num_steps": config.train.num_steps, "rows": []}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+    with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             if train.run(config, epath.Path(folder)):
                 return None
@@ -146,7 +146,7 @@ def main(study: Study, argv: Sequence[str] | None) -> int:
 
 def _write_page(study: Study, results: Results) -> None:
     """Write tables between their marks, and pictures; leave groups without runs and all else."""
-    text, pictures = study.document.read_text(), study.document.with_suffix("")
+    text, pictures = study.document.read_text("utf-8"), study.document.with_suffix("")
     there = {row.group for row in study.rows if row.run in results}
     groups = [group for group in study.groups if group in there]
     for group in groups:
@@ -178,7 +178,7 @@ def _cell(values: Sequence[Any], form: str, best: Callable | None, i: int) -> st
     if isinstance(values[i], str):
         return values[i]
     means = [math.nan if isinstance(value, str) else float(np.mean(value)) for value in values]
-    known = [mean for mean in means if not math.isnan(mean)]
+    known = [mean for mean in means if math.isfinite(mean)]
     if math.isnan(means[i]):
         return "–"
     text = format(means[i], form) if math.isfinite(means[i]) else "diverged"

@@ -184,6 +184,7 @@ class Evaluation:
             # one that cannot be read is tried again, last: it may be damaged, or not all here yet
             waiting = sorted(set(steps) - done, key=lambda step: (step not in failed, step))
             last = run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
+            last = processes.from_first(last)
             if not waiting and steps and steps[-1] >= last:
                 return score_rows.read_rows(self.workdir)
             if not waiting or waiting[-1] in failed:

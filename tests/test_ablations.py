@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-from launch import ablations
+from launch import ablations, runner
 from launch.ablations import ROWS, make_config
 from launch.runner import decisive, runs_of, score, train
 from mf_jax.validation import validate
@@ -67,6 +67,8 @@ def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, caps
     result = json.loads((folder / "weight_0" / "result.json").read_text())
     assert result["diverged"] == "step 3: loss not finite"
     assert score({"weight_0": result}, "weight_0") == math.inf
+    table = runner.as_table("abc", {"recall": ([0.5, math.inf, 0.7], ".1f", max)})
+    assert table.splitlines()[3:] == ["| b | diverged |", "| c | **0.7** |"]
 
 
 def test_results_of_another_config_and_no_results_are_refused(folder, monkeypatch, capsys):

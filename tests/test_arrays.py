@@ -149,8 +149,11 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
     assert draws.instant.dropped.any()
     config = tiny_config(**{"coupling.name": "independent", "velocity.source": "data"})
     config.velocity.target = 0.5
-    known = make_objective(config, source).velocity.labels
-    np.testing.assert_array_equal(known.numbers, read(source).condition)
+    known, whole = make_objective(config, source).velocity, read(source)
+    np.testing.assert_array_equal(known.labels.numbers, whole.condition)
+    np.testing.assert_array_equal(known.mask, whole.mask)
+    config.model.patch_size = 2
+    refuses("the data are pairs; use sample", validate, config, num_devices=1, source=source)
 
 
 def test_positions_of_a_signal_differ_and_those_of_a_picture_are_as_published():
@@ -183,6 +186,7 @@ def test_bad_files_are_one_line(tmp_path):
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
         ({"x": x, "condition": nan}, "condition is not finite"),
         ({"x": x, "pair": np.zeros((N, 5))}, "a pair x's shape"),
+        ({"x": x, "pair": np.zeros((*x.shape, 3))}, "a pair x's shape"),
         (good | {"mask": np.ones((N, 7, 1), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8, 1))}, "must be bool"),

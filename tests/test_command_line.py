@@ -145,6 +145,19 @@ ROUNDS = (
     {"data.name=image_folder": "picturs", "data.path=picturs": "data.path"},
     {"mesh.data=3": "mesh.data=3"},
     {
+        "objective.name=split_meanflow": "",
+        "weight.of_interval=1.0": "weight.of_interval: split_meanflow learns",
+        "draws.instant_share=0.0": "draws.instant_share=0.0: split_meanflow learns",
+        "velocity.source=batch": "SplitMeanFlow has no direction",
+        "velocity.tangent=1.0": "velocity.tangent=1.0",
+    },
+    {"objective.name=shortcut": "", "guidance.t_max=0.5": "guided at every t"},
+    {
+        "velocity.source=data": "velocity.source='data': knows the data as they lie",
+        "velocity.target=0.5": "",
+        "data.flip=True": "",
+    },
+    {
         "coupling.name=optimal_transport": "",
         "coupling.rows=7": "coupling.rows=7: must divide the 16",
     },

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -349,6 +350,10 @@ def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_pa
     grey = folder(tmp_path, channels=0, background="#404040")
     assert grey.spec.shape == (8, 8, 1)
     np.testing.assert_array_equal(to_pixels(data.read(grey).x), 64)
+    deep = Image.fromarray(np.full((8, 8), 257, np.uint16))
+    deep.save(tmp_path / "3.png", transparency=257)
+    grey = folder(tmp_path, channels=0, background="#404040")
+    np.testing.assert_array_equal(to_pixels(data.read(grey).x), 64)
     save(tmp_path / "4.png", (255, 0, 0))
     assert folder(tmp_path, channels=0).spec.shape == (8, 8, 3)
     assert np.ptp(data.read(folder(tmp_path, channels=1)).x, axis=-1).max() == 0
@@ -369,7 +374,11 @@ def test_decoded_pictures_are_kept_until_a_file_changes(classes, tmp_path_factor
     monkeypatch.undo()
     monkeypatch.setenv("MF_CACHE", str(cache))
     assert identities(folder(classes)) == identities(first)
-    save(classes / "zebra" / "05.png", (1, 2, 3))
+    status = (classes / "zebra" / "05.png").stat()
+    save(classes / "zebra" / "05.png", (1, 2, 3), size=(9, 16))
+    os.utime(classes / "zebra" / "05.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (classes / "zebra" / "06.png").unlink()
+    (classes / "zebra" / "06.png").symlink_to("nowhere.png")
     assert (1, 2, 3) in identities(folder(classes)) + identities(folder(classes, split="held_out"))
 
 

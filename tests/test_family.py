@@ -194,16 +194,19 @@ def test_guidance_holds_inside_its_window_and_with_a_label():
     instant = draws.instant.replace(guidance=scale, dropped=jnp.asarray([True, False, False, True]))
     draws = Draws(at_time(instant, instant.t), draws.interval.replace(guidance=scale))
     own = jnp.zeros_like(instant.x)
-    v = guided_velocities(Guidance(), FIELD, PARAMS, draws, own_instant=own)
-    for rows, guided, is_plain in (
-        (draws.instant, v.instant, [True, False, False, True]),
-        (draws.interval, v.interval, [True, False, True, False]),
-    ):
-        close = np.isclose(guided, rows.e - rows.x).all(axis=1)
-        np.testing.assert_array_equal(close, is_plain)
+    for guidance in (Guidance(), Guidance(fade=True)):  # which is of fixed guidance
+        v = guided_velocities(guidance, FIELD, PARAMS, draws, own_instant=own)
+        for rows, guided, is_plain in (
+            (draws.instant, v.instant, [True, False, False, True]),
+            (draws.interval, v.interval, [True, False, True, False]),
+        ):
+            close = np.isclose(guided, rows.e - rows.x).all(axis=1)
+            np.testing.assert_array_equal(close, is_plain)
 
 
 def test_bad_arguments_are_named():
+    rows = _draws().interval
+    told = _draws().replace(interval=rows.replace(guidance=GuidanceScale(rows.t, rows.t, rows.t)))
     for build, named in [
         (lambda: ImprovedMeanFlow(velocity="own"), "velocity"),
         (lambda: PixelMeanFlow(t_clip=0.0), "t_clip"),
@@ -217,6 +220,8 @@ def test_bad_arguments_are_named():
         (lambda: SplitMeanFlow(split="third"), "split"),
         (lambda: SplitMeanFlow(target_ema=1.0), "target_ema"),
         (lambda: Shortcut(target_clip=0.0), "target_clip"),
+        (lambda: Shortcut().loss(FIELD, PARAMS, told, STEP), "one scale of guidance"),
+        (lambda: Shortcut(Guidance(2.0, t_max=0.5)), "guided at every t"),
         (lambda: TerminalVelocity(target_ema=-0.1), "target_ema"),
         (lambda: Controls(lipschitz=-1.0), "lipschitz"),
         (lambda: Controls(non_expansive=-1.0), "non_expansive"),

@@ -22,8 +22,8 @@ from mf_jax.reporting.page import write_report
 from mf_jax.reporting.run_log import RunLog, read_metrics
 from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 from mf_jax.runtime import files
-from mf_jax.runtime.checkpoint import Checkpoints
-from mf_jax.runtime.files import in_bucket, locked, replace_file, written_aside
+from mf_jax.runtime.checkpoint import Checkpoints, saved_steps
+from mf_jax.runtime.files import absolute, in_bucket, locked, replace_file, written_aside
 from mf_jax.step import TrainState
 
 
@@ -99,6 +99,15 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     assert {"metrics.jsonl", "samples.png", "timing.json", "report.html"} <= {
         each.name for each in folder.iterdir()
     }
+
+
+def test_checkpoints_of_a_bucket_are_looked_for_in_it(bucket):
+    path, folder = bucket
+    (folder / "checkpoints" / "7").mkdir(parents=True)
+    (folder / "checkpoints" / "7" / "commit_success.txt").touch()
+    assert saved_steps(path) == [7]
+    assert str(absolute(path)) == str(path)
+    assert str(absolute("here")) == os.path.abspath("here")
 
 
 def test_a_bucket_knows_no_locks(bucket, tmp_path):

@@ -19,6 +19,7 @@ from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import SampleScores, check_widths, inception_score
 from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
 from mf_jax.runtime.files import sha256_of
+from mf_jax.scoring import scorers
 
 
 def gaussian(rows):
@@ -356,3 +357,10 @@ def test_any_number_of_references_gives_what_it_has_statistics_for(made, rng):
     far = reference_of(rng.standard_normal((99, 64)), rng.standard_normal((99, 5)), path="far.npz")
     refuses(r"far.npz: mu has 64 .*first pool.*; must have 8", check_widths, far, 8, 5)
     refuses("mu_s has 5 features; must have 3", check_widths, reference, 8, 3)
+
+
+def test_rows_whose_features_are_kept_are_spread_evenly(monkeypatch):
+    monkeypatch.setattr(scorers, "_KEPT_FEATURES", 4)
+    for num, kept in ((10, [0, 2, 5, 7]), (3, [0, 1, 2])):
+        found = [start + scorers._kept(num, start, 3) for start in (0, 3, 6, 9)]
+        np.testing.assert_array_equal(np.concatenate(found), kept)

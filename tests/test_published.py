@@ -14,6 +14,7 @@ from recorded import FOLDER, from_published
 from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput
+from mf_jax.published import checkpoint_files
 from mf_jax.published.checkpoints import (
     describe_published,
     fit_published,
@@ -115,10 +116,13 @@ def test_names_and_layouts_that_are_refused():
 
 
 @each_kind
-def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path):
+def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path, monkeypatch):
     path, (theirs, _) = CHECKPOINTS[kind], _published(kind)
     _assert_equal(read_published(path, kind), theirs)
-    _assert_equal(read_published(next(path.glob("checkpoint_*")), kind), theirs)
+    newest, sizes = next(path.glob("checkpoint_*")), []
+    monkeypatch.setattr(checkpoint_files, "check_claim", lambda claim, size: sizes.append(size))
+    _assert_equal(read_published(newest, kind), theirs)
+    assert sizes == [sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())]
     _assert_equal(load_published(path, kind, _like(kind)), _like(kind))
     params = read_published(path, kind, section="params")
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, theirs)

@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         virtual_devices(config.bench.devices)  # before anything else starts JAX
     benchmark = importlib.import_module(f"mf_jax.bench.{what}")
     source = _source(config)
-    if config.bench.repeats < 1 and what not in ("step", "fits"):
+    if config.bench.repeats < 1 and what not in ("step", "fits", "scores"):
         raise BadInput(f"bench.repeats=0: must be at least 1 where bench.what={what}")
     result = _describe(config, source)
     run_folder.make(workdir)

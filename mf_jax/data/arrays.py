@@ -102,8 +102,8 @@ def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, s
     if min(x.shape) < 1 or len(x) < 2:
         raise BadInput(f"{where}: x is {list(x.shape)}; must have 2 rows or more, none empty")
     for key, array in arrays.items():
-        needed = x.shape if key == "pair" else x.shape[:1]
-        if key != "mask" and array.shape[: len(needed)] != needed:
+        found, needed = (each.shape[: None if key == "pair" else 1] for each in (array, x))
+        if key != "mask" and found != needed:
             raise BadInput(
                 f"{where}: {key} is {list(array.shape)} where x is {list(x.shape)}; must have a "
                 "row for each row of x, and a pair x's shape"

@@ -55,15 +55,15 @@ def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Return the picture upright and in RGB; transparent pixels show the background."""
     stored, image = image, ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, stored)
+        image = _eight_bits(image, stored, background)
     if image.has_transparency_data:  # convert("RGB") would reveal the colours hidden underneath
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
-    """Return grey of more than 8 bits as 8, which convert() would clip at 255, not scale."""
+def _eight_bits(image: Image.Image, stored: Image.Image, background: str) -> Image.Image:
+    """Return grey of more than 8 bits in RGB, which convert() would clip at 255, not scale."""
     levels, tags, high = np.asarray(image), getattr(stored, "tag_v2", {}), _SIXTEEN_BITS
     if image.mode == "F":  # from 0 to 1
         levels = np.rint(levels * np.float64(high))
@@ -74,8 +74,9 @@ def _eight_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
         raise ValueError("its grey levels have no known range: save it with 8 or 16 bits")
     grey = levels.astype(np.int64) * 255 // high
     grey = 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
-    grey[levels == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+    shown = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    shown.paste(background, mask=Image.fromarray(levels == image.info.get("transparency", -1)))
+    return shown
 
 
 def adm_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "image_size image_size c"]:

@@ -5,11 +5,12 @@ import hashlib
 import os
 
 import numpy as np
-from etils import epy
+from etils import epath, epy
 
 from mf_jax.data.arrays import SPLIT_SEED, Rows
 from mf_jax.data.pipeline import SPLITS
 from mf_jax.flow.errors import BadInput, check_known, reason_of
+from mf_jax.runtime.files import in_bucket
 
 with epy.lazy_imports():  # takes a second
     import sklearn.datasets
@@ -42,6 +43,8 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
     What is fetched is kept in the folder `path`; "" is scikit-learn's own.
     """
     check_known("dataset", dataset, DATASETS)
+    if in_bucket(epath.Path(path)):
+        raise BadInput(f"path={path!r} is in a bucket: name a folder of each host")
     x, labels, digest = _fetch(dataset, os.path.expanduser(path))
     start = len(x) - len(x) // _HELD_OUT_OF
     rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))

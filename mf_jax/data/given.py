@@ -30,7 +30,10 @@ def checked_given(
             continue
         if name not in known:
             raise BadInput(f"{name}: this model was trained without; leave {name} out")
-        array = np.asarray(value, dtype)
+        try:
+            array = np.asarray(value, dtype)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{name}: is no array of numbers ({error}); must be {needed}") from error
         array = array[None] if array.ndim == len(shape) else array
         if array.shape[1:] != shape or not len(array):
             raise BadInput(f"{name}: is {list(array.shape)}; must be {needed}")

@@ -7,6 +7,7 @@ A folder around all others is opened, and so is `train` beside other splits. Wha
 folder at the top then is its class.
 """
 
+import contextlib
 import decimal
 import hashlib
 import os
@@ -79,9 +80,13 @@ class Listed:
 
     def versions(self) -> Iterator[str]:
         """Yield text that differs where a file was changed, or is another."""
-        changed = {path: os.stat(path).st_mtime_ns for path in {file.path for file in self._files}}
+        changed = {}
+        for path in {file.path for file in self._files}:
+            with contextlib.suppress(OSError):  # gone, or a link to nothing: a broken picture
+                status = os.stat(path)
+                changed[path] = status.st_mtime_ns, status.st_size
         for line, file in zip(self.lines(), self._files, strict=True):
-            yield f"{line}\0{file.path}\0{changed[file.path]}"
+            yield f"{line}\0{os.path.abspath(file.path)}\0{changed.get(file.path)}"
 
     def lines(self) -> Iterator[str]:
         """Yield text that differs between different lists."""

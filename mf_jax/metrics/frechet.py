@@ -84,9 +84,7 @@ def require_finite(values: np.ndarray, name: str) -> None:
         )
 
 
-def check_gaussian(
-    mean: np.ndarray, covariance: np.ndarray, first: str = "mean", second: str = "covariance"
-) -> None:
+def check_gaussian(mean: np.ndarray, covariance: np.ndarray, first: str, second: str) -> None:
     """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
         raise BadInput(

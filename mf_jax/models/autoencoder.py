@@ -20,6 +20,7 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.models.layers import Image
 from mf_jax.published import reading
 from mf_jax.published.torch_file import StateDict, network_params, read_state_dict
+from mf_jax.runtime.files import absolute
 from mf_jax.runtime.json_files import parse_json
 
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -88,7 +89,7 @@ def load_autoencoder(path: epath.PathLike) -> Autoencoder:
 
     Sizes come from the `config.json` beside it; without one from the weights and `_DEFAULTS`.
     """
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     path = path / _FILE if path.is_dir() else path
     state = _with_new_names(read_state_dict(path))
     network, scaling_factor = _network(path, state)

@@ -28,7 +28,8 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     path = folder / records.SETTINGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        files = folder.iterdir() if folder.exists() else ()  # a bucket knows no empty folders
+        present = {path.name for path in files if not path.name.startswith(".")}
         if records.SETTINGS not in present:
             if present:
                 raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")

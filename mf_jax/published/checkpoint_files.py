@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mf_jax.flow.errors import BadInput
 from mf_jax.published import Arrays, torch_file
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
-from mf_jax.runtime.files import on_disk
+from mf_jax.runtime.files import absolute, on_disk
 from mf_jax.runtime.json_files import parse_json
 
 Choose = Callable[[Collection[str]], dict[str, str]]
@@ -22,7 +22,7 @@ Read = Callable[[epath.Path, Choose], Arrays]
 
 def opened_checkpoint(path: epath.PathLike) -> tuple[epath.Path, Read]:
     """Return where a published checkpoint lies, and how it is read."""
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
     if path.is_dir():
@@ -69,8 +69,8 @@ def _read_folder(folder: epath.Path, choose: Choose) -> Arrays:
     arrays = {short: array.result() for short, array in opening.items()}
     claimed = sum(_num_bytes(array, array.shape) for array in arrays.values())
     chunks = (_num_bytes(array, array.chunk_layout.read_chunk.shape) for array in arrays.values())
-    length = sum(file.stat().length for file in folder.rglob("*") if file.is_file())
-    check_claim(max([claimed, *chunks]), length)
+    sizes = ((place / name).stat().length for place, _, names in folder.walk() for name in names)
+    check_claim(max([claimed, *chunks]), sum(sizes))
     reads = {short: array.read() for short, array in arrays.items()}
     return {short: read.result() for short, read in reads.items()}
 

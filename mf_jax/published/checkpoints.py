@@ -35,7 +35,7 @@ from mf_jax.published.names import (
     published_name,
     to_published,
 )
-from mf_jax.runtime.files import written_aside
+from mf_jax.runtime.files import absolute, written_aside
 
 _SECTIONS = ("ema_params", "ema", "ema_model", "net_ema", "params", "model")
 """Of a training checkpoint; the first that is there is taken."""
@@ -190,7 +190,7 @@ def write_published(
       path: ends in `.npz` or `.safetensors`; the file is replaced if it exists.
       positions: embeddings `[N, width]` of patches, which codes in PyTorch store.
     """
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise BadInput(f"{path}: must end in .npz or .safetensors")
     if kind == "sit":

@@ -1,7 +1,8 @@
 """Find published weight files, check that they are whole, and fetch them by --mode=weights.
 
 A config names published networks, such as "sd-vae-ft-mse". Their files lie in `weights_dir` or
-$MF_WEIGHTS. Nothing but --mode=weights ever opens a connection.
+$MF_WEIGHTS. Of published weights only
+--mode=weights opens a connection.
 """
 
 import os
@@ -231,6 +232,7 @@ class _Received:
     def update(self, count: int) -> None:
         self._count = min(self._count + count, self.total)
         self._bar.move(self._count)
+        self._bar.remind()
 
     def reset(self) -> None:
         self._count = 0

@@ -24,7 +24,7 @@ from mf_jax.flow.errors import BadInput, list_problems, listed
 from mf_jax.published import Arrays, reading
 from mf_jax.published.pickles import Row, unpickle
 from mf_jax.runtime.archives import check_members
-from mf_jax.runtime.files import opened
+from mf_jax.runtime.files import absolute, on_disk, opened
 
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """Is in the first pickle of a file without an archive."""
@@ -40,7 +40,7 @@ class StateDict(NamedTuple):
 
 def read_state_dict(path: epath.PathLike) -> StateDict:
     """Return the parameters in a `.pth` or `.safetensors` file, told apart by their content."""
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if not path.is_file():
         raise BadInput(
             f"{path}: no such file; must be a .pth or .safetensors file of published weights"
@@ -51,7 +51,7 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
         if content.startswith(b"PK\x03\x04") or _MAGIC in content[:32]:  # of torch.save
             arrays = _arrays(_read(content))
         else:
-            with safe_open(path, framework="np") as file:
+            with on_disk(path) as place, safe_open(place, framework="np") as file:
                 names = file.keys()
                 arrays = {name: file.get_tensor(name) for name in names}
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)

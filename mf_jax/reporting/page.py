@@ -162,7 +162,7 @@ def _training_samples(grids: Sequence[Path], real: Path, config: Mapping[str, An
     if not grids:
         return ""
     num_steps = config.get("train", {}).get("num_steps")
-    of = f" of {_cell(num_steps)}" if num_steps else ""
+    of = f" of {escape(_cell(num_steps))}" if num_steps else ""
     last = min(len(grids), _MOST_GRIDS) - 1
     chosen = [grids[i] for i in np.linspace(0, len(grids) - 1, last + 1).round().astype(int)]
     steps = [f"step {_step_of(grid):,}{of}" for grid in chosen]

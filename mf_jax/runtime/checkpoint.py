@@ -23,6 +23,7 @@ from jaxtyping import PyTree
 
 from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime import processes
+from mf_jax.runtime.files import absolute
 from mf_jax.runtime.fingerprints import check_same_model, index_of
 
 with epy.lazy_imports():  # takes a second
@@ -53,7 +54,7 @@ _NOT_OF_FILES += (DamagedCheckpoint, BadInput)
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Return the steps of a workdir's finished checkpoints, oldest first."""
-    folder = epath.Path(workdir).absolute() / FOLDER
+    folder = absolute(workdir) / FOLDER
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
@@ -75,7 +76,7 @@ class Checkpoints:
     """The checkpoints of one workdir; the newest few are kept, and `read_only` changes nothing."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1, read_only: bool = False) -> None:
-        self._folder = _in_letters(epath.Path(workdir).absolute()) / FOLDER
+        self._folder = _in_letters(absolute(workdir)) / FOLDER
         self._read_only = read_only
         if self._folder.exists() and not self._folder.is_dir():
             raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
@@ -212,6 +213,7 @@ class Checkpoints:
         if processes.is_first():
             aside = self._folder.parent / _DAMAGED_FOLDER
             aside.mkdir(parents=True, exist_ok=True)
+            (aside / ".keep").touch()  # a bucket knows no empty folders
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))

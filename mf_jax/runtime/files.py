@@ -67,6 +67,12 @@ def in_bucket(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Return a path that the current folder does not change, which etils puts before gs:// too."""
+    path = epath.Path(path).expanduser()
+    return path if in_bucket(path) else path.absolute()
+
+
 def opened(path: epath.PathLike) -> BinaryIO:
     """Open a regular file to read; BadInput for a pipe, which waits, and a device, without end."""
     path = epath.Path(path)

@@ -3,7 +3,6 @@
 Training draws its samples here too.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -37,7 +36,7 @@ from mf_jax.reporting.sample_grid import (
 )
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.files import replace_file
+from mf_jax.runtime.archives import write_npz
 from mf_jax.runtime.sharding import batch_sharding
 from mf_jax.validation.ranges import check_values
 
@@ -107,9 +106,7 @@ def _save(
 ) -> None:
     arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
     arrays |= {key: each[np.arange(len(labels)) % len(each)] for key, each in given.items()}
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    replace_file(workdir / _PLACES["samples"], content.getvalue())
+    write_npz(workdir / _PLACES["samples"], arrays)
     with left_out("the picture of the samples"):
         if generator.spec.is_picture:
             names, caption = generator.spec.class_names, _caption(generator)
@@ -172,12 +169,13 @@ def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
     if not processes.is_first():
         return
     num = min(len(source), _MOST_NUMBERS // math.prod(source.spec.shape))
-    data = to_pixels(read(source, num).x)
+    data = to_pixels(source.gather(np.linspace(0, len(source) - 1, num).astype(int)).x)
     flat, flat_data = (x.reshape(len(x), -1).astype(np.float32) for x in (samples, data))
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(flat_data)
     places = search.kneighbors(flat, return_distance=False)
     rows = [("samples", samples), ("training data", data[places[:, 0]])]
-    save_rows(path, rows, caption=_caption(generator))
+    looked = f" · of {num:,} of {len(source):,} training pictures" * (num < len(source))
+    save_rows(path, rows, caption=_caption(generator) + looked)
 
 
 def _save_training(path: Path, generator: Generator, plan: SamplePlan) -> None:
@@ -251,7 +249,8 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
         return path
     samples = generator.sample(labels, plan=plan, **given)
     if processes.is_first():
-        save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
+        with left_out(path.name):  # the other processes go on
+            save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
     real = workdir / REAL_FILE
     # latents are decoded on the devices of all processes
     if processes.from_first(not real.exists()) and (source.stored or processes.is_first()):

@@ -66,7 +66,7 @@ def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
         "about": json.dumps(about).replace("<", r"\u003c"),
         "weights": base64.b64encode(b"".join(a.tobytes() for a in arrays.values())).decode(),
     }
-    page = _TEMPLATE.read_text()
+    page = _TEMPLATE.read_text("utf-8")
     for name, text in parts.items():
         page = page.replace("{{" + name + "}}", text)
     replace_file(path, page.encode(errors="backslashreplace"))  # folders are named by any bytes

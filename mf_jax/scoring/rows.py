@@ -121,7 +121,10 @@ def key_of(protocol: Row) -> str:
 
 def digest(*parts: np.ndarray | bytes) -> str:
     """Return the SHA-256 of arrays and bytes, one after the other."""
-    return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return total.hexdigest()
 
 
 def read_rows(workdir: Path) -> list[Row]:

@@ -1,7 +1,7 @@
 """Scorers: samples in, one record of scores for each reference.
 
 Pictures meet files of reference statistics in the features of Inception, or the training split in
-features learnt from it. Vectors meet the held-out split directly.
+features learnt from it. Vectors meet the training split directly.
 """
 
 import dataclasses
@@ -255,25 +255,35 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
     """Read reference statistics; whatever a file of pictures lacks is computed from them."""
     reference = reference_file.read_reference(path, functools.partial(_statistics, inception))
     check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
-    if reference.statistics.features is not None or not reference.num_pictures:
+    num, first = reference.num_pictures, itertools.count(step=_BLOCK)
+    if reference.statistics.features is not None or num < LEAST_ROWS:
         return reference
     # as the evaluation of ADM has its files
-    blocks = itertools.islice(reference_file.read_pictures(path, _BLOCK), _KEPT_FEATURES // _BLOCK)
-    features = _statistics(inception, blocks).features
+    blocks = zip(first, reference_file.read_pictures(path, _BLOCK), strict=False)
+    blocks = (block[_kept(num, start, len(block))] for start, block in blocks)
+    features = _statistics(inception, blocks, min(num, _KEPT_FEATURES)).features
     statistics = dataclasses.replace(reference.statistics, features=features)
     return dataclasses.replace(reference, statistics=statistics)
 
 
-def _statistics(inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]]) -> Statistics:
-    """Return the statistics of pictures, and the features of the first."""
+def _kept(num: int, start: int, size: int) -> Int[np.ndarray, "_"]:
+    """Return which of some rows, from a start on, are of the kept ones of num, spread evenly."""
+    kept = min(num, _KEPT_FEATURES)
+    places = np.arange(kept) * num // kept - start
+    return places[(places >= 0) & (places < size)]
+
+
+def _statistics(
+    inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]], num: int
+) -> Statistics:
+    """Return the statistics of num pictures, and the features of `_kept` ones."""
     pooled, spatial = (Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL))
     rows: list[np.ndarray] = []
     for block in blocks:
         features = _features(inception, jnp.asarray(block))
+        rows.append(np.asarray(features[POOLED])[_kept(num, pooled.count, len(block))])
         pooled += Moments.of(np.asarray(features[POOLED]))
         spatial += Moments.of(np.asarray(features[SPATIAL]))
-        if pooled.count <= _KEPT_FEATURES:
-            rows.append(np.asarray(features[POOLED]))
     return Statistics.of(pooled, spatial, np.concatenate(rows))
 
 
