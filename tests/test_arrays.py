@@ -18,6 +18,7 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec, Told
 from mf_jax.models import MLP, as_field, initial_params
 from mf_jax.models.layers import sine_cosine_positions
+from mf_jax.validation import validate
 
 N = 40
 TINY = (

@@ -24,7 +24,7 @@ from mf_jax.flow.times import Times
 
 LABEL_DROP_ROWS = ("instant_rows", "any_row")
 _LARGEST_GROUP = 64
-_CROPS = 7  # folded into the key: one more than it is split into, which gives the same keys
+_CROPS = 7  # folded into the key, whose split into 7 folds in 0 to 6
 _SHARE_TOLERANCE = 1e-3
 
 

@@ -123,8 +123,9 @@ class Prediction(NamedTuple):
 class Field(Protocol):
     """A pure function from parameters and points on the path to u, or to a `Prediction`.
 
-    It sees z of any rank and times 0 <= r <= t <= 1. The condition is the caller's own tree, or a
-    `Condition` where `DrawScheme.for_networks` is set.
+    It sees z of any rank and times 0 <= r <= t <= 1, of which central differences go beyond by
+    their delta. The condition is the caller's own tree, or a `Condition` where
+    `DrawScheme.for_networks` is set.
     """
 
     def __call__(
