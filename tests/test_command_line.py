@@ -241,6 +241,7 @@ def test_a_run_needs_no_config(copy_of_trained):
     folder = epath.Path(copy_of_trained)
     config = run_folder.stored_config(folder)
     more = {"train.log_every_steps": 7, "log.progress": False, "data.path": "elsewhere"}
+    more |= {"train.microbatch": 4}
     config.update_from_flattened_dict(more | {"model.remat": "block", "checkpoint.keep": 9})
     run_folder.check(folder, config)
     config.optim.schedule = "constant"
@@ -251,6 +252,10 @@ def test_a_run_needs_no_config(copy_of_trained):
         run_folder.check(folder, config)
     config.train.num_steps = 11
     with pytest.raises(BadInput, match="12 steps are done"):
+        run_folder.check(folder, config)
+    config.train.num_steps, config.velocity.source = 12, "batch"
+    _edit(copy_of_trained / "config.json", velocity={"source": "batch"})
+    with pytest.raises(BadInput, match=r"another config \(train.microbatch 0 -> 4\)"):
         run_folder.check(folder, config)
 
 
@@ -340,7 +345,7 @@ def test_workdir_of_another_run_is_refused_and_stays_as_it_is(copy_of_trained):
 def _edit(file, **sections):
     """Change keys of a run's config as who edits the file does."""
     stored = json.loads(file.read_text())
-    del stored["checksum"]
+    stored.pop("checksum", None)
     for section, changes in sections.items():
         stored[section] |= changes
     file.write_text(json.dumps(stored))
