@@ -22,9 +22,8 @@ from mf_jax.data.pipeline import MORE
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow import sampler
 from mf_jax.flow.draws import key_of
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale, Told
-from mf_jax.flow.rows import call
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
 from mf_jax.models.autoencoder import Decoder, load_autoencoder
@@ -32,7 +31,7 @@ from mf_jax.models.blocks import unstack_blocks
 from mf_jax.models.layers import sine_cosine_positions
 from mf_jax.published.checkpoints import write_published
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.published.names import KINDS_WITH_POSITIONS, check_prediction
+from mf_jax.published.names import KINDS, KINDS_WITH_POSITIONS, check_prediction
 from mf_jax.runtime.processes import on_host
 from mf_jax.runtime.sharding import batch_sharding
 
@@ -224,6 +223,7 @@ class Generator:
             u(z, t, t) alone. Networks of a `pmf` predict the data, all others the velocity.
         """
         params, model = unstack_blocks(jax.device_get(self.params)), self.config.model
+        check_known("kind", kind, KINDS)
         check_prediction(kind, model.prediction)
         positions = ()
         if kind in KINDS_WITH_POSITIONS:
@@ -250,25 +250,21 @@ def sample_rows(
     key, (times, num, noise_scale) = key_of(seed), grid
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
-    def hidden(e: Array) -> Array:  # what a mask hides is 0 at all times, as in training
-        return jnp.where(given["mask"], e, 0) if "mask" in given else e
-
     def noise(keys: Array) -> Array:
         return noise_scale * jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
     def fresh(step: Array) -> Array:
-        return hidden(noise(jax.vmap(jax.random.fold_in, (0, None))(keys, step)))
+        return noise(jax.vmap(jax.random.fold_in, (0, None))(keys, step))
 
     scale = GuidanceScale(*(jnp.full(labels.shape, value) for value in guidance))
     told = Told(labels, given["condition"]) if "condition" in given else labels
     condition, field = Condition(told, guidance=scale), as_field(network)
-    e = hidden(given["e"] if "e" in given else noise(keys))
-    if "mask" in given:
-        field = functools.partial(call, field, mask=given["mask"])
+    e = given["e"] if "e" in given else noise(keys)
     # evaluation must not depend on what precision a platform calls its default
     with jax.default_matmul_precision("highest"):
-        grid = {"times": times, "num_intervals": num, "renoise": fresh if renoise else None}
-        x = sampler.sample(field, params, e, condition, learns_average=learns_average, **grid)
+        more = {"times": times, "num_intervals": num, "renoise": fresh if renoise else None}
+        more |= {"learns_average": learns_average, "mask": given.get("mask")}
+        x = sampler.sample(field, params, e, condition, **more)
     return x, jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
 

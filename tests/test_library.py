@@ -11,7 +11,9 @@ from oracle import STD, gaussian_average, gaussian_velocity, moments
 import mf_jax
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import per_row
+from mf_jax.flow.records import DataSpec
 from mf_jax.flow.rows import condition_of
+from mf_jax.models import MLP, as_field
 
 KEY = jax.random.key(0)
 SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
@@ -281,8 +283,44 @@ def test_sampling_with_fresh_noise():
     np.testing.assert_allclose(twice, z - 0.4 * u, rtol=1e-5)
 
 
+def test_samples_and_likelihoods_know_no_more_than_the_mask_shows():
+    e, mask = next(_arrays((8, 3))), jnp.arange(3) < 2
+    mixing = lambda p, z, **_: 0.1 * z.sum(1, keepdims=True) * jnp.ones_like(z)  # noqa: E731
+    more = {"steps": 2, "renoise": lambda i: e + i}
+    shown = mf_jax.sample(mixing, None, e[:, :2], **more | {"renoise": lambda i: e[:, :2] + i})
+    whole = mf_jax.sample(mixing, None, e, mask=mask, **more)
+    np.testing.assert_allclose(whole, np.pad(shown, ((0, 0), (0, 1))), rtol=1e-6)
+    flow = {"flow": mixing, "flow_params": None}
+    zero = lambda p, z, *, r, t, condition: 0 * t  # noqa: E731
+    x, log_p = mf_jax.AverageDivergence().log_likelihood(zero, None, e, mask=mask, **flow)
+    np.testing.assert_array_equal(x[:, 2], 0)
+    exact = jax.scipy.stats.norm.logpdf(e[:, :2]).sum(axis=1)
+    np.testing.assert_allclose(log_p, exact, rtol=1e-6)
+
+
+def test_draws_of_narrow_data_and_networks_of_any_precision_fit():
+    """Times are as wide as the data, also where JAX takes float64 for usual."""
+    x = jnp.float32(next(_arrays((8, 3))))
+    condition = jnp.arange(8, dtype=jnp.uint8)
+    draws = SCHEME.draw(KEY, x, condition)
+    assert {a.dtype for rows in (draws.instant, draws.interval) for a in (rows.r, rows.t)} == {
+        x.dtype
+    }
+    half = lambda p, z, **told: (p["w"] * z).astype(jnp.bfloat16)  # noqa: E731
+    params = {"w": jnp.float32(2), "act": jnp.tanh}  # a module has leaves that are no arrays
+    for name, objective in OBJECTIVES.items():
+        if name not in ("head", "meanflow"):  # which need a second head, and a null
+            assert objective.loss(half, params, draws)[0].dtype == x.dtype, name
+
+
+def test_estimates_that_know_other_data_are_others():
+    one, other = (mf_jax.VelocityEstimate("data", 1.0, data=np.full((2, 3), i)) for i in (0, 1))
+    assert one != other
+
+
 def test_what_cannot_be_is_named():
     x, e, _ = _arrays((8, 3))
+    network = as_field(MLP(depth=1, width=8, num_classes=2))
     draw, vector = functools.partial(SCHEME.draw, KEY), jnp.zeros((8, 2))
     dropping = mf_jax.DrawScheme(mf_jax.UniformTimes(), 0.5, 0.1)
     draws = _draws(x, e, x)
@@ -293,6 +331,11 @@ def test_what_cannot_be_is_named():
         (lambda: draw(x, jnp.zeros(3)), "condition.*first axis must be 8"),
         (lambda: draw(x, {"a": vector}, null=(0.0, 1.0)), "null"),
         (lambda: draw(x, vector, null=jnp.zeros(5)), "null"),
+        (lambda: draw(x, jnp.arange(8), null=0.5), "null.*0.5 is no int"),
+        (lambda: draw(x, null=0), "null.*give a condition"),
+        (lambda: mf_jax.sample(truth, None, jnp.ones((2, 3), int)), "e: is int"),
+        (lambda: mf_jax.sample(network, {}, e, jnp.zeros(8, int)), "told no .*mf_jax.Condition"),
+        (lambda: DataSpec((3,), 10).label_of(3.7), "3.7 is not a class"),
         (lambda: dropping.draw(KEY, x, vector), "null=None.*label_drop_share=0"),
         (lambda: draw(x, e=e[:4]), "e: has shape"),
         (lambda: draw(x, mask=jnp.ones((8, 3))), "mask.*float"),

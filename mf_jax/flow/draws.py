@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
@@ -156,11 +157,12 @@ class DrawScheme:
         if drop and self.label_drop != "any_row":
             drop /= self.instant_share
         direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
+        e = e if e is None else jnp.asarray(e, x.dtype)
         if e is None:
             e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
-        mask, e = _mask_of(mask, x), jnp.asarray(e, x.dtype)
+        mask = _mask_of(mask, x)
         if self.coupling is not None:
             e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:
@@ -169,14 +171,14 @@ class DrawScheme:
         rows = Rows(
             x=x,
             e=e,
-            t=t,
-            r=r,
+            t=t.astype(x.dtype),
+            r=r.astype(x.dtype),
             dropped=jax.random.uniform(drop_key, (num_rows,)) < drop,
             condition=condition,
             null=null,
             mask=mask,
             guidance=self._guidance(guidance_key, num_rows),
-            fraction=jax.random.uniform(more_keys[0], (num_rows,)),
+            fraction=jax.random.uniform(more_keys[0], (num_rows,)).astype(x.dtype),
             dropout=seeds if self.for_networks else None,
             direction=direction,
             box=draw_boxes(jax.random.fold_in(key, _CROPS), x.shape) if self.crops else None,
@@ -189,9 +191,10 @@ class DrawScheme:
         instant = at_time(instant, instant.t)
         if self.instant_times is not None:
             times_key, own_key = jax.random.split(times_key)
-            instant = at_time(instant, self.instant_times.sample(own_key, instant.t.shape[0])[1])
+            own = self.instant_times.sample(own_key, instant.t.shape[0])[1]
+            instant = at_time(instant, own.astype(x.dtype))
             r, t = self.times.sample(times_key, interval.t.shape[0])
-            interval = interval.replace(r=r, t=t)
+            interval = interval.replace(r=r.astype(x.dtype), t=t.astype(x.dtype))
         return Draws(*map(self._without_condition, (instant, interval)))
 
     def _without_condition(self, rows: Rows) -> Rows:
@@ -217,6 +220,7 @@ def _mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
     """Return a mask of x's own shape."""
     if mask is None:
         return None
+    mask = jnp.asarray(mask)
     axes = (1,) * (x.ndim - mask.ndim) + mask.shape
     fits = len(axes) == x.ndim and all(m in (1, n) for m, n in zip(axes, x.shape, strict=True))
     of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
@@ -236,9 +240,11 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
             shape = jnp.shape(leaf)
             raise BadInput(f"condition: has shape {shape}; its first axis must be {num_rows} rows")
     if not leaves:
+        if null is not None:
+            raise BadInput("null: is what a row without its condition is told; give a condition")
         return None
     if null is None and leaves[0] is condition and condition.ndim == 1:
-        null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.integer) else None
+        null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.signedinteger) else None
     fit = "give a tree like condition, without its first axis"
     if null is None and is_needed:
         told = "a row that trains without its condition is told null"
@@ -247,6 +253,9 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
         return None
 
     def spread(own: Array, to: Any) -> Array:
+        is_known = not (isinstance(to, jax.core.Tracer) or jnp.issubdtype(own.dtype, jnp.inexact))
+        if is_known and np.any(np.asarray(to).astype(own.dtype) != np.asarray(to)):
+            raise ValueError(f"{to} is no {own.dtype}, as its condition is")
         return jnp.broadcast_to(jnp.asarray(to, own.dtype), own.shape)
 
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -57,6 +58,8 @@ class DataSpec:
     def label_of(self, label: int | str) -> int:
         """Return the number of a class, which may be given by its name."""
         if not isinstance(label, str):
+            if not isinstance(label, numbers.Real) or int(label) != label:
+                raise BadInput(f"{label!r} is not a class: must be a whole number")
             return int(label)
         if label not in self.class_names:
             known = f"{listed(list(self.class_names)) or 'none'}{nearest(label, self.class_names)}"

@@ -55,8 +55,10 @@ def call(
                 f"field: {name} is {getattr(head, 'shape', type(head).__name__)} where z is "
                 f"{z.shape}; return u like z, or mf_jax.Prediction(u, v)"
             )
+    wide = jnp.promote_types(heads.u.dtype, z.dtype)
+    heads = [None if head is None else head.astype(wide) for head in heads]
     if mask is None:
-        return heads
+        return Prediction(*heads)
     return Prediction(*(None if head is None else jnp.where(mask, head, 0) for head in heads))
 
 

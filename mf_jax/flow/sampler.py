@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mf_jax.flow.errors import BadInput, check_within
 from mf_jax.flow.paths import advance, interpolate
@@ -108,6 +108,7 @@ def sample(
     num_intervals: Int[Array, ""] | None = None,
     renoise: Callable[[Int[Array, ""]], Float[Array, "b ..."]] | None = None,
     learns_average: bool = True,
+    mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "b ..."]:
     """Carry noise e `[B, ...]` to data like e, one evaluation of the field a step.
 
@@ -120,23 +121,29 @@ def sample(
         x_hat = z - t u(z, 0, t), z_r = (1 - r) x_hat + r e'. None = from t to r along the flow.
       learns_average: step with u(z, r, t); else with u(z, t, t), by Euler's method, as networks of
         flow matching need.
+      mask: bool that broadcasts to e. What it hides is 0 at all times, as in training.
 
     Source of renoising: consistency models, arXiv 2303.01469, algorithm 1; SoFlow.
     """
+    if not jnp.issubdtype(e.dtype, jnp.floating):
+        raise BadInput(f"e: is {e.dtype}; must be floating point")
     is_traced = isinstance(times, jax.core.Tracer)
     grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
 
     grid = jnp.asarray(grid, jnp.float32)
     last = len(grid) - 1 if num_intervals is None else num_intervals
 
+    def hidden(z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        return z if mask is None else jnp.where(mask, z, 0)
+
     def step(i: Int[Array, ""], z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         t, r = (jnp.full(z.shape[:1], time) for time in (grid[i], grid[i + 1]))
         to = r if renoise is None else jnp.zeros_like(r)
         told = to if learns_average else t
-        u = call(field, params, z, r=told, t=t, condition=condition).u
+        u = call(field, params, z, r=told, t=t, condition=condition, mask=mask).u
         moved = advance(z, u, r=to, t=t)
         if renoise is not None:
-            moved = interpolate(moved, renoise(i), t=r)
+            moved = interpolate(moved, hidden(renoise(i)), t=r)
         return moved.astype(z.dtype)
 
-    return jax.lax.fori_loop(0, last, step, e)
+    return jax.lax.fori_loop(0, last, step, hidden(e))

@@ -38,7 +38,7 @@ PLUG_INS = ("batch", "data")
 SOURCES = ("sample", *PLUG_INS, "network", "average")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # which data it knows is not to be forgotten
 class VelocityEstimate:
     """Which estimate of the flow's velocity takes part, and where.
 
@@ -58,9 +58,9 @@ class VelocityEstimate:
     tangent: float = 0.0
     of_rows: bool = False
     noise_scale: float = 1.0
-    data: Any = dataclasses.field(default=None, repr=False, compare=False)
-    labels: Any = dataclasses.field(default=None, repr=False, compare=False)
-    mask: Any = dataclasses.field(default=None, repr=False, compare=False)
+    data: Any = dataclasses.field(default=None, repr=False)
+    labels: Any = dataclasses.field(default=None, repr=False)
+    mask: Any = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_known("velocity.source", self.source, SOURCES)

@@ -86,8 +86,7 @@ class Reference:
     num_pictures: int = 0
 
 
-Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]], int], Statistics]
-"""From pictures, and how many there are, to their statistics."""
+Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
 
 
 def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Reference:
@@ -103,7 +102,7 @@ def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Refe
     if not has_statistics:
         if compute is None:
             raise BadInput(f"{path}: holds pictures (arr_0) and no statistics; compute them first")
-        statistics = compute(read_pictures(path), num_pictures)
+        statistics = compute(read_pictures(path))
     with _naming(path):
         statistics.check()
     return Reference(str(path), statistics, sha256_of(path), num_pictures)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import Points, per_row
 from mf_jax.flow.records import Condition, Field, Prediction
 from mf_jax.models.affine import Affine, LowRank
@@ -53,6 +54,9 @@ def as_field(network: nn.Module) -> Field:
     """Return the pure function `field(params, z, *, r, t, condition)` of a network."""
 
     def field(params, z, *, r, t, condition):
+        if not isinstance(condition, Condition):
+            fix = "tell it a mf_jax.Condition(labels), in draws by for_networks=True"
+            raise BadInput(f"condition: this network is told no {type(condition).__name__}; {fix}")
         return network.apply({"params": params}, z, r=r, t=t, condition=condition)
 
     return field

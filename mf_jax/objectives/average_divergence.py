@@ -45,9 +45,7 @@ class AverageDivergence:
         condition, one = condition_of(rows), jnp.ones_like(rows.t)
 
         def of(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Array]:
-            value = q(params, z, r=r, t=t, condition=condition)
-            if value.shape != t.shape:
-                raise BadInput(f"q: is {value.shape}; return a number for each row {t.shape}")
+            value = _checked(q(params, z, r=r, t=t, condition=condition), t)
             return value, value
 
         def still(*point: Array) -> tuple[Array, Array]:
@@ -69,13 +67,27 @@ class AverageDivergence:
         *,
         flow: Field,
         flow_params: PyTree,
+        mask: Array | None = None,
     ) -> tuple[Points, Scalars]:
-        """Return samples x = e - u(e, 0, 1) of standard normal e, and log p(x) in nats."""
+        """Return samples x = e - u(e, 0, 1) of standard normal e, and log p(x) in nats.
+
+        A mask, bool that broadcasts to e, says which numbers count.
+        """
+        e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+        e = e if mask is None else jnp.where(mask, e, 0)
         t = jnp.ones(e.shape[:1], e.dtype)
         told = {"r": 0 * t, "t": t, "condition": condition}
-        x = advance(e, call(flow, flow_params, e, **told).u, r=0 * t, t=t)
-        of_noise = jnp.sum(jax.scipy.stats.norm.logpdf(e), axis=tuple(range(1, e.ndim)))
-        return x, of_noise + q(params, e, **told)
+        x = advance(e, call(flow, flow_params, e, mask=mask, **told).u, r=0 * t, t=t)
+        each = jax.scipy.stats.norm.logpdf(e)
+        each = each if mask is None else jnp.where(mask, each, 0)
+        of_noise = jnp.sum(each, axis=tuple(range(1, e.ndim)))
+        return x, of_noise + _checked(q(params, e, **told), t)
+
+
+def _checked(value: Array, t: Scalars) -> Scalars:
+    if value.shape != t.shape:
+        raise BadInput(f"q: is {value.shape}; return a number for each row {t.shape}")
+    return value
 
 
 def _velocity_and_divergence(flow: Field, params: PyTree, rows: Rows) -> tuple[Points, Scalars]:

@@ -6,7 +6,6 @@ r = t and r < t, and by quarter of t. Steps and devices add a metric's sum and c
 
 import abc
 import dataclasses
-import functools
 import math
 import operator
 from typing import Any, ClassVar
@@ -75,6 +74,7 @@ class Objective(abc.ABC):
         """Return loss and metrics of one step; the loss is a mean over rows, as devices average it.
 
         Args:
+          step: number of the step, by which schedules go; left out they stay at their start.
           target_params: parameters of the targets, averaged by `target_ema`; None = params.
         """
 
@@ -130,7 +130,10 @@ def with_derivative(
     dz, dr, dt = tangent
     point = point_of(rows), rows.r, rows.t
     direction = dz * velocity, dr * jnp.ones_like(rows.r), dt * jnp.ones_like(rows.t)
-    still = functools.partial(u, params=jax.lax.stop_gradient(params))
+
+    def still(*point: Array) -> tuple[Array, Prediction]:  # for differences alone
+        return u(*point, params=jax.lax.stop_gradient(params))
+
     return how.along(u, still, point, direction)
 
 

@@ -253,7 +253,9 @@ def samples_of_file(config: ConfigDict) -> tuple[Row, Callable[[], Samples]]:
 
 def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
     """Read reference statistics; whatever a file of pictures lacks is computed from them."""
-    reference = reference_file.read_reference(path, functools.partial(_statistics, inception))
+    reference = reference_file.read_reference(
+        path, lambda blocks: _statistics(inception, blocks, reference_file.count_pictures(path))
+    )
     check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
     num, first = reference.num_pictures, itertools.count(step=_BLOCK)
     if reference.statistics.features is not None or num < LEAST_ROWS:
