@@ -11,7 +11,6 @@ from oracle import STD, gaussian_average, gaussian_velocity, moments
 import mf_jax
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.records import DataSpec
 from mf_jax.flow.rows import condition_of
 from mf_jax.models import MLP, as_field
 
@@ -333,9 +332,7 @@ def test_what_cannot_be_is_named():
         (lambda: draw(x, vector, null=jnp.zeros(5)), "null"),
         (lambda: draw(x, jnp.arange(8), null=0.5), "null.*0.5 is no int"),
         (lambda: draw(x, null=0), "null.*give a condition"),
-        (lambda: mf_jax.sample(truth, None, jnp.ones((2, 3), int)), "e: is int"),
         (lambda: mf_jax.sample(network, {}, e, jnp.zeros(8, int)), "told no .*mf_jax.Condition"),
-        (lambda: DataSpec((3,), 10).label_of(3.7), "3.7 is not a class"),
         (lambda: dropping.draw(KEY, x, vector), "null=None.*label_drop_share=0"),
         (lambda: draw(x, e=e[:4]), "e: has shape"),
         (lambda: draw(x, mask=jnp.ones((8, 3))), "mask.*float"),
