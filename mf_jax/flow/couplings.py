@@ -66,8 +66,9 @@ def _dealt(x: Array, e: Array, condition: PyTree, mask: Array | None) -> Array:
     if mask is not None:
         x, e = (jnp.where(mask, each, 0) for each in (x, e))
     flat_x, flat_e = (each.reshape(num, -1) for each in (x, e))
-    # |x_i - e_j|^2 but for |x_i|^2, which every e_j pays
-    cost = jnp.sum(flat_e**2, axis=1) - 2 * jnp.matmul(flat_x, flat_e.T, precision="highest")
+    # |x_i - e_j|^2 but for |x_i|^2, which every e_j pays; both terms are rounded alike
+    cost = jnp.matmul(jnp.ones_like(flat_x), (flat_e**2).T, precision="highest")
+    cost -= 2 * jnp.matmul(flat_x, flat_e.T, precision="highest")
     unlike = jnp.zeros((num, num), bool)
     for leaf in jax.tree.leaves((condition, mask)):
         pairs = leaf[:, None] != leaf[None]
