@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
@@ -254,7 +253,9 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
 
     def spread(own: Array, to: Any) -> Array:
         is_known = not (isinstance(to, jax.core.Tracer) or jnp.issubdtype(own.dtype, jnp.inexact))
-        if is_known and np.any(np.asarray(to).astype(own.dtype) != np.asarray(to)):
+        with jax.ensure_compile_time_eval():
+            changes = is_known and bool(jnp.any(jnp.asarray(to).astype(own.dtype) != to))
+        if changes:
             raise ValueError(f"{to} is no {own.dtype}, as its condition is")
         return jnp.broadcast_to(jnp.asarray(to, own.dtype), own.shape)
 
