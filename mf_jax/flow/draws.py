@@ -254,10 +254,11 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
     def spread(own: Array, to: Any) -> Array:
         is_known = not (isinstance(to, jax.core.Tracer) or jnp.issubdtype(own.dtype, jnp.inexact))
         with jax.ensure_compile_time_eval():
-            changes = is_known and bool(jnp.any(jnp.asarray(to).astype(own.dtype) != to))
-        if changes:
-            raise ValueError(f"{to} is no {own.dtype}, as its condition is")
-        return jnp.broadcast_to(jnp.asarray(to, own.dtype), own.shape)
+            given = jnp.asarray(to)
+            cast = given.astype(own.dtype)
+            if is_known and jnp.any(cast != given):
+                raise ValueError(f"{to} is no {own.dtype}, as its condition is")
+        return jnp.broadcast_to(cast, own.shape)
 
     try:
         return jax.tree.map(spread, condition, jax.tree.broadcast(null, condition))
