@@ -332,6 +332,7 @@ def test_what_cannot_be_is_named():
         (lambda: draw(x, vector, null=jnp.zeros(5)), "null"),
         (lambda: draw(x, jnp.arange(8), null=0.5), "null.*0.5 is no int"),
         (lambda: draw(x, null=0), "null.*give a condition"),
+        (lambda: draw(x, jnp.arange(8, dtype=jnp.uint8), null=-1), "null.*-1 is no uint8"),
         (lambda: mf_jax.sample(network, {}, e, jnp.zeros(8, int)), "told no .*mf_jax.Condition"),
         (lambda: dropping.draw(KEY, x, vector), "null=None.*label_drop_share=0"),
         (lambda: draw(x, e=e[:4]), "e: has shape"),

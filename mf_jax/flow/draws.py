@@ -256,7 +256,7 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
         with jax.ensure_compile_time_eval():
             given = jnp.asarray(to)
             cast = given.astype(own.dtype)
-            if is_known and jnp.any(cast != given):
+            if is_known and jnp.any(cast.astype(given.dtype) != given):
                 raise ValueError(f"{to} is no {own.dtype}, as its condition is")
         return jnp.broadcast_to(cast, own.shape)
 
