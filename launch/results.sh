@@ -4,7 +4,7 @@
 #
 # Runs that are finished are skipped, a run that was killed continues from its checkpoint: the same
 # command continues. Everything but the document lies under runs/results. Hardware: a CPU core,
-# 3 to 6 minutes for each of the 27 runs of the digits, 11 to 15 for each of MNIST.
+# 3 to 6 minutes for each of the 27 runs of the digits, 8 to 10 for each of MNIST.
 #
 # Usage: [MF_MNIST=FILE.npz] bash launch/results.sh [ARGUMENTS]
 #   bash launch/results.sh                      all runs that are not finished, then the document
