@@ -188,6 +188,7 @@ def test_a_teacher_is_refused_where_an_average_is_not_its_own():
         (guided, VelocityEstimate("network", tangent=1.0), 0.0, off),
         (guided, VelocityEstimate("average", 1.0), 0.9, off),
         (SplitMeanFlow(), VelocityEstimate("batch", 0.5, 0.5), 0.0, "SplitMeanFlow has no direc"),
+        (ImprovedMeanFlow(), VelocityEstimate("batch", 0.5, 0.5), 0.0, "has no direction"),
         (TerminalVelocity(), VelocityEstimate("network", 0.5), 0.0, "see no velocity"),
     ):
         with pytest.raises(BadInput, match=problem):

@@ -156,9 +156,9 @@ class DrawScheme:
         if drop and self.label_drop != "any_row":
             drop /= self.instant_share
         direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
-        e = e if e is None else jnp.asarray(e, x.dtype)
         if e is None:
             e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
+        e = jnp.asarray(e, x.dtype)
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
         mask = _mask_of(mask, x)

@@ -21,7 +21,6 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,6 @@ class AlphaFlow(terms.Objective):
     interval_factor: float = 1.0
     target_ema: float = 0.0
     derivative: Derivative = Derivative()
-    has_tangent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_known("objective.annealing", self.annealing, ANNEALINGS)

@@ -29,7 +29,8 @@ class Estimated(terms.Around):
         if self.objective.predicts == "data":  # whose target is made of x, not of v
             raise BadInput("velocity.source: pixel_meanflow takes no estimate; use source=sample")
         name, source = type(self.objective).__name__, self.velocity.source
-        if self.velocity.tangent and not self.objective.has_tangent:
+        has_tangent = self.objective.has_tangent and self.objective.interval_data
+        if self.velocity.tangent and not has_tangent:
             problem = f"{name} has no direction that an estimate could change"
             raise BadInput(f"velocity.tangent={self.velocity.tangent}: {problem}; use 0.0")
         if source == "network" and not self.objective.interval_data:

@@ -23,6 +23,7 @@ class FlowMatching(terms.Objective):
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     learns_average: ClassVar[bool] = False
     guidable: ClassVar[bool] = False
+    has_tangent: ClassVar[bool] = False
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""

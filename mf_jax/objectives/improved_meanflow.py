@@ -18,6 +18,7 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class ImprovedMeanFlow(terms.Objective):
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
     velocity: str = "head"  # a key of VELOCITIES
     derivative: Derivative = Derivative()
+    has_tangent: ClassVar[bool] = False  # it takes the network's own velocity
 
     def __post_init__(self) -> None:
         check_known("objective.velocity", self.velocity, VELOCITIES)

@@ -19,7 +19,6 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -58,7 +57,6 @@ class MeanFlow(terms.Objective):
     derivative: Derivative = Derivative()
     ramp_steps: int = 0
     to_data_steps: int = 0
-    has_tangent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_known("objective.tangent", self.tangent, TANGENTS)

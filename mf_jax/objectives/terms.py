@@ -53,8 +53,8 @@ class Objective(abc.ABC):
     """Whether its target can hold guidance."""
     interval_data: ClassVar[bool] = True
     """Whether its rows with r < t see the data, not the network alone."""
-    has_tangent: ClassVar[bool] = False
-    """Whether a direction of du/dt, or a finite step, is along the velocity of its rows."""
+    has_tangent: ClassVar[bool] = True
+    """Whether a direction of du/dt, or a finite step, is along the velocity of such rows."""
     second_order: ClassVar[bool] = False
     """Whether its gradient passes through a derivative of the network."""
     target_ema: ClassVar[float] = 0.0

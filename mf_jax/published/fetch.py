@@ -1,8 +1,7 @@
 """Find published weight files, check that they are whole, and fetch them by --mode=weights.
 
 A config names published networks, such as "sd-vae-ft-mse". Their files lie in `weights_dir` or
-$MF_WEIGHTS. Of published weights only
---mode=weights opens a connection.
+$MF_WEIGHTS. For published weights only --mode=weights opens a connection.
 """
 
 import os
