@@ -11,20 +11,19 @@ Usage: bash launch/ablations.sh [--only=GROUP] [--document]
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs.digits import get_config as digits
 from launch import runner
-from launch.runner import QUIET, Results, Study, as_table, decisive, score, whole_run
+from launch.runner import QUIET, Result, Results, as_table, decisive, score, whole_run
 
-RUNS, DOCUMENT, NUM_STEPS = Path("runs/ablations"), Path("docs/ablations.md"), 1000
+RUNS, NUM_STEPS = Path("runs/ablations"), 1000
 MUST_FAIL = ("tangent_v00", "tangent_v10", "tangent_v11", "share_0")
 VISIBLY = 2.0  # what must fail has at least so many times the baseline's distance at one step
 Overrides = Mapping[str, Any]
@@ -40,10 +39,6 @@ class Row(NamedTuple):
     overrides: Overrides = MappingProxyType({})
 
 
-SHORT: Overrides = QUIET | {"ema.decays": (0.99,), "eval.steps": (1, 2)}
-SHORT |= {"model.depth": 2, "model.width": 96, "model.num_heads": 2}
-
-
 def _times(mean: float, std: float) -> Overrides:
     return {"times.t_mean": mean, "times.r_mean": mean, "times.t_std": std, "times.r_std": std}
 
@@ -52,11 +47,17 @@ def _guidance(omega: float, kappa: float) -> Overrides:
     return {"guidance.omega": omega, "guidance.kappa": kappa}
 
 
-PAPER: Overrides = {
+BASELINE: Overrides = {
+    **QUIET,
     **_times(-0.4, 1.0),
+    "eval.steps": (1, 2),
+    "model.depth": 2,
+    "model.width": 96,
+    "model.num_heads": 2,
     "model.prediction": "velocity",
     "coupling.name": "independent",
     "optim.lr": 2e-3,
+    "ema.decays": (0.99,),
     "draws.instant_share": 0.75,
     "draws.label_drop_share": 0.1,
     "weight.p": 1.0,
@@ -65,7 +66,7 @@ _TOLD = "model.time_conditioning"
 # where no row has r = t, other rows must lose their label
 _LONG = {"draws.instant_share": 0.0, "draws.label_drop": "any_row"}
 BASE, NONE = "baseline", math.nan
-TITLES = {
+GROUPS = {
     "seed": "Seed",
     "tangent": "Direction of the derivative (dz, dr, dt)",
     "share": "Share of rows with r < t",
@@ -116,8 +117,18 @@ def make_config(row: Row, num_steps: int = NUM_STEPS) -> ConfigDict:
     """Return the config of a row's run of so many steps."""
     steps = {"train.num_steps": num_steps, "optim.warmup_steps": num_steps // 10}
     config = digits()
-    config.update_from_flattened_dict({**SHORT, **PAPER, **row.overrides, **steps})
+    config.update_from_flattened_dict({**BASELINE, **row.overrides, **steps})
     return config
+
+
+def config_of(row: Row, num_steps: int) -> dict[str, Any]:
+    """Return what decides a row's result."""
+    return decisive(make_config(row, num_steps))
+
+
+def execute(row: Row) -> Result | None:
+    """Train and evaluate a run, or continue it; None if it was told to stop."""
+    return whole_run(make_config(row), RUNS / row.run)
 
 
 def table(group: str, results: Results) -> str:
@@ -133,29 +144,29 @@ def table(group: str, results: Results) -> str:
     return as_table([row.label for row in rows], columns)
 
 
-def save_plot(path: Path, group: str, results: Results) -> None:
+def save_picture(path: Path, group: str, results: Results) -> None:
     """Save a group's distances at one step beside the published ones, a panel each."""
     rows = [row for row in ROWS if row.group == group]
+    panels = {
+        "8x8 digits, Fréchet distance": [score(results, row.run) for row in rows],
+        "published FID, ImageNet": [row.published for row in rows],
+    }
     figure = Figure(figsize=(9.2, 1.35 + 0.3 * len(rows)), layout="constrained")
-    figure.suptitle(f"{TITLES[group]}: one step")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set_title("8x8 digits, Fréchet distance", fontsize=9.5)
-    _bars(left, rows, [score(results, row.run) for row in rows])
-    right.set_title("published FID, ImageNet", fontsize=9.5)
-    _bars(right, rows, [row.published for row in rows])
+    figure.suptitle(f"{GROUPS[group]}: one step")
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (title, values) in zip(both, panels.items(), strict=True):
+        known = [value for value in values if math.isfinite(value)]
+        lengths = [value if math.isfinite(value) else 0 for value in values]
+        bars = axes.barh([row.label for row in rows], lengths)
+        texts = [f"{value:.4g}" if math.isfinite(value) else "" for value in values]
+        axes.bar_label(bars, texts, padding=3, fontsize=8.5)
+        axes.set_title(title, fontsize=9.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first at the top
+        if known and max(known) > 25 * min(known):  # else the smaller half would look alike
+            axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.spines[["right", "top"]].set_visible(False)
     figure.savefig(path, dpi=80, facecolor="white")
-
-
-def _bars(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:
-    known = [value for value in values if math.isfinite(value)]
-    bars = axes.barh([row.label for row in rows], [v if math.isfinite(v) else 0 for v in values])
-    texts = [f"{value:.4g}" if math.isfinite(value) else "" for value in values]
-    axes.bar_label(bars, texts, padding=3, fontsize=8.5)
-    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first at the top
-    if known and max(known) > 25 * min(known):  # else the smaller half would look alike
-        axes.set_xscale("log")
-    axes.margins(x=0.2)
-    axes.spines[["right", "top"]].set_visible(False)
 
 
 def unexpected(results: Results) -> list[str]:
@@ -164,13 +175,5 @@ def unexpected(results: Results) -> list[str]:
     return [f"{run} must fail and does not" for run in failed]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    own = ROWS, lambda row, num_steps: decisive(make_config(row, num_steps))
-    acts = lambda row: whole_run(make_config(row), RUNS / row.run), table, save_plot, unexpected
-    study = Study("ablations", __doc__, tuple(TITLES), RUNS, DOCUMENT, *own, *acts)
-    return runner.main(study, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(sys.modules[__name__]))

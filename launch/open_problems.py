@@ -1,6 +1,6 @@
 """Five experiments on the open problems of the method, on toys, Gaussians and the 8x8 digits.
 
-1. `rows_of` is the table of what runs; rows that name the same run share it.
+1. `ROWS` is the table of what runs; rows that name the same run share it.
 2. Each run trains some seeds in this process, with the FLOPs of its group's first run. Its
    result.json in runs/open_problems/NAME marks it as finished.
 3. The tables and figures of docs/open_problems.md are written from the result.json files.
@@ -12,23 +12,24 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch import runner
-from launch.runner import Result, Results, Study
+from launch.runner import Result, Results
 from launch.small import measures, training
 from launch.small.data import data_of
 from launch.small.training import Training, Tuned
 from mf_jax import Derivative, MeanFlow
 from mf_jax.objectives.terms import AdaptiveWeight
 
-RUNS, DOCUMENT = Path("runs/open_problems"), Path("docs/open_problems.md")
+RUNS = Path("runs/open_problems")
 PLAIN, USUAL = (MeanFlow(weight=AdaptiveWeight(p=p)) for p in (0.0, 0.25))
 
 
@@ -49,12 +50,12 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A table and its figure: title, name of the x axis, and scores, of which some are drawn."""
+    """A table and its figure: title, name of the x axis, keys of `SCORES`, what measures them."""
 
     title: str
     axis: str
     scores: str
-    drawn: str
+    measure: Callable[[training.Run], measures.Scores]
 
 
 SCORES = {  # heading, format, what the best is
@@ -74,25 +75,23 @@ SCORES = {  # heading, format, what the best is
     "largest": ("largest du/dt", ".2f", None),
     "stable": ("steps before divergence", ",.0f", max),
 }
+_COSTS = ("mflops", "megabytes")  # in the table alone
 _SHARE, _OF_ESTIMATES = "share of the estimate in the tangent", "variance u_error w2 recall nearest"
 GROUPS = {
-    "stability": Group("Two moons of 128 rows", _SHARE, _OF_ESTIMATES, _OF_ESTIMATES),
-    "digits": Group("8x8 digits", _SHARE, _OF_ESTIMATES, _OF_ESTIMATES),
+    "stability": Group("Two moons of 128 rows", _SHARE, _OF_ESTIMATES, measures.of_estimates),
+    "digits": Group("8x8 digits", _SHARE, _OF_ESTIMATES, measures.of_estimates),
     "derivative": Group(
         "The derivative without a JVP: eight Gaussians",
         "step of the difference",
         "w2 residual mflops megabytes",
-        "w2 residual",
+        measures.of_derivative,
     ),
-    "hybrid": Group("Samplers, and an MMD term: eight modes", "steps", "w2 outside", "w2 outside"),
-    "coupling": Group(
-        "Couplings", "", "length bend gap w2 map_error", "length bend gap w2 map_error"
+    "hybrid": Group(
+        "Samplers, and an MMD term: eight modes", "steps", "w2 outside", measures.of_hybrid
     ),
+    "coupling": Group("Couplings", "", "length bend gap w2 map_error", measures.of_coupling),
     "control": Group(
-        "Control of du/dz",
-        "weight of the term",
-        "map_error w2 largest stable",
-        "map_error w2 largest stable",
+        "Control of du/dz", "weight of the term", "map_error w2 largest stable", measures.of_control
     ),
 }
 
@@ -150,74 +149,59 @@ def _control(group: str):
         yield Row(group, label, f"{data}, {control}", f"{factor:g}", f"{group} {label}", how)
 
 
-@functools.cache
-def rows_of() -> tuple[Row, ...]:
-    """Return all rows, in the order of the groups."""
-    all_sources, small = ("network", "average", "exact"), {"width": 256, "batch_size": 128}
-    small["steps"] = 1000
-    return (
-        *_stability("stability", "two_moons 128", all_sources, (0.0, 0.5, 0.94, 1.0)),
-        *_stability("digits", "digits", all_sources[::2], (0.0, 1.0), **small),
-        *_derivative("derivative"),
-        *_hybrid("hybrid"),
-        *_coupling("coupling"),
-        *_control("control"),
-    )
-
-
-MEASURES = {
-    "stability": measures.of_estimates,
-    "digits": measures.of_estimates,
-    "derivative": measures.of_derivative,
-    "hybrid": measures.of_hybrid,
-    "coupling": measures.of_coupling,
-    "control": measures.of_control,
-}
+_LARGE = {"steps": 1000, "width": 256, "batch_size": 128}
+_SOURCES = ("network", "average", "exact")
+ROWS = (
+    *_stability("stability", "two_moons 128", _SOURCES, (0.0, 0.5, 0.94, 1.0)),
+    *_stability("digits", "digits", _SOURCES[::2], (0.0, 1.0), **_LARGE),
+    *_derivative("derivative"),
+    *_hybrid("hybrid"),
+    *_coupling("coupling"),
+    *_control("control"),
+)
 
 
 @functools.cache
 def budget(group: str) -> float:
     """Return the FLOPs of each run of a group: those of its first setting."""
-    how = next(row.how for row in rows_of() if row.group == group and row.how)
+    how = next(row.how for row in ROWS if row.group == group and row.how)
     return how.steps * training.step_flops(how)
 
 
-def config_of(row: Row, num_steps: int) -> dict[str, str]:
+def config_of(row: Row, _num_steps: int) -> dict[str, str]:
     """Return what decides a run's numbers, beside its steps."""
-    del num_steps
     return {"training": repr(row.how), "seeds": str(training.SEEDS)}
 
 
 def execute(row: Row) -> Result:
     """Train and measure the seeds of a run; of real data compare other rows with the held-out."""
-    result = {"config": config_of(row, 0), "num_steps": 1}
     if row.how is None:
         data = data_of(row.run.removeprefix("real "))
         apart = measures.sample_scores(data.held_out, data)["nearest"]
         scores = measures.sample_scores(data.other, data) | {"nearest": apart}
-        return result | {"rows": [scores]}
+        return {"num_steps": 1, "rows": [scores]}
     flops, rows = training.step_flops(row.how), []
     num_steps = max(1, round(budget(row.group) / flops))
     for seed in range(training.SEEDS):
         run = training.run_of(row.how, num_steps, seed)
-        scores = measures.scores_of(run) | MEASURES[row.group](run)
-        rows.append({k: float(v) for k, v in scores.items() if math.isfinite(v)})
-    rows = [{"mflops": flops / 1e6, **row} for row in rows]
-    return result | {"num_steps": num_steps, "rows": rows}
+        scores = measures.scores_of(run) | GROUPS[row.group].measure(run)
+        finite = {key: float(value) for key, value in scores.items() if math.isfinite(value)}
+        rows.append({"mflops": flops / 1e6, **finite})
+    return {"num_steps": num_steps, "rows": rows}
 
 
 def values_of(row: Row, results: Results, key: str) -> list[float]:
     """Return a row's score by seed: infinite where a seed has none, NaN where none has it."""
-    found = results.get(row.run, {}).get("rows", [])
-    key = key if row.how is None else row.part + key
-    return [each.get(key, math.inf) for each in found if any(key in e for e in found)] or [math.nan]
+    seeds = results.get(row.run, {}).get("rows", [])
+    found = [each.get(row.part + key, math.inf) for each in seeds]
+    return found if np.isfinite(found).any() else [math.nan]
 
 
 def table(group: str, results: Results) -> str:
     """Return a group's table in Markdown."""
-    rows = list({row.label: row for row in rows_of() if row.group == group}.values())
-    steps = [results.get(row.run, {}).get("num_steps") if row.how else None for row in rows]
-    columns = {"steps": ([each or math.nan for each in steps], ",.0f", None)}
+    rows = list({row.label: row for row in ROWS if row.group == group}.values())
+    trained = [results.get(row.run, {}) if row.how else {} for row in rows]
+    columns = {"steps": ([each.get("num_steps", math.nan) for each in trained], ",.0f", None)}
     for key in GROUPS[group].scores.split():
         heading, form, best = SCORES[key]
         values = [values_of(row, results, key) for row in rows]
@@ -228,52 +212,41 @@ def table(group: str, results: Results) -> str:
     return runner.as_table([row.label for row in rows], columns)
 
 
-def save_plot(path: Path, group: str, results: Results) -> None:
-    """Save a panel for each score that is drawn, with a line for each series."""
-    rows, keys = [row for row in rows_of() if row.group == group], GROUPS[group].drawn.split()
+def save_picture(path: Path, group: str, results: Results) -> None:
+    """Save a panel for each score but costs, with a line for each series."""
+    rows = [row for row in ROWS if row.group == group]
+    keys = [key for key in GROUPS[group].scores.split() if key not in _COSTS]
     wide = 2 if len(keys) == 4 else min(3, len(keys))
     tall = math.ceil(len(keys) / wide)
     figure = Figure(figsize=(4.4 * wide, 3.2 * tall + 1), layout="constrained")
     figure.suptitle(GROUPS[group].title)
-    panels, names = figure.subplots(tall, wide, squeeze=False).ravel(), {}
-    for panel, key in zip(panels, keys, strict=False):
+    names = {}
+    for place, key in enumerate(keys, start=1):
+        panel = figure.add_subplot(tall, wide, place)
         panel.set_title(SCORES[key][0], fontsize=9.5)
         panel.set_xlabel(GROUPS[group].axis)
         panel.spines[["right", "top"]].set_visible(False)
         for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
-            own = [row for row in rows if row.series == series]
-            names |= _draw(panel, own, [values_of(row, results, key) for row in own], f"C{i}")
+            own = {row.place: values_of(row, results, key) for row in rows if row.series == series}
+            known = {place: each for place, each in own.items() if np.isfinite(each).all()}
+            if known:
+                names[series] = _draw(panel, known, f"C{i}")
         if group == "derivative":
             panel.set_xscale("log")
-    for panel in panels[len(keys) :]:
-        panel.axis("off")
     figure.legend(names.values(), names, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=80, facecolor="white")
 
 
-def _draw(panel: Any, rows: Sequence[Row], values: Sequence[Any], color: str) -> dict[str, Any]:
-    """Draw the finite points of a series with their standard deviations; return its name."""
-    known = [i for i, each in enumerate(values) if np.isfinite(each).all()]
-    if not known:
-        return {}
-    means = [float(np.mean(values[i])) for i in known]
-    spreads = [float(np.std(values[i], ddof=len(values[i]) > 1)) for i in known]
-    if rows[0].place is None:
-        return {rows[0].series: panel.axhline(means[0], color=color, linestyle="--")}
-    places = [rows[i].place for i in known]
-    style = {"color": color, "marker": "o", "markersize": 3, "capsize": 2}
-    line = panel.errorbar(places, means, spreads, **style)
+def _draw(panel: Axes, values: Mapping[Any, Sequence[float]], color: str) -> Any:
+    """Draw a series: {place: numbers of its seeds}, with their standard deviations."""
+    places, means = list(values), [float(np.mean(each)) for each in values.values()]
+    if places == [None]:
+        return panel.axhline(means[0], color=color, linestyle="--")
     is_long = isinstance(places[0], str) and max(map(len, places)) > 4
     panel.tick_params("x", rotation=40 if is_long else 0, labelsize=8)
-    return {rows[0].series: line}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    own = rows_of(), config_of, execute, table, save_plot
-    study = Study("open_problems", __doc__, tuple(GROUPS), RUNS, DOCUMENT, *own)
-    return runner.main(study, argv)
+    spreads = [float(np.std(each, ddof=len(each) > 1)) for each in values.values()]
+    return panel.errorbar(places, means, spreads, color=color, marker="o", markersize=3, capsize=2)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(sys.modules[__name__]))

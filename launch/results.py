@@ -12,7 +12,7 @@ Usage: [MF_MNIST=FILE.npz] bash launch/results.sh [--only=DATA] [--document]
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 import mf_jax
 from configs import digits, mnist
 from launch import runner
-from launch.runner import QUIET, Result, Results, Study, as_table, decisive, score, whole_run
+from launch.runner import QUIET, Result, Results, as_table, decisive, score, whole_run
 from mf_jax.bench.step import compile_step
 from mf_jax.data import make_source, read
 from mf_jax.data.pixels import to_pixels
@@ -34,8 +34,8 @@ from mf_jax.runtime.json_files import read_json
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.validation import validate
 
-RUNS, DOCUMENT, PICTURES = Path("runs/results"), Path("docs/results.md"), "one_step.npy"
-CONFIGS = {"digits": digits.get_config, "mnist": mnist.get_config}
+RUNS, PICTURES = Path("runs/results"), "one_step.npy"
+GROUPS = {"digits": digits.get_config, "mnist": mnist.get_config}
 NUM_STEPS = {"digits": 1200, "mnist": 800}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
@@ -68,18 +68,23 @@ class Row(NamedTuple):
 
 ROWS = tuple(
     Row(group, method, seed, f"{group}/{method.replace(' ', '_')}_{seed}")
-    for group, seed, method in product(CONFIGS, range(SEEDS), METHODS)  # a table after one seed
+    for group, seed, method in product(GROUPS, range(SEEDS), METHODS)  # a table after one seed
 )
 
 
 def make_config(row: Row, num_steps: int) -> ConfigDict:
     """Return the config of a row's run of so many steps; its curriculum lasts the whole run."""
-    file, config = os.environ.get("MF_MNIST", ""), CONFIGS[row.group]()
+    file, config = os.environ.get("MF_MNIST", ""), GROUPS[row.group]()
     data = {"data.name": "arrays", "data.path": file} if file and row.group == "mnist" else {}
     steps = {"train.num_steps": num_steps, "objective.anneal_to": num_steps, "eval.steps": STEPS}
     own = {**METHODS[row.method], **QUIET, **data, **steps, "seed": row.seed}
     config.update_from_flattened_dict(own)
     return config
+
+
+def config_of(row: Row, num_steps: int) -> dict[str, Any]:
+    """Return what decides a row's result."""
+    return decisive(make_config(row, num_steps))
 
 
 @cache
@@ -141,12 +146,5 @@ def save_picture(path: Path, group: str, results: Results) -> None:
         save_rows(path, rows, caption="one network evaluation a sample, the first seed, not chosen")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    own = ROWS, lambda row, steps: decisive(make_config(row, steps)), execute, table, save_picture
-    study = Study("results", __doc__, tuple(CONFIGS), RUNS, DOCUMENT, *own)
-    return runner.main(study, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(sys.modules[__name__]))

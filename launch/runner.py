@@ -1,4 +1,15 @@
-"""What the scripts that run many trainings share: results that are kept, tables and the page."""
+"""What the scripts that run many trainings share: results that are kept, tables and the page.
+
+A script is a module that names what it studies:
+  RUNS: folder of the runs, runs/NAME; the page is docs/NAME.md, its pictures are in docs/NAME.
+  GROUPS: of rows, in the page's order.
+  ROWS: each with its group and its run, which some may share.
+  config_of(row, num_steps): what decides a row's result.
+  execute(row): train a row's run, return its result, None if told to stop.
+  table(group, results): a group's text in the page.
+  save_picture(path, group, results): its picture.
+  unexpected(results): what must not be; left out where nothing must fail.
+"""
 
 import argparse
 import contextlib
@@ -10,7 +21,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,28 +47,6 @@ QUIET |= {"checkpoint.every_steps": 250, "checkpoint.keep": 1}
 """Settings of a run of many."""
 
 
-class Study(NamedTuple):
-    """A table of runs and the page that they make.
-
-    name: of the script. about: its help. groups: of the rows, in the page's order. folder: of the
-    runs. rows: each with its group and its run, which some may share. config_of: what decides a
-    row's result, given its number of steps. execute: trains a row's run, returns its result, None
-    if told to stop. table: of a group. save_picture: of a group. wrong: what must not be.
-    """
-
-    name: str
-    about: str
-    groups: Sequence[str]
-    folder: Path
-    document: Path
-    rows: Sequence[Any]
-    config_of: Callable[[Any, int], Any]
-    execute: Callable[[Any], Result | None]
-    table: Callable[[str, Results], str]
-    save_picture: Callable[[Path, str, Results], None]
-    wrong: Callable[[Results], Sequence[str]] = lambda results: ()
-
-
 def runs_of(rows: Sequence[Any], only: str = "") -> list[Any]:
     """Return the first row of each run, of all groups or of one."""
     rows = [row for row in rows if only in ("", row.group)]
@@ -70,7 +60,7 @@ def decisive(config: ConfigDict) -> dict[str, Any]:
 
 def whole_run(config: ConfigDict, folder: Path) -> Result | None:
     """Train and evaluate, or continue; return the result, None if it was told to stop."""
-    result = {"config": decisive(config), "num_steps": config.train.num_steps, "rows": []}
+    result = {"num_steps": config.train.num_steps, "rows": []}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
@@ -95,67 +85,64 @@ def borrow_classifier(folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def finished(folder: Path, config_of: Callable[[int], Any]) -> Result | None:
-    """Return the result of a run, or None where it is not finished."""
-    path = folder / "result.json"
+def kept(study: ModuleType, row: Any) -> Result | None:
+    """Return the result of a row's run, or None where it is not finished."""
+    path = study.RUNS / row.run / "result.json"
     if not path.exists():
         return None
     result = read_json(path, {"config": {}, "num_steps": 1, "rows": [{}]}, "move it away")
-    if result["config"] != config_of(result["num_steps"]):
-        raise BadInput(f"{folder}: its result is of another config; move the folder away")
+    if result["config"] != study.config_of(row, result["num_steps"]):
+        raise BadInput(f"{path.parent}: its result is of another config; move the folder away")
     return result
 
 
-def main(study: Study, argv: Sequence[str] | None) -> int:
+def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 a check failed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog=f"launch/{study.name}.sh", description=study.about)
-    parser.add_argument("--only", default="", choices=study.groups, help="the runs of one group")
+    name, document = study.RUNS.name, Path("docs", f"{study.RUNS.name}.md")
+    parser = argparse.ArgumentParser(prog=f"launch/{name}.sh", description=study.__doc__)
+    parser.add_argument("--only", default="", choices=study.GROUPS, help="the runs of one group")
     parser.add_argument("--document", action="store_true", help="write the document alone")
     arguments = parser.parse_args(argv)
-
-    def result_of(row: Any) -> Result | None:
-        return finished(study.folder / row.run, lambda steps: study.config_of(row, steps))
-
-    runs = [] if arguments.document else runs_of(study.rows, arguments.only)
+    runs = [] if arguments.document else runs_of(study.ROWS, arguments.only)
     keep_programs()  # most of which the runs share
     try:
         for i, row in enumerate(runs):
-            if result_of(row) is None:
+            if kept(study, row) is None:
                 print(f"[{i + 1}/{len(runs)}] {row.run}", flush=True)
                 start = time.monotonic()
                 if (result := study.execute(row)) is None:
                     print("told to stop; the same command continues")
                     return 0
-                result["seconds"] = time.monotonic() - start
-                (study.folder / row.run).mkdir(parents=True, exist_ok=True)
-                write_json(study.folder / row.run / "result.json", result, indent=1)
+                config = study.config_of(row, result["num_steps"])
+                result = {"config": config, **result, "seconds": time.monotonic() - start}
+                (study.RUNS / row.run).mkdir(parents=True, exist_ok=True)
+                write_json(study.RUNS / row.run / "result.json", result, indent=1)
                 print(f"    {result['seconds']:.0f} s", flush=True)
-        results = {row.run: result_of(row) for row in runs_of(study.rows)}
-        results = {name: result for name, result in results.items() if result}
+        results = {row.run: kept(study, row) for row in runs_of(study.ROWS)}
+        results = {run: result for run, result in results.items() if result}
         if not results:
-            raise BadInput(f"{study.folder} holds no finished run; leave --document out")
-        _write_page(study, results)
+            raise BadInput(f"{study.RUNS} holds no finished run; leave --document out")
+        _write_page(study, document, results)
     except BadInput as error:
-        print(f"{study.name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {study.document} and {study.document.with_suffix('')}/*.png")
-    for line in (wrong := study.wrong(results)):
-        print(f"{study.name}: {line}", file=sys.stderr)
+    print(f"wrote {document} and {document.with_suffix('')}/*.png")
+    wrong = study.unexpected(results) if hasattr(study, "unexpected") else []
+    for line in wrong:
+        print(f"{name}: {line}", file=sys.stderr)
     return int(bool(wrong))
 
 
-def _write_page(study: Study, results: Results) -> None:
+def _write_page(study: ModuleType, document: Path, results: Results) -> None:
     """Write tables between their marks, and pictures; leave groups without runs and all else."""
-    text, pictures = study.document.read_text("utf-8"), study.document.with_suffix("")
-    there = {row.group for row in study.rows if row.run in results}
-    groups = [group for group in study.groups if group in there]
-    for group in groups:
+    text, pictures = document.read_text("utf-8"), document.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    there = {row.group for row in study.ROWS if row.run in results}
+    for group in (group for group in study.GROUPS if group in there):
         start = text.index(mark := f"<!-- {group} -->\n") + len(mark)
         text = text[:start] + study.table(group, results) + text[text.index("<!-- end", start) :]
-    replace_file(study.document, text.encode())
-    pictures.mkdir(parents=True, exist_ok=True)
-    for group in groups:
         study.save_picture(pictures / f"{group}.png", group, results)
+    replace_file(document, text.encode())
 
 
 def score(results: Results, run: str, steps: Any = 1, key: str = "frechet_distance") -> float:
@@ -168,21 +155,25 @@ def score(results: Results, run: str, steps: Any = 1, key: str = "frechet_distan
 
 def as_table(labels: Sequence[str], columns: Mapping[str, Column], first: str = "setting") -> str:
     """Return a table in Markdown, the best of each column in bold."""
-    lines = [[first, *columns], ["---"] * (len(columns) + 1)]
-    for i, label in enumerate(labels):
-        lines.append([label, *(_cell(*column, i) for column in columns.values())])
+    rows = zip(labels, *(_cells(*column) for column in columns.values()), strict=True)
+    lines = [[first, *columns], ["---"] * (len(columns) + 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(values: Sequence[Any], form: str, best: Callable | None, i: int) -> str:
-    if isinstance(values[i], str):
-        return values[i]
+def _cells(values: Sequence[Any], form: str, best: Callable | None) -> list[str]:
     means = [math.nan if isinstance(value, str) else float(np.mean(value)) for value in values]
     known = [mean for mean in means if math.isfinite(mean)]
-    if math.isnan(means[i]):
-        return "–"
-    text = format(means[i], form) if math.isfinite(means[i]) else "diverged"
-    if math.isfinite(means[i]) and np.ptp(values[i]) > 0:
-        spread = format(float(np.std(values[i], ddof=1)), form)
-        text += f" ± {spread}" * (spread != "0")  # a count that does not depend on the seed
-    return f"**{text}**" if best and len(known) > 1 and means[i] == best(known) else text
+    winner = best(known) if best and len(known) > 1 else None
+
+    def cell(value: Any, mean: float) -> str:
+        if isinstance(value, str):
+            return value
+        if not math.isfinite(mean):
+            return "–" if math.isnan(mean) else "diverged"
+        text = format(mean, form)
+        if np.ptp(value) > 0:
+            spread = format(float(np.std(value, ddof=1)), form)
+            text += f" ± {spread}" * (spread != "0")  # a count that does not depend on the seed
+        return f"**{text}**" if mean == winner else text
+
+    return [cell(*each) for each in zip(values, means, strict=True)]

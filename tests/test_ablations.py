@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -33,14 +34,14 @@ def results():
 
 @pytest.fixture
 def folder(tmp_path, results, monkeypatch):
-    """Return a folder of finished runs, which the command line takes for its own, and a page."""
+    """Return the folder of finished runs in a current folder that has the page too."""
     for name, result in results.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result))
-    shutil.copy(ROOT / "docs" / "ablations.md", tmp_path / "page.md")
-    for name, path in {"RUNS": "", "DOCUMENT": "page.md"}.items():
-        monkeypatch.setattr(ablations, name, tmp_path / path)
-    return tmp_path
+        (tmp_path / ablations.RUNS / name).mkdir(parents=True)
+        (tmp_path / ablations.RUNS / name / "result.json").write_text(json.dumps(result))
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "ablations.md", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    return ablations.RUNS
 
 
 def test_each_run_has_one_valid_config_of_its_own():
@@ -60,9 +61,9 @@ def test_each_run_has_one_valid_config_of_its_own():
 def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, capsys):
     diverge = mock.Mock(side_effect=FloatingPointError("step 3: loss not finite"))
     monkeypatch.setattr(train, "run", diverge)
-    monkeypatch.setattr(ablations, "save_plot", lambda *arguments: None)
+    monkeypatch.setattr(ablations, "save_picture", lambda *arguments: None)
     (folder / "weight_0" / "result.json").unlink()
-    assert ablations.main(["--only=weight"]) == 0
+    assert runner.main(ablations, ["--only=weight"]) == 0
     assert capsys.readouterr().out.splitlines()[:1] == ["[1/5] weight_0"]
     result = json.loads((folder / "weight_0" / "result.json").read_text())
     assert result["diverged"] == "step 3: loss not finite"
@@ -74,12 +75,12 @@ def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, caps
 def test_results_of_another_config_and_no_results_are_refused(folder, monkeypatch, capsys):
     path = folder / "weight_0" / "result.json"
     path.write_text(path.read_text().replace('"p": 0.0', '"p": 0.25'))
-    assert ablations.main(["--document"]) == 2
+    assert runner.main(ablations, ["--document"]) == 2
     message = capsys.readouterr().err
     assert "weight_0" in message
     assert "another config" in message
     monkeypatch.setattr(ablations, "RUNS", folder / "none")
-    assert ablations.main(["--document"]) == 2
+    assert runner.main(ablations, ["--document"]) == 2
     assert "holds no finished run" in capsys.readouterr().err
 
 
@@ -89,19 +90,19 @@ def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
     def save_one(path, group, results):
         plots.append(path.name)
         if group == "weight":
-            save_plot(path, group, results)
+            save_picture(path, group, results)
 
-    plots, save_plot = [], ablations.save_plot
-    monkeypatch.setattr(ablations, "save_plot", save_one)
+    plots, save_picture = [], ablations.save_picture
+    monkeypatch.setattr(ablations, "save_picture", save_one)
     results["weight_2"].update(diverged="why", rows=[])
     results["share_0"]["rows"][1]["frechet_distance"] = 30.3
     for name in ("weight_2", "share_0"):
         (folder / name / "result.json").write_text(json.dumps(results[name]))
     (folder / "times_uniform" / "result.json").unlink()
-    before = (folder / "page.md").read_text()
-    assert ablations.main(["--document"]) == 1
+    before = Path("docs/ablations.md").read_text()
+    assert runner.main(ablations, ["--document"]) == 1
     assert capsys.readouterr().err == "ablations: share_0 must fail and does not\n"
-    after = (folder / "page.md").read_text()
+    after = Path("docs/ablations.md").read_text()
     for line in (
         "| (v, 0, 1) | **61.06** | **15.20** | **7.63** | **6.6%** |",
         "| p = 2 | 69.19 | diverged | diverged | – |",
@@ -111,6 +112,6 @@ def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
         assert line in after.splitlines(), line
     prose = [[x for x in text.splitlines() if x[:1] != "|"] for text in (before, after)]
     assert prose[0] == prose[1]
-    assert plots == [f"{group}.png" for group in ablations.TITLES]
-    assert 2_000 < (folder / "page" / "weight.png").stat().st_size < 60_000
+    assert plots == [f"{group}.png" for group in ablations.GROUPS]
+    assert 2_000 < Path("docs/ablations/weight.png").stat().st_size < 60_000
     assert all(f"(ablations/{name})" in after for name in plots[1:])

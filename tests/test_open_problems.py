@@ -13,7 +13,7 @@ from conftest import ROOT
 from oracle import STD, gaussian_average
 
 import mf_jax
-from launch import open_problems
+from launch import open_problems, runner
 from launch.runner import runs_of
 from launch.small import data, measures, training
 from launch.small.data import MAPS, Data, assignment, data_of, dealt
@@ -25,7 +25,7 @@ PLAIN = mf_jax.MeanFlow(weight=AdaptiveWeight(p=0.0))
 
 
 def test_every_setting_has_one_run_and_the_page_its_tables_and_figures():
-    rows = open_problems.rows_of()
+    rows = open_problems.ROWS
     for row in rows:
         assert row.how == next(r for r in rows if r.run == row.run).how, row.run
     page = (ROOT / "docs" / "open_problems.md").read_text()
@@ -41,33 +41,33 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     monkeypatch.setattr(data, "POOL", 1024)
     for module in (open_problems, measures, training):
         monkeypatch.setattr(module, "data_of", data_of.__wrapped__)
-    shutil.copy(ROOT / "docs" / "open_problems.md", tmp_path / "open_problems.md")
-    monkeypatch.setattr(open_problems, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(open_problems, "DOCUMENT", tmp_path / "open_problems.md")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "open_problems.md", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
     real, reflow, renoised = (
-        next(r for r in open_problems.rows_of() if f"{r.group} {r.label}".endswith(end))
+        next(r for r in open_problems.ROWS if f"{r.group} {r.label}".endswith(end))
         for end in ("coupling eight_gaussians, held-out", "tilted, reflow 0.1", "0, renoised, 8")
     )
     tiny = {"steps": 20, "width": 8, "batch_size": 16}
     small, fresh = (dataclasses.replace(row.how, **tiny) for row in (reflow, renoised))
     rows = real, reflow._replace(how=small), renoised._replace(how=fresh)
-    monkeypatch.setattr(open_problems, "rows_of", lambda: rows)
+    monkeypatch.setattr(open_problems, "ROWS", rows)
     monkeypatch.setattr(open_problems, "budget", open_problems.budget.__wrapped__)
     first = ["[1/3] real eight_gaussians", "[2/3] coupling tilted reflow 0.1", "[3/3] hybrid 0"]
     for starts in (first, []):
-        assert open_problems.main([]) == 0
+        assert runner.main(open_problems, []) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if line.startswith("[")] == starts
-    result = json.loads((tmp_path / "runs" / reflow.run / "result.json").read_text())
+    result = json.loads((open_problems.RUNS / reflow.run / "result.json").read_text())
     assert (result["num_steps"], len(result["rows"])) == (20, 2)
-    page = (tmp_path / "open_problems.md").read_text()
+    page = (tmp_path / "docs" / "open_problems.md").read_text()
     (line,) = re.findall(r"\| tilted, reflow 0.1 \| 20 .*", page)
     assert line.count("±") == 5
     (line,) = re.findall(r"\| MMD 0, renoised, 8 \| 20 .*", page)
     assert "±" in line
-    assert (tmp_path / "open_problems" / "coupling.png").stat().st_size > 2000
+    assert (tmp_path / "docs" / "open_problems" / "coupling.png").stat().st_size > 2000
     monkeypatch.setattr(training, "SEEDS", 3)
-    assert open_problems.main(["--document"]) == 2
+    assert runner.main(open_problems, ["--document"]) == 2
     assert "another config" in capsys.readouterr().err
 
 

@@ -43,27 +43,28 @@ def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
     def run(config, folder):
         if config.objective.name == "meanflow":
             return runner.whole_run(config, folder)
-        shutil.copytree(tmp_path / first.run, folder)
-        result = {"config": runner.decisive(config), "num_steps": config.train.num_steps}
-        return result | {"rows": [], "diverged": "why"}
+        shutil.copytree(results.RUNS / first.run, folder)
+        return {"num_steps": config.train.num_steps, "rows": [], "diverged": "why"}
 
     monkeypatch.setattr(classifier, "Recipe", functools.partial(classifier.Recipe, 3, 32))
-    shutil.copy(ROOT / "docs" / "results.md", tmp_path / "page.md")
-    small = {"RUNS": tmp_path, "DOCUMENT": tmp_path / "page.md", "QUIET": results.QUIET | SMALL}
-    small |= {"NUM_STEPS": {"digits": 12}, "STEPS": (1, 4), "compile_step": compiled}
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    small = {"QUIET": results.QUIET | SMALL, "STEPS": (1, 4), "compile_step": compiled}
+    small["NUM_STEPS"] = {"digits": 12}
     small |= {"cost_of": functools.cache(results.cost_of.__wrapped__), "whole_run": run}
     first, small["ROWS"] = ROWS[0], (ROWS[0], ROWS[8])
     for name, value in small.items():
         monkeypatch.setattr(results, name, value)
     for starts in ([f"[{i + 1}/2] {row.run}" for i, row in enumerate(small["ROWS"])], []):
-        assert results.main([]) == 0
+        assert runner.main(results, []) == 0
         assert [x for x in capsys.readouterr().out.splitlines() if x[:1] == "["] == starts
-    result = json.loads((tmp_path / first.run / "result.json").read_text())
+    result = json.loads((results.RUNS / first.run / "result.json").read_text())
     assert [row.get("steps") for row in result["rows"]] == [None, 1, 4]
-    real, samples = np.load(tmp_path / first.run / results.PICTURES)
+    real, samples = np.load(results.RUNS / first.run / results.PICTURES)
     assert real.mean() != samples.mean()
-    assert (tmp_path / "page" / "digits.png").stat().st_size > 2_000
-    (second := tmp_path / ROWS[9].run).mkdir()
+    assert (tmp_path / "docs" / "results" / "digits.png").stat().st_size > 2_000
+    (second := results.RUNS / ROWS[9].run).mkdir()
     runner.borrow_classifier(second)
     (file,), (row,) = second.glob("classifier-*.npz"), read_rows(epath.Path(second))
     assert row["classifier_sha256"] == sha256_of(file)
@@ -73,9 +74,9 @@ def test_a_tiny_run_is_kept_and_its_page_written(tmp_path, monkeypatch, capsys):
     result["config"]["seed"] = 1
     result.pop("checksum")
     (second / "result.json").write_text(json.dumps(result))
-    assert results.main(["--document"]) == 0
-    texts = (ROOT / "docs" / "results.md", tmp_path / "page.md")
-    (_, before), (page, after) = (path.read_text().split("## MNIST") for path in texts)
+    assert runner.main(results, ["--document"]) == 0
+    texts = ((folder / "docs" / "results.md").read_text() for folder in (ROOT, tmp_path))
+    (_, before), (page, after) = (text.split("## MNIST") for text in texts)
     assert before == after, "no run of it is here"
     found = collections.defaultdict(list)
     for name, cells in re.findall(r"^\| ([^|]+) \| (.*)", page, re.MULTILINE):
