@@ -5,8 +5,6 @@
    it as finished; a run that diverges is finished too.
 3. The tables of docs/ablations.md and its plots are written from the result.json files.
 4. Runs that the method says must fail are checked to fail; if one does not, the exit code is 1.
-
-Usage: bash launch/ablations.sh [--only=GROUP] [--document]
 """
 
 import math

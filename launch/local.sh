@@ -9,25 +9,22 @@
 #
 # Needs: what launch/setup.sh needs.
 set -euo pipefail
-dry_run=0 arguments=()
+dry_run=0 arguments=() config=(--config=configs/digits.py) modes=(train eval sample)
 for argument in "$@"; do
   case "$argument" in
-    --dry-run) dry_run=1 ;;
-    *) arguments+=("$argument") ;;
+    --dry-run)
+      dry_run=1
+      continue
+      ;;
+    --config=* | --config) config=() ;;
+    --mode=* | --mode) modes=("") ;;
   esac
+  arguments+=("$argument")
 done
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
-config=(--config=configs/digits.py)
-modes=(train eval sample)
-for argument in "${arguments[@]}"; do
-  case "$argument" in
-    --config=* | --config) config=() ;;
-    --mode=* | --mode) modes=("") ;;
-  esac
-done
 # a stop goes to the run, which saves; the modes after it are left out
 child=0 stopped=0
 trap 'stopped=1; [ "$child" = 0 ] || kill -TERM "$child"' TERM INT

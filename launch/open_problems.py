@@ -4,8 +4,6 @@
 2. Each run trains some seeds in this process, with the FLOPs of its group's first run. Its
    result.json in runs/open_problems/NAME marks it as finished.
 3. The tables and figures of docs/open_problems.md are written from the result.json files.
-
-Usage: bash launch/open_problems.sh [--only=GROUP] [--document]
 """
 
 import dataclasses

@@ -5,8 +5,6 @@
 3. Each run is trained, evaluated and sampled in this process, in runs/results/DATA/METHOD_SEED.
    Its result.json marks it as finished; a run that diverges is finished too.
 4. The tables and pictures of docs/results.md are written from these folders.
-
-Usage: [MF_MNIST=FILE.npz] bash launch/results.sh [--only=DATA] [--document]
 """
 
 import math

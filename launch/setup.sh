@@ -30,8 +30,8 @@ mf_install() {
   [ "$accelerator" != tpu ] || packages+=("etils[epath-gcs]") # workdirs of TPU slices are in buckets
   if command -v uv >/dev/null 2>&1; then
     [ -x "$python" ] || uv venv --quiet --python "${PYTHON:->=3.11}" "$venv" || return
-    uv pip install --quiet --python "$python" "${packages[@]}" || return
-    return 0
+    uv pip install --quiet --python "$python" "${packages[@]}"
+    return
   fi
   if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "$base is not Python 3.11 or newer; install one, or name it: PYTHON=python3.12 bash launch/local.sh" >&2

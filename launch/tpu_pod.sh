@@ -151,10 +151,7 @@ hosts() { # FOLDER
   on all "bash mf_jax/checkout/launch/detached.sh status mf_jax/runs/$1 2>/dev/null || echo none"
 }
 
-status() {
-  state && hosts latest
-}
-
+status() { state && hosts latest; }
 log() { on 0 "tail -n 50 -F mf_jax/runs/latest/log"; }
 stop() { on 0 "bash mf_jax/checkout/launch/detached.sh stop mf_jax/runs/latest"; }
 

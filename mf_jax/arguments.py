@@ -37,10 +37,9 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     flags.DEFINE_string("mode", "train", "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
     run = _run_without_config(argv)
-    base = _of_run(run) if run else None
     try:
         if run:
-            config_flags.DEFINE_config_dict("config", base, flag_values=values)
+            config_flags.DEFINE_config_dict("config", _of_run(run), flag_values=values)
         else:
             config_flags.DEFINE_config_file("config", None, "", flag_values=values)
         rest = values(list(argv))
@@ -101,10 +100,11 @@ def _of_run(workdir: Path) -> ConfigDict:
     return config
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def flat_items(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("section.key", value) of a config."""
     for key, value in config.items():
         is_section = isinstance(value, ConfigDict)
-        yield from _keys(value, f"{prefix}{key}.") if is_section else [f"{prefix}{key}"]
+        yield from flat_items(value, f"{prefix}{key}.") if is_section else [(prefix + key, value)]
 
 
 def _checked(config: Any, source: str) -> ConfigDict:
@@ -112,8 +112,8 @@ def _checked(config: Any, source: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise BadInput(f"{source}: get_config returns a {kind}; end it with: return config")
-    there = set(_keys(config))
-    if missing := [key for key in _keys(defaults()) if key not in there]:
+    there = dict(flat_items(config))
+    if missing := [key for key, _ in flat_items(defaults()) if key not in there]:
         fix = "start from configs.default.get_config(), and set single keys"
         raise BadInput(f"{source}: lacks {listed(missing, 4)}; {fix}")
     change_paths(config, lambda path, key: str(place(path, key)))

@@ -25,9 +25,7 @@ from mf_jax.models.distances import DISTANCES, distance_shapes
 from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated, Objective
 from mf_jax.objectives.perceptual import Distance, Perceptual
 from mf_jax.objectives.terms import AdaptiveWeight
-from mf_jax.optim import ema_names, learning_rate
-
-_MOST_KNOWN = 2**26
+from mf_jax.optim import KIMG, average_name, learning_rate
 
 
 def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -36,7 +34,7 @@ def look_up(key: str, name: str, table: Mapping[str, Any]) -> Any:
     return table[name]
 
 
-def from_section(record: Callable, section: ConfigDict, **more: Any) -> Any:
+def from_section(record: Callable, section: ConfigDict | dict, **more: Any) -> Any:
     """Call a constructor with the keys of a section that are its arguments, and with more."""
     fields = inspect.signature(record).parameters
     return record(**{key: value for key, value in section.items() if key in fields} | more)
@@ -79,7 +77,7 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     """Return the training data and labels for an estimate that knows them."""
     if source is None or config.velocity.source != "data":
         return {}
-    if source.stored or len(source) * math.prod(source.spec.shape) > _MOST_KNOWN:
+    if source.stored or len(source) * math.prod(source.spec.shape) > 2**26:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
     if config.data.flip or config.data.augment != "none":
         fix = "use batch, or data.flip=False and data.augment=none"
@@ -113,7 +111,7 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
         record = look_up("instant_times.name", config.instant_times.name, TIMES)
         shared = {"order": "clip", "levels": config.times.levels}
         with in_section("instant_times"):
-            own = from_section(record, ConfigDict({**config.instant_times, **shared}))
+            own = from_section(record, {**config.instant_times, **shared})
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
     parts = {"times": times, "instant_times": own, "coupling": coupling, "for_networks": True}
@@ -145,7 +143,7 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
         if size and model.name not in able:
             problem = _TOLD[key].format(", ".join(able))
             raise BadInput(f"model.name={model.name!r}: is told {problem}")
-    made = from_section(network, ConfigDict(fields), **told)
+    made = from_section(network, fields, **told)
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
@@ -188,5 +186,12 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def averages(config: ConfigDict) -> tuple[str, ...]:
-    """Return the names of a run's moving averages; see `optim.ema_names`."""
-    return ema_names(config.ema, make_objective(config).target_ema)
+    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg").
+
+    The objective's own average comes last.
+    """
+    names = [average_name(decay) for decay in config.ema.decays]
+    names += [f"{halflife:.15g}{KIMG}" for halflife in config.ema.halflives_kimg]
+    if target_ema := make_objective(config).target_ema:
+        names.append(average_name(target_ema))
+    return tuple(dict.fromkeys(names))

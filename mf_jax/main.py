@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from absl import logging
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax.arguments import MODES, last_of_each, parse, reachable
+from mf_jax.arguments import MODES, flat_items, last_of_each, parse, reachable
 from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime.configs import configs, defaults
 from mf_jax.runtime.files import STORES, in_bucket
@@ -46,13 +47,8 @@ configs/default.py has every key, its default and its unit. docs/pods.md is abou
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What errors say, whatever their type: a library in another language writes checkpoints."""
-_OF_BUCKETS = "gcsfs|s3fs"
-"""The packages that paths in buckets need, as errors name them."""
-_FIX_OF_BUCKETS = " or ".join(f'pip install "{package}"' for package in STORES.values())
 _PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u00b7": "-", "\u2026": "..."})
 """For terminals that know few letters."""
-_OF_ONE_PROCESS = ("prepare.process_index",)
-"""Settings in which the processes of a job may differ."""
 
 
 def main() -> int:
@@ -69,7 +65,7 @@ def main() -> int:
         print(f"mf_jax: {error}", file=sys.stderr)
         return _BAD_INPUT
     if mode == "config":
-        print("\n".join(_differences(config, defaults())))
+        print("\n".join(_differences(config)))
         return _OK
     return _run(mode, config, workdir)
 
@@ -109,16 +105,13 @@ def _tables() -> Iterator[str]:
             yield f"  {path.stem}  {module.__doc__.splitlines()[0]}" + f"\n    {rows}" * bool(rows)
 
 
-def _differences(config: ConfigDict, default: ConfigDict, prefix: str = "") -> Iterator[str]:
+def _differences(config: ConfigDict) -> Iterator[str]:
     """Yield a line for each key, marked where its value is not the default."""
-    for key, value in config.items():
-        usual = default.get(key, value)  # an own or an old key has no default
-        if isinstance(value, ConfigDict):
-            yield from _differences(value, usual, f"{prefix}{key}.")
-        elif value == usual:
-            yield f"  {prefix}{key} = {value!r}"
-        else:
-            yield f"* {prefix}{key} = {value!r}  (default {usual!r})"
+    usual = dict(flat_items(defaults()))
+    for key, value in flat_items(config):
+        default = usual.get(key, value)  # an own or an old key has none
+        mark, more = (" ", "") if value == default else ("*", f"  (default {default!r})")
+        yield f"{mark} {key} = {value!r}{more}"
 
 
 def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
@@ -129,22 +122,23 @@ def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
     try:
         return processes.leave(_one_process(mode, config, workdir))
     except BadInput as error:
-        text, code = f"{processes.name()}{error}", _BAD_INPUT
+        text, code = str(error), _BAD_INPUT
     except (FloatingPointError, Failure) as error:
-        text, code = f"{processes.name()}{error}", _FAILED
+        text, code = str(error), _FAILED
     except Exception as error:
         reason = next((reason for reason in _NO_ROOM if reason in str(error)), "")
-        if isinstance(error, ImportError) and re.search(_OF_BUCKETS, str(error)):
-            text, code = f"{processes.name()}{error}; {_FIX_OF_BUCKETS}", _BAD_INPUT
+        if isinstance(error, ImportError) and re.search("gcsfs|s3fs", str(error)):  # of buckets
+            fix = " or ".join(f'pip install "{package}"' for package in STORES.values())
+            text, code = f"{error}; {fix}", _BAD_INPUT
         elif reason:
             fix = "make room, and the same command continues"
-            text, code = f"{processes.name()}--workdir={workdir}: {reason}; {fix}", _FAILED
+            text, code = f"--workdir={workdir}: {reason}; {fix}", _FAILED
         elif processes.are_several():
             text, code = processes.explain(error), _FAILED
         else:
             raise
     with contextlib.suppress(OSError):  # standard error may lie on the disk that is full
-        print(f"mf_jax: {text}", file=sys.stderr, flush=True)
+        print(f"mf_jax: {processes.name()}{text}", file=sys.stderr, flush=True)
     return processes.leave(code)
 
 
@@ -161,14 +155,16 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
         stops_together=mode == "train",
     )
     settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
-    processes.check_alike({k: v for k, v in settings.items() if k not in _OF_ONE_PROCESS})
+    del settings["prepare.process_index"]  # in which the processes of a job may differ
+    processes.check_alike(settings)
     with processes.together(), reachable(workdir):
         check_sizes(config, mode)
         if in_bucket(workdir):
             workdir.exists()
         if mode in ("train", "sample", "eval", "export"):
             keep_habits(workdir, config)
-    with processes.only_first_talks():
+    is_quiet = not processes.is_first()  # errors are told by all
+    with contextlib.redirect_stdout(io.StringIO()) if is_quiet else contextlib.nullcontext():
         code = importlib.import_module(MODES[mode]).run(config, workdir) or _OK
     # those that wait have not left before the first has written its last file
     processes.from_all(code)

@@ -11,7 +11,6 @@ import optax
 import optax.contrib
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import Array, Int, PyTree
-from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
 from mf_jax.flow.errors import BadInput, check_known
@@ -20,8 +19,8 @@ OPTIMIZERS = ("adamw", "muon", "radam")
 SCHEDULES = ("constant", "cosine")
 _NOT_HIDDEN = ("patch_embedding", "bottleneck")
 """Linear layers that see the data: convolutions, and so no matrices, in the published code."""
-_KIMG = "kimg"
-_MOST_LEFT = 0.01
+KIMG = "kimg"
+"""The end of an average's name that is a half-life, in thousands of images."""
 
 
 def learning_rate(*, lr: float, warmup_steps: int, schedule: str, num_steps: int) -> optax.Schedule:
@@ -141,20 +140,9 @@ def average_name(decay: float) -> str:
 
 def decay_of(name: str, *, batch_size: int) -> float:
     """Return the decay per step of a moving average, which its name or its half-life says."""
-    if name.endswith(_KIMG):
-        return 0.5 ** (batch_size / (1000 * float(name.removesuffix(_KIMG))))
+    if name.endswith(KIMG):
+        return 0.5 ** (batch_size / (1000 * float(name.removesuffix(KIMG))))
     return float(name)
-
-
-def ema_names(ema: ConfigDict, target_ema: float) -> tuple[str, ...]:
-    """Return the names of a run's moving averages, e.g. ("0.9999", "500kimg").
-
-    The objective's own average, which comes last, has the decay target_ema; 0 = none.
-    """
-    names = [average_name(decay) for decay in ema.decays]
-    names += [f"{halflife:.15g}{_KIMG}" for halflife in ema.halflives_kimg]
-    names += [average_name(target_ema)] if target_ema else []
-    return tuple(dict.fromkeys(names))
 
 
 def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: str = "") -> str:
@@ -163,7 +151,7 @@ def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: s
     `fixed`, the average of targets, may be a teacher that stays.
     """
     left = {name: decay_of(name, batch_size=batch_size) ** num_steps for name in names}
-    late = [f"{n:.0%} of {name}" for name, n in left.items() if n > _MOST_LEFT and name != fixed]
+    late = [f"{n:.0%} of {name}" for name, n in left.items() if n > 0.01 and name != fixed]
     if not late:
         return ""
     return (
@@ -173,7 +161,7 @@ def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: s
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
-    """Return the one of `ema_names` that a name selects; `none` is no average.
+    """Return the one of a run's averages that a name selects; `none` is no average.
 
     "" is the first that is no frozen teacher.
     """

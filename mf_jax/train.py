@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -45,10 +45,6 @@ from mf_jax.validation import own_parts, validate
 
 _RESULTS = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
 _RESULTS |= {"pictures": "samples", "report": "report.html"}
-
-
-class TrainingDiverged(FloatingPointError):
-    """A metric is not finite any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +195,10 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         for done in range(start + 1, config.train.num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
             ahead = pool.submit(advance, state, mark, batch)
-            state, mark = processes.awaited(ahead, log.remind if log else None)
+            while wait([ahead], timeout=1.0).not_done:  # so that signals reach this thread
+                if log:
+                    log.remind()
+            state, mark = ahead.result()
             if log and done - 1 > start:
                 log.advance(done - 1)
             is_stopped = stop(done)
@@ -245,13 +244,12 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
         return
     metrics = jax.device_get(state.metrics)
     names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))
-    intact = "no checkpoint yet"
-    if checkpoints.steps:
-        intact = f"the checkpoint of step {checkpoints.steps[-1]} is intact"
-    fix = (
-        "try a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm=1 in another workdir"
+    saved = checkpoints.steps
+    intact = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
+    raise FloatingPointError(
+        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
+        "optim.warmup_steps or optim.clip_norm=1 in another workdir"
     )
-    raise TrainingDiverged(f"step {step}: {names} not finite; {intact}; {fix}")
 
 
 def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:

@@ -30,9 +30,7 @@ with epy.lazy_imports():  # takes a second
     import orbax.checkpoint as ocp
 
 FOLDER = "checkpoints"
-_DAMAGED_FOLDER = "damaged_checkpoints"
 _State = TypeVar("_State")  # a flax.struct dataclass with the fields params and ema
-_FROZEN = "frozen"  # not saved: published weights, which a run reads anew
 _Items = dict[str, PyTree]
 _Index = dict[str, dict[str, list]]  # {item: {name of an array: [shape, type, fingerprint]}}
 _PASSING = ["EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENETUNREACH", "EHOSTUNREACH"]
@@ -67,7 +65,8 @@ def fingerprint(workdir: epath.PathLike, step: int) -> str:
 
 def _items(state: _State) -> _Items:
     """Return the items of a state; a run without averages has no item for them."""
-    rest = {name: item for name, item in vars(state).items() if name != _FROZEN}
+    rest = dict(vars(state))
+    del rest["frozen"]  # published weights, which a run reads anew
     items = {name: rest.pop(name) for name in ("params", "ema")} | {"rest": rest}
     return {name: item for name, item in items.items() if item}
 
@@ -211,7 +210,7 @@ class Checkpoints:
         if self._read_only or not steps:
             return
         if processes.is_first():
-            aside = self._folder.parent / _DAMAGED_FOLDER
+            aside = self._folder.parent / "damaged_checkpoints"
             aside.mkdir(parents=True, exist_ok=True)
             (aside / ".keep").touch()  # a bucket knows no empty folders
             for step in steps:

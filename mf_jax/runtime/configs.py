@@ -1,6 +1,5 @@
 """Where the configs lie that come with the package."""
 
-import importlib
 import importlib.util
 import sys
 import types

@@ -26,7 +26,6 @@ try:
 except ImportError:  # Windows, where nothing keeps two trainings apart
     fcntl = None
 
-_ABANDONED_SECONDS = 24 * 60 * 60
 STORES = {"gs": "etils[epath-gcs]", "s3": "etils[epath-s3]"}
 """The package that a path in a store of objects needs, by its scheme."""
 PATHS = ("data.path", "data.autoencoder", "data.copy_to", "prepare.input", "prepare.reference")
@@ -148,7 +147,7 @@ def written_aside(path: epath.Path) -> Iterator[str]:
         shutil.rmtree(folder)  # it may be what fills the disk
     for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
-            if time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS:
+            if time.time() - left.lstat().st_mtime > 24 * 60 * 60:
                 shutil.rmtree(left, ignore_errors=True)
                 left.unlink(missing_ok=True)  # where it is no folder
 

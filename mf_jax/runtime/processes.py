@@ -8,7 +8,6 @@ together. Otherwise the others would wait for ever, in a collective, for one tha
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any
 
@@ -32,7 +30,7 @@ from mf_jax.flow.errors import BadInput
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
 """What JAX says where it knows of no job, or this process has begun to compute by itself."""
-_LAST_TO_LEAVE_SECONDS, _PATIENCE_SECONDS, _SECONDS_PER_LOOK = 3, 10, 1.0
+_LAST_TO_LEAVE_SECONDS, _PATIENCE_SECONDS = 3, 10
 _BAD_INPUT = 2
 _LOST = "gloo|connection (reset|closed)|coordination service|heartbeat|socket closed"
 """Words in errors of computations where another process has gone."""
@@ -202,10 +200,10 @@ def explain(error: Exception) -> str:
     if re.search(_LOST, str(error), re.IGNORECASE):
         reason = " ".join(str(error).split())[:160]
         return (
-            f"{name()}another process of the job has ended, and its output says why; the same "
-            f"command continues from the newest checkpoint ({reason})"
+            "another process of the job has ended, and its output says why; the same command "
+            f"continues from the newest checkpoint ({reason})"
         )
-    return f"{name()}{''.join(traceback.format_exception(error))}"
+    return "".join(traceback.format_exception(error))
 
 
 def leave(code: int) -> int:
@@ -217,19 +215,6 @@ def leave(code: int) -> int:
             sys.stdout.flush()
         jax.distributed.shutdown()
     return code
-
-
-def only_first_talks() -> contextlib.AbstractContextManager[Any]:
-    """Keep standard output to the first process; errors are told by all."""
-    return contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
-
-
-def awaited(future: Future, meanwhile: Callable[[], None] | None) -> Any:
-    """Return what a thread returns; signals reach this one every second, as `meanwhile` does."""
-    while wait([future], timeout=_SECONDS_PER_LOOK).not_done:
-        if meanwhile:
-            meanwhile()
-    return future.result()
 
 
 @contextlib.contextmanager

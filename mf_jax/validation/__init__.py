@@ -159,8 +159,7 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     if spec.has_pairs and config.velocity.source in PLUG_INS:
         problem = "takes noise and data for independent, and the data are pairs; use sample"
         yield f"velocity.source={config.velocity.source!r}: {problem}"
-    sees_intervals = objective.learns_average and objective.interval_data
-    if config.weight.of_interval and not sees_intervals:
+    if config.weight.of_interval and not (objective.learns_average and objective.interval_data):
         yield f"weight.of_interval: {name} learns the data from rows with r = t alone; use 0.0"
     draws = config.draws
     if not (objective.interval_data or draws.instant_share or draws.instant_of_every_row):
@@ -177,17 +176,6 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         yield f"model.time_conditioning='t': {problem}; use t,t-r, or t|r with model.name=dit"
 
 
-@contextlib.contextmanager
-def _in_eval() -> Iterator[None]:
-    """Name the keys of the section `eval` that a BadInput of the body is about."""
-    try:
-        with in_section("eval"):
-            yield
-    except BadInput as problem:
-        keys = str(problem).replace("eval.guidance=", "eval.omegas, eval.intervals: ")
-        raise BadInput(keys) from problem
-
-
 def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
     """Return the averages and plans that `eval` combines, which the run must be able to follow."""
     section, known = config.eval, averages(config)
@@ -195,14 +183,16 @@ def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
         if not section[key]:
             raise BadInput(f"eval.{key}=(): nothing to evaluate; name at least one")
     emas, plans = [choose_ema("eval.emas", name, known) for name in section.emas], []
-    with _in_eval():
+    cells = itertools.product(section.steps, section.omegas, section.intervals)
+    try:
         base = SamplePlan(**{key: section[key] for key in ("renoise", "seed", "batch_size")})
-        for steps, omega, interval in itertools.product(
-            section.steps, section.omegas, section.intervals
-        ):
+        for steps, omega, interval in cells:
             plan = base.replace(steps=steps, guidance=(omega, *interval))
             plan.check_guidable(config.draws.omega_max)
             if omega == 1:  # no guidance has no interval
                 plan = plan.replace(guidance=NO_GUIDANCE)
             plans.append(plan)
+    except BadInput as problem:
+        keys = f"eval.{problem}".replace("eval.guidance=", "eval.omegas, eval.intervals: ")
+        raise BadInput(keys) from problem
     return list(itertools.product(emas, plans))

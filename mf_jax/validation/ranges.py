@@ -16,7 +16,6 @@ from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 
 _LARGEST = 2**31 - 1
-_ABOVE_0 = "optim.lr ema.halflives_kimg job.start_timeout_seconds bench.memory_gb"
 _AT_LEAST_0 = (
     "prepare.max_bad model.depth model.head_depth model.r_blocks model.width model.num_heads "
     "model.bottleneck optim.weight_decay optim.clip_norm ema.rampup "
@@ -28,13 +27,12 @@ _AT_LEAST_1 = (
     "train.num_steps train.log_every_steps ema.every_steps checkpoint.every_steps checkpoint.keep "
     "job.heartbeat_timeout_seconds sample.num eval.num_samples bench.tokens"
 )
-_SHARES = "model.dropout optim.b1 optim.b2 optim.momentum ema.decays"
 RANGES = (
-    # key, low, high (or the key that holds it), which ends belong to it; of a tuple for each number
-    *((key, 0, math.inf, "()") for key in _ABOVE_0.split()),
-    *((key, 0, math.inf, "[)") for key in _AT_LEAST_0.split()),
-    *((key, 1, math.inf, "[)") for key in _AT_LEAST_1.split()),
-    *((key, 0, 1, "[)") for key in _SHARES.split()),
+    # keys, low, high (or the key that holds it), which ends belong to it; of a tuple for each
+    ("optim.lr ema.halflives_kimg job.start_timeout_seconds bench.memory_gb", 0, math.inf, "()"),
+    (_AT_LEAST_0, 0, math.inf, "[)"),
+    (_AT_LEAST_1, 1, math.inf, "[)"),
+    ("model.dropout optim.b1 optim.b2 optim.momentum ema.decays", 0, 1, "[)"),
     ("seed", 0, 2**31, "[)"),
     ("model.t_clip", 0, 1, "()"),
     ("prepare.process_count", 0, "prepare.shards", "[]"),
@@ -93,12 +91,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def wrong_values(config: ConfigDict) -> Iterator[str]:
     """Yield what is wrong by `RANGES` and `CHOICES`."""
-    for key, low, high, ends in RANGES:
-        value = attrgetter(key)(config)
+    for keys, low, high, ends in RANGES:
         end = attrgetter(high)(config) if isinstance(high, str) else high
-        values = value if isinstance(value, tuple) else (value,)
-        if not all(is_within(each, low, end, ends) for each in values):
-            yield f"{key}={value}: must be {limits(low, end, ends)}"
+        for key in keys.split():
+            value = attrgetter(key)(config)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(is_within(each, low, end, ends) for each in values):
+                yield f"{key}={value}: must be {limits(low, end, ends)}"
     for key in ("ema.decays", "ema.halflives_kimg"):
         values = attrgetter(key)(config)
         if len(set(values)) < len(values):
