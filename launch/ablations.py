@@ -1,10 +1,6 @@
-"""The paper's ablations in miniature on the digits.
+"""The paper's ablations in miniature on the digits: a study, see runner.py.
 
-1. `ROWS` is the table of what runs. Rows that name the same run share it.
-2. Each run is trained and evaluated in this process, in runs/ablations/NAME. Its result.json marks
-   it as finished; a run that diverges is finished too.
-3. The tables of docs/ablations.md and its plots are written from the result.json files.
-4. Runs that the method says must fail are checked to fail; if one does not, the exit code is 1.
+Runs that the method says must fail are checked to fail; if one does not, the exit code is 1.
 """
 
 import math
@@ -19,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.digits import get_config as digits
 from launch import runner
-from launch.runner import QUIET, Result, Results, as_table, decisive, score, whole_run
+from launch.runner import QUIET, Result, Results, as_table, score, whole_run
 
 RUNS, NUM_STEPS = Path("runs/ablations"), 1000
 MUST_FAIL = ("tangent_v00", "tangent_v10", "tangent_v11", "share_0")
@@ -117,11 +113,6 @@ def make_config(row: Row, num_steps: int = NUM_STEPS) -> ConfigDict:
     config = digits()
     config.update_from_flattened_dict({**BASELINE, **row.overrides, **steps})
     return config
-
-
-def config_of(row: Row, num_steps: int) -> dict[str, Any]:
-    """Return what decides a row's result."""
-    return decisive(make_config(row, num_steps))
 
 
 def execute(row: Row) -> Result | None:

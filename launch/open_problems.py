@@ -1,9 +1,6 @@
 """Five experiments on the open problems of the method, on toys, Gaussians and the 8x8 digits.
 
-1. `ROWS` is the table of what runs; rows that name the same run share it.
-2. Each run trains some seeds in this process, with the FLOPs of its group's first run. Its
-   result.json in runs/open_problems/NAME marks it as finished.
-3. The tables and figures of docs/open_problems.md are written from the result.json files.
+A study, see runner.py. Each run trains some seeds, with the FLOPs of its group's first run.
 """
 
 import dataclasses
@@ -166,7 +163,7 @@ def budget(group: str) -> float:
     return how.steps * training.step_flops(how)
 
 
-def config_of(row: Row, _num_steps: int) -> dict[str, str]:
+def make_config(row: Row, _num_steps: int) -> dict[str, str]:
     """Return what decides a run's numbers, beside its steps."""
     return {"training": repr(row.how), "seeds": str(training.SEEDS)}
 
@@ -219,8 +216,8 @@ def save_picture(path: Path, group: str, results: Results) -> None:
     figure = Figure(figsize=(4.4 * wide, 3.2 * tall + 1), layout="constrained")
     figure.suptitle(GROUPS[group].title)
     names = {}
-    for place, key in enumerate(keys, start=1):
-        panel = figure.add_subplot(tall, wide, place)
+    for nth, key in enumerate(keys, start=1):
+        panel = figure.add_subplot(tall, wide, nth)
         panel.set_title(SCORES[key][0], fontsize=9.5)
         panel.set_xlabel(GROUPS[group].axis)
         panel.spines[["right", "top"]].set_visible(False)

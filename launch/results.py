@@ -1,20 +1,16 @@
 """Every objective on the digits and on MNIST at equal training FLOPs, three seeds of each.
 
-1. `METHODS` says what each changes in a data set's config; a row of `ROWS` is one run.
-2. MeanFlow has `NUM_STEPS`; the others have as many steps as take the same FLOPs.
-3. Each run is trained, evaluated and sampled in this process, in runs/results/DATA/METHOD_SEED.
-   Its result.json marks it as finished; a run that diverges is finished too.
-4. The tables and pictures of docs/results.md are written from these folders.
+A study, see runner.py. `METHODS` says what each changes in a data set's config. MeanFlow has
+`NUM_STEPS`; the others have as many steps as take the same FLOPs.
 """
 
 import math
 import os
 import sys
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,7 +18,7 @@ from ml_collections import ConfigDict
 import mf_jax
 from configs import digits, mnist
 from launch import runner
-from launch.runner import QUIET, Result, Results, as_table, decisive, score, whole_run
+from launch.runner import QUIET, Result, Results, as_table, score, whole_run
 from mf_jax.bench.step import compile_step
 from mf_jax.data import make_source, read
 from mf_jax.data.pixels import to_pixels
@@ -80,11 +76,6 @@ def make_config(row: Row, num_steps: int) -> ConfigDict:
     return config
 
 
-def config_of(row: Row, num_steps: int) -> dict[str, Any]:
-    """Return what decides a row's result."""
-    return decisive(make_config(row, num_steps))
-
-
 @cache
 def cost_of(group: str, method: str) -> dict[str, float]:
     """Return the costs of a training step."""
@@ -116,21 +107,21 @@ def execute(row: Row) -> Result | None:
 def table(group: str, results: Results) -> str:
     """Return a data set's tables in Markdown, and the link to its picture."""
     done = [row for row in ROWS if row.group == group and row.run in results]
+    runs = [[row.run for row in done if row.method == method] for method in METHODS]
 
-    def column(get: Callable[..., float], *more: Any) -> list[list[float]]:
-        found = ([get(row.run, *more) for row in done if row.method == each] for each in METHODS)
-        return [each or [math.nan] for each in found]
+    def costs(name: str) -> list[list[float]]:
+        return [[results[run]["costs"][name] for run in each] or [math.nan] for each in runs]
 
-    names = results[done[0].run]["costs"]
-    costs = [column(lambda run, name: results[run]["costs"][name], name) for name in names]
-    columns = {name: (each, ",.0f", None) for name, each in zip(names, costs, strict=True)}
+    columns = {name: (costs(name), ",.0f", None) for name in results[done[0].run]["costs"]}
     texts = [as_table(list(METHODS), columns, "training")]
     whole = max((row.run for row in done), key=lambda run: len(results[run]["rows"]))
     for key, (heading, form, best) in SCORES.items():
         real = [score(results, whole, None, each) for each in (key, f"{key}_std")]
         text = " ± ".join(format(each, form) for each in real if not math.isnan(each))
-        found = {k: [text, *column(partial(score, results), k, key)] for k in STEPS}
-        columns = {f"{k} step{'s' * (k > 1)}": (found[k], form, best) for k in STEPS}
+        columns = {}
+        for k in STEPS:
+            found = [[score(results, run, k, key) for run in each] or [math.nan] for each in runs]
+            columns[f"{k} step{'s' * (k > 1)}"] = [text, *found], form, best
         texts.append(as_table(["real data, held out", *METHODS], columns, heading))
     return "\n".join([*texts, f"![One-step samples](results/{group}.png)\n"])
 

@@ -1,10 +1,11 @@
-"""What the scripts that run many trainings share: results that are kept, tables and the page.
+"""What studies of many trainings share: results that are kept, tables and the page.
 
-A script is a module that names what it studies:
+Each run is trained in this process. Its result.json marks it as finished, also where it diverged;
+the page is written from these files. A study is a module with the names:
   RUNS: folder of the runs, runs/NAME; the page is docs/NAME.md, its pictures are in docs/NAME.
   GROUPS: of rows, in the page's order.
-  ROWS: each with its group and its run, which some may share.
-  config_of(row, num_steps): what decides a row's result.
+  ROWS: what runs, each with its group and its run, which some may share.
+  make_config(row, num_steps): a row's config, or a dict of what else decides its result.
   execute(row): train a row's run, return its result, None if told to stop.
   table(group, results): a group's text in the page.
   save_picture(path, group, results): its picture.
@@ -53,8 +54,10 @@ def runs_of(rows: Sequence[Any], only: str = "") -> list[Any]:
     return [row for i, row in enumerate(rows) if row.run not in {r.run for r in rows[:i]}]
 
 
-def decisive(config: ConfigDict) -> dict[str, Any]:
-    """Return the sections that decide a run's numbers, as JSON keeps them."""
+def decisive(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a config that decide a run's numbers, as JSON keeps them."""
+    if isinstance(config, dict):  # of a study without our configs
+        return config
     return {k: v for k, v in json.loads(as_json(config)).items() if k in SECTIONS_OF_A_RUN}
 
 
@@ -91,7 +94,7 @@ def kept(study: ModuleType, row: Any) -> Result | None:
     if not path.exists():
         return None
     result = read_json(path, {"config": {}, "num_steps": 1, "rows": [{}]}, "move it away")
-    if result["config"] != study.config_of(row, result["num_steps"]):
+    if result["config"] != decisive(study.make_config(row, result["num_steps"])):
         raise BadInput(f"{path.parent}: its result is of another config; move the folder away")
     return result
 
@@ -113,7 +116,7 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
                 if (result := study.execute(row)) is None:
                     print("told to stop; the same command continues")
                     return 0
-                config = study.config_of(row, result["num_steps"])
+                config = decisive(study.make_config(row, result["num_steps"]))
                 result = {"config": config, **result, "seconds": time.monotonic() - start}
                 (study.RUNS / row.run).mkdir(parents=True, exist_ok=True)
                 write_json(study.RUNS / row.run / "result.json", result, indent=1)
