@@ -139,13 +139,15 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
 def _write_page(study: ModuleType, document: Path, results: Results) -> None:
     """Write tables between their marks, and pictures; leave groups without runs and all else."""
     text, pictures = document.read_text("utf-8"), document.with_suffix("")
-    pictures.mkdir(exist_ok=True)
     there = {row.group for row in study.ROWS if row.run in results}
-    for group in (group for group in study.GROUPS if group in there):
+    groups = [group for group in study.GROUPS if group in there]
+    for group in groups:
         start = text.index(mark := f"<!-- {group} -->\n") + len(mark)
         text = text[:start] + study.table(group, results) + text[text.index("<!-- end", start) :]
-        study.save_picture(pictures / f"{group}.png", group, results)
     replace_file(document, text.encode())
+    pictures.mkdir(exist_ok=True)
+    for group in groups:
+        study.save_picture(pictures / f"{group}.png", group, results)
 
 
 def score(results: Results, run: str, steps: Any = 1, key: str = "frechet_distance") -> float:
