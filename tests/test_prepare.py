@@ -379,3 +379,13 @@ def test_files_of_statistics_that_are_in_the_way_are_named(prepared, features, t
     sums.write_bytes(sums.read_bytes()[:200])
     code, _, told = prepared("none", index=1, count=2, **only_reference(path))
     assert (code, f"{sums} is no file of sums" in told) == (2, True)
+
+
+def test_statistics_of_broken_pictures_alone_are_refused_in_one_line(
+    prepared, features, tree, tmp_path
+):
+    for name in NAMES:
+        (tree / name).write_bytes(b"no picture")
+    more = only_reference(tmp_path / "a.npz") | {"prepare.max_bad": len(NAMES)}
+    code, _, told = prepared("none", **more)
+    assert (code, told.count("\n"), "features has 0 rows" in told) == (2, 1, True)

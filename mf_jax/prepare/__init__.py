@@ -125,11 +125,11 @@ def _reference(
         raise BadInput(f"prepare.reference={str(path)!r} exists; must be new: name another file")
     inception = load_inception(find_weights(name, config.weights_dir, key="eval.inception"))
     verify(name, inception.sha256)
-    claim(parts, common | {"inception_sha256": inception.sha256}, key="prepare.reference")
+    settings = common | {"inception_sha256": inception.sha256}
+    claim(parts, settings, key="prepare.reference")
     params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
     crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
-    sizes = {"num_shards": config.prepare.shards, "num_listed": len(pictures)}
-    return ReferenceStatistics(path, params, process, **sizes, crop=crop)
+    return ReferenceStatistics(path, params, process, settings, crop)
 
 
 def _crop(

@@ -4,68 +4,30 @@ A process writes a file of its sums, in float64, anew after each shard. The proc
 shards in these files adds them up.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int, UInt8
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
+from mf_jax.metrics.suite import POOLED, SPATIAL
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
 
 KEPT_FEATURES = 10_000  # rows for precision and recall, spread evenly over the pictures
-_NAMES = _POOLED, _SPATIAL = "2048", "spatial"
+_LISTS = {
+    "shards": np.int64,
+    "skipped": np.str_,  # names of broken pictures
+    "kept_indices": np.int64,  # numbers in the input of some pictures, and their pooled features
+    "kept_features": np.float32,
+}
+"""What the file of a process holds beside its sums."""
 Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
-
-
-@dataclasses.dataclass
-class _Part:
-    """The work of one process.
-
-    sums: by the name of the features. skipped: names of the shards' broken pictures. kept_indices,
-    kept_features: numbers in the input and pooled features of some pictures.
-    """
-
-    sums: dict[str, Moments]
-    shards: list[int] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
-    kept_indices: list[int] = dataclasses.field(default_factory=list)
-    kept_features: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> "_Part":
-        """Return the part that `arrays` has stored."""
-        tree = unflatten_dict(dict(arrays), sep="/")
-        sums = {name: Moments(int(tree[name].pop("count")), **tree[name]) for name in _NAMES}
-        lists = {name: arrays[name].tolist() for name in ("shards", "skipped", "kept_indices")}
-        return cls(sums, kept_features=list(arrays["kept_features"]), **lists)
-
-    def add(
-        self, sums: Mapping[str, Moments], indices: Sequence[int], features: Iterable[np.ndarray]
-    ) -> None:
-        """Add sums, and the numbers and features of more kept pictures."""
-        for name, more in sums.items():
-            self.sums[name] += more
-        self.kept_indices.extend(indices)
-        self.kept_features.extend(features)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the part as arrays, for a file."""
-        rows = np.array(self.kept_features, np.float32)
-        tree = {name: vars(sums) for name, sums in self.sums.items()} | {
-            "shards": np.array(self.shards, np.int64),
-            "skipped": np.array(self.skipped, np.str_),
-            "kept_indices": np.array(self.kept_indices, np.int64),
-            "kept_features": rows.reshape(-1, FEATURES[_POOLED]),
-        }
-        return {name: np.asarray(x) for name, x in flatten_dict(tree, sep="/").items()}
 
 
 def parts_folder(path: epath.Path) -> epath.Path:
@@ -79,7 +41,7 @@ class ReferenceStatistics:
     Args:
       params: of Inception, on the devices that pictures are given on.
       process: the number of this one and the count of all.
-      num_listed: pictures of all shards, broken ones included.
+      settings: of the claimed folder of parts; the pictures listed include broken ones.
       crop: from numbers of pictures to blocks of them for the file; None leaves them out.
     """
 
@@ -88,19 +50,18 @@ class ReferenceStatistics:
         path: epath.Path,
         params: dict[str, Any],
         process: tuple[int, int],
-        *,
-        num_shards: int,
-        num_listed: int,
+        settings: Mapping[str, Any],
         crop: Crop | None,
     ) -> None:
         self._path, self._parts, self._crop = path, parts_folder(path), crop
-        self._params, self._num_shards = params, num_shards
+        self._params, self._num_shards = params, settings["num_shards"]
+        num_listed = settings["num_listed"]
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = self._parts / "sums-{:05d}-of-{:05d}.npz".format(*process)
-        self._part = _Part({name: Moments.none(FEATURES[name]) for name in _NAMES})
-        if self._own.exists():
-            self._part = _Part.of(_read(self._own))
+        stored = _read(self._own) if self._own.exists() else {}
+        self._sums = {name: _sums(stored, name) for name in (POOLED, SPATIAL)}
+        self._lists = {name: list(stored.get(name, ())) for name in _LISTS}
         self._done = set(self._shards())
 
     def has(self, shard: int) -> bool:
@@ -109,7 +70,7 @@ class ReferenceStatistics:
 
     def skipped(self, shards: Sequence[int]) -> list[str]:
         """See `LatentShards.skipped`."""
-        return self._part.skipped
+        return self._lists["skipped"]
 
     def begin(self, shard: int) -> None:
         """See `LatentShards.begin`."""
@@ -120,18 +81,23 @@ class ReferenceStatistics:
 
     def add(self, pixels: Pixels, features: dict[str, Array]) -> None:
         """See `LatentShards.add`."""
-        rows = {name: np.asarray(features[name])[: pixels.count] for name in _NAMES}
+        rows = {name: np.asarray(features[name])[: pixels.count] for name in self._sums}
+        for name, x in rows.items():
+            self._sums[name] += Moments.of(x)
         indices = pixels.indices[: pixels.count]
         kept = np.isin(indices, self._wanted)
-        sums = {name: Moments.of(x) for name, x in rows.items()}
-        self._part.add(sums, indices[kept].tolist(), rows[_POOLED][kept])
+        self._lists["kept_indices"].extend(indices[kept])
+        self._lists["kept_features"].extend(rows[POOLED][kept])
 
     def end(self, shard: int, skipped: Sequence[str]) -> None:
         """See `LatentShards.end`."""
-        self._part.shards.append(shard)
-        self._part.skipped.extend(skipped)
+        self._lists["shards"].append(shard)
+        self._lists["skipped"].extend(skipped)
         self._done.add(shard)
-        write_npz(self._own, self._part.arrays())
+        arrays = {name: np.array(self._lists[name], kind) for name, kind in _LISTS.items()}
+        for name, sums in self._sums.items():
+            arrays |= {f"{name}/{key}": np.asarray(x) for key, x in vars(sums).items()}
+        write_npz(self._own, arrays)
 
     def finish(self) -> str:
         """Write the file of statistics if all shards are in sums; see `LatentShards.finish`."""
@@ -143,7 +109,7 @@ class ReferenceStatistics:
         if len(shards) < self._num_shards:
             share = f"{len(shards)} of {self._num_shards} shards are in the sums"
             return f"{self._path}: {share}; the process that finishes the last one writes the file"
-        statistics, kept = _statistics(_Part.of(_read(path)) for path in self._part_paths())
+        statistics, kept = _statistics(_read(path) for path in self._part_paths())
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
@@ -166,15 +132,28 @@ def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
         raise BadInput(f"{path} is no file of sums ({error}): delete it and run again") from error
 
 
-def _statistics(parts: Iterable[_Part]) -> tuple[Statistics, Int[np.ndarray, "n"]]:
+def _sums(stored: Mapping[str, np.ndarray], name: str) -> Moments:
+    """Return the sums of some features in the arrays of a file, which may be none."""
+    if not stored:
+        return Moments.none(FEATURES[name])
+    count, mean, scatter = (stored[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
+    return Moments(int(count), mean, scatter)
+
+
+def _statistics(
+    parts: Iterable[Mapping[str, np.ndarray]],
+) -> tuple[Statistics, Int[np.ndarray, "n"]]:
     """Return the statistics of all pictures, and the numbers of those whose features are kept.
 
     Holds the sums of two processes at once, not of all.
     """
-    whole = next(parts := iter(parts))
-    for part in parts:
-        whole.add(part.sums, part.kept_indices, part.kept_features)
-    order = np.argsort(whole.kept_indices)
-    features = np.stack(whole.kept_features)[order]
-    statistics = Statistics.of(whole.sums[_POOLED], whole.sums[_SPATIAL], features)
-    return statistics, np.array(whole.kept_indices)[order]
+    pooled, spatial = (Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL))
+    indices, features = [], []
+    for stored in parts:
+        pooled += _sums(stored, POOLED)
+        spatial += _sums(stored, SPATIAL)
+        indices.extend(stored["kept_indices"])
+        features.extend(stored["kept_features"])
+    order = np.argsort(indices)
+    statistics = Statistics.of(pooled, spatial, np.array(features)[order])
+    return statistics, np.array(indices)[order]

@@ -72,8 +72,7 @@ class PictureStream:
         self.skipped = []
         good = filter(self._is_good, itertools.islice(self._decoded, count))
         while batch := list(itertools.islice(good, self._batch_size)):
-            images, labels, indices, _ = map(np.array, zip(*batch, strict=True))
-            columns = images, labels, indices
+            *columns, _ = map(np.array, zip(*batch, strict=True))
             whole = (np.resize(x, (self._batch_size, *x.shape[1:])) for x in columns)
             yield Pixels(*whole, len(batch))
 
