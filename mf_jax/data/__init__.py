@@ -39,13 +39,13 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     if isinstance(constructor, str):
         constructor = pkgutil.resolve_name(constructor)
     parameters = inspect.signature(constructor).parameters
-    given = {key: section[key] for key in parameters if key != "split" and key in section}
+    given = {key: section[key] for key in parameters if key in section} | {"split": split}
     needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
-    if missing := [key for key in needed if key not in given and key != "split"]:
+    if missing := [key for key in needed if key not in given]:
         raise BadInput(
             f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name"
         )
-    source = constructor(**given, split=split)
+    source = constructor(**given)
     if not hasattr(source, "spec"):  # of your own: plain attributes
         source.spec = DataSpec(source.shape, source.num_classes, source.class_names)
     return source

@@ -74,9 +74,8 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
         raise BadInput(f"{where} {what}; name a file of numpy.savez(file, x=x) or numpy.save")
     status = os.stat(file)
     arrays, digest = _checked(str(file), where, (status.st_mtime_ns, status.st_size))
-    num = len(arrays["x"])
-    held_out = count_held_out(held_out_share, num)
-    order = np.random.default_rng(SPLIT_SEED).permutation(num)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["x"]))
+    held_out = count_held_out(held_out_share, len(order))
     rows = order[held_out:] if split == SPLITS[0] else order[:held_out]
     num_classes = int(arrays["label"].max()) + 1 if "label" in arrays else 0
     return Rows(arrays, rows, tuple(map(str, range(num_classes))), digest)
@@ -159,8 +158,7 @@ def _as_floats(
 
 
 def _label(label: np.ndarray, where: str) -> Int[np.ndarray, "n"]:
-    is_number = label.ndim == 1 and label.dtype.kind in "uif"
-    if not is_number or not np.isfinite(label).all() or (label != np.floor(label)).any():
+    if label.ndim != 1 or label.dtype.kind not in "uif" or (label != np.floor(label)).any():
         kind = f"{label.dtype}{list(label.shape)}"
         raise BadInput(f"{where}: label is {kind}; must be whole numbers [N], classes from 0")
     if label.min() < 0 or label.max() >= _MOST_CLASSES:

@@ -5,16 +5,14 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageOps
 
-from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.archives import check_claim
 
 CROP = "adm"  # the crop's name in manifests
 _FORMATS = """AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF HEIF ICNS ICO IM JPEG JPEG2000 MSP
 PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM"""
 """Those with pixels in them: EPS and WMF are programs, others hold a picture of any format."""
-_SIXTEEN_BITS = 2**16 - 1
 _MOST_TIMES = 100  # may a picture be as long as wide: the crop scales its short side
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 
@@ -42,15 +40,6 @@ def open_picture(content: bytes) -> Image.Image:
     return image
 
 
-def check_background(colour: str) -> None:
-    """Raise BadInput unless Pillow knows the name of a colour."""
-    try:
-        ImageColor.getrgb(colour)
-    except ValueError as error:
-        problem = f"background={colour!r}: must be a colour, as white, black or #8080ff"
-        raise BadInput(problem) from error
-
-
 def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Return the picture upright and in RGB; transparent pixels show the background."""
     stored, image = image, ImageOps.exif_transpose(image)
@@ -64,7 +53,7 @@ def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 def _eight_bits(image: Image.Image, stored: Image.Image, background: str) -> Image.Image:
     """Return grey of more than 8 bits in RGB, which convert() would clip at 255, not scale."""
-    levels, tags, high = np.asarray(image), getattr(stored, "tag_v2", {}), _SIXTEEN_BITS
+    levels, tags, high = np.asarray(image), getattr(stored, "tag_v2", {}), 2**16 - 1
     if image.mode == "F":  # from 0 to 1
         levels = np.rint(levels * np.float64(high))
     elif _BITS in tags:

@@ -17,8 +17,6 @@ with epy.lazy_imports():  # takes a second
     import sklearn.model_selection
 
 IMAGE_SIZE = 8
-_SIDE = 28
-_HELD_OUT_OF = 7  # the last 10,000 of 70,000 pictures are the test set
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 DATASETS = {"mnist_784": tuple("0123456789"), "Fashion-MNIST": tuple(_CLOTHES.split(","))}
 """The names of the classes of each set, by its name at OpenML."""
@@ -46,7 +44,7 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
     if in_bucket(epath.Path(path)):
         raise BadInput(f"path={path!r} is in a bucket: name a folder of each host")
     x, labels, digest = _fetch(dataset, os.path.expanduser(path))
-    start = len(x) - len(x) // _HELD_OUT_OF
+    start = len(x) - len(x) // 7  # the last 10,000 of 70,000 pictures are the test set
     rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
     return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], digest)
 
@@ -63,6 +61,6 @@ def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
             f"dataset={dataset!r} cannot be fetched from OpenML ({reason_of(error)}): try again "
             "with a network, or set path to a folder with a copy"
         ) from error
-    x = np.asarray(pixels).astype(np.uint8).reshape(-1, _SIDE, _SIDE, 1)
+    x = np.asarray(pixels).astype(np.uint8).reshape(-1, 28, 28, 1)
     labels = labels.astype(np.int32)
     return x, labels, hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()

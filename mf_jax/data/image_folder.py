@@ -5,17 +5,16 @@ Decoded pictures are kept in a folder of the user's: the next start reads one fi
 
 import contextlib
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 
-from mf_jax.data.crop import adm_crop, as_rgb, check_background, formats, open_picture
+from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures, fit_in_memory
 from mf_jax.data.pipeline import count_held_out
@@ -29,7 +28,7 @@ from mf_jax.runtime.files import in_bucket
 
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
 _LOOKED_AT, _COLOUR = 256, "colour"
-_KEPT, _MOST_KEPT = "pictures", 4
+_MOST_KEPT = 4
 
 
 class ImageFolder(Pictures):
@@ -57,7 +56,11 @@ class ImageFolder(Pictures):
           channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
           background: colour behind transparent pixels.
         """
-        check_background(background)
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            fix = "must be a colour, as white, black or #8080ff"
+            raise BadInput(f"background={background!r}: {fix}") from error
         if channels not in (0, 1, 3):
             raise BadInput(f"channels={channels}: must be 1 for grey, 3 for colour, 0 to find out")
         if in_bucket(epath.Path(path)):
@@ -66,40 +69,54 @@ class ImageFolder(Pictures):
             )
         formats()  # before the threads: a race in Pillow would reject a good picture
         self._list = list_files(path, key="path", class_order=class_order)
-        labels = np.array(self._list.labels)
-        classes = (np.flatnonzero(labels == label) for label in np.unique(labels))
-        parts = (_part(self._list, indices, held_out_share, split) for indices in classes)
-        listed = list(itertools.chain.from_iterable(parts))
-        if not listed:
+        chosen = _of_split(self._list, held_out_share, split)
+        if not chosen:
             raise BadInput(f"path={path!r} has no picture for split={split!r}: add a second one")
         channels = channels or (1 if _are_grey(self._list, background) else 3)
         names = self._list.class_names
         spec = DataSpec((image_size, image_size, channels), len(names), names)
         self._path, self._background, pixels = path, background, None
-        if fit_in_memory(spec, len(listed)):
+        if fit_in_memory(spec, len(chosen)):
             recipe = [path, split, *map(str, (held_out_share, spec.shape, background))]
-            whole = _kept([*recipe, *self._list.versions()], lambda: self._crop_all(listed, spec))
+            whole = _kept([*recipe, *self._list.versions()], lambda: self._crop_all(chosen, spec))
             pixels, problems = whole["pixels"], whole["problems"].tolist()
         else:
-            problems = _tried(lambda index: _look(self._list, index), listed)
-        bad = {index: text for index, text in zip(listed, problems, strict=True) if text}
-        self._indices, self.broken = _readable(self._list, listed, bad, path, split)
+            problems = _tried(lambda index: _look(self._list, index, background), chosen)
+        bad = {index: text for index, text in zip(chosen, problems, strict=True) if text}
+        self._indices = [index for index in chosen if index not in bad]
+        self.broken = tuple(map(self._list.name, bad))
+        if bad:
+            self._tell_broken(bad, split)
         lines = list(self._list.lines())
         self.digest = digest(lines[index] for index in self._indices)
         super().__init__(spec, len(self._indices))
         if pixels is not None:
             self._pixels, self._kept[:] = pixels, True
-            self._labels[:] = labels[self._indices]
+            self._labels[:] = [self._list.labels[index] for index in self._indices]
 
-    def _crop_all(self, listed: list[int], spec: DataSpec) -> dict[str, np.ndarray]:
-        """Return the pictures that can be decoded, and for all listed why not, or nothing."""
-        pixels = np.empty((len(listed), *spec.shape), np.uint8)
-        rows = {index: row for row, index in enumerate(listed)}
+    def _tell_broken(self, bad: dict[int, str], split: str) -> None:
+        """Warn of broken pictures; BadInput if a class, or everything, is lost with them."""
+        path, total = self._path, len(bad) + len(self._indices)
+        named = listed([f"{self._list.name(index)} ({why})" for index, why in bad.items()], 4)
+        if not self._indices:
+            raise BadInput(f"path={path!r}: none of {total} pictures is readable: replace {named}")
+        of_bad, of_good = ({self._list.labels[i] for i in each} for each in (bad, self._indices))
+        if (lost := sorted(of_bad - of_good)) and split == "train":
+            names = listed([self._list.class_names[label] for label in lost])
+            problem = f"path={path!r}: all {split} pictures of class {names} are broken"
+            raise BadInput(f"{problem}: replace {named}, or remove the class")
+        text = "%s: skipped %d broken of %d pictures: %s"
+        logging.warning(text, path, len(bad), total, named)
+
+    def _crop_all(self, chosen: list[int], spec: DataSpec) -> dict[str, np.ndarray]:
+        """Return the pictures that can be decoded, and for all chosen why not, or nothing."""
+        pixels = np.empty((len(chosen), *spec.shape), np.uint8)
+        rows = {index: row for row, index in enumerate(chosen)}
 
         def crop(index: int) -> None:
             pixels[rows[index]] = self._crop(index, spec)
 
-        problems = np.array(_tried(crop, listed))
+        problems = np.array(_tried(crop, chosen))
         return {"pixels": pixels[problems == ""], "problems": problems}
 
     def _crop(self, index: int, spec: DataSpec) -> np.ndarray:
@@ -130,7 +147,7 @@ def _kept(
         cache = cache_folder()
     if cache is None:
         return make()
-    folder = epath.Path(cache) / _KEPT
+    folder = epath.Path(cache) / "pictures"
     file = folder / f"{digest(made_from)}.npz"
     with contextlib.suppress(*UNREADABLE):
         return read_npz(file, ("pixels", "problems"))
@@ -144,18 +161,19 @@ def _kept(
     return arrays
 
 
-def _part(
-    pictures: Listed, indices: np.ndarray, held_out_share: float, split: str
-) -> Sequence[int]:
-    """Return a split's part of a class, in order."""
+def _of_split(pictures: Listed, held_out_share: float, split: str) -> list[int]:
+    """Return the indices of a split's part of each class, in order."""
 
     # a hash of the name is stable, and unrelated to the order in which pictures were taken
     def rank(index: int) -> bytes:
         return hashlib.blake2b(os.fsencode(pictures.name(index))).digest()
 
-    ranked = sorted(indices.tolist(), key=rank)
-    held_out = count_held_out(held_out_share, len(ranked))
-    return sorted(ranked[:held_out] if split == "held_out" else ranked[held_out:])
+    chosen, labels = [], np.array(pictures.labels)
+    for label in np.unique(labels):
+        ranked = sorted(np.flatnonzero(labels == label).tolist(), key=rank)
+        held_out = count_held_out(held_out_share, len(ranked))
+        chosen += sorted(ranked[:held_out] if split == "held_out" else ranked[held_out:])
+    return chosen
 
 
 def _are_grey(pictures: Listed, background: str) -> bool:
@@ -170,7 +188,7 @@ def _are_grey(pictures: Listed, background: str) -> bool:
     return _COLOUR not in _tried(has_colour, chosen)
 
 
-def _look(pictures: Listed, index: int, background: str = "white") -> Image.Image:
+def _look(pictures: Listed, index: int, background: str) -> Image.Image:
     """Decode a picture, a JPEG at an eighth of its size: it is read to its end all the same."""
     with open_picture(pictures.read(index)[0]) as image:
         image.draft(None, (1, 1))
@@ -195,22 +213,3 @@ def _tried(look: Callable[[int], object], indices: list[int]) -> list[str]:
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(problem, indices)
         return list(track(found, "reading pictures", len(indices), is_wanted=is_long))
-
-
-def _readable(
-    pictures: Listed, indices: list[int], bad: dict[int, str], path: str, split: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the indices of the pictures that can be decoded, and the names of the others."""
-    good = [index for index in indices if index not in bad]
-    named = listed([f"{pictures.name(index)} ({problem})" for index, problem in bad.items()], 4)
-    if not good:
-        raise BadInput(f"path={path!r}: none of {len(bad)} pictures is readable: replace {named}")
-    lost = {pictures.labels[index] for index in bad} - {pictures.labels[index] for index in good}
-    if lost and split == "train":
-        names = listed([pictures.class_names[label] for label in sorted(lost)])
-        problem = f"path={path!r}: all {split} pictures of class {names} are broken"
-        raise BadInput(f"{problem}: replace {named}, or remove the class")
-    if bad:
-        text = "%s: skipped %d broken of %d pictures: %s"
-        logging.warning(text, path, len(bad), len(indices), named)
-    return good, tuple(pictures.name(index) for index in bad)

@@ -4,7 +4,6 @@ A record is a label (int32), then the mean and standard deviation of a latent (f
 `[2, h, w, C]`), little-endian. Record 2i is of picture i of a shard, 2i + 1 of its mirror image.
 """
 
-import collections
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,12 +101,11 @@ def local_copy(source: epath.Path, target: epath.Path) -> epath.Path:
             elif read_manifest(target) != manifest:
                 message = f"holds other latents than {source}; choose another folder"
                 raise BadInput(f"copy_to={str(target)!r}: {message}")
-            is_there = pool.map(lambda shard: _is_there(target / shard["name"], shard), shards)
-            there = zip(shards, is_there, strict=True)
-            names = [shard["name"] for shard, is_whole in there if not is_whole]
+            whole = pool.map(lambda shard: _is_there(target / shard["name"], shard), shards)
+            names = [shard["name"] for shard, there in zip(shards, whole, strict=True) if not there]
             copied = pool.map(lambda name: _copy(source / name, target / name), names)
             shown = {"unit": "shards", "is_wanted": bool(names) and processes.is_first()}
-            collections.deque(track(copied, "copying latents", len(names), **shown), maxlen=0)
+            list(track(copied, "copying latents", len(names), **shown))
     except OSError as error:
         size = sum(shard["bytes"] for shard in shards)
         raise BadInput(

@@ -22,11 +22,6 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.runtime.files import in_bucket, sha256_of
 
-_READER_OPTIONS = {
-    "options": "readahead_buffer_size:0,max_parallelism:0",
-    "file_reader_buffer_size": 2**15,  # about a record; more is read for nothing
-}
-
 
 class Latents:
     """Latents `[h, w, C]`, drawn anew at every visit; with mirror images."""
@@ -112,8 +107,11 @@ class Latents:
             self._refuse(self._shards[shard], f"is damaged ({reason_of(error)})")
 
     def _opened(self, shard: int) -> ArrayRecordReader:
-        path = self._folder / self._shards[shard]["name"]
-        return ArrayRecordReader(str(path), **_READER_OPTIONS)
+        return ArrayRecordReader(
+            str(self._folder / self._shards[shard]["name"]),
+            options="readahead_buffer_size:0,max_parallelism:0",
+            file_reader_buffer_size=2**15,  # about a record; more is read for nothing
+        )
 
     def _refuse(self, shard: dict[str, Any], problem: str) -> None:
         path, command = self._folder / shard["name"], "this command again, which copies"

@@ -17,13 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import check_within
 from mf_jax.flow.records import DataSpec
 
 SPLITS = ("train", "held_out")
 
 _ORDER, _FLIP = 0, 1  # streams of one seed: the flips must not follow the order
-_SHUFFLE_ROUNDS = 4  # as in Grain's own shuffle
 _STEPS = 2**40  # "endless": Grain wants a length, and step * batch_size must fit in 64 bits
 _THREADS, _PREFETCH = 4, 4  # batches prepared at the same time, and held ready in memory
 MORE = ("condition", "e", "mask")
@@ -45,8 +44,7 @@ class Batch(NamedTuple):
     @property
     def more(self) -> dict[str, np.ndarray]:
         """What there is besides x and labels, by name."""
-        given = {key: getattr(self, key) for key in MORE}
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: getattr(self, key) for key in MORE if getattr(self, key) is not None}
 
 
 class Stored(NamedTuple):
@@ -79,8 +77,7 @@ class Source(Protocol):
 
 def count_held_out(held_out_share: float, num: int) -> int:
     """Return how many of `num` elements are held out: of two or more neither none nor all."""
-    if not 0 < held_out_share < 1:
-        raise BadInput(f"held_out_share={held_out_share!r}: must lie between 0 and 1: try 0.1")
+    check_within("held_out_share", held_out_share, 0, 1, "()", "try 0.1")
     return min(max(round(held_out_share * num), 1), num - 1)
 
 
@@ -96,7 +93,7 @@ def stream_indices(
         for epoch in np.unique(epochs).tolist()
     }
     shuffled = (
-        index_shuffle(place, length - 1, seeds[epoch], _SHUFFLE_ROUNDS)
+        index_shuffle(place, length - 1, seeds[epoch], rounds=4)  # as in Grain's own shuffle
         for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
     )
     return np.fromiter(shuffled, dtype=np.int64, count=len(positions))
