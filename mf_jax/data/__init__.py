@@ -42,9 +42,7 @@ def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Sourc
     given = {key: section[key] for key in parameters if key in section} | {"split": split}
     needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
     if missing := [key for key in needed if key not in given]:
-        raise BadInput(
-            f"name={section['name']!r} also needs {', '.join(missing)}: set them beside name"
-        )
+        raise BadInput(f"name={section['name']!r} also needs {', '.join(missing)}: set these too")
     source = constructor(**given)
     if not hasattr(source, "spec"):  # of your own: plain attributes
         source.spec = DataSpec(source.shape, source.num_classes, source.class_names)

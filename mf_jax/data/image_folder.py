@@ -6,7 +6,7 @@ Decoded pictures are kept in a folder of the user's: the next start reads one fi
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -111,12 +111,11 @@ class ImageFolder(Pictures):
     def _crop_all(self, chosen: list[int], spec: DataSpec) -> dict[str, np.ndarray]:
         """Return the pictures that can be decoded, and for all chosen why not, or nothing."""
         pixels = np.empty((len(chosen), *spec.shape), np.uint8)
-        rows = {index: row for row, index in enumerate(chosen)}
 
-        def crop(index: int) -> None:
-            pixels[rows[index]] = self._crop(index, spec)
+        def crop(row: int) -> None:
+            pixels[row] = self._crop(chosen[row], spec)
 
-        problems = np.array(_tried(crop, chosen))
+        problems = np.array(_tried(crop, range(len(chosen))))
         return {"pixels": pixels[problems == ""], "problems": problems}
 
     def _crop(self, index: int, spec: DataSpec) -> np.ndarray:
@@ -125,16 +124,16 @@ class ImageFolder(Pictures):
             return adm_crop(as_rgb(image, self._background).convert(mode), spec.shape[0])
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        index = self._indices[index]
         try:
-            label = self._list.labels[self._indices[index]]
-            return self._crop(self._indices[index], self.spec), label
+            return self._crop(index, self.spec), self._list.labels[index]
         except MemoryError:
             raise
         except Exception as error:  # it was readable when it was listed
             raise BadInput(
-                f"data.path={self._path!r}: {self._list.name(self._indices[index])} has gone or "
-                f"changed and cannot be read ({error}): put any picture in its place, and run the "
-                "same command again, which continues"
+                f"data.path={self._path!r}: {self._list.name(index)} has gone or changed and "
+                f"cannot be read ({error}): put any picture in its place, and run the same command "
+                "again, which continues"
             ) from error
 
 
@@ -195,7 +194,7 @@ def _look(pictures: Listed, index: int, background: str) -> Image.Image:
         return as_rgb(image, background)
 
 
-def _tried(look: Callable[[int], object], indices: list[int]) -> list[str]:
+def _tried(look: Callable[[int], object], indices: Sequence[int]) -> list[str]:
     """Return why `look` fails at each picture, or nothing."""
 
     def problem(index: int) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -66,8 +65,7 @@ class Latents:
         self.stored = Stored(rows, self._draw)
         self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         self._shards = manifest["shards"]
-        counts = itertools.accumulate(shard["count"] for shard in self._shards)
-        self._starts = np.array([0, *counts])
+        self._starts = np.cumsum([0, *(shard["count"] for shard in self._shards)])
         for shard in self._shards:
             path = self._folder / shard["name"]
             if not path.is_file():

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 from etils import epath
+from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Float32, Int, PyTree
 
@@ -24,7 +25,6 @@ from mf_jax.runtime.files import sha256_of
 FEATURES_KEPT = 64
 SMALLEST_SIDE = 8
 _INFERENCE_BATCH = 256
-_TITLE = "classifier of real data"
 Described = tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n k"] | None]
 """Features of images, and their logits where there are classes."""
 
@@ -73,13 +73,17 @@ def train_classifier(
 def _train(
     images: np.ndarray, labels: np.ndarray, num_classes: int, recipe: Recipe, show_progress: bool
 ) -> PyTree:
-    params = jax.jit(_Network(num_classes).init)(key_of(recipe.seed), images[:1])
-    state = params, _optimiser(recipe).init(params)
-    # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
+    network = _Network(num_classes)
+    params = jax.jit(network.init)(key_of(recipe.seed), images[:1])
+    schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
+    optimiser = optax.adamw(schedule, weight_decay=recipe.weight_decay)
+    state = TrainState.create(apply_fn=network.apply, params=params, tx=optimiser)
+    batches, title = _batches(images, labels, recipe), "classifier of real data"
     shown = {"per_step": recipe.batch_size, "is_wanted": show_progress}
-    for batch in track(_batches(images, labels, recipe), _TITLE, recipe.steps, **shown):
-        state = _train_step(num_classes, recipe, state, *batch)
-    return jax.device_get(state[0])
+    # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
+    for batch in track(batches, title, recipe.steps, **shown):
+        state = _train_step(state, *batch)
+    return jax.device_get(state.params)
 
 
 def principal_components(
@@ -134,21 +138,13 @@ def _infer(outputs: int, params: PyTree, images: jax.Array) -> tuple[jax.Array, 
     return _Network(outputs).apply(params, images)
 
 
-def _optimiser(recipe: Recipe) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
-    return optax.adamw(schedule, weight_decay=recipe.weight_decay)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _train_step(outputs: int, recipe: Recipe, state, images: jax.Array, labels: jax.Array):
+@jax.jit
+def _train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
     def loss(params):
-        _, logits = _Network(outputs).apply(params, images)
+        _, logits = state.apply_fn(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    params, optimiser_state = state
-    gradient = jax.grad(loss)(params)
-    updates, optimiser_state = _optimiser(recipe).update(gradient, optimiser_state, params)
-    return optax.apply_updates(params, updates), optimiser_state
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
 
 def _batches(

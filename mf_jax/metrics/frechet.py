@@ -99,9 +99,7 @@ def check_gaussian(mean: np.ndarray, covariance: np.ndarray, first: str, second:
     try:
         np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues
     except np.linalg.LinAlgError as error:
-        raise BadInput(
-            f"{second} has eigenvalues below 0; must be a covariance, which has none"
-        ) from error
+        raise BadInput(f"{second} has eigenvalues below 0; must be a covariance") from error
 
 
 def frechet_distance(

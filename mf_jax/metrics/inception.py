@@ -34,10 +34,7 @@ FEATURES = {
 }
 """Names of the features, and how many numbers of each an image has."""
 _SIDE = 299
-_EPSILON = 1e-3  # of batch norm
-_SPATIAL_CHANNELS = 7
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-_IGNORED = ".num_batches_tracked"  # written by some versions of PyTorch, and of no effect
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,20 +52,17 @@ def load_inception(path: epath.PathLike) -> Inception:
     the same bytes as `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, fid_weights).
     """
     state = read_state_dict(path)
-    state = state._replace(
-        arrays={k: v for k, v in state.arrays.items() if not k.endswith(_IGNORED)}
-    )
+    # some versions of PyTorch write it, and it has no effect
+    arrays = {k: v for k, v in state.arrays.items() if not k.endswith(".num_batches_tracked")}
     image = jnp.zeros((1, _SIDE, _SIDE, 3))
     shapes = flatten_dict(jax.eval_shape(_Network().init, jax.random.key(0), image)["params"])
-    arrays = fit_state_dict(state, _published_shapes(shapes))
+    arrays = fit_state_dict(state._replace(arrays=arrays), _published_shapes(shapes))
     folded = {("fc", "kernel"): arrays["fc.weight"].T, ("fc_bias",): arrays["fc.bias"]}
     for name in {path[0] for path in shapes} - {"fc", "fc_bias"}:
         folded[name, "kernel"], folded[name, "bias"] = _folded(
             arrays[f"{name}.conv.weight"], *(arrays[f"{name}.bn.{part}"] for part in _BATCH_NORM)
         )
-    return Inception(
-        unflatten_dict({path: jnp.asarray(array) for path, array in folded.items()}), state.sha256
-    )
+    return Inception(unflatten_dict(jax.tree.map(jnp.asarray, folded)), state.sha256)
 
 
 def inception_features(
@@ -129,7 +123,7 @@ def _folded(
     kernel: np.ndarray, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> tuple[Float32[np.ndarray, "h w c f"], Float32[np.ndarray, "f"]]:
     """Return kernel and bias of a convolution that includes the batch norm after it."""
-    scale = weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
+    scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)
     kernel = (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
     return kernel, (bias - mean * scale).astype(np.float32)
 
@@ -224,7 +218,7 @@ class _Network(nn.Module):
         )
         for name, narrow in {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160}.items():
             x = _block_17(x, name, narrow)
-        features["spatial"] = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
+        features["spatial"] = x[..., :7].reshape(len(x), -1)
         x = _block_17(x, "Mixed_6e", 192)
         features["768"] = jnp.mean(x, (1, 2))
         layers = (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)

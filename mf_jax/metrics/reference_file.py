@@ -60,9 +60,7 @@ class Statistics:
         """Raise BadInput unless these are statistics of one set of features; names the key."""
         check_gaussian(self.mean, self.covariance, "mu", "sigma")
         if (self.mean_spatial is None) != (self.covariance_spatial is None):
-            raise BadInput(
-                "mu_s and sigma_s: must be both there or neither: take them from one set"
-            )
+            raise BadInput("mu_s and sigma_s: must be both there or neither: take both of one set")
         if self.mean_spatial is not None:
             check_gaussian(self.mean_spatial, self.covariance_spatial, "mu_s", "sigma_s")
         if self.features is None:
@@ -155,12 +153,12 @@ def write_reference(
 def _write_pictures(
     archive: zipfile.ZipFile, pictures: Iterable[np.ndarray], expected: int
 ) -> None:
-    written, shape = 0, ()
+    written = 0
     with archive.open(f"{_PICTURES}.npy", "w", force_zip64=True) as member:
         for block in pictures:
-            if not shape:
-                shape = block.shape[1:]
-                header = {"descr": "|u1", "fortran_order": False, "shape": (expected, *shape)}
+            if not written:
+                shape = (expected, *block.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 npy.write_array_header_1_0(member, header)
             written += len(block)
             member.write(np.ascontiguousarray(block).data)

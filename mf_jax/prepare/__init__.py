@@ -97,11 +97,9 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
             f"data.image_size={size}: must be divisible by {factor}, by which autoencoder {name!r} "
             f"narrows pictures: try {max(1, round(size / factor)) * factor}"
         )
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    mean, _ = jax.eval_shape(lambda image: autoencoder.encode(image), image)
     settings = common | {
         "mirrors": True,
-        "latent_shape": list(mean.shape[1:]),
+        "latent_shape": [size // factor, size // factor, autoencoder.network.latent_channels],
         "autoencoder": {
             "name": name,
             "sha256": autoencoder.sha256,

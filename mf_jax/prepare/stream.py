@@ -14,8 +14,6 @@ from mf_jax.data.picture_list import PicturesIn
 from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.runtime import processes
 
-_AHEAD = 2  # batches of decoded pictures that wait for the device
-
 
 class Pixels(NamedTuple):
     """A batch of cropped pictures, repeated up to its fixed size.
@@ -57,18 +55,16 @@ class PictureStream:
     ) -> None:
         formats()  # before the threads: a race in Pillow would reject a good picture
         threads = processes.cpu_count() + 1
-        options = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(threads, _AHEAD * batch_size)
-        )
+        ahead = max(threads, 2 * batch_size)  # two batches of pictures wait for the device
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._pictures, self._image_size = pictures, image_size
-        decoded = grain.MapDataset.source(indices).map(self._decode)
+        decoded = grain.MapDataset.source(indices.tolist()).map(self._decode)
         self._decoded = iter(decoded.to_iter_dataset(options))
         self._batch_size, self._max_bad = batch_size, max_bad
-        self._before, self.skipped = list(skipped), list[str]()
+        self._bad, self.skipped = list(skipped), list[str]()
 
     def shard(self, count: int) -> Iterator[Pixels]:
         """Yield the next `count` pictures in batches; then `skipped` names the broken ones."""
-        self._before += self.skipped
         self.skipped = []
         good = filter(self._is_good, itertools.islice(self._decoded, count))
         while batch := list(itertools.islice(good, self._batch_size)):
@@ -76,10 +72,10 @@ class PictureStream:
             whole = (np.resize(x, (self._batch_size, *x.shape[1:])) for x in columns)
             yield Pixels(*whole, len(batch))
 
-    def _decode(self, index: np.integer) -> _Decoded:
-        name = self._pictures.name(int(index))
+    def _decode(self, index: int) -> _Decoded:
+        name = self._pictures.name(index)
         try:
-            content, label = self._pictures.read(int(index))
+            content, label = self._pictures.read(index)
         except Exception as error:  # the way to the picture is broken: a second try may find it
             raise BadInput(
                 f"prepare.input: {name} cannot be opened ({error}): see to its permissions or the "
@@ -87,14 +83,14 @@ class PictureStream:
             ) from error
         try:
             with open_picture(content) as image:
-                return _Decoded(adm_crop(as_rgb(image), self._image_size), label, int(index))
+                return _Decoded(adm_crop(as_rgb(image), self._image_size), label, index)
         except MemoryError as error:
             raise BadInput(
                 f"prepare.input: there is no memory to decode {name}: lower prepare.batch_size and "
                 "run the same command again, which continues"
             ) from error
         except Exception as error:  # the decoders of Pillow raise anything
-            return _Decoded(np.empty(0), label, int(index), reason_of(error))
+            return _Decoded(np.empty(0), label, index, reason_of(error))
 
     def _is_good(self, decoded: _Decoded) -> bool:
         """Return whether a picture is whole, and note its name if it is not."""
@@ -103,9 +99,9 @@ class PictureStream:
         name = self._pictures.name(decoded.index)
         logging.warning("%s is broken and skipped: %s", name, decoded.problem)
         self.skipped.append(name)
-        if len(bad := [*self._before, *self.skipped]) > self._max_bad:
-            raise BadInput(
-                f"prepare.max_bad={self._max_bad}: {len(bad)} pictures are broken ({listed(bad)}): "
-                "replace them, or raise prepare.max_bad; finished shards are kept"
-            )
+        self._bad.append(name)
+        if len(self._bad) > self._max_bad:
+            named = f"{len(self._bad)} pictures are broken ({listed(self._bad)})"
+            fix = "replace them, or raise prepare.max_bad; finished shards are kept"
+            raise BadInput(f"prepare.max_bad={self._max_bad}: {named}: {fix}")
         return False
