@@ -39,11 +39,19 @@ def tar_of_tars(folder):
     return write_tar(folder / "ILSVRC2012_img_train.tar", dict(sorted(tars.items(), reverse=True)))
 
 
+def tar_of_here(folder):
+    """Write what `tar -cf here.tar .` writes, which has an entry for the folder itself."""
+    with tarfile.open(folder / "here.tar", "w") as tar:
+        tar.add(write_tree(folder / "tree"), arcname=".")
+    return folder / "here.tar"
+
+
 INPUTS = (
     write_tree,
     lambda folder: write_tree(folder / "train").parent,
     class_tars,
     tar_of_tars,
+    tar_of_here,
     lambda folder: write_tar(
         folder / "some.tar", {f"train/{name}": CONTENTS[name] for name in reversed(NAMES)}
     ),
@@ -60,7 +68,7 @@ def test_every_kind_of_input_gives_the_same_pictures_in_the_same_order(tmp_path)
         pictures = listed(make(tmp_path / str(number)))
         assert pictures.class_names == tuple(sorted(CLASSES))
         names = [pictures.name(i) for i in range(len(pictures))]
-        assert [name.removeprefix("train/") for name in names] == NAMES
+        assert [name.removeprefix("train/").removeprefix("./") for name in names] == NAMES
         for i, name in enumerate(NAMES):
             assert pictures.read(i) == (CONTENTS[name], sorted(CLASSES).index(name[:3]))
     contents = {"b.png": CONTENTS[NAMES[1]], "a.jpg": CONTENTS[NAMES[0]], "c.txt": b""}

@@ -262,7 +262,10 @@ def _in_tar(tar_file: File, key: str) -> Iterator[File]:
         problem = f"{shown} is cut short, or no uncompressed tar file ({error})"
         raise BadInput(f"{key}: {problem}: fetch it again, or unpack it") from error
     for member in members.values():
-        target = _target(member, members)
+        above = posixpath.dirname(member.name) if member.issym() else ""
+        leads_to = posixpath.normpath(posixpath.join(above, member.linkname))
+        # a link that leads nowhere, and all that is no link, is its own target
+        target = members.get(leads_to, member) if member.linkname else member
         if parts := _parts(member.name + "/" * member.isdir()):
             place = (target.offset_data, target.size) if target.isfile() else (0, 0)
             yield File(parts, member.name, tar_file.path, *place)
@@ -277,9 +280,3 @@ class _Header(tarfile.TarInfo):
         if header.size < 0 or (header.type in _OF_TARFILE and header.size > _MOST_OF_A_NAME):
             raise tarfile.ReadError("a size is wrong")
         return header
-
-
-def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """Return what a link leads to; a link that leads nowhere, and all else, itself."""
-    above = posixpath.dirname(member.name) if member.issym() else ""
-    return members.get(posixpath.normpath(posixpath.join(above, member.linkname)), member)
