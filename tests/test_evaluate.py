@@ -65,7 +65,8 @@ def looks(monkeypatch):
 
 def _write_reference(path, *, seed=0, width=6):
     rows = np.random.default_rng(seed).standard_normal((50, width)).astype(np.float32)
-    write_reference(path, Statistics.of(Moments.of(rows), Moments.of(rows[:, :5]), rows))
+    pooled, spatial = (Moments.of(x).gaussian for x in (rows, rows[:, :5]))
+    write_reference(path, Statistics(len(rows), pooled, spatial, rows))
     return path
 
 
@@ -220,7 +221,7 @@ def test_other_weights_are_another_row(score, looks, tmp_path):
 def test_anybodys_samples_against_all_kinds_of_references(score, looks, reference, tmp_path):
     theirs, real = np.random.default_rng(0).integers(0, 256, (2, 45, 8, 8, 3), dtype=np.uint8)
     both = np.concatenate([theirs, real])
-    features = Moments.of(_features({}, both)["2048"])
+    features = Moments.of(_features({}, both)["2048"]).gaussian
     gaussian = {"mu": features.mean, "sigma": features.covariance}
     np.savez(tmp_path / "theirs.npz", theirs)
     np.savez(tmp_path / "real.npz", real)
@@ -234,7 +235,7 @@ def test_anybodys_samples_against_all_kinds_of_references(score, looks, referenc
     assert looks == [45, 90, 20, 20, 20]
     assert _protocols(rows, "samples", "num_samples") == [("theirs.npz", 45)] * 3
     ours, wanted = Moments.of(_features({}, theirs)["2048"]), read_reference(reference).statistics
-    distance = frechet_distance(ours.mean, ours.covariance, wanted.mean, wanted.covariance)
+    distance = frechet_distance(ours.gaussian, wanted.pooled)
     assert rows[0]["fid"] == pytest.approx(distance, rel=1e-5)
     assert rows[1]["fid"] > 0
     assert 0 < rows[1]["precision"] <= 1

@@ -13,7 +13,13 @@ from sklearn.model_selection import train_test_split
 from mf_jax.metrics import classifier as classifiers
 from mf_jax.metrics import frechet, row_pairs, two_sample
 from mf_jax.metrics.classifier import Recipe, principal_components, train_classifier
-from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error, noise_line
+from mf_jax.metrics.frechet import (
+    Gaussian,
+    Moments,
+    frechet_distance,
+    frechet_with_error,
+    noise_line,
+)
 from mf_jax.metrics.reference_file import Reference, Statistics
 from mf_jax.metrics.row_pairs import pair_scores
 from mf_jax.metrics.suite import SampleScores, check_widths, inception_score
@@ -23,11 +29,11 @@ from mf_jax.scoring import scorers
 
 
 def gaussian(rows):
-    return Moments.of(rows).mean, Moments.of(rows).covariance
+    return Moments.of(rows).gaussian
 
 
 def fid(a, b):
-    return frechet_distance(*gaussian(a), *gaussian(b))
+    return frechet_distance(gaussian(a), gaussian(b))
 
 
 # Recorded numbers
@@ -58,21 +64,24 @@ def test_moments_of_batches_are_those_of_numpy(rng, monkeypatch):
             moments += Moments.of(rows[start : start + batch])
         assert (moments.count, moments.mean.dtype) == (500, np.float64)
         np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-14)
-        np.testing.assert_allclose(moments.covariance, np.cov(exact.T), rtol=1e-10, atol=1e-10)
-    refuses("1 rows; it must have at least 2", lambda: Moments.of(rows[:1]).covariance)
+        np.testing.assert_allclose(
+            moments.gaussian.covariance, np.cov(exact.T), rtol=1e-10, atol=1e-10
+        )
+    refuses("1 rows; it must have at least 2", gaussian, rows[:1])
 
 
 def test_frechet_distance_of_known_gaussians(rng):
     a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 0.0, 1.0])
-    value = frechet_distance(np.zeros(3), np.diag(a), np.array([1.0, 2.0, 0.0]), np.diag(b))
+    other = Gaussian(np.array([1.0, 2.0, 0.0]), np.diag(b))
+    value = frechet_distance(Gaussian(np.zeros(3), np.diag(a)), other)
     assert value == pytest.approx(5 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
     a, b = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.9], [-0.9, 3.0]])
     product = a @ b  # for a 2 x 2 matrix, tr sqrt(M) = sqrt(tr M + 2 sqrt(det M))
     cross = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
-    value = frechet_distance(np.zeros(2), a, np.zeros(2), b)
+    value = frechet_distance(Gaussian(np.zeros(2), a), Gaussian(np.zeros(2), b))
     assert value == pytest.approx(np.trace(a) + np.trace(b) - 2 * cross, rel=1e-12)
     u, v = rng.standard_normal((2, 60))  # of rank 1
-    value = frechet_distance(np.zeros(60), np.outer(u, u), np.zeros(60), np.outer(v, v))
+    value = frechet_distance(*(Gaussian(np.zeros(60), np.outer(x, x)) for x in (u, v)))
     assert value == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-5)
     few = rng.standard_normal((10, 60))
     assert 0 <= fid(few, few) < 1e-5
@@ -85,7 +94,7 @@ def test_standard_error_is_the_spread_over_draws(rng):
         mix, found = scale * np.linalg.cholesky(cov + 1e-3 * np.eye(4)), []
         for _ in range(300):
             rows = (rng.standard_normal((400, 4)) @ mix.T + shift).astype(np.float32)
-            found.append(frechet_with_error(Moments.of(rows), mean, cov, rows))
+            found.append(frechet_with_error(gaussian(rows), Gaussian(mean, cov), rows))
         values, errors = zip(*found, strict=True)
         assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
 
@@ -98,10 +107,12 @@ def test_standard_error_of_a_known_functional(monkeypatch):
     y, deviation = rows.astype(np.float64) - mean, np.sqrt(cov)
     psi = 2 * (mean - 1) * y + (1 - 3 / deviation) * y**2
     for alike in (np.ones((12, 3)), np.full((12, 3), np.float32(0.1)), np.zeros((2, 3))):
-        fid, error = frechet_with_error(Moments.of(alike), np.zeros(3), np.eye(3), alike)
+        standard = Gaussian(np.zeros(3), np.eye(3))
+        fid, error = frechet_with_error(gaussian(alike), standard, alike)
         assert fid == pytest.approx(3 + 3 * alike[0, 0] ** 2)
         assert error == pytest.approx(0, abs=1e-6)
-    found = frechet_with_error(Moments.of(rows), np.ones(1), np.full((1, 1), 9.0), rows)
+    other = Gaussian(np.ones(1), np.full((1, 1), 9.0))
+    found = frechet_with_error(gaussian(rows), other, rows)
     distance = (mean - 1) ** 2 + (deviation - 3) ** 2
     assert found == pytest.approx((distance.item(), psi.std(ddof=1) / np.sqrt(500)), rel=1e-4)
     assert noise_line(50_000, 0.01) == (
@@ -282,8 +293,8 @@ NUM = 203
 
 
 def reference_of(rows, spatial, *, path="reference.npz"):
-    statistics = Statistics.of(Moments.of(rows), Moments.of(spatial), rows.astype(np.float32))
-    return Reference(path, statistics)
+    gaussians = gaussian(rows), gaussian(spatial)
+    return Reference(path, Statistics(len(rows), *gaussians, rows.astype(np.float32)))
 
 
 def add_all(scores, features, batch, order=None, junk=np.nan):
@@ -322,12 +333,10 @@ def score(features, reference, batch, **more):
 def test_scores_are_of_the_whole_whatever_the_batches(made):
     features, reference = made
     found, real = score(features, reference, NUM), reference.statistics
-    own, spatial = (Moments.of(features[name]) for name in ("2048", "spatial"))
     pairs = pair_scores(features["2048"], real.features)
-    theirs = real.mean_spatial, real.covariance_spatial
     expected = dict(zip(("precision", "recall", "kid"), pairs, strict=True)) | {
-        "fid": frechet_distance(own.mean, own.covariance, real.mean, real.covariance),
-        "sfid": frechet_distance(spatial.mean, spatial.covariance, *theirs),
+        "fid": frechet_distance(gaussian(features["2048"]), real.pooled),
+        "sfid": frechet_distance(gaussian(features["spatial"]), real.spatial),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert 0 < found["precision"] < 1
@@ -350,7 +359,7 @@ def test_samples_that_are_missing_or_too_few_are_refused(made):
 def test_any_number_of_references_gives_what_it_has_statistics_for(made, rng):
     features, reference = made
     real = reference.statistics
-    plain = Reference("plain.npz", Statistics(0, real.mean, real.covariance))
+    plain = Reference("plain.npz", Statistics(0, real.pooled))
     scores = add_all(SampleScores(NUM, least=10), features, NUM)
     assert scores.against(plain).keys() == {"fid", "fid_standard_error"}
     assert scores.against(reference).keys() == SCORES

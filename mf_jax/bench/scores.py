@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mf_jax.bench.measure import Result, Say
 from mf_jax.bench.table import Column
 from mf_jax.data import Source
+from mf_jax.metrics.frechet import Gaussian
 from mf_jax.metrics.inception import FEATURES
 from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
 from mf_jax.metrics.suite import SampleScores
@@ -66,9 +67,9 @@ def _rows(seed: list[int], num: int, width: int) -> Float32[np.ndarray, "n d"]:
 
 def _write_reference(folder: str, widths: Mapping[str, int], num_rows: int) -> str:
     """Write statistics of features with a slightly different mean; return the file's path."""
-    pooled, spatial = ((np.full(width, 0.1), np.eye(width)) for width in list(widths.values())[:2])
-    rows = _rows([1, 2, 3], num_rows, len(pooled[0]))
-    write_reference(f"{folder}/reference.npz", Statistics(num_rows, *pooled, *spatial, rows))
+    pooled, spatial = (Gaussian(np.full(n, 0.1), np.eye(n)) for n in list(widths.values())[:2])
+    rows = _rows([1, 2, 3], num_rows, len(pooled.mean))
+    write_reference(f"{folder}/reference.npz", Statistics(num_rows, pooled, spatial, rows))
     return f"{folder}/reference.npz"
 
 

@@ -18,6 +18,7 @@ Source: Heusel et al. 2017 (arXiv:1706.08500), equation 6; Dowson and Landau 198
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -30,6 +31,13 @@ _ROUNDING = 1e-6
 _SINGULAR = 1e-6
 """Share of the largest singular value of A^1/2 B^1/2, below which no variance counts."""
 _BLOCK = 4096
+
+
+class Gaussian(NamedTuple):
+    """A mean, and a covariance that may be singular."""
+
+    mean: Float[np.ndarray, "d"]
+    covariance: Float[np.ndarray, "d d"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +76,11 @@ class Moments:
         return Moments(count, self.mean + shift * (other.count / count), between)
 
     @property
-    def covariance(self) -> Float64[np.ndarray, "d d"]:
-        """Return the unbiased covariance."""
+    def gaussian(self) -> Gaussian:
+        """Return the mean and the unbiased covariance."""
         if self.count < 2:
             raise BadInput(f"features has {self.count} rows; it must have at least 2")
-        return self.scatter / (self.count - 1)
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
 def require_finite(values: np.ndarray, name: str) -> None:
@@ -84,8 +92,9 @@ def require_finite(values: np.ndarray, name: str) -> None:
         )
 
 
-def check_gaussian(mean: np.ndarray, covariance: np.ndarray, first: str, second: str) -> None:
+def check_gaussian(gaussian: Gaussian, first: str, second: str) -> None:
     """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
+    mean, covariance = gaussian
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
         raise BadInput(
             f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}; must be [d] and "
@@ -102,32 +111,24 @@ def check_gaussian(mean: np.ndarray, covariance: np.ndarray, first: str, second:
         raise BadInput(f"{second} has eigenvalues below 0; must be a covariance") from error
 
 
-def frechet_distance(
-    mean_a: Float[np.ndarray, "d"],
-    cov_a: Float[np.ndarray, "d d"],
-    mean_b: Float[np.ndarray, "d"],
-    cov_b: Float[np.ndarray, "d d"],
-) -> float:
-    """Return the Fréchet distance (squared, as FID is); covariances may be singular."""
-    return _distance(mean_a, cov_a, mean_b, cov_b, _root(cov_a).T @ _root(cov_b))
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Return the Fréchet distance (squared, as FID is)."""
+    return _distance(a, b, _root(a.covariance).T @ _root(b.covariance))
 
 
 def frechet_with_error(
-    samples: Moments,
-    mean: Float64[np.ndarray, "d"],
-    covariance: Float64[np.ndarray, "d d"],
-    rows: Float[np.ndarray, "n d"],
+    samples: Gaussian, reference: Gaussian, rows: Float[np.ndarray, "n d"]
 ) -> tuple[float, float]:
-    """Return `frechet_distance` and its standard error over draws of the samples.
+    """Return `frechet_distance` and its standard error over draws of the samples, of these rows.
 
-    The reference, of this mean and covariance, counts as exact. The error leaves out the bias,
-    which falls with the number of samples.
+    The reference counts as exact. The error leaves out the bias, which falls with the number of
+    samples.
     """
-    own, root = samples.covariance, _root(covariance)
-    cross = _root(own).T @ root
+    root = _root(reference.covariance)
+    cross = _root(samples.covariance).T @ root
     # (F^T G)^T (F^T G) = W diag(s^2) W^T for A = F F^T, B = G G^T: G W s^(-1/2) is a root of I - M
     squares, vectors = scipy.linalg.eigh(cross.T @ cross, overwrite_a=True, driver="evr")
-    distance = _distance(samples.mean, own, mean, covariance, cross)
+    distance = _distance(samples, reference, cross)
     kept = squares > max(_SINGULAR**2 * squares[-1], 0)
     # in float32 from here on: it is the size of the noise, not of the distance
     carrier = (root @ (vectors[:, kept] / squares[kept] ** 0.25)).astype(np.float32)
@@ -135,7 +136,7 @@ def frechet_with_error(
     for start in range(0, len(rows), _BLOCK):
         y = (rows[start : start + _BLOCK] - samples.mean).astype(np.float32)
         carried = np.square(y @ carrier).sum(axis=1)
-        shifted = y @ (2 * (samples.mean - mean)).astype(np.float32)
+        shifted = y @ (2 * (samples.mean - reference.mean)).astype(np.float32)
         influence.append(shifted + np.square(y).sum(axis=1) - carried)
     deviation = np.concatenate(influence).std(ddof=1, dtype=np.float64)
     return distance, float(deviation / np.sqrt(len(rows)))
@@ -147,20 +148,14 @@ def noise_line(num_samples: int, standard_error: float) -> str:
     return f"at {num_samples} samples two FIDs that differ by less than {least:.2g} do not differ"
 
 
-def _distance(
-    mean_a: Float64[np.ndarray, "d"],
-    cov_a: Float64[np.ndarray, "d d"],
-    mean_b: Float64[np.ndarray, "d"],
-    cov_b: Float64[np.ndarray, "d d"],
-    cross: Float64[np.ndarray, "d d"],
-) -> float:
-    """Return the distance, given F^T G for cov_a = F F^T and cov_b = G G^T."""
+def _distance(a: Gaussian, b: Gaussian, cross: Float64[np.ndarray, "d d"]) -> float:
+    """Return the distance, given F^T G for the covariances F F^T of a and G G^T of b."""
     # tr((A^1/2 B A^1/2)^1/2) is the sum of the singular values of F^T G. Rounding errors enter
     # once; under the eigenvalues of A^1/2 B A^1/2 they would enter through a square root, 1e-16
     # becoming 1e-8.
     nuclear = scipy.linalg.svdvals(cross).sum()
-    distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * nuclear
-    return max(float(distance), 0.0)
+    distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance)
+    return max(float(distance - 2 * nuclear), 0.0)
 
 
 def _root(covariance: Float[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:

@@ -17,55 +17,37 @@ from jaxtyping import Float, UInt8
 from numpy.lib import format as npy
 
 from mf_jax.flow.errors import BadInput, reason_of
-from mf_jax.metrics.frechet import Moments, check_gaussian, require_finite
+from mf_jax.metrics.frechet import Gaussian, check_gaussian, require_finite
 from mf_jax.metrics.row_pairs import LEAST_ROWS
 from mf_jax.runtime import archives
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
-_KEYS = {
-    "num_images": np.int64,
-    "mu": np.float64,
-    "sigma": np.float64,
-    "mu_s": np.float64,
-    "sigma_s": np.float64,
-    "features": np.float32,
-}
-"""In the order of the fields of `Statistics`."""
+_KEYS = ("num_images", "mu", "sigma", "mu_s", "sigma_s", "features")
+"""In the order of `Statistics`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """Statistics of reference pictures, 0 or None where they are not known.
 
-    num_images: behind them. mean, covariance: of the pooled features, `[d]` and `[d, d]`.
-    mean_spatial, covariance_spatial: of the spatial ones. features: some pooled rows `[m, d]`.
+    num_images: behind them. pooled, spatial: of these features. features: some pooled rows.
     """
 
     num_images: int
-    # shapes are checked with the values, in one line that names the file
-    mean: Float[np.ndarray, "..."]
-    covariance: Float[np.ndarray, "..."]
-    mean_spatial: Float[np.ndarray, "..."] | None = None
-    covariance_spatial: Float[np.ndarray, "..."] | None = None
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+    # its shape is checked with the values, in one line that names the file
     features: Float[np.ndarray, "..."] | None = None
-
-    @classmethod
-    def of(cls, pooled: Moments, spatial: Moments, features: np.ndarray) -> "Statistics":
-        """Return the statistics of pictures whose features have these moments."""
-        gaussians = pooled.mean, pooled.covariance, spatial.mean, spatial.covariance
-        return cls(pooled.count, *gaussians, features)
 
     def check(self) -> None:
         """Raise BadInput unless these are statistics of one set of features; names the key."""
-        check_gaussian(self.mean, self.covariance, "mu", "sigma")
-        if (self.mean_spatial is None) != (self.covariance_spatial is None):
-            raise BadInput("mu_s and sigma_s: must be both there or neither: take both of one set")
-        if self.mean_spatial is not None:
-            check_gaussian(self.mean_spatial, self.covariance_spatial, "mu_s", "sigma_s")
+        check_gaussian(self.pooled, "mu", "sigma")
+        if self.spatial is not None:
+            check_gaussian(self.spatial, "mu_s", "sigma_s")
         if self.features is None:
             return
-        shape, width = self.features.shape, self.mean.size
+        shape, width = self.features.shape, self.pooled.mean.size
         if len(shape) != 2 or shape[1] != width or shape[0] < LEAST_ROWS:
             raise BadInput(
                 f"features is {list(shape)}; must be [rows, {width}] like mu, with at least "
@@ -142,7 +124,9 @@ def write_reference(
     with _naming(path):
         statistics.check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = dict(zip(_KEYS, vars(statistics).values(), strict=True))
+    gaussians = *statistics.pooled, *(statistics.spatial or (None, None))
+    values = statistics.num_images, *gaussians, statistics.features
+    arrays = dict(zip(_KEYS, values, strict=True))
     with written_aside(path) as aside:
         np.savez(aside, **{name: array for name, array in arrays.items() if array is not None})
         if num_pictures:
@@ -204,11 +188,15 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
     if missing := [name for name in ("mu", "sigma") if name not in names]:
         there = ", ".join(sorted(names)) or "nothing"
         raise BadInput(f"lacks {', '.join(missing)}; it has {there}: use FID reference statistics")
-    arrays = dict.fromkeys(_KEYS)
+    if ("mu_s" in names) != ("sigma_s" in names):
+        raise BadInput("mu_s and sigma_s: must be both there or neither: take both of one set")
+    arrays = {}
     for name in set(_KEYS) & names:
         array = archives.read_array(archive, name)
         if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
             raise ValueError(f"{name} is {array.dtype} or below 0")
-        arrays[name] = np.asarray(array, _KEYS[name])
-    arrays["num_images"] = int(np.sum(arrays["num_images"] or 0))
-    return Statistics(*arrays.values())
+        arrays[name] = np.asarray(array, np.float32 if name == "features" else np.float64)
+    pooled = Gaussian(arrays["mu"], arrays["sigma"])
+    spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in names else None
+    num_images = int(np.sum(arrays.get("num_images", 0)))
+    return Statistics(num_images, pooled, spatial, arrays.get("features"))

@@ -80,11 +80,10 @@ class SampleScores:
                 f"first is {missing[0]}: look for a diverged network"
             )
         real = reference.statistics
-        fid, error = frechet_with_error(self._pooled, real.mean, real.covariance, self._rows)
+        fid, error = frechet_with_error(self._pooled.gaussian, real.pooled, self._rows)
         scores = {"fid": fid, "fid_standard_error": error}
-        if real.mean_spatial is not None:
-            own = self._spatial.mean, self._spatial.covariance
-            scores["sfid"] = frechet_distance(*own, real.mean_spatial, real.covariance_spatial)
+        if real.spatial is not None:
+            scores["sfid"] = frechet_distance(self._spatial.gaussian, real.spatial)
         if real.features is not None:
             pairs: tuple[float | None, ...] = (None, None, None)
             if self._num_samples >= LEAST_ROWS:
@@ -97,9 +96,8 @@ class SampleScores:
 def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
     """Raise BadInput unless a reference has as many features as samples have."""
     real = reference.statistics
-    width_spatial = spatial if real.mean_spatial is None else real.mean_spatial.size
-    for key, width, wanted in (("mu", real.mean.size, pooled), ("mu_s", width_spatial, spatial)):
-        if width != wanted:
+    for key, gaussian, wanted in (("mu", real.pooled, pooled), ("mu_s", real.spatial, spatial)):
+        if gaussian is not None and (width := gaussian.mean.size) != wanted:
             maker = f", as of {_NETWORKS[width]}" if width in _NETWORKS else ""
             raise BadInput(
                 f"eval.references: {reference.path}: {key} has {width} features{maker}; must have "

@@ -155,5 +155,6 @@ def _statistics(
         indices.extend(stored["kept_indices"])
         features.extend(stored["kept_features"])
     order = np.argsort(indices)
-    statistics = Statistics.of(pooled, spatial, np.array(features)[order])
+    gaussians = pooled.gaussian, spatial.gaussian
+    statistics = Statistics(pooled.count, *gaussians, np.array(features)[order])
     return statistics, np.array(indices)[order]

@@ -167,9 +167,8 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
         if min(len(x), len(points)) < 2:
             return dict.fromkeys(["frechet_distance", *(each.__name__ for each in measures)])
         describe = classifier.principal_components(points) if is_long else lambda rows: (rows, None)
-        ours, theirs = (Moments.of(describe(rows)[0]) for rows in (x, points))
-        gaussians = ours.mean, ours.covariance, theirs.mean, theirs.covariance
-        scores: Scores = {"frechet_distance": frechet_distance(*gaussians)}
+        ours, theirs = (Moments.of(describe(rows)[0]).gaussian for rows in (x, points))
+        scores: Scores = {"frechet_distance": frechet_distance(ours, theirs)}
         return scores | {each.__name__: each(x, points) for each in measures}
 
     return protocol, compare
@@ -214,8 +213,7 @@ def _of_pictures(
         scores: Scores = dict.fromkeys(_OF_PICTURES)
         if len(first) > 1:
             ours = [Moments.of(features[rows]) for rows in subsets]
-            other = theirs.mean, theirs.covariance
-            distances = [frechet_distance(one.mean, one.covariance, *other) for one in ours]
+            distances = [frechet_distance(one.gaussian, theirs.gaussian) for one in ours]
             scores["frechet_distance"] = float(np.mean(distances))
             if len(first) < len(features):
                 scores["frechet_distance_std"] = float(np.std(distances))
@@ -286,7 +284,7 @@ def _statistics(
         rows.append(np.asarray(features[POOLED])[_kept(num, pooled.count, len(block))])
         pooled += Moments.of(np.asarray(features[POOLED]))
         spatial += Moments.of(np.asarray(features[SPATIAL]))
-    return Statistics.of(pooled, spatial, np.concatenate(rows))
+    return Statistics(pooled.count, pooled.gaussian, spatial.gaussian, np.concatenate(rows))
 
 
 def _features(inception: Inception, pixels: UInt8[Array, "b h w c"]) -> dict[str, Array]:
