@@ -4,6 +4,7 @@ A file is an `.npz` of arrays by the names of `KEYS`, or an `.npy` of x alone, w
 row from the disk.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -181,11 +182,9 @@ def _condition(condition: np.ndarray, where: str) -> Float32[np.ndarray, "n k"]:
 def _mask(mask: np.ndarray, where: str, *, x: np.ndarray) -> Shaped[np.ndarray, "n ..."]:
     """Return a mask with x's shape, which takes no more memory than it did."""
     is_of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
-    try:
+    with contextlib.suppress(ValueError):  # told below
         if mask.dtype == bool and not is_of_rows:
             return np.broadcast_to(mask, x.shape)
-    except ValueError:
-        pass  # told below
     raise BadInput(
         f"{where}: mask is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; must be bool "
         "that broadcasts to x, a mask of rows with all axes of x: e.g. mask[..., None]"

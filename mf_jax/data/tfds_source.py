@@ -133,10 +133,9 @@ def _check_features(folder: epath.Path) -> None:
 
     for versions in ("", "*/", "*/*/"):
         pattern = f"{versions}features.json"
-        if in_bucket(folder):
-            found = list(folder.glob(pattern))
-        else:
-            found = [folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True)]
+        found = folder.glob(pattern)
+        if not in_bucket(folder):
+            found = (folder / f for f in glob.glob(pattern, root_dir=folder, include_hidden=True))
         for path in found:
             with opened(path) as file:
                 json.load(file, object_hook=check)

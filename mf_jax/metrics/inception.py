@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt8
 
 from mf_jax.flow.errors import BadInput
@@ -55,14 +54,19 @@ def load_inception(path: epath.PathLike) -> Inception:
     # some versions of PyTorch write it, and it has no effect
     arrays = {k: v for k, v in state.arrays.items() if not k.endswith(".num_batches_tracked")}
     image = jnp.zeros((1, _SIDE, _SIDE, 3))
-    shapes = flatten_dict(jax.eval_shape(_Network().init, jax.random.key(0), image)["params"])
-    arrays = fit_state_dict(state._replace(arrays=arrays), _published_shapes(shapes))
-    folded = {("fc", "kernel"): arrays["fc.weight"].T, ("fc_bias",): arrays["fc.bias"]}
-    for name in {path[0] for path in shapes} - {"fc", "fc_bias"}:
-        folded[name, "kernel"], folded[name, "bias"] = _folded(
-            arrays[f"{name}.conv.weight"], *(arrays[f"{name}.bn.{part}"] for part in _BATCH_NORM)
-        )
-    return Inception(unflatten_dict(jax.tree.map(jnp.asarray, folded)), state.sha256)
+    layers = jax.eval_shape(_Network().init, jax.random.key(0), image)["params"]
+    last, last_bias = layers.pop("fc"), layers.pop("fc_bias")
+    wanted = {"fc.weight": last["kernel"].shape[::-1], "fc.bias": last_bias.shape}
+    for name, layer in layers.items():
+        height, width, inputs, outputs = layer["kernel"].shape
+        wanted[f"{name}.conv.weight"] = (outputs, inputs, height, width)
+        wanted |= {f"{name}.bn.{part}": (outputs,) for part in _BATCH_NORM}
+    arrays = fit_state_dict(state._replace(arrays=arrays), wanted)
+    params = {"fc": {"kernel": arrays["fc.weight"].T}, "fc_bias": arrays["fc.bias"]}
+    for name in layers:
+        batch_norm = (arrays[f"{name}.bn.{part}"] for part in _BATCH_NORM)
+        params[name] = _folded(arrays[f"{name}.conv.weight"], *batch_norm)
+    return Inception(jax.tree.map(jnp.asarray, params), state.sha256)
 
 
 def inception_features(
@@ -106,26 +110,13 @@ def _features(params: PyTree, x: Float32[Array, "b h w c"]) -> dict[str, Float32
         return _Network().apply({"params": params}, x)
 
 
-def _published_shapes(
-    ours: dict[tuple[str, ...], jax.ShapeDtypeStruct],
-) -> dict[str, tuple[int, ...]]:
-    """Return the published names and shapes behind our parameters."""
-    wanted = {"fc.weight": ours["fc", "kernel"].shape[::-1], "fc.bias": ours["fc_bias",].shape}
-    for (name, *leaf), array in ours.items():
-        if leaf == ["kernel"] and name != "fc":
-            height, width, inputs, outputs = array.shape
-            wanted[f"{name}.conv.weight"] = (outputs, inputs, height, width)
-            wanted |= {f"{name}.bn.{part}": (outputs,) for part in _BATCH_NORM}
-    return wanted
-
-
 def _folded(
     kernel: np.ndarray, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
-) -> tuple[Float32[np.ndarray, "h w c f"], Float32[np.ndarray, "f"]]:
+) -> dict[str, Float32[np.ndarray, "..."]]:
     """Return kernel and bias of a convolution that includes the batch norm after it."""
     scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)
     kernel = (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
-    return kernel, (bias - mean * scale).astype(np.float32)
+    return {"kernel": kernel, "bias": (bias - mean * scale).astype(np.float32)}
 
 
 def _conv(

@@ -32,7 +32,6 @@ from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
-_LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 Output = LatentShards | ReferenceStatistics  # what is made of the pictures, by shards
 
 
@@ -50,7 +49,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "image_size": config.data.image_size,
         "crop": CROP,
         "num_shards": prepare.shards,
-        "num_listed": len(pictures),
+        "num_listed": num_pictures,
         "input_sha256": digest(pictures.lines()),
     }
     # what is to be made is opened before any work
@@ -63,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         skipped = outputs[0].skipped([shard for shard in mine if shard not in pending])
         _work(config, pictures, pending, skipped)
     if not prepare.process_count:  # a job's first process must outlive the others
-        get_barrier_sync_fn()(key="prepared", timeout_ms=_LONGEST_WAIT_MS)
+        get_barrier_sync_fn()(key="prepared", timeout_ms=7 * 24 * 3600 * 1000)  # a week
     with processes.together():
         if prepare.process_count or processes.is_first():
             for output in outputs:

@@ -27,7 +27,6 @@ _LISTS = {
     "kept_features": np.float32,
 }
 """What the file of a process holds beside its sums."""
-Crop = Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]]
 
 
 def parts_folder(path: epath.Path) -> epath.Path:
@@ -51,7 +50,7 @@ class ReferenceStatistics:
         params: dict[str, Any],
         process: tuple[int, int],
         settings: Mapping[str, Any],
-        crop: Crop | None,
+        crop: Callable[[Int[np.ndarray, "n"]], Iterator[UInt8[np.ndarray, "b s s 3"]]] | None,
     ) -> None:
         self._path, self._parts, self._crop = path, parts_folder(path), crop
         self._params, self._num_shards = params, settings["num_shards"]
