@@ -109,11 +109,11 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     return _fit(_restore(folder, theirs, ema)[1], like, path)
 
 
-def load_frozen(config: ConfigDict, frozen: PyTree) -> PyTree:
-    """Return what an objective's `frozen` holds, with published weights where it has shapes."""
+def load_frozen(config: ConfigDict, frozen: PyTree) -> tuple[PyTree, dict[str, str]]:
+    """Return an objective's `frozen` with published weights for its shapes, and their SHA-256."""
     if not isinstance(frozen, Perceptual):
-        return frozen
-    loaded = []
+        return frozen, {}
+    loaded, digests = [], {}
     for distance in frozen.distances:
         name = config.perceptual[f"{distance.name}_weights"]
         key = f"perceptual.{distance.name}_weights"
@@ -122,8 +122,9 @@ def load_frozen(config: ConfigDict, frozen: PyTree) -> PyTree:
             params, sha256 = load_distance(DISTANCES[distance.name], path)
             verify(name, sha256)
         tell_once(f"{key}={name}: SHA-256 {sha256}")
+        digests[key] = sha256
         loaded.append(distance.replace(params={"params": params}))
-    return frozen.replace(distances=tuple(loaded))
+    return frozen.replace(distances=tuple(loaded)), digests
 
 
 def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None) -> Generator:

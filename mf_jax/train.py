@@ -71,15 +71,17 @@ def run(config: ConfigDict, workdir: Path) -> int:
         mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
         draws = can_draw(config, source)
     draws = all(processes.from_all(draws))  # drawing takes every process
-    parts, weights, sha256 = step_parts(config, source), None, ""
+    parts, weights = step_parts(config, source), None
     with processes.together():
         _ = parts.metric_names  # traces a loss, and refuses what does not fit
+    frozen, digests = load_frozen(config, parts.objective.frozen)
     if config.init.path and not processes.from_first(saved_steps(workdir)):
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
-        sha256 = weights_sha256(config)
-    frozen = load_frozen(config, parts.objective.frozen)
+        if sha256 := weights_sha256(config):
+            digests["init_sha256"] = sha256
     stop_signal = processes.stop_signal(workdir / FOLDER, config.train.num_steps)
-    with run_folder.own(workdir, config, source, own_parts(config), sha256), stop_signal as stop:
+    owned = run_folder.own(workdir, config, source, own_parts(config), **digests)
+    with owned, stop_signal as stop:
         with contextlib.closing(Checkpoints(workdir, keep=config.checkpoint.keep)) as checkpoints:
             state = first_state(parts, mesh, checkpoints, weights, frozen)
             del weights, frozen  # which lie on the devices

@@ -259,7 +259,7 @@ def test_a_run_needs_no_config(copy_of_trained):
         run_folder.check(folder, config)
 
 
-def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained):
+def test_moved_data_are_known_by_their_digest_and_other_data_and_weights_noticed(copy_of_trained):
     folder = epath.Path(copy_of_trained)
     config = run_folder.stored_config(folder)
     config.data.path = "configs"
@@ -268,8 +268,11 @@ def test_moved_data_are_known_by_their_digest_and_others_noticed(copy_of_trained
     del stored["digest"], stored["checksum"]
     (copy_of_trained / "data.json").write_text(json.dumps(stored))
     data.digest = "a"  # none was stored before
-    with run_folder.own(folder, config, data, {}):
+    seen = "perceptual.lpips_weights"
+    with run_folder.own(folder, config, data, {}, **{seen: "c"}):
         assert run_folder.stored_config(folder).data.path == str(ROOT / "configs")
+    with pytest.raises(BadInput, match=rf"{seen}: has SHA-256 d, but .* began with c"):
+        run_folder.check_data(folder, data, **{seen: "d"})
     data.digest = "b"
     with pytest.raises(BadInput, match=r"other data \(files\).*data\.path"):
         run_folder.check_data(folder, data)

@@ -69,7 +69,7 @@ class Source:
 
 
 def _start_again(workdir, path):
-    return run_folder.check_data(workdir, Source(), files.sha256_of(path))
+    return run_folder.check_data(workdir, Source(), init_sha256=files.sha256_of(path))
 
 
 class limits:

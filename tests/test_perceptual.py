@@ -27,6 +27,7 @@ from mf_jax.models.distances import DISTANCES, VGG16, ConvNeXtDistance, ConvNeXt
 from mf_jax.objectives.perceptual import Distance, Perceptual
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.published.torch_file import StateDict, network_params
+from mf_jax.runtime.files import sha256_of
 
 CASE = dict(np.load(FOLDER / "perceptual.npz"))
 META = json.loads(str(CASE["meta"]))
@@ -194,7 +195,10 @@ def test_published_files_become_what_the_loss_reads(tmp_path):
         load_frozen(config, frozen)
     save_file(drawn, tmp_path / "vgg16-397923af.pth")
     save_file(linear, tmp_path / "vgg.pth")
-    (loaded,) = load_frozen(config, frozen).distances
+    known, digests = load_frozen(config, frozen)
+    vgg16 = tmp_path / "vgg16-397923af.pth"
+    assert digests == {"perceptual.lpips_weights": sha256_of(vgg16)}
+    (loaded,) = known.distances
     jax.tree.map(np.testing.assert_array_equal, loaded.params["params"], distance("lpips")[1])
     save_file(dict(list(linear.items())[1:]), tmp_path / "vgg.pth")
     with pytest.raises(BadInput, match=r"missing: lin0.model.1.weight"):

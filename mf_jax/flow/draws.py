@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
 from mf_jax.flow.crops import draw_boxes
-from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.errors import BadInput, check_known, check_within, reason_of
 from mf_jax.flow.paths import Points
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, split_rows
@@ -263,4 +263,4 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
     try:
         return jax.tree.map(spread, condition, jax.tree.broadcast(null, condition))
     except ValueError as problem:
-        raise BadInput(f"null: {fit} ({problem})") from problem
+        raise BadInput(f"null: {fit} ({reason_of(problem)})") from problem

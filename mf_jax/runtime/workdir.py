@@ -22,10 +22,12 @@ from mf_jax.runtime.files import change_paths, in_bucket, locked, place, to_json
 from mf_jax.runtime.json_files import misfit, read_json, tell_once, write_json
 
 _CONFIG, _DATA, _LOCK = "config.json", "data.json", ".lock"
+_FROZEN = ("perceptual.lpips_weights", "perceptual.convnext_weights")
+"""Keys of weights that no checkpoint holds: data.json has their SHA-256."""
 _LIKE = {
     _CONFIG: {},
     _DATA: {"shape": [1], "num_classes": 0, "class_names": [""], "origin?": "", "size?": 0}
-    | {"digest?": "", "init_sha256?": ""},
+    | {"digest?": "", "init_sha256?": "", **dict.fromkeys((f"{key}?" for key in _FROZEN), "")},
 }
 SECTIONS_OF_A_RUN = ("seed", "data", "model", "objective", "guidance", "weight", "controls")
 SECTIONS_OF_A_RUN += ("velocity", "perceptual", "times", "instant_times", "coupling", "draws")
@@ -33,7 +35,7 @@ SECTIONS_OF_A_RUN += ("init", "train", "optim", "ema")
 """Sections that decide a run's numbers; the others may change when a run is continued."""
 _FREE = ("data.path", "data.copy_to", "data.autoencoder", "train.log_every_steps")
 _FREE += ("model.attention", "model.remat", "init.kind", "perceptual.rows_at_once")
-_FREE += ("perceptual.lpips_weights", "perceptual.convnext_weights", "train.microbatch")
+_FREE += (*_FROZEN, "train.microbatch")
 """Keys of theirs that do not: data are told apart by what they hold, see `check_data`."""
 
 
@@ -91,14 +93,14 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def own(
-    workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str], init_sha256: str = ""
+    workdir: Path, config: ConfigDict, data: Any, parts: Mapping[str, str], **weights: str
 ) -> Iterator[None]:
     """Hold a workdir for a run: make it, keep others out, and store the same config and data.
 
     Args:
       data: its `mf_jax.data.Source`.
       parts: see `own_parts`.
-      init_sha256: of the file of weights that the run starts from, "" for none.
+      weights: see `check_data`.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -106,10 +108,10 @@ def own(
                 with _writable(workdir):
                     workdir.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(workdir / _LOCK, wait=False))
-                about = _about(data) | ({"init_sha256": init_sha256} if init_sha256 else {})
+                about = _about(data) | weights
                 if exists(workdir):
                     check(workdir, config)
-                    about = check_data(workdir, data, init_sha256) | about
+                    about = check_data(workdir, data, **weights) | about
                 write_json(workdir / _DATA, about | {"own_parts": dict(parts)})
                 write_json(workdir / _CONFIG, _for_any_folder(config).to_dict(), indent=1)
         _check_shared(workdir)
@@ -147,8 +149,12 @@ def _about(data: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(data.spec) | more))
 
 
-def check_data(workdir: Path, data: Any, init_sha256: str = "") -> dict[str, Any]:
-    """Return what is stored about a run's data; BadInput unless these, and its weights, are it."""
+def check_data(workdir: Path, data: Any, **weights: str) -> dict[str, Any]:
+    """Return what is stored about a run's data; BadInput unless these, and its weights, are it.
+
+    Args:
+      weights: SHA-256 of files, `init_sha256` where the run starts, others by their keys.
+    """
     stored, about = _read(workdir, _DATA), _about(data)
     if about["digest"] and not stored.get("digest"):
         stored.pop("digest", "")
@@ -163,11 +169,13 @@ def check_data(workdir: Path, data: Any, init_sha256: str = "") -> dict[str, Any
                 f"--workdir={workdir}: its run was trained on other data ({change}); restore them, "
                 "name their folder with --config.data.path, or choose another --workdir"
             )
-    if init_sha256 not in ("", started := stored.get("init_sha256", init_sha256)):
-        raise BadInput(
-            f"init.path: has SHA-256 {init_sha256}, but the run of --workdir={workdir} started "
-            f"from {started}; restore that file, or choose another --workdir"
-        )
+    for name, sha256 in weights.items():
+        if sha256 != (known := stored.get(name, sha256)):
+            key = name.replace("init_sha256", "init.path")
+            raise BadInput(
+                f"{key}: has SHA-256 {sha256}, but the run of --workdir={workdir} began with "
+                f"{known}; restore that file, or choose another --workdir"
+            )
     return stored
 
 
