@@ -88,7 +88,8 @@ def test_layouts_are_inverse_keep_the_order_and_fit_a_loop():
         assert "block_0" not in str(jax.tree.structure(like))
         back = laid_out_like(there, parameter_shapes(network, SHAPE))
         jax.tree.map(np.testing.assert_array_equal, back, params)
-        assert laid_out_like(params, params) is params
+        jax.tree.map(np.testing.assert_array_equal, laid_out_like(params, params), params)
+        jax.tree.map(np.testing.assert_array_equal, laid_out_like(there, there), there)
     many = {f"block_{i}": {"w": np.full(2, i)} for i in reversed(range(12))}
     np.testing.assert_array_equal(stack_blocks(many)["blocks"]["w"][:, 0], np.arange(12))
 

@@ -51,7 +51,7 @@ def distance(name):
         network, shapes = DISTANCES["lpips"], META["lpips"]["parameters"]
     else:
         sizes = META["convnext"][name]
-        network = ConvNeXtDistance(tuple(sizes["depths"]), tuple(sizes["dims"]))
+        network = ConvNeXtDistance(ConvNeXtV2(tuple(sizes["depths"]), tuple(sizes["dims"])))
         shapes = sizes["parameters"] if name == "small" else SHAPES["convnextv2"]
     state = StateDict(name, "", perceptual_weights(shapes, META["seed"]))
     return network, network_params(distance_shapes(network), state)
@@ -107,7 +107,7 @@ def test_reference_convnext(size):
     network, params = distance(size)
     prefix = f"convnext_{size}"
     check_distance(prefix, network, params)
-    backbone = jax.jit(ConvNeXtV2(network.depths, network.widths).apply)
+    backbone = jax.jit(network.convnextv2.apply)
     out = backbone({"params": params["convnextv2"]}, jnp.concatenate(PAIR))
     for k, picture in enumerate("ab"):
         features, maps = jax.tree.map(lambda x, k=k: jnp.split(x, 2)[k], out)

@@ -1,6 +1,5 @@
 """Pure networks, and how one becomes the `Field` that objectives and samplers see."""
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -66,13 +65,10 @@ def initial_params(network: nn.Module, shape: tuple[int, ...], key: PRNGKeyArray
     """Return a network's fresh float32 parameters for elements of a shape."""
     z, time = jnp.zeros((1, *shape)), jnp.zeros((1,))
     condition = Condition(labels=jnp.zeros((1,), jnp.int32))
-    return _initialiser(network)(key, z, r=time, t=time, condition=condition)["params"]
+    return _init(network, key, z, r=time, t=time, condition=condition)["params"]
 
 
-@functools.lru_cache(64)
-def _initialiser(network: nn.Module) -> Callable:
-    """Return the one function that JAX traces once for equal networks."""
-    return jax.jit(network.init)
+_init = jax.jit(nn.Module.init, static_argnums=0)  # traced once for equal networks
 
 
 def parameter_shapes(network: nn.Module, shape: tuple[int, ...]) -> PyTree:

@@ -24,15 +24,14 @@ class _Perceptron(nn.Module):
     num_classes: int
     time_conditioning: str
     dtype: str
-    starts_at_zero: bool = True
+    out: Callable = layers.zero_dense  # makes the last layer
 
     @nn.compact
     def __call__(self, *, r: Time, t: Time, labels: Int[Array, "b"]) -> Float[Array, "b n"]:
         sizes = self.width, self.time_conditioning, self.num_classes
         c = nn.silu(layers.ConditionEmbedding(*sizes, name="condition")(r=r, t=t, labels=labels))
         hidden = nn.silu(layers.xavier_dense(self.width, dtype=self.dtype, name="hidden")(c))
-        dense = layers.zero_dense if self.starts_at_zero else layers.xavier_dense
-        return dense(self.size, dtype=self.dtype, name="out")(hidden)
+        return self.out(self.size, dtype=self.dtype, name="out")(hidden)
 
 
 class _AffineInZ(Network, kw_only=True):
@@ -47,7 +46,7 @@ class _AffineInZ(Network, kw_only=True):
     def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
         flat = z.reshape(z.shape[0], -1).astype(self.dtype)
 
-        def numbers(size: int, name: str, num_classes: int = 0, **more: bool) -> Array:
+        def numbers(size: int, name: str, num_classes: int = 0, **more: Callable) -> Array:
             fields = size, self.width, num_classes, self.time_conditioning, self.dtype
             return _Perceptron(*fields, name=name, **more)(r=r, t=t, labels=condition.labels)
 
@@ -78,5 +77,5 @@ class LowRank(_AffineInZ, kw_only=True):
         count = z.shape[1] * self.rank
         # One factor starts at zero so that u does. Were both zero, neither would get a gradient.
         left = numbers(count, "left").reshape(shape)
-        right = numbers(count, "right", starts_at_zero=False).reshape(shape)
+        right = numbers(count, "right", out=layers.xavier_dense).reshape(shape)
         return jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, z))

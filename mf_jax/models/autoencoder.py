@@ -37,7 +37,6 @@ _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """Keys that a config.json must not set: latents would then be scaled by more than a factor."""
 _KNOWN = (*_SIZES, *_UNKNOWN, "scaling_factor")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_LOG_VARIANCE = (-30.0, 20.0)
 
 
 @flax.struct.dataclass
@@ -121,7 +120,7 @@ class AutoencoderKL(nn.Module):
         """See `Autoencoder.encode`."""
         _check_batch("image", image, channels=3, factor=self.factor)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)), 2, axis=-1)
-        return mean, jnp.exp(jnp.clip(log_variance, *_LOG_VARIANCE) / 2)
+        return mean, jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)
 
     def decode(self, latent: Array) -> Float[Array, "b h w 3"]:
         """See `Autoencoder.decode`."""
@@ -218,9 +217,7 @@ def _with_new_names(state: StateDict) -> StateDict:
     """Return the parameters with attention as newer files name and shape it."""
     arrays = {}
     for name, array in state.arrays.items():
-        new = re.sub(
-            r"(?<=\.attentions\.0\.)\w+", lambda match: _OLD_NAMES.get(match[0], match[0]), name
-        )
+        new = re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: _OLD_NAMES.get(m[0], m[0]), name)
         if ".attentions." in name and array.shape[2:] == (1, 1):
             array = array[..., 0, 0]
         arrays[name if new in state.arrays else new] = array

@@ -127,8 +127,6 @@ def unstack_blocks(params: PyTree) -> PyTree:
 
 def laid_out_like(params: PyTree, like: PyTree) -> PyTree:
     """Return parameters with their blocks laid out as in another tree."""
-    if _has_loop(params) == _has_loop(like):
-        return params
     return stack_blocks(params) if _has_loop(like) else unstack_blocks(params)
 
 

@@ -23,7 +23,6 @@ from mf_jax.published.torch_file import network_params, read_state_dict
 _BLOCKS = ((64, 0, 2), (128, 5, 7), (256, 10, 12, 14), (512, 17, 19, 21), (512, 24, 26, 28))
 """Channels of the convolutions of a block, and their numbers in `features` of torchvision."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
-_TINY = 1e-10
 _EPSILON = 1e-6
 _norm = functools.partial(nn.LayerNorm, epsilon=_EPSILON, use_fast_variance=False)
 
@@ -65,7 +64,7 @@ def _unit(x: Image) -> Image:
     squares = jnp.sum(x**2, axis=-1, keepdims=True)
     is_zero = squares == 0
     norm = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)))
-    return x / (norm + _TINY)
+    return x / (norm + 1e-10)
 
 
 class ConvNeXtV2(nn.Module):
@@ -92,16 +91,13 @@ class ConvNeXtV2(nn.Module):
 
 
 class ConvNeXtDistance(nn.Module):
-    """The squared distance of the features of pairs of pictures; see `ConvNeXtV2`."""
+    """The squared distance of the features of pairs of pictures."""
 
-    depths: tuple[int, ...] = ConvNeXtV2.depths
-    widths: tuple[int, ...] = ConvNeXtV2.widths
+    convnextv2: ConvNeXtV2 = ConvNeXtV2()
 
-    @nn.compact
     def __call__(self, a: Image, b: Image) -> Scalars:
         """Return the distance of each pair."""
-        network = ConvNeXtV2(self.depths, self.widths, name="convnextv2")
-        return jnp.sum((network(a)[0] - network(b)[0]) ** 2, axis=-1)
+        return jnp.sum((self.convnextv2(a)[0] - self.convnextv2(b)[0]) ** 2, axis=-1)
 
 
 class _Block(nn.Module):
@@ -130,7 +126,6 @@ DISTANCES = {"lpips": LPIPS(), "convnext": ConvNeXtDistance()}
 LEAST_SIDE = 32
 _FILES = ("vgg16-397923af.pth", "vgg.pth")
 """Of LPIPS: the VGG16 of torchvision, and the last layers of the package `lpips`, version 0.1."""
-_NOT_USED = "classifier."
 
 
 @functools.cache
@@ -145,5 +140,5 @@ def load_distance(network: nn.Module, path: epath.Path) -> tuple[PyTree, str]:
     paths = [path / name for name in _FILES] if path.is_dir() else [path]
     first, *others = map(read_state_dict, paths)
     arrays = {k: v for state in (first, *others) for k, v in state.arrays.items()}
-    used = {name: array for name, array in arrays.items() if not name.startswith(_NOT_USED)}
+    used = {name: array for name, array in arrays.items() if not name.startswith("classifier.")}
     return network_params(distance_shapes(network), first._replace(arrays=used)), first.sha256

@@ -18,7 +18,7 @@ from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Condition, Prediction
 from mf_jax.models import layers
 from mf_jax.models.blocks import Transformer, run_blocks
-from mf_jax.models.layers import TIME_CONDITIONINGS, Image, Signal, Time, Tokens, Vectors
+from mf_jax.models.layers import Image, Signal, Time, Tokens, Vectors
 
 DECOUPLED = "t|r"
 """The first blocks are told t and the last ones r, through one embedding.
@@ -29,7 +29,6 @@ Source: Decoupled MeanFlow, arXiv 2510.24474, section 3.
 """
 STEPS = "t,log2"
 """Told t and log2 of how many steps of t - r make 1, at most `DiT.levels`, the number at r = t."""
-DIT_TIME_CONDITIONINGS = (*TIME_CONDITIONINGS, DECOUPLED, STEPS)
 NORMS = ("layer", "rms")
 """LayerNorm of tokens; RMSNorm of them, modulation vectors and, weighted, queries and keys."""
 
@@ -100,7 +99,7 @@ class DiT(Transformer, kw_only=True):
     takes = ("images", "signals")
     can_be_told_guidance = True
 
-    time_conditioning: str = "t,t-r"  # one of DIT_TIME_CONDITIONINGS
+    time_conditioning: str = "t,t-r"  # one of TIME_CONDITIONINGS, DECOUPLED or STEPS
     r_blocks: int = 0  # see num_r_blocks, where time_conditioning is DECOUPLED
     condition_size: int = 0
     levels: int = 7  # where time_conditioning is STEPS; the smallest step is 2^-levels

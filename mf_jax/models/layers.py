@@ -19,13 +19,7 @@ Image = Float[Array, "b h w c"]
 Signal = Float[Array, "b l c"]
 Tokens = Float[Array, "b n d"]
 
-TIME_CONDITIONINGS = {
-    "t,r": ("t", "r"),
-    "t,t-r": ("t", "t-r"),
-    "t,r,t-r": ("t", "r", "t-r"),
-    "t-r": ("t-r",),
-    "t": ("t",),
-}
+TIME_CONDITIONINGS = ("t,r", "t,t-r", "t,r,t-r", "t-r", "t")
 """Which of t, r and t - r a network is told; t alone is flow matching.
 
 Source: MeanFlow, arXiv 2505.13447, table 1c.
@@ -39,7 +33,7 @@ _LARGE = 2**18  # numbers from which on it is worth while to keep x, measured on
 class Network(nn.Module, kw_only=True):
     """A network predicts velocities from z, the times and the condition.
 
-    Some have a condition_size, the numbers of a row's condition, and a time_conditioning, a key of
+    Some have a condition_size, the numbers of a row's condition, and a time_conditioning, one of
     `TIME_CONDITIONINGS`. Parameters, predictions, embeddings, normalisation and softmax are float32
     whatever the dtype of the computation.
     """
@@ -135,7 +129,7 @@ class ConditionEmbedding(nn.Module):
         times = {"t": ("t", t), "r": ("r", r), "t-r": ("h", t - r)}
         embedding = sum(
             ScalarEmbedding(self.width, name=f"{letter}_embedding")(time)
-            for letter, time in map(times.get, TIME_CONDITIONINGS[self.time_conditioning])
+            for letter, time in map(times.get, self.time_conditioning.split(","))
         )
         if self.num_classes:
             sizes, init = (self.num_classes, self.width), nn.initializers.normal(0.02)

@@ -123,7 +123,7 @@ class _Embedding(nn.Module):
     def __call__(self, *, r: Time, t: Time, condition: Condition) -> Vectors:
         check_known("model.time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         times = {"t": t, "r": r, "t-r": t - r}
-        told = [times[name] for name in TIME_CONDITIONINGS[self.time_conditioning]]
+        told = [times[name] for name in self.time_conditioning.split(",")]
         frequencies = LONGEST_PERIOD ** -np.linspace(0, 1, self.channels, dtype=np.float32)
         angles = [layers.at_least_float32(time)[:, None] * frequencies for time in told]
         waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
@@ -132,8 +132,7 @@ class _Embedding(nn.Module):
         if self.augment_labels:
             labels = condition.augment
             labels = jnp.zeros((*t.shape, self.augment_labels)) if labels is None else labels
-            augment = nn.Dense(width, use_bias=False, kernel_init=_XAVIER, name="augment")
-            features += augment(labels)
+            features += nn.Dense(width, use_bias=False, kernel_init=_XAVIER, name="augment")(labels)
         if self.num_classes:
             made = {"init": nn.initializers.normal(0.2), "name": "label_embedding"}
             features += layers.embed_class(condition.labels, self.num_classes, width, **made)
