@@ -8,7 +8,6 @@ computed again, so that a stopped job goes on and one that watches a run scores 
 
 import dataclasses
 import functools
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.data import Batch, Source, in_turn, make_source
+from mf_jax.data import Source, in_turn, make_source
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
@@ -236,7 +235,7 @@ class Evaluation:
             deciding |= {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
         return cell.protocol | {
             "weights": weights,
-            "config": score_rows.digest(json.dumps(deciding, sort_keys=True).encode()),
+            "config": score_rows.digest(score_rows.key_of(deciding).encode()),
             "num_samples": config.eval.num_samples,
             "labels": "of rows" if self.data and self.data.spec.more else config.eval.labels,
             "network_dtype": config.model.dtype,
@@ -250,11 +249,11 @@ class Evaluation:
         if section.labels == "random" and generator.spec.num_classes:
             draws = np.random.default_rng(section.seed)
             labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        rows = Batch(np.empty(len(labels)), labels)
+        given, targets = {}, None
         if generator.spec.more:
             rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
-        labels, given = rows.labels, generator.given_for(rows.more) if rows.more else {}
-        targets = rows.x if generator.spec.has_pairs else None
+            labels, given = rows.labels, generator.given_for(rows.more)
+            targets = rows.x if generator.spec.has_pairs else None
         batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1

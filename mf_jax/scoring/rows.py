@@ -19,11 +19,8 @@ from mf_jax.runtime.files import locked, replace_file, to_json
 from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once, tell_unsealed
 
 ROWS_FILE = "eval.jsonl"
-_LOCK = ".eval.lock"
-_CHECKSUM = "([0-9a-f]{12})[0-9a-f]{52}$"  # of which 12 digits are shown
 Row = dict[str, Any]
 _SPREADS = {"frechet_distance": "frechet_distance_std"}
-_WIDTH = 120  # of a table in a file
 _ROW = {"protocol?": {"samples?": "", "reference?": ""}, "name?": "", "diagnostics?": {}}
 _OF_A_MODEL = {"ema": "", "checkpoint": 0, "steps": 1, "omega": 0.0, "t_min": 0.0, "t_max": 0.0}
 _OF_A_MODEL |= {"renoise?": False}
@@ -98,7 +95,7 @@ def _shared(rows: Sequence[Row]) -> list[str]:
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
     words = [f"{key.replace('_', ' ')} {protocols[0][key]}" for key in shared]
-    words = [re.sub(_CHECKSUM, r"\1", text) for text in words]
+    words = [re.sub("([0-9a-f]{12})[0-9a-f]{52}$", r"\1", text) for text in words]  # of checksums
     if of_models and (error := of_models[0].get("fid_standard_error")) is not None:
         words.append(noise_line(protocols[0]["num_samples"], error))
     return words
@@ -106,7 +103,7 @@ def _shared(rows: Sequence[Row]) -> list[str]:
 
 def append(workdir: Path, new: Sequence[Row]) -> None:
     """Add rows to eval.jsonl, which is whole at all times; another job may add some meanwhile."""
-    with locked(workdir / _LOCK, wait=True):
+    with locked(workdir / ".eval.lock", wait=True):
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
         rows += [row for row in new if key_of(row["protocol"]) not in there]
@@ -158,7 +155,7 @@ def show(table: Row) -> None:
     """Print a table of `as_table`."""
     columns, console = table["columns"], Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH)
+        console = Console(width=120)
     shown = Table("", *(name.replace("_", " ") for name in columns), caption=table["protocol"])
     for row in table["rows"]:
         shown.add_row(row["name"], *(_cell(row, name) for name in columns))

@@ -6,7 +6,6 @@ features learnt from it. Vectors meet the training split directly.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -164,8 +163,6 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
 
     def compare(x: Float[np.ndarray, "n ..."], labels: Int[np.ndarray, "n"]) -> Scores:
         x = x.reshape(len(x), -1)
-        if min(len(x), len(points)) < 2:
-            return dict.fromkeys(["frechet_distance", *(each.__name__ for each in measures)])
         describe = classifier.principal_components(points) if is_long else lambda rows: (rows, None)
         ours, theirs = (Moments.of(describe(rows)[0]).gaussian for rows in (x, points))
         scores: Scores = {"frechet_distance": frechet_distance(ours, theirs)}
@@ -255,12 +252,12 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
         path, lambda blocks: _statistics(inception, blocks, reference_file.count_pictures(path))
     )
     check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
-    num, first = reference.num_pictures, itertools.count(step=_BLOCK)
+    num = reference.num_pictures
     if reference.statistics.features is not None or num < LEAST_ROWS:
         return reference
     # as the evaluation of ADM has its files
-    blocks = zip(first, reference_file.read_pictures(path, _BLOCK), strict=False)
-    blocks = (block[_kept(num, start, len(block))] for start, block in blocks)
+    blocks = enumerate(reference_file.read_pictures(path, _BLOCK))
+    blocks = (block[_kept(num, i * _BLOCK, len(block))] for i, block in blocks)
     features = _statistics(inception, blocks, min(num, _KEPT_FEATURES)).features
     statistics = dataclasses.replace(reference.statistics, features=features)
     return dataclasses.replace(reference, statistics=statistics)
