@@ -131,19 +131,18 @@ class DiT(Transformer, kw_only=True):
 
     def _conditions(self, r: Time, t: Time, condition: Condition) -> tuple[list, Array]:
         """Return the conditions of the blocks and of the output layer."""
-        decoupled = self.time_conditioning == DECOUPLED
-        conditioning = "t" if decoupled else self.time_conditioning
-        if self.time_conditioning == STEPS:  # in the place of t - r
-            conditioning = "t,t-r"
+        kind = self.time_conditioning
+        if kind == STEPS:  # in the place of t - r
             r = t + jnp.log2(jnp.maximum(t - r, 2.0**-self.levels))
-        sizes = self.width, conditioning, self.num_classes, self.condition_size
+        told = {DECOUPLED: "t", STEPS: "t,t-r"}.get(kind, kind)
+        sizes = self.width, told, self.num_classes, self.condition_size
         embed = layers.ConditionEmbedding(*sizes, name="condition")
         guidance = 0
         if self.told_guidance:
             embed_scale = layers.ScalarEmbedding(self.width, name="guidance_embedding")
             guidance = embed_scale(1 / _omega(condition, t))
         c = embed(r=r, t=t, labels=condition.labels) + guidance
-        if not decoupled:
+        if kind != DECOUPLED:
             return [c] * self.depth, c
         of_r = embed(r=r, t=r, labels=condition.labels) + guidance
         last = num_r_blocks(self.depth, self.r_blocks)
