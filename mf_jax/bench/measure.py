@@ -20,7 +20,6 @@ from mf_jax.flow.errors import BadInput
 
 PEAK_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 """Sides of the square matrices whose products are timed for the peak."""
-_PEAK_REPEATS = 10
 Say = Callable[[str], None]
 Result = dict[str, Any]
 Contender = tuple[Iterator[Any], Callable[[Any], PyTree]]
@@ -109,7 +108,7 @@ def matmul_peak(dtype: str) -> Result:
     for size in PEAK_SIZES["cpu" if is_cpu else "accelerator"]:
         factors = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
         contender = itertools.repeat(tuple(factors)), lambda pair: product(*pair)
-        (seconds,) = take_turns(contender, repeats=_PEAK_REPEATS, dropped=1)
+        (seconds,) = take_turns(contender, repeats=10, dropped=1)
         rates[size] = 2 * size**3 / min(seconds) / 1e9
     best = max(rates, key=rates.get)
     return {"matmul_peak_gflops": rates[best], "matmul_peak_size": best, "matmul_peak_dtype": dtype}

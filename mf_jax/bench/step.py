@@ -152,8 +152,7 @@ def _contender(
 ) -> measure.Contender:
     """Return batches, and a compiled step with a state of its own."""
     first_state = functools.partial(initial_state, step_parts(config, source))
-    shardings = state_sharding(mesh, jax.eval_shape(first_state))
-    state = jax.jit(first_state, out_shardings=shardings)()
+    state = jax.jit(first_state, out_shardings=program.output_shardings)()
 
     def advance(batch: tuple[Any, ...]) -> TrainState:
         nonlocal state
