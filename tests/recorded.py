@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from configs import imagenet
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time
 from mf_jax.published.names import as_ours, our_name
@@ -45,6 +46,14 @@ def assert_close(ours, theirs, name, tolerance=1e-5):
     assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+def assert_gradients(ours, theirs, tolerance=1e-5):
+    """Assert the same of each leaf of a gradient, and that both have the same leaves."""
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert_close(ours[name], theirs[name], f"gradient of {name}", tolerance)
+
+
 def load_case(path):
     """Return a case's meta, its arrays, and its parameters and gradients under our names."""
     case = dict(np.load(path))
@@ -55,6 +64,14 @@ def load_case(path):
         return from_published(meta["kind"].removesuffix("_unet"), flat)
 
     return meta, case, tree("params/net/"), tree("grads/net/")
+
+
+def config_of(row, sizes, **more):
+    """Return the config of a row of ImageNet with the sizes of a recorded network, in float32."""
+    config = imagenet.get_config(row)
+    config.model.update({name: sizes[name] for name in ("patch_size", "depth", "num_heads")})
+    config.model.update({"width": sizes["hidden_size"], "dtype": "float32", "scan": False} | more)
+    return config
 
 
 def draws_of(meta, case):

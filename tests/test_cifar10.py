@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
-from recorded import FOLDER, assert_close, draws_of, load_case
+from conftest import refuses
+from recorded import FOLDER, assert_close, assert_gradients, draws_of, load_case
 
 from configs import cifar10
 from mf_jax.bench.step import Noise
 from mf_jax.config import make_network, make_objective
 from mf_jax.data.augment import augmented
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
 from mf_jax.loading import load_initial
@@ -68,10 +67,7 @@ def test_reference_unet_has_the_recorded_values_loss_and_gradients(path):
     assert_close(u[:num], case["out/u"], "u")
     assert_close(u[num : 2 * num], case["out/u_without_augment"], "u without augmentation")
     assert_close(e - u[2 * num :], case["sample/one_step"], "sample")
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert_close(ours[name], gradient, f"gradient of {name}")
+    assert_gradients(ours, theirs)
 
 
 def test_reference_unet_is_loaded_from_a_checkpoint_and_goes_back(tmp_path, capsys):
@@ -101,8 +97,7 @@ def test_reference_unet_is_loaded_from_a_checkpoint_and_goes_back(tmp_path, caps
         ("data.augment", "none", "unknown to the network: map_augment.weight"),
     ):
         config.update_from_flattened_dict({key: value})
-        with pytest.raises(BadInput, match=message):
-            load_initial(config)
+        refuses(message, load_initial, config)
         config.init.which = ""
 
 
@@ -150,5 +145,4 @@ def test_what_cannot_be_moved_or_told_is_refused():
         ("dit", (32, 32, 3), "model.name='dit': is told nothing of how .*one of unet, or"),
         ("mlp", (2,), "data.augment: only pictures that bring nothing"),
     ):
-        with pytest.raises(BadInput, match=message):
-            validate(config, num_devices=1, source=Noise(DataSpec(shape)))
+        refuses(message, validate, config, num_devices=1, source=Noise(DataSpec(shape)))

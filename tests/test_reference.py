@@ -8,17 +8,12 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from flax.traverse_util import flatten_dict
-from recorded import FOLDER, assert_close, draws_of, load_case
+from recorded import FOLDER, assert_close, assert_gradients, draws_of, load_case
 
-from mf_jax.flow.guidance import Guidance
+from mf_jax import AdaptiveWeight, Guidance, ImprovedMeanFlow, MeanFlow, PixelMeanFlow
 from mf_jax.flow.paths import interpolate
 from mf_jax.flow.records import Condition
-from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, initial_params
-from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
-from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
-from mf_jax.objectives.terms import AdaptiveWeight
+from mf_jax.models import SIZES, DataPrediction, DiT, InContextDiT, as_field, parameter_shapes
 
 CASES = sorted(path for kind in ("meanflow", "imf", "pmf") for path in FOLDER.glob(f"{kind}_*.npz"))
 
@@ -57,10 +52,6 @@ def _objective(meta):
     return MeanFlow(guidance=Guidance() if off else guidance, weight=weight)
 
 
-def test_recorded_cases_are_there():
-    assert {path.stem.split("_")[0] for path in CASES} == {"meanflow", "imf", "pmf"}, FOLDER
-
-
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_recorded_case(path):
     meta, case, params, grads = load_case(path)
@@ -81,31 +72,16 @@ def test_recorded_case(path):
         if f"out/{name}" in case:
             assert_close(output, case[f"out/{name}"], name)
     assert_close(loss, case["out/loss"], "loss")
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(grads, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert_close(ours[name], theirs[name], f"gradient of {name}")
+    assert_gradients(ours, grads)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        (name, count)
-        for name, count in json.loads((FOLDER / "parameter_counts.json").read_text()).items()
-        if name.startswith("DiT_")
-    ],
-)
-def test_parameter_count(name, count):
-    _, size, patch = name.split("_")
-    network = DiT(patch_size=int(patch), num_classes=1000, **SIZES["dit"][size])
-    params = jax.eval_shape(
-        lambda key: initial_params(network, (32, 32, 4), key), jax.random.key(0)
-    )
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
-
-
-def test_every_published_dit_size_is_counted():
-    counted = {
-        name.split("_")[1] for name in json.loads((FOLDER / "parameter_counts.json").read_text())
-    }
-    assert set(SIZES["dit"]) - {"digits"} <= counted
+def test_reference_counts_of_parameters():
+    assert {path.stem.split("_")[0] for path in CASES} == {"meanflow", "imf", "pmf"}, FOLDER
+    counts = json.loads((FOLDER / "parameter_counts.json").read_text())
+    dits = {name.removeprefix("DiT_"): n for name, n in counts.items() if name[:4] == "DiT_"}
+    for name, count in dits.items():
+        size, patch = name.split("_")
+        network = DiT(patch_size=int(patch), num_classes=1000, scan=True, **SIZES["dit"][size])
+        shapes = parameter_shapes(network, (32, 32, 4))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
+    assert set(SIZES["dit"]) - {"digits"} == {name.split("_")[0] for name in dits}

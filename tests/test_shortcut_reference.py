@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from recorded import FOLDER, assert_close, from_published, note_difference
+from recorded import FOLDER, assert_close, config_of, from_published, note_difference
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
@@ -65,9 +65,8 @@ def _load(path):
     """Return meta, the case, network and objective of its row, parameters, teacher, gradients."""
     case = dict(np.load(path))
     meta = json.loads(str(case.pop("meta")))
-    config, sizes, said = imagenet.get_config(ROWS[meta["kind"]]), meta["model"], meta["objective"]
-    config.model.update({name: sizes[name] for name in ("patch_size", "depth", "num_heads")})
-    config.model.update({"width": sizes["hidden_size"], "dtype": "float32", "scan": False})
+    sizes, said = meta["model"], meta["objective"]
+    config = config_of(ROWS[meta["kind"]], sizes)
     if meta["kind"] == "tvm":
         config.draws.omega_min = config.draws.omega_max = said["cfg"]
     else:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from recorded import FOLDER, assert_close, draws_of, load_case
+from recorded import FOLDER, assert_close, assert_gradients, config_of, draws_of, load_case
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
@@ -66,10 +66,7 @@ def _settings(meta):
 
 def _config(meta):
     """Return the row's config with the sizes and the settings of a case."""
-    config, sizes = imagenet.get_config(ROWS[meta["kind"]]), meta["model"]
-    config.model.update({"patch_size": sizes["patch_size"], "depth": sizes["depth"]})
-    config.model.update({"width": sizes["hidden_size"], "num_heads": sizes["num_heads"]})
-    config.model.update({"dtype": "float32", "scan": False})
+    config = config_of(ROWS[meta["kind"]], meta["model"])
     config.update_from_flattened_dict(_settings(meta))
     if "total_steps" in meta["objective"]:
         config.objective.anneal_to = meta["objective"]["total_steps"]
@@ -111,11 +108,7 @@ def test_reference_case_through_the_row(path):
     else:  # the published value of the rows with r < t is no error; its gradient is that of ours
         assert_close(metrics["v_error"], case["out/metric/velocity_mse"], "velocity error")
         assert_close(metrics["u_error"], case["out/metric/consistency_mse"], "consistency error")
-    theirs = flatten_dict(grads, sep="/")
-    ours = flatten_dict(ours, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert_close(ours[name], theirs[name], f"gradient of {name}", 1e-4)
+    assert_gradients(ours, grads, 1e-4)
 
 
 def test_reference_samples_of_soflow():
