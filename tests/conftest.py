@@ -83,6 +83,12 @@ def _in_the_checkout(monkeypatch):
 
 
 @pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 

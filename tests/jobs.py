@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -63,6 +64,21 @@ def works(*arguments):
     ended = here(*arguments)
     assert ended.code == 0, ended
     return ended.output
+
+
+def assert_refused(ended, *words):
+    """Assert that a command ended with code 2 and one line of errors, which has these words."""
+    assert (ended.code, ended.errors.count("\n")) == (2, 1), ended
+    assert [word for word in words if word not in ended.errors] == [], ended.errors
+
+
+def edit(file, **sections):
+    """Change keys of a run's config as who edits the file does."""
+    stored = json.loads(file.read_text())
+    stored.pop("checksum", None)
+    for section, changes in sections.items():
+        stored[section] |= changes
+    file.write_text(json.dumps(stored))
 
 
 def tiny_config(**more):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refuses
-from jobs import here, tiny_config, works
+from jobs import assert_refused, here, tiny_config, works
 from steps import parts_of
 
 import mf_jax
@@ -101,11 +101,8 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
         ({"condition": np.ones(3), "mask": np.ones((1, 5), bool)}, "leave mask out"),
     ):
         refuses(words, generator.sample, labels=[1], **wrong)
-    ended = here(
-        "--mode=sample", f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,"
-    )
-    assert ended.code == 2
-    assert "sample.condition" in ended.errors
+    narrow = (f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,")
+    assert_refused(here("--mode=sample", *narrow), "sample.condition")
 
 
 def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
@@ -187,7 +184,6 @@ def test_bad_files_are_one_line(tmp_path):
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
         ({"x": x, "condition": nan}, "condition is not finite"),
         ({"x": x, "pair": np.zeros((N, 5))}, "a pair x's shape"),
-        ({"x": x, "pair": np.zeros((*x.shape, 3))}, "a pair x's shape"),
         (good | {"mask": np.ones((N, 7, 1), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8), bool)}, "broadcasts to x"),
         (good | {"mask": np.ones((N, 8, 1))}, "must be bool"),

@@ -4,29 +4,18 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, refuses
 from etils import epath
-from jobs import here, works
+from jobs import assert_refused, edit, here, works
 
 from configs import digits
 from mf_jax.arguments import MODES, last_of_each, parse
 from mf_jax.data import make_source
-from mf_jax.flow.errors import BadInput
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import PATHS, locked
 from mf_jax.validation.ranges import check_tuples, wrong_values
 
 DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
-
-
-def _assert_refused(result, *words):
-    code, _, errors = result
-    assert code == 2, errors
-    assert errors.count("\n") == 1, f"not one line: {errors}"
-    assert "Traceback" not in errors
-    for word in words:
-        assert word in errors, f"{word!r} is not in: {errors}"
 
 
 REFUSED_BY_THE_PARSER = {
@@ -77,8 +66,7 @@ def test_every_key_with_a_range_is_checked_by_itself():
         assert next(wrong_values(config), "").startswith(f"{key}="), override
     for override, message in OF_OTHER_TYPES.items():
         key, config = _digits(override)
-        with pytest.raises(BadInput, match=f"^{key}: {message}"):
-            check_tuples(config)
+        refuses(f"^{key}: {message}", check_tuples, config)
 
 
 ROUNDS = (
@@ -142,18 +130,11 @@ ROUNDS = (
     },
     {"data.name=digit": "must be one of digits, toy2d, image_folder, tfds", "eval.steps=()": "()"},
     {"data.name=image_folder": "picturs", "data.path=picturs": "data.path"},
-    {"mesh.data=3": "mesh.data=3"},
     {
         "objective.name=split_meanflow": "",
         "weight.of_interval=1.0": "weight.of_interval: split_meanflow learns",
         "draws.instant_share=0.0": "draws.instant_share=0.0: split_meanflow learns",
     },
-    {
-        "objective.name=split_meanflow": "SplitMeanFlow has no direction",
-        "velocity.source=batch": "",
-        "velocity.tangent=1.0": "velocity.tangent=1.0",
-    },
-    {"objective.name=shortcut": "", "guidance.t_max=0.5": "guided at every t"},
     {
         "velocity.source=data": "velocity.source='data': knows the data as they lie",
         "velocity.target=0.5": "",
@@ -178,12 +159,12 @@ ROUNDS_OF_TOY = (
 def test_bad_keys_are_refused_together_before_anything_is_written(tmp_path):
     run = f"--workdir={tmp_path}/run"
     for override, words in REFUSED_BY_THE_PARSER.items():
-        _assert_refused(here(DIGITS, run, *TINY, f"--config.{override}"), *words)
+        assert_refused(here(DIGITS, run, *TINY, f"--config.{override}"), *words)
     for config, rounds in ((DIGITS, ROUNDS), (TOY, ROUNDS_OF_TOY)):
         for bad in rounds:
             overrides = [f"--config.{override}" for override in bad]
             more = [] if config == TOY else ["--config.ema.decays=(0.9,)"]
-            _assert_refused(here(config, run, *TINY, *more, *overrides), *bad.values())
+            assert_refused(here(config, run, *TINY, *more, *overrides), *bad.values())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +190,7 @@ def test_a_config_file_is_checked_as_the_command_line_is(tmp_path):
     for body, words in REFUSED_IN_A_FILE.items():
         path.write_text(f"{head}def get_config():\n    config = get()\n    {body}\n")
         result = here(f"--config={path}")
-        _assert_refused(result, *words)
+        assert_refused(result, *words)
         assert len(result[2]) < 400
 
 
@@ -218,9 +199,9 @@ def test_paths_are_expanded_or_refused_wherever_they_are_given(monkeypatch):
     for key in (*(f"config.{key}" for key in PATHS), "workdir"):
         value = "('hdfs://a/b',)" if key == "config.eval.references" else "hdfs://a/b"
         refused = here(DIGITS, f"--{key}={value}")
-        _assert_refused(refused, f"{key.removeprefix('config.')}=hdfs://a/b", "gs://")
-    _assert_refused(here("--workdir=file:///x"), "--workdir=file:///x")
-    _assert_refused(here(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
+        assert_refused(refused, f"{key.removeprefix('config.')}=hdfs://a/b", "gs://")
+    assert_refused(here("--workdir=file:///x"), "--workdir=file:///x")
+    assert_refused(here(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
     monkeypatch.setenv("HOME", "/home/me")
     arguments = ["mf_jax", DIGITS, "--workdir=~/x", "--config.data.path=~/y/"]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -235,9 +216,9 @@ def test_a_run_needs_no_config(copy_of_trained):
     assert {"* train.num_steps = 12  (default 10000)", "* sample.num = 3  (default 100)"} <= {
         *printed
     }
-    _assert_refused(here("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
-    _assert_refused(here("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
-    _assert_refused(here(run, "--config.train.num_steps=13"), "rates fall to 0 at")
+    assert_refused(here("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
+    assert_refused(here("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
+    assert_refused(here(run, "--config.train.num_steps=13"), "rates fall to 0 at")
     folder = epath.Path(copy_of_trained)
     config = run_folder.stored_config(folder)
     more = {"train.log_every_steps": 7, "log.progress": False, "data.path": "elsewhere"}
@@ -246,17 +227,15 @@ def test_a_run_needs_no_config(copy_of_trained):
     run_folder.check(folder, config)
     config.optim.schedule = "constant"
     changes = {"optim": {"schedule": "constant"}, "train": {"num_steps": 30}}
-    _edit(copy_of_trained / "config.json", **changes)
+    edit(copy_of_trained / "config.json", **changes)
     for steps in (12, 20):
         config.train.num_steps = steps
         run_folder.check(folder, config)
     config.train.num_steps = 11
-    with pytest.raises(BadInput, match="12 steps are done"):
-        run_folder.check(folder, config)
+    refuses("12 steps are done", run_folder.check, folder, config)
     config.train.num_steps, config.velocity.source = 12, "batch"
-    _edit(copy_of_trained / "config.json", velocity={"source": "batch"})
-    with pytest.raises(BadInput, match=r"another config \(train.microbatch 0 -> 4\)"):
-        run_folder.check(folder, config)
+    edit(copy_of_trained / "config.json", velocity={"source": "batch"})
+    refuses(r"another config \(train.microbatch 0 -> 4\)", run_folder.check, folder, config)
 
 
 def test_moved_data_are_known_by_their_digest_and_other_data_and_weights_noticed(copy_of_trained):
@@ -274,8 +253,7 @@ def test_moved_data_are_known_by_their_digest_and_other_data_and_weights_noticed
     with pytest.raises(BadInput, match=rf"{seen}: has SHA-256 d, but .* began with c"):
         run_folder.check_data(folder, data, **{seen: "d"})
     data.digest = "b"
-    with pytest.raises(BadInput, match=r"other data \(files\).*data\.path"):
-        run_folder.check_data(folder, data)
+    refuses(r"other data \(files\).*data\.path", run_folder.check_data, folder, data)
 
 
 def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(tmp_path):
@@ -283,9 +261,7 @@ def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(tmp_path):
         ("sample", "sample.num=1000000000000"),
         ("sample", "sample.steps=1000000000"),
         ("train", "train.batch_size=1000000000", "data.image_size=1000"),
-        ("train", "model.width=400000000"),
         ("train", "model.depth=1000000", "model.width=4096"),
-        ("train", "data.image_size=1000000"),
         ("train", "train.num_steps=1000000000000000000"),
         ("eval", "eval.num_samples=1000000000000"),
         ("bench", "train.batch_size=1000000000", "data.image_size=1000"),
@@ -294,7 +270,7 @@ def test_sizes_that_no_machine_can_hold_are_refused_by_an_estimate(tmp_path):
         flags = [f"--config.{key}" for key in keys]
         refused = here(DIGITS, f"--mode={mode}", f"--workdir={tmp_path}/run", *flags)
         word = "must be at most" if "num_steps" in keys[0] else "GB"
-        _assert_refused(refused, keys[0], word)
+        assert_refused(refused, keys[0], word)
         assert not (tmp_path / "run").exists()
 
 
@@ -319,7 +295,7 @@ def test_bad_arguments(tmp_path):
         ([DIGITS, "--workdir=/dev/null/run"], "/dev/null/run", "cannot be written"),
         ([DIGITS, "--mode=sample", "--workdir=/nowhere/run"], "/nowhere/run", "train first"),
     ):
-        _assert_refused(here(*arguments), *words)
+        assert_refused(here(*arguments), *words)
 
 
 def test_workdir_of_another_run_is_refused_and_stays_as_it_is(copy_of_trained):
@@ -327,31 +303,22 @@ def test_workdir_of_another_run_is_refused_and_stays_as_it_is(copy_of_trained):
     run, before = [DIGITS, f"--workdir={copy_of_trained}", *TINY], contents()
     for mode in ("train", "eval", "sample"):
         refused = here(*run, f"--mode={mode}", "--config.optim.lr=0.5")
-        _assert_refused(refused, "another config", "optim.lr", "0.5")
+        assert_refused(refused, "another config", "optim.lr", "0.5")
     for seed in ("5000000000", "-1"):
-        _assert_refused(here(*run, "--mode=sample", f"--config.sample.seed={seed}"), "seed")
+        assert_refused(here(*run, "--mode=sample", f"--config.sample.seed={seed}"), "seed")
     with locked(epath.Path(copy_of_trained) / ".lock", wait=False):
-        _assert_refused(here(*run), "another process is training")
+        assert_refused(here(*run), "another process is training")
     data = copy_of_trained / "data.json"
     stored = data.read_text()
     data.write_text(json.dumps(json.loads(stored) | {"size": 1436, "checksum": None}))
-    _assert_refused(here(*run), "other data", "1436", "1437")
+    assert_refused(here(*run), "other data", "1436", "1437")
     assert json.loads(data.read_text())["size"] == 1436
     data.write_text(stored)
-    _edit(copy_of_trained / "config.json", model={"width": 32})
+    edit(copy_of_trained / "config.json", model={"width": 32})
     for mode in ("train", "sample"):  # --mode=eval reads checkpoints as the second does
         refused = here(*run, f"--mode={mode}", "--config.model.width=32")
-        _assert_refused(refused, "another model", "checkpoint")
+        assert_refused(refused, "another model", "checkpoint")
     assert contents() == before
-
-
-def _edit(file, **sections):
-    """Change keys of a run's config as who edits the file does."""
-    stored = json.loads(file.read_text())
-    stored.pop("checksum", None)
-    for section, changes in sections.items():
-        stored[section] |= changes
-    file.write_text(json.dumps(stored))
 
 
 def test_workdir_that_is_damaged(copy_of_trained):
@@ -359,13 +326,13 @@ def test_workdir_that_is_damaged(copy_of_trained):
     for checkpoint in checkpoints.iterdir():
         checkpoint.rename(copy_of_trained / f"elsewhere_{checkpoint.name}")
     arguments = (DIGITS, "--mode=sample", f"--workdir={copy_of_trained}", *TINY)
-    _assert_refused(here(*arguments), "no checkpoint")
+    assert_refused(here(*arguments), "no checkpoint")
     arguments = (DIGITS, f"--workdir={copy_of_trained}", *TINY)
     checkpoints.rmdir()
     checkpoints.write_text("")
-    _assert_refused(here(*arguments), "checkpoints")
+    assert_refused(here(*arguments), "checkpoints")
     (copy_of_trained / "config.json").write_text("{")
-    _assert_refused(here(*arguments), "config.json")
+    assert_refused(here(*arguments), "config.json")
 
 
 def test_help_names_modes():

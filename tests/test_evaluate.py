@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from etils import epath
-from jobs import here
+from jobs import assert_refused, here
 from PIL import Image
 from test_data import Numbered
 
@@ -322,19 +322,15 @@ def test_bad_input_is_one_line(looks, copy_of_trained, tmp_path, reference, monk
         ("init.which", *elsewhere, "--config.eval.emas=('none',)"),
     ):
         looks.clear()
-        code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments)
-        assert (code, errors.count("\n")) == (2, 1), arguments
-        assert message in errors
+        assert_refused(here(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments), message)
         assert not looks or message == "eval.num_samples=6", "refused before samples are made"
         assert not (copy_of_trained / "eval.jsonl").exists()
     (copy_of_trained / "eval.jsonl").mkdir()
-    code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", good)
-    assert (code, "eval.jsonl" in errors) == (2, True)
+    assert_refused(here(*ARGUMENTS, f"--workdir={copy_of_trained}", good), "eval.jsonl")
     monkeypatch.setattr(scorers, "find_weights", find_weights)
-    missing = f"--config.weights_dir={tmp_path}"
-    code, _, errors = here(*ARGUMENTS, f"--workdir={copy_of_trained}", good, missing)
-    assert (code, f"{tmp_path}" in errors) == (2, True)
-    assert "weights-inception-2015-12-05-6726825d.pth" in errors
+    missing = (f"--workdir={copy_of_trained}", good, f"--config.weights_dir={tmp_path}")
+    words = f"{tmp_path}", "weights-inception-2015-12-05-6726825d.pth"
+    assert_refused(here(*ARGUMENTS, *missing), *words)
 
 
 def test_names_say_whatever_differs():

@@ -1,13 +1,12 @@
 """Starting from weights that exist: runs of ours, published checkpoints, and back out again."""
 
 import contextlib
-import json
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
-from jobs import here, tiny_config, works
+from conftest import TINY, refuses
+from jobs import assert_refused, edit, here, tiny_config, works
 from recorded import FOLDER
 
 import mf_jax
@@ -51,11 +50,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_
     arrays[name] = arrays[name] * np.nan
     np.savez(tmp_path / "nan.npz", **arrays)
     config = _from(tmp_path / "nan.npz", "meanflow")
-    with pytest.raises(BadInput, match=f"{name} has numbers that are not finite"):
-        load_weights(config, _like(config))
+    refuses(f"{name} has numbers that are not finite", load_weights, config, _like(config))
     params = jax.tree.map(lambda x: x * np.inf, exported[0].params)
-    with pytest.raises(BadInput, match="RUN: its parameters are not finite"):
-        loading._fit(params, params, "RUN")
+    refuses("RUN: its parameters are not finite", loading._fit, params, params, "RUN")
 
 
 def test_training_starts_from_another_run(trained, tmp_path):
@@ -69,8 +66,7 @@ def test_training_starts_from_another_run(trained, tmp_path):
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
     config.model.prediction = "data"
-    with pytest.raises(BadInput, match="its network predicts velocity"):
-        load_weights(config, _like(config))
+    refuses("its network predicts velocity", load_weights, config, _like(config))
     config.model.prediction, config.init.which = "velocity", "none"
     raw = mf_jax.load(trained, ema="none").params
     jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
@@ -126,10 +122,7 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
 
 def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
     """Or on pictures."""
-    stored = json.loads((trained / "config.json").read_text())
-    stored["data"]["name"] = "latents"
-    del stored["checksum"]  # as who edits it does
-    (copy_of_trained / "config.json").write_text(json.dumps(stored))
+    edit(copy_of_trained / "config.json", data={"name": "latents"})
     for theirs, more in (trained, {}), (copy_of_trained, {"data.latent_std": (2.0,)}):
         config = _from(theirs, **{"data.name": "latents"}, **more)
         with pytest.raises(BadInput, match=r"was trained on .*latents.*set data.name, data.late"):
@@ -139,8 +132,7 @@ def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
 def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path):
     """A wrong place leaves no workdir behind, so that the corrected command can be given."""
     arguments = (*DIGITS, f"--workdir={tmp_path / 'run'}", "--config.init.kind=meanflow")
-    code, _, errors = here(*arguments, f"--config.init.path={tmp_path / 'weight.npz'}")
-    assert (code, "weight.npz" in errors) == (2, True)
+    assert_refused(here(*arguments, f"--config.init.path={tmp_path / 'weight.npz'}"), "weight.npz")
     assert not (tmp_path / "run").exists()
     works(*arguments, f"--config.init.path={exported[1]}", "--config.train.num_steps=1")
 
@@ -162,8 +154,7 @@ def test_parameters_that_do_not_fit_are_listed(trained):
 def test_bad_places_are_named():
     for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
         config = _from("nowhere", kind)
-        with pytest.raises(BadInput, match=named):
-            load_weights(config, _like(config))
+        refuses(named, load_weights, config, _like(config))
 
 
 def test_every_network_has_a_step():
