@@ -6,8 +6,9 @@ import re
 import threading
 
 import pytest
+from conftest import refuses
 from etils import epath
-from jobs import here
+from jobs import assert_refused, here
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.published.fetch import PUBLISHED, PublishedFile, find_weights, verify
@@ -68,11 +69,7 @@ def fetch(tmp_path):
 
 def _refused(result, folder, *words):
     """Assert that a command failed in one line, and left no part of a file."""
-    code, _, errors = result
-    assert (code, errors.count("\n")) == (2, 1), errors
-    assert errors.startswith("mf_jax: ")
-    for word in words:
-        assert word in errors
+    assert_refused(result, "mf_jax: ", *words)
     left = [path.name for path in folder.rglob("*") if path.is_file()]
     assert set(left) <= {"inception.pth", "weights"}, "no part of a file"
 
@@ -107,11 +104,10 @@ def test_fetches_what_the_config_names_once(fetch, server, tmp_path, monkeypatch
     assert find_weights(VAE, str(folder)) == epath.Path(folder / VAE)
     monkeypatch.setenv("MF_WEIGHTS", str(folder))
     assert find_weights(INCEPTION, "") == epath.Path(folder / "inception.pth")
-    with pytest.raises(BadInput, match="elsewhere"):
-        find_weights(INCEPTION, str(tmp_path / "elsewhere"))
-    (folder / VAE / "config.json").write_bytes(b"{")
-    with pytest.raises(BadInput, match=r"^weights='sd-vae-ft-mse': \S*config.json has 1 bytes"):
-        find_weights(VAE, str(folder))
+    refuses("elsewhere", find_weights, INCEPTION, str(tmp_path / "elsewhere"))
+    for content, problem in ((b"{", "has 1 bytes"), (b"[]", "has SHA-256")):
+        (folder / VAE / "config.json").write_bytes(content)
+        refuses(rf"^weights='{VAE}': \S*config.json {problem}", find_weights, VAE, str(folder))
 
 
 def test_a_file_of_unknown_content_is_fetched_and_its_checksum_is_told(fetch, server, tmp_path):
@@ -169,8 +165,7 @@ def test_folders_and_names_that_are_wrong(fetch, server, tmp_path):
     _refused(fetch(), tmp_path, where, "cannot be written", "choose another")
     assert server.asked == []
     message = rf"data.autoencoder='':.*one of {INCEPTION}, {VAE}"
-    with pytest.raises(BadInput, match=message):
-        find_weights("", str(tmp_path), key="data.autoencoder")
+    refuses(message, find_weights, "", str(tmp_path), key="data.autoencoder")
 
     mine = tmp_path / "mine.pth"  # which needs no fetching
     mine.write_bytes(b"x")
@@ -192,5 +187,4 @@ def test_a_missing_file_is_said_in_one_line_with_all_that_is_needed(tmp_path):
     (file,) = REAL[INCEPTION]
     verify(INCEPTION, file.sha256)
     verify(VAE, REAL[VAE][0].sha256)
-    with pytest.raises(BadInput, match=rf"SHA-256 {'0' * 64}; must be {file.sha256}"):
-        verify(INCEPTION, "0" * 64)
+    refuses(rf"SHA-256 {'0' * 64}; must be {file.sha256}", verify, INCEPTION, "0" * 64)

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, refuses
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from jobs import here, works
+from jobs import assert_refused, here, works
 from PIL import Image
 from recorded import FOLDER
 
@@ -24,7 +23,6 @@ from mf_jax.config import make_network
 from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.draws import key_of
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec, GuidanceScale
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder
@@ -39,11 +37,6 @@ LATENT = DataSpec((4, 4, 4), 10, tuple("0123456789"))
 @pytest.fixture(scope="module")
 def generator(trained):
     return mf_jax.load(trained, ema="none")
-
-
-def test_the_promised_two_lines(trained):
-    images = mf_jax.load(str(trained)).sample(labels=[3, 3, 7], steps=1, seed=0)
-    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
 
 
 def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
@@ -109,25 +102,21 @@ def test_labels(generator):
     assert repr(generator).startswith("Generator(dit of ")
     assert len(repr(generator)) < 120
     np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
-    with pytest.raises(BadInput, match="no classes"):
-        none.labels_for([0])
+    refuses("no classes", none.labels_for, [0])
     for labels, has_null in ([10], True), ([-2], True), ([-1], False):
-        with pytest.raises(BadInput, match="not a class"):
-            LATENT.check_labels(labels, has_null=has_null)
+        refuses("not a class", LATENT.check_labels, labels, has_null=has_null)
     LATENT.check_labels([-1, 9, "3"], has_null=True)
     named = dataclasses.replace(generator, spec=DataSpec((2,), 3, ("10", "cat", "dog")))
     np.testing.assert_array_equal(named.labels_for(["cat", 0, "10", 2]), [1, 0, 0, 2])
     np.testing.assert_array_equal(named.labels_for("dog", 2), [2, 2])
-    with pytest.raises(BadInput, match=r"'cart' is no name.*10, cat, dog \(did you mean cat"):
-        named.labels_for(["cart"])
+    refuses(r"'cart' is no name.*10, cat, dog \(did you mean cat", named.labels_for, ["cart"])
 
 
 def test_samples_that_are_not_finite_are_counted_not_drawn(generator):
     params = jax.tree.map(lambda x: x * jnp.nan, generator.params)
     broken = dataclasses.replace(generator, params=params)
     for sample in (broken.sample, broken.sample_raw):
-        with pytest.raises(BadInput, match="3 of 3 samples are not finite"):
-            sample(num=3)
+        refuses("3 of 3 samples are not finite", sample, num=3)
 
 
 def test_a_plan_that_cannot_be_followed_is_refused(generator):
@@ -140,8 +129,7 @@ def test_a_plan_that_cannot_be_followed_is_refused(generator):
         ({"guidance": (2.0, 0.0)}, "guidance="),
         ({"guidance": (2.0, 0.0, 1.0)}, "told no guidance"),
     ):
-        with pytest.raises(BadInput, match=text):
-            generator.sample(**({"num": 3} | arguments))
+        refuses(text, generator.sample, **{"num": 3} | arguments)
 
 
 def test_sample_mode_writes_the_fields_convention(copy_of_trained):
@@ -151,14 +139,14 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     arrays = np.load(copy_of_trained / "samples.npz")
     assert arrays["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(arrays["arr_1"], np.resize([3, 7], 21))
-    expected = mf_jax.load(copy_of_trained).sample(labels=[3, 7], num=21)
+    expected = mf_jax.load(str(copy_of_trained)).sample(labels=[3, 7], num=21)
     np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert (copy_of_trained / "samples.png").exists()
     assert "samples.npz" in output
-    ended = here(*digits, "--config.sample.views=step")
-    assert (ended.code, "views='step': must be one of steps, walk" in ended.errors) == (2, True)
-    ended = here(*digits, "--config.sample.guidance=(2.0,0.0,1.0)")
-    assert (ended.code, ended.errors.split(":")[1][:18]) == (2, " sample.guidance=(")
+    views = "views='step': must be one of steps, walk"
+    assert_refused(here(*digits, "--config.sample.views=step"), views)
+    guided = here(*digits, "--config.sample.guidance=(2.0,0.0,1.0)")
+    assert_refused(guided, "mf_jax: sample.guidance=(")
     views = "--config.sample.views=('steps', 'walk', 'nearest', 'training')"
     output = works(*digits, "--config.sample.renoise=True", views)
     assert "left out" not in output
@@ -176,7 +164,7 @@ def test_sample_mode_writes_the_fields_convention(copy_of_trained):
     assert "walk.png" not in works(*digits), "which an earlier command has drawn"
 
 
-def test_vectors_are_generated_drawn_and_scored(tmp_path):
+def test_vectors_are_generated_and_drawn(tmp_path):
     workdir = tmp_path / "run"
     toy = (f"--config={ROOT}/configs/toy2d.py", f"--workdir={workdir}", *TINY)
     output = works(*toy)
@@ -187,11 +175,6 @@ def test_vectors_are_generated_drawn_and_scored(tmp_path):
     assert arrays.files == ["arr_0"]
     assert (arrays["arr_0"].shape, arrays["arr_0"].dtype) == ((50, 2), np.float32)
     assert all((workdir / f"{name}.png").exists() for name in ("scatter", "field", "transport"))
-    works(*toy, "--mode=eval")
-    floor, *rows = json.loads((workdir / "eval.json").read_text())["rows"]
-    assert len(rows) == 2
-    assert {"energy_distance", "sliced_wasserstein"} <= set(floor)
-    assert all(row["sliced_wasserstein"] > floor["sliced_wasserstein"] for row in rows)
 
 
 def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatch):
@@ -243,20 +226,17 @@ def test_a_decoded_picture_that_is_not_finite_is_refused(of_latents):
     config.data.latent_std = (np.inf, 1.0, 1.0, 1.0)
     broken = dataclasses.replace(of_latents, config=config)
     assert np.isfinite(broken.sample_raw(num=2)).all()
-    with pytest.raises(BadInput, match="decoded sample is not finite"):
-        broken.sample(num=2)
+    refuses("decoded sample is not finite", broken.sample, num=2)
 
 
 def test_an_autoencoder_that_is_missing_or_another_is_refused(of_latents):
     """Latents themselves need none."""
     config, sha256 = of_latents.config, load_autoencoder(VAE).sha256
     assert load_decoder(config, origin=sha256).autoencoder.sha256 == sha256
-    with pytest.raises(BadInput, match=f"data.autoencoder=.*{sha256}.*0123abc"):
-        load_decoder(config, origin="0123abc")
+    refuses(f"data.autoencoder=.*{sha256}.*0123abc", load_decoder, config, origin="0123abc")
     assert load_decoder(get_config(), origin="") is None
     config = config.copy_and_resolve_references()
     config.data.autoencoder = "sd-vae-ft-mse"
     lost = dataclasses.replace(of_latents, config=config)
     assert lost.sample_raw(num=1).shape == (1, *LATENT.shape)
-    with pytest.raises(BadInput, match="sd-vae-ft-mse"):
-        lost.sample(num=1)
+    refuses("sd-vae-ft-mse", lost.sample, num=1)

@@ -24,10 +24,8 @@ import mf_jax
 from configs.digits import get_config
 from mf_jax import step as state_module
 from mf_jax import train
-from mf_jax.data import Batch, Stored, make_batches
-from mf_jax.data.pipeline import stream_flips, stream_indices
+from mf_jax.data import Stored
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.records import DataSpec
 from mf_jax.models import MLP
 from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.reporting.run_log import read_metrics
@@ -287,30 +285,6 @@ def _noisy(key, rows):
 
 
 STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy)
-
-
-class Numbered:
-    """Elements that are their own index, with mirrors of their own."""
-
-    stored = STORED
-    spec = DataSpec(SHAPE)
-
-    def __len__(self):
-        return 7
-
-    def gather(self, indices):
-        x = np.ones((1, 4, 4, 2), np.float16) * indices[:, None, None, None].astype(np.float16)
-        return Batch(x, np.full(len(indices), -1, np.int32))
-
-
-def test_mirrors_come_from_the_source_where_it_has_them():
-    batches = make_batches(Numbered(), batch_size=10, seed=3, flip=True)
-    for step in range(3):
-        batch = next(batches)
-        assert batch.x.dtype == np.float16
-        expected = stream_indices(np.arange(10 * step, 10 * step + 10), length=7, seed=3)
-        expected = expected + 7 * stream_flips(10 * step, 10, seed=3)
-        np.testing.assert_array_equal(batch.x[:, 0, 0, 0], expected)
 
 
 def _error(state):
