@@ -14,6 +14,7 @@ from mf_jax.flow.paths import per_row
 from mf_jax.flow.rows import condition_of
 from mf_jax.models import MLP, as_field
 
+pytestmark = pytest.mark.usefixtures("float64")
 KEY = jax.random.key(0)
 SCHEME = mf_jax.DrawScheme(mf_jax.UniformTimes(), instant_share=0.5, label_drop_share=0.0)
 ALPHA = {"alpha_start": 0.0, "alpha_end": 0.0}
@@ -30,12 +31,6 @@ OBJECTIVES = {
     "controlled": mf_jax.Controlled(mf_jax.MeanFlow(), mf_jax.Controls(1.0, 0.1, 1.0)),
 }
 DIFFERENTIABLE = [mf_jax.MeanFlow, mf_jax.ImprovedMeanFlow, mf_jax.PixelMeanFlow, mf_jax.AlphaFlow]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def truth(params, z, *, r, t, condition):
@@ -91,9 +86,9 @@ def test_every_objective_takes_any_rank():
     arrays = list(_arrays((8, 12)))
     flat = _all_losses(0.3, _draws(*arrays))
     assert all(np.isfinite(value) and gradient != 0 for value, gradient, _ in flat.values())
-    for shape in ((3, 4), (2, 2, 3), (1, 2, 2, 3)):
-        draws = _draws(*(a.reshape(8, *shape) for a in arrays))
-        _same(_all_losses(0.3, draws), flat)
+    # code that counts axes fails at any other rank
+    draws = _draws(*(a.reshape(8, 1, 2, 2, 3) for a in arrays))
+    _same(_all_losses(0.3, draws), flat)
 
 
 def test_a_padded_batch_has_the_loss_of_its_own_numbers():
@@ -309,7 +304,8 @@ def test_draws_of_narrow_data_and_networks_of_any_precision_fit():
     params = {"w": jnp.float32(2), "act": jnp.tanh}  # a module has leaves that are no arrays
     for name, objective in OBJECTIVES.items():
         if name not in ("head", "meanflow"):  # which need a second head, and a null
-            assert objective.loss(half, params, draws)[0].dtype == x.dtype, name
+            loss = jax.eval_shape(lambda o=objective: o.loss(half, params, draws)[0])
+            assert loss.dtype == x.dtype, name
 
 
 def test_estimates_that_know_other_data_are_others():
