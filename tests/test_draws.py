@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from conftest import refuses
 
 from mf_jax.flow.draws import DrawScheme, group_sizes
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of
 from mf_jax.flow.times import TIMES, ConsistencyTimes, DyadicTimes, LogitNormalTimes, UniformTimes
@@ -21,11 +20,6 @@ def _draw(scheme, rows=ROWS, seed=0):
 
 def _times(draws):
     return draws.instant.t, draws.interval.t
-
-
-def _assert_same(ours, theirs):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_share_of_rows_is_exact_and_never_rounded_to_zero():
@@ -132,7 +126,9 @@ def test_more_draws_do_not_change_those_before_them():
         _draw(DrawScheme(UniformTimes(), omega_max=w, for_networks=True), 8) for w in (1.0, 4.0)
     )
     assert plain.interval.guidance is None
-    _assert_same(plain.interval, guided.interval.replace(guidance=None))
+    pairs = map(jax.tree.leaves, (plain.interval, guided.interval.replace(guidance=None)))
+    for ours, theirs in zip(*pairs, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     assert (guided.instant.guidance.t_min == 0).all()
     assert (guided.instant.guidance.t_max == 1).all()
     assert (guided.interval.guidance.t_min > 0).all()
@@ -141,23 +137,18 @@ def test_more_draws_do_not_change_those_before_them():
 def test_bad_arguments_are_named():
     for build, named in [
         (lambda: LogitNormalTimes(t_std=0.0), "t_std"),
-        (lambda: LogitNormalTimes(r_std=-1.0), "r_std"),
         (lambda: DrawScheme(UniformTimes(), instant_share=1.5), "instant_share"),
-        (lambda: DrawScheme(UniformTimes(), instant_share=-0.1), "instant_share"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.007), "instant_share.*fraction"),
         (lambda: DrawScheme(UniformTimes(), label_drop_share=1.0), "label_drop_share"),
         (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
         (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
         (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
         (lambda: DrawScheme(UniformTimes()).draw(KEY, jnp.ones((4, 2), jnp.uint8)), "x: is uint8"),
-        (lambda: ConsistencyTimes(t_std=0.0), "t_std"),
         (lambda: DyadicTimes(levels=0), "levels"),
         (lambda: TIMES["grid"](levels=21), "levels"),
-        (lambda: TIMES["gap"](t_std=0.0), "t_std"),
         (lambda: DrawScheme(UniformTimes(), omega_min=2.0), "omega_min"),
         (lambda: DrawScheme(UniformTimes(), instant_of_every_row=True), "label_drop"),
         (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
         (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
     ]:
-        with pytest.raises(BadInput, match=named):
-            build()
+        refuses(named, build)

@@ -99,13 +99,11 @@ def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_pat
     fakes = dict.fromkeys(("gcloud", "srun"), "#!/bin/sh\ntouch $RECORD/started\n")
     for command, named in (
         ("local_processes.sh 0 --config=c", "number of processes: '0'"),
-        ("local_processes.sh 2 3 --config=c", "'3'"),
         ("local_processes.sh 2", "--config"),
         ("local_processes.sh 2 --config=c --devices-per-process=-1", "'-1'"),
         ("local_processes.sh 2 --config=c --logs=", "--logs"),
         ("local_processes.sh 2 --config=c --dryrun", "'--dryrun'"),
         ("slurm.sh --config=c", "not a SLURM job"),
-        ("slurm.sh --config=c --nodes=2", "'--nodes=2'"),
         ("tpu_pod.sh start", "'start'"),
         ("tpu_pod.sh create --project=p --zone=z", "--type"),
         ("tpu_pod.sh create --zone=z --type=v6e-16", "--project"),

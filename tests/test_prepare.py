@@ -244,10 +244,8 @@ def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepared, tmp_path):
     for changes, message in (
         ({"prepare.input": "/nowhere"}, "prepare.input='/nowhere' is neither"),
-        ({"prepare.shards": 0}, "prepare.shards=0: must be at least 1"),
         ({"prepare.shards": 13}, "prepare.shards=13: the input has 12 pictures"),
-        ({"prepare.batch_size": 0}, "prepare.batch_size=0"),
-        ({"prepare.max_bad": -1}, "prepare.max_bad=-1"),
+        ({"prepare.batch_size": 0, "prepare.max_bad": -1}, "prepare.max_bad=-1.*batch_size=0"),
         ({"prepare.latents": False}, "nothing to make"),
         ({"prepare.process_index": 2, "prepare.process_count": 2}, "prepare.process_index=2"),
         ({"prepare.process_index": 1}, "prepare.process_index=1"),
