@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, reason_of
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -20,7 +20,6 @@ def reading(path: epath.PathLike, what: str) -> Iterator[None]:
     except BadInput as problem:
         raise BadInput(f"{path}: {problem}") from problem
     except Exception as error:  # its type depends on where a reader stumbles over the damage
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(
-            f"{path}: cannot be read as {what} ({reason}); check the file, or fetch it again"
-        ) from error
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        fix = "check the file, or fetch it again"
+        raise BadInput(f"{path}: cannot be read as {what} ({reason}); {fix}") from error

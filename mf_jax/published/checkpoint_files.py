@@ -49,8 +49,7 @@ def _read_folder(folder: epath.Path, choose: Choose) -> Arrays:
     about damaged files.
     """
     folder = _newest(folder)
-    like = {"tree_metadata": {}}
-    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), like)
+    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), {"tree_metadata": {}})
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
     dotted = {"/".join(parts): ".".join(parts) for parts in keys}

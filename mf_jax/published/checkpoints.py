@@ -40,7 +40,6 @@ from mf_jax.runtime.files import absolute, written_aside
 _SECTIONS = ("ema_params", "ema", "ema_model", "net_ema", "params", "model")
 """Of a training checkpoint; the first that is there is taken."""
 _AVERAGE = re.compile(r"(model/)?(net(_ema\d*)?)\.")
-_NETWORK = "net/"
 _WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network|model)\.)*")
 """In front of the names of a network's parameters."""
 _SECOND_HEAD = "v_head/"
@@ -150,27 +149,26 @@ def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
     """
     wanted = flatten_dict(like, sep="/")
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
-    fitting, unknown, origin = {}, [], {}
+    fitting, unknown = {}, []
     for published, stored in flat.items():
         name, how = our_name(kind, published) or ("", "")
         if how == "computed" or (one_head and name.startswith(_SECOND_HEAD)):
             continue
-        if name not in wanted:
+        if name in wanted:
+            fitting[name] = as_ours(stored, how)
+        else:
             unknown.append(f"{published} ({name})" if name else published)
-            continue
-        fitting[name], origin[name] = as_ours(stored, how), published
     if kind in flow_matching.KINDS:
         channels = flat[published_name(kind, _TELLING[kind][0])[0]].shape[1]
         fitting = flow_matching.as_flow_map(kind, fitting, wanted, channels=channels)
+    nothing = ("nothing published",)
+    theirs = {name: (published_name(kind, name) or nothing)[0] for name in wanted}
+    missing = [f"{theirs[name]} ({name})" for name in wanted if name not in fitting]
     misshapen = [
-        f"{origin[name]} ({name}) is {list(flat[origin[name]].shape)}, "
+        f"{theirs[name]} ({name}) is {list(flat[theirs[name]].shape)}, "
         f"must become {list(wanted[name].shape)}"
         for name, array in fitting.items()
-        if name in origin and array.shape != wanted[name].shape
-    ]
-    names_of = {name: published_name(kind, name) for name in wanted if name not in fitting}
-    missing = [
-        f"{(known or ['nothing published'])[0]} ({name})" for name, known in names_of.items()
+        if array.shape != wanted[name].shape and theirs[name] in flat
     ]
     names = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
     if problems := list_problems(names):
@@ -194,8 +192,7 @@ def write_published(
     if path.suffix not in (".npz", ".safetensors"):
         raise BadInput(f"{path}: must end in .npz or .safetensors")
     if kind == "sit":
-        ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
-        params = flow_matching.as_flow_matching(ours, patch_size=patch_size)
+        params = flow_matching.as_flow_matching(params, patch_size=patch_size)
     flat = to_published(kind, params, patch_size=patch_size)
     if len(positions):
         flat["pos_embed"] = np.ascontiguousarray(positions)[None]
@@ -231,15 +228,13 @@ def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict
         raise BadInput(
             f"holds no {section or 'parameters'}, but {', '.join(sections) or 'nothing'}"
         )
-    inner = f"/{_NETWORK}"
-    averages = sorted({short.split(inner)[0] for short in chosen if inner in short})
+    averages = sorted({short.split("/net/")[0] for short in chosen if "/net/" in short})
     if len(averages) > 1:
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
     prefix = f"{averages[0]}/" if averages else ""
     bare = {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
-    wanted = [k for k in bare if not only or any(fnmatchcase(k, pattern) for pattern in only)]
-    return {short: bare[short] for short in wanted}
+    return {k: v for k, v in bare.items() if not only or any(fnmatchcase(k, p) for p in only)}
 
 
 def _kinds_of(names: Collection[str]) -> list[str]:

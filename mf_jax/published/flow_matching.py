@@ -18,8 +18,9 @@ Source: SiT, arXiv 2401.08740; DiT, arXiv 2212.09748; the recorded checkpoints o
 import re
 from collections.abc import Iterable, Mapping
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from mf_jax.published.names import Leaf
 
@@ -46,30 +47,24 @@ def as_flow_map(
     return flat
 
 
-def as_flow_matching(flat: Mapping[str, Leaf], *, patch_size: int) -> dict[str, Leaf]:
-    """Return parameters, in our names, of a `sit` whose velocity is u(z, t, t); see `as_flow_map`.
+def as_flow_matching(params: PyTree, *, patch_size: int) -> PyTree:
+    """Return the parameters of a `sit` whose velocity is u(z, t, t); see `as_flow_map`.
 
     The embedding of t - r = 0 goes into the time's bias. Channels that are no velocity are zero.
     """
-    flat = dict(flat)
-    hidden, out = (
-        {
-            leaf: flat.pop(f"condition/h_embedding/{layer}/{leaf}", 0.0)
-            for leaf in ("kernel", "bias")
-        }
-        for layer in ("hidden", "out")
-    )
-    if np.any(out["kernel"]) or np.any(out["bias"]):
+    params = jax.tree.map(np.asarray, params)
+    time, final = params["condition"]["t_embedding"], params["final"]
+    if interval := params["condition"].pop("h_embedding", None):
+        hidden, out = interval["hidden"], interval["out"]
         at_zero = hidden["kernel"][: len(hidden["kernel"]) // 2].sum(axis=0) + hidden["bias"]
         at_zero = at_zero / (1 + np.exp(-at_zero)) @ out["kernel"] + out["bias"]
-        bias = "condition/t_embedding/out/bias"
-        flat[bias] = flat[bias] + at_zero
-    flat[_TIME] = reversed_time(flat[_TIME])
-    for name in _FINAL:
-        pixels = -flat[name].reshape(*flat[name].shape[:-1], patch_size**2, -1)
+        time["out"]["bias"] = time["out"]["bias"] + at_zero
+    time["hidden"]["kernel"] = reversed_time(time["hidden"]["kernel"])
+    for name, array in final.items():
+        pixels = -array.reshape(*array.shape[:-1], patch_size**2, -1)
         both = np.concatenate([pixels, np.zeros_like(pixels)], axis=-1)
-        flat[name] = both.reshape(*flat[name].shape[:-1], -1)
-    return flat
+        final[name] = both.reshape(*array.shape[:-1], -1)
+    return params
 
 
 def reversed_time(kernel: Float[np.ndarray, "f d"]) -> Float[np.ndarray, "f d"]:
