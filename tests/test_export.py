@@ -143,6 +143,8 @@ def test_what_a_page_or_a_program_cannot_follow_is_told_and_nothing_is_written(
         refuses(f"no page.*{'.*'.join(told)}", web_page.write_page, path, generator, plan)
     predicts = _untrained(**{"model.prediction": "data"})
     refuses("networks of sit predict velocity", predicts.export, tmp_path / "x.npz", kind="sit")
+    no_dit = _untrained(**UNET)
+    refuses("unknown to published sit", no_dit.export, tmp_path / "x.npz", kind="sit")
     assert not path.exists()
     before = set(trained.iterdir())
     for key, value in {"renoise": True, "times": (1.0, 0.3, 0.0)}.items():

@@ -191,7 +191,7 @@ def write_published(
     path = absolute(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise BadInput(f"{path}: must end in .npz or .safetensors")
-    if kind == "sit":
+    if kind == "sit" and {"patch_embedding", "condition"} <= params.keys():  # of a DiT
         params = flow_matching.as_flow_matching(params, patch_size=patch_size)
     flat = to_published(kind, params, patch_size=patch_size)
     if len(positions):
