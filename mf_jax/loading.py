@@ -37,7 +37,6 @@ _NOTES = {
     "dit": ", which predicts noise: a start, not a flow map",
     "sit": ", as the flow map u(z, r, t) = v(z, t)",
 }
-INIT_KINDS = ("auto", "run", *KINDS)
 
 
 def load(workdir: PathLike, *, ema: str = "") -> Generator:
@@ -50,8 +49,9 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
     return load_run(folder, run_folder.stored_config(folder), ema)
 
 
-def load_for(workdir: Path, config: ConfigDict, *, ema: str) -> Generator:
+def load_for(workdir: Path, config: ConfigDict) -> Generator:
     """Load the run of a workdir, which a config must describe, or `init` where it holds none."""
+    ema = choose_ema("sample.ema", config.sample.ema, averages(config))
     if config.init.path and not run_folder.exists(workdir):
         generator = load_initial(config)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def load_run(folder: Path, config: ConfigDict, ema: str, step: int | None = None
 def _kind(config: ConfigDict) -> str:
     """Return what lies at `init.path`: a run, or a kind of published checkpoint."""
     path, kind = config.init.path, config.init.kind
-    check_known("init.kind", kind, INIT_KINDS)
+    check_known("init.kind", kind, ("auto", "run", *KINDS))
     if kind != "auto":
         return kind
     if not (there := place(path, "init.path")).exists():

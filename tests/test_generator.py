@@ -181,8 +181,8 @@ def test_the_field_is_plotted_in_the_plane_alone(generator, tmp_path, monkeypatc
     batch = Batch(np.eye(3, dtype=np.float32), np.zeros(3, np.int32))
     monkeypatch.setattr(sampling, "save_field", None)
     monkeypatch.setattr(sampling, "read", lambda *_: batch)
-    solid = dataclasses.replace(generator, spec=DataSpec((3,)))
-    sampling._plot_vectors(toy2d(), epath.Path(tmp_path), solid, batch.x)
+    solid = dataclasses.replace(generator, spec=DataSpec((3,)), config=toy2d())
+    sampling._plot_vectors(epath.Path(tmp_path), solid, batch.x)
     assert [path.name for path in tmp_path.iterdir()] == ["scatter.png"]
 
 

@@ -4,24 +4,21 @@ Training draws its samples here too.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, make_objective, sample_plan
+from mf_jax.config import make_objective, sample_plan
 from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.errors import BadInput, check_known, in_section, left_out
-from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
-from mf_jax.optim import choose_ema
 from mf_jax.published.fetch import find_weights
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
@@ -37,27 +34,18 @@ from mf_jax.reporting.sample_grid import (
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.archives import write_npz
-from mf_jax.runtime.sharding import batch_sharding
 from mf_jax.validation.ranges import check_values
 
 _GRID_SAMPLES, _SCATTER_POINTS, _REAL_ROWS = 100, 5000, 400
+_INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
-"""Where (r, t) the velocity of a network that never saw r < t is plotted."""
+"""Where (r, t) a velocity is plotted; of a network that never saw r < t at instants alone."""
 _PLOTS = {2: ("scatter", save_scatter), 3: ("signals", save_signals)}
 """Of samples beside the data, by the rank of both."""
-_PLACES = {
-    "samples": "samples.npz",
-    "picture": "samples.png",
-    "scatter": "scatter.png",
-    "signals": "signals.png",
-    "field": "field.png",
-    "transport": "transport.png",
-    "steps": "steps.png",
-    "walk": "walk.png",
-    "nearest": "nearest.png",
-    "training": "training.webp",
-    "report": "report.html",
-}
+_PLACES = {"samples": "samples.npz", "picture": "samples.png"}
+_PLACES |= {name: f"{name}.png" for name in ("scatter", "signals", "field", "transport")}
+_PLACES |= {name: f"{name}.png" for name in ("steps", "walk", "nearest")}
+_PLACES |= {"training": "training.webp", "report": "report.html"}
 _SHOWN, _MOST_NUMBERS = 10, 2**28
 
 
@@ -70,20 +58,31 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     check_values(config)
     section = config.sample
-    ema = choose_ema("sample.ema", section.ema, averages(config))
-    generator = load_for(workdir, config, ema=ema)
+    generator = load_for(workdir, config)
+    spec = generator.spec
     with in_section("sample"):
-        _check_views(section.views, generator.spec)
+        for name in section.views:
+            check_known("views", name, _VIEWS)
+        if section.views and (not spec.is_picture or spec.more):
+            raise BadInput("views: are of pictures that bring nothing but a class; use ()")
     labels = generator.labels_for(section.labels or None, section.num)
     given = {"condition": np.float32([section.condition])} if section.condition else {}
-    if generator.spec.more.keys() - given:
+    if spec.more.keys() - given:
         rows = in_turn(make_source(config.data, split="held_out"), len(labels))
         labels, given = labels if section.labels else rows.labels, rows.more | given
     plan = sample_plan(config)
     with in_section("sample"):
         samples = generator.sample(labels, plan=plan, **given)
     if processes.is_first():
-        _save(config, workdir, generator, samples, labels, given)
+        arrays = {"arr_0": samples} | ({"arr_1": labels} if spec.num_classes else {})
+        arrays |= {key: each[np.arange(len(labels)) % len(each)] for key, each in given.items()}
+        write_npz(workdir / _PLACES["samples"], arrays)
+        with left_out("the picture of the samples"):
+            if spec.is_picture:
+                path, caption = workdir / _PLACES["picture"], _caption(generator)
+                save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
+            else:
+                _plot_vectors(workdir, generator, samples)
     for name in section.views:  # all processes draw samples
         with left_out(_PLACES[name]):
             _VIEWS[name](workdir / _PLACES[name], generator, plan)
@@ -92,35 +91,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
             write_report(workdir)
         source = f"step {generator.step}, ema {generator.ema}, seed {section.seed}"
         print(f"{len(samples)} samples from {source}:")
-        made = [name for name in _PLACES if name not in _VIEWS or name in section.views]
-        run_folder.tell(workdir, **{name: _PLACES[name] for name in made})
-
-
-def _save(
-    config: ConfigDict,
-    workdir: Path,
-    generator: Generator,
-    samples: Shaped[np.ndarray, "n ..."],
-    labels: Int[np.ndarray, "n"],
-    given: Mapping[str, np.ndarray],
-) -> None:
-    arrays = {"arr_0": samples} | ({"arr_1": labels} if generator.spec.num_classes else {})
-    arrays |= {key: each[np.arange(len(labels)) % len(each)] for key, each in given.items()}
-    write_npz(workdir / _PLACES["samples"], arrays)
-    with left_out("the picture of the samples"):
-        if generator.spec.is_picture:
-            names, caption = generator.spec.class_names, _caption(generator)
-            path = workdir / _PLACES["picture"]
-            save_sample_grid(path, samples, labels, names, caption=caption)
-        else:
-            _plot_vectors(config, workdir, generator, samples)
-
-
-def _check_views(views: Sequence[str], spec: DataSpec) -> None:
-    for name in views:
-        check_known("views", name, _VIEWS)
-    if views and (not spec.is_picture or spec.more):
-        raise BadInput("views: are of pictures that bring nothing but a class; use ()")
+        made = {k: v for k, v in _PLACES.items() if k not in _VIEWS or k in section.views}
+        run_folder.tell(workdir, **made)
 
 
 def _labels_shown(generator: Generator) -> Int[np.ndarray, "n"]:
@@ -159,7 +131,7 @@ def _save_walk(path: Path, generator: Generator, plan: SamplePlan) -> None:
 
 def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
     """Save samples above the training pictures at the least squared distance in pixels."""
-    from sklearn.neighbors import NearestNeighbors
+    from sklearn.metrics import pairwise_distances_argmin
 
     labels = _labels_shown(generator)
     samples = generator.sample(labels, plan=plan)
@@ -171,9 +143,8 @@ def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
     num = min(len(source), _MOST_NUMBERS // math.prod(source.spec.shape))
     data = to_pixels(source.gather(np.linspace(0, len(source) - 1, num).astype(int)).x)
     flat, flat_data = (x.reshape(len(x), -1).astype(np.float32) for x in (samples, data))
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(flat_data)
-    places = search.kneighbors(flat, return_distance=False)
-    rows = [("samples", samples), ("training data", data[places[:, 0]])]
+    nearest = data[pairwise_distances_argmin(flat, flat_data)]
+    rows = [("samples", samples), ("training data", nearest)]
     looked = f" · of {num:,} of {len(source):,} training pictures" * (num < len(source))
     save_rows(path, rows, caption=_caption(generator) + looked)
 
@@ -187,19 +158,13 @@ def _save_training(path: Path, generator: Generator, plan: SamplePlan) -> None:
         save_animation(path, pictures)
 
 
-_VIEWS = {
-    "steps": _save_steps,
-    "walk": _save_walk,
-    "nearest": _save_nearest,
-    "training": _save_training,
-}
+_VIEWS = {"steps": _save_steps, "walk": _save_walk}
+_VIEWS |= {"nearest": _save_nearest, "training": _save_training}
 
 
-def _plot_vectors(
-    config: ConfigDict, workdir: Path, generator: Generator, samples: Float[np.ndarray, "n ..."]
-) -> None:
+def _plot_vectors(workdir: Path, generator: Generator, samples: Float[np.ndarray, "n ..."]) -> None:
     """Plot samples beside the data; in the plane the learned field and one-step transport too."""
-    held_out = make_source(config.data, split="held_out")
+    held_out = make_source(generator.config.data, split="held_out")
     data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
     kind, save = _PLOTS[data.ndim]
     save(workdir / _PLACES[kind], samples[:_SCATTER_POINTS], data, title=_caption(generator))
@@ -207,11 +172,11 @@ def _plot_vectors(
         return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
-    if make_objective(config).learns_average:
-        save_field(workdir / _PLACES["field"], velocity, limits=limits)
+    learns_average = make_objective(generator.config).learns_average
+    times = _INTERVALS * learns_average + _INSTANTS
+    save_field(workdir / _PLACES["field"], velocity, limits=limits, times=times)
+    if learns_average:
         save_transport(workdir / _PLACES["transport"], velocity, data, limits=limits)
-    else:
-        save_field(workdir / _PLACES["field"], velocity, limits=limits, times=_INSTANTS)
 
 
 def _caption(generator: Generator) -> str:
@@ -237,23 +202,19 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
     path.parent.mkdir(exist_ok=True)
     spec, plan, caption = generator.spec, sample_plan(generator.config), _caption(generator)
     num = _GRID_SAMPLES if spec.is_picture else _SCATTER_POINTS
-    labels, given = few_classes(num, spec.num_classes), {}
+    labels, given = few_classes(num, spec.num_classes) if spec.is_picture else None, {}
     if spec.more:
         rows = in_turn(source, num)
         labels, given = rows.labels, rows.more
-    if not spec.is_picture:
-        points = generator.sample(labels if given else None, num=num, plan=plan, **given)
-        if processes.is_first():
-            data = read(source, min(num, len(source))).x
-            _PLOTS[data.ndim][1](path, points, data, title=caption)
+    samples = generator.sample(labels, num=num, plan=plan, **given)
+    if not processes.is_first():
         return path
-    samples = generator.sample(labels, plan=plan, **given)
-    if processes.is_first():
-        with left_out(path.name):  # the other processes go on
-            save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
-    real = workdir / REAL_FILE
-    # latents are decoded on the devices of all processes
-    if processes.from_first(not real.exists()) and (source.stored or processes.is_first()):
+    if not spec.is_picture:
+        data = read(source, min(num, len(source))).x
+        _PLOTS[data.ndim][1](path, samples, data, title=caption)
+        return path
+    save_sample_grid(path, samples, labels, spec.class_names, caption=caption)
+    if not (real := workdir / REAL_FILE).exists():
         with left_out(REAL_FILE):
             _draw_real(real, generator, source, labels)
     return path
@@ -262,23 +223,13 @@ def draw_progress(workdir: Path, generator: Generator, source: Source) -> Path:
 def _draw_real(
     path: Path, generator: Generator, source: Source, labels: Int[np.ndarray, "n"]
 ) -> None:
-    """Save real pictures, of the classes of these labels where some are found.
-
-    All processes must call for latents.
-    """
+    """Save real pictures, of the classes of these labels where some are found."""
     spread = np.linspace(0, len(source) - 1, min(len(source), _REAL_ROWS)).astype(int)
     rows = source.gather(spread)
     found = np.flatnonzero(np.isin(rows.labels, labels))
     x, kept = (values[found if len(found) else ...] for values in (rows.x, rows.labels))
     if source.stored:
-        kept = kept[:_GRID_SAMPLES]
-        padded = -(-len(kept) // generator.mesh.size) * generator.mesh.size
-        x = jnp.asarray(np.resize(x[: len(kept)], (padded, *x.shape[1:])))
-        rows = source.stored.draw(jax.random.key(0), x)
-        z = jax.device_put(rows, batch_sharding(generator.mesh))
-        pixels = processes.on_host(generator.pixels(z))[: len(kept)]
-    else:
-        pixels = to_pixels(x)
-    if processes.is_first():
-        names = generator.spec.class_names
-        save_sample_grid(path, pixels, kept, names, caption="real pictures")
+        x, kept = jnp.asarray(x[:_GRID_SAMPLES]), kept[:_GRID_SAMPLES]
+        x = generator.decoder(source.stored.draw(jax.random.key(0), x))
+    pixels, names = np.asarray(to_pixels(x)), generator.spec.class_names
+    save_sample_grid(path, pixels, kept, names, caption="real pictures")

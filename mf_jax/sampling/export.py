@@ -4,10 +4,9 @@ import jax
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, sample_plan
+from mf_jax.config import sample_plan
 from mf_jax.flow.errors import BadInput
 from mf_jax.loading import load_for
-from mf_jax.optim import choose_ema
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.sampling.program import write_program
@@ -20,7 +19,6 @@ _PROGRAM, _PAGE = "generator.stablehlo", "generator.html"
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the generator as a program, and as a page if a page can run it."""
     check_values(config)
-    ema = choose_ema("sample.ema", config.sample.ema, averages(config))
     plan = sample_plan(config)
     if plan.renoise:
         raise BadInput("sample.renoise=True: a program is given its noise once; use False")
@@ -28,7 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise BadInput(f"sample.times={plan.times}: a program takes a number of steps; use ()")
     jax.config.update("jax_traceback_in_locations_limit", 0)  # files of this machine stay unnamed
     config.model.attention = "plain"  # kernels and loops are of one kind of device
-    generator = load_for(workdir, config, ema=ema)
+    generator = load_for(workdir, config)
     if not processes.is_first():
         return
     write_program(workdir / _PROGRAM, generator, plan)
