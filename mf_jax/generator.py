@@ -64,11 +64,8 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
 class Generator:
     """A trained model, ready to sample.
 
-    Args:
-      config: of its run.
-      spec: of one sample.
-      step: training steps behind the parameters.
-      ema: name of the moving average that the parameters are, or `none`.
+    step: training steps behind the parameters. ema: name of the moving average that they are, or
+    `none`.
     """
 
     config: ConfigDict
@@ -281,12 +278,6 @@ def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> tuple[Array, Array
     """Return bytes, and whether all came of finite numbers; each device decodes its own rows."""
     if decoder is not None:
         rows = batch_sharding(mesh).spec
-        decode = jax.shard_map(
-            lambda decoder, x: decoder(x),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), rows),
-            out_specs=rows,
-            check_vma=False,
-        )
-        x = decode(decoder, x)
+        specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows, "check_vma": False}
+        x = jax.shard_map(Decoder.__call__, mesh=mesh, **specs)(decoder, x)
     return to_pixels(x), jnp.isfinite(x).all()

@@ -27,12 +27,9 @@ _MOST_BYTES = 2**31 - 2**24  # of the format, less what is no weight
 
 
 def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
-    """Write a program that returns samples; pictures and decoded latents are about in [-1, 1].
+    """Write a program that returns samples, by the guidance of a plan.
 
-    Args:
-      path: of the file.
-      generator: what becomes the program.
-      plan: whose guidance is the program's.
+    Pictures and decoded latents are about in [-1, 1].
     """
     spec, decoder = generator.spec, generator.decoder
     objective = make_objective(generator.config)

@@ -32,17 +32,13 @@ from mf_jax.runtime.files import replace_file
 
 _STEPS, _MOST_STEPS = (1, 2, 4, 8), 64
 _MOST_BYTES = 2**26  # of weights; a page is a third larger
-_LABELS = "condition/label_embedding/embedding"
 _Times = Float[np.ndarray, "n"]
 
 
 def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
-    """Write the page; BadInput where a page cannot run the generator.
+    """Write the page, which starts with the steps of a plan, into the folder of a run.
 
-    Args:
-      path: of the file, in the folder of the run.
-      generator: what the page draws with.
-      plan: whose steps the page starts with.
+    BadInput says why a page cannot run the generator.
     """
     spec, network, clip = generator.spec, generator.network, 0.0
     if isinstance(network, DataPrediction):
@@ -52,12 +48,15 @@ def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
     grids = [SamplePlan(steps).grid for steps in counts]
     t, r = np.float32([ends for grid in grids for ends in itertools.pairwise(grid)]).T
     learns_average = make_objective(generator.config).learns_average
+    # a and b of steps a z + b f, where f is the network's velocity or data
+    share = (t - r) / np.maximum(t, clip) if clip else t - r
+    factors = np.stack([1 - share, share] if clip else [np.ones_like(t), -share], axis=1)
     arrays = _weights(generator.params, network, spec)
     arrays["times"] = _embedded_times(generator, network, t, r if learns_average else t)
     about = {
         "arrays": [(name, array.size) for name, array in arrays.items()],
         "steps": {steps: sum(counts[:i]) for i, steps in enumerate(counts)},
-        "factors": _factors(t, r, clip).tolist(),
+        "factors": factors.tolist(),
         "chosen": plan.steps,
         **_description(generator, network),
     }
@@ -66,13 +65,10 @@ def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
         "about": json.dumps(about).replace("<", r"\u003c"),
         "weights": base64.b64encode(b"".join(a.tobytes() for a in arrays.values())).decode(),
     }
-    page = _TEMPLATE.read_text("utf-8")
+    page = LocalPath(__file__).with_name("page.html").read_text("utf-8")
     for name, text in parts.items():
         page = page.replace("{{" + name + "}}", text)
     replace_file(path, page.encode(errors="backslashreplace"))  # folders are named by any bytes
-
-
-_TEMPLATE = LocalPath(__file__).with_name("page.html")
 
 
 def _check(generator: Generator, network: Any, plan: SamplePlan) -> None:
@@ -102,7 +98,8 @@ def _weights(params: Any, network: DiT, spec: DataSpec) -> dict[str, Float[np.nd
     }
     grid = (side // network.patch_size for side in spec.shape[:2])
     arrays["positions"] = sine_cosine_positions(*grid, num_features=network.width)
-    arrays["labels"] = np.float32(flat.get(_LABELS, np.zeros((1, network.width))))
+    labels = flat.get("condition/label_embedding/embedding", np.zeros((1, network.width)))
+    arrays["labels"] = np.float32(labels)
     return arrays
 
 
@@ -111,35 +108,20 @@ def _embedded_times(
 ) -> Float[np.ndarray, "k n d"]:
     """Return what blocks are told of times, from the network itself: of t|r that of t, then of r.
 
-    The embedding of labels is 0 here, and is added in the page.
+    The page adds the embedding of labels.
     """
-    params, place = dict(generator.params), dict(generator.params["condition"])
-    if "label_embedding" in place:
-        place["label_embedding"] = jax.tree.map(jnp.zeros_like, place["label_embedding"])
-    params["condition"] = place
+    network = network.clone(num_classes=0)
     z, condition = jnp.zeros((len(t), *generator.spec.shape)), Condition(jnp.zeros(len(t), int))
+    kept = {"capture_intermediates": lambda module, _: isinstance(module, ConditionEmbedding)}
 
     @jax.jit
     def embed(params: Any, t: Any, r: Any) -> Any:
+        told = {"r": r, "t": t, "condition": condition}
         with jax.default_matmul_precision("highest"):
-            _, seen = network.apply(
-                {"params": params},
-                z,
-                r=r,
-                t=t,
-                condition=condition,
-                capture_intermediates=lambda module, _: isinstance(module, ConditionEmbedding),
-                mutable=["intermediates"],
-            )
+            _, seen = network.apply({"params": params}, z, **told, **kept, mutable="intermediates")
         return jnp.stack(seen["intermediates"]["condition"]["__call__"])
 
-    return np.asarray(embed(params, t, r), "<f4")
-
-
-def _factors(t: _Times, r: _Times, clip: float) -> Float[np.ndarray, "n 2"]:
-    """Return a and b of steps a z + b f, where f is the network's velocity or data."""
-    share = (t - r) / np.maximum(t, clip) if clip else t - r
-    return np.stack([1 - share, share] if clip else [np.ones_like(t), -share], axis=1)
+    return np.asarray(embed(generator.params, t, r), "<f4")
 
 
 def _description(generator: Generator, network: DiT) -> Mapping[str, Any]:
