@@ -16,7 +16,6 @@ from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, sha256_of, written_aside
 
 ENVIRONMENT_VARIABLE = "MF_WEIGHTS"
-_SMALL_BYTES = 2**20
 _NAME_A_FOLDER = f"set --config.weights_dir=DIR or the environment variable {ENVIRONMENT_VARIABLE}"
 
 
@@ -186,7 +185,7 @@ def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
         return f"{path} has {length} bytes, so it is another file or cut off"
     if not file.sha256:
         return ""
-    is_small = file.num_bytes < _SMALL_BYTES  # the weights themselves are checked when read
+    is_small = file.num_bytes < 2**20  # the weights themselves are checked when read
     if (whole or is_small) and (digest := sha256_of(path)) != file.sha256:
         return f"{path} has SHA-256 {digest} instead of {file.sha256}"
     return ""
@@ -234,7 +233,6 @@ class _Received:
         self._bar.remind()
 
     def reset(self) -> None:
-        self._count = 0
+        """Leave the count, which never exceeds the total, and the bar to its `with`."""
 
-    def close(self) -> None:
-        """Leave the bar to its `with`."""
+    close = reset

@@ -48,7 +48,6 @@ _STYLE = {
 }
 _SIGNAL_ROWS = 6
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
-_INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 
 
 def save_scatter(
@@ -117,7 +116,7 @@ def save_field(
     evaluate_u: EvaluateU,
     *,
     limits: tuple[float | int, float | int],
-    times: Sequence[tuple[float, float]] = _INTERVALS,
+    times: Sequence[tuple[float, float]],
 ) -> None:
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
 
@@ -155,6 +154,7 @@ def save_transport(
     dots, wires = _grid_of_noise(40)
     e = np.concatenate([dots, wires.reshape(-1, 2)]).astype(np.float32)
     x = e - np.asarray(evaluate_u(e, r=0.0, t=1.0))
+    dot_colors = _colors_of_noise(dots)
     wire_colors = _colors_of_noise(wires[:, :-1].reshape(-1, 2))
     title = "One-step transport of a regular grid of noise"
     with _figure(path, 1, 2, width=4.6, height=4.6, title=title) as (_, axes):
@@ -169,7 +169,6 @@ def save_transport(
             ax.add_collection(
                 collections.LineCollection(segments, colors=wire_colors, linewidths=0.5, alpha=0.35)
             )
-            dot_colors = _colors_of_noise(dots)
             ax.scatter(*points[: len(dots)].T, s=6, c=dot_colors, linewidths=0, zorder=3)
 
 
@@ -191,12 +190,12 @@ def _panels(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Return panel -> name -> (steps, values), the best known first."""
-    names = {name for row in rows for name, x in row.items() if isinstance(x, int | float)}
-    rank = {name: i for i, name in enumerate(_FIRST)}
+    others = {name for row in rows for name in row} - {"step", *_FIRST}
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for name in sorted(names - {"step"}, key=lambda name: (rank.get(name, len(rank)), name)):
-        known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        panels.setdefault(re.sub(r"_t\d$", "_t", name), {})[name] = tuple(np.array(known, float).T)
+    for name in (*_FIRST, *sorted(others)):
+        if known := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
+            curves = panels.setdefault(re.sub(r"_t\d$", "_t", name), {})
+            curves[name] = tuple(np.array(known, float).T)
     return panels
 
 

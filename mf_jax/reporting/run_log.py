@@ -51,7 +51,7 @@ class RunLog:
         hardware: str = "",
     ):
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
-        self._num_steps, self._has_plan = num_steps, not show_progress
+        self._num_steps, self._shows_plan = num_steps, show_progress
         self._hardware, self._speed, self._started = hardware, 0.0, time.monotonic()
         timing = _timing_of(self._path.parent) if start_step else {}
         self._seconds_before = timing.get("wall_seconds", 0.0)
@@ -86,8 +86,7 @@ class RunLog:
         if self._mark is None:  # the first step compiles: the throughput counts from its end
             self._mark = (step, time.perf_counter())
         self._first = self._first or self._mark
-        if not self._has_plan and step >= self._first[0] + _PLANNED_FROM:
-            self._has_plan = True
+        if self._shows_plan and step == self._first[0] + _PLANNED_FROM:
             self._print_plan(step)
 
     def _print_plan(self, step: int) -> None:
@@ -138,9 +137,8 @@ class RunLog:
 
     def _save_timing(self, last_row: int) -> None:
         """Write the hardware, wall seconds over all starts, the latest speed and row."""
-        seconds = self._seconds_before + time.monotonic() - self._started
-        timing = {"hardware": self._hardware, "wall_seconds": round(seconds, 1)}
-        timing |= {"last_row": last_row}
+        seconds = round(self._seconds_before + time.monotonic() - self._started, 1)
+        timing = {"hardware": self._hardware, "wall_seconds": seconds, "last_row": last_row}
         timing |= {"images_per_second": self._speed} if self._speed else {}
         json_files.write_json(self._path.parent / TIMING_FILE, timing)
 
@@ -212,6 +210,7 @@ class _Events:
         folder.mkdir(parents=True, exist_ok=True)
         # names count whole seconds: the suffix keeps a quick restart from overwriting a file
         self._writer = EventsWriter(f"{folder}/events", f".from_{start_step}")
+        self.close = self._writer.close  # it writes the rest
         self._flushed = -math.inf
         if start_step:
             self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -225,7 +224,3 @@ class _Events:
 
     def _write(self, **content: Any) -> None:
         self._writer.write_event(Event(wall_time=time.time(), **content))
-
-    def close(self) -> None:
-        """Write the rest."""
-        self._writer.close()
