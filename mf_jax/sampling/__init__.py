@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mf_jax.config import make_objective, sample_plan
@@ -19,6 +19,7 @@ from mf_jax.flow.errors import BadInput, check_known, in_section, left_out
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.loading import load_for
+from mf_jax.models.autoencoder import Decoder
 from mf_jax.published.fetch import find_weights
 from mf_jax.reporting.page import write_report
 from mf_jax.reporting.plots import save_field, save_scatter, save_signals, save_transport
@@ -230,6 +231,12 @@ def _draw_real(
     x, kept = (values[found if len(found) else ...] for values in (rows.x, rows.labels))
     if source.stored:
         x, kept = jnp.asarray(x[:_GRID_SAMPLES]), kept[:_GRID_SAMPLES]
-        x = generator.decoder(source.stored.draw(jax.random.key(0), x))
+        x = _decoded(generator.decoder, source.stored.draw(jax.random.key(0), x))
     pixels, names = np.asarray(to_pixels(x)), generator.spec.class_names
     save_sample_grid(path, pixels, kept, names, caption="real pictures")
+
+
+@jax.jit
+def _decoded(decoder: Decoder, z: Float[Array, "n ..."]) -> Float[Array, "n h w 3"]:
+    """Return pictures one by one: this device alone may not hold many at once."""
+    return jax.lax.map(lambda row: decoder(row[None])[0], z)
