@@ -90,7 +90,7 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     rows, programs = zip(*(compile_step(each, source, mesh, say) for each in both), strict=True)
     if config.bench.repeats:
         say(f"timing {config.bench.dropped + config.bench.repeats} steps of each")
-        contenders = (_contender(*pair, source, mesh) for pair in zip(both, programs, strict=True))
+        contenders = (contender(*pair, source, mesh) for pair in zip(both, programs, strict=True))
         times = measure.take_turns(*contenders, **measure.turns(config))
         for row, seconds in zip(rows, times, strict=True):
             work = {"images": config.train.batch_size, "gflop": row["gflop"]}
@@ -147,7 +147,7 @@ def placed_step(parts: StepParts, mesh: Mesh) -> tuple[Any, ...]:
     return step, placed(state, shardings), *batch
 
 
-def _contender(
+def contender(
     config: ConfigDict, program: jax.stages.Compiled, source: Source, mesh: Mesh
 ) -> measure.Contender:
     """Return batches, and a compiled step with a state of its own."""
