@@ -5,8 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from steps import lowered_step, parts_of
 
+from launch import textbook
 from mf_jax.flow.couplings import OptimalTransport
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
@@ -136,6 +138,13 @@ def test_guided_step_of_small_dit():
     steps = (_program("S", 16, patch_size=4, depth=depth) for depth in (1, 2))
     one, two = (step.cost_analysis()["flops"] / 1e9 for step in steps)
     assert one + 11 * (two - one) < 206
+
+
+def test_a_textbook_step_has_the_flops_of_the_published_one():
+    """Guided, with as many blocks; the published code needs 274 GFLOP."""
+    assert textbook.lowered("guided").cost_analysis()["flops"] / 1e9 == pytest.approx(
+        274.6, abs=0.1
+    )
 
 
 def test_improved_step_with_heads_of_8_blocks():
