@@ -6,8 +6,8 @@ the published code does. Its FLOPs are those of the published step to 0.3 %.
 Usage: python -m launch.textbook [TURNS]
 """
 
+import argparse
 import functools
-import sys
 
 import flax.linen as nn
 import jax
@@ -132,28 +132,34 @@ def contender(program, batches):
     return ((x, labels) for x, labels, *_ in batches), advance
 
 
-def main(turns=8):
+def main():
     """Print FLOPs and seconds of both steps, and how ours compares."""
+    parser = argparse.ArgumentParser(prog="python -m launch.textbook", description=__doc__)
+    told = "timed steps of each, 8 if left out"
+    parser.add_argument("turns", type=int, nargs="?", default=8, metavar="TURNS", help=told)
+    repeats, say = parser.parse_args().turns, functools.partial(print, flush=True)
+    if repeats < 1:
+        parser.error(f"TURNS={repeats}: must be at least 1")
     guided = get_config("b4")
     guided.model.size, guided.model.dtype, guided.train.batch_size = "S", "float32", BATCH
     plain = step.changed(guided, {"guidance": {"kappa": 0.0}})
     configs = {"flow matching": step.flow_matching(guided), "plain": plain, "guided": guided}
     source, mesh = step.Noise(DataSpec(LATENT, CLASSES)), make_mesh(data=1, fsdp=1)
     for kind, config in configs.items():
+        say(f"{kind}: compiling both, then timing {repeats} steps of each")
         textbook = lowered(kind)
         gflop = textbook.cost_analysis()["flops"] / 1e9
         theirs = contender(textbook.compile(), step.fresh_batches(config, source, mesh))
-        row, program = step.compile_step(config, source, mesh, lambda text: None)
+        row, program = step.compile_step(config, source, mesh, say)
         ours = step.contender(config, program, source, mesh)
-        seconds = measure.take_turns(theirs, ours, repeats=turns, dropped=2)
+        seconds = measure.take_turns(theirs, ours, repeats=repeats, dropped=2)
         first, median, third = np.quantile(np.divide(*seconds[::-1]), (0.25, 0.5, 0.75))
-        print(
+        say(
             f"{kind}: textbook {gflop:.1f} GFLOP, {np.median(seconds[0]):.2f} s; ours "
             f"{row['gflop']:.1f} GFLOP, {np.median(seconds[1]):.2f} s: {row['gflop'] / gflop:.3f} "
-            f"of the FLOPs, {median:.3f} ({first:.3f} to {third:.3f}) of the time",
-            flush=True,
+            f"of the FLOPs, {median:.3f} ({first:.3f} to {third:.3f}) of the time"
         )
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -114,7 +114,7 @@ def _folded(
     kernel: np.ndarray, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """Return kernel and bias of a convolution that includes the batch norm after it."""
-    scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)
+    scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)  # the epsilon of batch norm
     kernel = (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
     return {"kernel": kernel, "bias": (bias - mean * scale).astype(np.float32)}
 
@@ -209,7 +209,7 @@ class _Network(nn.Module):
         )
         for name, narrow in {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160}.items():
             x = _block_17(x, name, narrow)
-        features["spatial"] = x[..., :7].reshape(len(x), -1)
+        features["spatial"] = x[..., :7].reshape(len(x), -1)  # 7 of its channels
         x = _block_17(x, "Mixed_6e", 192)
         features["768"] = jnp.mean(x, (1, 2))
         layers = (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)
