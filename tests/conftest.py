@@ -1,5 +1,6 @@
 """What several test files share: a small run, trained once, and the command line as a function."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -30,12 +31,13 @@ _QUICK_TO_COMPILE = (
 def pytest_configure(config):
     """Let this process and its children share what they compile: tests share their networks."""
     os.environ["MF_CACHE"] = "off"  # nothing of a test goes into the folder of its user
+    gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and no cycles
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
     settings = {
         "jax_compilation_cache_dir": config.compiled.name,
-        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_compile_time_secs": 0.3,  # to write a small one takes longer
         "jax_persistent_cache_enable_xla_caches": "none",
     }
     for name, value in settings.items():

@@ -59,6 +59,7 @@ def gaussian_field(mean_of):
     return field
 
 
+@jax.jit
 def exact_rows(z, r, t, labels, dropped, mean_of_data, **more):
     """Return rows that pass through z at time t, each with exactly the velocity of its Gaussian."""
     v = gaussian_velocity(z, per_row(t, z), per_row(mean_of_data, z))

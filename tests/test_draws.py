@@ -15,7 +15,8 @@ ROWS, KEY = 4096, jax.random.key(0)
 
 def _draw(scheme, rows=ROWS, seed=0):
     x = jnp.arange(rows, dtype=jnp.float32)[:, None] * jnp.ones((1, 3))
-    return scheme.draw(jax.random.key(seed), x, jnp.arange(rows, dtype=jnp.int32) % 7)
+    labels = jnp.arange(rows, dtype=jnp.int32) % 7
+    return jax.jit(scheme.draw)(jax.random.key(seed), x, labels)
 
 
 def _times(draws):

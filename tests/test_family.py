@@ -35,7 +35,8 @@ def _draws(**more):
 
 def _value_and_gradient(objective, draws=None, *, step=STEP, field=FIELD, params=PARAMS):
     draws = _draws() if draws is None else draws
-    return jax.value_and_grad(lambda p: objective.loss(field, p, draws, step)[0])(params)
+    of_params = jax.value_and_grad(lambda p, *more: objective.loss(field, p, *more)[0])
+    return jax.jit(of_params)(params, draws, step)
 
 
 def _same(a, b, rtol=1e-9):

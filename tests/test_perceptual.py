@@ -234,7 +234,7 @@ def test_batches_change_nothing_and_rows_beyond_the_limit_see_no_network():
 
 
 def test_boxes_and_times_are_drawn_as_published():
-    draws = make_scheme(imagenet.get_config("pmf_h16")).draw(
+    draws = jax.jit(make_scheme(imagenet.get_config("pmf_h16")).draw)(
         jax.random.key(0), jnp.zeros((4000, 20, 30, 1)), jnp.zeros(4000, jnp.int32)
     )
     top, left, height, width = np.concatenate([draws.instant.box, draws.interval.box]).T

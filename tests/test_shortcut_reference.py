@@ -152,7 +152,7 @@ def test_reference_samples_of_shortcut():
 def test_draws_of_the_rows():
     x, labels, key = jnp.zeros((256, 1)), jnp.zeros(256, jnp.int32), jax.random.key(0)
     schemes = (make_scheme(imagenet.get_config(row)) for row in ("tvm_xl2", "shortcut_xl2"))
-    tvm, steps = (scheme.draw(key, x, labels) for scheme in schemes)
+    tvm, steps = (jax.jit(scheme.draw)(key, x, labels) for scheme in schemes)
     np.testing.assert_array_equal(tvm.instant.e, tvm.interval.e)
     np.testing.assert_array_equal(tvm.instant.dropped, tvm.interval.dropped)
     assert abs(jnp.corrcoef(tvm.instant.t, tvm.interval.t)[0, 1]) < 0.2  # of one row's two times

@@ -149,7 +149,7 @@ def test_draws_of_the_rows():
     x, labels = jnp.zeros((4000, 1)), jnp.zeros(4000, jnp.int32)
     for row in ROWS.values():
         config = imagenet.get_config(row)
-        draws = make_scheme(config).draw(jax.random.key(0), x, labels)
+        draws = jax.jit(make_scheme(config).draw)(jax.random.key(0), x, labels)
         low, high = config.draws.label_drop_window
         for rows in (draws.instant, draws.interval):
             inside = (low <= rows.t) & (rows.t <= high)

@@ -1,5 +1,7 @@
 """Estimates of the flow's velocity: against brute force, closed forms and the methods they make."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,8 @@ def _noisy(seed=3):
 
 
 def _estimated(estimate, draws, params=PARAMS, target_params=OTHER):
-    return estimate.estimated(FIELD, params, draws, target_params)
+    estimated = jax.jit(functools.partial(estimate.estimated, FIELD))
+    return estimated(params, draws, target_params)
 
 
 def _brute_force(rows, x, conditions, scale=1.0, mask=None):
@@ -174,7 +177,7 @@ def test_shares_and_averages_reach_target_and_tangent():
     some = _estimated(VelocityEstimate("average", target=0.5, of_rows=True), draws).interval
     changed = np.any(some.v != some.e - some.x, axis=1)
     np.testing.assert_array_equal(changed, some.fraction * 1024 % 1 < 0.5)
-    assert _estimated(VelocityEstimate(), draws) is draws
+    assert VelocityEstimate().estimated(FIELD, PARAMS, draws, OTHER) is draws
 
 
 def test_a_teacher_is_refused_where_an_average_is_not_its_own():
