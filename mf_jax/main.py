@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -54,6 +55,7 @@ _PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u00b7": "-", "\u2026": "
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 bad input."""
     logging.set_verbosity(logging.WARNING)
+    gc.set_threshold(10_000)  # to look through all that is imported takes a second of a short run
     _say_anything(sys.stdout)
     if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print("\n".join([_HELP, "", *_tables()]))
