@@ -369,16 +369,20 @@ def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
 
 
 def test_programs_are_compiled_without_the_persistent_cache(tmp_path):
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    is_on = jax.config.jax_enable_compilation_cache
     try:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        for name, value in zip(names, (str(tmp_path), 0), strict=True):
+            jax.config.update(name, value)
         program, costs = measure.compile_program(jax.jit(lambda x: x + 2.25), np.ones(3))
         assert list(tmp_path.iterdir()) == []
-        assert jax.config.jax_enable_compilation_cache == before[1]
+        assert jax.config.jax_enable_compilation_cache == is_on
         jax.jit(lambda x: x + 3.25)(np.ones(3))
         assert list(tmp_path.iterdir()) != []
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
+        for name, value in before.items():
+            jax.config.update(name, value)
         measure.reset_cache()
     np.testing.assert_array_equal(program(jnp.ones(3)), np.full(3, 3.25))
     assert 0 < costs["trace_seconds"] < costs["compile_seconds"] + 1
