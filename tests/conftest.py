@@ -31,7 +31,7 @@ _QUICK_TO_COMPILE = (
 def pytest_configure(config):
     """Let this process and its children share what they compile: tests share their networks."""
     os.environ["MF_CACHE"] = "off"  # nothing of a test goes into the folder of its user
-    gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and no cycles
+    gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, and few are in cycles
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
