@@ -278,6 +278,19 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch, capsys):
     assert table["diagnostics"] == model["diagnostics"]
 
 
+def test_subsets_have_the_classes_in_the_proportions_of_all_rows():
+    """One more or less of a class; few of many rows and half of them alike."""
+    counts = np.array([100, 50, 30, 1])
+    labels = np.random.default_rng(1).permutation(np.repeat([-1, 3, 4, 9], counts))
+    for size in 18, 90, 500:
+        subsets = list(scorers._subsets(labels, size))
+        assert len({tuple(rows) for rows in subsets}) == len(subsets) == 10
+        for rows in subsets:
+            assert len(set(rows)) == len(rows) == min(size, len(labels))
+            drawn = np.array([(labels[rows] == label).sum() for label in (-1, 3, 4, 9)])
+            assert (abs(drawn - counts * len(rows) / len(labels)) < 1.5).all()
+
+
 def test_few_pictures_are_scored_as_far_as_they_go(tmp_path):
     """What has no value is null in files, and a dash for people."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)

@@ -171,6 +171,19 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
     return protocol, compare
 
 
+def _subsets(labels: Int[np.ndarray, "n"], size: int) -> Iterator[Int[np.ndarray, "_"]]:
+    """Yield random subsets of rows, the classes of each in the proportions of all rows.
+
+    Drawn freely, they would vary less in half of the real pictures than in a few of many samples.
+    """
+    draws, counts = np.random.default_rng(0), np.unique(labels, return_counts=True)[1]
+    for _ in range(_SUBSETS):
+        order = draws.permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]  # class by class
+        places = [(np.arange(count) + draws.uniform()) / count for count in counts]
+        yield order[np.argsort(np.concatenate(places))[:size]]
+
+
 def _of_pictures(
     train: Batch, num_classes: int, workdir: epath.Path, equal: int, show_progress: bool = False
 ) -> tuple[Row, Callable[..., Scores]]:
@@ -188,6 +201,7 @@ def _of_pictures(
 
     name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
     file = workdir / name  # training takes as long as the rest
+    protocol["subsets"] = "by class"
 
     @functools.cache
     def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
@@ -204,8 +218,7 @@ def _of_pictures(
     def compare(x: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> Scores:
         describe, real = learnt()
         features, logits = describe(from_pixels(x))
-        theirs, draws = Moments.of(real), np.random.default_rng(0)
-        subsets = [draws.permutation(len(features))[:equal] for _ in range(_SUBSETS)]
+        theirs, subsets = Moments.of(real), list(_subsets(labels, equal))
         first = features[subsets[0]]
         scores: Scores = dict.fromkeys(_OF_PICTURES)
         if len(first) > 1:
