@@ -348,6 +348,8 @@ def test_sizes_that_do_not_fit_are_refused():
             in_context("num_heads=0", num_heads=0),
             (DiT(**SMALL_DIT | {"width": 18}), "model.width=18: .* by 4 and by model.num_heads=2"),
             (DiT(**SMALL_DIT | {"width": 20, "num_heads": 3}), "model.num_heads=3"),
+            (DiT(**SMALL_DIT | {"num_heads": 0}), "model.num_heads=0, both from 1 on"),
+            (DiT(**SMALL_DIT | {"width": 0}), "model.width=0: .* both from 1 on"),
             (DiT(**SMALL_DIT | {"patch_size": 4}), "patch_size=4: must divide the image size 4x6"),
             (DiT(**SMALL_DIT, remat="all"), "model.remat='all'.*none, block, dots"),
             with_levels("channel_multipliers.*divisible by 4 where it is 4x6", 1, 2, 2),

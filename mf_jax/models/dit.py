@@ -109,8 +109,8 @@ class DiT(Transformer, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        if self.width % 4 or self.width % self.num_heads:
-            multiple = f"4 and by model.num_heads={self.num_heads}"
+        if min(self.width, self.num_heads) < 1 or self.width % 4 or self.width % self.num_heads:
+            multiple = f"4 and by model.num_heads={self.num_heads}, both from 1 on"
             raise BadInput(f"model.width={self.width}: must be divisible by {multiple}")
         check_known("model.norm", self.norm, NORMS)
         p, dense = self.patch_size, functools.partial(layers.zero_dense, dtype=self.dtype)
