@@ -4,7 +4,7 @@ OpenML has the data: they are fetched once, through scikit-learn. Without a netw
 --config.data.name=arrays --config.data.path=FILE.npz (x uint8 [N, 28, 28, 1] and label).
 Hardware: two CPU cores, 14 minutes at 0.34 s a step; one, 29 minutes. 64 rows are computed at once,
 since more do not fit the cache. Measured on 9,000 digits: 99.2 % of one-step samples in their class
-(real ones 98.5 %), Frechet distance 8.1 beside 4.2 of as many real ones. docs/recipes.md has what
+(real ones 98.5 %), Frechet distance 9.5 beside 3.6 of as many real ones. docs/recipes.md has what
 was tried.
 Command: bash launch/local.sh --config=configs/mnist.py
 """
