@@ -198,10 +198,10 @@ def _of_pictures(
         "neighbours": NEIGHBOURS,
         "compared_at_once": equal,
     }
-
-    name = f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
-    file = workdir / name  # training takes as long as the rest
-    protocol["subsets"] = "by class"
+    file = workdir / f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
+    protocol["subsets"] = (
+        "by class"  # no part of the classifier, which is kept as it is slow to train
+    )
 
     @functools.cache
     def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
