@@ -199,9 +199,7 @@ def _of_pictures(
         "compared_at_once": equal,
     }
     file = workdir / f"classifier-{digest(key_of(protocol).encode())[:12]}.npz"
-    protocol["subsets"] = (
-        "by class"  # no part of the classifier, which is kept as it is slow to train
-    )
+    protocol["subsets"] = "by class"  # no part of the name: the classifier is as before
 
     @functools.cache
     def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
