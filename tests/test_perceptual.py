@@ -1,6 +1,7 @@
 """The perceptual terms of pixel MeanFlow, against recorded numbers of the published code.
 
-Every size and setting comes from the case's own `meta`.
+Every size and setting comes from the case's own `meta`. What takes long, the loss and a gradient
+through the full-size networks, is recorded in the folder that `MF_REFERENCE_DIR` names alone.
 """
 
 import functools
@@ -40,6 +41,7 @@ CASE = dict(np.load(FOLDER / "perceptual.npz"))
 META = json.loads(str(CASE["meta"]))
 SHAPES = json.loads((FOLDER / "perceptual_state_dict.json").read_text())
 VALUES, GRADIENTS = 3e-5, 1e-4  # relative to the largest entry
+TOLERANCES = {"loss_full": 1e-2, "loss_small": 1e-3}
 SHIFTS = 0, 3e-6, -3e-6
 """A ReLU may lie so near its kink that rounding picks the side: one shift of a picks theirs."""
 PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
@@ -113,7 +115,8 @@ def test_reference_lpips():
 def test_reference_convnext(size):
     network, params = distance(size)
     prefix = f"convnext_{size}"
-    check_distance(prefix, network, params)
+    if f"{prefix}/gradient/a" in CASE:
+        check_distance(prefix, network, params)
     backbone = jax.jit(network.convnextv2.apply)
     out = backbone({"params": params["convnextv2"]}, jnp.concatenate(PAIR))
     for k, picture in enumerate("ab"):
@@ -147,11 +150,8 @@ def _row(settings, case, params):
     return as_field(make_network(config, spec)), objective, frozen
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [("loss_small", 1e-3), pytest.param("loss_full", 1e-2, marks=pytest.mark.slow)],
-)
-def test_reference_loss_through_the_row(name, tolerance):
+@pytest.mark.parametrize("name", sorted({name.split("/")[0] for name in CASE} & set(TOLERANCES)))
+def test_reference_loss_through_the_row(name):
     case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
     settings, trees = META["losses"][name], {}
     for kind in ("params/net/", "grads/net/"):
@@ -177,7 +177,7 @@ def test_reference_loss_through_the_row(name, tolerance):
     ours = flatten_dict(ours, sep="/")
     assert ours.keys() == theirs.keys() == params.keys()
     for key in theirs:
-        assert_close(ours[key], theirs[key], tolerance, f"gradient of {key}")
+        assert_close(ours[key], theirs[key], TOLERANCES[name], f"gradient of {key}")
 
 
 def test_published_files_become_what_the_loss_reads(tmp_path):
