@@ -102,15 +102,36 @@ class StepParts:
         return draws
 
     @functools.cached_property
+    def of_rows(self) -> Callable:
+        """Gradient and metrics of rows, traced once for all who ask for the same shapes."""
+        return self.gradient_by(self.network)
+
+    def gradient_by(self, network: nn.Module) -> Callable:
+        """Return what computes gradient and metrics of rows by a network."""
+        field = as_field(network)
+
+        @functools.partial(jax.jit, inline=True)
+        def of_rows(
+            whole: tuple[PyTree, ...], draws: Draws, step: Int[Array, ""]
+        ) -> tuple[PyTree, dict[str, Average]]:
+            params, target_params, frozen = whole
+            objective = self.objective.with_frozen(frozen)
+            of_params = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)
+            (loss, metrics), gradient = of_params(field, params, draws, step, target_params)
+            return gradient, {"loss": average_over(loss, draws), **metrics}
+
+        return of_rows
+
+    @functools.cached_property
     def metric_names(self) -> tuple[str, ...]:
         """Names of what a step measures, which the loss alone knows."""
 
         def measure(params: PyTree, frozen: PyTree, *batch: PyTree) -> dict[str, Average]:
-            objective, draws = self.objective.with_frozen(frozen), self.draw(0, *batch)
-            return objective.loss(as_field(self.network), params, draws)[1]
+            whole = params, params if self.objective.target_ema else None, frozen
+            return _in_turn(self.of_rows, self, whole, self.draw(0, *batch), jnp.int32(0))[1]
 
         shapes = parameter_shapes(self.network, self.shape), self.objective.frozen
-        return ("loss", "grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))
+        return ("grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))
 
 
 def _keys(seed: int) -> tuple[Array, Array]:
@@ -147,17 +168,8 @@ def _gradient(
     if mesh is not None and mesh.size > 1 and parts.gather == "block":
         late = is_axis_of_block
         network = with_gather(network, gather_late(mesh, params, late))
-    field = as_field(network)
-
-    def of_rows(whole: tuple[PyTree, ...], draws: Draws) -> tuple[PyTree, dict[str, Average]]:
-        params, target_params, frozen = whole
-        objective = parts.objective.with_frozen(frozen)
-        of_params = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)
-        (loss, metrics), gradient = of_params(field, params, draws, state.step, target_params)
-        return gradient, {"loss": average_over(loss, draws), **metrics}
-
-    num = parts.batch_size // (parts.microbatch or parts.batch_size)
-    of_parts = functools.partial(_in_turn, of_rows, num)
+    of_rows = parts.gradient_by(network) if late else parts.of_rows
+    of_parts = functools.partial(_in_turn, of_rows, parts, step=state.step)
     whole = (params, target_params, state.frozen)
     if mesh is None or mesh.size == 1:
         gradient, metrics = of_parts(whole, draws)
@@ -166,21 +178,24 @@ def _gradient(
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
 
 
-def _in_turn(of_rows: Callable, num: int, params: PyTree, draws: Draws) -> tuple[PyTree, PyTree]:
-    """Return the mean gradient and the summed metrics of as many equal parts of the rows."""
+def _in_turn(
+    of_rows: Callable, parts: StepParts, whole: PyTree, draws: Draws, step: Int[Array, ""]
+) -> tuple[PyTree, PyTree]:
+    """Return the mean gradient and the summed metrics of rows, a microbatch at a time."""
+    num = parts.batch_size // (parts.microbatch or parts.batch_size)
     if num == 1:
-        return of_rows(params, draws)
+        return of_rows(whole, draws, step)
     leaves, form = jax.tree.flatten(draws)
-    parts = [x.reshape(num, len(x) // num, *x.shape[1:]) for x in leaves]
+    turns = [x.reshape(num, len(x) // num, *x.shape[1:]) for x in leaves]
 
     def of_part(part: list[Array]) -> tuple[PyTree, PyTree]:
-        return of_rows(params, jax.tree.unflatten(form, part))
+        return of_rows(whole, jax.tree.unflatten(form, part), step)
 
     def add(sums: PyTree, part: list[Array]) -> tuple[PyTree, None]:
         return optax.tree.add(sums, of_part(part)), None
 
-    zeros = optax.tree.zeros_like(jax.eval_shape(of_part, [x[0] for x in parts]))
-    (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_part, [x[0] for x in turns]))
+    (gradient, metrics), _ = jax.lax.scan(add, zeros, turns)
     return jax.tree.map(lambda x: x / num, gradient), metrics
 
 

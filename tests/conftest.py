@@ -1,5 +1,6 @@
 """What several test files share: a small run, trained once, and the command line as a function."""
 
+import fcntl
 import gc
 import os
 import shutil
@@ -111,8 +112,13 @@ def refuses(message, act, *arguments, **more):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Return the workdir of a tiny finished run of configs/digits.py; do not change it."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    works(f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY, PICTURES)
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one run for all
+    workdir = folder / "trained"
+    with (folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not workdir.exists():
+            works(f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *TINY, PICTURES)
     return workdir
 
 
