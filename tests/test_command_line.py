@@ -233,6 +233,11 @@ def test_a_run_needs_no_config(copy_of_trained):
         run_folder.check(folder, config)
     config.train.num_steps = 11
     refuses("12 steps are done", run_folder.check, folder, config)
+    edit(
+        copy_of_trained / "config.json", model={"channel_multipliers": [1, 3]}
+    )  # below the default
+    assert run_folder.stored_config(folder).model.channel_multipliers == (1, 3)
+    edit(copy_of_trained / "config.json", model={"channel_multipliers": [2, 2, 2]})
     config.train.num_steps, config.velocity.source = 12, "batch"
     edit(copy_of_trained / "config.json", velocity={"source": "batch"})
     refuses(r"another config \(train.microbatch 0 -> 4\)", run_folder.check, folder, config)

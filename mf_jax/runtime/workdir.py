@@ -222,13 +222,15 @@ def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
 
 def _like_defaults() -> dict[str, Any]:
     """Return what a stored config is like, see `parse_json`: keys and types of the default."""
-    like = {}
-    for key, default in flat(defaults()).items():
-        is_needed = key.split(".")[0] in SECTIONS_OF_A_RUN
+
+    def like(default: Any) -> Any:
+        if isinstance(default, list):
+            return [like(each) for each in default[:1]]
         is_number = isinstance(default, int) and not isinstance(default, bool)
-        default = default[:1] if isinstance(default, list) else default
-        like[key if is_needed else f"{key}?"] = -(2**63) if is_number else default
-    return like
+        return -(2**63) if is_number else default  # the least that is accepted
+
+    is_needed = {key: key.split(".")[0] in SECTIONS_OF_A_RUN for key in flat(defaults())}
+    return {k if is_needed[k] else f"{k}?": like(value) for k, value in flat(defaults()).items()}
 
 
 def _tuples(value: Any) -> Any:
