@@ -7,7 +7,7 @@ A study, see runner.py. `METHODS` says what each changes in a data set's config.
 import math
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from mf_jax.runtime.sharding import make_mesh
 from mf_jax.validation import validate
 
 RUNS, PICTURES = Path("runs/results"), "one_step.npy"
-GROUPS = {"digits": digits.get_config, "mnist": mnist.get_config}
+GROUPS = {"digits": digits.get_config, "mnist": partial(mnist.get_config, "meanflow")}
 NUM_STEPS = {"digits": 1200, "mnist": 800}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
