@@ -102,7 +102,7 @@ class StepParts:
         return draws
 
     @functools.cached_property
-    def of_rows(self) -> Callable:
+    def gradient_of_rows(self) -> Callable:
         """Gradient and metrics of rows, traced once for all who ask for the same shapes."""
         return self.gradient_by(self.network)
 
@@ -128,7 +128,9 @@ class StepParts:
 
         def measure(params: PyTree, frozen: PyTree, *batch: PyTree) -> dict[str, Average]:
             whole = params, params if self.objective.target_ema else None, frozen
-            return _in_turn(self.of_rows, self, whole, self.draw(0, *batch), jnp.int32(0))[1]
+            return _in_turn(self.gradient_of_rows, self, whole, self.draw(0, *batch), jnp.int32(0))[
+                1
+            ]
 
         shapes = parameter_shapes(self.network, self.shape), self.objective.frozen
         return ("grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))
@@ -168,7 +170,7 @@ def _gradient(
     if mesh is not None and mesh.size > 1 and parts.gather == "block":
         late = is_axis_of_block
         network = with_gather(network, gather_late(mesh, params, late))
-    of_rows = parts.gradient_by(network) if late else parts.of_rows
+    of_rows = parts.gradient_by(network) if late else parts.gradient_of_rows
     of_parts = functools.partial(_in_turn, of_rows, parts, step=state.step)
     whole = (params, target_params, state.frozen)
     if mesh is None or mesh.size == 1:

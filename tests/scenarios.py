@@ -27,7 +27,7 @@ from mf_jax.step import TrainState
 POINTS = (
     f"--config={ROOT}/configs/toy2d.py",
     *TINY,
-    "--config.data.toy=checkerboard",  # the only set that needs no scikit-learn, beside spirals
+    "--config.data.toy=checkerboard",  # needs no scikit-learn: imported sooner
     "--config.model.width=128",
     "--config.eval.steps=(1,)",
 )

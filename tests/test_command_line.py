@@ -233,9 +233,8 @@ def test_a_run_needs_no_config(copy_of_trained):
         run_folder.check(folder, config)
     config.train.num_steps = 11
     refuses("12 steps are done", run_folder.check, folder, config)
-    edit(
-        copy_of_trained / "config.json", model={"channel_multipliers": [1, 3]}
-    )  # below the default
+    # below the first number of the default
+    edit(copy_of_trained / "config.json", model={"channel_multipliers": [1, 3]})
     assert run_folder.stored_config(folder).model.channel_multipliers == (1, 3)
     edit(copy_of_trained / "config.json", model={"channel_multipliers": [2, 2, 2]})
     config.train.num_steps, config.velocity.source = 12, "batch"

@@ -150,7 +150,7 @@ def _row(settings, case, params):
     return as_field(make_network(config, spec)), objective, frozen
 
 
-@pytest.mark.parametrize("name", sorted({name.split("/")[0] for name in CASE} & set(TOLERANCES)))
+@pytest.mark.parametrize("name", [name for name in TOLERANCES if f"{name}/out/loss" in CASE])
 def test_reference_loss_through_the_row(name):
     case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
     settings, trees = META["losses"][name], {}

@@ -141,6 +141,7 @@ def test_a_full_disk_and_a_kill_lose_no_checkpoint_and_the_run_goes_on(lived, fo
     At last comes a signal when nothing is left to stop: no step follows that all could agree on.
     """
     workdir, before = folder / "split", stopped_at(lived[1][0].output)
+    assert f"continuing at step {before}" in lived[1][0].output, "else it is no full disk that ends"
     assert Checkpoints(workdir, read_only=True).steps == [before]
     arguments = (*POINTS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
     job = Job(2, *arguments)
