@@ -33,7 +33,7 @@ from mf_jax.published.checkpoints import write_published
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.published.names import KINDS, KINDS_WITH_POSITIONS, check_prediction
 from mf_jax.runtime.processes import on_host
-from mf_jax.runtime.sharding import batch_sharding
+from mf_jax.runtime.sharding import ROWS, batch_sharding, make_mesh
 
 _LEAST_NUMBERS = 4096  # fewer are padded, which takes less time than to compile another size
 _load_autoencoder = functools.lru_cache(1)(load_autoencoder)
@@ -172,7 +172,8 @@ class Generator:
     @property
     def mesh(self) -> Mesh:
         """The devices that it samples on."""
-        return jax.tree.leaves(self.params)[0].sharding.mesh
+        devices = jax.tree.leaves(self.params)[0].sharding.device_set
+        return make_mesh(data=0, fsdp=1, devices=list(devices))
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
@@ -277,7 +278,7 @@ def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array) 
 def _pixels(mesh: Mesh, decoder: Decoder | None, x: Array) -> tuple[Array, Array]:
     """Return bytes, and whether all came of finite numbers; each device decodes its own rows."""
     if decoder is not None:
-        rows = batch_sharding(mesh).spec
+        rows = PartitionSpec(ROWS)
         specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows, "check_vma": False}
         x = jax.shard_map(Decoder.__call__, mesh=mesh, **specs)(decoder, x)
     return to_pixels(x), jnp.isfinite(x).all()

@@ -30,12 +30,12 @@ _QUICK_TO_COMPILE = (
 
 
 def pytest_configure(config):
-    """Let this process and its children share what they compile: tests share their networks."""
-    os.environ["MF_CACHE"] = "off"  # nothing of a test goes into the folder of its user
+    """Let this process and its children share what they compile and read."""
     gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, and few are in cycles
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # the environment has come down from the process that started this one
     config.compiled = tempfile.TemporaryDirectory()
+    os.environ["MF_CACHE"] = config.compiled.name  # and not the folder of the user
     settings = {
         "jax_compilation_cache_dir": config.compiled.name,
         "jax_persistent_cache_min_compile_time_secs": 0.3,  # to write a small one takes longer

@@ -216,8 +216,11 @@ def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path,
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
     section = {"name": "openml", "dataset": "Fashion-MNIST", "path": str(tmp_path)}
+    monkeypatch.setenv("MF_CACHE", str(tmp_path / "cache"))
     train, held_out = (make_source(section, split=split) for split in ("train", "held_out"))
-    assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits
+    digits._fetch.cache_clear()
+    assert make_source(section, split="train").digest == train.digest
+    assert asked == [("Fashion-MNIST", str(tmp_path))]  # once for both splits and for later
     assert train.digest == held_out.digest != ""
     assert train.spec == DataSpec((28, 28, 1), 10, digits.DATASETS["Fashion-MNIST"])
     assert (len(train), read(held_out).labels.tolist()) == (12, [2, 3])

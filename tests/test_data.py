@@ -368,7 +368,7 @@ def test_decoded_pictures_are_kept_until_a_file_changes(classes, tmp_path_factor
     again = folder(classes)
     assert not reads
     assert (again.broken, identities(again)) == (first.broken, identities(first))
-    [kept] = (cache / "pictures").iterdir()
+    [kept] = (cache / "data").iterdir()
     whole = kept.read_bytes()
     kept.write_bytes(whole[:400] + bytes([whole[400] ^ 1]) + whole[401:])
     monkeypatch.undo()

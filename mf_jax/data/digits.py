@@ -2,12 +2,14 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 
 import numpy as np
 from etils import epath, epy
 
 from mf_jax.data.arrays import SPLIT_SEED, Rows
+from mf_jax.data.kept import kept
 from mf_jax.data.pipeline import SPLITS
 from mf_jax.flow.errors import BadInput, check_known, reason_of
 from mf_jax.runtime.files import in_bucket
@@ -26,13 +28,20 @@ def of_digits(*, image_size: int, split: str) -> Rows:
     """Open one split of grey digits `[8, 8, 1]` in [-1, 1]; of each class a fifth is held out."""
     if image_size != IMAGE_SIZE:
         raise BadInput(f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set that")
+    version = importlib.metadata.version("scikit-learn")
+    found = dict(kept(["digits", version], ("x", "label", *SPLITS), _read_digits))
+    chosen = [found.pop(name) for name in SPLITS][SPLITS.index(split)]
+    return Rows(found, chosen, tuple("0123456789"))
+
+
+def _read_digits() -> dict[str, np.ndarray]:
+    """Return the digits, and which are in each split."""
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     parts = sklearn.model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels
     )
     x = (pixels / 8 - 1).astype(np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1)
-    chosen = np.sort(parts[SPLITS.index(split)])
-    return Rows({"x": x, "label": labels}, chosen, tuple("0123456789"))
+    return {"x": x, "label": labels, **dict(zip(SPLITS, map(np.sort, parts), strict=True))}
 
 
 def of_openml(*, dataset: str, path: str, split: str) -> Rows:
@@ -43,14 +52,17 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
     check_known("dataset", dataset, DATASETS)
     if in_bucket(epath.Path(path)):
         raise BadInput(f"path={path!r} is in a bucket: name a folder of each host")
-    x, labels, digest = _fetch(dataset, os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    arrays = kept(["openml", dataset, path], ("x", "label"), lambda: _fetch(dataset, path))
+    x, labels = arrays["x"], arrays["label"]
+    digest = hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()
     start = len(x) - len(x) // 7  # the last 10,000 of 70,000 pictures are the test set
     rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
     return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], digest)
 
 
-@functools.lru_cache(1)  # for both splits: to parse the text takes a minute
-def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
+@functools.lru_cache(1)  # for both splits, also where nothing is kept: it takes a minute
+def _fetch(dataset: str, path: str) -> dict[str, np.ndarray]:
     options = {"version": 1, "as_frame": False, "return_X_y": True}
     try:  # pandas, the usual parser, is one package more
         pixels, labels = sklearn.datasets.fetch_openml(
@@ -62,5 +74,4 @@ def _fetch(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray, str]:
             "with a network, or set path to a folder with a copy"
         ) from error
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, 28, 28, 1)
-    labels = labels.astype(np.int32)
-    return x, labels, hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()
+    return {"x": x, "label": labels.astype(np.int32)}

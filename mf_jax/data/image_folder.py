@@ -1,12 +1,8 @@
-"""Pictures in a folder, whatever their size and mode; sub-folders are classes.
+"""Pictures in a folder, whatever their size and mode; sub-folders are classes."""
 
-Decoded pictures are kept in a folder of the user's: the next start reads one file, not thousands.
-"""
-
-import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +11,7 @@ from etils import epath
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
+from mf_jax.data.kept import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pictures import THREADS, Pictures, fit_in_memory
 from mf_jax.data.pipeline import count_held_out
@@ -22,13 +19,10 @@ from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
-from mf_jax.runtime.archives import UNREADABLE, read_npz, write_npz
-from mf_jax.runtime.compile_cache import cache_folder
 from mf_jax.runtime.files import in_bucket
 
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
 _LOOKED_AT, _COLOUR = 256, "colour"
-_MOST_KEPT = 4
 
 
 class ImageFolder(Pictures):
@@ -78,7 +72,11 @@ class ImageFolder(Pictures):
         self._path, self._background, pixels = path, background, None
         if fit_in_memory(spec, len(chosen)):
             recipe = [path, split, *map(str, (held_out_share, spec.shape, background))]
-            whole = _kept([*recipe, *self._list.versions()], lambda: self._crop_all(chosen, spec))
+            whole = kept(
+                [*recipe, *self._list.versions()],
+                ("pixels", "problems"),
+                lambda: self._crop_all(chosen, spec),
+            )
             pixels, problems = whole["pixels"], whole["problems"].tolist()
         else:
             problems = _tried(lambda index: _look(self._list, index, background), chosen)
@@ -135,29 +133,6 @@ class ImageFolder(Pictures):
                 f"cannot be read ({error}): put any picture in its place, and run the same command "
                 "again, which continues"
             ) from error
-
-
-def _kept(
-    made_from: Iterable[str], make: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Return the arrays that `make` returns, from the user's folder where it holds them whole."""
-    cache = None
-    with contextlib.suppress(RuntimeError):  # there is no home folder
-        cache = cache_folder()
-    if cache is None:
-        return make()
-    folder = epath.Path(cache) / "pictures"
-    file = folder / f"{digest(made_from)}.npz"
-    with contextlib.suppress(*UNREADABLE):
-        return read_npz(file, ("pixels", "problems"))
-    arrays = make()
-    with contextlib.suppress(OSError):  # no folder, no space: no matter
-        folder.mkdir(parents=True, exist_ok=True)
-        write_npz(file, arrays)
-        files = sorted(folder.glob("*.npz"), key=lambda each: -each.stat().mtime)
-        for old in files[_MOST_KEPT:]:
-            old.unlink(missing_ok=True)
-    return arrays
 
 
 def _of_split(pictures: Listed, held_out_share: float, split: str) -> list[int]:

@@ -14,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 from jaxtyping import Array, PyTree, Shaped
 
@@ -23,6 +31,8 @@ from mf_jax.flow.errors import BadInput
 _REPLICATE_BELOW = 2**14  # numbers: to split a smaller array costs more than it saves
 _WHOLE, _WHOLE_FROM_END = -1, 0
 """The axis of a parameter that is not split, counted from the front and from the end."""
+ROWS = ("data", "fsdp")
+"""The axes of a mesh, which together split rows."""
 GATHERS = ("step", "block")
 """When a device gathers split parameters: all once a step, or each block's as it is computed."""
 Names = tuple[str, ...]
@@ -45,17 +55,28 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
         raise BadInput(f"mesh.data={data}, mesh.fsdp={fsdp}: {needed}")
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(in_order).reshape(count // fsdp, fsdp)
-    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, ROWS, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def everywhere() -> NamedSharding:
+def _along(mesh: Mesh | AbstractMesh, *axes: Any) -> Sharding:
+    """Return the sharding along axes of a mesh.
+
+    One device has none: the types of arrays show a mesh, and a loss traced without it is traced
+    again.
+    """
+    if isinstance(mesh, Mesh) and mesh.size == 1:
+        return SingleDeviceSharding(mesh.devices.item())
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def everywhere() -> Sharding:
     """Return the sharding of arrays that every device holds whole."""
-    return NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    return _along(make_mesh(data=0, fsdp=1))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> Sharding:
     """Return the sharding of arrays `[B, ...]` whose rows are split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return _along(mesh, ROWS)
 
 
 def put_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "_ ..."]]) -> PyTree:
@@ -68,12 +89,12 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree:
     """Split the largest axis that divides of each array or shape over `fsdp`."""
     size = mesh.shape["fsdp"]
 
-    def rule(leaf: Any) -> NamedSharding:
+    def rule(leaf: Any) -> Sharding:
         axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
         if size == 1 or not axes or np.prod(leaf.shape) < _REPLICATE_BELOW:
-            return NamedSharding(mesh, PartitionSpec())
+            return _along(mesh)
         largest = max(axes, key=lambda i: leaf.shape[i])
-        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+        return _along(mesh, *[None] * largest, "fsdp")
 
     return jax.tree.map(rule, state)
 
@@ -118,9 +139,9 @@ def per_device(
 
         own, sums = gradient(jax.tree.map(gather_now, params, axes, are_late), rows)
         own = jax.tree.map(reduce, own, axes[0], are_late[0])
-        return own, jax.lax.psum(sums, ("data", "fsdp"))
+        return own, jax.lax.psum(sums, ROWS)
 
-    in_specs, out_specs = (specs, batch_sharding(mesh).spec), (specs[0], PartitionSpec())
+    in_specs, out_specs = (specs, PartitionSpec(ROWS)), (specs[0], PartitionSpec())
     # gradients differ from device to device until `_reduce`
     split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(params, rows)
@@ -177,9 +198,9 @@ def _gather(part: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, 
 
 def _reduce(gradient: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
     if axis == _WHOLE:
-        return jax.lax.psum(gradient, ("data", "fsdp"))
+        return jax.lax.psum(gradient, ROWS)
     if _scatters_wrongly(mesh):
-        whole = jax.lax.psum(gradient, ("data", "fsdp"))
+        whole = jax.lax.psum(gradient, ROWS)
         size = whole.shape[axis] // mesh.shape["fsdp"]
         return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
     part = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
