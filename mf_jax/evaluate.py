@@ -96,9 +96,12 @@ def _check(config: ConfigDict) -> None:
 def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
     if config.init.path and not run_folder.exists(workdir):
-        if config.eval.checkpoints or tuple(config.eval.emas) != ("",):
-            fix = "leave both out, or name another with --config.init.which"
-            raise BadInput(f"eval.checkpoints, eval.emas: init.path names one model; {fix}")
+        if config.eval.checkpoints:
+            fix = "leave it out, or name another with --config.init.which"
+            raise BadInput(f"eval.checkpoints: init.path names one model; {fix}")
+        if tuple(config.eval.emas) != ("",):  # as a row has them for its own runs
+            print(f"eval.emas={config.eval.emas}: of a run; init.path names one model")
+            config.eval.emas = ("",)
         run_folder.make(workdir)
         return
     run_folder.check(workdir, config)

@@ -66,7 +66,11 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
         np.savez(file, **arrays)
         guided = ["--config.guidance.omega=2.0", "--config.draws.label_drop_share=0.1"]
         more = ["--config.model.name=mlp"] if name == "vectors" else guided
-        works(*TINY, *more, f"--config.data.path={file}", f"--workdir={run}")
+        more += [f"--config.data.path={file}", f"--workdir={run}"]
+        if name == "signals":
+            assert_refused(here(*TINY, *more), "coupling.name='optimal_transport': deals the noise")
+            more += ["--config.coupling.name=independent"]
+        works(*TINY, *more)
         works("--mode=eval", f"--workdir={run}")
         table = json.loads((run / "eval.json").read_text())
         assert [row.get("samples") for row in table["rows"]] == [12, 12]

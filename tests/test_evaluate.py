@@ -332,7 +332,7 @@ def test_bad_input_is_one_line(looks, copy_of_trained, tmp_path, reference, monk
         ("eval.emas", good, "--config.eval.emas=0.995,"),
         ("arr_0", good, f"--config.eval.samples={tmp_path / 'empty.npz'}"),
         ("no checkpoint of step 5; it has 4, 8, 12", good, "--config.eval.checkpoints=5,"),
-        ("init.which", *elsewhere, "--config.eval.emas=('none',)"),
+        ("init.which", *elsewhere, "--config.eval.checkpoints=4,"),
     ):
         looks.clear()
         assert_refused(here(*ARGUMENTS, f"--workdir={copy_of_trained}", *arguments), message)

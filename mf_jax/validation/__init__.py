@@ -156,6 +156,9 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         yield f"objective.velocity='head': the network has no second head; use {fix}"
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
+    if spec.has_pairs and config.coupling.name != "independent":
+        problem = "deals the noise, and the data are pairs; use independent"
+        yield f"coupling.name={config.coupling.name!r}: {problem}"
     if spec.has_pairs and config.velocity.source in PLUG_INS:
         problem = "takes noise and data for independent, and the data are pairs; use sample"
         yield f"velocity.source={config.velocity.source!r}: {problem}"
