@@ -1,7 +1,8 @@
 """Every key of a run, with its default, its meaning and its unit.
 
 The other files of this folder are small deltas of this one. Any key can be set on the command line:
-`--config.optim.lr=1e-3`. A key that a chosen part does not use (data.toy for digits) is ignored.
+`--config.optim.lr=1e-3`. A key that a chosen part does not use is ignored, as data.toy for digits,
+or refused where that would mislead.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
 """MeanFlow on the 1,797 real 8x8 digits of scikit-learn, by class, unguided: the main job.
 
-Hardware: 2 CPU cores, under 3 minutes. Expected at one step: 97 % of the samples in their class.
-Times lean towards long intervals, which a single step needs most. Optimal transport deals the noise
-of a class, and the network predicts the picture: docs/recipes.md has what was tried.
+Hardware: 2 CPU cores; training takes under 3 minutes. Expected at one step: 97 % of the samples in
+their class. Times lean towards long intervals, which a single step needs most. Optimal transport
+deals the noise of a class, and the network predicts the picture: docs/recipes.md has what was
+tried.
 Command: bash launch/local.sh
 Another method on the same data, minutes: bash launch/local.sh --config=configs/digits.py:shortcut
 """
@@ -85,8 +86,8 @@ ROWS = {
     "split_meanflow": {"objective.name": "split_meanflow", "weight.p": 0.0},
     # arXiv 2410.12557: a step is two of half its size, down to 1/32 of the way, which is the flow's
     "shortcut": shortcut(levels=5) | {"objective.target_ema": 0.99},
-    # arXiv 2511.19797: the end of a step moves with the flow. A step takes twice MeanFlow's FLOPs.
-    # Times are uniform: the identity in r must hold all the way from t down.
+    # arXiv 2511.19797: the end of a step moves with the flow. A step takes 1.4 times MeanFlow's
+    # FLOPs. Times are uniform: the identity in r must hold all the way from t down.
     "terminal_velocity": {
         "objective.name": "terminal_velocity",
         "objective.target_ema": 0.99,
