@@ -127,7 +127,7 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
         fit = ", ".join(k for k, each in NETWORKS.items() if kind in getattr(each, "takes", ()))
         data = f"the data are {kind} of shape {spec.shape}"
         raise BadInput(f"model.name={model.name!r}: {data}; use one of {fit}")
-    fields = {**model, **_sizes(model)} | ({"second_head": False} if for_sampling else {})
+    fields = {**model, **sizes_of(model)} | ({"second_head": False} if for_sampling else {})
     for key in _AT_LEAST_ONE & fields_of(network):
         if fields[key] < 1:
             raise BadInput(f"model.{key}={model[key]}: {model.name} needs it above 0")
@@ -160,7 +160,7 @@ _MOST_LAYERS = 500  # tracing more takes minutes
 _AT_LEAST_ONE = {"depth", "width", "num_heads", "patch_size", "channels", "num_blocks", "rank"}
 
 
-def _sizes(model: ConfigDict) -> dict[str, Any]:
+def sizes_of(model: ConfigDict) -> dict[str, Any]:
     """Return a network's sizes: what the config sets, else what `model.size` says."""
     if model.name not in SIZES:
         return {}

@@ -234,6 +234,8 @@ class Evaluation:
         else:
             weights = score_rows.digest(*map(np.asarray, jax.tree.leaves(model().params)))
         deciding = {section: config[section].to_dict() for section in ("model", "objective")}
+        if not self.is_run:  # which keeps them
+            deciding |= {"noise_scale": config.draws.noise_scale, "levels": config.times.levels}
         if decoder:
             deciding |= {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
         return cell.protocol | {

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, make_network
+from mf_jax.config import averages, make_network, sizes_of
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
@@ -102,11 +102,14 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
         folder = place(path, "init.path")
         theirs = run_folder.stored_config(folder, "init.path")
         _check_latents(config, theirs)
-        if (prediction := theirs.model.prediction) != config.model.prediction:
-            problem = f"model.prediction={config.model.prediction!r}: its network predicts"
-            raise BadInput(f"init.path={path}: {problem} {prediction}; use that")
     ema = choose_ema("init.which", which, averages(theirs))
-    return _fit(_restore(folder, theirs, ema)[1], like, path)
+    params = _fit(_restore(folder, theirs, ema)[1], like, path)
+    own, known = ({**each.model, **sizes_of(each.model)} for each in (config, theirs))
+    for key in ("prediction", "num_heads", "logit_power"):  # which no parameter's shape shows
+        if own.get(key) != known.get(key):
+            problem = f"its run has {known.get(key)!r}; use that"
+            raise BadInput(f"init.path={path}: model.{key}={own.get(key)!r}: {problem}")
+    return params
 
 
 def load_frozen(config: ConfigDict, frozen: PyTree) -> tuple[PyTree, dict[str, str]]:

@@ -184,6 +184,7 @@ def test_bad_files_are_one_line(tmp_path):
         ({"x": np.full((N, 4, 4, 1), 3.0)}, r"in \[-1, 1\] or uint8"),
         ({"x": x, "label": np.full(N, 0.5)}, "whole numbers"),
         ({"x": x, "label": np.full(N, -1)}, "classes from 0"),
+        ({"x": x, "label": np.arange(N) % 3 * 2}, "no training row is of class 1, 3;"),
         ({"x": x, "label": np.zeros(N - 1, int)}, "a row for each row of x"),
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
         ({"x": x, "condition": nan}, "condition is not finite"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from etils import epath
-from jobs import assert_refused, here
+from jobs import assert_refused, here, tiny_config
 from PIL import Image
 from test_data import Numbered
 
@@ -24,6 +25,7 @@ from mf_jax.published.fetch import find_weights
 from mf_jax.runtime.checkpoint import fingerprint
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
+from mf_jax.scoring.grid import cells
 
 WIDTHS = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
 SCORES = {"fid", "sfid", "precision", "recall", "kid", "inception_score", "fid_standard_error"}
@@ -344,6 +346,16 @@ def test_bad_input_is_one_line(looks, copy_of_trained, tmp_path, reference, monk
     missing = (f"--workdir={copy_of_trained}", good, f"--config.weights_dir={tmp_path}")
     words = f"{tmp_path}", "weights-inception-2015-12-05-6726825d.pth"
     assert_refused(here(*ARGUMENTS, *missing), *words)
+
+
+def test_weights_have_a_row_for_whatever_decides_their_samples(tmp_path):
+    keys, scorer = set(), mock.Mock(spec=scorers.Scorer)
+    for key, value in (("draws.noise_scale", 1.0), ("draws.noise_scale", 0.8), ("times.levels", 5)):
+        config = tiny_config(**{key: value})
+        evaluation = evaluate.Evaluation(config, epath.Path(tmp_path), scorer, None)
+        weights = SimpleNamespace(params={})
+        keys.add(score_rows.key_of(evaluation._protocol(cells(config)[0], lambda w=weights: w)))
+    assert len(keys) == 3
 
 
 def test_names_say_whatever_differs():

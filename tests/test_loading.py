@@ -66,8 +66,12 @@ def test_training_starts_from_another_run(trained, tmp_path):
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
     config.model.prediction = "data"
-    refuses("its network predicts velocity", load_weights, config, _like(config))
-    config.model.prediction, config.init.which = "velocity", "none"
+    refuses("model.prediction=.*: its run has 'velocity'", load_weights, config, _like(config))
+    config.model.prediction = "velocity"
+    heads, config.model.num_heads = config.model.num_heads, 8
+    refuses("model.num_heads=.*: its run has", load_weights, config, _like(config))
+    config.model.num_heads = heads
+    config.init.which = "none"
     raw = mf_jax.load(trained, ema="none").params
     jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
 

@@ -78,8 +78,21 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["x"]))
     held_out = count_held_out(held_out_share, len(order))
     rows = order[held_out:] if split == SPLITS[0] else order[:held_out]
-    num_classes = int(arrays["label"].max()) + 1 if "label" in arrays else 0
+    num_classes = _num_classes(arrays, order[held_out:], where)
     return Rows(arrays, rows, tuple(map(str, range(num_classes))), digest)
+
+
+def _num_classes(arrays: Arrays, training: Int[np.ndarray, "k"], where: str) -> int:
+    """Return how many classes there are; BadInput where no training row is of one."""
+    if "label" not in arrays:
+        return 0
+    count = int(arrays["label"].max()) + 1
+    if lost := sorted(set(range(count)) - set(arrays["label"][training].tolist())):
+        fix = "number the classes anew from 0, or lower held_out_share"
+        raise BadInput(
+            f"{where}: label: no training row is of class {listed([*map(str, lost)])}; {fix}"
+        )
+    return count
 
 
 @functools.lru_cache(1)  # for both splits
