@@ -128,9 +128,8 @@ class StepParts:
 
         def measure(params: PyTree, frozen: PyTree, *batch: PyTree) -> dict[str, Average]:
             whole = params, params if self.objective.target_ema else None, frozen
-            return _in_turn(self.gradient_of_rows, self, whole, self.draw(0, *batch), jnp.int32(0))[
-                1
-            ]
+            draws = self.draw(0, *batch)
+            return _in_turn(self.gradient_of_rows, self, whole, draws, jnp.int32(0))[1]
 
         shapes = parameter_shapes(self.network, self.shape), self.objective.frozen
         return ("grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))

@@ -356,6 +356,9 @@ def test_weights_have_a_row_for_whatever_decides_their_samples(tmp_path):
         weights = SimpleNamespace(params={})
         keys.add(score_rows.key_of(evaluation._protocol(cells(config)[0], lambda w=weights: w)))
     assert len(keys) == 3
+    config.init.path, config.eval.emas = "weights.npz", ("none",)
+    evaluate._check_workdir(config, epath.Path(tmp_path) / "new")
+    assert config.eval.emas == ("",), "those of a row are of its own runs"
 
 
 def test_names_say_whatever_differs():
