@@ -233,7 +233,7 @@ DEFAULTS = dict(
         emas=("",),  # averages: decays, half-lives (500kimg), none = raw parameters, "" = the first
         checkpoints=(),  # steps of the checkpoints; () = the newest
         renoise=False,  # see sample.renoise
-        labels="balanced",  # classes of the samples: balanced (all in turn) | random
+        labels="data",  # classes of samples: data (in its shares) | balanced (in turn) | random
         seed=1,  # of the noise, and of random labels
         batch_size=500,  # samples computed at once; does not change them
         references=(),  # .npz files of reference statistics: FID instead of small-data scores

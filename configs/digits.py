@@ -107,5 +107,6 @@ def get_config(row: str = "") -> ConfigDict:
     config.model.prediction, config.coupling.name = "data", "optimal_transport"
     config.train.num_steps, config.log.sample_every_steps = STEPS, 500
     config.optim.lr, config.optim.warmup_steps, config.optim.schedule = 4e-3, 100, "cosine"
+    config.eval.labels = "balanced"  # as the digits are, but for a few
     config.update_from_flattened_dict(choose("configs/digits.py", row, ROWS))
     return config

@@ -115,6 +115,8 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
     parts = {"times": times, "instant_times": own, "coupling": coupling, "for_networks": True}
+    network = look_up("model.name", config.model.name, NETWORKS)
+    parts["omega_window"] = "t_min" in getattr(network, "guidance_inputs", ())
     return from_section(DrawScheme, config.draws, **parts, crops=sees_pictures(config))
 
 
@@ -171,12 +173,25 @@ def sizes_of(model: ConfigDict) -> dict[str, Any]:
     return sizes
 
 
+def learns_average(config: ConfigDict) -> bool:
+    """Return whether a config's objective, if it is known, learns u(z, r, t) for r < t."""
+    return getattr(OBJECTIVES.get(config.objective.name), "learns_average", True)
+
+
+def check_plan(config: ConfigDict, plan: SamplePlan) -> None:
+    """Raise BadInput unless a config's network learns to follow a plan."""
+    inputs = getattr(NETWORKS.get(config.model.name), "guidance_inputs", ())
+    only_to_data = config.times.name == "consistency" and learns_average(config)
+    scales = config.draws.omega_min, config.draws.omega_max
+    plan.check_learnt(*scales, has_window="t_min" in inputs, only_to_data=only_to_data)
+
+
 def sample_plan(config: ConfigDict) -> SamplePlan:
     """Return the plan of the section `sample`, which the run's network must be able to follow."""
     keys = ("steps", "times", "guidance", "renoise", "seed", "batch_size")
     with in_section("sample"):
         plan = ONE_STEP.replace(**{key: config.sample[key] for key in keys})
-        plan.check_guidable(config.draws.omega_max)
+        check_plan(config, plan)
     return plan
 
 

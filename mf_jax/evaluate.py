@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.data import Source, in_turn, make_source
+from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
@@ -31,7 +31,7 @@ from mf_jax.runtime.json_files import write_json
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
-from mf_jax.scoring.grid import NEWEST, Cell, cells
+from mf_jax.scoring.grid import NEWEST, Cell, cells, in_shares
 from mf_jax.scoring.rows import Row
 from mf_jax.scoring.scorers import Samples, Scorer
 from mf_jax.validation import validate
@@ -59,6 +59,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             held_out = make_source(config.data, split="held_out")
             scorers.lower_num_samples(config, data, held_out)
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
+        elif section.labels == "data":  # which are not there
+            section.labels = "balanced"
     evaluation = Evaluation(config, workdir, scorer, data)
     if section.samples:
         rows = evaluation.score(*scorers.samples_of_file(config))
@@ -250,15 +252,18 @@ class Evaluation:
 
     def _draw(self, cell: Cell, model: Callable[[], Generator]) -> Samples:
         section, generator, name = self.config.eval, model(), score_rows.name_of(cell.protocol)
-        labels = generator.labels_for(None, section.num_samples)  # exactly balanced
-        if section.labels == "random" and generator.spec.num_classes:
-            draws = np.random.default_rng(section.seed)
-            labels = draws.integers(generator.spec.num_classes, size=len(labels), dtype=np.int32)
-        given, targets = {}, None
+        num, given, targets = section.num_samples, {}, None
+        labels = generator.labels_for(None, num)  # exactly balanced
         if generator.spec.more:
-            rows = in_turn(make_source(self.config.data, split="held_out"), section.num_samples)
+            rows = in_turn(make_source(self.config.data, split="held_out"), num)
             labels, given = rows.labels, generator.given_for(rows.more)
             targets = rows.x if generator.spec.has_pairs else None
+        elif generator.spec.num_classes and section.labels == "random":
+            draws = np.random.default_rng(section.seed)
+            labels = draws.integers(generator.spec.num_classes, size=num, dtype=np.int32)
+        elif generator.spec.num_classes and section.labels == "data":
+            held_out = read(make_source(self.config.data, split="held_out"))
+            labels = in_shares(held_out.labels, num, section.seed)
         batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
             evaluations = len(cell.plan.grid) - 1

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from mf_jax.config import make_objective
+from mf_jax.config import check_plan, learns_average
 from mf_jax.data.given import checked_given
 from mf_jax.data.pipeline import MORE
 from mf_jax.data.pixels import to_pixels
@@ -141,14 +141,13 @@ class Generator:
         All batches have one size, a multiple of the number of devices. Numbers from len(labels) on
         are padding. What `given_for` returns is repeated to reach all of them.
         """
-        plan.check_guidable(self.config.draws.omega_max)
+        check_plan(self.config, plan)
         if plan.renoise and self.spec.has_pairs:
             raise BadInput("renoise=True: the noise of this model comes with its data; use False")
         rows = min(plan.batch_size, max(len(labels), least_rows))
         size = -(-rows // self.mesh.size) * self.mesh.size
         place = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
-        learns_average = make_objective(self.config).learns_average
-        fixed = (self.network, learns_average, plan.renoise, self.spec.shape)
+        fixed = (self.network, learns_average(self.config), plan.renoise, self.spec.shape)
         times, num_steps = plan.padded_grid
         for first in range(0, len(labels), size):
             index = np.arange(first, first + size, dtype=np.int32)

@@ -5,6 +5,7 @@ What lies at `init.path`, a run or a kind of published checkpoint, is found by i
 """
 
 import contextlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,13 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import averages, make_network, sizes_of
+from mf_jax.config import averages, learns_average, make_network, sizes_of
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
 from mf_jax.models.blocks import laid_out_like, unstack_blocks
 from mf_jax.models.distances import DISTANCES, load_distance
+from mf_jax.models.dit import STEPS
 from mf_jax.objectives.perceptual import Perceptual
 from mf_jax.optim import choose_ema
 from mf_jax.published.checkpoints import describe_published, find_kind, load_published
@@ -67,7 +69,14 @@ def load_initial(config: ConfigDict) -> Generator:
     path = config.init.path
     with processes.together():
         if (kind := _kind(config)) == "run":
-            spec = run_folder.stored_data(place(path, "init.path"), "init.path")
+            folder = place(path, "init.path")
+            spec = run_folder.stored_data(folder, "init.path")
+            theirs = run_folder.stored_config(folder, "init.path")
+            scales = ({"draws.noise_scale": each.draws.noise_scale} for each in (config, theirs))
+            _check_meaning(*scales, path)
+            if learns_average(config) and not learns_average(theirs):
+                fix = "its run has learnt no average velocity; use objective.name=flow_matching"
+                raise BadInput(f"init.path={path}: {fix}")
         else:
             spec = _published_spec(config, kind)
     network = make_network(config, spec, for_sampling=True)
@@ -104,12 +113,29 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
         _check_latents(config, theirs)
     ema = choose_ema("init.which", which, averages(theirs))
     params = _fit(_restore(folder, theirs, ema)[1], like, path)
-    own, known = ({**each.model, **sizes_of(each.model)} for each in (config, theirs))
-    for key in ("prediction", "num_heads", "logit_power"):  # which no parameter's shape shows
-        if own.get(key) != known.get(key):
-            problem = f"its run has {known.get(key)!r}; use that"
-            raise BadInput(f"init.path={path}: model.{key}={own.get(key)!r}: {problem}")
+    _check_meaning(_meaning(config), _meaning(theirs), path)
     return params
+
+
+def _check_meaning(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> None:
+    """Raise BadInput where another run's parameters have another meaning, whatever their shapes."""
+    for key, own in ours.items():
+        if (other := theirs.get(key, own)) != own:
+            raise BadInput(f"init.path={path}: {key}={own!r}: its run has {other!r}; use that")
+
+
+def _meaning(config: ConfigDict) -> dict[str, Any]:
+    """Return what a network's parameters mean that neither their names nor their shapes show."""
+    model = {**config.model, **sizes_of(config.model)}
+    meaning = {key: model[key] for key in ("prediction", "num_heads", "logit_power")}
+    if model["time_conditioning"] != "t":  # flow matching's, which becomes the flow map of t|r
+        meaning["time_conditioning"] = model["time_conditioning"]
+    if model["prediction"] == "data":
+        meaning["t_clip"] = model["t_clip"]
+    meaning = {f"model.{key}": value for key, value in meaning.items()}
+    if model["time_conditioning"] == STEPS:
+        meaning["times.levels"] = config.times.levels
+    return meaning
 
 
 def load_frozen(config: ConfigDict, frozen: PyTree) -> tuple[PyTree, dict[str, str]]:

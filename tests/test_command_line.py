@@ -132,6 +132,9 @@ ROUNDS = (
     {"data.name=image_folder": "picturs", "data.path=picturs": "data.path"},
     {
         "objective.name=split_meanflow": "",
+        "times.name=consistency": "ends all intervals at the data, and split_meanflow learns from",
+        "sample.steps=2": "sample.renoise=False: this run's intervals",
+        "eval.steps=(2,)": "eval.renoise=False: this run's intervals",
         "weight.of_interval=1.0": "weight.of_interval: split_meanflow learns",
         "draws.instant_share=0.0": "draws.instant_share=0.0: split_meanflow learns",
     },

@@ -133,6 +133,11 @@ def test_more_draws_do_not_change_those_before_them():
     assert (guided.instant.guidance.t_min == 0).all()
     assert (guided.instant.guidance.t_max == 1).all()
     assert (guided.interval.guidance.t_min > 0).all()
+    told = {"omega_max": 4.0, "for_networks": True, "omega_window": False}
+    whole = _draw(DrawScheme(UniformTimes(), **told), 8).interval.guidance
+    np.testing.assert_array_equal(whole.omega, guided.interval.guidance.omega)
+    assert set(whole.t_min.tolist()) == {0}
+    assert set(whole.t_max.tolist()) == {1}
 
 
 def test_bad_arguments_are_named():

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 from unittest import mock
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from test_data import Numbered
 
 from configs.digits import get_config
 from mf_jax import data, evaluate
+from mf_jax.flow.couplings import COUPLINGS
 from mf_jax.flow.errors import BadInput
+from mf_jax.flow.records import Prediction
 from mf_jax.metrics import classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception
@@ -25,7 +28,8 @@ from mf_jax.published.fetch import find_weights
 from mf_jax.runtime.checkpoint import fingerprint
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
-from mf_jax.scoring.grid import cells
+from mf_jax.scoring.diagnose import diagnose
+from mf_jax.scoring.grid import cells, in_shares
 
 WIDTHS = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
 SCORES = {"fid", "sfid", "precision", "recall", "kid", "inception_score", "fid_standard_error"}
@@ -278,6 +282,40 @@ def test_small_pictures_are_compared_with_the_data(score, monkeypatch, capsys):
         ("2 steps", 2, 80),
     ]
     assert table["diagnostics"] == model["diagnostics"]
+    with mock.patch.object(scorers, "_score_whole", wraps=scorers._score_whole) as computed:
+        *_, row = score("--config.eval.labels=data", references=())
+    assert row["protocol"]["labels"] == "data"
+    counts = np.bincount(computed.call_args.args[1].labels)
+    assert sorted(counts) == [7, 8, 8, 8, 8, 8, 8, 8, 8, 9]  # of 33 to 40 of 360
+
+
+def test_samples_are_as_often_of_a_class_as_the_data():
+    labels = np.repeat([2, 0, 1], [5, 90, 5])
+    drawn = in_shares(labels, 40, seed=1)
+    np.testing.assert_array_equal(np.bincount(drawn), [36, 2, 2])
+    assert len(set(drawn[:20].tolist())) > 1
+
+
+def test_diagnostics_have_the_noise_and_the_guidance_of_training():
+    """Of a network that returns 0, whose error is the size of e - x."""
+    told = []
+
+    class Zero(nn.Module):
+        def __call__(self, z, *, r, t, condition):
+            told.append(condition.guidance)
+            return Prediction(0 * z)
+
+    def error(**changes):
+        config = tiny_config(**{"train.batch_size": 128} | changes)
+        source = data.make_source(config.data, split="train")
+        return diagnose(config, Zero(), {}, source)["velocity_error"]
+
+    independent, dealt = (error(**{"coupling.name": kind}) for kind in COUPLINGS)
+    assert dealt < 0.97 * independent
+    assert error(**{"draws.noise_scale": 3.0}) > 2 * independent
+    assert set(told) == {None}
+    error(**{"draws.omega_min": 2.0, "draws.omega_max": 2.0})
+    assert told[-1] is not None
 
 
 def test_subsets_have_the_classes_in_the_proportions_of_all_rows():

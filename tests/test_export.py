@@ -138,6 +138,7 @@ def test_what_a_page_or_a_program_cannot_follow_is_told_and_nothing_is_written(
     for generator, *told in (
         (_untrained(**{"model.norm": "rms", "model.told_guidance": True}), "rms", "told_guidance"),
         (_untrained(DataSpec((4, 8, 2), has_mask=True)), r"\(4, 8, 2\)", "data with mask"),
+        (_untrained(**{"times.name": "consistency"}), "consistency, of one step"),
         (_untrained(**{"model.width": 128}), "sample.steps=65 ", "3 MB of weights"),
     ):
         refuses(f"no page.*{'.*'.join(told)}", web_page.write_page, path, generator, plan)

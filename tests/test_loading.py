@@ -55,6 +55,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_
     refuses("RUN: its parameters are not finite", loading._fit, params, params, "RUN")
 
 
+OTHER_MEANINGS = (
+    # changes of a config that no name and no shape of a parameter shows
+    ({"model.prediction": "data"}, "model.prediction='data'"),
+    ({"model.num_heads": 8}, "model.num_heads=8"),
+    ({"model.logit_power": -1.0}, "model.logit_power=-1.0"),
+    ({"model.time_conditioning": "t,log2"}, "model.time_conditioning='t,log2'"),
+)
+
+
 def test_training_starts_from_another_run(trained, tmp_path):
     """From its moving average, or from the raw parameters."""
     config = _from(trained)
@@ -65,12 +74,10 @@ def test_training_starts_from_another_run(trained, tmp_path):
     assert int(state.step) == 0
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
-    config.model.prediction = "data"
-    refuses("model.prediction=.*: its run has 'velocity'", load_weights, config, _like(config))
-    config.model.prediction = "velocity"
-    heads, config.model.num_heads = config.model.num_heads, 8
-    refuses("model.num_heads=.*: its run has", load_weights, config, _like(config))
-    config.model.num_heads = heads
+    for changes, problem in OTHER_MEANINGS:
+        other = _from(trained, **changes)
+        refuses(f"{problem}: its run has", load_weights, other, _like(other))
+    refuses("draws.noise_scale=2.0", load_initial, _from(trained, **{"draws.noise_scale": 2.0}))
     config.init.which = "none"
     raw = mf_jax.load(trained, ema="none").params
     jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
@@ -122,6 +129,18 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
     samples = np.load(tmp_path / "samples.npz")
     assert samples["arr_0"].shape == (13, 32, 32, 3)
     np.testing.assert_array_equal(samples["arr_1"], [*range(10), 0, 1, 2])
+
+
+def test_a_run_of_flow_matching_is_no_flow_map(copy_of_trained):
+    """Nor is a clip of times, or a shortest step, another."""
+    edit(copy_of_trained / "config.json", objective={"name": "flow_matching"})
+    refuses("no average velocity", load_initial, _from(copy_of_trained))
+    load_initial(_from(copy_of_trained, **{"objective.name": "flow_matching"}))
+    told = {"model.prediction": "data", "model.time_conditioning": "t,log2"}
+    edit(copy_of_trained / "config.json", model={k.split(".")[1]: v for k, v in told.items()})
+    for key, value in {"model.t_clip": 0.1, "times.levels": 3}.items():
+        config = _from(copy_of_trained, **told | {key: value})
+        refuses(f"{key}={value}: its run has", load_weights, config, _like(config))
 
 
 def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):

@@ -133,7 +133,7 @@ def test_classes_of_networks_say_what_they_can():
     assert takes["affine"] == takes["low_rank"] == ("images", "vectors")
     assert takes["dit"] == ("images", "signals")
     assert takes["in_context_dit"] == takes["unet"] == ("images",)
-    told = [name for name, network in NETWORKS.items() if network.can_be_told_guidance]
+    told = [name for name, network in NETWORKS.items() if network.guidance_inputs]
     assert told == ["dit", "in_context_dit"]
     heads = [name for name, (network, _) in CASES.items() if network.second_head]
     assert heads == ["in_context_dit", "pixel"]

@@ -1,5 +1,7 @@
 """Samplers on fields whose answer is known, and diagnostics of the closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,25 @@ def test_bad_grids_are_refused():
     grids = (1.0,), (0.9, 0.0), (1.0, 0.1), (1.0, 0.2, 0.5, 0.0), (1.0, 1.0, 0.0)
     for steps, times in ((0, ()), (-2, ()), *((1, grid) for grid in grids)):
         refuses(r"(steps|times)=", SamplePlan, steps, times)
+
+
+def test_what_a_network_has_not_learnt_is_refused():
+    every = {"has_window": True, "only_to_data": False}
+    cases = (
+        ({}, (1.0, 1.0), {}, ""),
+        ({"omega": 2.0}, (1.0, 1.0), {}, r"no guidance.*use \(1.0, 0.0, 1.0\)"),
+        ({}, (1.75, 1.75), {}, r"scales from 1.75 to 1.75; use \(1.75, 0.0, 1.0\)"),
+        ({"omega": 2.0}, (1.75, 1.75), {}, "scales from 1.75"),
+        ({"omega": 9.0, "t_max": 0.5}, (1.0, 8.0), {}, ""),  # as is published
+        ({"omega": 2.0, "t_max": 0.5}, (1.0, 8.0), {"has_window": False}, r"no window.*\(2.0, 0.0"),
+        ({"t_max": 0.5}, (1.0, 8.0), {"has_window": False}, ""),
+        ({"steps": 2}, (1.0, 1.0), {"only_to_data": True}, "end at the data"),
+        ({"steps": 2, "renoise": True}, (1.0, 1.0), {"only_to_data": True}, ""),
+        ({}, (1.0, 1.0), {"only_to_data": True}, ""),
+    )
+    for plan, scales, learnt, problem in cases:
+        check = functools.partial(SamplePlan(**plan).check_learnt, *scales, **every | learnt)
+        refuses(problem, check) if problem else check()
 
 
 def _case():

@@ -65,6 +65,7 @@ class DrawScheme:
         needs `for_networks`.
       omega_min: smallest scale, at least 1; equal to omega_max it is the only one.
       omega_power: the scale has density omega^-omega_power; at least 0.
+      omega_window: a window of t is drawn for it too, which the network is told; else all t.
       noise_scale: standard deviation of the noise that is drawn, above 0.
       crops: whether the objective looks at crops of pictures, whose boxes are drawn.
       for_networks: whether the field is one of this project's networks, which are told a
@@ -87,6 +88,7 @@ class DrawScheme:
     instant_of_every_row: bool = False
     coupling: Coupling | None = None
     omega_min: float = 1.0
+    omega_window: bool = True
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
@@ -212,6 +214,8 @@ class DrawScheme:
             power = 1 - self.omega_power
             least, most = self.omega_min**power, self.omega_max**power
             omega = (least + omega * (most - least)) ** (1 / power)
+        if not self.omega_window:
+            low, high = jnp.zeros_like(low), jnp.ones_like(high)
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
 
 

@@ -85,13 +85,28 @@ class SamplePlan:
             changes |= zip(("omega", "t_min", "t_max"), map(float, guidance), strict=True)
         return dataclasses.replace(self, **changes)
 
-    def check_guidable(self, omega_max: float) -> None:
-        """Raise BadInput if there is guidance and the network has no such input."""
-        if self.omega != 1 and omega_max == 1:
-            raise BadInput(
-                f"guidance={self.guidance}: this run's network was told no guidance "
-                f"(draws.omega_max=1); use {NO_GUIDANCE}"
-            )
+    def check_learnt(
+        self, omega_min: float, omega_max: float, *, has_window: bool, only_to_data: bool
+    ) -> None:
+        """Raise BadInput unless a network has learnt to follow the plan.
+
+        Args:
+          omega_min, omega_max: scales of guidance that it was told; 1 and 1 = none.
+          has_window: whether it was told windows of t.
+          only_to_data: whether all intervals that it learnt end at r = 0.
+        """
+        # published samples have larger scales than were drawn, if several were
+        if self.omega < omega_min or (self.omega > omega_min == omega_max):
+            told = "no guidance (draws.omega_max=1)"
+            told = told if omega_max == 1 else f"scales from {omega_min} to {omega_max}"
+            fix = f"this run's network was told {told}; use {omega_min, *NO_GUIDANCE[1:]}"
+            raise BadInput(f"guidance={self.guidance}: {fix}")
+        if self.omega != 1 and not has_window and self.guidance[1:] != NO_GUIDANCE[1:]:
+            fix = f"this run's network was told no window of t; use {self.omega, *NO_GUIDANCE[1:]}"
+            raise BadInput(f"guidance={self.guidance}: {fix}")
+        if only_to_data and len(self.grid) > 2 and not self.renoise:
+            fix = "this run's intervals all end at the data; use one step, or renoise=True"
+            raise BadInput(f"renoise=False: {fix}")
 
 
 ONE_STEP = SamplePlan()

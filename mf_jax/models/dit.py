@@ -97,7 +97,7 @@ class DiT(Transformer, kw_only=True):
     """Predict u(z, r, t) of images, latents or signals."""
 
     takes = ("images", "signals")
-    can_be_told_guidance = True
+    guidance_inputs = ("omega",)
 
     time_conditioning: str = "t,t-r"  # one of TIME_CONDITIONINGS, DECOUPLED or STEPS
     r_blocks: int = 0  # see num_r_blocks, where time_conditioning is DECOUPLED

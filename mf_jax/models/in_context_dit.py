@@ -140,7 +140,7 @@ class PrefixTokens(nn.Module):
 class InContextDiT(Transformer, kw_only=True):
     """Predict u(z, r, t), told only t - r, and in training v(z, t) of images or latents."""
 
-    can_be_told_guidance = True
+    guidance_inputs = ("omega", "t_min", "t_max")
 
     head_depth: int  # blocks, the last ones of depth, that belong to one prediction alone
     second_head: bool = True  # predict v too, by head_depth further blocks; False in sampling

@@ -39,7 +39,8 @@ class Network(nn.Module, kw_only=True):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
-    can_be_told_guidance: ClassVar[bool] = False
+    guidance_inputs: ClassVar[tuple[str, ...]] = ()
+    """Which of omega, t_min and t_max it can be told."""
     second_head = False  # whether it predicts v too; without an annotation it is no field
 
     num_classes: int  # of the data; 0 for a network without classes

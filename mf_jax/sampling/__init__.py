@@ -171,6 +171,9 @@ def _plot_vectors(workdir: Path, generator: Generator, samples: Float[np.ndarray
     save(workdir / _PLACES[kind], samples[:_SCATTER_POINTS], data, title=_caption(generator))
     if samples.shape[1:] != (2,) or generator.spec.more:
         return
+    if generator.spec.num_classes and not generator.config.draws.label_drop_share:
+        print("field and transport are left out: nothing was trained without its label")
+        return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
     learns_average = make_objective(generator.config).learns_average

@@ -78,6 +78,7 @@ def _check(generator: Generator, network: Any, plan: SamplePlan) -> None:
         f"model.name={config.model.name} (it runs dit)": not isinstance(network, DiT),
         f"model.norm={config.model.norm}": config.model.norm != "layer",
         "model.told_guidance": config.model.told_guidance,
+        f"times.name={config.times.name}, of one step": config.times.name == "consistency",
         f"data.name={config.data.name}": config.data.name == "latents",
         f"samples of shape {spec.shape}": not spec.is_picture or spec.shape[-1] not in (1, 3),
         f"data with {', '.join(spec.more)}": bool(spec.more),

@@ -1,16 +1,17 @@
 """Diagnostics of a model on real data: its distance to the MeanFlow identity and the velocity."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.config import make_objective, make_scheme
-from mf_jax.data import Source
+from mf_jax.config import learns_average, make_scheme
+from mf_jax.data import Batch, Source
 from mf_jax.flow import diagnostics
 from mf_jax.flow.draws import key_of
 from mf_jax.flow.records import Rows, Told
@@ -23,21 +24,28 @@ _STREAM = 2**31  # sample i folds i into the same key, and i stays below
 def diagnose(
     config: ConfigDict, network: nn.Module, params: PyTree, source: Source
 ) -> dict[str, float]:
-    """Return the MeanFlow diagnostics on real data, at times of the run's own distribution."""
+    """Return the MeanFlow diagnostics on real data, with times and noise drawn as in training."""
     key = jax.random.fold_in(key_of(config.eval.seed), _STREAM)
-    rows_key, noise_key, times_key = jax.random.split(key, 3)
-    index = jax.random.randint(rows_key, (_ROWS,), 0, len(source))
-    x, labels, condition, e, mask = jax.tree.map(jnp.asarray, source.gather(np.asarray(index)))
+    rows_key, draws_key = jax.random.split(key)
+    index = np.asarray(jax.random.randint(rows_key, (_ROWS,), 0, len(source)))
     scheme = make_scheme(config)
-    r, t = scheme.times.sample(times_key, _ROWS)
-    e = scheme.noise_scale * jax.random.normal(noise_key, x.shape) if e is None else e
-    if mask is not None:
-        x, e = (jnp.where(mask, each, 0) for each in (x, e))
-    told = {"condition": labels if condition is None else Told(labels, condition)}
-    told |= {"dropped": jnp.zeros(labels.shape, bool), "mask": mask, "for_networks": True}
-    rows = Rows(x=x, e=e, t=t, r=r, **told)
+    # of rows with r < t, their labels kept, with the least guidance that the network knows
+    plain = {"instant_share": 0.0, "instant_of_every_row": False, "label_drop_share": 0.0}
+    plain |= {"omega_max": scheme.omega_min, "omega_window": False}
+    scheme = dataclasses.replace(scheme, **plain)
+
+    @jax.jit
+    def drawn(key: Array, batch: Batch) -> Rows:
+        told = batch.labels if batch.condition is None else Told(batch.labels, batch.condition)
+        draws = scheme.draw(key, batch.x, told, e=batch.e, mask=batch.mask)
+        return draws.interval.replace(dropout=None)
+
+    starts = range(0, _ROWS, config.train.batch_size)  # noise is dealt within a batch
+    batches = [source.gather(index[i : i + config.train.batch_size]) for i in starts]
+    rows = map(drawn, jax.random.split(draws_key, len(batches)), batches)
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     measures: list[Callable] = [diagnostics.velocity_error]
-    if make_objective(config).learns_average:
+    if learns_average(config):
         measures += [diagnostics.identity_residual, diagnostics.additivity_gap]
     field = as_field(network)
 

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mf_jax.flow.sampler import SamplePlan
@@ -30,6 +32,12 @@ class Cell:
         plan = {key: getattr(self.plan, key) for key in keys}
         plan |= {"renoise": True} if self.plan.renoise else {}  # rows without the key have none
         return {"checkpoint": self.checkpoint, "ema": self.ema, **plan}
+
+
+def in_shares(labels: Int[np.ndarray, "n"], num: int, seed: int) -> Int[np.ndarray, "num"]:
+    """Return num labels in random order, each as often as it is among these."""
+    spread = np.sort(labels)[np.arange(num) * len(labels) // num]
+    return np.random.default_rng(seed).permutation(spread)
 
 
 def cells(config: ConfigDict) -> list[Cell]:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mf_jax.config import (
     averages,
+    check_plan,
     fields_of,
     make_network,
     make_objective,
@@ -130,7 +131,7 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
         yield f"{setting}: {config.objective.name} has no guidance in its target; {off}"
     if is_guided and is_drawn:
         yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
-    able = [name for name, each in NETWORKS.items() if getattr(each, "can_be_told_guidance", False)]
+    able = [name for name, each in NETWORKS.items() if getattr(each, "guidance_inputs", ())]
     name = config.model.name
     is_told = config.model.told_guidance or "told_guidance" not in fields_of(NETWORKS[name])
     if is_drawn and not (name in able and is_told):
@@ -167,6 +168,9 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     draws = config.draws
     if not (objective.interval_data or draws.instant_share or draws.instant_of_every_row):
         yield f"draws.instant_share=0.0: {name} learns the data from rows with r = t; use 0.75"
+    if not objective.interval_data and config.times.name == "consistency":
+        problem = f"ends all intervals at the data, and {name} learns from others; use uniform"
+        yield f"times.name='consistency': {problem}"
     able = "perceptual" in fields_of(OBJECTIVES[name])
     if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
         yield (
@@ -191,7 +195,7 @@ def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
         base = SamplePlan(**{key: section[key] for key in ("renoise", "seed", "batch_size")})
         for steps, omega, interval in cells:
             plan = base.replace(steps=steps, guidance=(omega, *interval))
-            plan.check_guidable(config.draws.omega_max)
+            check_plan(config, plan)
             if omega == 1:  # no guidance has no interval
                 plan = plan.replace(guidance=NO_GUIDANCE)
             plans.append(plan)

@@ -47,7 +47,7 @@ CHOICES = {
     "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES,
     "mesh.gather": GATHERS,
-    "eval.labels": ("balanced", "random"),
+    "eval.labels": ("data", "balanced", "random"),
 }
 _WHOLE = (
     "model.channel_multipliers model.attention_resolutions eval.steps eval.checkpoints bench.shape "
