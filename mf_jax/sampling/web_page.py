@@ -75,7 +75,7 @@ def _check(generator: Generator, network: Any, plan: SamplePlan) -> None:
     config, spec = generator.config, generator.spec
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(generator.params))
     limits = {
-        f"model.name={config.model.name} (it runs dit)": not isinstance(network, DiT),
+        f"model.name={config.model.name} (it runs dit)": type(network) is not DiT,
         f"model.norm={config.model.norm}": config.model.norm != "layer",
         "model.told_guidance": config.model.told_guidance,
         f"times.name={config.times.name}, of one step": config.times.name == "consistency",
