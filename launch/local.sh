@@ -40,8 +40,9 @@ for mode in "${modes[@]}"; do
   code=0
   wait "$child" || code=$?
   if [ "$stopped" = 1 ]; then
-    wait "$child" || true # the first wait ended with the signal, not with the run
-    exit 0
+    code=0
+    wait "$child" || code=$? # the first wait ended with the signal, not with the run
+    exit "$code"
   fi
   [ "$code" = 0 ] || exit "$code"
 done

@@ -80,7 +80,7 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     if source.stored or len(source) * math.prod(source.spec.shape) > 2**26:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
     if config.data.flip or config.data.augment != "none":
-        fix = "use batch, or data.flip=False and data.augment=none"
+        fix = "use data.flip=False and data.augment=none"
         raise BadInput(f"velocity.source='data': knows the data as they lie, not moved; {fix}")
     whole = read(source)
     told = whole.labels if whole.condition is None else Told(whole.labels, whole.condition)
@@ -115,8 +115,7 @@ def make_scheme(config: ConfigDict) -> DrawScheme:
     coupling = look_up("coupling.name", config.coupling.name, COUPLINGS)
     coupling = coupling and from_section(coupling, config.coupling)
     parts = {"times": times, "instant_times": own, "coupling": coupling, "for_networks": True}
-    network = look_up("model.name", config.model.name, NETWORKS)
-    parts["omega_window"] = "t_min" in getattr(network, "guidance_inputs", ())
+    parts["omega_window"] = _learns_windows(config)
     return from_section(DrawScheme, config.draws, **parts, crops=sees_pictures(config))
 
 
@@ -178,12 +177,27 @@ def learns_average(config: ConfigDict) -> bool:
     return getattr(OBJECTIVES.get(config.objective.name), "learns_average", True)
 
 
+def has_null(config: ConfigDict) -> bool:
+    """Return whether a config's network learns to sample rows without their condition."""
+    of_all = config.draws.label_drop == "any_row" or not learns_average(config)
+    return config.draws.label_drop_share > 0 and of_all
+
+
+def _learns_windows(config: ConfigDict) -> bool:
+    """Return whether a config's network, told windows of guidance, can learn what they do.
+
+    Rows with r = t have none; rows with r < t that see no data learn from these.
+    """
+    inputs = getattr(NETWORKS.get(config.model.name), "guidance_inputs", ())
+    sees_data = getattr(OBJECTIVES.get(config.objective.name), "interval_data", True)
+    return "t_min" in inputs and sees_data
+
+
 def check_plan(config: ConfigDict, plan: SamplePlan) -> None:
     """Raise BadInput unless a config's network learns to follow a plan."""
-    inputs = getattr(NETWORKS.get(config.model.name), "guidance_inputs", ())
     only_to_data = config.times.name == "consistency" and learns_average(config)
-    scales = config.draws.omega_min, config.draws.omega_max
-    plan.check_learnt(*scales, has_window="t_min" in inputs, only_to_data=only_to_data)
+    learnt = {"has_window": _learns_windows(config), "only_to_data": only_to_data}
+    plan.check_learnt(config.draws.omega_min, config.draws.omega_max, **learnt)
 
 
 def sample_plan(config: ConfigDict) -> SamplePlan:

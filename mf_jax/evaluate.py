@@ -27,6 +27,7 @@ from mf_jax.reporting.sample_grid import describe, save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
+from mf_jax.runtime.files import sha256_of
 from mf_jax.runtime.json_files import write_json
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
@@ -34,7 +35,7 @@ from mf_jax.scoring.diagnose import diagnose
 from mf_jax.scoring.grid import NEWEST, Cell, cells, in_shares
 from mf_jax.scoring.rows import Row
 from mf_jax.scoring.scorers import Samples, Scorer
-from mf_jax.validation import validate
+from mf_jax.validation import own_parts, validate
 from mf_jax.validation.ranges import check_values
 
 PICTURES = "eval_samples"
@@ -229,22 +230,24 @@ class Evaluation:
         """Return whatever decides the samples of a cell."""
         config = self.config
         with processes.together():
-            origin = run_folder.stored_data(self.workdir).origin if self.is_run else ""
-            decoder = load_decoder(config, origin=origin)
+            spec = run_folder.stored_data(self.workdir) if self.is_run else model().spec
+            decoder = load_decoder(config, origin=spec.origin if self.is_run else "")
         if self.is_run:
             weights = fingerprint(self.workdir, cell.checkpoint)
         else:
             weights = score_rows.digest(*map(np.asarray, jax.tree.leaves(model().params)))
         deciding = {section: config[section].to_dict() for section in ("model", "objective")}
         if not self.is_run:  # which keeps them
-            deciding |= {"noise_scale": config.draws.noise_scale, "levels": config.times.levels}
+            deciding |= {key: config[key].to_dict() for key in ("times", "draws", "coupling")}
+            deciding |= {"shape": list(spec.shape)}
+        deciding |= {key: sha256_of(epath.Path(file)) for key, file in own_parts(config).items()}
         if decoder:
             deciding |= {key: list(config.data[key]) for key in ("latent_mean", "latent_std")}
         return cell.protocol | {
             "weights": weights,
             "config": score_rows.digest(score_rows.key_of(deciding).encode()),
             "num_samples": config.eval.num_samples,
-            "labels": "of rows" if self.data and self.data.spec.more else config.eval.labels,
+            "labels": "of rows" if spec.more else config.eval.labels,
             "network_dtype": config.model.dtype,
             "autoencoder": decoder.autoencoder.sha256 if decoder else "none",
             "quantisation": QUANTISATION,

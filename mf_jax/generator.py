@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from mf_jax.config import check_plan, learns_average
+from mf_jax.config import check_plan, has_null, learns_average
 from mf_jax.data.given import checked_given
 from mf_jax.data.pipeline import MORE
 from mf_jax.data.pixels import to_pixels
@@ -193,16 +193,14 @@ class Generator:
         num = len(given) or max(self.spec.num_classes, 1) if num is None else num
         if num < 1:
             raise BadInput(f"num={num}: must be at least 1")
-        has_null = self.config.draws.label_drop_share > 0
-        self.spec.check_labels(given.tolist(), has_null=has_null)
+        self.spec.check_labels(given.tolist(), has_null=has_null(self.config))
         if not len(given):
             given = np.arange(self.spec.num_classes) if self.spec.num_classes else [NO_LABEL]
         return np.resize(given, num).astype(np.int32)
 
     def given_for(self, given: Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
         """Return what samples are given besides labels; see `checked_given`."""
-        has_null = self.config.draws.label_drop_share > 0
-        return checked_given(self.spec, given, has_null=has_null)
+        return checked_given(self.spec, given, has_null=has_null(self.config))
 
     def average_velocity(
         self, z: Float[np.ndarray, "n ..."], *, r: float, t: float

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from mf_jax import config as build
 from mf_jax.data import Batch, Source, make_batches
 from mf_jax.data.augment import AUGMENTATIONS
-from mf_jax.flow.errors import left_out
+from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator
 from mf_jax.loading import load_frozen, load_weights, weights_sha256
 from mf_jax.models import parameter_shapes
@@ -79,6 +79,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         if sha256 := weights_sha256(config):
             digests["init_sha256"] = sha256
+    if config.velocity.ema == 1 and not config.init.path:
+        fix = "name a run with init.path, or use velocity.ema=0.99"
+        raise BadInput(f"velocity.ema=1.0: a frozen teacher that has learnt nothing; {fix}")
+    if run_folder.exists(workdir):  # a later command may leave the override out
+        kept, asked = run_folder.stored_config(workdir).checkpoint.keep, config.checkpoint.keep
+        if kept > asked:
+            print(f"checkpoint.keep={asked}: the run keeps {kept}, as it began; see config.json")
+            config.checkpoint.keep = kept
     stop_signal = processes.stop_signal(workdir / FOLDER, config.train.num_steps)
     owned = run_folder.own(workdir, config, source, own_parts(config), **digests)
     with owned, stop_signal as stop:

@@ -10,7 +10,7 @@ ECHO = """#!/usr/bin/env bash
 echo "python $*"
 case "$*" in
   *wait*)
-    trap 'echo saved; exit 0' TERM
+    trap 'case "$*" in *full*) exit 1 ;; esac; echo saved; exit 0' TERM
     echo waiting
     while :; do read -t 0.1 <> <(:) || true; done
     ;;

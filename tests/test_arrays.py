@@ -105,6 +105,9 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
         ({"condition": np.ones(3), "mask": np.ones((1, 5), bool)}, "leave mask out"),
     ):
         refuses(words, generator.sample, labels=[1], **wrong)
+    np.savez(tmp_path / "vectors.npz", **FILES["vectors"] | {"condition": np.ones((N, 3))})
+    assert_refused(here("--mode=sample", f"--workdir={tmp_path / 'vectors'}"), "on other data")
+    np.savez(tmp_path / "vectors.npz", **FILES["vectors"])
     narrow = (f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,")
     assert_refused(here("--mode=sample", *narrow), "sample.condition")
 

@@ -147,6 +147,26 @@ ROUNDS = (
         "coupling.name=optimal_transport": "",
         "coupling.rows=7": "coupling.rows=7: must divide the 16",
     },
+    {
+        "model.dtype=bfloat16": "",
+        "objective.derivative=central": "differences of bfloat16 numbers are rounding errors",
+        "guidance.omega=2.0": "",
+        "draws.label_drop_share=0.1": "",
+        "sample.labels=(-1,)": "-1 is not a class; use 0 to 9, and -1, none, of runs with",
+        "weight.of_interval=1.0": "leaves rows without label no weight",
+        "coupling.name=optimal_transport": "",
+        "data.augment=edm": "noise must not tell how a picture was moved",
+    },
+    {
+        "objective.name=shortcut": "",
+        "times.name=grid": "times.name='grid': guided, shortcut guides the halves",
+        "guidance.omega=2.0": "",
+    },
+    {
+        "velocity.source=average": "",
+        "velocity.ema=1.0": "velocity.ema=1.0: a frozen teacher that has learnt nothing",
+        "velocity.target=1.0": "",
+    },
 )
 ROUNDS_OF_TOY = (
     {

@@ -6,6 +6,7 @@ import json
 import os
 
 import numpy as np
+import PIL
 import pytest
 import tensorflow_datasets as tfds
 from absl import logging
@@ -16,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mf_jax import data
-from mf_jax.data import picture_list, pictures, toy2d
+from mf_jax.data import image_folder, picture_list, pictures, toy2d
 from mf_jax.data.crop import adm_crop, as_rgb, open_picture
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.data.pixels import from_pixels, to_pixels
@@ -140,7 +141,7 @@ def test_sources_in_memory_keep_the_protocol():
         assert batch.x.shape == (3, *source.spec.shape)
         assert (batch.x.dtype, batch.labels.dtype) == (np.float32, np.int32)
         np.testing.assert_array_equal(batch.x[[0, 2]], data.read(source).x[[3, 3]])
-        np.testing.assert_array_equal(batch.x[1], data.read(source, 2).x[1])
+        np.testing.assert_array_equal(batch.x[1], data.read(source).x[1])
 
 
 def test_digits_are_split_by_class_without_overlap_and_keep_their_labels():
@@ -343,7 +344,9 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     np.testing.assert_equal(take(on_demand, 5), stream)
 
 
-def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_path):
+def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(
+    tmp_path, capsys, monkeypatch
+):
     for number in range(4):
         save(tmp_path / f"{number}.png", (9 * number, 0), mode="LA")
     assert folder(tmp_path).spec.shape == (8, 8, 3)  # as earlier runs had them
@@ -354,6 +357,11 @@ def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(tmp_pa
     deep.save(tmp_path / "3.png", transparency=257)
     grey = folder(tmp_path, channels=0, background="#404040")
     np.testing.assert_array_equal(to_pixels(data.read(grey).x), 64)
+    assert "all are read as grey" not in capsys.readouterr().out
+    monkeypatch.setattr(image_folder, "_LOOKED_AT", 3)
+    assert folder(tmp_path, channels=0).spec.shape == (8, 8, 1)
+    assert "3 of 4 pictures are grey: all are read as grey" in capsys.readouterr().out
+    monkeypatch.undo()
     save(tmp_path / "4.png", (255, 0, 0))
     assert folder(tmp_path, channels=0).spec.shape == (8, 8, 3)
     assert np.ptp(data.read(folder(tmp_path, channels=1)).x, axis=-1).max() == 0
@@ -380,6 +388,21 @@ def test_decoded_pictures_are_kept_until_a_file_changes(classes, tmp_path_factor
     (classes / "zebra" / "06.png").unlink()
     (classes / "zebra" / "06.png").symlink_to("nowhere.png")
     assert (1, 2, 3) in identities(folder(classes)) + identities(folder(classes, split="held_out"))
+    assert len(list((cache / "data").iterdir())) == 3
+    monkeypatch.setattr(PIL, "__version__", "0")
+    folder(classes)
+    (classes / "zebra" / "05.png").chmod(0o600)  # which may have been why it could not be read
+    folder(classes)
+    assert len(list((cache / "data").iterdir())) == 5
+
+
+def test_some_of_a_source_are_from_all_over_it():
+    source = make("digits", "train")
+    everything = data.read(source).labels
+    for some in (data.read(source, 100), data.in_turn(source, 100)):
+        np.testing.assert_array_equal(some.labels, everything[np.arange(100) * len(source) // 100])
+    turns = data.in_turn(source, len(source) + 3).labels
+    np.testing.assert_array_equal(turns, [*everything, *everything[:3]])
 
 
 def test_other_names_are_another_digest_and_a_lost_picture_is_named(classes, monkeypatch):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import refuses
+from jobs import tiny_config
 
+from mf_jax.config import make_scheme
 from mf_jax.flow.draws import DrawScheme, group_sizes
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.rows import condition_of
@@ -106,6 +108,19 @@ def test_dyadic_times_are_steps_of_a_ladder():
     r, t = TIMES["grid"](levels=3).sample(jax.random.key(0), 200)
     assert set((8 * t).tolist()) == set(range(1, 9))
     np.testing.assert_array_equal(t - r, 1 / 8)
+
+
+def test_rows_with_r_equal_to_t_can_have_uniform_times_of_their_own():
+    for order, mean in {"clip": 1 / 2, "swap": 2 / 3}.items():
+        own = UniformTimes(order)
+        t = _draw(DrawScheme(LogitNormalTimes(), instant_times=own), 4096).instant.t
+        assert abs(t.mean() - mean) < 0.02
+    config = tiny_config(**{"instant_times.name": "uniform"})
+    assert make_scheme(config).instant_times == UniformTimes("clip")
+    told = {"model.name": "in_context_dit", "draws.omega_max": 4.0}
+    for name, windows in {"improved_meanflow": True, "split_meanflow": False}.items():
+        config = tiny_config(**told | {"objective.name": name})
+        assert make_scheme(config).omega_window == windows
 
 
 def test_drawn_guidance_has_the_density_it_names():

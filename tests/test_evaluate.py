@@ -19,7 +19,7 @@ from configs.digits import get_config
 from mf_jax import data, evaluate
 from mf_jax.flow.couplings import COUPLINGS
 from mf_jax.flow.errors import BadInput
-from mf_jax.flow.records import Prediction
+from mf_jax.flow.records import DataSpec, Prediction
 from mf_jax.metrics import classifier
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception
@@ -388,12 +388,18 @@ def test_bad_input_is_one_line(looks, copy_of_trained, tmp_path, reference, monk
 
 def test_weights_have_a_row_for_whatever_decides_their_samples(tmp_path):
     keys, scorer = set(), mock.Mock(spec=scorers.Scorer)
-    for key, value in (("draws.noise_scale", 1.0), ("draws.noise_scale", 0.8), ("times.levels", 5)):
+    for key, value, side in (
+        ("draws.noise_scale", 1.0, 8),
+        ("draws.noise_scale", 0.8, 8),
+        ("times.levels", 5, 8),
+        ("times.t_mean", 3.0, 8),  # which diagnostics depend on
+        ("times.t_mean", 3.0, 16),
+    ):
         config = tiny_config(**{key: value})
         evaluation = evaluate.Evaluation(config, epath.Path(tmp_path), scorer, None)
-        weights = SimpleNamespace(params={})
+        weights = SimpleNamespace(params={}, spec=DataSpec((side, side, 1)))
         keys.add(score_rows.key_of(evaluation._protocol(cells(config)[0], lambda w=weights: w)))
-    assert len(keys) == 3
+    assert len(keys) == 5
     config.init.path, config.eval.emas = "weights.npz", ("none",)
     evaluate._check_workdir(config, epath.Path(tmp_path) / "new")
     assert config.eval.emas == ("",), "those of a row are of its own runs"

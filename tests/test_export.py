@@ -29,7 +29,7 @@ from mf_jax.sampling.program import write_program
 
 COLOUR = DataSpec((4, 8, 3), 3, ("</script>", "b", "c"))
 SMALL = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.patch_size": 2}
-SMALL |= {"draws.label_drop_share": 0.1}
+SMALL |= {"draws.label_drop_share": 0.1, "draws.label_drop": "any_row"}
 UNET = {"model.name": "unet", "model.channels": 8, "model.channel_multipliers": (1, 2)}
 UNET |= {"model.num_blocks": 1, "model.attention_resolutions": ()}
 IN_CONTEXT = {"model.name": "in_context_dit", "model.head_depth": 1, "draws.omega_max": 4.0}
@@ -89,6 +89,11 @@ def test_every_network_becomes_a_program_of_any_batch_size_and_a_page_of_a_dit_a
         ours = generator.decoder(jnp.asarray(ours)) if generator.decoder else ours
         np.testing.assert_allclose(drawn, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
         refuses(r"no page.*(model|data)\.name=", web_page.write_page, path, generator, plan)
+    generator = _untrained(**{"times.name": "consistency"})
+    write_program(path, generator, SamplePlan())
+    told = {"e": _noise(generator, 3), "labels": np.int32([2, 0, 1])}
+    one, many = (_load(path).call(steps=np.int32(n), **told) for n in (1, 9))
+    np.testing.assert_array_equal(one, many)  # steps are not composed
 
 
 def _drawn_by_page(path, asked):

@@ -1,5 +1,7 @@
 """How the members of the family are related, and what each alone does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,13 +143,20 @@ def test_controls_have_a_gradient_and_add_to_any_objective():
     controls = Controls(lipschitz=2.0, lipschitz_bound=1.0)
     slope = jax.grad(lambda p: controls.penalty(_linear(3.0), p, _draws())[0])(jnp.zeros(()))
     np.testing.assert_allclose(slope, 2 * 2 * (3.0 - 1), rtol=1e-9)
-    added, _ = controls.penalty(FIELD, PARAMS, _draws())
+    penalties = []
     for objective in (MeanFlow(), FlowMatching()):
-        both = Controlled(objective, controls)
+        both, is_map = Controlled(objective, controls), objective.learns_average
+        added, _ = controls.penalty(FIELD, PARAMS, _draws(), is_map=is_map)
+        penalties.append(float(added))
         loss, alone = (o.loss(FIELD, PARAMS, _draws())[0] for o in (both, objective))
         np.testing.assert_allclose(loss, alone + added, rtol=1e-9)
         assert both.learns_average == objective.learns_average
         assert both.target_ema == objective.target_ema
+    assert abs(penalties[0] - penalties[1]) > 1e-3
+    at_r = dataclasses.replace(controls, lipschitz_bound=1e-6)  # of a slope that r alone changes
+    bent = lambda params, z, *, r, t, condition: z * per_row(t - r, z)  # noqa: E731
+    of_map, of_flow = (at_r.penalty(bent, None, _draws(), is_map=k)[0] for k in (True, False))
+    assert of_flow < 1e-9 < of_map
 
 
 def test_guidance_holds_inside_its_window_and_with_a_label():

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY, refuses
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from jobs import assert_refused, here, works
+from jobs import assert_refused, here, tiny_config, works
 from PIL import Image
 from recorded import FOLDER
 
@@ -19,7 +19,7 @@ from configs.digits import get_config
 from configs.toy2d import get_config as toy2d
 from mf_jax import generator as module
 from mf_jax import sampling
-from mf_jax.config import make_network
+from mf_jax.config import has_null, make_network
 from mf_jax.data import Batch
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.draws import key_of
@@ -97,19 +97,36 @@ def test_labels(generator):
     np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
     np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
     np.testing.assert_array_equal(generator.labels_for(None), range(10))
+    refuses("draws.label_drop=any_row", generator.labels_for, [-1])
+    for share, kind, objective, known in (
+        (0.1, "any_row", "meanflow", True),
+        (0.1, "instant_rows", "meanflow", False),
+        (0.1, "instant_rows", "flow_matching", True),
+        (0.0, "any_row", "meanflow", False),
+    ):
+        drops = {"draws.label_drop_share": share, "draws.label_drop": kind}
+        assert has_null(tiny_config(**drops | {"objective.name": objective})) == known
     none = dataclasses.replace(generator, spec=DataSpec((2,)))
     np.testing.assert_array_equal(none.labels_for(None), [-1])
     assert repr(generator).startswith("Generator(dit of ")
     assert len(repr(generator)) < 120
     np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
     refuses("no classes", none.labels_for, [0])
-    for labels, has_null in ([10], True), ([-2], True), ([-1], False):
-        refuses("not a class", LATENT.check_labels, labels, has_null=has_null)
+    for labels, knows_null in ([10], True), ([-2], True), ([-1], False):
+        refuses("not a class", LATENT.check_labels, labels, has_null=knows_null)
     LATENT.check_labels([-1, 9, "3"], has_null=True)
     named = dataclasses.replace(generator, spec=DataSpec((2,), 3, ("10", "cat", "dog")))
     np.testing.assert_array_equal(named.labels_for(["cat", 0, "10", 2]), [1, 0, 0, 2])
     np.testing.assert_array_equal(named.labels_for("dog", 2), [2, 2])
     refuses(r"'cart' is no name.*10, cat, dog \(did you mean cat", named.labels_for, ["cart"])
+
+
+def test_a_number_that_names_another_class_is_refused():
+    spec = DataSpec((2,), 4, ("1", "2", "3", "10"))
+    spec.check_asked(["3", "10", 0])
+    for label in (1, 3, 10):
+        refuses(rf"{label} is a class by its name.*\('{label}',\)", spec.check_asked, [label])
+    DataSpec((2,), 3, ("0", "1", "2")).check_asked([0, 1, 2, -1])
 
 
 def test_samples_that_are_not_finite_are_counted_not_drawn(generator):

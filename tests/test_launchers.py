@@ -174,11 +174,12 @@ def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(local, tmp
 
 
 def test_sigterm_reaches_the_run_and_ends_the_script(local):
-    process = local("local.sh", "--workdir=wait")
-    assert process.stdout.readline().startswith("python")
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(signal.SIGTERM)
-    assert _lines(process) == (0, ["saved"], "")
+    for name, ended in {"wait": (0, ["saved"], ""), "wait_full_disk": (1, [], "")}.items():
+        process = local("local.sh", f"--workdir={name}")
+        assert process.stdout.readline().startswith("python")
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        assert _lines(process) == ended
 
 
 def test_test_script_checks_style_passes_arguments_to_pytest_and_its_quick_tests_exist(local):

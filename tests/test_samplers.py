@@ -51,6 +51,21 @@ def test_as_many_evaluations_as_steps_each_over_its_own_interval():
     np.testing.assert_allclose(x, -1.0, rtol=1e-6)
 
 
+def test_small_steps_do_not_vanish_in_half_precision():
+    def field(params, z, *, r, t, condition):
+        return 0.9 * jnp.ones_like(z)
+
+    for kind, error in {jnp.bfloat16: 1e-2, jnp.float16: 2e-3, jnp.float32: 1e-4}.items():
+        x = sample(field, None, jnp.full((1, 1), 3, kind), steps=500)
+        assert x.dtype == kind
+        np.testing.assert_allclose(np.float32(x), 2.1, rtol=error)
+    with jax.enable_x64(True):
+        x = sample(field, None, jnp.full((1, 1), 3.0), times=(1.0, 0.7, 0.1, 0.0))
+        np.testing.assert_allclose(x, 2.1, rtol=1e-15)
+    of_rows = jnp.array([True, True, False, False])
+    refuses("mask: is bool.*all axes", sample, field, None, jnp.ones((4, 4)), mask=of_rows)
+
+
 def test_bad_grids_are_refused():
     grids = (1.0,), (0.9, 0.0), (1.0, 0.1), (1.0, 0.2, 0.5, 0.0), (1.0, 1.0, 0.0)
     for steps, times in ((0, ()), (-2, ()), *((1, grid) for grid in grids)):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from etils import epath
-from jobs import PICTURES, here, tiny_config, works
+from jobs import PICTURES, edit, here, tiny_config, works
 from networks import draw
 from steps import parts_of
 
@@ -33,6 +33,7 @@ from mf_jax.runtime import earlier
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints
 from mf_jax.runtime.fingerprints import index_of
+from mf_jax.scoring.rows import read_rows
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.validation import validate
 
@@ -95,7 +96,11 @@ def test_sigterm_saves_the_step_at_hand_and_exits_0(trained, tmp_path):
     assert (ended.code, step in (7, 8)) == (0, True)
     assert f"stopping after step {step}; the checkpoint of step {step} will be" in ended.output
     assert f"stopped at step {step}" in ended.output
-    assert f"continuing at step {step}" in works(*arguments)
+    edit(workdir / "config.json", checkpoint={"keep": 7})
+    output = works(*arguments)
+    assert f"continuing at step {step}" in output
+    assert "the run keeps 7, as it began" in output
+    assert run_folder.stored_config(epath.Path(workdir)).checkpoint.keep == 7
     assert results(workdir) == results(trained)
 
 
@@ -164,6 +169,12 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
+        rows = len(read_rows(epath.Path(workdir)))
+        works(*config, "--mode=eval")
+        assert len(read_rows(epath.Path(workdir))) == rows
+        file.write_text(file.read_text() + "# of another version\n")
+        works(*config, "--mode=eval")
+        assert len(read_rows(epath.Path(workdir))) > rows
     with pytest.raises(BadInput, match=r"^data.name='clouds': is registered by .*/clouds.py"):
         mf_jax.load(workdir)  # and nobody has imported it
     assert np.load(workdir / "samples.npz")["arr_0"].shape == (6, 16)

@@ -222,6 +222,18 @@ def test_esc_lets_the_derivative_in_and_the_data_end_go():
     np.testing.assert_allclose(loss(100, to_data_steps=100), loss())
 
 
+def test_a_row_like_no_datum_keeps_its_own_velocity():
+    draws = _noisy()
+    rows = draws.interval
+    is_known = rows.dropped | (rows.condition != rows.condition[-1])
+    labels = jnp.where(is_known, rows.condition, 9)
+    estimate = VelocityEstimate("data", 1.0, 1.0, data=rows.x, labels=labels)
+    moved = np.abs(_estimated(estimate, draws).interval.v - (rows.e - rows.x)).max(axis=1)
+    assert 0 < is_known.sum() < len(is_known)
+    assert moved[~is_known].max() < 1e-6
+    assert moved[is_known].max() > 0.01
+
+
 def test_data_must_be_like_the_rows():
     draws = _noisy()
     data, labels = np.zeros((50, 5)), np.zeros(50, int)

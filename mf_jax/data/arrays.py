@@ -19,12 +19,14 @@ from mf_jax.flow.errors import BadInput, listed, nearest, reason_of
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import in_bucket, sha256_of
+from mf_jax.runtime.json_files import tell_once
 
 KEYS = ("x", "label", "condition", "pair", "mask")
 SPLIT_SEED = 0  # fixed so that every run and every host holds out the same rows
 _RANKS = {2: "[N, D]", 3: "[N, L, C]", 4: "[N, H, W, C]"}
 _MOST_CLASSES = 100_000
 _CHUNK = 2**22  # numbers looked at together
+_TOLD_BY = 1000  # rows whose scale is looked at
 Arrays = Mapping[str, Shaped[np.ndarray, "n ..."]]
 
 
@@ -126,6 +128,8 @@ def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, s
     for key in ("x", "pair"):
         if key in arrays:
             _check_numbers(arrays[key], arrays.get("mask"), f"{where}: {key}", is_x=key == "x")
+    if arrays["x"].dtype != np.uint8:
+        _tell_scale(arrays["x"], arrays.get("mask"), f"{where}: x")
     return arrays, sha256_of(epath.Path(file))
 
 
@@ -159,6 +163,18 @@ def _check_numbers(x: np.ndarray, mask: np.ndarray | None, name: str, *, is_x: b
         if is_x and x.ndim == 4 and np.abs(seen).max() > 1:
             ends = f"[{seen.min():g}, {seen.max():g}]"
             raise BadInput(f"{name}: pictures lie in {ends}; must be in [-1, 1] or uint8: scale x")
+
+
+def _tell_scale(x: np.ndarray, mask: np.ndarray | None, name: str) -> None:
+    """Tell of numbers that are unlike the noise, which has mean 0 and deviation 1."""
+    seen = _as_floats(x[:_TOLD_BY], None if mask is None else mask[:_TOLD_BY])
+    seen = seen if mask is None else seen[mask[:_TOLD_BY]]
+    mean, deviation = float(np.mean(seen)), float(np.std(seen))
+    if x.ndim == 4 and seen.min() >= 0:
+        tell_once(f"{name}: no number is below 0; if black is 0, use 2 * x - 1")
+    elif x.ndim != 4 and (abs(mean) > 3 or not 0.1 < deviation < 10):
+        told = f"has mean {mean:.3g} and deviation {deviation:.3g}, noise 0 and 1"
+        tell_once(f"{name}: {told}; training is easier with (x - mean) / deviation")
 
 
 def _as_floats(

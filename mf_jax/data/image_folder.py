@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 from absl import logging
 from etils import epath
 from PIL import Image, ImageColor, UnidentifiedImageError
 
+from mf_jax.data import crop as decoding
 from mf_jax.data.crop import adm_crop, as_rgb, formats, open_picture
 from mf_jax.data.kept import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
@@ -19,7 +21,8 @@ from mf_jax.flow.errors import BadInput, listed, reason_of
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
-from mf_jax.runtime.files import in_bucket
+from mf_jax.runtime.files import in_bucket, sha256_of
+from mf_jax.runtime.json_files import tell_once
 
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
 _LOOKED_AT, _COLOUR = 256, "colour"
@@ -72,6 +75,7 @@ class ImageFolder(Pictures):
         self._path, self._background, pixels = path, background, None
         if fit_in_memory(spec, len(chosen)):
             recipe = [path, split, *map(str, (held_out_share, spec.shape, background))]
+            recipe += [PIL.__version__, sha256_of(epath.Path(decoding.__file__))]  # the decoders
             whole = kept(
                 [*recipe, *self._list.versions()],
                 ("pixels", "problems"),
@@ -159,7 +163,11 @@ def _are_grey(pictures: Listed, background: str) -> bool:
         if (pixels != pixels[..., :1]).any():
             raise ValueError(_COLOUR)
 
-    return _COLOUR not in _tried(has_colour, chosen)
+    is_grey = _COLOUR not in _tried(has_colour, chosen)
+    if is_grey and len(chosen) < len(pictures):
+        seen = f"{len(chosen)} of {len(pictures)} pictures are grey: all are read as grey"
+        tell_once(f"{seen}; data.channels=3 keeps colour")
+    return is_grey
 
 
 def _look(pictures: Listed, index: int, background: str) -> Image.Image:

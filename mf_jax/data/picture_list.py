@@ -84,7 +84,8 @@ class Listed:
         for path in {file.path for file in self._files}:
             with contextlib.suppress(OSError):  # gone, or a link to nothing: a broken picture
                 status = os.stat(path)
-                changed[path] = status.st_mtime_ns, status.st_size
+                times = status.st_mtime_ns, status.st_ctime_ns  # the second of its rights too
+                changed[path] = *times, status.st_ino, status.st_size
         for line, file in zip(self.lines(), self._files, strict=True):
             yield f"{line}\0{os.path.abspath(file.path)}\0{changed.get(file.path)}"
 

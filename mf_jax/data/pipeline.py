@@ -154,10 +154,14 @@ def _mirrored(batch: Batch, flips: Bool[np.ndarray, "n"]) -> Batch:
 
 
 def read(source: Source, n: int = 0) -> Batch:
-    """Read the first n elements in order, stored ones as they are; 0 means all."""
-    return source.gather(np.arange(n or len(source)))
+    """Read n elements from all over a source, stored ones as they are; 0 means all."""
+    return source.gather(_spread(n or len(source), len(source)))
 
 
 def in_turn(source: Source, n: int) -> Batch:
-    """Return n elements in order, from the first again after the last."""
-    return source.gather(np.arange(n) % len(source))
+    """Return n elements from all over a source; all of them again and again if it has fewer."""
+    return source.gather(_spread(n, len(source)) if n < len(source) else np.arange(n) % len(source))
+
+
+def _spread(n: int, length: int) -> Int[np.ndarray, "n"]:
+    return np.arange(n) * length // n  # sources may be sorted by class

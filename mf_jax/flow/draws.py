@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
 from mf_jax.flow.crops import draw_boxes
 from mf_jax.flow.errors import BadInput, check_known, check_within, reason_of
-from mf_jax.flow.paths import Points
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
-from mf_jax.flow.rows import at_time, split_rows
+from mf_jax.flow.rows import at_time, mask_of, split_rows
 from mf_jax.flow.times import Times
 
 LABEL_DROP_ROWS = ("instant_rows", "any_row")
@@ -163,7 +162,7 @@ class DrawScheme:
         e = jnp.asarray(e, x.dtype)
         if e.shape != x.shape:
             raise BadInput(f"e: has shape {e.shape} where x has {x.shape}; give a row for each row")
-        mask = _mask_of(mask, x)
+        mask = mask_of(mask, x)
         if self.coupling is not None:
             e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:
@@ -217,22 +216,6 @@ class DrawScheme:
         if not self.omega_window:
             low, high = jnp.zeros_like(low), jnp.ones_like(high)
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
-
-
-def _mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
-    """Return a mask of x's own shape."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    axes = (1,) * (x.ndim - mask.ndim) + mask.shape
-    fits = len(axes) == x.ndim and all(m in (1, n) for m, n in zip(axes, x.shape, strict=True))
-    of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
-    if mask.dtype != bool or not fits or of_rows:
-        raise BadInput(
-            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool that "
-            "broadcasts to x, a mask of rows with all axes of x, e.g. (mask > 0)[..., None]"
-        )
-    return jnp.broadcast_to(mask, x.shape)
 
 
 def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool) -> PyTree:

@@ -66,6 +66,14 @@ class DataSpec:
             raise BadInput(f"labels: {label!r} is no name of a class; the names are {known}")
         return self.class_names.index(label)
 
+    def check_asked(self, labels: Iterable[int | str]) -> None:
+        """Raise BadInput at a number that looks like the name of another class."""
+        names = self.class_names[: self.num_classes]
+        for label in labels:
+            if str(label) in names and label not in (str(label), names.index(str(label))):
+                fix = f"write ('{label}',) for that class, and others by their names"
+                raise BadInput(f"labels: {label} is a class by its name, not by its number; {fix}")
+
     def check_labels(self, labels: Iterable[int | str], *, has_null: bool) -> None:
         """Raise BadInput unless all labels are classes, or `NO_LABEL` if the network has it."""
         labels = list(map(self.label_of, labels))
@@ -74,7 +82,8 @@ class DataSpec:
         if wrong and not self.num_classes:
             raise BadInput(f"labels={wrong[0]}: this model has no classes; leave labels out")
         if wrong:
-            null = "-1 for none" if has_null else "-1 means nothing: draws.label_drop_share was 0"
+            unlearnt = "and -1, none, of runs with draws.label_drop=any_row"
+            null = "-1 for none" if has_null else unlearnt
             most = self.num_classes - 1
             raise BadInput(f"labels: {wrong[0]} is not a class; use 0 to {most}, {null}")
 

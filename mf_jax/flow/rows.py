@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import Points, Scalars, interpolate, per_row, velocity
@@ -75,6 +75,22 @@ def predict(
     """Return the field's prediction at (z, r, t) under the condition of rows."""
     condition = condition_of(rows, forward_mode=forward_mode)
     return call(field, params, z, r=r, t=t, condition=condition, mask=rows.mask)
+
+
+def mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
+    """Return a mask of x's own shape; BadInput unless it is bool and broadcasts to x by axes."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    axes = (1,) * (x.ndim - mask.ndim) + mask.shape
+    fits = len(axes) == x.ndim and all(m in (1, n) for m, n in zip(axes, x.shape, strict=True))
+    of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
+    if mask.dtype != bool or not fits or of_rows:
+        raise BadInput(
+            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool that "
+            "broadcasts to x, a mask of rows with all axes of x, e.g. (mask > 0)[..., None]"
+        )
+    return jnp.broadcast_to(mask, x.shape)
 
 
 def velocity_of(rows: Rows) -> Points:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from mf_jax.flow.errors import BadInput, check_within
 from mf_jax.flow.paths import advance, interpolate
 from mf_jax.flow.records import Field
-from mf_jax.flow.rows import call
+from mf_jax.flow.rows import call, mask_of
 
 NO_GUIDANCE = (1.0, 0.0, 1.0)
 
@@ -142,10 +142,12 @@ def sample(
     """
     if not jnp.issubdtype(e.dtype, jnp.floating):
         raise BadInput(f"e: is {e.dtype}; must be floating point")
+    mask = mask_of(mask, e)
     is_traced = isinstance(times, jax.core.Tracer)
     grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
 
-    grid = jnp.asarray(grid, jnp.float32)
+    wide = jnp.promote_types(e.dtype, jnp.float32)  # small steps vanish in half precision
+    grid = jnp.asarray(grid, wide)
     last = len(grid) - 1 if num_intervals is None else num_intervals
 
     def hidden(z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -159,6 +161,6 @@ def sample(
         moved = advance(z, u, r=to, t=t)
         if renoise is not None:
             moved = interpolate(moved, hidden(renoise(i)), t=r)
-        return moved.astype(z.dtype)
+        return moved.astype(wide)
 
-    return jax.lax.fori_loop(0, last, step, hidden(e))
+    return jax.lax.fori_loop(0, last, step, hidden(e).astype(wide)).astype(e.dtype)

@@ -34,11 +34,17 @@ class Times(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UniformTimes:
-    """Draw both times uniformly from [0, 1)."""
+    """Draw both times uniformly from [0, 1); order: see `LogitNormalTimes`."""
+
+    order: str = "swap"
+
+    def __post_init__(self) -> None:
+        check_known("order", self.order, ORDERS)
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
-        return _ordered(*jax.random.uniform(key, (2, num_rows)))
+        r, t = jax.random.uniform(key, (2, num_rows))
+        return _ordered(r, t) if self.order == "swap" else (jnp.minimum(r, t), t)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,9 +137,11 @@ def _plug_in(
     distances = (1 - one) * ((1 - one) * squares - 2 * products)  # but for |z|^2, alike for all j
     tiny = jnp.finfo(x.dtype).tiny ** 0.5
     logits = -distances / (2 * jnp.maximum(noise_scale * one, tiny) ** 2)
-    weights = jax.nn.softmax(logits, axis=1, where=_are_alike(rows, condition, mask))
+    alike = _are_alike(rows, condition, mask)
+    weights = jax.nn.softmax(logits, axis=1, where=alike)
     mean = jnp.tensordot(weights, x, 1, precision="highest")
-    return (rows.x - mean) / per_row(jnp.maximum(rows.t, tiny), mean)
+    away = (rows.x - mean) / per_row(jnp.maximum(rows.t, tiny), mean)
+    return away if alike is None else jnp.where(per_row(alike.any(axis=1), away), away, 0)
 
 
 def _are_alike(

@@ -25,7 +25,15 @@ from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import Points, Scalars, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.flow.rows import call, condition_of, join_rows, num_counted, point_of, predict
+from mf_jax.flow.rows import (
+    call,
+    condition_of,
+    join_rows,
+    mask_of,
+    num_counted,
+    point_of,
+    predict,
+)
 from mf_jax.objectives import terms
 
 
@@ -74,6 +82,7 @@ class AverageDivergence:
         A mask, bool that broadcasts to e, says which numbers count.
         """
         e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+        mask = mask_of(mask, e)
         e = e if mask is None else jnp.where(mask, e, 0)
         t = jnp.ones(e.shape[:1], e.dtype)
         told = {"r": 0 * t, "t": t, "condition": condition}

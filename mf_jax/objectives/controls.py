@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 from mf_jax.flow.errors import check_within
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Field
-from mf_jax.flow.rows import point_of, predict
+from mf_jax.flow.rows import at_time, point_of, predict
 from mf_jax.objectives import terms
 
 
@@ -49,9 +49,15 @@ class Controls:
         """Whether any term has a factor."""
         return any((self.lipschitz, self.monotone, self.non_expansive))
 
-    def penalty(self, field: Field, params: PyTree, draws: Draws) -> terms.Loss:
-        """Return the sum of the terms, over the rows with r < t (over all if there are none)."""
+    def penalty(
+        self, field: Field, params: PyTree, draws: Draws, *, is_map: bool = True
+    ) -> terms.Loss:
+        """Return the sum of the terms, over the rows with r < t (over all if there are none).
+
+        is_map: whether u(z, r, t) is learnt for r < t; else it is looked at where r = t.
+        """
         rows = draws.interval if draws.interval.t.shape[0] else draws.instant
+        rows = rows if is_map else at_time(rows, rows.t)
         axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
         length = jnp.sqrt(jnp.sum(rows.direction**2, axis=axes) + tiny)
         n = rows.direction / per_row(length, rows.x)
@@ -82,5 +88,6 @@ class Controlled(terms.Around):
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
         loss, metrics = self.objective.loss(field, params, draws, step, target_params)
-        penalty, more = self.controls.penalty(field, params, draws)
+        is_map = self.objective.learns_average
+        penalty, more = self.controls.penalty(field, params, draws, is_map=is_map)
         return loss + penalty, metrics | more

@@ -12,7 +12,7 @@ from etils.epath import Path
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mf_jax.config import make_objective, sample_plan
+from mf_jax.config import has_null, learns_average, sample_plan
 from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow.errors import BadInput, check_known, in_section, left_out
@@ -66,10 +66,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
             check_known("views", name, _VIEWS)
         if section.views and (not spec.is_picture or spec.more):
             raise BadInput("views: are of pictures that bring nothing but a class; use ()")
+        spec.check_asked(section.labels)
     labels = generator.labels_for(section.labels or None, section.num)
     given = {"condition": np.float32([section.condition])} if section.condition else {}
     if spec.more.keys() - given:
-        rows = in_turn(make_source(config.data, split="held_out"), len(labels))
+        rows = in_turn(_source(config, workdir, "held_out"), len(labels))
         labels, given = labels if section.labels else rows.labels, rows.more | given
     plan = sample_plan(config)
     with in_section("sample"):
@@ -94,6 +95,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
         print(f"{len(samples)} samples from {source}:")
         made = {k: v for k, v in _PLACES.items() if k not in _VIEWS or k in section.views}
         run_folder.tell(workdir, **made)
+
+
+def _source(config: ConfigDict, workdir: Path, split: str) -> Source:
+    """Open a split of a run's data; BadInput if they are not its own."""
+    train = make_source(config.data, split="train")
+    if run_folder.exists(workdir):
+        run_folder.check_data(workdir, train)
+    return train if split == "train" else make_source(config.data, split=split)
 
 
 def _labels_shown(generator: Generator) -> Int[np.ndarray, "n"]:
@@ -136,7 +145,7 @@ def _save_nearest(path: Path, generator: Generator, plan: SamplePlan) -> None:
 
     labels = _labels_shown(generator)
     samples = generator.sample(labels, plan=plan)
-    source = make_source(generator.config.data, split="train")
+    source = _source(generator.config, path.parent, "train")
     if source.stored:
         raise BadInput("views: nearest needs pictures, and the data are latents")
     if not processes.is_first():
@@ -165,21 +174,21 @@ _VIEWS |= {"nearest": _save_nearest, "training": _save_training}
 
 def _plot_vectors(workdir: Path, generator: Generator, samples: Float[np.ndarray, "n ..."]) -> None:
     """Plot samples beside the data; in the plane the learned field and one-step transport too."""
-    held_out = make_source(generator.config.data, split="held_out")
+    held_out = _source(generator.config, workdir, "held_out")
     data = read(held_out, min(_SCATTER_POINTS, len(held_out))).x
     kind, save = _PLOTS[data.ndim]
     save(workdir / _PLACES[kind], samples[:_SCATTER_POINTS], data, title=_caption(generator))
     if samples.shape[1:] != (2,) or generator.spec.more:
         return
-    if generator.spec.num_classes and not generator.config.draws.label_drop_share:
-        print("field and transport are left out: nothing was trained without its label")
+    if generator.spec.num_classes and not has_null(generator.config):
+        print("field and transport are left out: they are of no class, which was not trained")
         return
     reach = 1.25 * float(np.abs(data).max())
     velocity, limits = generator.average_velocity, (-reach, reach)
-    learns_average = make_objective(generator.config).learns_average
-    times = _INTERVALS * learns_average + _INSTANTS
+    is_map = learns_average(generator.config)
+    times = _INTERVALS * is_map + _INSTANTS
     save_field(workdir / _PLACES["field"], velocity, limits=limits, times=times)
-    if learns_average:
+    if is_map:
         save_transport(workdir / _PLACES["transport"], velocity, data, limits=limits)
 
 

@@ -33,6 +33,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     try:
         write_page(workdir / _PAGE, generator, plan)
     except BadInput as problem:
+        (workdir / _PAGE).unlink(missing_ok=True)  # one of before is of another model
         print(problem)
     print(f"step {generator.step}, ema {generator.ema}:")
     run_folder.tell(workdir, program=_PROGRAM, page=_PAGE)

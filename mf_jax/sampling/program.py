@@ -15,7 +15,7 @@ from etils.epath import Path
 from jax import export
 from jaxtyping import Array, Float, Int
 
-from mf_jax.config import make_objective
+from mf_jax.config import learns_average
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.sampler import SamplePlan
@@ -32,8 +32,7 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
     Pictures and decoded latents are about in [-1, 1].
     """
     spec, decoder = generator.spec, generator.decoder
-    objective = make_objective(generator.config)
-    fixed = (generator.network, objective.learns_average, False, spec.shape)
+    fixed = (generator.network, learns_average(generator.config), False, spec.shape)
     params, guidance = jax.device_get(generator.params), np.float32(plan.guidance)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, decoder)))
     if size > _MOST_BYTES:
@@ -51,6 +50,8 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
             rows = (guidance, index, labels, given | {"e": z})
             return sample_rows(*fixed, params, 0, grid, *rows)[0]
 
+        if generator.config.times.name == "consistency":  # whose steps are not composed
+            steps = jnp.minimum(steps, 1)
         x = jax.lax.fori_loop(0, steps, step, e)
         return x if decoder is None else jax.lax.map(lambda row: decoder(row[None])[0], x)
 

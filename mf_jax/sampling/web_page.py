@@ -19,7 +19,7 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
-from mf_jax.config import make_objective
+from mf_jax.config import has_null, learns_average
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec
 from mf_jax.flow.sampler import SamplePlan
@@ -47,12 +47,12 @@ def write_page(path: Path, generator: Generator, plan: SamplePlan) -> None:
     counts = sorted({*_STEPS, plan.steps})
     grids = [SamplePlan(steps).grid for steps in counts]
     t, r = np.float32([ends for grid in grids for ends in itertools.pairwise(grid)]).T
-    learns_average = make_objective(generator.config).learns_average
+    is_map = learns_average(generator.config)
     # a and b of steps a z + b f, where f is the network's velocity or data
     share = (t - r) / np.maximum(t, clip) if clip else t - r
     factors = np.stack([1 - share, share] if clip else [np.ones_like(t), -share], axis=1)
     arrays = _weights(generator.params, network, spec)
-    arrays["times"] = _embedded_times(generator, network, t, r if learns_average else t)
+    arrays["times"] = _embedded_times(generator, network, t, r if is_map else t)
     about = {
         "arrays": [(name, array.size) for name, array in arrays.items()],
         "steps": {steps: sum(counts[:i]) for i, steps in enumerate(counts)},
@@ -129,8 +129,8 @@ def _description(generator: Generator, network: DiT) -> Mapping[str, Any]:
     """Return what the page must know of the network and of the data, and tells of them."""
     spec, config = generator.spec, generator.config
     last = network.time_conditioning == DECOUPLED and num_r_blocks(network.depth, network.r_blocks)
-    has_null = config.draws.label_drop_share > 0
-    names = [*spec.class_names[: spec.num_classes], *["any"] * has_null] * bool(spec.num_classes)
+    null = ["any"] * has_null(config)
+    names = [*spec.class_names[: spec.num_classes], *null] * bool(spec.num_classes)
     count = sum(leaf.size for leaf in jax.tree.leaves(generator.params))
     return {
         "shape": spec.shape,

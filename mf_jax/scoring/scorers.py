@@ -144,10 +144,10 @@ def scorer_of_data(
             f"data.held_out_share={config.data.held_out_share}: leaves one element to compare "
             "with, and no score can be computed: add data, or train a run with another share"
         )
-    num = len(real.x)
+    num, sha256 = len(real.x), digest(real.x, real.labels, *real.more.values())
     samples = Samples(_REAL_DATA, [(real.x, np.arange(num))], real.labels, num)
-    scorer = Scorer([protocol], functools.partial(_score_whole, compare))
-    return scorer, ({"samples": _REAL_DATA, "num_samples": num}, lambda: samples)
+    subject = {"samples": _REAL_DATA, "samples_sha256": sha256, "num_samples": num}
+    return Scorer([protocol], functools.partial(_score_whole, compare)), (subject, lambda: samples)
 
 
 def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., Scores]]:

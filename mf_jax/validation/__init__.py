@@ -11,6 +11,7 @@ from mf_jax.config import (
     averages,
     check_plan,
     fields_of,
+    has_null,
     make_network,
     make_objective,
     make_scheme,
@@ -90,11 +91,16 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
             problems += _wrong_guidance(config, objective, spec)
             problems += _wrong_network(config, objective, spec)
         with collect(), in_section("sample"):
-            spec.check_labels(config.sample.labels, has_null=config.draws.label_drop_share > 0)
+            spec.check_asked(config.sample.labels)
+            spec.check_labels(config.sample.labels, has_null=has_null(config))
         if config.data.flip and not spec.is_picture:
             problems.append("data.flip=True: only images can be mirrored; use data.flip=False")
-        if config.data.augment != "none" and (not spec.is_picture or spec.more or source.stored):
+        is_moved, dealt = config.data.augment != "none", config.coupling.name != "independent"
+        if is_moved and (not spec.is_picture or spec.more or source.stored):
             problems.append("data.augment: only pictures that bring nothing are moved; use none")
+        if is_moved and (dealt or config.velocity.source in PLUG_INS):
+            fix = "use coupling.name=independent and velocity.source=sample, or data.augment=none"
+            problems.append(f"data.augment: noise must not tell how a picture was moved; {fix}")
     if problems:
         raise BadInput("; ".join(dict.fromkeys(problems)))  # several checks build the same part
     return source
@@ -140,6 +146,12 @@ def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) ->
     if is_drawn and config.draws.omega_min > 1 and config.velocity.source in ("network", "average"):
         problem = "is asked for the scale 1, which it would never learn"
         yield f"velocity.source={config.velocity.source!r}: {problem}; use draws.omega_min=1.0"
+    if is_guided and config.objective.name == "shortcut" and config.times.name != "dyadic":
+        problem = "guides the halves of its shortest steps alone; use times.name=dyadic"
+        yield f"times.name={config.times.name!r}: guided, shortcut {problem}"
+    if config.weight.of_interval == 1 and config.draws.label_drop != "any_row":
+        problem = "leaves rows without label no weight, which guidance asks for"
+        yield f"weight.of_interval=1.0: {problem}; use draws.label_drop=any_row"
     if config.draws.label_drop_share == 0:
         yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
 
@@ -152,6 +164,9 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         problem = "with or without controls, takes the gradient of a derivative; use xla"
         yield f"model.attention='fused': {name}, {problem}"
     has_second_head = getattr(network, "second_head", False) and model.second_head
+    if (kind := config.objective.derivative) != "jvp" and model.dtype == "bfloat16":
+        problem = "differences of bfloat16 numbers are rounding errors"
+        yield f"objective.derivative={kind!r}: {problem}; use jvp, or float32"
     if objective.needs_second_head and not has_second_head:
         fix = "model.name=in_context_dit with second_head=True, or objective.velocity=boundary"
         yield f"objective.velocity='head': the network has no second head; use {fix}"
