@@ -138,7 +138,7 @@ DEFAULTS = dict(
         t_std=1.0,  # logit_normal, consistency, gap: its standard deviation
         r_mean=-0.4,  # logit_normal, gap: mean of logit r; of two draws the larger is called t
         r_std=1.0,  # logit_normal, gap: its standard deviation
-        order="swap",  # logit_normal: where r > t, swap them | clip r to t - min_gap
+        order="swap",  # uniform, logit_normal: where r > t, swap them | clip r to t - min_gap
         min_gap=0.0,  # logit_normal with clip: smallest t - r, in [0, 1)
         uniform_share=0.0,  # logit_normal: share of the rows whose times are uniform instead
         levels=7,  # dyadic, grid, model t,log2: the shortest step is 2^-levels; dyadic halves to it
@@ -156,7 +156,7 @@ DEFAULTS = dict(
     draws=dict(
         instant_share=0.75,  # share of rows with r = t, in [0, 1]
         label_drop_share=0.1,  # share of all rows trained without label or condition, in [0, 1)
-        label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row
+        label_drop="instant_rows",  # whose: instant_rows (r = t) | any_row, for samples of none
         label_drop_window=(0.0, 1.0),  # only for t within it
         instant_of_every_row=False,  # all rows have r = t, and all a second time r < t
         omega_max=1.0,  # a network that is told guidance: scales up to this one; 1 = none

@@ -158,6 +158,12 @@ ROUNDS = (
         "data.augment=edm": "noise must not tell how a picture was moved",
     },
     {
+        "objective.name=improved_meanflow": "",
+        "objective.velocity=boundary": "",
+        "times.name=consistency": "",
+        "draws.instant_share=0.0": "with times.name=consistency no row trains u",
+    },
+    {
         "objective.name=shortcut": "",
         "times.name=grid": "times.name='grid': guided, shortcut guides the halves",
         "guidance.omega=2.0": "",

@@ -186,6 +186,14 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     if not objective.interval_data and config.times.name == "consistency":
         problem = f"ends all intervals at the data, and {name} learns from others; use uniform"
         yield f"times.name='consistency': {problem}"
+    is_guided = config.guidance.omega != 1 or config.guidance.kappa > 0 or draws.omega_max > 1
+    has_choice = "velocity" in fields_of(OBJECTIVES[name])
+    asks_own = has_choice and config.objective.velocity == "boundary"
+    asks_own |= config.velocity.source == "network"
+    has_instants = draws.instant_share > 0 or draws.instant_of_every_row
+    if config.times.name == "consistency" and (is_guided or asks_own) and not has_instants:
+        problem = "with times.name=consistency no row trains u(z, t, t), which targets ask for"
+        yield f"draws.instant_share=0.0: {problem}; use 0.5"
     able = "perceptual" in fields_of(OBJECTIVES[name])
     if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
         yield (
