@@ -240,6 +240,7 @@ def _set_pmf(config: ConfigDict, row: Row, size: str) -> None:
         times.t_mean, times.t_std, times.uniform_share = mean, 0.8, uniform
     config.optim.name, config.optim.lr = "muon", 1e-3
     config.ema.decays, config.ema.halflives_kimg = (), (500.0, 1000.0, 2000.0)
+    config.ema.rampup = 0.05  # as the published code does
     config.sample.ema, config.eval.emas = f"{row.kimg}kimg", (f"{row.kimg}kimg",)
     config.eval.batch_size = 500
 
