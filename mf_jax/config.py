@@ -177,6 +177,11 @@ def learns_average(config: ConfigDict) -> bool:
     return getattr(OBJECTIVES.get(config.objective.name), "learns_average", True)
 
 
+def ends_at_data(config: ConfigDict) -> bool:
+    """Return whether all intervals that a config's network learns end at r = 0."""
+    return config.times.name == "consistency" and learns_average(config)
+
+
 def has_null(config: ConfigDict) -> bool:
     """Return whether a config's network learns to sample rows without their condition."""
     of_all = config.draws.label_drop == "any_row" or not learns_average(config)
@@ -195,8 +200,7 @@ def _learns_windows(config: ConfigDict) -> bool:
 
 def check_plan(config: ConfigDict, plan: SamplePlan) -> None:
     """Raise BadInput unless a config's network learns to follow a plan."""
-    only_to_data = config.times.name == "consistency" and learns_average(config)
-    learnt = {"has_window": _learns_windows(config), "only_to_data": only_to_data}
+    learnt = {"has_window": _learns_windows(config), "only_to_data": ends_at_data(config)}
     plan.check_learnt(config.draws.omega_min, config.draws.omega_max, **learnt)
 
 

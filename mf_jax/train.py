@@ -79,14 +79,15 @@ def run(config: ConfigDict, workdir: Path) -> int:
         weights = load_weights(config, parameter_shapes(parts.network, parts.shape))
         if sha256 := weights_sha256(config):
             digests["init_sha256"] = sha256
-    if config.velocity.ema == 1 and not config.init.path:
+    if parts.objective.target_ema == 1 and not config.init.path:
         fix = "name a run with init.path, or use velocity.ema=0.99"
         raise BadInput(f"velocity.ema=1.0: a frozen teacher that has learnt nothing; {fix}")
-    if run_folder.exists(workdir):  # a later command may leave the override out
-        kept, asked = run_folder.stored_config(workdir).checkpoint.keep, config.checkpoint.keep
-        if kept > asked:
-            print(f"checkpoint.keep={asked}: the run keeps {kept}, as it began; see config.json")
-            config.checkpoint.keep = kept
+    with processes.together():
+        if run_folder.exists(workdir):  # a later command may leave the override out
+            kept, asked = run_folder.stored_config(workdir).checkpoint.keep, config.checkpoint.keep
+            config.checkpoint.keep = max(kept, asked)
+            if kept > asked:
+                print(f"checkpoint.keep={asked}: the run keeps {kept}, as it began")
     stop_signal = processes.stop_signal(workdir / FOLDER, config.train.num_steps)
     owned = run_folder.own(workdir, config, source, own_parts(config), **digests)
     with owned, stop_signal as stop:

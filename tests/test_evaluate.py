@@ -312,6 +312,7 @@ def test_diagnostics_have_the_noise_and_the_guidance_of_training():
 
     independent, dealt = (error(**{"coupling.name": kind}) for kind in COUPLINGS)
     assert dealt < 0.97 * independent
+    error(**{"coupling.name": "optimal_transport", "coupling.rows": 48, "train.batch_size": 48})
     assert error(**{"draws.noise_scale": 3.0}) > 2 * independent
     assert set(told) == {None}
     error(**{"draws.omega_min": 2.0, "draws.omega_max": 2.0})

@@ -53,7 +53,8 @@ class DrawScheme:
 
     Args:
       times: distribution of (r, t).
-      instant_times: distribution whose t is drawn for rows with r = t; None = `times`.
+      instant_times: distribution whose t is drawn for rows with r = t, with order="clip" one draw;
+        None = `times`.
       coupling: which e belongs to which x; None = independent. It deals given e too.
       instant_of_every_row: all rows are in both sub-batches, with the same x, e and condition.
       instant_share: share of rows with r = t, a fraction whose denominator is at most 64.

@@ -127,6 +127,8 @@ def sample(
 ) -> Float[Array, "b ..."]:
     """Carry noise e `[B, ...]` to data like e, one evaluation of the field a step.
 
+    The field sees half precision as float32, as in training.
+
     Args:
       condition: what the field is told, unchanged.
       steps, times: see `SamplePlan`; BadInput unless they are as it says.

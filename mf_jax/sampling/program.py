@@ -15,7 +15,7 @@ from etils.epath import Path
 from jax import export
 from jaxtyping import Array, Float, Int
 
-from mf_jax.config import learns_average
+from mf_jax.config import ends_at_data, learns_average
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.flow.sampler import SamplePlan
@@ -50,7 +50,7 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
             rows = (guidance, index, labels, given | {"e": z})
             return sample_rows(*fixed, params, 0, grid, *rows)[0]
 
-        if generator.config.times.name == "consistency":  # whose steps are not composed
+        if ends_at_data(generator.config):  # whose steps are not composed
             steps = jnp.minimum(steps, 1)
         x = jax.lax.fori_loop(0, steps, step, e)
         return x if decoder is None else jax.lax.map(lambda row: decoder(row[None])[0], x)

@@ -19,7 +19,7 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
-from mf_jax.config import has_null, learns_average
+from mf_jax.config import ends_at_data, has_null, learns_average
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import Condition, DataSpec
 from mf_jax.flow.sampler import SamplePlan
@@ -78,7 +78,7 @@ def _check(generator: Generator, network: Any, plan: SamplePlan) -> None:
         f"model.name={config.model.name} (it runs dit)": type(network) is not DiT,
         f"model.norm={config.model.norm}": config.model.norm != "layer",
         "model.told_guidance": config.model.told_guidance,
-        f"times.name={config.times.name}, of one step": config.times.name == "consistency",
+        f"times.name={config.times.name}, of one step": ends_at_data(config),
         f"data.name={config.data.name}": config.data.name == "latents",
         f"samples of shape {spec.shape}": not spec.is_picture or spec.shape[-1] not in (1, 3),
         f"data with {', '.join(spec.more)}": bool(spec.more),

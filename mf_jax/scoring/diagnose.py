@@ -27,7 +27,9 @@ def diagnose(
     """Return the MeanFlow diagnostics on real data, with times and noise drawn as in training."""
     key = jax.random.fold_in(key_of(config.eval.seed), _STREAM)
     rows_key, draws_key = jax.random.split(key)
-    index = np.asarray(jax.random.randint(rows_key, (_ROWS,), 0, len(source)))
+    size = config.train.batch_size  # noise is dealt within a batch
+    num = max(_ROWS // size, 1) * size
+    index = np.asarray(jax.random.randint(rows_key, (num,), 0, len(source)))
     scheme = make_scheme(config)
     # of rows with r < t, their labels kept, with the least guidance that the network knows
     plain = {"instant_share": 0.0, "instant_of_every_row": False, "label_drop_share": 0.0}
@@ -40,8 +42,7 @@ def diagnose(
         draws = scheme.draw(key, batch.x, told, e=batch.e, mask=batch.mask)
         return draws.interval.replace(dropout=None)
 
-    starts = range(0, _ROWS, config.train.batch_size)  # noise is dealt within a batch
-    batches = [source.gather(index[i : i + config.train.batch_size]) for i in starts]
+    batches = [source.gather(index[i : i + size]) for i in range(0, num, size)]
     rows = map(drawn, jax.random.split(draws_key, len(batches)), batches)
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     measures: list[Callable] = [diagnostics.velocity_error]

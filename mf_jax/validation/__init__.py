@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mf_jax.config import (
     averages,
     check_plan,
+    ends_at_data,
     fields_of,
     has_null,
     make_network,
@@ -163,10 +164,10 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     if objective.second_order and model.attention == "fused":
         problem = "with or without controls, takes the gradient of a derivative; use xla"
         yield f"model.attention='fused': {name}, {problem}"
-    has_second_head = getattr(network, "second_head", False) and model.second_head
     if (kind := config.objective.derivative) != "jvp" and model.dtype == "bfloat16":
         problem = "differences of bfloat16 numbers are rounding errors"
         yield f"objective.derivative={kind!r}: {problem}; use jvp, or float32"
+    has_second_head = getattr(network, "second_head", False) and model.second_head
     if objective.needs_second_head and not has_second_head:
         fix = "model.name=in_context_dit with second_head=True, or objective.velocity=boundary"
         yield f"objective.velocity='head': the network has no second head; use {fix}"
@@ -191,7 +192,7 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
     asks_own = has_choice and config.objective.velocity == "boundary"
     asks_own |= config.velocity.source == "network"
     has_instants = draws.instant_share > 0 or draws.instant_of_every_row
-    if config.times.name == "consistency" and (is_guided or asks_own) and not has_instants:
+    if ends_at_data(config) and (is_guided or asks_own) and not has_instants:
         problem = "with times.name=consistency no row trains u(z, t, t), which targets ask for"
         yield f"draws.instant_share=0.0: {problem}; use 0.5"
     able = "perceptual" in fields_of(OBJECTIVES[name])
