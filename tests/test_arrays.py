@@ -112,6 +112,24 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
     assert_refused(here("--mode=sample", *narrow), "sample.condition")
 
 
+def test_numbers_unlike_the_noise_are_told(tmp_path, capsys):
+    rng, file = np.random.default_rng(0), tmp_path / "x.npz"
+    for x, told in (
+        (rng.random((N, 8, 8, 1)), "no number is below 0"),
+        (rng.uniform(-1, 1, (N, 8, 8, 1)), ""),
+        (rng.normal(5000, 1000, (N, 3)), "has mean 5"),
+        (rng.normal(0, 0.01, (N, 3)), "deviation 0.0"),
+        (rng.normal(size=(N, 3)), ""),
+    ):
+        np.savez(file, x=x)
+        _open(file)
+        printed = capsys.readouterr().out
+        assert told in printed
+        assert bool(told) == bool(printed)
+    np.savez(file, x=x, mask=np.zeros((N, 3), bool))
+    _open(file)
+
+
 def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
     network = MLP(depth=1, width=8, num_classes=2, condition_size=3)
     params = initial_params(network, (4,), jax.random.key(0))

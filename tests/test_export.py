@@ -65,6 +65,10 @@ def test_the_documented_loader_draws_where_the_project_is_missing(copy_of_traine
     path = copy_of_trained / "generator.stablehlo"
     assert set(_load(path).platforms) == {"cpu", "cuda", "tpu"}
     assert str(ROOT).encode() not in path.read_bytes(), "whose folders are nobody's business"
+    page = path.with_suffix(".html")
+    assert page.exists()
+    output = works("--mode=export", f"--workdir={copy_of_trained}", "--config.sample.steps=65")
+    assert ("no page" in output, page.exists()) == (True, False)
 
 
 def _load(path):

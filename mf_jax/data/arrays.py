@@ -169,6 +169,8 @@ def _tell_scale(x: np.ndarray, mask: np.ndarray | None, name: str) -> None:
     """Tell of numbers that are unlike the noise, which has mean 0 and deviation 1."""
     seen = _as_floats(x[:_TOLD_BY], None if mask is None else mask[:_TOLD_BY])
     seen = seen if mask is None else seen[mask[:_TOLD_BY]]
+    if not seen.size:
+        return
     mean, deviation = float(np.mean(seen)), float(np.std(seen))
     if x.ndim == 4 and seen.min() >= 0:
         tell_once(f"{name}: no number is below 0; if black is 0, use 2 * x - 1")
