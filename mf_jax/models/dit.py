@@ -61,7 +61,9 @@ def _vectors(modulation: Float[Array, "b n"], num: int, norm: str) -> list[Vecto
     return vectors
 
 
+@functools.partial(jax.checkpoint, static_argnums=3)
 def _modulate(x: Tokens, shift: Vectors, scale: Vectors, norm: str) -> Tokens:
+    """Normalise and modulate; gradients do it again, which takes less time than to keep all."""
     return _normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
 
 
