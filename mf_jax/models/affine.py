@@ -3,7 +3,7 @@
 For Gaussian data the average velocity is affine in z, so they are exact but for the times.
 """
 
-import abc
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -34,10 +34,11 @@ class _Perceptron(nn.Module):
         return self.out(self.size, dtype=self.dtype, name="out")(hidden)
 
 
-class _AffineInZ(Network, kw_only=True):
-    """Predict u = A(r, t) z + b(r, t, class) of vectors or images, z as one vector."""
+class Affine(Network, kw_only=True):
+    """Predict u = A(r, t) z + b(r, t, class) of vectors or small images, z as one vector."""
 
     takes = ("images", "vectors")
+    rank = 0  # 0 for any A, as many numbers as z has, squared; no field, see LowRank
 
     width: int
     time_conditioning: str = "t,t-r"
@@ -45,37 +46,26 @@ class _AffineInZ(Network, kw_only=True):
     @nn.compact
     def __call__(self, z: Points, *, r: Time, t: Time, condition: Condition) -> Prediction:
         flat = z.reshape(z.shape[0], -1).astype(self.dtype)
+        size = flat.shape[1]
 
-        def numbers(size: int, name: str, num_classes: int = 0, **more: Callable) -> Array:
-            fields = size, self.width, num_classes, self.time_conditioning, self.dtype
-            return _Perceptron(*fields, name=name, **more)(r=r, t=t, labels=condition.labels)
+        def numbers(*shape: int, name: str, num_classes: int = 0, **more: Callable) -> Array:
+            count = math.prod(shape)
+            fields = count, self.width, num_classes, self.time_conditioning, self.dtype
+            made = _Perceptron(*fields, name=name, **more)(r=r, t=t, labels=condition.labels)
+            return made.reshape(-1, *shape)
 
-        offset = numbers(flat.shape[1], "offset", self.num_classes)
-        u = self._linear(flat, numbers) + offset
-        return Prediction(u=layers.at_least_float32(u).reshape(z.shape))
-
-    @abc.abstractmethod
-    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
-        """Return A z, given a function that makes numbers of the times."""
-
-
-class Affine(_AffineInZ, kw_only=True):
-    """Predict with any A, as many numbers as z has, squared: for small images only."""
-
-    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
-        size = z.shape[1]
-        return jnp.einsum("bij,bj->bi", numbers(size**2, "matrix").reshape(-1, size, size), z)
+        offset = numbers(size, name="offset", num_classes=self.num_classes)
+        if self.rank:
+            # One factor starts at zero so that u does. Were both, neither would get a gradient.
+            left = numbers(size, self.rank, name="left")
+            right = numbers(size, self.rank, name="right", out=layers.xavier_dense)
+            u = jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, flat))
+        else:
+            u = jnp.einsum("bij,bj->bi", numbers(size, size, name="matrix"), flat)
+        return Prediction(u=layers.at_least_float32(u + offset).reshape(z.shape))
 
 
-class LowRank(_AffineInZ, kw_only=True):
+class LowRank(Affine, kw_only=True):
     """Predict with A = U(r, t) V(r, t)^T, U and V of `rank` columns."""
 
     rank: int = 8
-
-    def _linear(self, z: Float[Array, "b n"], numbers: Callable) -> Float[Array, "b n"]:
-        shape = -1, z.shape[1], self.rank
-        count = z.shape[1] * self.rank
-        # One factor starts at zero so that u does. Were both zero, neither would get a gradient.
-        left = numbers(count, "left").reshape(shape)
-        right = numbers(count, "right", out=layers.xavier_dense).reshape(shape)
-        return jnp.einsum("bik,bk->bi", left, jnp.einsum("bjk,bj->bk", right, z))

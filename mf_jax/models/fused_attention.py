@@ -36,22 +36,6 @@ def fused_attention(q: Heads, k: Heads, v: Heads, *, forward_mode: bool) -> Head
     return (_with_tangent if forward_mode else _fused)(q, k, v)
 
 
-def attention_tangent(
-    *inputs: Heads, backend: str | None = None, interpret: bool | None = None
-) -> Heads:
-    """Return the tangent of attention, which itself cannot be differentiated.
-
-    Args:
-      inputs: q, k, v and their tangents dq, dk, dv.
-      backend: whose kernel, gpu (Triton) or tpu (Mosaic); None for the default backend's, on a
-        CPU the TPU's.
-      interpret: whether to run the kernel as plain operations; None for on a CPU alone.
-    """
-    here = jax.default_backend()
-    run = _on_gpu if (backend or here) == "gpu" else _on_tpu
-    return run(*inputs, interpret=here == "cpu" if interpret is None else interpret)
-
-
 @jax.custom_jvp
 def _with_tangent(q: Array, k: Array, v: Array) -> Array:
     return _fused(q, k, v)
@@ -116,12 +100,9 @@ def _flash_on_tpu(q: Array, k: Array, v: Array) -> Array:
     # A token attends to its own segment alone; the padding is one.
     segment = jnp.broadcast_to(jnp.arange(padded) >= length, (batch, padded)).astype(jnp.int32)
     segments = SegmentIds(q=segment, kv=segment) if padded > length else None
-    out = flash_attention(*(_heads_first(x, padded) for x in (q, k, v)), segment_ids=segments)
+    inputs = (_heads_first(x, padded, x.shape[3]) for x in (q, k, v))
+    out = flash_attention(*inputs, segment_ids=segments)
     return out.swapaxes(1, 2)[:, :length]
-
-
-def _heads_first(x: Array, length: int) -> Array:
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
 
 @functools.cache
@@ -153,95 +134,71 @@ def _on_each_device(function: Callable, num_in: int, num_out: int = 1) -> Callab
     return split
 
 
+def attention_tangent(
+    *inputs: Heads, backend: str | None = None, interpret: bool | None = None
+) -> Heads:
+    """Return the tangent of attention, which itself cannot be differentiated.
+
+    Heads are laid before tokens, and padded to whole blocks. All tokens of a head are in the fast
+    memory of a TPU at once: 7 MiB for 1,024 tokens of 128 float32.
+
+    Args:
+      inputs: q, k, v and their tangents dq, dk, dv.
+      backend: whose kernel, gpu (Triton) or tpu (Mosaic); None for the default backend's, on a
+        CPU the TPU's.
+      interpret: whether to run the kernel as plain operations; None for on a CPU alone.
+    """
+    here, (batch, length, heads, head_size) = jax.default_backend(), inputs[0].shape
+    wide, num_queries = head_size, min(128, _power_of_2(length))
+    num_keys, order, options = num_queries, 1, {}
+    if (backend or here) == "gpu":
+        from jax.experimental.pallas import triton
+
+        # Triton keeps 64 queries and 32 keys, of at most 16 KiB an input, nearly without spilling,
+        # and within the 99 KiB of shared memory of smaller GPUs.
+        wide = _power_of_2(head_size)
+        num_queries = min(64, num_queries, max(16, 2**14 // (wide * inputs[0].dtype.itemsize)))
+        num_keys, order = max(16, num_queries // 2), -1  # the first axis runs side by side
+        warps = 4 if wide <= 64 else 8
+        options["compiler_params"] = triton.CompilerParams(num_warps=warps, num_stages=2)
+    padded = num_queries * pl.cdiv(length, num_queries)
+    spec = pl.BlockSpec((None, None, padded, wide), lambda *at: (*at[::order][:2], 0, 0))
+    run = pl.pallas_call(
+        functools.partial(_kernel, 1 + order, length, num_queries, num_keys),
+        grid=(batch, heads, padded // num_queries)[::order],
+        in_specs=[spec] * 6,
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct((batch, heads, padded, wide), inputs[0].dtype),
+        interpret=here == "cpu" if interpret is None else interpret,
+        name="attention_tangent",
+        **options,
+    )
+    out = run(*(_heads_first(x, padded, wide) for x in inputs))
+    return out.swapaxes(1, 2)[:, :length, :, :head_size]
+
+
 def _power_of_2(size: int) -> int:
     """Return the next power of 2, at least 16: the smallest side of a matrix product in Triton."""
     return max(16, pl.next_power_of_2(size))
 
 
-def _on_gpu(*inputs: Array, interpret: bool) -> Array:
-    """Read the inputs where they lie; masks stand in for padding.
-
-    A block has 64 queries and 32 keys, fewer where 64 rows of an input exceed 16 KiB. Triton keeps
-    as much nearly without spilling, and within the 99 KiB of shared memory of smaller GPUs.
-    """
-    from jax.experimental.pallas import triton
-
-    batch, length, heads, head_size = inputs[0].shape
-    wide, longest = _power_of_2(head_size), _power_of_2(length)
-    num_queries = min(64, longest, max(16, 2**14 // (wide * inputs[0].dtype.itemsize)))
-    num_keys = max(16, num_queries // 2)
-
-    def place(ref: Any, start: Array, size: int) -> tuple[Any, Array]:
-        row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, wide), axis) for axis in (0, 1))
-        return ref.at[pl.ds(start, size), :], (start + row < length) & (column < head_size)
-
-    def read(ref: Any, start: Array, size: int) -> Array:
-        block, mask = place(ref, start, size)
-        return triton.load(block, mask=mask, other=0)
-
-    def write(ref: Any, start: Array, x: Array) -> None:
-        block, mask = place(ref, start, len(x))
-        triton.store(block, x, mask=mask)
-
-    return _run(
-        functools.partial(_kernel, 0, length, num_queries, num_keys, read, write),
-        inputs,
-        grid=(pl.cdiv(length, num_queries), heads, batch),
-        spec=pl.BlockSpec((None, length, None, wide), lambda i, head, row: (row, 0, head, 0)),
-        interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=4 if wide <= 64 else 8, num_stages=2),
-    )
+def _heads_first(x: Array, length: int, size: int) -> Array:
+    more = (length - x.shape[1], size - x.shape[3])
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
 
 
-def _on_tpu(*inputs: Array, interpret: bool) -> Array:
-    """Lay the inputs out as Mosaic wants them: heads before tokens, padded to whole blocks.
-
-    All tokens of a head are in fast memory at once: 7 MiB for 1,024 tokens of 128 float32.
-    """
-    batch, length, heads, head_size = inputs[0].shape
-    block = min(128, _power_of_2(length))
-    padded = block * pl.cdiv(length, block)
-
-    def read(ref: Any, start: Array, size: int) -> Array:
-        return ref[pl.ds(start, size), :]
-
-    def write(ref: Any, start: Array, x: Array) -> None:
-        ref[pl.ds(start, len(x)), :] = x
-
-    out = _run(
-        functools.partial(_kernel, 2, length, block, block, read, write),
-        [_heads_first(x, padded) for x in inputs],
-        grid=(batch, heads, padded // block),
-        spec=pl.BlockSpec((None, None, padded, head_size), lambda row, head, i: (row, head, 0, 0)),
-        interpret=interpret,
-    )
-    return out.swapaxes(1, 2)[:, :length]
-
-
-def _run(kernel: Callable, inputs: Any, *, spec: pl.BlockSpec, **more: Any) -> Array:
-    like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
-    specs = {"in_specs": [spec] * 6, "out_specs": spec, "out_shape": like}
-    return pl.pallas_call(kernel, name="attention_tangent", **specs, **more)(*inputs)
-
-
-def _kernel(
-    axis: int,
-    length: int,
-    num_queries: int,
-    num_keys: int,
-    read: Callable,
-    write: Callable,
-    *refs: Any,
-) -> None:
+def _kernel(axis: int, length: int, num_queries: int, num_keys: int, *refs: Any) -> None:
     """Write the tangent of a block of queries; each ref holds all tokens of a head of a row."""
     q_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, out_ref = refs
     first = pl.multiple_of(pl.program_id(axis) * num_queries, num_queries)
-    q, dq = read(q_ref, first, num_queries), read(dq_ref, first, num_queries)
+    block = (pl.ds(first, num_queries), slice(None))
+    q, dq = q_ref[block], dq_ref[block]
 
     def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, mean, value, change = sums
         start = pl.multiple_of(i * num_keys, num_keys)
-        k, v, dk, dv = (read(ref, start, num_keys) for ref in (k_ref, v_ref, dk_ref, dv_ref))
+        keys = pl.ds(start, num_keys)
+        k, v, dk, dv = (ref[keys, :] for ref in (k_ref, v_ref, dk_ref, dv_ref))
         scores, slopes = _times(q, k, axis=1), _times(dq, k, axis=1) + _times(q, dk, axis=1)
         key = start + jax.lax.broadcasted_iota(jnp.int32, (1, num_keys), 1)
         scores = jnp.where(key < length, scores, -jnp.inf)
@@ -261,7 +218,7 @@ def _kernel(
     per_query, like_q = jnp.zeros((num_queries, 1), wide), jnp.zeros(q.shape, wide)
     sums = (per_query - jnp.inf, per_query, per_query, like_q, like_q)
     _, total, _, _, change = jax.lax.fori_loop(0, pl.cdiv(length, num_keys), add, sums)
-    write(out_ref, first, (change / total).astype(q.dtype))
+    out_ref[block] = (change / total).astype(q.dtype)
 
 
 def _times(a: Array, b: Array, *, axis: int = 0) -> Array:
