@@ -5,7 +5,6 @@ Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G; layers and
 """
 
 import difflib
-import itertools
 import re
 from typing import Any
 
@@ -24,18 +23,12 @@ from mf_jax.runtime.files import absolute
 from mf_jax.runtime.json_files import parse_json
 
 _FILE = "diffusion_pytorch_model.safetensors"
-_DEFAULTS = {
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-}
+_DEFAULTS = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
+_DEFAULTS |= {"scaling_factor": 0.18215}
 """The values of keys that a config.json leaves out."""
 _ROWS_AT_ONCE = 8  # pictures decoded on a device: one of 256x256 takes about 0.3 GB on the way
-_SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _UNKNOWN = ("shift_factor", "latents_mean", "latents_std")
 """Keys that a config.json must not set: latents would then be scaled by more than a factor."""
-_KNOWN = (*_SIZES, *_UNKNOWN, "scaling_factor")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -227,40 +220,36 @@ def _with_new_names(state: StateDict) -> StateDict:
 def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
     """Return network and scaling factor of the config beside the weights, or of the weights."""
     beside = path.parent / "config.json"
-    config = _DEFAULTS | (_read_config(beside) if beside.exists() else _sizes(state))
-    sizes = {key: config.get(key) for key in _SIZES}
-    channels = sizes["block_out_channels"]
-    counts = [*channels, *list(sizes.values())[1:]] if isinstance(channels, list) else []
-    fits = channels and all(isinstance(n, int) and n > 0 for n in counts)
-    if not fits or any(n % sizes["norm_num_groups"] for n in channels):
+    told = _read_config(beside) if beside.exists() else _sizes(state)
+    sizes = {key: told.get(key, usual) for key, usual in _DEFAULTS.items()}
+    scaling_factor, groups = sizes.pop("scaling_factor"), sizes["norm_num_groups"]
+    channels = tuple(told["block_out_channels"])
+    if not channels or any(n % groups for n in channels):
         raise BadInput(
-            f"{path}: its sizes are {sizes}; must be above 0, and block_out_channels divisible by"
-            " norm_num_groups: put the config.json that belongs to the weights beside them"
+            f"{path}: block_out_channels={channels}; must be divisible by norm_num_groups={groups}:"
+            " put the config.json that belongs to the weights beside them"
         )
-    network = AutoencoderKL(**sizes | {"block_out_channels": tuple(channels)})
-    return network, float(config["scaling_factor"])
+    return AutoencoderKL(channels, **sizes), scaling_factor
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
+    known = (*_DEFAULTS, *_UNKNOWN, "block_out_channels")
+    like = {f"{key}?": min(1, usual) for key, usual in _DEFAULTS.items()}  # sizes from 1 on
     with reading(path, "the config of an autoencoder"):
-        config, _ = parse_json(path.read_bytes(), {"scaling_factor?": 0.0})
-        for key in set(config) - set(_KNOWN):
-            if meant := difflib.get_close_matches(key, _KNOWN, cutoff=0.9):
+        config, _ = parse_json(path.read_bytes(), {"block_out_channels": [1], **like})
+        for key in set(config) - set(known):
+            if meant := difflib.get_close_matches(key, known, cutoff=0.9):
                 raise BadInput(f"sets {key}, which is damaged or misspelt; must be {meant[0]}")
-        if others := [f"{key}={config[key]}" for key in _UNKNOWN if config.get(key) is not None]:
-            raise BadInput(
-                f"sets {', '.join(others)}; must not: use an autoencoder of Stable Diffusion 1 or 2"
-            )
+        if others := [f"{k}={config[k]}" for k in _UNKNOWN if config.get(k) is not None]:
+            fix = "use an autoencoder of Stable Diffusion 1 or 2"
+            raise BadInput(f"sets {', '.join(others)}; must not: {fix}")
     return config
 
 
 def _sizes(state: StateDict) -> dict[str, Any]:
     """Return the sizes that a config of these weights would have."""
-
-    def channels(block: str) -> list[int]:
-        names = (f"encoder.down_blocks.{block.format(i)}.conv1.weight" for i in itertools.count())
-        there = itertools.takewhile(state.arrays.__contains__, names)
-        return [state.arrays[name].shape[0] for name in there]
-
-    layers = len(channels("0.resnets.{}"))
-    return {"block_out_channels": channels("{}.resnets.0"), "layers_per_block": layers}
+    blocks = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
+    names = filter(None, map(blocks.fullmatch, state.arrays))
+    found = sorted((int(m[1]), int(m[2]), state.arrays[m[0]].shape[0]) for m in names)
+    channels = [num for _, layer, num in found if layer == 0]
+    return {"block_out_channels": channels, "layers_per_block": len(found) // max(len(channels), 1)}

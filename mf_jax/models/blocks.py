@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
-from mf_jax.flow.errors import check_known
+from mf_jax.flow.errors import BadInput, check_known
 from mf_jax.models.attention import attend
 from mf_jax.models.layers import Network, Tokens
 
@@ -52,6 +53,12 @@ class Transformer(Network, kw_only=True):
     remat: str = "none"  # a key of REMATS
     scan: bool = False  # whether blocks are a loop
     gather: Gather | None = None  # called where a block begins, and where it is computed again
+
+    def check_width(self, multiple: int) -> None:
+        """Raise BadInput unless there are heads, and the width is a multiple."""
+        if min(self.num_heads, self.width) < 1 or self.width % multiple:
+            allowed = f"a multiple of {multiple} for model.num_heads={self.num_heads}"
+            raise BadInput(f"model.width={self.width}: must be {allowed}; try 64 per head")
 
 
 def run_blocks(
@@ -127,8 +134,5 @@ def unstack_blocks(params: PyTree) -> PyTree:
 
 def laid_out_like(params: PyTree, like: PyTree) -> PyTree:
     """Return parameters with their blocks laid out as in another tree."""
-    return stack_blocks(params) if _has_loop(like) else unstack_blocks(params)
-
-
-def _has_loop(params: PyTree) -> bool:
-    return isinstance(params, dict) and (_LOOP in params or any(map(_has_loop, params.values())))
+    has_loop = any(_LOOP in path for path in flatten_dict(like))
+    return stack_blocks(params) if has_loop else unstack_blocks(params)

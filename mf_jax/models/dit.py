@@ -6,6 +6,7 @@ matching, arXiv 2511.19797; `logit_power=-1` and `STEPS`, Shortcut models, arXiv
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -37,12 +38,11 @@ def num_r_blocks(depth: int, r_blocks: int) -> int:
     """Return how many blocks, the last ones, are told r; 0 asks for a quarter, rounded up."""
     last = r_blocks or -(-depth // 4)
     if not 0 < last < depth:
-        few = "use a model.depth of 2 or more"
-        fix = f"use 1 to {depth - 1}, or 0 for a quarter" if depth > 1 else few
-        raise BadInput(
-            f"model.r_blocks={r_blocks}: with model.time_conditioning={DECOUPLED} the last {last}"
-            f" of {depth} blocks are told r, and one or more must be left for t; {fix}"
+        told = (
+            f"with model.time_conditioning={DECOUPLED} the last {last} of {depth} blocks are told r"
         )
+        fix = f"use 1 to {depth - 1}, or 0 for a quarter, and a model.depth of 2 or more"
+        raise BadInput(f"model.r_blocks={r_blocks}: {told}, none t; {fix}")
     return last
 
 
@@ -111,9 +111,7 @@ class DiT(Transformer, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image | Signal, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        if min(self.width, self.num_heads) < 1 or self.width % 4 or self.width % self.num_heads:
-            multiple = f"4 and by model.num_heads={self.num_heads}, both from 1 on"
-            raise BadInput(f"model.width={self.width}: must be divisible by {multiple}")
+        self.check_width(math.lcm(4, self.num_heads))
         check_known("model.norm", self.norm, NORMS)
         p, dense = self.patch_size, functools.partial(layers.zero_dense, dtype=self.dtype)
         patches = layers.patches_of(z, p)

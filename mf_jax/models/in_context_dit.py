@@ -44,12 +44,8 @@ def rotary_angles(
 ) -> Float[np.ndarray, "n f"]:
     """Return the angle by which each token turns each pair of features of a query or key.
 
-    Args:
-      positions: one of `POSITIONS`.
-      num_prefix: tokens before the patches; on a grid they do not turn.
-      head_width: even; on a grid divisible by 4: the first half turns by row, the second by column.
-
-    Source: RoFormer, arXiv 2104.09864.
+    On a grid the prefix does not turn, the first half of the pairs turns by row, the second by
+    column. Source: RoFormer, arXiv 2104.09864.
     """
     if positions == "sequence":
         return np.outer(np.arange(num_prefix + rows * columns), _frequencies(head_width // 2))
@@ -124,17 +120,20 @@ class Head(nn.Module):
 
 
 class PrefixTokens(nn.Module):
-    """Learned tokens, each plus one embedding `embed(value, name=...)` per row, in float32."""
+    """Learned tokens, each plus the embedding of a row's number or label, in float32."""
 
     num_tokens: int
-    embed: Callable
+    width: int
+    num_classes: int = 0  # 0 for a number
 
     @nn.compact
     def __call__(self, value: Shaped[Array, "b"]) -> Tokens:
-        embedding = self.embed(value, name="embedding")
-        width = embedding.shape[-1]
-        init = nn.initializers.normal(width**-0.5)
-        return self.param("tokens", init, (self.num_tokens, width)) + embedding[:, None]
+        init, name = nn.initializers.normal(self.width**-0.5), "embedding"
+        if self.num_classes:
+            embedded = layers.embed_class(value, self.num_classes, self.width, init=init, name=name)
+        else:
+            embedded = layers.ScalarEmbedding(self.width, _SCALAR_INIT, name=name)(value)
+        return self.param("tokens", init, (self.num_tokens, self.width)) + embedded[:, None]
 
 
 class InContextDiT(Transformer, kw_only=True):
@@ -149,7 +148,11 @@ class InContextDiT(Transformer, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        self._check_sizes()
+        check_known("model.positions", self.positions, POSITIONS)
+        self.check_width(self.num_heads * (4 if self.positions == "grid" else 2))
+        if not 0 <= self.head_depth <= self.depth:
+            allowed = f"must be from 0 to model.depth={self.depth}"
+            raise BadInput(f"model.head_depth={self.head_depth}: {allowed}")
         p, dense = self.patch_size, functools.partial(layers.xavier_dense, dtype=self.dtype)
         patches = x = layers.patches_of(z, p)
         prefix = self._prefix(t - r, condition)
@@ -179,31 +182,11 @@ class InContextDiT(Transformer, kw_only=True):
         one = jnp.ones_like(h)
         scale = condition.guidance or GuidanceScale(omega=one, t_min=0 * one, t_max=one)
         values = {"omega": 1 - 1 / scale.omega, "t_min": scale.t_min, "t_max": scale.t_max, "h": h}
-
-        def scalar(value: Time, *, name: str) -> Array:
-            return layers.ScalarEmbedding(self.width, kernel_init=_SCALAR_INIT, name=name)(value)
-
         tokens = [
-            PrefixTokens(num, scalar, name=f"{key}_tokens")(values[key])
+            PrefixTokens(num, self.width, name=f"{key}_tokens")(values[key])
             for key, num in _NUM_SCALAR_TOKENS.items()
         ]
         if self.num_classes:
-            init = nn.initializers.normal(self.width**-0.5)
-            embed = functools.partial(
-                layers.embed_class, num_classes=self.num_classes, width=self.width, init=init
-            )
-            name = "class_tokens"
-            tokens = [PrefixTokens(_NUM_CLASS_TOKENS, embed, name=name)(condition.labels), *tokens]
+            sizes = _NUM_CLASS_TOKENS, self.width, self.num_classes
+            tokens = [PrefixTokens(*sizes, name="class_tokens")(condition.labels), *tokens]
         return jnp.concatenate(tokens, axis=1)
-
-    def _check_sizes(self) -> None:
-        check_known("positions", self.positions, POSITIONS)
-        if not 0 <= self.head_depth <= self.depth:
-            fix = f"must be from 0 to depth={self.depth}"
-            raise BadInput(f"model.head_depth={self.head_depth}: {fix}")
-        multiple = self.num_heads * (4 if self.positions == "grid" else 2)
-        if self.num_heads <= 0 or self.width <= 0 or self.width % multiple:
-            raise BadInput(
-                f"width={self.width}: must be a multiple of {multiple} for"
-                f" num_heads={self.num_heads} and positions={self.positions!r}; try 64 per head"
-            )

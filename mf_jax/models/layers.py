@@ -141,12 +141,9 @@ class ConditionEmbedding(nn.Module):
 
 
 def sine_cosine_positions(*grid: int, num_features: int) -> Float[np.ndarray, "n d"]:
-    """Return the fixed position embedding of a grid of patches, row by row.
+    """Return the fixed position embedding of a grid of patches, row by row, or of a length.
 
-    Args:
-      grid: height and width, or the length alone.
-      num_features: divisible by 4; of a picture the first half is of the column, then the row.
-
+    Of a picture the first half of the features (divisible by 4) is of the column, then the row.
     Source: MAE, arXiv 2111.06377, as used by DiT, arXiv 2212.09748.
     """
     count = num_features // (2 * len(grid))
@@ -159,24 +156,22 @@ def sine_cosine_positions(*grid: int, num_features: int) -> Float[np.ndarray, "n
 
 def patches_of(z: Image | Signal, size: int) -> Tokens:
     """Cut images into patches of size x size pixels, row by row, or signals into pieces of size."""
-    if z.ndim == 3:
-        if size <= 0 or z.shape[1] % size:
-            raise BadInput(f"model.patch_size={size}: must divide the length {z.shape[1]}")
-        return z.reshape(z.shape[0], -1, size * z.shape[2])
-    batch, height, width, channels = z.shape
-    if size <= 0 or height % size or width % size:
-        raise BadInput(f"model.patch_size={size}: must divide the image size {height}x{width}")
-    z = z.reshape(batch, height // size, size, width // size, size, channels)
-    return z.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+    batch, *sides, channels = z.shape
+    if size <= 0 or any(side % size for side in sides):
+        raise BadInput(f"model.patch_size={size}: must divide the size {'x'.join(map(str, sides))}")
+    if len(sides) == 2:
+        z = z.reshape(batch, sides[0] // size, size, sides[1] // size, size, channels)
+        z = z.swapaxes(2, 3)
+    return z.reshape(batch, -1, size ** len(sides) * channels)
 
 
 def image_of(patches: Tokens, shape: tuple[Any, ...], size: int) -> Image | Signal:
     """Undo `patches_of`, given the shape of the images or signals; at least float32."""
-    if len(shape) == 3:
-        return at_least_float32(patches.reshape(shape))
-    batch, height, width, channels = shape
-    x = patches.reshape(batch, height // size, width // size, size, size, channels)
-    return at_least_float32(x.swapaxes(2, 3).reshape(shape))
+    if len(shape) == 4:
+        batch, height, width, channels = shape
+        patches = patches.reshape(batch, height // size, width // size, size, size, channels)
+        patches = patches.swapaxes(2, 3)
+    return at_least_float32(patches.reshape(shape))
 
 
 xavier_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())

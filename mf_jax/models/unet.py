@@ -155,7 +155,11 @@ class UNet(Network, kw_only=True):
 
     @nn.compact
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
-        self._check_levels(*z.shape[1:3])
+        factor = 2 ** (len(self.channel_multipliers) - 1)
+        if not self.channel_multipliers or any(side % factor for side in z.shape[1:3]):
+            why = f"need 1 level or more, and an image size divisible by {factor}"
+            told = f"model.channel_multipliers={tuple(self.channel_multipliers)}"
+            raise BadInput(f"{told}: {why}, not {z.shape[1]}x{z.shape[2]}; use fewer")
         sizes = self.channels, self.time_conditioning, self.num_classes, self.augment_labels
         c = _Embedding(*sizes, name="condition")(r=r, t=t, condition=condition)
         numbers = itertools.count()
@@ -195,12 +199,3 @@ class UNet(Network, kw_only=True):
         last = _conv(z.shape[-1], (3, 3), dtype=self.dtype, name=f"{end}_conv", kernel_init=zeros)
         u = last(nn.silu(_norm(x, f"{end}_norm")))
         return Prediction(u=layers.at_least_float32(u))
-
-    def _check_levels(self, height: int, width: int) -> None:
-        factor = 2 ** (len(self.channel_multipliers) - 1)
-        if not self.channel_multipliers or height % factor or width % factor:
-            fix = f"use fewer, or an image size divisible by {factor} where it is {height}x{width}"
-            raise BadInput(
-                f"model.channel_multipliers={tuple(self.channel_multipliers)}: every level after"
-                f" the first halves the image, and there must be a first; {fix}"
-            )
