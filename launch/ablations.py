@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -124,10 +125,11 @@ def table(group: str, results: Results) -> str:
     """Return a group's table in Markdown, the best of each column in bold."""
     rows = [row for row in ROWS if row.group == group]
     accuracy = [score(results, row.run, key="class_accuracy") for row in rows]
+    one, two = ([score(results, row.run, steps) for row in rows] for steps in (1, 2))
     columns = {
         "published FID, 1 step": ([row.published for row in rows], "g", min),
-        "Fréchet distance, 1 step": ([score(results, row.run) for row in rows], ".2f", min),
-        "2 steps": ([score(results, row.run, 2) for row in rows], ".2f", min),
+        "Fréchet distance, 1 step": (one, ".2f", min),
+        "2 steps": (two, ".2f", min),
         "class accuracy, 1 step": (accuracy, ".1%", max),
     }
     return as_table([row.label for row in rows], columns)
@@ -145,10 +147,9 @@ def save_picture(path: Path, group: str, results: Results) -> None:
     both = figure.subplots(1, 2, sharey=True)
     for axes, (title, values) in zip(both, panels.items(), strict=True):
         known = [value for value in values if math.isfinite(value)]
-        lengths = [value if math.isfinite(value) else 0 for value in values]
+        lengths = np.nan_to_num(values, posinf=0)
         bars = axes.barh([row.label for row in rows], lengths)
-        texts = [f"{value:.4g}" if math.isfinite(value) else "" for value in values]
-        axes.bar_label(bars, texts, padding=3, fontsize=8.5)
+        axes.bar_label(bars, [f"{x:.4g}" if x else "" for x in lengths], padding=3, fontsize=8.5)
         axes.set_title(title, fontsize=9.5)
         axes.set_ylim(len(rows) - 0.4, -0.6)  # the first at the top
         if known and max(known) > 25 * min(known):  # else the smaller half would look alike

@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch import runner
@@ -91,69 +90,54 @@ GROUPS = {
 }
 
 
-def _real(group: str, data: str) -> Row:
-    return Row(group, f"{data}, held-out", "held-out data", None, f"real {data}", None)
+_LARGE = {"steps": 1000, "width": 256, "batch_size": 128}
+_SOURCES = ("network", "average", "exact")
 
 
-def _stability(group: str, data: str, sources: Sequence[str], shares: Sequence[float], **size: Any):
-    yield _real(group, data)
+def _of_estimates(group: str, data: str, sources: Sequence[str], shares: Sequence[float], **size):
     for target, source, share in product(("sample", "exact"), sources, shares):
         told = f"target {target}, tangent"
         label = f"{told} {share:g} {source}" if share else f"{told} sample"
-        first = source if share else sources[-1]
-        names, numbers = ("target exact", f"tangent {first}"), (float(target == "exact"), share)
-        how = Training(data, Tuned(PLAIN, names, numbers, data), **size)
+        names = ("target exact", f"tangent {source if share else sources[-1]}")
+        tuned = Tuned(PLAIN, names, (float(target == "exact"), share), data)
+        how = Training(data, tuned, **size)
         yield Row(group, label, f"{told} {source}", share, f"{group} {label}", how)
 
 
-def _derivative(group: str):
-    yield _real(group, "eight_gaussians")
+def _rows():
+    for group, data in REAL.items():
+        yield Row(group, f"{data}, held-out", "held-out data", None, f"real {data}", None)
+    yield from _of_estimates("stability", REAL["stability"], _SOURCES, (0.0, 0.5, 0.94, 1.0))
+    yield from _of_estimates("digits", "digits", _SOURCES[::2], (0.0, 1.0), **_LARGE)
     for dtype, kind in product(("float32", "bfloat16"), ("jvp", "backward", "central")):
         deltas = (1e-4, 1e-3, 5e-3, 1e-2, 5e-2) if dtype == "float32" else (1e-3, 5e-3, 5e-2)
         for delta in deltas if kind != "jvp" else (None,):
             series = f"{kind}, {dtype}"
-            label = series if delta is None else f"{series}, {delta:g}"
-            objective = dataclasses.replace(USUAL, derivative=Derivative(kind, delta or 0.0))
-            how = Training("eight_gaussians", Tuned(objective), dtype=dtype)
-            yield Row(group, label, series, delta, f"{group} {label}", how)
-
-
-def _hybrid(group: str):
-    yield _real(group, "eight_gaussians")
+            label = f"{series}, {delta:g}" if delta else series
+            tuned = Tuned(dataclasses.replace(USUAL, derivative=Derivative(kind, delta or 0.0)))
+            how = Training("eight_gaussians", tuned, dtype=dtype)
+            yield Row("derivative", label, series, delta, f"derivative {label}", how)
     for factor, kind, steps in product((0.0, 0.1, 1.0), ("composed", "renoised"), (1, 2, 4, 8)):
         how = Training("eight_gaussians", Tuned(USUAL, ("mmd",), (factor,)))
-        series, part = f"MMD {factor:g}, {kind}", f"{kind}_{steps}_"
-        yield Row(group, f"{series}, {steps}", series, f"{steps}", f"{group} {factor:g}", how, part)
-
-
-def _coupling(group: str):
-    yield _real(group, "eight_gaussians")
+        series, run, part = f"MMD {factor:g}, {kind}", f"hybrid {factor:g}", f"{kind}_{steps}_"
+        yield Row("hybrid", f"{series}, {steps}", series, f"{steps}", run, how, part)
     pairs = ("independent", "dealt 64", "dealt 256", "dealt 1024", "reflow 0", "reflow 0.1")
     for data, each in product(("eight_gaussians", "tilted"), pairs):
-        place = each.replace("dealt", "OT")
-        how = Training(data, Tuned(USUAL), pairs=each)
-        yield Row(group, f"{data}, {place}", data, place, f"{group} {data} {each}", how)
-
-
-def _control(group: str):
+        how, place = Training(data, Tuned(USUAL), pairs=each), each.replace("dealt", "OT")
+        yield Row("coupling", f"{data}, {place}", data, place, f"coupling {data} {each}", how)
     controls, factors = ("lipschitz", "monotone", "non_expansive"), (0.0, 0.1, 1.0)
     for data, control, factor in product(("narrow", "wide", "eight_gaussians"), controls, factors):
         numbers = tuple(factor * (control == each) for each in controls)
         label = f"{data}, {control} {factor:g}" if factor else f"{data}, none"
         how = Training(data, Tuned(USUAL, controls, numbers), lr=1e-2, steps=2000)
-        yield Row(group, label, f"{data}, {control}", f"{factor:g}", f"{group} {label}", how)
+        series, run = f"{data}, {control}", f"control {label}"
+        yield Row("control", label, series, f"{factor:g}", run, how)
 
 
-_LARGE = {"steps": 1000, "width": 256, "batch_size": 128}
-_SOURCES = ("network", "average", "exact")
-ROWS = (
-    *_stability("stability", "two_moons 128", _SOURCES, (0.0, 0.5, 0.94, 1.0)),
-    *_stability("digits", "digits", _SOURCES[::2], (0.0, 1.0), **_LARGE),
-    *_derivative("derivative"),
-    *_hybrid("hybrid"),
-    *_coupling("coupling"),
-    *_control("control"),
-)
+REAL = {"stability": "two_moons 128", "digits": "digits"}
+REAL |= dict.fromkeys(("derivative", "hybrid", "coupling"), "eight_gaussians")
+"""Groups whose tables have a row of held-out data."""
+ROWS = tuple(_rows())
 
 
 @functools.cache
@@ -215,7 +199,7 @@ def save_picture(path: Path, group: str, results: Results) -> None:
     tall = math.ceil(len(keys) / wide)
     figure = Figure(figsize=(4.4 * wide, 3.2 * tall + 1), layout="constrained")
     figure.suptitle(GROUPS[group].title)
-    names = {}
+    lines = {}
     for nth, key in enumerate(keys, start=1):
         panel = figure.add_subplot(tall, wide, nth)
         panel.set_title(SCORES[key][0], fontsize=9.5)
@@ -223,24 +207,19 @@ def save_picture(path: Path, group: str, results: Results) -> None:
         panel.spines[["right", "top"]].set_visible(False)
         for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
             own = {row.place: values_of(row, results, key) for row in rows if row.series == series}
-            known = {place: each for place, each in own.items() if np.isfinite(each).all()}
-            if known:
-                names[series] = _draw(panel, known, f"C{i}")
+            own = {place: each for place, each in own.items() if np.isfinite(each).all()}
+            places, means = list(own), [np.mean(each) for each in own.values()]
+            spreads = [np.std(each, ddof=len(each) > 1) for each in own.values()]
+            if places == [None]:
+                lines[series] = panel.axhline(means[0], color=f"C{i}", linestyle="--")
+            elif places:
+                look = {"color": f"C{i}", "marker": "o", "markersize": 3, "capsize": 2}
+                lines[series] = panel.errorbar(places, means, spreads, **look)
+        panel.tick_params("x", rotation=40 if group == "coupling" else 0, labelsize=8)
         if group == "derivative":
             panel.set_xscale("log")
-    figure.legend(names.values(), names, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=80, facecolor="white")
-
-
-def _draw(panel: Axes, values: Mapping[Any, Sequence[float]], color: str) -> Any:
-    """Draw a series: {place: numbers of its seeds}, with their standard deviations."""
-    places, means = list(values), [float(np.mean(each)) for each in values.values()]
-    if places == [None]:
-        return panel.axhline(means[0], color=color, linestyle="--")
-    is_long = isinstance(places[0], str) and max(map(len, places)) > 4
-    panel.tick_params("x", rotation=40 if is_long else 0, labelsize=8)
-    spreads = [float(np.std(each, ddof=len(each) > 1)) for each in values.values()]
-    return panel.errorbar(places, means, spreads, color=color, marker="o", markersize=3, capsize=2)
 
 
 if __name__ == "__main__":

@@ -121,9 +121,8 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
                 (study.RUNS / row.run).mkdir(parents=True, exist_ok=True)
                 write_json(study.RUNS / row.run / "result.json", result, indent=1)
                 print(f"    {result['seconds']:.0f} s", flush=True)
-        results = {row.run: kept(study, row) for row in runs_of(study.ROWS)}
-        results = {run: result for run, result in results.items() if result}
-        if not results:
+        found = {row.run: kept(study, row) for row in runs_of(study.ROWS)}
+        if not (results := {run: result for run, result in found.items() if result}):
             raise BadInput(f"{study.RUNS} holds no finished run; leave --document out")
         _write_page(study, document, results)
     except BadInput as error:
@@ -131,23 +130,20 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"wrote {document} and {document.with_suffix('')}/*.png")
     wrong = study.unexpected(results) if hasattr(study, "unexpected") else []
-    for line in wrong:
-        print(f"{name}: {line}", file=sys.stderr)
+    print(*(f"{name}: {line}\n" for line in wrong), sep="", end="", file=sys.stderr)
     return int(bool(wrong))
 
 
 def _write_page(study: ModuleType, document: Path, results: Results) -> None:
     """Write tables between their marks, and pictures; leave groups without runs and all else."""
     text, pictures = document.read_text("utf-8"), document.with_suffix("")
+    pictures.mkdir(exist_ok=True)
     there = {row.group for row in study.ROWS if row.run in results}
-    groups = [group for group in study.GROUPS if group in there]
-    for group in groups:
+    for group in filter(there.__contains__, study.GROUPS):
         start = text.index(mark := f"<!-- {group} -->\n") + len(mark)
         text = text[:start] + study.table(group, results) + text[text.index("<!-- end", start) :]
-    replace_file(document, text.encode())
-    pictures.mkdir(exist_ok=True)
-    for group in groups:
         study.save_picture(pictures / f"{group}.png", group, results)
+    replace_file(document, text.encode())
 
 
 def score(results: Results, run: str, steps: Any = 1, key: str = "frechet_distance") -> float:

@@ -19,29 +19,29 @@ CONFIGS = {name: decisive(make_config(row)) for name, row in RUNS.items()}
 
 
 @pytest.fixture
-def results():
-    """Return results in the published order: our distance is a quarter of the published one."""
-    made = {}
-    for row in reversed(ROWS):
-        rows = [{"name": "real data", "frechet_distance": 3.5, "class_accuracy": 0.99}]
+def folder(tmp_path, monkeypatch):
+    """Return the folder of finished runs beside the page, their distance a quarter of FID."""
+    for row in ROWS:
         d = row.published / 4 if row.published > 0 else 5.0
-        rows += [{"steps": k, "frechet_distance": d / k, "class_accuracy": 1 / d} for k in (1, 2)]
-        result = {"config": CONFIGS[row.run], "num_steps": 1000, "rows": rows}
-        made.setdefault(row.run, result)
-    made["baseline"]["rows"][1]["frechet_distance"] = 15.2
-    return made
-
-
-@pytest.fixture
-def folder(tmp_path, results, monkeypatch):
-    """Return the folder of finished runs in a current folder that has the page too."""
-    for name, result in results.items():
-        (tmp_path / ablations.RUNS / name).mkdir(parents=True)
-        (tmp_path / ablations.RUNS / name / "result.json").write_text(json.dumps(result))
+        scores = [{"steps": k, "frechet_distance": d / k, "class_accuracy": 1 / d} for k in (1, 2)]
+        if row.run == "baseline":
+            scores[0]["frechet_distance"] = 15.2
+        rows = [{"name": "real data", "frechet_distance": 3.5, "class_accuracy": 0.99}, *scores]
+        _write(
+            tmp_path / ablations.RUNS, row.run, config=CONFIGS[row.run], num_steps=1000, rows=rows
+        )
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "ablations.md", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
     return ablations.RUNS
+
+
+def _write(folder, run, **result):
+    """Write a result, or change the one that is there."""
+    path = folder / run / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(there | result))
 
 
 def test_each_run_has_one_valid_config_of_its_own():
@@ -73,20 +73,18 @@ def test_finished_runs_are_skipped_and_others_executed(folder, monkeypatch, caps
 
 
 def test_results_of_another_config_and_no_results_are_refused(folder, monkeypatch, capsys):
-    path = folder / "weight_0" / "result.json"
-    path.write_text(path.read_text().replace('"p": 0.0', '"p": 0.25'))
-    assert runner.main(ablations, ["--document"]) == 2
-    message = capsys.readouterr().err
-    assert "weight_0" in message
-    assert "another config" in message
-    monkeypatch.setattr(ablations, "RUNS", folder / "none")
-    assert runner.main(ablations, ["--document"]) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    config = CONFIGS["weight_0"] | {"weight": CONFIGS["weight_0"]["weight"] | {"p": 0.25}}
+    _write(folder, "weight_0", config=config)
+    for runs, words in (
+        (folder, "weight_0: its result is of another config"),
+        (folder / "none", "holds no finished run"),
+    ):
+        monkeypatch.setattr(ablations, "RUNS", runs)
+        assert runner.main(ablations, ["--document"]) == 2
+        assert words in capsys.readouterr().err
 
 
-def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
-    folder, results, capsys, monkeypatch
-):
+def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(folder, capsys, monkeypatch):
     def save_one(path, group, results):
         plots.append(path.name)
         if group == "weight":
@@ -94,10 +92,8 @@ def test_the_page_gets_tables_and_plots_and_what_must_fail_is_checked(
 
     plots, save_picture = [], ablations.save_picture
     monkeypatch.setattr(ablations, "save_picture", save_one)
-    results["weight_2"].update(diverged="why", rows=[])
-    results["share_0"]["rows"][1]["frechet_distance"] = 30.3
-    for name in ("weight_2", "share_0"):
-        (folder / name / "result.json").write_text(json.dumps(results[name]))
+    _write(folder, "weight_2", diverged="why", rows=[])
+    _write(folder, "share_0", rows=[{"steps": 1, "frechet_distance": 30.3}])
     (folder / "times_uniform" / "result.json").unlink()
     before = Path("docs/ablations.md").read_text()
     assert runner.main(ablations, ["--document"]) == 1

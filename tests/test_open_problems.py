@@ -68,7 +68,6 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     assert (tmp_path / "docs" / "open_problems" / "coupling.png").stat().st_size > 2000
     monkeypatch.setattr(training, "SEEDS", 3)
     assert runner.main(open_problems, ["--document"]) == 2
-    assert "another config" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_what_closed_forms_say():
