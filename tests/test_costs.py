@@ -8,24 +8,10 @@ import jax.numpy as jnp
 import pytest
 from steps import lowered_step, parts_of
 
+import mf_jax
 from launch import textbook
-from mf_jax.flow.couplings import OptimalTransport
-from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.draws import DrawScheme
-from mf_jax.flow.guidance import Guidance
-from mf_jax.flow.records import Prediction
-from mf_jax.flow.times import UniformTimes
-from mf_jax.flow.velocities import VelocityEstimate
-from mf_jax.models import SIZES as PUBLISHED_SIZES
-from mf_jax.models import DiT, InContextDiT
-from mf_jax.objectives import OBJECTIVES, Controlled, Controls, Estimated
-from mf_jax.objectives.alpha_flow import AlphaFlow
-from mf_jax.objectives.flow_matching import FlowMatching
-from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
-from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.objectives.shortcut import Shortcut
-from mf_jax.objectives.split_meanflow import SplitMeanFlow
-from mf_jax.objectives.terminal_velocity import TerminalVelocity
+from mf_jax.models import SIZES, DiT, InContextDiT
+from mf_jax.objectives import OBJECTIVES
 
 SIZE, WIDTH, BATCH = 4, 1024, 8
 
@@ -45,7 +31,7 @@ def _field(params, z, *, r, t, condition):
     x = jnp.tanh(z @ params["in"] + jnp.stack([r, t], axis=1) @ params["times"])
     for w in params["hidden"]:
         x = jnp.tanh(x @ w)
-    return Prediction(*(jnp.tanh(x @ w) @ params["out"] for w in params["heads"]))
+    return mf_jax.Prediction(*(jnp.tanh(x @ w) @ params["out"] for w in params["heads"]))
 
 
 def _flops(function, *arguments):
@@ -60,7 +46,7 @@ def _forward(params):
 
 def _step(objective, params, **more):
     """Return the operations of a step's draws, loss and gradient; 6 of 8 rows have r = t."""
-    scheme = DrawScheme(UniformTimes(), 0.75, for_networks=True, **more)
+    scheme = mf_jax.DrawScheme(mf_jax.UniformTimes(), 0.75, for_networks=True, **more)
 
     def loss(params, x):
         draws = scheme.draw(jax.random.key(0), x, jnp.zeros(BATCH, jnp.int32))
@@ -80,21 +66,26 @@ def _stated(name, q):
     return eval(re.sub(r"(\d) q", r"\1 * q", cost), {"q": q})
 
 
+GUIDED = mf_jax.Guidance(omega=2.0)
 CASES = [
-    ("flow_matching", FlowMatching(), 0.0),
-    ("meanflow", MeanFlow(), 0.0),
-    ("meanflow", MeanFlow(Guidance(omega=2.0)), 1.0),
-    ("meanflow", MeanFlow(Guidance(omega=1.0, kappa=0.5)), 1.25),
-    ("improved_meanflow", ImprovedMeanFlow(velocity="boundary"), 0.0),
-    ("improved_meanflow", ImprovedMeanFlow(Guidance(omega=2.0), velocity="boundary"), 1.0),
-    ("alpha_flow", AlphaFlow(alpha_start=0.1, alpha_end=0.1, derivative_below=0.0), 0.0),
-    ("split_meanflow", SplitMeanFlow(), 0.0),
-    ("split_meanflow", SplitMeanFlow(Guidance(omega=2.0)), 0.75),
-    ("shortcut", Shortcut(), 0.0),
-    ("shortcut", Shortcut(Guidance(omega=2.0)), 0.5),
-    ("terminal_velocity", TerminalVelocity(), 0.0),
-    ("terminal_velocity", TerminalVelocity(Guidance(omega=2.0)), 0.75),
-    ("controls", Controlled(FlowMatching(), Controls(monotone=1.0)), 3.0),
+    ("flow_matching", mf_jax.FlowMatching(), 0.0),
+    ("meanflow", mf_jax.MeanFlow(), 0.0),
+    ("meanflow", mf_jax.MeanFlow(GUIDED), 1.0),
+    ("meanflow", mf_jax.MeanFlow(mf_jax.Guidance(omega=1.0, kappa=0.5)), 1.25),
+    ("improved_meanflow", mf_jax.ImprovedMeanFlow(velocity="boundary"), 0.0),
+    (
+        "improved_meanflow",
+        mf_jax.ImprovedMeanFlow(GUIDED, velocity="boundary"),
+        1.0,
+    ),
+    ("alpha_flow", mf_jax.AlphaFlow(alpha_start=0.1, alpha_end=0.1, derivative_below=0.0), 0.0),
+    ("split_meanflow", mf_jax.SplitMeanFlow(), 0.0),
+    ("split_meanflow", mf_jax.SplitMeanFlow(GUIDED), 0.75),
+    ("shortcut", mf_jax.Shortcut(), 0.0),
+    ("shortcut", mf_jax.Shortcut(GUIDED), 0.5),
+    ("terminal_velocity", mf_jax.TerminalVelocity(), 0.0),
+    ("terminal_velocity", mf_jax.TerminalVelocity(GUIDED), 0.75),
+    ("controls", mf_jax.Controlled(mf_jax.FlowMatching(), mf_jax.Controls(monotone=1.0)), 3.0),
 ]
 
 
@@ -104,23 +95,23 @@ def test_every_objective_costs_what_it_states():
         measured = _step(objective, params) / _forward(params)
         assert abs(measured / (_stated(name, 0.25) + more) - 1) < 0.05, (objective, measured)
     assert set(OBJECTIVES) - {"pixel_meanflow"} <= {name for name, *_ in CASES}
-    two = _step(ImprovedMeanFlow(), _params(num_heads=2))
+    two = _step(mf_jax.ImprovedMeanFlow(), _params(num_heads=2))
     assert abs(two / (3 * _forward(_params(num_heads=2)) + 0.5 * _forward(params)) - 1) < 0.05, two
 
 
 def test_seams_add_the_forwards_that_they_state():
     """Of the whole batch, with a quarter of the rows r < t; a plug-in and a coupling add none."""
-    plain, average = MeanFlow(), VelocityEstimate("average", tangent=1.0)
+    plain, average = mf_jax.MeanFlow(), mf_jax.VelocityEstimate("average", tangent=1.0)
     for objective, draws, more in (
-        (Estimated(plain, VelocityEstimate("batch", target=0.2, tangent=0.2)), {}, 0),
-        (Estimated(plain, VelocityEstimate("network", tangent=1.0)), {}, 0.25),
-        (Estimated(plain, VelocityEstimate("network", target=0.5)), {}, 0.25),
-        (Estimated(plain, average, ema=0.9), {}, 0.25),
-        (Estimated(plain, VelocityEstimate("average", target=0.5), ema=1.0), {}, 1),
-        (MeanFlow(derivative=Derivative("backward")), {}, 0),
-        (MeanFlow(derivative=Derivative("central")), {}, 0.25),
-        (plain, {"coupling": OptimalTransport()}, 0),
-        (plain, {"coupling": OptimalTransport(4)}, 0),
+        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("batch", target=0.2, tangent=0.2)), {}, 0),
+        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("network", tangent=1.0)), {}, 0.25),
+        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("network", target=0.5)), {}, 0.25),
+        (mf_jax.Estimated(plain, average, ema=0.9), {}, 0.25),
+        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("average", target=0.5), ema=1.0), {}, 1),
+        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("backward")), {}, 0),
+        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("central")), {}, 0.25),
+        (plain, {"coupling": mf_jax.OptimalTransport()}, 0),
+        (plain, {"coupling": mf_jax.OptimalTransport(4)}, 0),
     ):
         measured = _step(objective, _params(), **draws) / _forward(_params())
         assert abs(measured / (3.25 + more) - 1) < 0.02, (objective, draws, measured)
@@ -128,8 +119,8 @@ def test_seams_add_the_forwards_that_they_state():
 
 def _program(size, batch, **sizes):
     """Return the whole guided step of training on latents of 256-pixel images, lowered."""
-    network = DiT(**PUBLISHED_SIZES["dit"][size] | {"num_classes": 1000} | sizes)
-    guided = MeanFlow(Guidance(omega=1.0, kappa=0.5))
+    network = DiT(**SIZES["dit"][size] | {"num_classes": 1000} | sizes)
+    guided = mf_jax.MeanFlow(mf_jax.Guidance(omega=1.0, kappa=0.5))
     return lowered_step(parts_of(network, guided, shape=(32, 32, 4), batch=batch))
 
 
@@ -162,7 +153,7 @@ def test_improved_step_with_two_heads():
     sizes = {"patch_size": 4, "width": 384, "num_heads": 6, "num_classes": 1000}
     network = InContextDiT(**sizes, depth=2, head_depth=1)
     more = {"shape": (32, 32, 4), "batch": 16, "instant_share": 0.5, "omega_max": 8.0}
-    step = lowered_step(parts_of(network, ImprovedMeanFlow(), **more))
+    step = lowered_step(parts_of(network, mf_jax.ImprovedMeanFlow(), **more))
     assert step.cost_analysis()["flops"] / 1e9 < 66
 
 
