@@ -150,7 +150,8 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     from mf_jax.runtime.workdir import flat, keep_habits
     from mf_jax.validation.ranges import check_sizes
 
-    keep_programs()
+    if mode != "bench":  # which times compiling
+        keep_programs()
     processes.start(
         start_timeout=config.job.start_timeout_seconds,
         heartbeat_timeout=config.job.heartbeat_timeout_seconds,

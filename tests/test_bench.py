@@ -19,16 +19,17 @@ from jobs import assert_refused, here
 from configs.digits import get_config as digits
 from configs.toy2d import get_config as toy2d
 from mf_jax import bench
-from mf_jax.bench import attention, measure, step
+from mf_jax.bench import attention, measure, step, table
 from mf_jax.bench import input as input_pipeline
 from mf_jax.bench import scores as scores_benchmark
 from mf_jax.bench.step import Noise, changed, flow_matching, fresh_batches
 from mf_jax.config import make_network, make_objective
 from mf_jax.data import Source
-from mf_jax.flow.records import NO_LABEL, Condition, DataSpec
+from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, Prediction
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, parameter_shapes
 from mf_jax.objectives.flow_matching import FlowMatching
+from mf_jax.runtime import compile_cache
 from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
@@ -50,6 +51,7 @@ RUNS = {
     "attention": ("digits", "--config.bench.tokens=(8,)"),
     "scores": ("digits", "--config.eval.num_samples=90", "--config.eval.batch_size=40"),
 }
+SCALES = {"_bytes": 1e-6, "_seconds_median": 1e3, "": 1.0}
 OF_A_RESULT = "platform num_devices num_parameters dtype shape num_classes batch_size notes config"
 OF_A_RUN = ("config.json", "data.json", ".lock", "metrics.jsonl", "checkpoints/12/state")
 
@@ -69,6 +71,7 @@ def _run(what, config, workdir, *flags):
         widths = {"2048": 5, "spatial": 4, "logits_unbiased": 3}
         patch.setattr(scores_benchmark, "WIDTHS", widths)
         patch.setattr(attention, "passes", _two_passes)
+        patch.setattr(compile_cache, "keep_programs", None)  # it must not be called
         return here(*where, *FLAGS, f"--config.bench.what={what}", *flags)
 
 
@@ -120,15 +123,19 @@ def test_they_print_what_they_write(outcomes):
         assert set(result["notes"]) <= set(lines)
         assert f"bench_{what}.json" in lines[-1]
         cells = [[c.strip() for c in re.split("[│┃]", x)[1:-1]] for x in lines if x[0] in "│┃"]
-        columns = importlib.import_module(f"mf_jax.bench.{what}").COLUMNS
-        assert cells.pop(0) == [column.title for column in columns]
-        rows = [(row, True) for row in result["rows"]]
-        rows += [(result["ratio"], False)] if what == "step" else []
-        for (row, scaled), shown in zip(rows, cells, strict=True):
-            assert shown == [each.cell(row, each.scale if scaled else 1.0) for each in columns]
-            assert "-" not in shown
-            if what == "step" and scaled:
-                assert f"{1e3 * row['step_seconds_median']:.4g} (" in shown[4]
+        keys = importlib.import_module(f"mf_jax.bench.{what}").SHOWN.split()
+        titles, *cells = [dict(zip(keys, each, strict=True)) for each in cells]
+        for row, shown in zip(result["rows"], cells, strict=False):
+            for key in keys:
+                scale = next(scale for ending, scale in SCALES.items() if key.endswith(ending))
+                assert shown[key] == table.cell(row, key, scale) != "-"
+        if what == "step":
+            first, _, ratio = cells
+            expected = "objective|gflop|temp MB|argument MB|step ms (quartiles)|images per second"
+            assert "|".join(titles.values()) == f"{expected}|trace s|compile s|peak share"
+            seconds = result["rows"][0]["step_seconds_median"]
+            assert re.match(rf"{1e3 * seconds:.4g} \(\S+ to \S+\)$", first["step_seconds_median"])
+            assert ratio["gflop"] == f"{result['ratio']['gflop']:.4g}"
         assert errors.count("\n") >= 1
 
 
@@ -141,29 +148,29 @@ def _lower_step(config, spec, mesh=None):
 def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
     """Of flow matching too, whose config is made here by its name alone."""
     *_, result = outcomes["step"]
-    config = _config(toy2d)
-    config.objective.name = "flow_matching"
-    assert [row["objective"] for row in result["rows"]] == ["meanflow", "flow_matching"]
-    for row, each in zip(result["rows"], (_config(toy2d), config), strict=True):
-        assert row["gflop_lowered"] == _lower_step(each, POINTS).cost_analysis()["flops"] / 1e9
-        assert row["gflop"] == row["gflop_lowered"]
-        assert row["gflop_compiled"] == pytest.approx(row["gflop"], rel=0.05)
-        assert row["images_per_second"] == pytest.approx(16 / row["step_seconds_median"])
-        share = row["gflop"] / row["step_seconds_median"] / result["matmul_peak_gflops"]
-        assert row["peak_share"] == pytest.approx(share)
-    compiled = _lower_step(config, POINTS, make_mesh(data=0, fsdp=1)).compile()
-    memory = compiled.memory_analysis()
-    assert row["gflop_compiled"] == compiled.cost_analysis()["flops"] / 1e9
-    assert row["temp_bytes"] == memory.temp_size_in_bytes
-    assert row["argument_bytes"] == memory.argument_size_in_bytes
     first, second = result["rows"]
-    assert {"gflop", "temp_bytes", "step_seconds_median"} <= result["ratio"].keys()
-    for key, value in result["ratio"].items():
-        assert key == "objective" or value == first[key] / second[key]
-    assert 1.0 < result["ratio"]["gflop"] < 1.3
-    of = [f"{result['ratio'][key]:.3g} of its" for key in ("gflop", "step_seconds_median")]
-    assert f"meanflow beside flow_matching: {of[0]} GFLOP, {of[1]} time" in result["notes"][1]
-    assert "published code's meanflow: 2.00 of its GFLOP" in result["notes"][2]
+    flow = changed(_config(toy2d), {"objective": {"name": "flow_matching"}})
+    assert [row["objective"] for row in (first, second)] == ["meanflow", "flow_matching"]
+    for row, config in ((first, _config(toy2d)), (second, flow)):
+        gflop, seconds = row["gflop"], row["step_seconds_median"]
+        counted = _lower_step(config, POINTS).cost_analysis()["flops"] / 1e9
+        assert gflop == row["gflop_lowered"] == counted
+        assert row["gflop_compiled"] == pytest.approx(gflop, rel=0.05)
+        assert row["images_per_second"] == pytest.approx(16 / seconds)
+        share = gflop / seconds / result["matmul_peak_gflops"]
+        assert row["peak_share"] == pytest.approx(share)
+    compiled = _lower_step(flow, POINTS, make_mesh(data=0, fsdp=1)).compile()
+    memory = compiled.memory_analysis()
+    assert second["gflop_compiled"] == compiled.cost_analysis()["flops"] / 1e9
+    assert second["temp_bytes"] == memory.temp_size_in_bytes
+    assert second["argument_bytes"] == memory.argument_size_in_bytes
+    ratio = result["ratio"]
+    keys = {"gflop", "temp_bytes", "step_seconds_median"}
+    assert all(
+        ratio[key] == first[key] / second[key] for key in keys | ratio.keys() - {"objective"}
+    )
+    assert 1.0 < ratio["gflop"] < 1.3
+    assert "GFLOP of the published code's meanflow: 2.00" in result["notes"][1]
 
 
 def test_a_loop_does_not_hide_flops(monkeypatch):
@@ -193,34 +200,34 @@ def test_a_flow_matching_of_any_config_is_valid():
 
 
 def test_rates_of_sampling_reading_and_attention(outcomes):
-    (row,) = outcomes["sample"][2]["rows"]
+    result = outcomes["sample"][2]
+    (row,) = result["rows"]
     assert (row["evaluations"], len(row["batch_seconds"]), len(row["forward_seconds"])) == (2, 2, 2)
-    times = row["batch_seconds_median"], 2 * row["forward_seconds_median"]
-    assert row["ratio_to_forwards"] == pytest.approx(times[0] / times[1])
-    assert row["images_per_second"] == pytest.approx(24 / row["batch_seconds_median"])
-    rate = 2 * 24 * row["gflop_per_image"] / row["batch_seconds_median"]
-    assert row["peak_share"] == pytest.approx(rate / outcomes["sample"][2]["matmul_peak_gflops"])
-    network = make_network(_config(), DIGITS)
-    z, t = jnp.ones((24, 8, 8, 1)), jnp.ones(24)
-    condition = Condition(jnp.zeros(24, jnp.int32))
-    forward = jax.jit(lambda params: as_field(network)(params, z, r=t, t=t, condition=condition).u)
+    seconds, gflop = row["batch_seconds_median"], 2 * 24 * row["gflop_per_image"]
+    network, z, t = make_network(_config(), DIGITS), jnp.ones((24, 8, 8, 1)), jnp.ones(24)
+    more = {"r": t, "t": t, "condition": Condition(jnp.zeros(24, jnp.int32))}
+    forward = jax.jit(lambda params: as_field(network)(params, z, **more).u)
     flops = forward.lower(parameter_shapes(network, (8, 8, 1))).cost_analysis()["flops"]
-    assert 24 * row["gflop_per_image"] == pytest.approx(flops / 1e9, rel=0.02)
-
+    assert gflop == pytest.approx(2 * flops / 1e9, rel=0.02)
+    for key, value in (
+        ("ratio_to_forwards", seconds / 2 / row["forward_seconds_median"]),
+        ("images_per_second", 24 / seconds),
+        ("peak_share", gflop / seconds / result["matmul_peak_gflops"]),
+    ):
+        assert row[key] == pytest.approx(value), key
     assert [row["into"] for row in outcomes["input"][2]["rows"]] == ["host memory", "devices"]
     for row in outcomes["input"][2]["rows"]:
         rate = row["batches"] / sum(row["batch_seconds"])
         assert row["batches"] == len(row["batch_seconds"]) >= 2
         assert (row["batches_per_second"], row["images_per_second"]) == (rate, 16 * rate)
-
     result = outcomes["attention"][2]
     assert (result["num_heads"], result["head_width"], len(result["rows"])) == (2, 32, 2)
     for row in result["rows"]:
         ratio = row["fused_seconds_median"] / row["xla_seconds_median"]
         assert row["seconds_ratio"] == pytest.approx(ratio)
     (row,) = outcomes["scores"][2]["rows"]
-    assert row["samples"] == 90
     assert {"fid", "sfid", "kid", "precision", "recall", "inception_score"} <= set(row)
+    assert row["samples"] == 90
     assert row["precision"] > 0.9  # samples and reference come from one distribution
 
 
@@ -233,8 +240,9 @@ def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path
 
     monkeypatch.setattr(Generator, "sample_raw", sample)
     monkeypatch.setattr("mf_jax.bench.sample.initial_params", lambda *arguments: np.zeros(()))
-    forward = (lambda params, z: params + z), np.zeros(()), np.zeros(())
-    monkeypatch.setattr("mf_jax.bench.sample._forward", lambda *arguments: forward)
+    monkeypatch.setattr(measure, "lowered_flops", lambda *arguments: 1.0)
+    field = lambda params, z, **row: Prediction(z)  # noqa: E731
+    monkeypatch.setattr("mf_jax.bench.sample.as_field", lambda network: field)
     flags = ("--config.model.name=in_context_dit", "--config.sample.batch_size=24")
     flags += ("--config.model.prediction=velocity",)
     shape = ("--config.bench.shape=(8,8,3)", "--config.bench.num_classes=7")
@@ -256,7 +264,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         ("shape=(8,8,1) train.batch_size=6", "train.batch_size=6", "multiple of 4"),
         ("what=input bench.shape=(4,4,1) data.name=image_folder data.path=/no", "/no"),
         ("what=attention model.name=affine", "bench.what='attention'", "use bench.what=step"),
-        ("what=fits bench.devices=0", "bench.devices=0", "at least 1"),
+        ("what=fits bench.devices=0", "bench.devices=0", "within [1, 16384]"),
         ("what=fits bench.devices=64", "bench.devices=64", "started with 1", "new process"),
     ):
         first, *more = flags.split(" ")
@@ -278,52 +286,43 @@ def test_pictures_and_latents_need_not_be_here():
     assert bench._source(_config()).spec.shape == (8, 8, 1)
 
 
-WIDTH, AVERAGES = 128, (0.5, 0.9, 0.99)
-FITS = """
-import json, sys
-from mf_jax.main import main
-for flags in json.loads(sys.argv.pop()):
-    sys.argv[:] = ["mf_jax", *flags]
-    print(f"exit code {main()}", flush=True)
-"""
-
-
 def test_a_step_fits_where_xla_says_so(tmp_path):
     """On 4 virtual devices of a process of their own, with parameters split or whole."""
-    common = ["--config=configs/toy2d.py", "--mode=bench", "--config.bench.what=fits"]
-    keys = f"bench.devices=4 model.depth=1 model.width={WIDTH} train.batch_size=64"
-    keys = f"{keys} objective.name=flow_matching ema.decays={AVERAGES}".replace(", ", ",")
-    common += [f"--config.{key}" for key in keys.split()]
-    cases = {"whole": "bench.memory_gb=1e-3", "split": "mesh.fsdp=4", "bad": "mesh.fsdp=3"}
-    argv = [[*common, f"--workdir={tmp_path}/{k}", f"--config.{v}"] for k, v in cases.items()]
-    argv = [sys.executable, "-c", FITS, json.dumps(argv)]
+    width, averages = 128, 3
+    keys = f"bench.what=fits bench.devices=4 model.depth=1 model.width={width} train.batch_size=64"
+    keys = f"{keys} objective.name=flow_matching ema.decays=(0.5,0.9,0.99)".split()
+    common = ["--config=configs/toy2d.py", "--mode=bench", *(f"--config.{key}" for key in keys)]
+    code = "import sys; from mf_jax.main import main\n"
+    for name, key in (
+        ("whole", "bench.memory_gb=1e-3"),
+        ("split", "mesh.fsdp=4"),
+        ("bad", "mesh.fsdp=3"),
+    ):
+        argv = ["mf_jax", *common, f"--workdir={tmp_path}/{name}", f"--config.{key}"]
+        code += f"sys.argv[:] = {argv}; print(f'exit code {{main()}}', flush=True)\n"
+    argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert re.findall("exit code (.)", done.stdout) == ["0", "0", "2"], done.stderr
-    assert done.stdout.count("temp: of XLA for CPUs") == 2
-    assert "bench_fits.json" in done.stdout
-    assert "│ - " not in done.stdout, "every column has a number"
+    assert done.stdout.count("temp: of XLA for CPUs") == done.stdout.count("bench_fits.json") == 2
     assert "mesh.fsdp=3: must multiply to the 4 devices" in done.stderr
-    files = [tmp_path / name / "bench_fits.json" for name in ("whole", "split")]
-    whole, split = (json.loads(path.read_text()) for path in files)
-    config = toy2d()
-    config.model.update(depth=1, width=WIDTH)
+    config, held = toy2d(), []
+    config.model.update(depth=1, width=width)
     shapes = parameter_shapes(make_network(config, POINTS), (2,))
-    for result, mesh in ((whole, (4, 1)), (split, (1, 4))):
+    for name, mesh, fits in (("whole", (4, 1), "no"), ("split", (1, 4), "yes")):
+        result = json.loads((tmp_path / name / "bench_fits.json").read_text())
         (row,) = result["rows"]
         shardings = state_sharding(AbstractMesh(mesh, ("data", "fsdp")), shapes)
         sizes = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, shardings)
         params = 4 * sum(jax.tree.leaves(sizes))
-        assert (result["mesh"], result["num_devices"]) == (list(mesh), 4)
-        assert row["params_bytes"] == params
-        assert row["ema_bytes"] == len(AVERAGES) * params
-        assert row["opt_state_bytes"] == 2 * params + 2 * 4  # the steps of adam and its schedule
-        assert row["batch_bytes"] == 64 // 4 * (2 * 4 + 4)
-        held = sum(row[f"{name}_bytes"] for name in ("params", "ema", "opt_state", "batch"))
-        rest = row["total_bytes"] - held - row["temp_bytes"]
+        assert (result["mesh"], result["num_devices"], row["fits"]) == (list(mesh), 4, fits)
+        parts = {"params": params, "ema": averages * params, "batch": 64 // 4 * (2 * 4 + 4)}
+        parts["opt_state"] = 2 * params + 2 * 4  # the steps of adam and its schedule
+        assert {part: row[f"{part}_bytes"] for part in parts} == parts
+        rest = row["total_bytes"] - sum(parts.values()) - row["temp_bytes"]
         assert abs(rest) < 1000  # counters, without the labels, which nobody reads
         assert row["left_bytes"] == result["memory_gb"] * 1e9 - row["total_bytes"]
-    assert split["rows"][0]["params_bytes"] < whole["rows"][0]["params_bytes"] / 2
-    assert (whole["rows"][0]["fits"], split["rows"][0]["fits"]) == ("no", "yes")
+        held.append(params)
+    assert held[1] < held[0] / 2
 
 
 def test_contenders_take_turns_long_enough_and_preparing_is_not_timed(monkeypatch):
@@ -368,22 +367,8 @@ def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
     assert calls == [((n, n), (n, n), "float32") for n in (64, 128)]
 
 
-def test_programs_are_compiled_without_the_persistent_cache(tmp_path):
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    is_on = jax.config.jax_enable_compilation_cache
-    try:
-        for name, value in zip(names, (str(tmp_path), 0), strict=True):
-            jax.config.update(name, value)
-        program, costs = measure.compile_program(jax.jit(lambda x: x + 2.25), np.ones(3))
-        assert list(tmp_path.iterdir()) == []
-        assert jax.config.jax_enable_compilation_cache == is_on
-        jax.jit(lambda x: x + 3.25)(np.ones(3))
-        assert list(tmp_path.iterdir()) != []
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        measure.reset_cache()
+def test_compiling_is_timed():
+    program, costs = measure.compile_program(jax.jit(lambda x: x + 2.25), np.ones(3))
     np.testing.assert_array_equal(program(jnp.ones(3)), np.full(3, 3.25))
     assert 0 < costs["trace_seconds"] < costs["compile_seconds"] + 1
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from mf_jax.bench.measure import reset_cache
 from mf_jax.runtime import compile_cache
 
 KEYS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -25,10 +25,10 @@ from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file, to_json
 from mf_jax.validation import validate
-from mf_jax.validation.ranges import check_tuples
+from mf_jax.validation.ranges import check_values
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
-"""Modules, whose `run` returns `batch_size`, `notes` and the `rows` of a table of `COLUMNS`."""
+"""Modules, whose `run` returns `batch_size`, `notes` and `rows`; the table has the keys `SHOWN`."""
 
 _OF_PICTURES = {"image_folder": (1, 3), "tfds": (1, 3), "latents": (8, 4)}
 """Data that need not be here: the pixels that a place stands for on either axis, and channels."""
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Write `bench_WHAT.json` and print it as a table; nothing is written after bad input."""
     what = config.bench.what
     check_known("bench.what", what, BENCHMARKS)
-    check_tuples(config)  # the shape of the data is read before the rest is checked
+    check_values(config)  # the shape of the data is read before the rest is checked
     if what == "fits":
         virtual_devices(config.bench.devices)  # before anything else starts JAX
     benchmark = importlib.import_module(f"mf_jax.bench.{what}")
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     name = f"bench_{what}.json"
     if processes.is_first():
         replace_file(workdir / name, to_json(result, indent=1).encode())
-    show(result, benchmark.COLUMNS)
+    show(result, benchmark.SHOWN)
     run_folder.tell(workdir, table=name)
 
 

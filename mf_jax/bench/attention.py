@@ -10,19 +10,14 @@ from jaxtyping import Array, Float, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
-from mf_jax.bench.table import Column, timing
 from mf_jax.config import make_network
 from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
-from mf_jax.models import DataPrediction, DiT, InContextDiT
 from mf_jax.models.attention import ATTENTIONS, attend
 
-COLUMNS = (
-    Column("tokens", "tokens"),
-    Column("pass", "pass"),
-    *(timing(kind) for kind in ATTENTIONS),
-    Column("ratio", "seconds_ratio"),
-    *(Column(f"{kind} temp MB", f"{kind}_temp_bytes", 1e-6) for kind in ATTENTIONS),
+SHOWN = " ".join(
+    ["tokens pass", *(f"{kind}_seconds_median" for kind in ATTENTIONS), "seconds_ratio"]
+    + [f"{kind}_temp_bytes" for kind in ATTENTIONS]
 )
 _INTERPRETED = "fused: interpreted on cpu; its times say nothing of a GPU or TPU"
 QKV = tuple[Float[Array, "b n heads d"], ...]
@@ -30,8 +25,8 @@ QKV = tuple[Float[Array, "b n heads d"], ...]
 
 def heads(network: nn.Module) -> tuple[int, int]:
     """Return how many heads the attention of a network has, and their width."""
-    network = network.network if isinstance(network, DataPrediction) else network
-    if not isinstance(network, DiT | InContextDiT):
+    network = getattr(network, "network", network)  # of a DataPrediction
+    if not hasattr(network, "num_heads"):
         allowed = "only model.name=dit and in_context_dit have it; use bench.what=step"
         raise BadInput(f"bench.what='attention': {allowed}")
     return network.num_heads, network.width // network.num_heads
@@ -46,23 +41,20 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
         inputs = (qkv[0] * width**-0.5, *qkv[1:]), tuple(tangents)
         for name in passes("xla"):
             say(f"{tokens} tokens: {name}")
-            pair = _compare(name, inputs, measure.turns(config))
-            rows.append({"tokens": tokens, "pass": name, **pair})
+            row, contenders = {"tokens": tokens, "pass": name}, []
+            for kind in ATTENTIONS:
+                program, costs = measure.compile_program(jax.jit(passes(kind)[name]), *inputs)
+                row |= {f"{kind}_{key}": cost for key, cost in costs.items()}
+                contenders.append((itertools.repeat(inputs), lambda pair, run=program: run(*pair)))
+            times = measure.take_turns(*contenders, **measure.turns(config))
+            for kind, seconds in zip(ATTENTIONS, times, strict=True):
+                row |= measure.spread(kind, seconds)
+            ratio = row["fused_seconds_median"] / row["xla_seconds_median"]
+            rows.append(row | {"seconds_ratio": ratio})
     notes = [f"{num_heads} heads, {width} wide"]
     notes += [_INTERPRETED] * (jax.default_backend() == "cpu")
     result = {"batch_size": config.train.batch_size, "notes": notes, "rows": rows}
     return result | {"num_heads": num_heads, "head_width": width}
-
-
-def _compare(name: str, inputs: tuple[QKV, QKV], turns: dict[str, int]) -> measure.Result:
-    """Return a row about one pass of both kinds of attention."""
-    jitted = [jax.jit(passes(kind)[name]) for kind in ATTENTIONS]
-    runs, costs = zip(*(measure.compile_program(each, *inputs) for each in jitted), strict=True)
-    contenders = [(itertools.repeat(inputs), lambda pair, run=run: run(*pair)) for run in runs]
-    times, row = measure.take_turns(*contenders, **turns), {}
-    for kind, cost, seconds in zip(ATTENTIONS, costs, times, strict=True):
-        row |= measure.spread(kind, seconds) | {f"{kind}_{key}": x for key, x in cost.items()}
-    return row | {"seconds_ratio": row["fused_seconds_median"] / row["xla_seconds_median"]}
 
 
 def passes(kind: str) -> dict[str, Callable[[QKV, QKV], PyTree]]:
@@ -74,16 +66,16 @@ def passes(kind: str) -> dict[str, Callable[[QKV, QKV], PyTree]]:
     def tangent(qkv: QKV, tangents: QKV) -> tuple[Array, Array]:
         return jax.jvp(lambda *qkv: attend(*qkv, kind=kind, forward_mode=True), qkv, tangents)
 
-    def squares(x: Array) -> Array:
-        return jnp.sum(x.astype(jnp.float32) ** 2)
+    def squares(qkv: QKV, tangents: QKV) -> Array:
+        return jnp.sum(forward(qkv, tangents).astype(jnp.float32) ** 2)
 
     def meanflow(qkv: QKV, tangents: QKV) -> Array:
         out, derivative = tangent(qkv, tangents)
-        return squares(out - jax.lax.stop_gradient(derivative))
+        return jnp.sum((out - jax.lax.stop_gradient(derivative)).astype(jnp.float32) ** 2)
 
     return {
         "forward": forward,
-        "forward, gradient": jax.value_and_grad(lambda *both: squares(forward(*both))),
+        "forward, gradient": jax.value_and_grad(squares),
         "forward, tangent": tangent,
         "forward, tangent, gradient": jax.value_and_grad(meanflow),
     }

@@ -4,6 +4,7 @@ XLA compiles the training step for virtual CPU devices and says what each holds;
 State and batch are exact, temporaries an estimate.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -13,30 +14,21 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
 from mf_jax.bench.step import changed, placed_step
-from mf_jax.bench.table import Column
 from mf_jax.data import Source
 from mf_jax.flow.errors import BadInput
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.train import step_parts
 
-_PARTS = ("params", "ema", "opt_state", "batch", "temp", "total", "left")
-COLUMNS = (
-    *(Column(f"{name} GB", f"{name}_bytes", 1e-9) for name in _PARTS),
-    Column("fits", "fits"),
-)
+SHOWN = "params_bytes ema_bytes opt_state_bytes batch_bytes temp_bytes total_bytes left_bytes fits"
 _NOTE = "temp: of XLA for CPUs, which multiplies bfloat16 as float32; a GPU or TPU needs less"
 _REMAT = "model.remat counts only with model.scan here: XLA for CPUs drops it otherwise"
 
 
 def virtual_devices(count: int) -> Sequence[jax.Device]:
     """Return CPU devices; JAX starts with them unless it has started already."""
-    if count < 1:
-        raise BadInput(f"bench.devices={count}: must be at least 1; try 8")
-    try:
+    with contextlib.suppress(RuntimeError):  # it has started: more will do as well
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:  # it has started: more will do as well
-        pass
     if (here := jax.device_count("cpu")) < count:
         raise BadInput(f"bench.devices={count}: JAX has started with {here}; use a new process")
     return jax.devices("cpu")[:count]

@@ -5,18 +5,11 @@ import itertools
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
-from mf_jax.bench.table import Column, timing
 from mf_jax.data import Source
 from mf_jax.runtime.sharding import make_mesh, put_batch
 from mf_jax.train import batches_of
 
-COLUMNS = (
-    Column("into", "into"),
-    Column("batches", "batches"),
-    timing("batch"),
-    Column("batches/s", "batches_per_second"),
-    Column("images/s", "images_per_second"),
-)
+SHOWN = "into batches batch_seconds_median batches_per_second images_per_second"
 LEAST_SECONDS = 1.0
 """Long enough that the batches held ready at the start matter little."""
 

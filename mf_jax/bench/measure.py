@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -57,35 +56,24 @@ def spread(name: str, seconds: Sequence[float]) -> Result:
     return {f"{key}_median": median, f"{key}_quartiles": [first, third], key: list(seconds)}
 
 
-def throughput(
-    name: str, seconds: Sequence[float], *, images: int, gflop: float, peak: Result
-) -> Result:
-    """Return a spread, the images per second, and the share of the peak of all devices."""
-    row = spread(name, seconds)
-    median = row[f"{name}_seconds_median"]
-    share = gflop / median / (peak["matmul_peak_gflops"] * jax.device_count())
-    return row | {"images_per_second": images / median, "peak_share": share}
+def throughput(seconds: float, *, images: int, gflop: float, peak: Result) -> Result:
+    """Return the images per second, and the share of the peak of all devices."""
+    share = gflop / seconds / (peak["matmul_peak_gflops"] * jax.device_count())
+    return {"images_per_second": images / seconds, "peak_share": share}
 
 
 def compile_program(
     function: jax.stages.Wrapped, *arguments: PyTree
 ) -> tuple[jax.stages.Compiled, Result]:
-    """Compile a jitted function without the persistent cache; return its costs on a device too."""
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()  # JAX asks once, at the first compilation, whether there is a cache
-        start = time.perf_counter()
-        lowered = function.lower(*arguments)
-        middle = time.perf_counter()
-        program = lowered.compile()
-        end = time.perf_counter()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        reset_cache()
+    """Compile a jitted function; return its costs on a device too."""
+    times = [time.perf_counter()]
+    lowered = function.lower(*arguments)
+    times.append(time.perf_counter())
+    program = lowered.compile()
+    trace, compiling = np.diff([*times, time.perf_counter()]).tolist()
     memory = program.memory_analysis()
     costs = {f"{k}_bytes": getattr(memory, f"{k}_size_in_bytes") for k in ("temp", "argument")}
-    return program, costs | {"trace_seconds": middle - start, "compile_seconds": end - middle}
+    return program, costs | {"trace_seconds": trace, "compile_seconds": compiling}
 
 
 def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
@@ -93,9 +81,7 @@ def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
     try:
         device = jax.devices("cpu")[0]
     except RuntimeError as error:
-        platforms = jax.config.jax_platforms
-        fix = f"the CPU backend counts FLOPs; use {platforms},cpu"
-        raise BadInput(f"JAX_PLATFORMS={platforms}: {fix}") from error
+        raise BadInput(f"JAX_PLATFORMS: must have cpu too, to count FLOPs ({error})") from error
     with jax.default_device(device):
         return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 

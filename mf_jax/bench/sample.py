@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -10,7 +11,6 @@ from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
 from mf_jax.bench.step import COUNT_NOTE, COUNTABLE, changed
-from mf_jax.bench.table import Column, timing
 from mf_jax.config import make_network, sample_plan
 from mf_jax.data import Source
 from mf_jax.flow.records import Condition, GuidanceScale
@@ -18,14 +18,9 @@ from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
 from mf_jax.runtime.sharding import everywhere
 
-COLUMNS = (
-    Column("evaluations", "evaluations"),
-    Column("GFLOP per image", "gflop_per_image"),
-    timing("batch"),
-    timing("forward"),
-    Column("batch beside its forwards", "ratio_to_forwards"),
-    Column("images/s", "images_per_second"),
-    Column("share of peak", "peak_share"),
+SHOWN = (
+    "evaluations gflop_per_image batch_seconds_median forward_seconds_median ratio_to_forwards "
+    "images_per_second peak_share"
 )
 _PEAK_NOTE = "sampling multiplies at the highest precision, the peak at the default precision"
 
@@ -33,9 +28,8 @@ _PEAK_NOTE = "sampling multiplies at the highest precision, the peak at the defa
 def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     """See `BENCHMARKS`; `config.sample` says what a batch is."""
     say("measuring the matmul peak")
-    peak = measure.matmul_peak(config.model.dtype)
-    turns = measure.turns(config)
-    network = make_network(config, source.spec, for_sampling=True)
+    peak, turns = measure.matmul_peak(config.model.dtype), measure.turns(config)
+    forward, network, z = _forward(config, source)
     params = initial_params(network, source.spec.shape, jax.random.key(config.seed))
     params = jax.device_put(params, everywhere())
     plan = sample_plan(config)
@@ -44,17 +38,17 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     say("compiling the sampler")
     generator.sample_raw(labels, plan=plan)
     say(f"timing {sum(turns.values())} batches, and as many forwards")
-    forward, _, z = _forward(config, source)
     forward = jax.jit(forward)
     sampling = itertools.count(), lambda seed: generator.sample_raw(labels, plan=plan, seed=seed)
     bare = itertools.repeat(z), lambda z: forward(params, z)
     seconds, forwards = measure.take_turns(sampling, bare, **turns)
-    evaluations = len(plan.grid) - 1
-    gflop = measure.lowered_flops(*_forward(changed(config, COUNTABLE), source)) / 1e9
-    work = {"images": plan.batch_size, "gflop": evaluations * gflop}
-    row = {"evaluations": evaluations, "gflop_per_image": gflop / plan.batch_size}
-    row |= measure.throughput("batch", seconds, **work, peak=peak)
-    row |= measure.spread("forward", forwards)
+    row = measure.spread("batch", seconds) | measure.spread("forward", forwards)
+    evaluate, countable, z = _forward(changed(config, COUNTABLE), source)
+    shapes, evaluations = parameter_shapes(countable, source.spec.shape), len(plan.grid) - 1
+    gflop = measure.lowered_flops(evaluate, shapes, z) / 1e9
+    row |= {"evaluations": evaluations, "gflop_per_image": gflop / plan.batch_size}
+    work = {"images": plan.batch_size, "gflop": evaluations * gflop, "peak": peak}
+    row |= measure.throughput(row["batch_seconds_median"], **work)
     least = evaluations * row["forward_seconds_median"]
     row["ratio_to_forwards"] = row["batch_seconds_median"] / least
     result = {"batch_size": plan.batch_size, "notes": [COUNT_NOTE, _PEAK_NOTE], "rows": [row]}
@@ -63,8 +57,8 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
 
 def _forward(
     config: ConfigDict, source: Source
-) -> tuple[Callable[[PyTree, Array], Array], PyTree, Array]:
-    """Return one evaluation of a batch, the shapes of its parameters, and a batch."""
+) -> tuple[Callable[[PyTree, Array], Array], nn.Module, Array]:
+    """Return one evaluation of a batch, its network, and a batch."""
     network = make_network(config, source.spec, for_sampling=True)
     ones = jnp.ones(config.sample.batch_size)
     condition = Condition(ones.astype(jnp.int32), guidance=GuidanceScale(ones, ones, ones))
@@ -73,5 +67,4 @@ def _forward(
         with jax.default_matmul_precision("highest"):  # as samples are drawn
             return as_field(network)(params, z, r=ones, t=ones, condition=condition).u
 
-    shapes = parameter_shapes(network, source.spec.shape)
-    return forward, shapes, jnp.ones((*ones.shape, *source.spec.shape))
+    return forward, network, jnp.ones((*ones.shape, *source.spec.shape))

@@ -12,20 +12,13 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from mf_jax.bench.measure import Result, Say
-from mf_jax.bench.table import Column
 from mf_jax.data import Source
 from mf_jax.metrics.frechet import Gaussian
 from mf_jax.metrics.inception import FEATURES
 from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
 from mf_jax.metrics.suite import SampleScores
 
-COLUMNS = (
-    Column("samples", "samples"),
-    Column("reference rows", "reference_rows"),
-    Column("peak MB", "peak_bytes", 1e-6),
-    Column("adding s", "adding_seconds"),
-    Column("comparing s", "comparing_seconds"),
-)
+SHOWN = "samples reference_rows peak_bytes adding_seconds comparing_seconds"
 WIDTHS = {name: FEATURES[name] for name in ("2048", "spatial", "logits_unbiased")}
 _REFERENCE_ROWS, _FEW = 10_000, 32
 _NOTE = "peak: of the process, beyond JAX; the reference is in it"

@@ -9,28 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.bench import measure
-from mf_jax.bench.table import Column, timing
 from mf_jax.data import Batch, Source, Stored
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.runtime.configs import defaults
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, placed, put_batch, state_sharding
-from mf_jax.step import StepParts, TrainState, initial_state, make_train_step
+from mf_jax.step import StepParts, initial_state, make_train_step
 from mf_jax.train import step_parts
 
-COLUMNS = (
-    Column("objective", "objective"),
-    Column("GFLOP", "gflop"),
-    Column("temp MB", "temp_bytes", 1e-6),
-    Column("arguments MB", "argument_bytes", 1e-6),
-    timing("step"),
-    Column("images/s", "images_per_second"),
-    Column("trace s", "trace_seconds"),
-    Column("compile s", "compile_seconds"),
-    Column("share of peak", "peak_share"),
+SHOWN = (
+    "objective gflop temp_bytes argument_bytes step_seconds_median images_per_second "
+    "trace_seconds compile_seconds peak_share"
 )
 COUNTABLE = {
     "model": {"scan": False, "attention": "plain"},
@@ -38,11 +30,11 @@ COUNTABLE = {
     "train": {"microbatch": 0},
 }
 """The same network with nothing hidden: XLA counts a loop once, and a kernel not at all."""
-PUBLISHED = {  # GFLOP of the published code's step, of flow matching's, and of which network
-    "meanflow": (274, 136.9, "guided, DiT-S/4, batch 16"),
-    "improved_meanflow": (539, 179.2, "12 blocks of width 384, heads of 8, patch 4, batch 16"),
+PUBLISHED = {  # counted once, by XLA before compiling; see docs/performance.md
+    "meanflow": "2.00 (guided, DiT-S/4, batch 16)",
+    "improved_meanflow": "3.01 (12 blocks of width 384, heads of 8, patch 4, batch 16)",
 }
-"""Counted once, by XLA before compiling; see docs/performance.md."""
+"""GFLOP of the published code's step beside flow matching of the same network."""
 COUNT_NOTE = "GFLOP: XLA's count of the network without loops and kernels, before it is compiled"
 _OF_OBJECTIVES = ("objective", "guidance", "controls", "velocity", "perceptual")
 
@@ -90,22 +82,22 @@ def run(config: ConfigDict, source: Source, say: measure.Say) -> measure.Result:
     rows, programs = zip(*(compile_step(each, source, mesh, say) for each in both), strict=True)
     if config.bench.repeats:
         say(f"timing {config.bench.dropped + config.bench.repeats} steps of each")
-        contenders = (contender(*pair, source, mesh) for pair in zip(both, programs, strict=True))
+        contenders = (
+            contender_of(*pair, source, mesh) for pair in zip(both, programs, strict=True)
+        )
         times = measure.take_turns(*contenders, **measure.turns(config))
         for row, seconds in zip(rows, times, strict=True):
-            work = {"images": config.train.batch_size, "gflop": row["gflop"]}
-            row |= measure.throughput("step", seconds, **work, peak=peak)
-    numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
-    ratio = {"objective": "ratio"} | {key: rows[0][key] / rows[1][key] for key in numbers}
-    terms = {"gflop": "GFLOP", "step_seconds_median": "time", "temp_bytes": "temporary memory"}
-    parts = [f"{ratio[key]:.3g} of its {term}" for key, term in terms.items() if ratio.get(key)]
-    name = config.objective.name
-    notes = [COUNT_NOTE, f"{name} beside flow_matching: {', '.join(parts)}"]
+            row |= measure.spread("step", seconds)
+            work = {"images": config.train.batch_size, "gflop": row["gflop"], "peak": peak}
+            row |= measure.throughput(row["step_seconds_median"], **work)
+    own, flow = rows
+    ratio = {key: own[key] / x for key, x in flow.items() if isinstance(x, int | float)}
+    notes, name = [COUNT_NOTE], config.objective.name
     if name in PUBLISHED:
-        step, flow, network = PUBLISHED[name]
-        notes.append(f"the published code's {name}: {step / flow:.2f} of its GFLOP ({network})")
-    result = {"batch_size": config.train.batch_size, "notes": notes, "rows": list(rows)}
-    return result | peak | {"gflop_counted": "lowered", "ratio": ratio}
+        notes.append(f"ratio of GFLOP of the published code's {name}: {PUBLISHED[name]}")
+    result = {"batch_size": config.train.batch_size, "notes": notes, "rows": [own, flow]}
+    more = {"gflop_counted": "lowered", "ratio": {"objective": "ratio", **ratio}}
+    return result | peak | more
 
 
 def flow_matching(config: ConfigDict) -> ConfigDict:
@@ -147,16 +139,23 @@ def placed_step(parts: StepParts, mesh: Mesh) -> tuple[Any, ...]:
     return step, placed(state, shardings), *batch
 
 
-def contender(
+def contender_of(
     config: ConfigDict, program: jax.stages.Compiled, source: Source, mesh: Mesh
 ) -> measure.Contender:
-    """Return batches, and a compiled step with a state of its own."""
+    """Return the contender of a config's compiled step."""
     first_state = functools.partial(initial_state, step_parts(config, source))
     state = jax.jit(first_state, out_shardings=program.output_shardings)()
+    return contender(program, state, fresh_batches(config, source, mesh))
 
-    def advance(batch: tuple[Any, ...]) -> TrainState:
+
+def contender(
+    program: jax.stages.Compiled, state: PyTree, batches: Iterator[Any]
+) -> measure.Contender:
+    """Return batches, and a compiled step with a state of its own."""
+
+    def advance(batch: tuple[Any, ...]) -> PyTree:
         nonlocal state
         state = program(state, *batch)
         return state
 
-    return fresh_batches(config, source, mesh), advance
+    return batches, advance
