@@ -11,37 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mf_jax import models
 from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale, Prediction
-from mf_jax.models import (
-    MLP,
-    Affine,
-    DiT,
-    InContextDiT,
-    LowRank,
-    UNet,
-    as_field,
-    initial_params,
-    parameter_shapes,
-)
+from mf_jax.models import as_field, initial_params, parameter_shapes
 
-SMALL_DIT = {"patch_size": 2, "depth": 1, "width": 16, "num_heads": 2, "num_classes": 3}
-SMALL_IN_CONTEXT = SMALL_DIT | {"depth": 2, "width": 32, "head_depth": 1}
-SMALL_UNET = {
-    "num_classes": 3,
-    "channels": 8,
-    "channel_multipliers": (1, 2),
-    "num_blocks": 1,
-    "attention_resolutions": (2,),
-}
-IMAGE = (4, 8, 3)
+IMAGE, CLASSES = (4, 8, 3), {"num_classes": 3}
+_SIZES = CLASSES | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 2}
+_UNET = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "dropout": 0.3}
 CASES = {
-    "dit": (DiT(**SMALL_DIT), IMAGE),
-    "in_context_dit": (InContextDiT(**SMALL_IN_CONTEXT), IMAGE),
-    "pixel": (InContextDiT(**SMALL_IN_CONTEXT, bottleneck=5, positions="grid"), IMAGE),
-    "unet": (UNet(**SMALL_UNET, dropout=0.3), IMAGE),
-    "mlp": (MLP(depth=2, width=16, num_classes=3), (2,)),
-    "affine": (Affine(width=16, num_classes=3), (2, 3, 1)),
-    "low_rank": (LowRank(width=16, num_classes=3, rank=2), (2, 3, 1)),
+    "dit": (models.DiT(**_SIZES | {"depth": 1, "width": 16}), IMAGE),
+    "in_context_dit": (models.InContextDiT(**_SIZES, head_depth=1), IMAGE),
+    "pixel": (models.InContextDiT(**_SIZES, head_depth=1, bottleneck=5, positions="grid"), IMAGE),
+    "unet": (models.UNet(**CLASSES, **_UNET, attention_resolutions=(2,)), IMAGE),
+    "mlp": (models.MLP(**CLASSES, depth=2, width=16), (2,)),
+    "affine": (models.Affine(**CLASSES, width=16), (2, 3, 1)),
+    "low_rank": (models.LowRank(**CLASSES, width=16, rank=2), (2, 3, 1)),
 }
 LABELS = {f"label {label}": {"label": label} for label in (0, 2, NO_LABEL)}
 TIMES = {"later t": {"t": 0.8}, "earlier r": {"r": 0.05}}

@@ -8,27 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from networks import CASES, draw
 
+from mf_jax import models
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models import (
-    MLP,
-    DataPrediction,
-    DiT,
-    InContextDiT,
-    as_field,
-    dit,
-    initial_params,
-    layers,
-    parameter_shapes,
-    with_gather,
-)
+from mf_jax.models import DataPrediction, as_field, dit, layers, parameter_shapes, with_gather
 from mf_jax.models.blocks import laid_out_like, stack_blocks, unstack_blocks
 from mf_jax.models.in_context_dit import rotary_angles
 
 SHAPE = (4, 4, 2)
-SMALL = {"patch_size": 2, "depth": 2, "width": 16, "num_heads": 2, "num_classes": 3}
+SMALL = CASES["dit"][0].clone(depth=2)
 NETWORKS = {
-    "dit": DiT(**SMALL, time_conditioning="t|r"),
-    "in_context_dit": InContextDiT(**SMALL, head_depth=1),
+    "dit": SMALL.clone(time_conditioning="t|r"),
+    "in_context_dit": CASES["in_context_dit"][0].clone(width=16),
 }
 
 
@@ -104,7 +94,7 @@ def test_layouts_are_inverse_keep_the_order_and_fit_a_loop():
 
 def test_blocks_of_a_loop_start_differently():
     network = NETWORKS["dit"].clone(scan=True)
-    params = initial_params(network, SHAPE, jax.random.key(0, impl="rbg"))["blocks"]
+    params = models.initial_params(network, SHAPE, jax.random.key(0, impl="rbg"))["blocks"]
     for leaf in jax.tree.leaves(params):
         assert not leaf.any() or not np.allclose(leaf[0], leaf[-1])
 
@@ -126,7 +116,7 @@ def test_each_block_gathers_its_own_parameters_whatever_network_it_is_wrapped_in
         shapes = parameter_shapes(network, SHAPE)
         wrapped = DataPrediction(network) if scan else network
         assert gathered(wrapped, shapes) == {name, f"u_head/{name}", f"v_head/{name}"}
-    network = MLP(depth=1, width=8, num_classes=0)
+    network = CASES["mlp"][0]
     assert with_gather(network, lambda path, part: part) is network
 
 
@@ -154,8 +144,8 @@ def _lowered(network):
 
 def test_computing_again_keeps_less_and_costs_what_it_should():
     """Of a row's forward, tangent, backward (1 + 1 + 2), `block` adds a forward, `dots` little."""
-    sizes = SMALL | {"depth": 1, "width": 128}
-    networks = [DiT(**sizes, remat=remat) for remat in ("none", "dots", "block")]
+    remats = ("none", "dots", "block")
+    networks = [SMALL.clone(depth=1, width=128, remat=remat) for remat in remats]
     everything, products, nothing = map(_saved, networks)
     assert nothing < products < everything / 4
     none, dots, block = (_lowered(network).cost_analysis()["flops"] for network in networks)
@@ -165,7 +155,7 @@ def test_computing_again_keeps_less_and_costs_what_it_should():
 
 def test_the_program_of_a_loop_does_not_grow_with_depth():
     short, long = (
-        len(_lowered(DiT(**SMALL | {"depth": depth}, scan=True)).as_text()) for depth in (2, 12)
+        len(_lowered(SMALL.clone(depth=depth, scan=True)).as_text()) for depth in (2, 12)
     )
     assert long < 1.05 * short
 
@@ -203,7 +193,7 @@ def test_data_prediction_is_the_network_read_as_velocity():
     wrapped = DataPrediction(_Both(), t_clip=0.25)
     z, t = jnp.ones((2, 3)), jnp.array([0.5, 0.1])
     row = {"r": 0 * t, "t": t, "condition": Condition(jnp.zeros(2, int))}
-    params = initial_params(wrapped, (3,), jax.random.key(0))
+    params = models.initial_params(wrapped, (3,), jax.random.key(0))
     assert params == {"factor": 2.0}, "the names are the network's own"
     prediction = as_field(wrapped)(params, z, **row)
     np.testing.assert_allclose(prediction.u[:, 0], [-1 / 0.5, -1 / 0.25])

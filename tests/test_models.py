@@ -2,43 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 from conftest import refuses
 from flax.traverse_util import flatten_dict, unflatten_dict
-from networks import (
-    CASES,
-    GUIDANCE,
-    IMAGE,
-    LABELS,
-    ORDER,
-    ROWS,
-    SMALL_DIT,
-    SMALL_IN_CONTEXT,
-    SMALL_UNET,
-    TIMES,
-    answers,
-    assert_apart,
-    draw,
-    inputs,
-    make_z,
-)
+from networks import CASES, GUIDANCE, IMAGE, LABELS, ORDER, ROWS, TIMES, answers, draw
 from oracle import gaussian_average
 
+from mf_jax import models
 from mf_jax.flow.records import NO_LABEL, Condition
-from mf_jax.models import (
-    MLP,
-    NETWORKS,
-    SIZES,
-    Affine,
-    DiT,
-    InContextDiT,
-    LowRank,
-    UNet,
-    as_field,
-    parameter_shapes,
-    unet,
-)
+from mf_jax.models import as_field, parameter_shapes, unet
 from mf_jax.models.dit import DECOUPLED, num_r_blocks
 from mf_jax.models.layers import (
     TIME_CONDITIONINGS,
@@ -66,7 +40,7 @@ def test_a_network_is_told_everything_and_wastes_nothing(name):
     assert not any(map(np.any, jax.tree.leaves(out.fresh))), "a fresh network predicts zero"
     told = ["base", *LABELS, *TIMES, *(GUIDANCE if in_context else ()), "corner"]
     for head in ("u", "v") if in_context else ("u",):
-        assert_apart(exact, told, head=head)
+        networks.assert_apart(exact, told, head=head)
     assert not in_context or np.abs(exact.u - exact.v).max() > 1e-3
     for row in ["both times"] if in_context else [*GUIDANCE, "no guidance"]:
         np.testing.assert_allclose(exact.u[ORDER[row]], exact.u[0], rtol=1e-4, atol=1e-4)
@@ -99,13 +73,13 @@ def test_classes_of_networks_say_what_they_can():
         "vectors": ["mlp", "affine", "low_rank"],
         "signals": ["dit", "mlp"],
     }.items():
-        assert [name for name, network in NETWORKS.items() if kind in network.takes] == names
-    told = [name for name, network in NETWORKS.items() if network.guidance_inputs]
+        assert [name for name, network in models.NETWORKS.items() if kind in network.takes] == names
+    told = [name for name, network in models.NETWORKS.items() if network.guidance_inputs]
     heads = [name for name, (network, _) in CASES.items() if network.second_head]
     assert (told, heads) == (["dit", "in_context_dit"], ["in_context_dit", "pixel"])
-    for name, rows in SIZES.items():
+    for name, rows in models.SIZES.items():
         for row in rows.values():
-            NETWORKS[name](patch_size=2, num_classes=0, **row)
+            models.NETWORKS[name](patch_size=2, num_classes=0, **row)
 
 
 # ---- times and patches
@@ -134,7 +108,7 @@ def test_time_conditioning_tells_what_its_name_says():
         assert set((shapes.get("offset") or shapes)["condition"]) == names | {"label_embedding"}
         for part in shapes.keys() & {"matrix", "left", "right"}:
             assert set(shapes[part]["condition"]) == names, "a matrix is not told the class"
-    decoupled = MLP(depth=1, width=8, num_classes=0, time_conditioning=DECOUPLED)
+    decoupled = CASES["mlp"][0].clone(time_conditioning=DECOUPLED)
     refuses(r"time_conditioning='t\|r': must be one of t,r", parameter_shapes, decoupled, (2,))
 
 
@@ -157,8 +131,7 @@ def test_patches_are_cut_row_by_row_and_put_back():
 
 def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
     """A block whose modulation is made constant is deaf to the times."""
-    sizes = SMALL_DIT | {"depth": 3, "r_blocks": 2}
-    network = DiT(**sizes, time_conditioning=DECOUPLED)
+    network = CASES["dit"][0].clone(depth=3, r_blocks=2, time_conditioning=DECOUPLED)
     run = jax.jit(as_field(network))
     drawn, z = draw(network, IMAGE), jnp.ones((1, *IMAGE))
     modulations = [*((f"block_{i}", "modulation") for i in range(3)), ("final_modulation",)]
@@ -179,7 +152,7 @@ def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
 
     t, r = (True, False), (False, True)
     assert [heard([name]) for name in modulations] == [t, r, r, r]
-    flow = jax.jit(as_field(DiT(**sizes, time_conditioning="t")))
+    flow = jax.jit(as_field(network.clone(time_conditioning="t")))
     np.testing.assert_array_equal(u(run, drawn, 0.7, 0.7), u(flow, drawn, 0.7, 0.7))
     assert not np.allclose(u(run, drawn, 0.2, 0.7), u(flow, drawn, 0.2, 0.7), atol=1e-3)
 
@@ -200,9 +173,11 @@ def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance
     sampling = network.clone(second_head=False)
     params, exact = draw(network, shape), answers("in_context_dit").exact
     assert parameter_shapes(sampling, shape).keys() == params.keys() - {"v_head"}
-    (r, t, condition), i = inputs(), ORDER["no guidance"]
+    (r, t, condition), i = networks.inputs(), ORDER["no guidance"]
     condition = Condition(condition.labels)
-    alone = jax.jit(as_field(sampling))(params, make_z(shape), r=r, t=t, condition=condition)
+    alone = jax.jit(as_field(sampling))(
+        params, networks.make_z(shape), r=r, t=t, condition=condition
+    )
     assert alone.v is None
     np.testing.assert_allclose(alone.u[i], exact.u[i], rtol=1e-4, atol=1e-5)
 
@@ -253,13 +228,14 @@ def test_baselines_are_exact_on_gaussian_data():
     z, times = jax.random.normal(jax.random.key(0), (4, *shape)), jnp.ones(4)
     offset, end = gaussian_average(np.array([0.0, 1.0], np.float32), r, t, mean)
     one, row = np.eye(6).ravel(), {"r": r * times, "t": t * times}
-    for network, biases in (
-        (Affine(width=8, num_classes=0), {"matrix": (end - offset) * one}),
-        (LowRank(width=8, num_classes=0, rank=6), {"left": (end - offset) * one, "right": one}),
+    for name, more, biases in (
+        ("affine", {}, {"matrix": (end - offset) * one}),
+        ("low_rank", {"rank": 6}, {"left": (end - offset) * one, "right": one}),
     ):
+        network = CASES[name][0].clone(num_classes=0, **more)
         params = jax.tree.map(np.zeros_like, draw(network, shape))
-        for name, bias in (biases | {"offset": np.full(6, offset)}).items():
-            params[name]["out"]["bias"] += np.float32(bias)
+        for part, bias in (biases | {"offset": np.full(6, offset)}).items():
+            params[part]["out"]["bias"] += np.float32(bias)
         field = jax.jit(as_field(network))
         u = field(params, z, **row, condition=Condition(jnp.zeros(4, int))).u
         np.testing.assert_allclose(u, gaussian_average(z, r, t, mean), rtol=1e-4, atol=1e-5)
@@ -276,7 +252,9 @@ def test_a_fresh_block_adds_nothing():
 
 
 def test_dropout_is_a_function_of_the_seed_and_every_block_has_its_own_mask(monkeypatch):
-    assert_apart(answers("unet").exact, ["base", "seed"])  # rows that share a seed share its masks
+    networks.assert_apart(
+        answers("unet").exact, ["base", "seed"]
+    )  # rows that share a seed share its masks
     layers = []
     monkeypatch.setattr(
         unet, "drop_out", lambda x, seeds, *, layer, rate: layers.append((layer, rate)) or x
@@ -299,29 +277,29 @@ def test_masks_drop_the_share_keep_the_mean_and_differ():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    small = {DiT: SMALL_DIT, InContextDiT: SMALL_IN_CONTEXT, UNet: SMALL_UNET}
-    for network, sizes, message in (
-        (InContextDiT, {"positions": "gird"}, "positions='gird'.*sequence, grid.*mean grid"),
-        (InContextDiT, {"patch_size": 0}, "patch_size=0: must divide the size 4x6"),
-        (InContextDiT, {"head_depth": 3}, "head_depth=3: must be from 0 to model.depth=2"),
+    for name, sizes, message in (
+        ("pixel", {"positions": "gird"}, "positions='gird'.*sequence, grid.*did you mean grid"),
+        ("pixel", {"patch_size": 0}, "patch_size=0: must divide the size 4x6"),
+        ("pixel", {"head_depth": 3}, "head_depth=3: must be from 0 to model.depth=2"),
         (
-            InContextDiT,
+            "in_context_dit",
             {"width": 18},
-            "model.width=18: must be a multiple of 4 for model.num_heads=2",
+            "width=18: must be a multiple of 4 for model",
         ),
-        (InContextDiT, {"width": 12, "positions": "grid"}, "width=12: must be a multiple of 8"),
-        (InContextDiT, {"num_heads": 0}, "num_heads=0"),
-        (DiT, {"width": 18}, "model.width=18: must be a multiple of 4"),
-        (DiT, {"width": 20, "num_heads": 3}, "a multiple of 12 for model.num_heads=3"),
-        (DiT, {"num_heads": 0}, "model.num_heads=0"),
-        (DiT, {"width": 0}, "model.width=0"),
-        (DiT, {"patch_size": 4}, "patch_size=4: must divide the size 4x6"),
-        (DiT, {"remat": "all"}, "model.remat='all'.*none, block, dots"),
-        (UNet, {"channel_multipliers": (1, 2, 2)}, "channel_mult.*divisible by 4, not 4x6"),
-        (UNet, {"channel_multipliers": ()}, "need 1 level or more"),
+        ("pixel", {"width": 12}, "width=12: must be a multiple of 8"),
+        ("pixel", {"num_heads": 0}, "num_heads=0"),
+        ("dit", {"width": 18}, "model.width=18: must be a multiple of 4"),
+        ("dit", {"width": 20, "num_heads": 3}, "a multiple of 12 for model.num_heads=3"),
+        ("dit", {"num_heads": 0}, "model.num_heads=0"),
+        ("dit", {"width": 0}, "model.width=0"),
+        ("dit", {"patch_size": 4}, "patch_size=4: must divide the size 4x6"),
+        ("dit", {"remat": "all"}, "model.remat='all'.*none, block, dots"),
+        ("unet", {"channel_multipliers": (1, 2, 2)}, "channel_mult.*divisible by 4, not 4x6"),
+        ("unet", {"channel_multipliers": ()}, "need 1 level or more"),
     ):
-        refuses(message, parameter_shapes, network(**small[network] | sizes), (4, 6, 3))
-    three = UNet(**SMALL_UNET | {"channel_multipliers": (1, 2, 2)})
+        refuses(message, parameter_shapes, CASES[name][0].clone(**sizes), (4, 6, 3))
+    small = CASES["unet"][0]
+    three = small.clone(channel_multipliers=(1, 2, 2))
     refuses("divisible by 4, not 6x4", parameter_shapes, three, (6, 4, 3))
     for channels in (2, 36):
-        parameter_shapes(UNet(**SMALL_UNET | {"channels": channels}), (6, 8, 3))
+        parameter_shapes(small.clone(channels=channels), (6, 8, 3))
