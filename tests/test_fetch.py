@@ -134,7 +134,7 @@ def test_a_wrong_file_is_left_alone_and_a_bad_download_leaves_nothing(fetch, ser
         assert path.read_bytes() == wrong
     assert server.asked == []
     path.unlink()
-    for body, word in ((b"features" * 999, "SHA256"), (None, "404")):
+    for body, word in ((b"features" * 999, "7992 bytes"), (other, "SHA-256"), (None, "404")):
         server.content["/inception"] = body
         _refused(fetch(), tmp_path, "cannot be fetched", address, f"put it at {path}", word)
         assert not path.exists()

@@ -16,7 +16,6 @@ from conftest import refuses
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
-from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import inception as inception_module
 from mf_jax.metrics.inception import FEATURES, inception_features, load_inception
 from mf_jax.published.torch_file import fit_state_dict, read_state_dict
@@ -26,6 +25,7 @@ META = json.loads(str(CASE["meta"]))
 SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
 TOLERANCE = 1e-5  # relative to the largest number
 MAGIC = 0x1950A86A20F9469CFC6C
+BAD_SHAPES = (2, 8, 8, 1), (8, 8, 3), (0, 8, 8, 3)
 KINDS = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long"}
 
 
@@ -33,19 +33,24 @@ KINDS = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long"}
 
 
 def _opcodes(value):
-    """Return the opcodes that push a value; a dict becomes ordered."""
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, bool) or value is None:
-        return {True: b"\x88", False: b"\x89", None: b"N"}[value]
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value)
-    if isinstance(value, str):
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-    if isinstance(value, tuple):
-        return b"(" + b"".join(map(_opcodes, value)) + b"t"
+    """Return the opcodes that push a value; a dict becomes ordered, bytes are opcodes already."""
+    match value:
+        case bytes():
+            return value
+        case bool() | None:
+            return {True: b"\x88", False: b"\x89", None: b"N"}[value]
+        case int():
+            return b"J" + struct.pack("<i", value)
+        case str():
+            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+        case tuple():
+            return b"(" + b"".join(map(_opcodes, value)) + b"t"
     pairs = b"".join(_opcodes(part) for pair in value.items() for part in pair)
     return b"ccollections\nOrderedDict\n)R(" + pairs + b"u"
+
+
+def _pickle(value):
+    return b"\x80\x02" + _opcodes(value) + b"."
 
 
 def _tensor(storage, shape, strides, *, offset=0):
@@ -66,7 +71,7 @@ def _state_dict(arrays, *view):
         storage = _storage(str(i), array.dtype.str, array.size, *view)
         tensors[name] = _tensor(storage, array.shape, strides)
         data[str(i)] = array.tobytes(order="A")
-    return b"\x80\x02" + _opcodes(tensors) + b".", data
+    return _pickle(tensors), data
 
 
 def _write_zip(path, pickled, data, **records):
@@ -79,11 +84,10 @@ def _write_zip(path, pickled, data, **records):
 
 def _write_old(path, pickled, data, sizes, *, little=True):
     parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": little})]
-    numbers = [
-        struct.pack("<q", size) + content
-        for size, content in zip(sizes, data.values(), strict=True)
-    ]
-    path.write_bytes(b"".join([*parts, pickled, pickle.dumps(list(data), 2), *numbers]))
+    parts += [pickled, pickle.dumps(list(data), 2)]
+    for size, content in zip(sizes, data.values(), strict=True):
+        parts += [struct.pack("<q", size), content]
+    path.write_bytes(b"".join(parts))
     return path
 
 
@@ -173,13 +177,8 @@ def test_every_product_is_of_the_highest_precision(inception):
 
 
 def test_other_images_are_refused():
-    for shape, dtype in (
-        ((2, 8, 8, 3), np.float32),
-        ((2, 8, 8, 1), np.uint8),
-        ((8, 8, 3), np.uint8),
-        ((0, 8, 8, 3), np.uint8),
-    ):
-        refuses(r"images are .*; must be uint8", inception_features, {}, np.zeros(shape, dtype))
+    for image in (np.zeros((2, 8, 8, 3)), *(np.zeros(n, np.uint8) for n in BAD_SHAPES)):
+        refuses(r"images are .*; must be uint8", inception_features, {}, image)
 
 
 # ---- weight files
@@ -192,68 +191,61 @@ def test_a_file_is_known_by_its_hash_and_may_lack_counters_of_batches(drawn, inc
     other = load_inception(path)
     assert other.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != inception.sha256
     jax.tree.map(np.testing.assert_array_equal, other.params, inception.params)
-
-
-def test_parameters_that_do_not_fit_are_named(drawn, tmp_path):
-    bias = drawn["fc.bias"]
-    arrays = dict(drawn) | {"fc.bias": bias[:1000], "AuxLogits.fc.bias": bias}
-    del arrays["Mixed_7c.branch_pool.bn.running_var"]
-    with pytest.raises(BadInput) as error:
-        load_inception(_save_safetensors(tmp_path / "other.safetensors", arrays))
-    for part in (
-        "other.safetensors",
-        "missing: Mixed_7c.branch_pool.bn.running_var;",
-        "left over: AuxLogits.fc.bias;",
-        "of another shape: fc.bias is [1000], must be [1008];",
-    ):
-        assert part in str(error.value)
+    bias = without["fc.bias"]
+    without |= {"fc.bias": bias[:1000], "AuxLogits.fc.bias": bias}
+    del without["Mixed_7c.branch_pool.bn.running_var"]
+    _save_safetensors(path, without)
+    message = (
+        "inception.safetensors: .*missing: Mixed_7c.branch_pool.bn.running_var; "
+        r"left over: AuxLogits.fc.bias; of another shape: fc.bias is \[1000\], must be \[1008\];"
+    )
+    refuses(message, load_inception, path)
 
 
 def test_files_are_read_whatever_their_name_and_fitted_as_float32(tmp_path):
+    small = _small()
     for write in (_save_zip, _save_old, _save_safetensors):
-        path = write(tmp_path / "weights", _small())
+        path = write(tmp_path / "weights", small)
         state, digest = read_state_dict(path), hashlib.sha256(path.read_bytes()).hexdigest()
         assert (state.path, state.sha256) == (str(path), digest)
-        assert state.arrays.keys() == _small().keys()
-        for name, array in _small().items():
-            assert state.arrays[name].dtype == array.dtype
-            np.testing.assert_array_equal(state.arrays[name], array)
-    shapes = {name: array.shape for name, array in _small().items() if "num" not in name}
+        np.testing.assert_equal(state.arrays, small)
+        assert {k: x.dtype for k, x in state.arrays.items()} == {
+            k: x.dtype for k, x in small.items()
+        }
     state.arrays.pop("a.num_batches_tracked")
+    shapes = {name: array.shape for name, array in state.arrays.items()}
     fitted = fit_state_dict(state, shapes)
     assert {name: array.shape for name, array in fitted.items()} == shapes
     assert {array.dtype.name for array in fitted.values()} == {"float32"}
-    with pytest.raises(BadInput, match=r"a.half is \[5\], must be \[3\]; use the published file"):
-        fit_state_dict(state, shapes | {"a.half": (3,)})
 
 
 def test_tensors_may_share_a_storage_and_be_turned(tmp_path):
     """And dictionaries of Python 2 are lists of pairs."""
     numbers = np.arange(12, dtype=np.float32)
-    storage = _storage("0", "<f4", 12)
+    storage, data = _storage("0", "<f4", 12), {"0": numbers.tobytes()}
     tensors = {
         "turned": _tensor(storage, (3, 4), (1, 3)),
         "end": _tensor(storage, (2, 2), (2, 1), offset=8),
         "repeated": _tensor(storage, (2, 3), (0, 1)),
     }
-    data = {"0": numbers.tobytes()}
-    pickled = b"\x80\x02" + _opcodes(tensors) + b"."
-    for path in (
-        _write_zip(tmp_path / "a.pth", pickled, data),
-        _write_old(tmp_path / "b.pth", pickled, data, [12]),
-    ):
-        arrays = read_state_dict(path).arrays
-        np.testing.assert_array_equal(arrays["turned"], numbers.reshape(4, 3).T)
-        np.testing.assert_array_equal(arrays["end"], numbers[8:].reshape(2, 2))
-        np.testing.assert_array_equal(arrays["repeated"], [numbers[:3]] * 2)
     pair = b"](" + _opcodes("w") + _tensor(storage, (12,), (1,)) + b"e"
-    pickled = b"\x80\x02ccollections\nOrderedDict\n](" + pair + b"e\x85R."
-    old = _write_zip(tmp_path / "a.pth", pickled, data)
-    np.testing.assert_array_equal(read_state_dict(old).arrays["w"], numbers)
+    pairs = b"ccollections\nOrderedDict\n](" + pair + b"e\x85R"
+    wanted = {
+        "turned": numbers.reshape(4, 3).T,
+        "end": numbers[8:].reshape(2, 2),
+        "repeated": np.stack([numbers[:3]] * 2),
+    }
+    for path, expected in (
+        (_write_zip(tmp_path / "a.pth", _pickle(tensors), data), wanted),
+        (_write_old(tmp_path / "b.pth", _pickle(tensors), data, [12]), wanted),
+        (_write_zip(tmp_path / "c.pth", _pickle(pairs), data), {"w": numbers}),
+    ):
+        np.testing.assert_equal(read_state_dict(path).arrays, expected)
 
 
 def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
-    marker, old = tmp_path / "marker", tmp_path / "old.pth"
+    """And a pickle cannot alter the functions that it may ask for."""
+    marker, old, first = (tmp_path / name for name in ("marker", "old.pth", "first.pth"))
 
     class Evil:
         def __reduce__(self):
@@ -262,33 +254,31 @@ def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
     evil = pickle.dumps(Evil(), 2)
     pickle.loads(evil)
     marker.rmdir()  # it would do so
-    magic, *head = (pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}))
-    old.write_bytes(b"".join([magic, *head, evil]))
-    first = tmp_path / "first.pth"
+    head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}))
+    old.write_bytes(head + evil)
     first.write_bytes(evil + MAGIC.to_bytes(10, "little"))
-    for path, message in (
-        (old, "asks for posix.mkdir, which is refused"),
-        (first, "cannot be read"),
-        (_write_zip(tmp_path / "new.pth", evil, {}), "asks for posix.mkdir, which is refused"),
+    cases = [
+        (old, "posix.mkdir"),
+        (first, ""),
+        (_write_zip(tmp_path / "new", evil, {}), "posix.mkdir"),
+    ]
+    state = b"(N" + _opcodes({"__defaults__": 1}) + b"tb"
+    for i, (asked, more, refused) in enumerate(
+        (
+            ("torch\nload", b"", "torch.load"),
+            ("torch._utils\n_rebuild_sparse_tensor", b"", "torch._utils._rebuild_sparse_tensor"),
+            ("numpy\nFloatStorage", b"", "numpy.FloatStorage"),
+            ("collections\nabc", b"", "collections.abc"),
+            ("collections\nOrderedDict", state, "BUILD"),
+            ("torch._utils\n_rebuild_tensor_v2", state, "BUILD"),
+        )
     ):
+        pickled = _pickle(b"c" + asked.encode() + b"\n" + more)
+        cases.append((_write_zip(tmp_path / f"{i}.pth", pickled, {}), refused))
+    for path, refused in cases:
+        message = f"asks for {refused}, which is refused" if refused else "cannot be read"
         refuses(f"{path}: .*{message}", read_state_dict, path)
         assert not marker.exists()
-
-
-def test_every_other_global_is_refused_by_name(tmp_path):
-    """And a pickle cannot alter the functions that it may ask for."""
-    torch, state = "torch._utils", b"(N" + _opcodes({"__defaults__": 1}) + b"tb"
-    for asked, more, refused in (
-        ("torch load", b"", "torch.load"),
-        (f"{torch} _rebuild_sparse_tensor", b"", f"{torch}._rebuild_sparse_tensor"),
-        ("numpy FloatStorage", b"", "numpy.FloatStorage"),
-        ("collections abc", b"", "collections.abc"),
-        ("collections OrderedDict", state, "BUILD"),
-        (f"{torch} _rebuild_tensor_v2", state, "BUILD"),
-    ):
-        pickled = b"\x80\x02c" + asked.replace(" ", "\n").encode() + b"\n" + more + b"."
-        with pytest.raises(BadInput, match=f"asks for {refused}, which is refused"):
-            read_state_dict(_write_zip(tmp_path / "a.pth", pickled, {}))
 
 
 def _cut(path, end):
@@ -314,10 +304,9 @@ def test_damaged_and_other_files_are_refused(tmp_path):
         ("cannot be read", lambda: _cut(zipped(pickled, data), 120)),
         ("cannot be read", lambda: old(pickled, {"1": data["0"]}, [4])),
         ("holds a list", lambda: whole([1])),
-        ("holds a dict", lambda: whole({})),
-        (r"more than names and tensors \(epoch\)", lambda: whole({"epoch": 3})),
+        ("holds a dict without tensors", lambda: whole({"epoch": 3})),
         ("refers to", lambda: zipped(foreign, data)),
-        ("refers to", lambda: zipped(b"\x80\x02" + _opcodes(("a", "b", "c")) + b"Q.", data)),
+        ("refers to", lambda: zipped(_pickle(_opcodes(("a", "b", "c")) + b"Q"), data)),
     ]
     for shape, strides, offset in (  # outside of their storage
         ((5,), (1,), 0),
@@ -328,7 +317,7 @@ def test_damaged_and_other_files_are_refused(tmp_path):
         ((2,), (1, 1), 0),
     ):
         tensor = _tensor(_storage("0", "<f4", 4), shape, strides, offset=offset)
-        outside = b"\x80\x02" + _opcodes({"w": tensor}) + b"."
+        outside = _pickle({"w": tensor})
         cases.append(("cannot be read", functools.partial(zipped, outside, data)))
     for message, write in cases:
         path.unlink(missing_ok=True)

@@ -55,17 +55,20 @@ def load_inception(path: epath.PathLike) -> Inception:
     arrays = {k: v for k, v in state.arrays.items() if not k.endswith(".num_batches_tracked")}
     image = jnp.zeros((1, _SIDE, _SIDE, 3))
     layers = jax.eval_shape(_Network().init, jax.random.key(0), image)["params"]
-    last, last_bias = layers.pop("fc"), layers.pop("fc_bias")
-    wanted = {"fc.weight": last["kernel"].shape[::-1], "fc.bias": last_bias.shape}
-    for name, layer in layers.items():
-        height, width, inputs, outputs = layer["kernel"].shape
-        wanted[f"{name}.conv.weight"] = (outputs, inputs, height, width)
+    wanted = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    convolutions = [name for name in layers if not name.startswith("fc")]
+    for name in convolutions:
+        *sides, inputs, outputs = layers[name]["kernel"].shape
+        wanted[f"{name}.conv.weight"] = (outputs, inputs, *sides)
         wanted |= {f"{name}.bn.{part}": (outputs,) for part in _BATCH_NORM}
     arrays = fit_state_dict(state._replace(arrays=arrays), wanted)
     params = {"fc": {"kernel": arrays["fc.weight"].T}, "fc_bias": arrays["fc.bias"]}
-    for name in layers:
-        batch_norm = (arrays[f"{name}.bn.{part}"] for part in _BATCH_NORM)
-        params[name] = _folded(arrays[f"{name}.conv.weight"], *batch_norm)
+    for name in convolutions:
+        weight, bias, mean, variance = (arrays[f"{name}.bn.{part}"] for part in _BATCH_NORM)
+        scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)  # the epsilon of batch norm
+        kernel = arrays[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * scale
+        folded = {"kernel": kernel, "bias": bias - mean * scale}
+        params[name] = {key: array.astype(np.float32) for key, array in folded.items()}
     return Inception(jax.tree.map(jnp.asarray, params), state.sha256)
 
 
@@ -110,80 +113,58 @@ def _features(params: PyTree, x: Float32[Array, "b h w c"]) -> dict[str, Float32
         return _Network().apply({"params": params}, x)
 
 
-def _folded(
-    kernel: np.ndarray, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
-) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Return kernel and bias of a convolution that includes the batch norm after it."""
-    scale = weight / np.sqrt(variance.astype(np.float64) + 1e-3)  # the epsilon of batch norm
-    kernel = (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
-    return {"kernel": kernel, "bias": (bias - mean * scale).astype(np.float32)}
-
-
-def _conv(
-    x: Float[Array, "b h w c"],
-    name: str,
-    features: int,
-    size: int | tuple[int, int],
-    stride: int = 1,
-    padding: str = "SAME",
-) -> Float[Array, "b h2 w2 f"]:
-    size = (size, size) if isinstance(size, int) else size
-    return nn.relu(nn.Conv(features, size, stride, padding, name=name)(x))
-
-
-def _chain(
-    x: Float[Array, "b h w c"], name: str, *layers: tuple, halve: bool = False
-) -> Float[Array, "b h2 w2 f"]:
-    """Apply convolutions (features, size) numbered from 1, the last perhaps with stride 2."""
-    for i, layer in enumerate(layers, 1):
-        last = {"stride": 2, "padding": "VALID"} if halve and i == len(layers) else {}
-        x = _conv(x, f"{name}_{i}", *layer, **last)
-    return x
-
-
+_Maps = Float[Array, "_ _ _ _"]
+_Layers = tuple[tuple[int, int | tuple[int, int]], ...]
+"""The channels and the size of convolutions one after the other."""
 _halved = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 _averaged = functools.partial(
     nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
 )
 
 
-def _join(*branches: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-    return jnp.concatenate(branches, axis=-1)
+def _branch(x: _Maps, name: str, layers: _Layers, *, halve: bool = False) -> _Maps:
+    """Apply convolutions, numbered from 1 if there are several, the last perhaps with stride 2."""
+    for i, (features, size) in enumerate(layers, 1):
+        size = (size, size) if isinstance(size, int) else size
+        name_i = f"{name}_{i}" if len(layers) > 1 else name
+        last = {"strides": 2, "padding": "VALID"} if halve and i == len(layers) else {}
+        x = nn.relu(nn.Conv(features, size, name=name_i, **last)(x))
+    return x
 
 
-def _block_35(x: Float[Array, "b h w c"], name: str, pooled: int) -> Float[Array, "b h w c2"]:
-    return _join(
-        _conv(x, f"{name}.branch1x1", 64, 1),
-        _chain(x, f"{name}.branch5x5", (48, 1), (64, 5)),
-        _chain(x, f"{name}.branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-        _conv(_averaged(x), f"{name}.branch_pool", pooled, 1),
-    )
+def _mixed(
+    x: _Maps, name: str, branches: dict[str, _Layers], *, pooled: int = 0, halve: bool = False
+) -> _Maps:
+    """Join branches, and the maxima of what comes in or a convolution of its means."""
+    outputs = [_branch(x, f"{name}.{key}", layers, halve=halve) for key, layers in branches.items()]
+    last = _halved(x) if halve else _branch(_averaged(x), f"{name}.branch_pool", ((pooled, 1),))
+    return jnp.concatenate([*outputs, last], axis=-1)
 
 
-def _block_17(x: Float[Array, "b h w c"], name: str, narrow: int) -> Float[Array, "b h w c2"]:
+def _mixed_35(x: _Maps, name: str, pooled: int) -> _Maps:
+    twice = (64, 1), (96, 3), (96, 3)
+    branches = {"branch1x1": ((64, 1),), "branch5x5": ((48, 1), (64, 5)), "branch3x3dbl": twice}
+    return _mixed(x, name, branches, pooled=pooled)
+
+
+def _mixed_17(x: _Maps, name: str, n: int) -> _Maps:
     row, column = (1, 7), (7, 1)
-    across = ((narrow, 1), (narrow, row), (192, column))
-    twice = ((narrow, 1), (narrow, column), (narrow, row), (narrow, column), (192, row))
-    return _join(
-        _conv(x, f"{name}.branch1x1", 192, 1),
-        _chain(x, f"{name}.branch7x7", *across),
-        _chain(x, f"{name}.branch7x7dbl", *twice),
-        _conv(_averaged(x), f"{name}.branch_pool", 192, 1),
-    )
+    twice = (n, 1), (n, column), (n, row), (n, column), (192, row)
+    across = (n, 1), (n, row), (192, column)
+    branches = {"branch1x1": ((192, 1),), "branch7x7": across, "branch7x7dbl": twice}
+    return _mixed(x, name, branches, pooled=192)
 
 
-def _block_8(
-    x: Float[Array, "b h w c"], name: str, pooled: Float[Array, "b h w c"]
-) -> Float[Array, "b h w c2"]:
-    def cross(x, branch):
-        return _conv(x, f"{branch}a", 384, (1, 3)), _conv(x, f"{branch}b", 384, (3, 1))
-
-    return _join(
-        _conv(x, f"{name}.branch1x1", 320, 1),
-        *cross(_chain(x, f"{name}.branch3x3", (384, 1)), f"{name}.branch3x3_2"),
-        *cross(_chain(x, f"{name}.branch3x3dbl", (448, 1), (384, 3)), f"{name}.branch3x3dbl_3"),
-        _conv(pooled, f"{name}.branch_pool", 192, 1),
-    )
+def _mixed_8(x: _Maps, name: str, pooled: _Maps) -> _Maps:
+    outputs = [_branch(x, f"{name}.branch1x1", ((320, 1),))]
+    for inner, last in (
+        (_branch(x, f"{name}.branch3x3_1", ((384, 1),)), "branch3x3_2"),
+        (_branch(x, f"{name}.branch3x3dbl", ((448, 1), (384, 3))), "branch3x3dbl_3"),
+    ):
+        outputs.append(_branch(inner, f"{name}.{last}a", ((384, (1, 3)),)))
+        outputs.append(_branch(inner, f"{name}.{last}b", ((384, (3, 1)),)))
+    outputs.append(_branch(pooled, f"{name}.branch_pool", ((192, 1),)))
+    return jnp.concatenate(outputs, axis=-1)
 
 
 class _Network(nn.Module):
@@ -193,33 +174,27 @@ class _Network(nn.Module):
     def __call__(self, x: Float[Array, "b h w 3"]) -> dict[str, Float[Array, "b _"]]:
         """Return the features of images of side 299, scaled to [-1, 1]."""
         features = {}
-        x = _conv(x, "Conv2d_1a_3x3", 32, 3, 2, "VALID")
-        x = _conv(x, "Conv2d_2a_3x3", 32, 3, 1, "VALID")
-        x = _halved(_conv(x, "Conv2d_2b_3x3", 64, 3))
+        x = _branch(x, "Conv2d_1a_3x3", ((32, 3),), halve=True)
+        x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x))
+        x = _halved(_branch(x, "Conv2d_2b_3x3", ((64, 3),)))
         features["64"] = jnp.mean(x, (1, 2))
-        x = _conv(x, "Conv2d_3b_1x1", 80, 1)
-        x = _halved(_conv(x, "Conv2d_4a_3x3", 192, 3, 1, "VALID"))
+        x = _branch(x, "Conv2d_3b_1x1", ((80, 1),))
+        x = _halved(nn.relu(nn.Conv(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x)))
         features["192"] = jnp.mean(x, (1, 2))
         for name, pooled in {"Mixed_5b": 32, "Mixed_5c": 64, "Mixed_5d": 64}.items():
-            x = _block_35(x, name, pooled)
-        x = _join(
-            _conv(x, "Mixed_6a.branch3x3", 384, 3, 2, "VALID"),
-            _chain(x, "Mixed_6a.branch3x3dbl", (64, 1), (96, 3), (96, 3), halve=True),
-            _halved(x),
-        )
+            x = _mixed_35(x, name, pooled)
+        branches = {"branch3x3": ((384, 3),), "branch3x3dbl": ((64, 1), (96, 3), (96, 3))}
+        x = _mixed(x, "Mixed_6a", branches, halve=True)
         for name, narrow in {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160}.items():
-            x = _block_17(x, name, narrow)
+            x = _mixed_17(x, name, narrow)
         features["spatial"] = x[..., :7].reshape(len(x), -1)  # 7 of its channels
-        x = _block_17(x, "Mixed_6e", 192)
+        x = _mixed_17(x, "Mixed_6e", 192)
         features["768"] = jnp.mean(x, (1, 2))
         layers = (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)
-        x = _join(
-            _chain(x, "Mixed_7a.branch3x3", (192, 1), (320, 3), halve=True),
-            _chain(x, "Mixed_7a.branch7x7x3", *layers, halve=True),
-            _halved(x),
-        )
-        x = _block_8(x, "Mixed_7b", _averaged(x))
-        x = _block_8(x, "Mixed_7c", nn.max_pool(x, (3, 3), padding="SAME"))
+        branches = {"branch3x3": ((192, 1), (320, 3)), "branch7x7x3": layers}
+        x = _mixed(x, "Mixed_7a", branches, halve=True)
+        x = _mixed_8(x, "Mixed_7b", _averaged(x))
+        x = _mixed_8(x, "Mixed_7c", nn.max_pool(x, (3, 3), padding="SAME"))
         x = jnp.mean(x, (1, 2))
         features["2048"] = x
         features["logits_unbiased"] = nn.Dense(FEATURES["logits"], use_bias=False, name="fc")(x)

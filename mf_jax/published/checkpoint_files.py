@@ -1,8 +1,10 @@
-"""The files of published checkpoints: arrays by name, of which only those chosen are read."""
+"""The files of published checkpoints: arrays by name, of which only those asked for are read."""
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import tensorstore as ts
@@ -10,26 +12,48 @@ from etils import epath
 from safetensors import safe_open
 
 from mf_jax.flow.errors import BadInput
-from mf_jax.published import Arrays, torch_file
+from mf_jax.published import Arrays, reading
+from mf_jax.published.torch_file import read_torch
 from mf_jax.runtime.archives import array_names, check_claim, opened_npz, read_array
-from mf_jax.runtime.files import absolute, on_disk
+from mf_jax.runtime.files import absolute, on_disk, opened
 from mf_jax.runtime.json_files import parse_json
 
-Choose = Callable[[Collection[str]], dict[str, str]]
-"""From the names that are stored to {short name: stored name} of the wanted ones."""
-Read = Callable[[epath.Path, Choose], Arrays]
+_FORMS = "a folder checkpoint_N, or end in .npz, .safetensors, .pt or .pth"
 
 
-def opened_checkpoint(path: epath.PathLike) -> tuple[epath.Path, Read]:
-    """Return where a published checkpoint lies, and how it is read."""
-    path = absolute(path)
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; must be a published checkpoint")
-    if path.is_dir():
-        return path, _read_folder
-    if path.suffix not in READERS or not path.is_file():
-        raise BadInput(f"{path}: must be a folder checkpoint_N, or end in {' or '.join(READERS)}")
-    return path, READERS[path.suffix]
+class Stored(NamedTuple):
+    """The names in a checkpoint, what reads the arrays of some of them, a training's settings."""
+
+    names: Collection[str]
+    read: Callable[[Sequence[str]], Arrays]
+    settings: Mapping[str, Any] = {}
+
+
+@contextlib.contextmanager
+def opened_checkpoint(path: epath.PathLike) -> Iterator[Stored]:
+    """Open a published checkpoint; whatever the body raises is a BadInput that names it."""
+    with reading(path, "a published checkpoint"), contextlib.ExitStack() as stack:
+        path = absolute(path)
+        if path.is_dir():
+            yield _opened_folder(_newest(path))
+        elif path.suffix == ".npz":
+            archive = stack.enter_context(opened_npz(path))
+            yield _stored(array_names(archive), lambda name: read_array(archive, name))
+        elif path.suffix in (".pt", ".pth"):
+            arrays, settings = read_torch(stack.enter_context(opened(path)).read())
+            yield _stored(arrays, arrays.get)._replace(settings=settings)
+        elif path.suffix == ".safetensors" and path.is_file():
+            place = stack.enter_context(on_disk(path))
+            file = stack.enter_context(safe_open(place, framework="np"))
+            yield _stored(file.keys(), file.get_tensor)
+        elif path.exists():
+            raise BadInput(f"must be {_FORMS}")
+        else:
+            raise FileNotFoundError
+
+
+def _stored(names: Collection[str], read: Callable[[str], Any]) -> Stored:
+    return Stored(names, lambda asked: {name: read(name) for name in asked})
 
 
 def _newest(folder: epath.Path) -> epath.Path:
@@ -38,17 +62,16 @@ def _newest(folder: epath.Path) -> epath.Path:
         return folder
     numbers = [re.fullmatch(r"checkpoint_(\d+)", child.name) for child in folder.iterdir()]
     if not any(numbers):
-        raise BadInput("must be a folder checkpoint_N of a published training script, or hold one")
-    return folder / max((match for match in numbers if match), key=lambda match: int(match[1]))[0]
+        raise BadInput(f"must be {_FORMS}; or a folder that holds some checkpoint_N")
+    return folder / max(filter(None, numbers), key=lambda match: int(match[1]))[0]
 
 
-def _read_folder(folder: epath.Path, choose: Choose) -> Arrays:
-    """Read the chosen arrays alone.
+def _opened_folder(folder: epath.Path) -> Stored:
+    """Open an Orbax checkpoint without Orbax.
 
-    Orbax itself would open the optimiser's arrays too, and its threads would print tracebacks
-    about damaged files.
+    That would open the optimiser's arrays too, and its threads would print tracebacks about damaged
+    files.
     """
-    folder = _newest(folder)
     metadata, _ = parse_json((folder / "_METADATA").read_bytes(), {"tree_metadata": {}})
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
@@ -64,36 +87,18 @@ def _read_folder(folder: epath.Path, choose: Choose) -> Arrays:
         spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
         return ts.open(spec, open=True, read=True)
 
-    opening = {short: open_array(name) for short, name in choose(dotted).items()}
-    arrays = {short: array.result() for short, array in opening.items()}
-    claimed = sum(_num_bytes(array, array.shape) for array in arrays.values())
-    chunks = (_num_bytes(array, array.chunk_layout.read_chunk.shape) for array in arrays.values())
-    sizes = ((place / name).stat().length for place, _, names in folder.walk() for name in names)
-    check_claim(max([claimed, *chunks]), sum(sizes))
-    reads = {short: array.read() for short, array in arrays.items()}
-    return {short: read.result() for short, read in reads.items()}
+    def read(names: Sequence[str]) -> Arrays:
+        opening = [open_array(name) for name in names]
+        arrays = [array.result() for array in opening]
+        claimed = sum(_num_bytes(array, array.shape) for array in arrays)
+        chunks = (_num_bytes(array, array.chunk_layout.read_chunk.shape) for array in arrays)
+        files = (place / name for place, _, names in folder.walk() for name in names)
+        check_claim(max([claimed, *chunks]), sum(file.stat().length for file in files))
+        reads = [array.read() for array in arrays]
+        return {name: array.result() for name, array in zip(names, reads, strict=True)}
+
+    return Stored(list(dotted), read)
 
 
 def _num_bytes(array: ts.TensorStore, shape: Sequence[int]) -> int:
     return math.prod(shape) * array.dtype.numpy_dtype.itemsize
-
-
-def _read_npz(path: epath.Path, choose: Choose) -> Arrays:
-    with opened_npz(path) as archive:
-        chosen = choose(array_names(archive)).items()
-        return {short: read_array(archive, name) for short, name in chosen}
-
-
-def _read_safetensors(path: epath.Path, choose: Choose) -> Arrays:
-    with on_disk(path) as place, safe_open(place, framework="np") as file:
-        return {short: file.get_tensor(name) for short, name in choose(file.keys()).items()}
-
-
-def _read_torch(path: epath.Path, choose: Choose) -> Arrays:
-    arrays, _ = torch_file.read_training(path.read_bytes())
-    return {short: arrays[name] for short, name in choose(arrays).items()}
-
-
-TORCH_FILES = (".pt", ".pth")
-READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
-READERS |= dict.fromkeys(TORCH_FILES, _read_torch)

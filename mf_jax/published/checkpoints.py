@@ -10,10 +10,9 @@ and its averages: `net`, `net_ema`, `net_ema1`, `net_ema2`.
 Source: the recorded checkpoints of the published implementations (tests/reference).
 """
 
-import functools
+import fnmatch
 import re
-from collections.abc import Collection
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
-from mf_jax.published import Arrays, flow_matching, reading, torch_file
-from mf_jax.published.checkpoint_files import TORCH_FILES, opened_checkpoint
+from mf_jax.published import Arrays, flow_matching, reading
+from mf_jax.published.checkpoint_files import Stored, opened_checkpoint
 from mf_jax.published.names import (
     KINDS,
     TORCH_KINDS,
@@ -68,25 +67,20 @@ def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: st
 def describe_published(path: epath.PathLike, kind: str, *, section: str = "") -> tuple[int, int]:
     """Return channels and classes of a published network (`read_published`), 0 without labels."""
     check_known("kind", kind, KINDS)
-    patches, table = ((published_name(kind, ours) or (ours,))[0] for ours in _TELLING[kind])
-    arrays = read_published(path, kind, section=section, only=(patches, table))
-    first, classes = (
-        next((array for name, array in arrays.items() if fnmatchcase(name, pattern)), None)
-        for pattern in (patches, table)
-    )
-    if first is None or first.ndim != 4:
-        raise BadInput(
-            f"{path}: holds no {patches} [p, p, C, width] of a published {kind} network; check the"
-            " kind"
-        )
+    patterns = [(published_name(kind, ours) or (ours,))[0] for ours in _TELLING[kind]]
+    with opened_checkpoint(path) as stored:
+        names = _choose(section, stored.names)
+        first, table = (next(iter(fnmatch.filter(sorted(names), each)), "") for each in patterns)
+        arrays = _read(stored, {name: names[name] for name in (first, table) if name})
+        if first not in arrays or arrays[first].ndim != 4:
+            what = f"{patterns[0]} [p, p, C, width] of a published {kind} network"
+            raise BadInput(f"holds no {what}; check the kind")
     # The last row of the table stands for no label.
-    num_classes = 0 if classes is None else classes.shape[-2] - 1
-    return first.shape[1 if kind in TORCH_KINDS else 2], num_classes
+    num_classes = arrays[table].shape[-2] - 1 if table else 0
+    return arrays[first].shape[1 if kind in TORCH_KINDS else 2], num_classes
 
 
-def read_published(
-    path: epath.PathLike, kind: str, *, section: str = "", only: Collection[str] = ()
-) -> Arrays:
+def read_published(path: epath.PathLike, kind: str, *, section: str = "") -> Arrays:
     """Return the parameters in a published checkpoint: names without section and `net/`, float32.
 
     Args:
@@ -94,52 +88,41 @@ def read_published(
         `.npz`, `.safetensors`, `.pt` or `.pth`.
       section: one of `_SECTIONS`, or one of several averages, e.g. `ema_params/1000`, `net_ema1`;
         "" for the first that is there. A file without sections is taken as it is.
-      only: names or patterns of names to read, where they are there; empty for all.
     """
     check_known("kind", kind, KINDS)
-    path, read = opened_checkpoint(path)
-    choose = functools.partial(_choose, section, only)
-    with reading(path, "a published checkpoint"):
-        flat = read(path, choose)
-        if not only and (fitting := _kinds_of(flat)) and kind not in fitting:
+    with opened_checkpoint(path) as stored:
+        names = _choose(section, stored.names)
+        if (fitting := _kinds_of(names)) and kind not in fitting:
             raise BadInput(f"kind={kind!r}: its parameters are those of kind={fitting[0]!r}")
-        if not only and not any(our_name(kind, name) for name in flat):
+        if not any(our_name(kind, name) for name in names):
             raise BadInput(f"kind={kind!r}: none of its parameters has a name of any kind")
-        return {name: _as_float32(name, array) for name, array in sorted(flat.items())}
+        return _read(stored, names)
 
 
 def find_kind(path: epath.PathLike, *, section: str = "") -> str:
     """Return the kind of a published checkpoint, as the names of its parameters tell it."""
-    path, read = opened_checkpoint(path)
-    names: list[str] = []
-
-    def take(stored: Collection[str]) -> dict[str, str]:
-        names.extend(_choose(section, (), stored))
-        return {}
-
-    with reading(path, "a published checkpoint"):
-        read(path, take)
-        fitting = _kinds_of(names)
-        if not fitting:
-            raise BadInput(f"its parameters ({listed(names, 3)}) have names of no published kind")
-        return _sit_or_dit(path) if set(flow_matching.KINDS) <= set(fitting) else fitting[0]
+    with opened_checkpoint(path) as stored:
+        names = _choose(section, stored.names)
+        if not (fitting := _kinds_of(names)):
+            unknown = listed(list(names), 3)
+            raise BadInput(f"its parameters ({unknown}) have names of no published kind")
+        if "sit" not in fitting:
+            return fitting[0]
+        return _sit_or_dit(stored.settings, epath.Path(path).name)
 
 
-def _sit_or_dit(path: epath.Path) -> str:
-    """Return which of two kinds, whose names are the same, its settings or its own name tell."""
-    is_torch = path.suffix in TORCH_FILES
-    settings = torch_file.read_training(path.read_bytes())[1] if is_torch else {}
-    for text in (settings.get("model"), path.name):
-        words = re.findall("[a-z]+", str(text).lower())
-        told = [kind for kind in flow_matching.KINDS if kind in words]
-        if len(told) != 1:
-            continue
-        asked = {"path_type": "Linear", "prediction": "velocity"} if told == ["sit"] else {}
-        for key, value in asked.items():
-            if settings.get(key, value) != value:
-                raise BadInput(f"was trained with {key}={settings[key]!r}; must be {value!r}")
-        return told[0]
-    raise BadInput("is of SiT or of DiT, whose names are the same; set init.kind=sit or dit")
+def _sit_or_dit(settings: Mapping[str, Any], file: str) -> str:
+    """Return which of two kinds with the same names its settings, or else its file's name, tell."""
+    for text in (settings.get("model"), file):
+        told = set(flow_matching.KINDS) & set(re.findall("[a-z]+", str(text).lower()))
+        if len(told) == 1:
+            break
+    else:
+        raise BadInput("is of SiT or of DiT, whose names are the same; set init.kind=sit or dit")
+    for key, value in {"path_type": "Linear", "prediction": "velocity"}.items():
+        if told == {"sit"} and settings.get(key, value) != value:
+            raise BadInput(f"was trained with {key}={settings[key]!r}; must be {value!r}")
+    return told.pop()
 
 
 def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
@@ -161,19 +144,20 @@ def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
     if kind in flow_matching.KINDS:
         channels = flat[published_name(kind, _TELLING[kind][0])[0]].shape[1]
         fitting = flow_matching.as_flow_map(kind, fitting, wanted, channels=channels)
-    nothing = ("nothing published",)
-    theirs = {name: (published_name(kind, name) or nothing)[0] for name in wanted}
-    missing = [f"{theirs[name]} ({name})" for name in wanted if name not in fitting]
-    misshapen = [
-        f"{theirs[name]} ({name}) is {list(flat[theirs[name]].shape)}, "
-        f"must become {list(wanted[name].shape)}"
-        for name, array in fitting.items()
-        if array.shape != wanted[name].shape and theirs[name] in flat
-    ]
-    names = {"missing": missing, "unknown to the network": unknown, "of another shape": misshapen}
-    if problems := list_problems(names):
+    theirs = {name: (published_name(kind, name) or ("nothing published",))[0] for name in wanted}
+    problems = {
+        "missing": [f"{theirs[name]} ({name})" for name in wanted if name not in fitting],
+        "unknown to the network": unknown,
+        "of another shape": [
+            f"{theirs[name]} ({name}) is {list(flat[theirs[name]].shape)}, "
+            f"must become {list(wanted[name].shape)}"
+            for name, array in fitting.items()
+            if array.shape != wanted[name].shape and theirs[name] in flat
+        ],
+    }
+    if misfits := list_problems(problems):
         raise BadInput(
-            f"published {kind} parameters do not fit the network; {problems}; "
+            f"published {kind} parameters do not fit the network; {misfits}; "
             "build the network with the checkpoint's sizes"
         )
     return unflatten_dict(fitting, sep="/")
@@ -198,48 +182,46 @@ def write_published(
         flat["pos_embed"] = np.ascontiguousarray(positions)[None]
     try:
         with written_aside(path) as aside:
-            if path.suffix == ".npz":
-                np.savez(aside, **flat)
-            else:
-                save_file(flat, aside)
+            np.savez(aside, **flat) if path.suffix == ".npz" else save_file(flat, aside)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
 
 
-def _choose(section: str, only: Collection[str], names: Collection[str]) -> dict[str, str]:
+def _choose(section: str, names: Collection[str]) -> dict[str, str]:
     """Return {name without section and net/: stored name} of a section's parameters."""
     stored = {_AVERAGE.sub(r"\2/", name, count=1): name for name in names}
     named = sorted({found[2] for found in map(_AVERAGE.match, names) if found})
     if named:  # the rest counts updates
         stored = {short: name for short, name in stored.items() if short != name}
-    known = tuple(dict.fromkeys((*_SECTIONS, *named)))
+    known = list(dict.fromkeys((*_SECTIONS, *named)))
     if section and section.split("/")[0] not in known:
-        raise BadInput(
-            f"section={section!r}: must be one of {', '.join(known)}, or below one of them"
-        )
-    there = {name.split("/")[0] for name in stored if "/" in name}
-    sections = [each for each in known if each in there]
-    section = section or next(iter(sections), "")
-    start = f"{section}/" if sections else ""
-    chosen = {
-        short.removeprefix(start): name for short, name in stored.items() if short.startswith(start)
-    }
+        allowed = ", ".join(known)
+        raise BadInput(f"section={section!r}: must be one of {allowed}, or below one of them")
+    roots = {name.split("/")[0] for name in stored if "/" in name}
+    there = [each for each in known if each in roots]
+    section = section or next(iter(there), "")
+    start = f"{section}/" if there else ""
+    chosen = {k.removeprefix(start): name for k, name in stored.items() if k.startswith(start)}
     if not chosen:
-        raise BadInput(
-            f"holds no {section or 'parameters'}, but {', '.join(sections) or 'nothing'}"
-        )
+        held = ", ".join(there) or "nothing"
+        raise BadInput(f"holds no {section or 'parameters'}, but {held}")
     averages = sorted({short.split("/net/")[0] for short in chosen if "/net/" in short})
     if len(averages) > 1:
         choices = ", ".join(f"{section}/{average}" for average in averages)
         raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
     prefix = f"{averages[0]}/" if averages else ""
-    bare = {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
-    return {k: v for k, v in bare.items() if not only or any(fnmatchcase(k, p) for p in only)}
+    return {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
 
 
 def _kinds_of(names: Collection[str]) -> list[str]:
     """Return the kinds that have all of some names, the plainest first."""
     return [kind for kind in KINDS if all(our_name(kind, name) for name in names)]
+
+
+def _read(stored: Stored, names: Mapping[str, str]) -> Arrays:
+    """Return the arrays of {name: stored name} by sorted names, in float32."""
+    arrays = stored.read(list(names.values()))
+    return {name: _as_float32(name, arrays[names[name]]) for name in sorted(names)}
 
 
 def _as_float32(name: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

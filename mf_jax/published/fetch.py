@@ -5,7 +5,7 @@ $MF_WEIGHTS. For published weights only --mode=weights opens a connection.
 """
 
 import os
-from pathlib import Path
+from operator import attrgetter
 from typing import NamedTuple
 
 from etils import epath
@@ -14,9 +14,6 @@ from ml_collections import ConfigDict
 from mf_jax.flow.errors import BadInput, nearest
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, sha256_of, written_aside
-
-ENVIRONMENT_VARIABLE = "MF_WEIGHTS"
-_NAME_A_FOLDER = f"set --config.weights_dir=DIR or the environment variable {ENVIRONMENT_VARIABLE}"
 
 
 class PublishedFile(NamedTuple):
@@ -103,52 +100,45 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
         if not path.is_dir() and not os.path.isfile(path):
             raise BadInput(f"{key}={name_or_path!r}: is a pipe or a device; must be a file")
         return path
-    files, folder = _files(name_or_path, key), _folder(weights_dir)
-    place = folder or epath.Path("DIR")
-    problems = [] if folder else [f"no folder is named to hold {name_or_path}; {_NAME_A_FOLDER}"]
-    for file in files:
-        if problem := _problem(file, place / file.path, whole=False):
-            problems.append(f"{problem}; {_where_to_get(file, place)}")
-    if problems:
+    files = _files(name_or_path, key)
+    folder = _folder(weights_dir, name_or_path)
+    problems = {file: _problem(file, folder / file.path, whole=False) for file in files}
+    if told := [
+        f"{folder / file.path} {problem}; {_advice(file, folder)}"
+        for file, problem in problems.items()
+        if problem
+    ]:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
         raise BadInput(
-            f"{key}={name_or_path!r}: {'; '.join(problems)}; or run python -m mf_jax.main"
-            f" --config=CONFIG --mode=weights --config.weights_dir={place}{of_latents}"
+            f"{key}={name_or_path!r}: {'; '.join(told)}; or run python -m mf_jax.main"
+            f" --config=CONFIG --mode=weights --config.weights_dir={folder}{of_latents}"
         )
-    return folder / files[0].path if len(files) == 1 else (folder / files[0].path).parent
+    place = folder / files[0].path
+    return place if len(files) == 1 else place.parent
 
 
 def verify(name_or_path: str, sha256: str) -> None:
     """Check the SHA-256 of a file read under a published name; a path may hold anything."""
-    file = PUBLISHED.get(name_or_path, [PublishedFile("", 0, "", "")])[0]
-    if file.sha256 not in ("", sha256):
-        raise BadInput(
-            f"weights {name_or_path!r}: the file has SHA-256 {sha256}; must be {file.sha256}: "
-            f"delete {file.path} in the folder of weights and fetch it again with --mode=weights, "
-            "or name your own file by its path"
-        )
+    for file in PUBLISHED.get(name_or_path, ())[:1]:
+        if file.sha256 not in ("", sha256):
+            fix = "delete it and fetch it again with --mode=weights, or name your own by its path"
+            problem = f"{file.path} has SHA-256 {sha256}; must be {file.sha256}"
+            raise BadInput(f"weights {name_or_path!r}: {problem}: {fix}")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Fetch the published files that a config names; an error has a line for each failure."""
     del workdir  # the files belong to no run
-    keys = {"eval.inception": config.eval.inception}
-    if config.data.name == "latents" or config.prepare.input:
-        keys["data.autoencoder"] = config.data.autoencoder
-    if config.perceptual.lpips:
-        keys["perceptual.lpips_weights"] = config.perceptual.lpips_weights
-    if config.perceptual.convnext:
-        keys["perceptual.convnext_weights"] = config.perceptual.convnext_weights
-    missing = {k: v for k, v in keys.items() if not v or not epath.Path(v).expanduser().exists()}
-    files = [file for key, name in missing.items() for file in _files(name, key)]
+    keys = ["eval.inception"]
+    keys += ["data.autoencoder"] * bool(config.data.name == "latents" or config.prepare.input)
+    keys += [f"perceptual.{x}_weights" for x in ("lpips", "convnext") if config.perceptual[x]]
+    names = {key: attrgetter(key)(config) for key in keys}
+    wanted = {k: v for k, v in names.items() if not v or not epath.Path(v).expanduser().exists()}
+    files = [file for key, name in wanted.items() for file in _files(name, key)]
     if not files:
         print("nothing to fetch: the config names paths that are there")
         return
-    folder = _folder(config.weights_dir)
-    if folder is None:
-        names = ", ".join(missing.values())
-        raise BadInput(f"weights_dir='': no folder is named to hold {names}; {_NAME_A_FOLDER}")
-    problems = []
+    folder, problems = _folder(config.weights_dir, ", ".join(wanted.values())), []
     for file in files:
         try:
             print(f"{folder / file.path}: {_obtain(file, folder, progress=config.log.progress)}")
@@ -167,12 +157,14 @@ def _files(name: str, key: str) -> tuple[PublishedFile, ...]:
     return PUBLISHED[name]
 
 
-def _folder(weights_dir: str) -> epath.Path | None:
-    folder = weights_dir or os.environ.get(ENVIRONMENT_VARIABLE, "")
-    return epath.Path(folder).expanduser() if folder else None
+def _folder(weights_dir: str, names: str) -> epath.Path:
+    if not (folder := weights_dir or os.environ.get("MF_WEIGHTS", "")):
+        fix = "set --config.weights_dir=DIR or the environment variable MF_WEIGHTS"
+        raise BadInput(f"weights_dir='': must be the folder that holds {names}; {fix}")
+    return epath.Path(folder).expanduser()
 
 
-def _where_to_get(file: PublishedFile, folder: epath.Path) -> str:
+def _advice(file: PublishedFile, folder: epath.Path) -> str:
     content = f"{file.num_bytes} bytes, SHA-256 {file.sha256}" if file.sha256 else "size not known"
     return f"fetch {file.address} ({content}) and put it at {folder / file.path}"
 
@@ -180,37 +172,40 @@ def _where_to_get(file: PublishedFile, folder: epath.Path) -> str:
 def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
     """Return what is wrong with a file by its size or, with `whole`, its content; or nothing."""
     if not path.exists():
-        return f"{path} is not there"
+        return "is not there"
     if file.num_bytes and (length := path.stat().length) != file.num_bytes:
-        return f"{path} has {length} bytes, so it is another file or cut off"
-    if not file.sha256:
-        return ""
+        return f"has {length} bytes, so it is another file or cut off"
     is_small = file.num_bytes < 2**20  # the weights themselves are checked when read
-    if (whole or is_small) and (digest := sha256_of(path)) != file.sha256:
-        return f"{path} has SHA-256 {digest} instead of {file.sha256}"
+    if file.sha256 and (whole or is_small) and (digest := sha256_of(path)) != file.sha256:
+        return f"has SHA-256 {digest} instead of {file.sha256}"
     return ""
 
 
 def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     """Make sure that a file is there; return what was done, and leave a wrong file as it is."""
-    import pooch  # with requests, which only this mode needs
-    import requests
+    import requests  # which only this mode needs
 
-    path = folder / file.path
+    path, fix = folder / file.path, _advice(file, folder)
     if path.exists():
         if problem := _problem(file, path, whole=True):
-            raise BadInput(f"{problem}; delete or move it, then run the same command again")
+            raise BadInput(f"{path} {problem}; delete or move it, then run the same command again")
         return "already there"
-    pooch.get_logger().setLevel("WARNING")
     bar = ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress)
-    fix = _where_to_get(file, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside, bar:
-            get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
-            to, digest = Path(aside), file.sha256 or None
-            pooch.retrieve(file.address, digest, to.name, to.parent, downloader=get)
-    except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
+        with (
+            written_aside(path) as aside,
+            bar,
+            requests.get(file.address, stream=True, timeout=30) as answer,
+        ):
+            answer.raise_for_status()
+            with open(aside, "wb") as part:
+                for piece in answer.iter_content(2**20):
+                    part.write(piece)
+                    bar.advance(len(piece))
+            if problem := _problem(file, epath.Path(aside), whole=True):
+                raise requests.RequestException(f"what came {problem}")
+    except requests.RequestException as error:
         again = f"({error}); run the same command again, or {fix}"
         raise BadInput(f"{file.path}: cannot be fetched {again}") from error
     except OSError as error:
@@ -219,20 +214,3 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     if not file.sha256:
         return f"fetched, {path.stat().length:,} bytes, SHA-256 {sha256_of(path)}, none is known"
     return f"fetched, {file.num_bytes:,} bytes, checksum right"
-
-
-class _Received:
-    """What pooch asks of a progress bar: it counts whole pieces, then all bytes anew."""
-
-    def __init__(self, bar: ProgressBar):
-        self._bar, self._count, self.total = bar, 0, 0
-
-    def update(self, count: int) -> None:
-        self._count = min(self._count + count, self.total)
-        self._bar.move(self._count)
-        self._bar.remind()
-
-    def reset(self) -> None:
-        """Leave the count, which never exceeds the total, and the bar to its `with`."""
-
-    close = reset

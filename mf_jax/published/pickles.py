@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickletools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,6 @@ from jaxtyping import Shaped
 
 from mf_jax.flow.errors import BadInput
 
-_DTYPES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-}
 _NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NEWFALSE": bool}
 _NEW |= {"NEWTRUE": lambda: True, "NONE": lambda: None}
 _OWN = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
@@ -35,17 +28,15 @@ _MOST_PICKLE_BYTES = 2**23
 _MOST_ARGUMENTS = 8
 """Of a function, and of the axes of a tensor: a long tuple, used often, would take for ever."""
 Row = Shaped[np.ndarray, "n"]
+Storage = Callable[[str, np.dtype, int], Row]
+"""From the key of a storage, its type and its length to its numbers in a row."""
 
 
-def unpickle(file: io.BytesIO, storage: Callable[[str, np.dtype, int], Row]) -> Any:
+def unpickle(file: io.BytesIO, storage: Storage) -> Any:
     """Build the ordered dictionaries, arrays and plain values of a pickle, and call nothing else.
 
     Nothing that the pickle holds is hashed, compared or printed unless it is text or a number: a
-    few bytes of nested tuples would take for ever.
-
-    Args:
-      file: where the pickle begins; afterwards, where it has ended.
-      storage: from the key of a storage, its type and its length to its numbers in a row.
+    few bytes of nested tuples would take for ever. The file is left where the pickle has ended.
     """
     stack, marks, memo = [], [], {}
 
@@ -81,8 +72,7 @@ def unpickle(file: io.BytesIO, storage: Callable[[str, np.dtype, int], Row]) -> 
         elif name == "BINPERSID":
             stack.append(_row(stack.pop(), storage))
         elif name == "BUILD" and isinstance(stack[-2], _Inert):
-            state = stack.pop()
-            stack[-1].state = state
+            stack[-1].state = stack.pop()
         elif name == "BUILD" and type(stack[-2]) is collections.OrderedDict:
             stack.pop()  # versions of modules, which PyTorch hangs on a state_dict
         elif name == "STOP":
@@ -101,24 +91,20 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 
 def _global(name: str) -> Any:
-    module, _, kind = name.partition(" ")
-    if module == "torch" and kind in _DTYPES:
-        return kind
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    if module.split(".")[0] in _SETTINGS or name in _OF_SETTINGS:
+    if re.match("(argparse|omegaconf)[. ]", name):
         return _Inert
-    raise BadInput(
-        f"asks for {module}.{kind}, which is refused; may only hold tensors: save a"
-        " state_dict(), or convert the file to .safetensors"
-    )
+    if name not in _GLOBALS:
+        fix = "save a state_dict(), or convert the file to .safetensors"
+        asked = name.replace(" ", ".", 1)
+        raise BadInput(f"asks for {asked}, which is refused; may only hold tensors: {fix}")
+    return _GLOBALS[name]
 
 
-def _row(pid: Any, storage: Callable[[str, np.dtype, int], Row]) -> Row:
+def _row(pid: Any, storage: Storage) -> Row:
     match pid:
-        case ("storage", str(kind), str(key), str(), int(size), *view):
-            if kind in _DTYPES and size >= 0 and view in ([], [None]):
-                return storage(key, _DTYPES[kind], size)
+        case ("storage", np.dtype() as dtype, str(key), str(), int(size), *view):
+            if size >= 0 and view in ([], [None]):
+                return storage(key, dtype, size)
     raise BadInput("refers to something else than numbers of a tensor, which is refused")
 
 
@@ -144,11 +130,18 @@ class _Inert:
         self.state = {}
 
 
-_SETTINGS = ("argparse", "omegaconf")
-_OF_SETTINGS = ("typing Any", "collections defaultdict", "builtins dict", "builtins list")
-_OF_SETTINGS += ("builtins int", "builtins float", "builtins str", "builtins bool")
-_FUNCTIONS = {
-    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+_OF_SETTINGS = ("dict", "list", "int", "float", "str", "bool")
+_GLOBALS = {
     "collections OrderedDict": _ordered,
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch DoubleStorage": np.dtype("<f8"),
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+    "torch BFloat16Storage": np.dtype(jnp.bfloat16),
+    "torch LongStorage": np.dtype("<i8"),
+    "torch IntStorage": np.dtype("<i4"),
+    **dict.fromkeys(("typing Any", "collections defaultdict"), _Inert),
+    **dict.fromkeys((f"builtins {kind}" for kind in _OF_SETTINGS), _Inert),
 }
+"""All that a pickle may ask for, beside objects of argparse and omegaconf."""

@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float32, PyTree
 from safetensors import safe_open
 
-from mf_jax.flow.errors import BadInput, list_problems, listed
+from mf_jax.flow.errors import BadInput, list_problems
 from mf_jax.published import Arrays, reading
+from mf_jax.published.names import as_ours
 from mf_jax.published.pickles import Row, unpickle
 from mf_jax.runtime.archives import check_members
 from mf_jax.runtime.files import absolute, on_disk, opened
@@ -41,15 +42,11 @@ class StateDict(NamedTuple):
 def read_state_dict(path: epath.PathLike) -> StateDict:
     """Return the parameters in a `.pth` or `.safetensors` file, told apart by their content."""
     path = absolute(path)
-    if not path.is_file():
-        raise BadInput(
-            f"{path}: no such file; must be a .pth or .safetensors file of published weights"
-        )
-    with opened(path) as file:
-        content = file.read()
-    with reading(path, ".pth or .safetensors"):
+    with reading(path, "a .pth or .safetensors file of published weights"):
+        with opened(path) as file:
+            content = file.read()
         if content.startswith(b"PK\x03\x04") or _MAGIC in content[:32]:  # of torch.save
-            arrays = _arrays(_read(content))
+            arrays, _ = read_torch(content)
         else:
             with on_disk(path) as place, safe_open(place, framework="np") as file:
                 names = file.keys()
@@ -57,71 +54,64 @@ def read_state_dict(path: epath.PathLike) -> StateDict:
     return StateDict(str(path), hashlib.sha256(content).hexdigest(), arrays)
 
 
-def _read(content: bytes) -> Any:
-    return (_read_archive if content.startswith(b"PK") else _read_pickles)(content)
-
-
-def read_training(content: bytes) -> tuple[Arrays, dict[str, Any]]:
-    """Return the arrays {"section/name": array} that a training script has saved, and its settings.
+def read_torch(content: bytes) -> tuple[Arrays, dict[str, Any]]:
+    """Return the arrays {"section/name": array} of a file of PyTorch, and a training's settings.
 
     A state_dict alone has no sections.
     """
-    saved = _read(content)
-    if not isinstance(saved, dict):
-        raise BadInput(f"holds a {type(saved).__name__}; must be names and tensors")
-    sections = {f"{name}/": value for name, value in saved.items() if isinstance(value, dict)}
-    named = [("", saved), *sections.items()]
+    saved = (_read_archive if content.startswith(b"PK") else _read_pickles)(content)
+    values = saved if isinstance(saved, dict) else {}
+    sections = {f"{name}/": value for name, value in values.items() if isinstance(value, dict)}
     arrays = {
         f"{section}{name}": value
-        for section, values in named
-        for name, value in values.items()
+        for section, named in [("", values), *sections.items()]
+        for name, value in named.items()
         if isinstance(value, np.ndarray)
     }
-    settings = getattr(saved.get("args"), "state", {})
+    if not arrays:
+        raise BadInput(f"holds a {type(saved).__name__} without tensors; save a state_dict()")
+    settings = getattr(values.get("args"), "state", {})
     return arrays, settings if isinstance(settings, dict) else {}
 
 
 def fit_state_dict(state: StateDict, wanted: Mapping[str, tuple[int, ...]]) -> Arrays:
     """Return the parameters of the wanted shapes in float32; the file must have just these."""
-    arrays, misshapen, mistyped = state.arrays, [], []
-    for name in filter(arrays.__contains__, wanted):
-        array, shape = arrays[name], list(wanted[name])
-        if list(array.shape) != shape:
-            misshapen.append(f"{name} is {list(array.shape)}, must be {shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            mistyped.append(f"{name} is {array.dtype}, must be floating point")
+    there = {name: state.arrays[name] for name in wanted if name in state.arrays}
     problems = {
-        "missing": [name for name in wanted if name not in arrays],
-        "left over": [name for name in arrays if name not in wanted],
-        "of another shape": misshapen,
-        "of another type": mistyped,
-        "not finite": [name for name in wanted if not np.isfinite(arrays.get(name, 0)).all()],
+        "missing": [name for name in wanted if name not in there],
+        "left over": [name for name in state.arrays if name not in there],
+        "of another shape": [
+            f"{name} is {list(array.shape)}, must be {list(wanted[name])}"
+            for name, array in there.items()
+            if array.shape != tuple(wanted[name])
+        ],
+        "of another type": [
+            f"{name} is {array.dtype}, must be floating point"
+            for name, array in there.items()
+            if not jnp.issubdtype(array.dtype, jnp.floating)
+        ],
+        "not finite": [name for name, array in there.items() if not np.isfinite(array).all()],
     }
     if misfits := list_problems(problems):
         raise BadInput(
             f"{state.path}: its parameters do not fit the network; {misfits}; use the published "
             "file, with the config.json beside it where it has one"
         )
-    return {name: arrays[name].astype(np.float32) for name in wanted}
+    return {name: array.astype(np.float32) for name, array in there.items()}
 
 
 def network_params(shapes: PyTree, state: StateDict) -> PyTree[Float32[Array, "..."]]:
     """Return the parameters of these shapes of a network whose layers have the names of a file."""
-    flat = flatten_dict(shapes)
-    stored = {keys: _stored(keys, leaf.shape) for keys, leaf in flat.items()}
-    arrays, params = fit_state_dict(state, dict(stored.values())), {}
-    for keys, (name, shape) in stored.items():
-        array = arrays[name]
-        if keys[-1] == "kernel":
-            array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T
-        params[keys] = jnp.asarray(array)
+    names, wanted, params = {}, {}, {}
+    for keys, leaf in flatten_dict(shapes).items():
+        names[keys] = name = ".".join([*keys[:-1], "bias" if keys[-1] == "bias" else "weight"])
+        shape = leaf.shape  # of a kernel, output and input axes come first
+        wanted[name] = (*shape[:-3:-1], *shape[:-2]) if keys[-1] == "kernel" else shape
+    arrays = fit_state_dict(state, wanted)
+    for keys, name in names.items():
+        is_kernel = keys[-1] == "kernel"
+        params[keys] = jnp.asarray(as_ours(arrays[name], "kernel") if is_kernel else arrays[name])
     return unflatten_dict(params)
-
-
-def _stored(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return the published name and shape of a parameter: output and input axes come first."""
-    name = ".".join([*keys[:-1], "bias" if keys[-1] == "bias" else "weight"])
-    return name, (*shape[:-3:-1], *shape[:-2]) if keys[-1] == "kernel" else shape
 
 
 def _read_archive(content: bytes) -> Any:
@@ -166,20 +156,4 @@ def _read_pickles(content: bytes) -> Any:
 
 def _check_byte_order(little: bool) -> None:
     if not little:
-        raise BadInput(
-            "was written with the most significant byte first; must be little-endian: save it again"
-        )
-
-
-def _arrays(saved: Any) -> Arrays:
-    """Return the content of a pickle, if that is names and tensors."""
-    if not isinstance(saved, dict) or not saved:
-        raise BadInput(
-            f"holds a {type(saved).__name__}; must be names and tensors: save a state_dict()"
-        )
-    others = [str(name) for name, value in saved.items() if not isinstance(value, np.ndarray)]
-    if others:
-        raise BadInput(
-            f"holds more than names and tensors ({listed(others)}); save a state_dict() alone"
-        )
-    return saved
+        raise BadInput("has the most significant byte first; must be little-endian: save it again")
