@@ -134,7 +134,7 @@ def _torch(path):
 
 
 def _statistics(path):
-    return lambda: {k: v for k, v in vars(read_reference(path).statistics).items() if v is not None}
+    return lambda: (read_reference(path).num_images, read_reference(path).pooled)
 
 
 def _arrays_of(path):

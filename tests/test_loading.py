@@ -12,7 +12,6 @@ from recorded import FOLDER
 import mf_jax
 from mf_jax import loading
 from mf_jax.config import make_network
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
 from mf_jax.loading import load_initial, load_weights
 from mf_jax.models import parameter_shapes
@@ -55,15 +54,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_
     refuses("RUN: its parameters are not finite", loading._fit, params, params, "RUN")
 
 
-OTHER_MEANINGS = (
-    # changes of a config that no name and no shape of a parameter shows
-    ({"model.prediction": "data"}, "model.prediction='data'"),
-    ({"model.num_heads": 8}, "model.num_heads=8"),
-    ({"model.logit_power": -1.0}, "model.logit_power=-1.0"),
-    ({"model.time_conditioning": "t,log2"}, "model.time_conditioning='t,log2'"),
-)
-
-
 def test_training_starts_from_another_run(trained, tmp_path):
     """From its moving average, or from the raw parameters."""
     config = _from(trained)
@@ -74,9 +64,14 @@ def test_training_starts_from_another_run(trained, tmp_path):
     assert int(state.step) == 0
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
-    for changes, problem in OTHER_MEANINGS:
-        other = _from(trained, **changes)
-        refuses(f"{problem}: its run has", load_weights, other, _like(other))
+    for key, value in (  # that no name and no shape of a parameter shows
+        ("model.prediction", "data"),
+        ("model.num_heads", 8),
+        ("model.logit_power", -1.0),
+        ("model.time_conditioning", "t,log2"),
+    ):
+        other = _from(trained, **{key: value})
+        refuses(f"{key}={value!r}: its run has", load_weights, other, _like(other))
     refuses("draws.noise_scale=2.0", load_initial, _from(trained, **{"draws.noise_scale": 2.0}))
     config.init.which = "none"
     raw = mf_jax.load(trained, ema="none").params
@@ -111,20 +106,10 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, exported, 
 
 def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
     """Latents whose data are not there, decoded."""
-    keys = (
-        f"init.path={FOLDER / 'official_checkpoint_meanflow'}",
-        "init.kind=meanflow",
-        "data.name=latents",
-        f"data.autoencoder={FOLDER / 'vae'}",
-        "data.image_size=32",
-        "model.prediction=velocity",
-        "model.depth=2",
-        "model.width=32",
-        "model.num_heads=4",
-        "model.patch_size=2",
-        "sample.num=13",
-    )
-    flags = (f"--config.{key}" for key in keys)
+    keys = f"init.path={FOLDER / 'official_checkpoint_meanflow'} init.kind=meanflow sample.num=13"
+    keys += f" data.name=latents data.autoencoder={FOLDER / 'vae'} data.image_size=32"
+    keys += " model.prediction=velocity model.depth=2 model.width=32 model.num_heads=4"
+    flags = (f"--config.{key}" for key in [*keys.split(), "model.patch_size=2"])
     works("--config=configs/digits.py", "--mode=sample", f"--workdir={tmp_path}", *flags)
     samples = np.load(tmp_path / "samples.npz")
     assert samples["arr_0"].shape == (13, 32, 32, 3)
@@ -148,8 +133,8 @@ def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
     edit(copy_of_trained / "config.json", data={"name": "latents"})
     for theirs, more in (trained, {}), (copy_of_trained, {"data.latent_std": (2.0,)}):
         config = _from(theirs, **{"data.name": "latents"}, **more)
-        with pytest.raises(BadInput, match=r"was trained on .*latents.*set data.name, data.late"):
-            load_weights(config, _like(config))
+        message = r"was trained on .*latents.*set data.name, data.late"
+        refuses(message, load_weights, config, _like(config))
 
 
 def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path):
@@ -163,18 +148,9 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
 def test_parameters_that_do_not_fit_are_listed(trained):
     sizes = {"model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
     config = _from(trained, **sizes, **{"model.time_conditioning": "t"})
-    with pytest.raises(BadInput) as error:
-        load_weights(config, _like(config))
-    for part in (
-        "missing: block_1/",
-        "extra: condition/h_embedding/",
-        "misshapen: ",
-        "patch_embedding/kernel (16, 16), not (4, 16)",
-    ):
-        assert part in str(error.value)
-
-
-def test_bad_places_are_named():
+    message = r"missing: block_1/.*; extra: condition/h_embedding/.*; misshapen: .*"
+    message += r"patch_embedding/kernel \(16, 16\), not \(4, 16\)"
+    refuses(message, load_weights, config, _like(config))
     for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
         config = _from("nowhere", kind)
         refuses(named, load_weights, config, _like(config))

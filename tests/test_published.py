@@ -125,7 +125,7 @@ def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path, mon
     first = "bottleneck" if kind == "pmf" else "patch_embedding"
     del rest[published_name(kind, f"{first}/kernel")[0]]
     _save_file(path, rest)
-    refuses(r"rest.npz: holds no x_embedder/proj", describe_published, path, kind)
+    refuses("rest.npz: holds no first layer of a published", describe_published, path, kind)
 
 
 def test_the_newest_checkpoint_is_the_largest_number(tmp_path):

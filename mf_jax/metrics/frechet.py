@@ -26,8 +26,6 @@ from jaxtyping import Float, Float64
 
 from mf_jax.flow.errors import BadInput
 
-_ROUNDING = 1e-6
-"""Share of the largest entry or the trace: smaller faults of a covariance are rounding."""
 _SINGULAR = 1e-6
 """Share of the largest singular value of A^1/2 B^1/2, below which no variance counts."""
 _BLOCK = 4096
@@ -81,34 +79,6 @@ class Moments:
         if self.count < 2:
             raise BadInput(f"features has {self.count} rows; it must have at least 2")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
-
-
-def require_finite(values: np.ndarray, name: str) -> None:
-    """Raise BadInput if any value is not finite."""
-    if bad := values.size - np.count_nonzero(np.isfinite(values)):
-        raise BadInput(
-            f"{name} has {bad} values that are NaN or infinite; all must be finite: look for a "
-            "diverged network or a damaged file"
-        )
-
-
-def check_gaussian(gaussian: Gaussian, first: str, second: str) -> None:
-    """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
-    mean, covariance = gaussian
-    if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
-        raise BadInput(
-            f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}; must be [d] and "
-            "[d, d]: take both from one set of features"
-        )
-    require_finite(mean, first)
-    require_finite(covariance, second)
-    if np.abs(covariance - covariance.T).max() > _ROUNDING * np.abs(covariance).max():
-        raise BadInput(f"{second} is not symmetric; must be a covariance: compute it again")
-    shifted = covariance + _ROUNDING * (np.trace(covariance) or 1) * np.eye(len(covariance))
-    try:
-        np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues
-    except np.linalg.LinAlgError as error:
-        raise BadInput(f"{second} has eigenvalues below 0; must be a covariance") from error
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

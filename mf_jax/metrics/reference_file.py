@@ -10,28 +10,31 @@ import dataclasses
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 from numpy.lib import format as npy
 
-from mf_jax.flow.errors import BadInput, reason_of
-from mf_jax.metrics.frechet import Gaussian, check_gaussian, require_finite
+from mf_jax.flow.errors import BadInput
+from mf_jax.metrics.frechet import Gaussian
 from mf_jax.metrics.row_pairs import LEAST_ROWS
+from mf_jax.published import reading
 from mf_jax.runtime import archives
 from mf_jax.runtime.files import sha256_of, written_aside
 
 _PICTURES = "arr_0"
-_KEYS = ("num_images", "mu", "sigma", "mu_s", "sigma_s", "features")
-"""In the order of `Statistics`."""
+_ROUNDING = 1e-6
+"""Share of the largest entry or the trace: smaller faults of a covariance are rounding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """Statistics of reference pictures, 0 or None where they are not known.
 
-    num_images: behind them. pooled, spatial: of these features. features: some pooled rows.
+    num_images: behind them. pooled, spatial: of these features. features: some pooled rows. path,
+    sha256: of their file. num_pictures: in it, for `read_pictures`.
     """
 
     num_images: int
@@ -39,60 +42,87 @@ class Statistics:
     spatial: Gaussian | None = None
     # its shape is checked with the values, in one line that names the file
     features: Float[np.ndarray, "..."] | None = None
-
-    def check(self) -> None:
-        """Raise BadInput unless these are statistics of one set of features; names the key."""
-        check_gaussian(self.pooled, "mu", "sigma")
-        if self.spatial is not None:
-            check_gaussian(self.spatial, "mu_s", "sigma_s")
-        if self.features is None:
-            return
-        shape, width = self.features.shape, self.pooled.mean.size
-        if len(shape) != 2 or shape[1] != width or shape[0] < LEAST_ROWS:
-            raise BadInput(
-                f"features is {list(shape)}; must be [rows, {width}] like mu, with at least "
-                f"{LEAST_ROWS} rows"
-            )
-        require_finite(self.features, "features")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
-    """Statistics of a file, whose bytes have a sha256; num_pictures: for `read_pictures`."""
-
-    path: str
-    statistics: Statistics
+    path: str = ""
     sha256: str = ""
     num_pictures: int = 0
+
+    def __post_init__(self) -> None:
+        _check_gaussian(self.pooled, "mu", "sigma")
+        if self.spatial is not None:
+            _check_gaussian(self.spatial, "mu_s", "sigma_s")
+        if self.features is not None:
+            shape, width = self.features.shape, self.pooled.mean.size
+            if len(shape) != 2 or shape[1] != width or shape[0] < LEAST_ROWS:
+                wanted = f"[rows, {width}] like mu, with at least {LEAST_ROWS} rows"
+                raise BadInput(f"features is {list(shape)}; must be {wanted}")
+            _check_finite(self.features, "features")
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        fix = "look for a diverged network or a damaged file"
+        raise BadInput(f"{name} has {bad} values that are NaN or infinite: {fix}")
+
+
+def _check_gaussian(gaussian: Gaussian, first: str, second: str) -> None:
+    """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
+    mean, covariance = gaussian
+    if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
+        problem = f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}"
+        raise BadInput(f"{problem}; must be [d] and [d, d]: take both from one set of features")
+    _check_finite(mean, first)
+    _check_finite(covariance, second)
+    is_covariance = np.abs(covariance - covariance.T).max() <= _ROUNDING * np.abs(covariance).max()
+    shifted = covariance + _ROUNDING * (np.trace(covariance) or 1) * np.eye(len(covariance))
+    try:
+        np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues
+    except np.linalg.LinAlgError:
+        is_covariance = False
+    if not is_covariance:
+        what = "must be a covariance: symmetric, and without eigenvalues below 0"
+        raise BadInput(f"{second} {what}; compute it again")
 
 
 Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
 
 
-def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Reference:
+def read_reference(path: epath.PathLike, compute: Compute | None = None) -> Statistics:
     """Read reference statistics; of pictures alone `compute` makes them, and None refuses."""
     path = epath.Path(path).expanduser()
     with _opened(path) as archive:
         names = set(archives.array_names(archive))
-        shape = archives.array_header(archive, _PICTURES)[0] if _PICTURES in names else (0,)
-        num_pictures = shape[0] if shape else 0
-        has_statistics = "mu" in names or "sigma" in names or not num_pictures
-        if has_statistics:
-            statistics = _read_statistics(archive, names)
-    if not has_statistics:
-        if compute is None:
-            raise BadInput(f"{path}: holds pictures (arr_0) and no statistics; compute them first")
-        statistics = compute(read_pictures(path))
-    with _naming(path):
-        statistics.check()
-    return Reference(str(path), statistics, sha256_of(path), num_pictures)
+        shape = archives.array_header(archive, _PICTURES)[0] if _PICTURES in names else ()
+        file = {"path": str(path), "sha256": sha256_of(path), "num_pictures": (*shape, 0)[0]}
+        if not file["num_pictures"] or {"mu", "sigma"} & names:
+            return _read_statistics(archive, names, file)
+    if compute is None:
+        raise BadInput(f"{path}: holds pictures (arr_0) and no statistics; compute them first")
+    return dataclasses.replace(compute(read_pictures(path)), **file)
+
+
+def _read_statistics(archive: zipfile.ZipFile, names: set[str], file: dict[str, Any]) -> Statistics:
+    there = ", ".join(sorted(names)) or "nothing"
+    if missing := [name for name in ("mu", "sigma") if name not in names]:
+        raise BadInput(f"lacks {', '.join(missing)}; it has {there}: use FID reference statistics")
+    if ("mu_s" in names) != ("sigma_s" in names):
+        raise BadInput("mu_s and sigma_s: must be both there or neither: take both of one set")
+    arrays = {}
+    for name in names & {"mu", "sigma", "mu_s", "sigma_s", "features", "num_images"}:
+        array = archives.read_array(archive, name)
+        if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
+            raise ValueError(f"{name} is {array.dtype} or below 0")
+        arrays[name] = np.asarray(array, np.float32 if name == "features" else np.float64)
+    pooled = Gaussian(arrays["mu"], arrays["sigma"])
+    spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in names else None
+    num_images = int(np.sum(arrays.get("num_images", 0)))
+    return Statistics(num_images, pooled, spatial, arrays.get("features"), **file)
 
 
 def read_pictures(
     path: epath.PathLike, block_size: int = 250
 ) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
     """Yield the pictures of a file in blocks; no more than one block is held in memory."""
-    with _opened(epath.Path(path).expanduser()) as archive:
+    with _opened(path) as archive:
         shape = _picture_shape(archive)
         with archive.open(f"{_PICTURES}.npy") as member:
             archives.read_header(member)
@@ -103,7 +133,7 @@ def read_pictures(
 
 def count_pictures(path: epath.PathLike) -> int:
     """Return the number of pictures in a file for `read_pictures`."""
-    with _opened(epath.Path(path).expanduser()) as archive:
+    with _opened(path) as archive:
         return _picture_shape(archive)[0]
 
 
@@ -121,12 +151,10 @@ def write_reference(
       num_pictures: their number in all blocks.
     """
     path = epath.Path(path).expanduser()
-    with _naming(path):
-        statistics.check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    gaussians = *statistics.pooled, *(statistics.spatial or (None, None))
-    values = statistics.num_images, *gaussians, statistics.features
-    arrays = dict(zip(_KEYS, values, strict=True))
+    arrays = {"num_images": statistics.num_images, "features": statistics.features}
+    arrays |= dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
+    arrays |= dict(zip(("mu_s", "sigma_s"), statistics.spatial or (None, None), strict=True))
     with written_aside(path) as aside:
         np.savez(aside, **{name: array for name, array in arrays.items() if array is not None})
         if num_pictures:
@@ -151,25 +179,11 @@ def _write_pictures(
 
 
 @contextlib.contextmanager
-def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; must be an .npz of statistics or of pictures")
-    with _naming(path), archives.opened_npz(path) as archive:
+def _opened(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
+    """Open an `.npz`; whatever reading it raises is a BadInput that names it."""
+    path = epath.Path(path).expanduser()
+    with reading(path, "statistics or pictures of an .npz"), archives.opened_npz(path) as archive:
         yield archive
-
-
-@contextlib.contextmanager
-def _naming(path: epath.Path) -> Iterator[None]:
-    """Name the file in one line of any error in reading it."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-    except archives.UNREADABLE as error:
-        reason = reason_of(error)
-        raise BadInput(
-            f"{path}: an array in it cannot be read ({reason}); check the file, or fetch it again"
-        ) from error
 
 
 def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
@@ -177,26 +191,7 @@ def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
         raise BadInput("has no pictures; must have arr_0, uint8 [N, H, W, C]")
     shape, fortran, dtype = archives.array_header(archive, _PICTURES)
     if dtype != np.uint8 or len(shape) != 4 or fortran or 0 in shape:
-        raise BadInput(
-            f"arr_0 is {dtype} {list(shape)}{' in Fortran order' * fortran}; must be uint8 "
-            "[N, H, W, C] in C order, none of them 0: write it with np.savez"
-        )
+        order = " in Fortran order" * fortran
+        wanted = "uint8 [N, H, W, C] in C order, none of them 0: write it with np.savez"
+        raise BadInput(f"arr_0 is {dtype} {list(shape)}{order}; must be {wanted}")
     return shape
-
-
-def _read_statistics(archive: zipfile.ZipFile, names: set[str]) -> Statistics:
-    if missing := [name for name in ("mu", "sigma") if name not in names]:
-        there = ", ".join(sorted(names)) or "nothing"
-        raise BadInput(f"lacks {', '.join(missing)}; it has {there}: use FID reference statistics")
-    if ("mu_s" in names) != ("sigma_s" in names):
-        raise BadInput("mu_s and sigma_s: must be both there or neither: take both of one set")
-    arrays = {}
-    for name in set(_KEYS) & names:
-        array = archives.read_array(archive, name)
-        if array.dtype.kind not in "iuf" or (name == "num_images" and np.any(array < 0)):
-            raise ValueError(f"{name} is {array.dtype} or below 0")
-        arrays[name] = np.asarray(array, np.float32 if name == "features" else np.float64)
-    pooled = Gaussian(arrays["mu"], arrays["sigma"])
-    spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in names else None
-    num_images = int(np.sum(arrays.get("num_images", 0)))
-    return Statistics(num_images, pooled, spatial, arrays.get("features"))

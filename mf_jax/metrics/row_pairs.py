@@ -28,17 +28,6 @@ _NOISE = 4 * np.finfo(np.float32).eps
 """Times the root of the width: below this share of |a|^2 + |b|^2 a squared distance is rounding."""
 
 
-class OwnPairs(NamedTuple):
-    """Results over the pairs within one set.
-
-    radii: squared distance of each row to its k-th nearest other one. kernel: mean of (x·y / d +
-    1)^3 - 1 over pairs of different rows.
-    """
-
-    radii: Float32[np.ndarray, "n"]
-    kernel: float
-
-
 class PairScores(NamedTuple):
     """Two shares in [0, 1], and a distance that may be below 0."""
 
@@ -55,29 +44,37 @@ class _Rows(NamedTuple):
     offsets: Float32[Array, "n"]
 
 
-def own_pairs(rows: Float[np.ndarray, "n d"]) -> OwnPairs:
-    """Compare the rows of a set, finite and at least `LEAST_ROWS`, with one another."""
+def own_pairs(rows: Float[np.ndarray, "n d"]) -> tuple[Float32[np.ndarray, "n"], float]:
+    """Compare the rows of a set, finite and at least `LEAST_ROWS`, with one another.
+
+    Returns:
+      The squared distance of each row to its k-th nearest other one, and the mean of
+      (x·y / d + 1)^3 - 1 over pairs of different rows.
+    """
     n = len(rows)
     radii, kernels = _own(_shifted(rows, rows.mean(axis=0, dtype=np.float64)))
-    return OwnPairs(np.asarray(radii), _sum(kernels) / (n * (n - 1)))
+    return np.asarray(radii), _sum(kernels) / (n * (n - 1))
 
 
 def pair_scores(
     generated: Float[np.ndarray, "n d"],
     reference: Float[np.ndarray, "m d"],
     *,
-    own: OwnPairs | None = None,
+    own: tuple[Float32[np.ndarray, "n"], float] | None = None,
 ) -> PairScores:
-    """Compare finite rows, `LEAST_ROWS` or more of each; published values take as many of both."""
-    own_a, own_b = own or own_pairs(generated), own_pairs(reference)
+    """Compare finite rows, `LEAST_ROWS` or more of each; published values take as many of both.
+
+    Args:
+      own: `own_pairs(generated)`, where it is known.
+    """
+    (radii_a, kernel_a), (radii_b, kernel_b) = own or own_pairs(generated), own_pairs(reference)
     centre = reference.mean(axis=0, dtype=np.float64)
     a, b = _shifted(generated, centre), _shifted(reference, centre)
-    inside_a, kernels = _cross(a, b, own_b.radii)
-    inside_b, _ = _cross(b, a, own_a.radii)
+    inside_a, kernels = _cross(a, b, radii_b)
+    inside_b, _ = _cross(b, a, radii_a)
     between = _sum(kernels) / (len(generated) * len(reference))
-    distance = own_a.kernel + own_b.kernel - 2 * between
     precision, recall = (float(np.asarray(inside).mean()) for inside in (inside_a, inside_b))
-    return PairScores(precision, recall, distance)
+    return PairScores(precision, recall, kernel_a + kernel_b - 2 * between)
 
 
 def _shifted(rows: Float[np.ndarray, "n d"], centre: Float[np.ndarray, "d"]) -> _Rows:

@@ -1,5 +1,6 @@
 """All scores of samples from their Inception features, which come batch by batch."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 
@@ -9,20 +10,11 @@ from scipy.special import softmax, xlogy
 
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
-from mf_jax.metrics.reference_file import Reference
-from mf_jax.metrics.row_pairs import LEAST_ROWS, OwnPairs, own_pairs, pair_scores
+from mf_jax.metrics.reference_file import Statistics
+from mf_jax.metrics.row_pairs import LEAST_ROWS, own_pairs, pair_scores
 from mf_jax.runtime.processes import is_first, on_host
 
 POOLED, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
-_NETWORKS = {
-    64: "the first pool of Inception",
-    192: "the second pool of Inception",
-    768: "an earlier layer of Inception, or CLIP",
-    1024: "DINOv2 ViT-L",
-    2023: "the spatial features of Inception",
-    2048: "the last pool of Inception",
-    4096: "VGG-16",
-}
 
 
 class SampleScores:
@@ -35,8 +27,8 @@ class SampleScores:
 
     def __init__(self, num_samples: int, *, least: int = 0) -> None:
         self._num_samples, self._least = num_samples, least
-        self._rows: np.ndarray | None = None
-        self._own: OwnPairs | None = None
+        self._rows: dict[str, np.ndarray] = {}
+        self._moments: dict[str, Moments] = {}
 
     def add(
         self,
@@ -44,65 +36,65 @@ class SampleScores:
         index: Shaped[Array | np.ndarray, "b"],
     ) -> None:
         """Add `inception_features` of a batch; numbers from `num_samples` on are padding."""
-        numbers = on_host(index)
-        keep = numbers < self._num_samples
-        rows = {name: on_host(features[name]) for name in (POOLED, SPATIAL, LOGITS)}
+        num, numbers = self._num_samples, on_host(index)
+        keep = numbers < num
+        rows = {name: on_host(features[name])[keep] for name in (POOLED, SPATIAL, LOGITS)}
         widths = {name: array.shape[1] for name, array in rows.items()}
         least = self._least or 1 + max(widths[POOLED], widths[SPATIAL])
-        if self._num_samples < least:
-            raise BadInput(
-                f"eval.num_samples={self._num_samples}: must be at least {least}, as covariances "
-                f"of {widths[POOLED]} features are singular below; use 50000, as published"
-            )
+        if num < least:
+            why = f"as covariances of {widths[POOLED]} features are singular below"
+            fix = "use 50000, as published"
+            raise BadInput(f"eval.num_samples={num}: must be at least {least}, {why}; {fix}")
         if not is_first():
             return
-        if self._rows is None:
-            # NaN until its sample has come: scores of samples that lack one are refused
-            self._rows, self._logits = (
-                np.full((self._num_samples, widths[name]), np.nan, np.float32)
-                for name in (POOLED, LOGITS)
-            )
-            self._pooled, self._spatial = (Moments.none(widths[k]) for k in (POOLED, SPATIAL))
-        self._rows[numbers[keep]] = rows[POOLED][keep]
-        self._logits[numbers[keep]] = rows[LOGITS][keep]
-        self._pooled += Moments.of(rows[POOLED][keep])
-        self._spatial += Moments.of(rows[SPATIAL][keep])
+        for name in (POOLED, LOGITS):
+            if name not in self._rows:
+                # NaN until its sample has come: scores of samples that lack one are refused
+                self._rows[name] = np.full((num, widths[name]), np.nan, np.float32)
+            self._rows[name][numbers[keep]] = rows[name]
+        for name in (POOLED, SPATIAL):
+            sums = self._moments.get(name, Moments.none(widths[name]))
+            self._moments[name] = sums + Moments.of(rows[name])
 
     def inception_score(self) -> tuple[float | None, float | None]:
         """See `inception_score`."""
-        return inception_score(self._logits)
+        return inception_score(self._rows[LOGITS])
 
-    def against(self, reference: Reference) -> dict[str, float | None]:
+    def against(self, reference: Statistics) -> dict[str, float | None]:
         """Return all scores that the reference has statistics for."""
-        if missing := np.flatnonzero(np.isnan(self._rows).any(axis=1)).tolist():
+        rows = self._rows[POOLED]
+        if missing := np.flatnonzero(np.isnan(rows).any(axis=1)).tolist():
             raise BadInput(
                 f"{len(missing)} of {self._num_samples} samples are missing or hold NaN, the "
                 f"first is {missing[0]}: look for a diverged network"
             )
-        real = reference.statistics
-        fid, error = frechet_with_error(self._pooled.gaussian, real.pooled, self._rows)
+        fid, error = frechet_with_error(self._moments[POOLED].gaussian, reference.pooled, rows)
         scores = {"fid": fid, "fid_standard_error": error}
-        if real.spatial is not None:
-            scores["sfid"] = frechet_distance(self._spatial.gaussian, real.spatial)
-        if real.features is not None:
+        if reference.spatial is not None:
+            spatial = self._moments[SPATIAL].gaussian
+            scores["sfid"] = frechet_distance(spatial, reference.spatial)
+        if reference.features is not None:
             pairs: tuple[float | None, ...] = (None, None, None)
-            if self._num_samples >= LEAST_ROWS:
-                self._own = self._own or own_pairs(self._rows)
-                pairs = pair_scores(self._rows, real.features, own=self._own)
+            if len(rows) >= LEAST_ROWS:
+                pairs = pair_scores(rows, reference.features, own=self._own_pairs)
             scores |= dict(zip(("precision", "recall", "kid"), pairs, strict=True))
         return scores
 
+    @functools.cached_property
+    def _own_pairs(self) -> tuple[np.ndarray, float]:
+        return own_pairs(self._rows[POOLED])
 
-def check_widths(reference: Reference, pooled: int, spatial: int) -> None:
+
+def check_widths(reference: Statistics, pooled: int, spatial: int) -> None:
     """Raise BadInput unless a reference has as many features as samples have."""
-    real = reference.statistics
-    for key, gaussian, wanted in (("mu", real.pooled, pooled), ("mu_s", real.spatial, spatial)):
-        if gaussian is not None and (width := gaussian.mean.size) != wanted:
-            maker = f", as of {_NETWORKS[width]}" if width in _NETWORKS else ""
-            raise BadInput(
-                f"eval.references: {reference.path}: {key} has {width} features{maker}; must have "
-                f"{wanted} like the samples: use statistics of the same network and layer"
+    kinds = ("mu", reference.pooled, pooled), ("mu_s", reference.spatial, spatial)
+    for key, gaussian, wanted in kinds:
+        if gaussian is not None and gaussian.mean.size != wanted:
+            problem = (
+                f"{key} has {gaussian.mean.size} features; must have {wanted} like the samples"
             )
+            fix = "use statistics of the same network and layer"
+            raise BadInput(f"eval.references: {reference.path}: {problem}: {fix}")
 
 
 def inception_score(

@@ -42,19 +42,9 @@ _AVERAGE = re.compile(r"(model/)?(net(_ema\d*)?)\.")
 _WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network|model)\.)*")
 """In front of the names of a network's parameters."""
 _SECOND_HEAD = "v_head/"
-_TELLING = {
-    **dict.fromkeys(
-        ("meanflow", *TORCH_KINDS),
-        ("patch_embedding/kernel", "condition/label_embedding/embedding"),
-    ),
-    "imf": ("patch_embedding/kernel", "class_tokens/embedding/embedding"),
-    "pmf": ("bottleneck/kernel", "class_tokens/embedding/embedding"),
-    "py_meanflow": ("enc.*_conv.weight", "map_label"),
-}
-"""Our names of the first layer, whose shape tells the channels, and of the table of classes.
-
-Of a U-Net, patterns of the published names.
-"""
+_FIRST_LAYERS = ("bottleneck/kernel", "patch_embedding/kernel", "encoder_*_conv/kernel")
+"""Our names of the layer whose shape tells the channels, and of the table of classes."""
+_TABLES = ("condition/label_embedding/embedding", "class_tokens/embedding/embedding")
 
 
 def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: str = "") -> PyTree:
@@ -67,14 +57,16 @@ def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: st
 def describe_published(path: epath.PathLike, kind: str, *, section: str = "") -> tuple[int, int]:
     """Return channels and classes of a published network (`read_published`), 0 without labels."""
     check_known("kind", kind, KINDS)
-    patterns = [(published_name(kind, ours) or (ours,))[0] for ours in _TELLING[kind]]
     with opened_checkpoint(path) as stored:
         names = _choose(section, stored.names)
-        first, table = (next(iter(fnmatch.filter(sorted(names), each)), "") for each in patterns)
+        ours = {renamed[0]: name for name in names if (renamed := our_name(kind, name))}
+        first, table = (
+            next((ours[x] for each in patterns for x in fnmatch.filter(ours, each)), "")
+            for patterns in (_FIRST_LAYERS, _TABLES)
+        )
         arrays = _read(stored, {name: names[name] for name in (first, table) if name})
-        if first not in arrays or arrays[first].ndim != 4:
-            what = f"{patterns[0]} [p, p, C, width] of a published {kind} network"
-            raise BadInput(f"holds no {what}; check the kind")
+        if not first or arrays[first].ndim != 4:
+            raise BadInput(f"holds no first layer of a published {kind} network; check the kind")
     # The last row of the table stands for no label.
     num_classes = arrays[table].shape[-2] - 1 if table else 0
     return arrays[first].shape[1 if kind in TORCH_KINDS else 2], num_classes
@@ -142,7 +134,7 @@ def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
         else:
             unknown.append(f"{published} ({name})" if name else published)
     if kind in flow_matching.KINDS:
-        channels = flat[published_name(kind, _TELLING[kind][0])[0]].shape[1]
+        channels = flat[published_name(kind, "patch_embedding/kernel")[0]].shape[1]
         fitting = flow_matching.as_flow_map(kind, fitting, wanted, channels=channels)
     theirs = {name: (published_name(kind, name) or ("nothing published",))[0] for name in wanted}
     problems = {

@@ -31,7 +31,7 @@ _PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
 
 def _words(protocol: Row) -> dict[str, str]:
     """Return the words for each setting in a name; samples of no model bring their own name."""
-    words = {"samples": protocol.get("samples", ""), "reference": protocol.get("reference", "")}
+    words = {part: protocol.get(part, "") for part in ("samples", "reference")}
     if "ema" not in protocol:
         return words
     ema, steps, omega = (protocol[key] for key in ("ema", "steps", "omega"))
@@ -46,13 +46,14 @@ def _words(protocol: Row) -> dict[str, str]:
 
 def name_of(protocol: Row, parts: Sequence[str] = _PARTS) -> str:
     """Return a name of samples, by default the full one."""
-    words = _words(protocol)
-    return ", ".join(filter(None, (words.get(part) for part in parts)))
+    return ", ".join(filter(None, map(_words(protocol).get, parts)))
 
 
 def words_of(row: Row) -> str:
-    """Return the scores of a row, in words."""
-    return _in_words({name: row[name] for name in _scores_in([row])})
+    """Return the numbers of a row, in words; there is none where samples are too few."""
+    numbers = {name: x for name, x in row.items() if isinstance(x, float | None)}
+    words = {name: "none" if x is None else f"{x:.4g}" for name, x in numbers.items()}
+    return "  ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items())
 
 
 def as_table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -70,45 +71,45 @@ def as_table(rows: Sequence[Row]) -> dict[str, Any]:
         scores = {key: value for key, value in row.items() if not isinstance(value, dict)}
         named.append(scores | counts | {"name": name_of(protocol, parts) or row["name"]})
     columns = [key for key in ("steps", "samples") if any(key in row for row in named)]
-    return {
-        "columns": columns + [name for name in _scores_in(rows) if name not in _SPREADS.values()],
-        "rows": named,
-        "protocol": ", ".join(_shared(rows)),
-        "diagnostics": rows[-1].get("diagnostics", {}) if rows else {},
-    }
-
-
-def _scores_in(rows: Sequence[Row]) -> list[str]:
-    kinds = float | None  # without a value where there are too few samples
-    return list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, kinds)))
-
-
-def _in_words(values: Row) -> str:
-    words = {name: "none" if value is None else f"{value:.4g}" for name, value in values.items()}
-    return "  ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items())
+    scores = [key for row in rows for key, x in row.items() if isinstance(x, float | None)]
+    columns += [name for name in dict.fromkeys(scores) if name not in _SPREADS.values()]
+    diagnostics = rows[-1].get("diagnostics", {}) if rows else {}
+    shared = ", ".join(_shared(rows)) if rows else ""
+    return {"columns": columns, "rows": named, "protocol": shared, "diagnostics": diagnostics}
 
 
 def _shared(rows: Sequence[Row]) -> list[str]:
     """Return the settings that all models of a table share, or else all samples, as words."""
-    of_models = [row for row in rows if "ema" in row["protocol"]] or list(rows)
+    of_models = [row for row in rows if "ema" in row["protocol"]] or rows
     protocols = [row["protocol"] for row in of_models]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     shared = [key for key in keys if len({str(protocol.get(key)) for protocol in protocols}) == 1]
     words = [f"{key.replace('_', ' ')} {protocols[0][key]}" for key in shared]
     words = [re.sub("([0-9a-f]{12})[0-9a-f]{52}$", r"\1", text) for text in words]  # of checksums
-    if of_models and (error := of_models[0].get("fid_standard_error")) is not None:
+    if (error := of_models[0].get("fid_standard_error")) is not None:
         words.append(noise_line(protocols[0]["num_samples"], error))
     return words
 
 
-def append(workdir: Path, new: Sequence[Row]) -> None:
-    """Add rows to eval.jsonl, which is whole at all times; another job may add some meanwhile."""
-    with locked(workdir / ".eval.lock", wait=True):
-        rows = read_rows(workdir)
-        there = {key_of(row["protocol"]) for row in rows}
-        rows += [row for row in new if key_of(row["protocol"]) not in there]
-        lines = [to_json(sealed(row)) + "\n" for row in rows]
-        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
+def show(table: Row) -> None:
+    """Print a table of `as_table`."""
+    columns, console = table["columns"], Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    shown = Table("", *(name.replace("_", " ") for name in columns), caption=table["protocol"])
+    for row in table["rows"]:
+        shown.add_row(row["name"], *(_cell(row, name) for name in columns))
+    console.print(shown)
+    console.print(words_of(table["diagnostics"]))
+
+
+def _cell(row: Row, name: str) -> str:
+    """Return a number in words, with its spread where it has one."""
+    number, spread = row.get(name), row.get(_SPREADS.get(name, ""))
+    if number is None:
+        return "–"
+    words = f"{number:.4g}" if isinstance(number, float) else str(number)
+    return words if spread is None else f"{words} ± {spread:.2g}"
 
 
 def key_of(protocol: Row) -> str:
@@ -124,10 +125,19 @@ def digest(*parts: np.ndarray | bytes) -> str:
     return total.hexdigest()
 
 
+def append(workdir: Path, new: Sequence[Row]) -> None:
+    """Add rows to eval.jsonl, which is whole at all times; another job may add some meanwhile."""
+    with locked(workdir / ".eval.lock", wait=True):
+        rows = read_rows(workdir)
+        there = {key_of(row["protocol"]) for row in rows}
+        rows += [row for row in new if key_of(row["protocol"]) not in there]
+        lines = [to_json(sealed(row)) + "\n" for row in rows]
+        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
+
+
 def read_rows(workdir: Path) -> list[Row]:
     """Return the rows of eval.jsonl, oldest first; damaged ones are left out, in a line each."""
-    path = workdir / ROWS_FILE
-    rows = []
+    path, rows = workdir / ROWS_FILE, []
     for number, line in enumerate(lines_of(path), start=1):
         try:
             row, is_sealed = parse_json(line, _ROW)
@@ -140,24 +150,3 @@ def read_rows(workdir: Path) -> list[Row]:
             tell_unsealed(workdir)
         rows.append({"name": "", "protocol": {}} | row)
     return rows
-
-
-def _cell(row: Row, name: str) -> str:
-    """Return a number in words, with its spread where it has one."""
-    number, spread = row.get(name), row.get(_SPREADS.get(name, ""))
-    if number is None:
-        return "–"
-    words = f"{number:.4g}" if isinstance(number, float) else str(number)
-    return words if spread is None else f"{words} ± {spread:.2g}"
-
-
-def show(table: Row) -> None:
-    """Print a table of `as_table`."""
-    columns, console = table["columns"], Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    shown = Table("", *(name.replace("_", " ") for name in columns), caption=table["protocol"])
-    for row in table["rows"]:
-        shown.add_row(row["name"], *(_cell(row, name) for name in columns))
-    console.print(shown)
-    console.print(_in_words(table["diagnostics"]))

@@ -22,7 +22,7 @@ from mf_jax.flow.errors import BadInput
 from mf_jax.metrics import classifier, reference_file
 from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception, inception_features, load_inception
-from mf_jax.metrics.reference_file import Reference, Statistics
+from mf_jax.metrics.reference_file import Statistics
 from mf_jax.metrics.row_pairs import LEAST_ROWS, NEIGHBOURS, pair_scores
 from mf_jax.metrics.suite import POOLED, SPATIAL, SampleScores, check_widths
 from mf_jax.metrics.two_sample import energy_distance, nearest_distances, sliced_wasserstein
@@ -33,8 +33,8 @@ from mf_jax.runtime.files import sha256_of
 from mf_jax.runtime.sharding import batch_sharding, make_mesh
 from mf_jax.scoring.rows import Row, digest, key_of, read_rows
 
-_REAL_DATA = "real data (held-out)"
 _CLASSIFIER = "classifier_sha256"
+_OF_VECTORS = (energy_distance, sliced_wasserstein)
 _OF_PICTURES = ("frechet_distance", "frechet_distance_std", "precision", "recall")
 _OF_PICTURES += ("kernel_distance", "nearest_training")
 _KEPT_FEATURES, _BLOCK = 10_000, 250
@@ -86,7 +86,7 @@ def scorer_of_references(config: ConfigDict) -> Scorer | None:
 
 
 def _score_pictures(
-    config: ConfigDict, inception: Inception, references: Sequence[Reference], samples: Samples
+    config: ConfigDict, inception: Inception, references: Sequence[Statistics], samples: Samples
 ) -> Callable[[], list[Scores]]:
     num, size = len(samples.labels), samples.batch_size
     scores = SampleScores(num, least=config.eval.least_samples)
@@ -100,18 +100,6 @@ def _score_pictures(
         return [scores.against(reference) | shared for reference in references]
 
     return compare
-
-
-def _score_whole(
-    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores], samples: Samples
-) -> Callable[[], list[Scores]]:
-    rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
-    rows = rows[: len(samples.labels)]
-    pairs: Scores = {}
-    if samples.targets is not None:
-        x = from_pixels(rows) if rows.dtype == np.uint8 else rows
-        pairs["pair_rmse"] = float(np.sqrt(np.mean((x - samples.targets) ** 2)))
-    return lambda: [compare(rows, samples.labels) | pairs]
 
 
 def lower_num_samples(config: ConfigDict, train: Source, held_out: Source) -> None:
@@ -140,14 +128,26 @@ def scorer_of_data(
         whole, real = (read(each, config.eval.num_samples) for each in (train, held_out))
         protocol, compare = _of_vectors(whole.x)
     if len(whole.x) < 2:
-        raise BadInput(
-            f"data.held_out_share={config.data.held_out_share}: leaves one element to compare "
-            "with, and no score can be computed: add data, or train a run with another share"
-        )
-    num, sha256 = len(real.x), digest(real.x, real.labels, *real.more.values())
-    samples = Samples(_REAL_DATA, [(real.x, np.arange(num))], real.labels, num)
-    subject = {"samples": _REAL_DATA, "samples_sha256": sha256, "num_samples": num}
+        problem = "leaves one element to compare with, and no score can be computed"
+        fix = "add data, or train a run with another share"
+        raise BadInput(f"data.held_out_share={config.data.held_out_share}: {problem}: {fix}")
+    num, name = len(real.x), "real data (held-out)"
+    sha256 = digest(real.x, real.labels, *real.more.values())
+    samples = Samples(name, [(real.x, np.arange(num))], real.labels, num)
+    subject = {"samples": name, "samples_sha256": sha256, "num_samples": num}
     return Scorer([protocol], functools.partial(_score_whole, compare)), (subject, lambda: samples)
+
+
+def _score_whole(
+    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores], samples: Samples
+) -> Callable[[], list[Scores]]:
+    rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
+    rows = rows[: len(samples.labels)]
+    pairs: Scores = {}
+    if samples.targets is not None:
+        x = from_pixels(rows) if rows.dtype == np.uint8 else rows
+        pairs["pair_rmse"] = float(np.sqrt(np.mean((x - samples.targets) ** 2)))
+    return lambda: [compare(rows, samples.labels) | pairs]
 
 
 def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., Scores]]:
@@ -159,14 +159,13 @@ def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., S
         "reference_sha256": digest(points),
         "features": f"{classifier.FEATURES_KEPT} principal components" if is_long else "raw",
     }
-    measures = (energy_distance, sliced_wasserstein)
 
     def compare(x: Float[np.ndarray, "n ..."], labels: Int[np.ndarray, "n"]) -> Scores:
         x = x.reshape(len(x), -1)
         describe = classifier.principal_components(points) if is_long else lambda rows: (rows, None)
         ours, theirs = (Moments.of(describe(rows)[0]).gaussian for rows in (x, points))
         scores: Scores = {"frechet_distance": frechet_distance(ours, theirs)}
-        return scores | {each.__name__: each(x, points) for each in measures}
+        return scores | {each.__name__: each(x, points) for each in _OF_VECTORS}
 
     return protocol, compare
 
@@ -205,9 +204,9 @@ def _of_pictures(
     def learnt() -> tuple[Callable[..., classifier.Described], Float[np.ndarray, "n d"]]:
         images = from_pixels(train.x)
         if has_classes:
-            training = images, train.labels, num_classes, recipe
             trusted = {str(row.get(_CLASSIFIER)) for row in read_rows(workdir)}
             more = {"file": file, "trusted": trusted, "show_progress": show_progress}
+            training = images, train.labels, num_classes, recipe
             describe = classifier.train_classifier(*training, **more)
         else:
             describe = classifier.principal_components(images)
@@ -216,18 +215,17 @@ def _of_pictures(
     def compare(x: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> Scores:
         describe, real = learnt()
         features, logits = describe(from_pixels(x))
-        theirs, subsets = Moments.of(real), list(_subsets(labels, equal))
-        first = features[subsets[0]]
+        subsets = list(_subsets(labels, equal))
+        first, theirs = features[subsets[0]], Moments.of(real)
         scores: Scores = dict.fromkeys(_OF_PICTURES)
         if len(first) > 1:
-            ours = [Moments.of(features[rows]) for rows in subsets]
-            distances = [frechet_distance(one.gaussian, theirs.gaussian) for one in ours]
+            ours = [Moments.of(features[rows]).gaussian for rows in subsets]
+            distances = [frechet_distance(one, theirs.gaussian) for one in ours]
             scores["frechet_distance"] = float(np.mean(distances))
             if len(first) < len(features):
                 scores["frechet_distance_std"] = float(np.std(distances))
         if min(len(first), len(real)) >= LEAST_ROWS:
-            found = pair_scores(first, real)
-            scores["precision"], scores["recall"], scores["kernel_distance"] = found
+            scores |= pair_scores(first, real)._asdict()
         nearest = nearest_distances(from_pixels(x[subsets[0][:_NEAREST_OF]]), from_pixels(train.x))
         scores["nearest_training"] = float(np.median(nearest))
         if logits is None and len(features) > 1:
@@ -257,21 +255,21 @@ def samples_of_file(config: ConfigDict) -> tuple[Row, Callable[[], Samples]]:
     return subject, lambda: Samples(path.name, batches(), labels, size)
 
 
-def load_reference(path: epath.PathLike, inception: Inception) -> Reference:
+def load_reference(path: epath.PathLike, inception: Inception) -> Statistics:
     """Read reference statistics; whatever a file of pictures lacks is computed from them."""
     reference = reference_file.read_reference(
         path, lambda blocks: _statistics(inception, blocks, reference_file.count_pictures(path))
     )
     check_widths(reference, FEATURES[POOLED], FEATURES[SPATIAL])  # before any sample is made
     num = reference.num_pictures
-    if reference.statistics.features is not None or num < LEAST_ROWS:
+    if reference.features is not None or num < LEAST_ROWS:
         return reference
     # as the evaluation of ADM has its files
-    blocks = enumerate(reference_file.read_pictures(path, _BLOCK))
-    blocks = (block[_kept(num, i * _BLOCK, len(block))] for i, block in blocks)
-    features = _statistics(inception, blocks, min(num, _KEPT_FEATURES)).features
-    statistics = dataclasses.replace(reference.statistics, features=features)
-    return dataclasses.replace(reference, statistics=statistics)
+    rows = [
+        _features(inception, block[_kept(num, i * _BLOCK, len(block))])[POOLED]
+        for i, block in enumerate(reference_file.read_pictures(path, _BLOCK))
+    ]
+    return dataclasses.replace(reference, features=np.concatenate(rows))
 
 
 def _kept(num: int, start: int, size: int) -> Int[np.ndarray, "_"]:
@@ -285,16 +283,17 @@ def _statistics(
     inception: Inception, blocks: Iterator[UInt8[np.ndarray, "n h w c"]], num: int
 ) -> Statistics:
     """Return the statistics of num pictures, and the features of `_kept` ones."""
-    pooled, spatial = (Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL))
-    rows: list[np.ndarray] = []
+    sums, rows = {name: Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL)}, []
     for block in blocks:
-        features = _features(inception, jnp.asarray(block))
-        rows.append(np.asarray(features[POOLED])[_kept(num, pooled.count, len(block))])
-        pooled += Moments.of(np.asarray(features[POOLED]))
-        spatial += Moments.of(np.asarray(features[SPATIAL]))
-    return Statistics(pooled.count, pooled.gaussian, spatial.gaussian, np.concatenate(rows))
+        features = {name: np.asarray(x) for name, x in _features(inception, block).items()}
+        rows.append(features[POOLED][_kept(num, sums[POOLED].count, len(block))])
+        sums = {name: moments + Moments.of(features[name]) for name, moments in sums.items()}
+    gaussians = (moments.gaussian for moments in sums.values())
+    return Statistics(num, *gaussians, np.concatenate(rows))
 
 
-def _features(inception: Inception, pixels: UInt8[Array, "b h w c"]) -> dict[str, Array]:
+def _features(
+    inception: Inception, pixels: UInt8[Array | np.ndarray, "b h w c"]
+) -> dict[str, Array]:
     grey = pixels.shape[-1] == 1
     return inception_features(inception.params, jnp.repeat(pixels, 3, -1) if grey else pixels)
