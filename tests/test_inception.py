@@ -16,7 +16,6 @@ from conftest import refuses
 from recorded import FOLDER, inception_weights
 from safetensors.numpy import save_file
 
-from mf_jax.metrics import inception as inception_module
 from mf_jax.metrics.inception import FEATURES, inception_features, load_inception
 from mf_jax.published.torch_file import fit_state_dict, read_state_dict
 
@@ -160,13 +159,6 @@ def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception
     spatial = inception_features(inception.params, images)["spatial"].reshape(-1, 17, 17, 7)
     change = np.abs(spatial[1] - spatial[0]).sum(-1)
     assert change[:8, :8].sum() > change[9:, 9:].sum()
-
-
-def test_images_are_resized_as_in_the_first_tensorflow():
-    """2 pixels become 299: first a ramp from one to the other, then the second alone."""
-    image = np.array([[0, 255]], np.uint8).reshape(1, 1, 2, 1)
-    ours = 128 * np.asarray(inception_module._resized(image))[0, 5, :, 0] + 128
-    np.testing.assert_allclose(ours, 255 * np.minimum(np.arange(299) * 2 / 299, 1), atol=1e-4)
 
 
 def test_every_product_is_of_the_highest_precision(inception):

@@ -102,12 +102,11 @@ def test_reference_lpips():
         assert_close(ours, CASE[name], VALUES, name)
     vgg = jax.jit(VGG16().apply)
     for picture, image in zip("ab", PAIR, strict=True):
-        maps = dict(zip(recorded, vgg({"params": params["features"]}, image), strict=True))
-        for name, ours in maps.items():
-            kinds = ("mean", "map")
-            mean, whole = (f"lpips/out/{picture}/{kind}/{name.split('/')[-1]}" for kind in kinds)
-            assert_close(ours.mean((1, 2)), CASE[mean], VALUES, mean)
-            if whole in CASE:
+        maps = vgg({"params": params["features"]}, image)
+        for name, ours in zip(recorded, maps, strict=True):
+            at, layer = f"lpips/out/{picture}", name.split("/")[-1]
+            assert_close(ours.mean((1, 2)), CASE[f"{at}/mean/{layer}"], VALUES, "mean")
+            if (whole := f"{at}/map/{layer}") in CASE:
                 assert_close(ours, CASE[whole], VALUES, whole)
 
 
@@ -133,8 +132,7 @@ def _row(settings, case, params):
     bottleneck, head_depth = params["bottleneck"]["kernel"].shape[-1], sizes["aux_head_depth"]
     more = {"head_depth": head_depth, "bottleneck": bottleneck, "remat": "none"}
     config = config_of("pmf_b16", sizes, **more)
-    config.perceptual.max_t = said["perceptual_max_t"]
-    config.perceptual.crop_size = settings["crop_size"]
+    config.perceptual.update(max_t=said["perceptual_max_t"], crop_size=settings["crop_size"])
     objective = make_objective(config)
     ours = {distance.name: distance.factor for distance in objective.perceptual.distances}
     assert ours == {"lpips": said["lpips_weight"], "convnext": said["convnext_weight"]}
@@ -153,12 +151,12 @@ def _row(settings, case, params):
 @pytest.mark.parametrize("name", [name for name in TOLERANCES if f"{name}/out/loss" in CASE])
 def test_reference_loss_through_the_row(name):
     case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
-    settings, trees = META["losses"][name], {}
-    for kind in ("params/net/", "grads/net/"):
-        flat = {k.removeprefix(kind): v for k, v in case.items() if k.startswith(kind)}
-        trees[kind] = from_published("pmf", flat)
-    params, theirs = (flatten_dict(tree, sep="/") for tree in trees.values())
-    field, shaped, frozen = _row(settings, case, trees["params/net/"])
+    settings = META["losses"][name]
+    params, theirs = (
+        from_published("pmf", {k[len(kind) :]: v for k, v in case.items() if k.startswith(kind)})
+        for kind in ("params/net/", "grads/net/")
+    )
+    field, shaped, frozen = _row(settings, case, params)
     draws = draws_of(META | settings, case)
 
     @jax.jit
@@ -169,13 +167,13 @@ def test_reference_loss_through_the_row(name):
         )
         return loss, gradient
 
-    (loss, metrics), ours = evaluate(trees["params/net/"], frozen)
+    (loss, metrics), ours = evaluate(params, frozen)
     assert_close(loss, case["out/loss"], VALUES, "loss")
     for key in ("lpips", "convnext"):
         recorded = case[f"out/metric/aux_loss_{key}"]
         assert_close(metrics[key].compute(), recorded, VALUES, key)
-    ours = flatten_dict(ours, sep="/")
-    assert ours.keys() == theirs.keys() == params.keys()
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert ours.keys() == theirs.keys() == flatten_dict(params, sep="/").keys()
     for key in theirs:
         assert_close(ours[key], theirs[key], TOLERANCES[name], f"gradient of {key}")
 
@@ -224,13 +222,12 @@ def test_batches_change_nothing_and_rows_beyond_the_limit_see_no_network():
     values = [both(far, size) for size in (10, 3)]
     jax.effects_barrier()
     assert sum(seen) == 10 + 2 * 3  # of 4 rows, in batches of 3
-    for value, slope in values:
-        np.testing.assert_allclose(value, values[0][0], rtol=1e-5)
-        np.testing.assert_allclose(slope, values[0][1], rtol=1e-4, atol=1e-6)
-        assert np.isfinite(value)
-        assert np.isfinite(slope).all()
-        assert slope[:4].any(axis=(1, 2, 3)).all()
-        assert not slope[4:].any()
+    (value, slope), (value_again, slope_again) = values
+    np.testing.assert_allclose(value_again, value, rtol=1e-5)
+    np.testing.assert_allclose(slope_again, slope, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(value) & np.isfinite(slope).all()
+    assert slope[:4].any(axis=(1, 2, 3)).all()
+    assert not slope[4:].any()
 
 
 def test_boxes_and_times_are_drawn_as_published():

@@ -42,9 +42,10 @@ _AVERAGE = re.compile(r"(model/)?(net(_ema\d*)?)\.")
 _WRAPPERS = re.compile(r"((net/)|(module|_orig_mod|network|model)\.)*")
 """In front of the names of a network's parameters."""
 _SECOND_HEAD = "v_head/"
-_FIRST_LAYERS = ("bottleneck/kernel", "patch_embedding/kernel", "encoder_*_conv/kernel")
-"""Our names of the layer whose shape tells the channels, and of the table of classes."""
+_FIRST_LAYERS = {"pmf": "bottleneck/kernel", "py_meanflow": "encoder_*_conv/kernel"}
+"""Our names of the layer whose shape tells the channels, where it is not the usual one."""
 _TABLES = ("condition/label_embedding/embedding", "class_tokens/embedding/embedding")
+"""Of the classes, in our names."""
 
 
 def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: str = "") -> PyTree:
@@ -60,10 +61,9 @@ def describe_published(path: epath.PathLike, kind: str, *, section: str = "") ->
     with opened_checkpoint(path) as stored:
         names = _choose(section, stored.names)
         ours = {renamed[0]: name for name in names if (renamed := our_name(kind, name))}
-        first, table = (
-            next((ours[x] for each in patterns for x in fnmatch.filter(ours, each)), "")
-            for patterns in (_FIRST_LAYERS, _TABLES)
-        )
+        pattern = _FIRST_LAYERS.get(kind, "patch_embedding/kernel")
+        first = next((ours[name] for name in fnmatch.filter(ours, pattern)), "")
+        table = next((ours[name] for name in _TABLES if name in ours), "")
         arrays = _read(stored, {name: names[name] for name in (first, table) if name})
         if not first or arrays[first].ndim != 4:
             raise BadInput(f"holds no first layer of a published {kind} network; check the kind")
