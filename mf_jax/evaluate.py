@@ -32,8 +32,7 @@ from mf_jax.runtime.json_files import write_json
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
-from mf_jax.scoring.grid import NEWEST, Cell, cells, in_shares
-from mf_jax.scoring.rows import Row
+from mf_jax.scoring.rows import NEWEST, Cell, Row, cells, in_shares
 from mf_jax.scoring.scorers import Samples, Scorer
 from mf_jax.validation import own_parts, validate
 from mf_jax.validation.ranges import check_values
@@ -58,7 +57,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             if run_folder.exists(workdir):
                 run_folder.check_data(workdir, data)
             held_out = make_source(config.data, split="held_out")
-            scorers.lower_num_samples(config, data, held_out)
             scorer, real = scorers.scorer_of_data(config, workdir, data, held_out)
         elif section.labels == "data":  # which are not there
             section.labels = "balanced"

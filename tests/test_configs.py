@@ -24,7 +24,7 @@ from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.records import DataSpec
 from mf_jax.models import SIZES, parameter_shapes
 from mf_jax.objectives import OBJECTIVES
-from mf_jax.scoring.grid import cells
+from mf_jax.scoring.rows import cells
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.validation import validate

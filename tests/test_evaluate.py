@@ -28,7 +28,7 @@ from mf_jax.runtime.checkpoint import fingerprint
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
-from mf_jax.scoring.grid import cells, in_shares
+from mf_jax.scoring.rows import cells, in_shares
 
 STEPS = ("2 steps", "1 step")
 OF_PICTURES = ("frechet_distance", "frechet_distance_std", "precision", "recall")

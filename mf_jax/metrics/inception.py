@@ -85,17 +85,15 @@ def inception_features(
     Source: FID, arXiv 1706.08500; Inception Score, arXiv 1606.03498; sFID, Nash et al., arXiv
     2103.03841, section 5; the published evaluation of ADM.
     """
-    if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise BadInput(
-            f"images are {images.dtype} {list(images.shape)}; must be uint8 [B, H, W, 3]: "
-            "scale and round them, and repeat a single channel three times"
-        )
+    shape, wanted = images.shape, "uint8 [B, H, W, 3 or 1]: scale and round them"
+    if images.dtype != jnp.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+        raise BadInput(f"images are {images.dtype} {list(shape)}; must be {wanted}")
     return _features(params, _resized(images))
 
 
 @jax.jit
-def _resized(images: UInt8[Array, "b h w c"]) -> Float32[Array, "b side side c"]:
-    x = images.astype(jnp.float32)
+def _resized(images: UInt8[Array, "b h w c"]) -> Float32[Array, "b side side 3"]:
+    x = jnp.broadcast_to(images.astype(jnp.float32), (*images.shape[:3], 3))
     for axis in (2, 1):
         size = x.shape[axis]
         at = np.arange(_SIDE, dtype=np.float32) * np.float32(size / _SIDE)

@@ -1,7 +1,6 @@
 """Diagnostics of a model on real data: its distance to the MeanFlow identity and the velocity."""
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -25,8 +24,7 @@ def diagnose(
     config: ConfigDict, network: nn.Module, params: PyTree, source: Source
 ) -> dict[str, float]:
     """Return the MeanFlow diagnostics on real data, with times and noise drawn as in training."""
-    key = jax.random.fold_in(key_of(config.eval.seed), _STREAM)
-    rows_key, draws_key = jax.random.split(key)
+    rows_key, draws_key = jax.random.split(jax.random.fold_in(key_of(config.eval.seed), _STREAM))
     size = config.train.batch_size  # noise is dealt within a batch
     num = max(_ROWS // size, 1) * size
     index = np.asarray(jax.random.randint(rows_key, (num,), 0, len(source)))
@@ -45,10 +43,9 @@ def diagnose(
     batches = [source.gather(index[i : i + size]) for i in range(0, num, size)]
     rows = map(drawn, jax.random.split(draws_key, len(batches)), batches)
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-    measures: list[Callable] = [diagnostics.velocity_error]
+    measures, field = [diagnostics.velocity_error], as_field(network)
     if learns_average(config):
         measures += [diagnostics.identity_residual, diagnostics.additivity_gap]
-    field = as_field(network)
 
     @jax.jit
     def measure_all(params: PyTree, rows: Rows) -> dict[str, jax.Array]:

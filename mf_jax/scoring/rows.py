@@ -1,9 +1,11 @@
-"""eval.jsonl: scores of samples with their whole protocol, oldest first.
+"""The grid of an evaluation, and eval.jsonl: its scores with their whole protocol, oldest first.
 
 Two rows score the same samples in the same way exactly if their protocols are equal.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -11,13 +13,18 @@ from typing import Any
 
 import numpy as np
 from etils.epath import Path
+from jaxtyping import Int
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from mf_jax.flow.sampler import SamplePlan
 from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file, to_json
 from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once, tell_unsealed
+from mf_jax.validation import eval_plans
 
+NEWEST = -1
 ROWS_FILE = "eval.jsonl"
 Row = dict[str, Any]
 _SPREADS = {"frechet_distance": "frechet_distance_std"}
@@ -27,6 +34,38 @@ _OF_A_MODEL |= {"renoise?": False}
 """What rows are like, and the protocols of models; see `parse_json`."""
 _PARTS = ("samples", "checkpoint", "ema", "steps", "guidance", "reference")
 """Of a name, in their order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One model, sampled in one way.
+
+    checkpoint: its step, or `NEWEST`. ema: a moving average of the run, or `none`.
+    """
+
+    checkpoint: int
+    ema: str
+    plan: SamplePlan
+
+    @property
+    def protocol(self) -> Row:
+        """Return the settings that decide its samples; the size of a batch decides nothing."""
+        keys = ("steps", "omega", "t_min", "t_max", "seed")
+        plan = {key: getattr(self.plan, key) for key in keys}
+        plan |= {"renoise": True} if self.plan.renoise else {}  # rows without the key have none
+        return {"checkpoint": self.checkpoint, "ema": self.ema, **plan}
+
+
+def cells(config: ConfigDict) -> list[Cell]:
+    """Return the cells that `eval` asks for, one model after the other; each once."""
+    every = itertools.product(config.eval.checkpoints or (NEWEST,), eval_plans(config))
+    return list(dict.fromkeys(Cell(checkpoint, *model) for checkpoint, model in every))
+
+
+def in_shares(labels: Int[np.ndarray, "n"], num: int, seed: int) -> Int[np.ndarray, "num"]:
+    """Return num labels in random order, each as often as it is among these."""
+    spread = np.sort(labels)[np.arange(num) * len(labels) // num]
+    return np.random.default_rng(seed).permutation(spread)
 
 
 def _words(protocol: Row) -> dict[str, str]:
@@ -71,14 +110,14 @@ def as_table(rows: Sequence[Row]) -> dict[str, Any]:
         scores = {key: value for key, value in row.items() if not isinstance(value, dict)}
         named.append(scores | counts | {"name": name_of(protocol, parts) or row["name"]})
     columns = [key for key in ("steps", "samples") if any(key in row for row in named)]
-    scores = [key for row in rows for key, x in row.items() if isinstance(x, float | None)]
-    columns += [name for name in dict.fromkeys(scores) if name not in _SPREADS.values()]
+    numbers = [key for row in rows for key, x in row.items() if isinstance(x, float | None)]
+    columns += [name for name in dict.fromkeys(numbers) if name not in _SPREADS.values()]
     diagnostics = rows[-1].get("diagnostics", {}) if rows else {}
-    shared = ", ".join(_shared(rows)) if rows else ""
+    shared = _shared(rows) if rows else ""
     return {"columns": columns, "rows": named, "protocol": shared, "diagnostics": diagnostics}
 
 
-def _shared(rows: Sequence[Row]) -> list[str]:
+def _shared(rows: Sequence[Row]) -> str:
     """Return the settings that all models of a table share, or else all samples, as words."""
     of_models = [row for row in rows if "ema" in row["protocol"]] or rows
     protocols = [row["protocol"] for row in of_models]
@@ -88,7 +127,7 @@ def _shared(rows: Sequence[Row]) -> list[str]:
     words = [re.sub("([0-9a-f]{12})[0-9a-f]{52}$", r"\1", text) for text in words]  # of checksums
     if (error := of_models[0].get("fid_standard_error")) is not None:
         words.append(noise_line(protocols[0]["num_samples"], error))
-    return words
+    return ", ".join(words)
 
 
 def show(table: Row) -> None:

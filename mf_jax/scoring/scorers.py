@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, Shaped, UInt8
@@ -40,6 +39,8 @@ _OF_PICTURES += ("kernel_distance", "nearest_training")
 _KEPT_FEATURES, _BLOCK = 10_000, 250
 _SUBSETS, _NEAREST_OF = 10, 500
 Scores = dict[str, float | str | None]
+Compare = Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores]
+"""From samples and their labels."""
 
 
 class Samples(NamedTuple):
@@ -92,7 +93,7 @@ def _score_pictures(
     scores = SampleScores(num, least=config.eval.least_samples)
     shown = {"per_step": size, "is_wanted": config.log.progress}
     for pixels, index in track(samples.batches, samples.name, -(-num // size), **shown):
-        scores.add(_features(inception, pixels), index)
+        scores.add(inception_features(inception.params, pixels), index)
 
     def compare() -> list[Scores]:
         mean, deviation = scores.inception_score()
@@ -102,14 +103,6 @@ def _score_pictures(
     return compare
 
 
-def lower_num_samples(config: ConfigDict, train: Source, held_out: Source) -> None:
-    """Have as many samples as there are rows, where rows are compared or tell samples more."""
-    asked, most = config.eval.num_samples, min(len(train), len(held_out))
-    if asked > most and (not train.spec.is_picture or train.spec.more):
-        print(f"eval.num_samples={asked}: lowered to {most}, as many as there are held-out rows")
-        config.eval.num_samples = most
-
-
 def scorer_of_data(
     config: ConfigDict, workdir: epath.Path, train: Source, held_out: Source
 ) -> tuple[Scorer, tuple[Row, Callable[[], Samples]]]:
@@ -117,8 +110,13 @@ def scorer_of_data(
 
     The reference is the training split. Distances grow as elements become few: samples and held-out
     pictures are compared in random subsets of one size, at most half of the held-out ones. Of
-    vectors and signals as many elements are taken from either split.
+    vectors and signals as many elements are taken from either split. Where rows are compared, or
+    tell samples more, `eval.num_samples` is lowered to their number.
     """
+    asked, most = config.eval.num_samples, min(len(train), len(held_out))
+    if asked > most and (not train.spec.is_picture or train.spec.more):
+        print(f"eval.num_samples={asked}: lowered to {most}, as many as there are held-out rows")
+        config.eval.num_samples = most
     if train.spec.is_picture:
         whole, real = (b._replace(x=to_pixels(b.x)) for b in (read(train), read(held_out)))
         equal = max(min(len(real.x) // 2, config.eval.num_samples), 1)
@@ -131,26 +129,23 @@ def scorer_of_data(
         problem = "leaves one element to compare with, and no score can be computed"
         fix = "add data, or train a run with another share"
         raise BadInput(f"data.held_out_share={config.data.held_out_share}: {problem}: {fix}")
-    num, name = len(real.x), "real data (held-out)"
-    sha256 = digest(real.x, real.labels, *real.more.values())
+    name, num = "real data (held-out)", len(real.x)
     samples = Samples(name, [(real.x, np.arange(num))], real.labels, num)
+    sha256 = digest(real.x, real.labels, *real.more.values())
     subject = {"samples": name, "samples_sha256": sha256, "num_samples": num}
     return Scorer([protocol], functools.partial(_score_whole, compare)), (subject, lambda: samples)
 
 
-def _score_whole(
-    compare: Callable[[Shaped[np.ndarray, "n ..."], Int[np.ndarray, "n"]], Scores], samples: Samples
-) -> Callable[[], list[Scores]]:
+def _score_whole(compare: Compare, samples: Samples) -> Callable[[], list[Scores]]:
     rows = np.concatenate([processes.on_host(x) for x, _ in samples.batches])
-    rows = rows[: len(samples.labels)]
-    pairs: Scores = {}
+    rows, pairs = rows[: len(samples.labels)], {}
     if samples.targets is not None:
         x = from_pixels(rows) if rows.dtype == np.uint8 else rows
         pairs["pair_rmse"] = float(np.sqrt(np.mean((x - samples.targets) ** 2)))
     return lambda: [compare(rows, samples.labels) | pairs]
 
 
-def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Callable[..., Scores]]:
+def _of_vectors(train: Float[np.ndarray, "n ..."]) -> tuple[Row, Compare]:
     """Return protocol and comparison of vectors, or of signals as vectors."""
     points = train.reshape(len(train), -1)
     is_long = points.shape[1] > classifier.FEATURES_KEPT
@@ -185,7 +180,7 @@ def _subsets(labels: Int[np.ndarray, "n"], size: int) -> Iterator[Int[np.ndarray
 
 def _of_pictures(
     train: Batch, num_classes: int, workdir: epath.Path, equal: int, show_progress: bool = False
-) -> tuple[Row, Callable[..., Scores]]:
+) -> tuple[Row, Compare]:
     """Return protocol and comparison of `equal` pictures at once, in features of real ones."""
     has_classes = num_classes > 1 and min(train.x.shape[1:3]) >= classifier.SMALLEST_SIDE
     recipe = classifier.Recipe()
@@ -266,7 +261,7 @@ def load_reference(path: epath.PathLike, inception: Inception) -> Statistics:
         return reference
     # as the evaluation of ADM has its files
     rows = [
-        _features(inception, block[_kept(num, i * _BLOCK, len(block))])[POOLED]
+        inception_features(inception.params, block[_kept(num, i * _BLOCK, len(block))])[POOLED]
         for i, block in enumerate(reference_file.read_pictures(path, _BLOCK))
     ]
     return dataclasses.replace(reference, features=np.concatenate(rows))
@@ -285,15 +280,9 @@ def _statistics(
     """Return the statistics of num pictures, and the features of `_kept` ones."""
     sums, rows = {name: Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL)}, []
     for block in blocks:
-        features = {name: np.asarray(x) for name, x in _features(inception, block).items()}
+        features = inception_features(inception.params, block)
+        features = {name: np.asarray(features[name]) for name in sums}
         rows.append(features[POOLED][_kept(num, sums[POOLED].count, len(block))])
         sums = {name: moments + Moments.of(features[name]) for name, moments in sums.items()}
     gaussians = (moments.gaussian for moments in sums.values())
     return Statistics(num, *gaussians, np.concatenate(rows))
-
-
-def _features(
-    inception: Inception, pixels: UInt8[Array | np.ndarray, "b h w c"]
-) -> dict[str, Array]:
-    grey = pixels.shape[-1] == 1
-    return inception_features(inception.params, jnp.repeat(pixels, 3, -1) if grey else pixels)
