@@ -24,7 +24,7 @@ META = json.loads(str(CASE["meta"]))
 SIDES = sorted(int(name.removeprefix("in/images_")) for name in CASE if name.startswith("in/"))
 TOLERANCE = 1e-5  # relative to the largest number
 MAGIC = 0x1950A86A20F9469CFC6C
-BAD_SHAPES = (2, 8, 8, 1), (8, 8, 3), (0, 8, 8, 3)
+BAD_SHAPES = (2, 8, 8, 2), (8, 8, 3), (0, 8, 8, 3)
 KINDS = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long"}
 
 
@@ -139,9 +139,7 @@ def test_reference_features(inception):
         assert shapes == {name: (len(images), width) for name, width in FEATURES.items()}
         for name in recorded:
             theirs = CASE[f"out/{side}/{name}"]
-            scale = TOLERANCE * np.abs(theirs).max()
-            np.testing.assert_allclose(features[name], theirs, rtol=1e-3, atol=scale)
-            assert np.abs(features[name] - theirs).max() < scale, name
+            assert np.abs(features[name] - theirs).max() < TOLERANCE * np.abs(theirs).max(), name
 
 
 def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception):
@@ -153,8 +151,7 @@ def test_spatial_features_are_seven_channels_of_mixed_6_pixel_by_pixel(inception
     features = inception_features(inception.params | {"Mixed_6d.branch1x1": layer}, images)
     expected = np.tile([0, 0, 0, 1, 2, 3, 4], (len(images), 17 * 17))
     np.testing.assert_array_equal(features["spatial"], expected)
-    images = images.copy()
-    images[1] = images[0]
+    images = np.stack([images[0, ..., :1]] * len(images))  # of one channel, shown as three
     images[1, 0, 0] ^= 255
     spatial = inception_features(inception.params, images)["spatial"].reshape(-1, 17, 17, 7)
     change = np.abs(spatial[1] - spatial[0]).sum(-1)

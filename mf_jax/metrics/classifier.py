@@ -58,16 +58,15 @@ def train_classifier(
       file: an `.npz` of its parameters, read if it is trusted and else written; "" for none.
       trusted: SHA-256 of files that were written here.
     """
-    is_there = file and epath.Path(file).exists()
-    if is_there and sha256_of(file) in trusted:
-        params = unflatten_dict(read_npz(file), sep="/")
-    else:
-        if is_there:
-            print(f"{file}: no stored score was made with it; the classifier is trained again")
-        params = _train(images, labels, num_classes, recipe, show_progress)
-        if file:
-            write_npz(file, flatten_dict(params, sep="/"))
-    return functools.partial(_describe, num_classes, params)
+    describe = functools.partial(_describe, jax.jit(_Network(num_classes).apply))
+    if file and epath.Path(file).exists():
+        if sha256_of(file) in trusted:
+            return functools.partial(describe, unflatten_dict(read_npz(file), sep="/"))
+        print(f"{file}: no stored score was made with it; the classifier is trained again")
+    params = _train(images, labels, num_classes, recipe, show_progress)
+    if file:
+        write_npz(file, flatten_dict(params, sep="/"))
+    return functools.partial(describe, params)
 
 
 def _train(
@@ -78,10 +77,10 @@ def _train(
     schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
     optimiser = optax.adamw(schedule, weight_decay=recipe.weight_decay)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimiser)
-    batches, title = _batches(images, labels, recipe), "classifier of real data"
     shown = {"per_step": recipe.batch_size, "is_wanted": show_progress}
+    batches = _batches(images, labels, recipe)
     # Not lax.scan: in it, XLA runs convolutions on a CPU several times slower.
-    for batch in track(batches, title, recipe.steps, **shown):
+    for batch in track(batches, "classifier of real data", recipe.steps, **shown):
         state = _train_step(state, *batch)
     return jax.device_get(state.params)
 
@@ -122,20 +121,15 @@ class _Network(nn.Module):
         return features, dense(self.outputs)(features)
 
 
-def _describe(outputs: int, params: PyTree, images: Float[np.ndarray, "m h w c"]) -> Described:
+def _describe(infer: Callable, params: PyTree, images: Float[np.ndarray, "m h w c"]) -> Described:
     batches = []
     for start in range(0, len(images), _INFERENCE_BATCH):
         rows = images[start : start + _INFERENCE_BATCH]
         missing = _INFERENCE_BATCH - len(rows)  # filled up: one shape, one compilation
         filled = np.pad(rows, [(0, missing), *[(0, 0)] * 3])
-        batches.append([np.asarray(x)[: len(rows)] for x in _infer(outputs, params, filled)])
+        batches.append([np.asarray(x)[: len(rows)] for x in infer(params, filled)])
     features, logits = map(np.concatenate, zip(*batches, strict=True))
     return features, logits
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _infer(outputs: int, params: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _Network(outputs).apply(params, images)
 
 
 @jax.jit

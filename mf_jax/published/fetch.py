@@ -100,14 +100,11 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
         if not path.is_dir() and not os.path.isfile(path):
             raise BadInput(f"{key}={name_or_path!r}: is a pipe or a device; must be a file")
         return path
-    files = _files(name_or_path, key)
-    folder = _folder(weights_dir, name_or_path)
-    problems = {file: _problem(file, folder / file.path, whole=False) for file in files}
-    if told := [
-        f"{folder / file.path} {problem}; {_advice(file, folder)}"
-        for file, problem in problems.items()
-        if problem
-    ]:
+    files, folder, told = _files(name_or_path, key), _folder(weights_dir, name_or_path), []
+    for file in files:
+        if problem := _problem(file, folder / file.path, whole=False):
+            told.append(f"{folder / file.path} {problem}; {_advice(file, folder)}")
+    if told:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
         raise BadInput(
             f"{key}={name_or_path!r}: {'; '.join(told)}; or run python -m mf_jax.main"
@@ -159,7 +156,7 @@ def _files(name: str, key: str) -> tuple[PublishedFile, ...]:
 
 def _folder(weights_dir: str, names: str) -> epath.Path:
     if not (folder := weights_dir or os.environ.get("MF_WEIGHTS", "")):
-        fix = "set --config.weights_dir=DIR or the environment variable MF_WEIGHTS"
+        fix = "set --config.weights_dir=DIR or $MF_WEIGHTS; --mode=weights fetches into it"
         raise BadInput(f"weights_dir='': must be the folder that holds {names}; {fix}")
     return epath.Path(folder).expanduser()
 

@@ -122,11 +122,8 @@ def _read_archive(content: bytes) -> Any:
         if f"{folder}byteorder" in archive.namelist():
             _check_byte_order(archive.read(f"{folder}byteorder") == b"little")
         read = functools.cache(lambda key: archive.read(f"{folder}data/{key}"))
-
-        def storage(key: str, dtype: np.dtype, size: int) -> Row:
-            return np.frombuffer(read(key), dtype, size)
-
-        return unpickle(io.BytesIO(archive.read(pickled)), storage)
+        content = io.BytesIO(archive.read(pickled))
+        return unpickle(content, lambda key, *kind: np.frombuffer(read(key), *kind))
 
 
 def _read_pickles(content: bytes) -> Any:
