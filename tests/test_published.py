@@ -17,7 +17,7 @@ from configs.default import get_config
 from mf_jax.flow.records import Condition
 from mf_jax.loading import load_initial
 from mf_jax.models import as_field
-from mf_jax.published import checkpoint_files
+from mf_jax.published import checkpoint_files, checkpoints
 from mf_jax.published.checkpoints import (
     describe_published,
     find_kind,
@@ -237,6 +237,7 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
     folder = shutil.copytree(folder, tmp_path / "damaged" / "checkpoint_3")
     for file in (folder / "d").iterdir():
         file.write_bytes(file.read_bytes()[:100])
+    (folder.parent / "checkpoint_4").mkdir()
 
     def npz(flat):
         return _save_file(tmp_path / f"{next(numbers)}.npz", flat)
@@ -251,6 +252,7 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
         (texts[1], damaged),
         (texts[2], damaged),
         (folder, damaged),
+        (folder.parent, damaged),
         (npz({}), "holds no parameters, but nothing"),
         (npz({"class_tokens": np.array([{}])}), damaged),
         (npz({"class_tokens": np.ones(3, int)}), "class_tokens is int64; must be"),
@@ -373,3 +375,5 @@ def test_torch_checkpoints_that_are_refused(tmp_path):
         (tmp_path / "none.pt", {}, "no such file or folder"),
     ):
         refuses(message, load_initial, _config("sit", path, **more))
+    curved = {"model": "SiT-XL/2", "path_type": "GVP"}
+    refuses("path_type='GVP'; must be 'Linear'", checkpoints._sit_or_dit, curved, "a.pt")

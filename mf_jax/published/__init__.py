@@ -19,9 +19,9 @@ def reading(path: epath.PathLike, what: str) -> Iterator[None]:
         yield
     except BadInput as problem:
         raise BadInput(f"{path}: {problem}") from problem
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such file or folder; must be {what}") from error
     except Exception as error:  # its type depends on where a reader stumbles over the damage
+        if not epath.Path(path).exists():
+            raise BadInput(f"{path}: no such file or folder; must be {what}") from error
         reason = f"{type(error).__name__}: {reason_of(error)}"
         fix = "check the file, or fetch it again"
         raise BadInput(f"{path}: cannot be read as {what} ({reason}); {fix}") from error
