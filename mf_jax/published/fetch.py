@@ -6,6 +6,7 @@ $MF_WEIGHTS. For published weights only --mode=weights opens a connection.
 
 import os
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
@@ -180,29 +181,23 @@ def _problem(file: PublishedFile, path: epath.Path, *, whole: bool) -> str:
 
 def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     """Make sure that a file is there; return what was done, and leave a wrong file as it is."""
-    import requests  # which only this mode needs
+    import pooch  # with requests, which only this mode needs
+    import requests
 
     path, fix = folder / file.path, _advice(file, folder)
     if path.exists():
         if problem := _problem(file, path, whole=True):
             raise BadInput(f"{path} {problem}; delete or move it, then run the same command again")
         return "already there"
+    pooch.get_logger().setLevel("WARNING")
     bar = ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            written_aside(path) as aside,
-            bar,
-            requests.get(file.address, stream=True, timeout=30) as answer,
-        ):
-            answer.raise_for_status()
-            with open(aside, "wb") as part:
-                for piece in answer.iter_content(2**20):
-                    part.write(piece)
-                    bar.advance(len(piece))
-            if problem := _problem(file, epath.Path(aside), whole=True):
-                raise requests.RequestException(f"what came {problem}")
-    except requests.RequestException as error:
+        with written_aside(path) as aside, bar:
+            get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
+            to, digest = Path(aside), file.sha256 or None
+            pooch.retrieve(file.address, digest, to.name, to.parent, downloader=get)
+    except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
         again = f"({error}); run the same command again, or {fix}"
         raise BadInput(f"{file.path}: cannot be fetched {again}") from error
     except OSError as error:
@@ -211,3 +206,20 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
     if not file.sha256:
         return f"fetched, {path.stat().length:,} bytes, SHA-256 {sha256_of(path)}, none is known"
     return f"fetched, {file.num_bytes:,} bytes, checksum right"
+
+
+class _Received:
+    """What pooch asks of a progress bar: it counts whole pieces, then all bytes anew."""
+
+    def __init__(self, bar: ProgressBar):
+        self._bar, self._count, self.total = bar, 0, 0
+
+    def update(self, count: int) -> None:
+        self._count = min(self._count + count, self.total)
+        self._bar.move(self._count)
+        self._bar.remind()
+
+    def reset(self) -> None:
+        """Leave the count, which never exceeds the total, and the bar to its `with`."""
+
+    close = reset
