@@ -12,7 +12,7 @@ import importlib
 __version__ = "0.1.0"
 _NAMES = {
     "mf_jax.flow.errors": "BadInput",
-    "mf_jax.flow.check": "check",
+    "mf_jax.flow.diagnostics": "check",
     "mf_jax.flow.couplings": "Coupling OptimalTransport",
     "mf_jax.flow.derivative": "Derivative",
     "mf_jax.flow.draws": "DrawScheme",
@@ -25,9 +25,8 @@ _NAMES = {
     "mf_jax.generator": "Generator",
     "mf_jax.loading": "load",
     "mf_jax.objectives.alpha_flow": "AlphaFlow",
+    "mf_jax.objectives.around": "Controlled Controls Estimated",
     "mf_jax.objectives.average_divergence": "AverageDivergence",
-    "mf_jax.objectives.controls": "Controlled Controls",
-    "mf_jax.objectives.estimated": "Estimated",
     "mf_jax.objectives.flow_matching": "FlowMatching",
     "mf_jax.objectives.improved_meanflow": "ImprovedMeanFlow",
     "mf_jax.objectives.meanflow": "MeanFlow",

@@ -15,6 +15,8 @@ from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import NO_LABEL, Draws, Prediction, Rows
 
 STD = 0.6
+BENT = np.array([0.3, -0.2, 0.1, 0.4])
+"""Parameters of a field that is not exact."""
 
 
 def moments(mean, t):
@@ -48,9 +50,8 @@ def gaussian_field(mean_of):
     def field(params, z, *, r, t, condition):
         mean = per_row(mean_of(condition), z)
         r, t = per_row(r, z), per_row(t, z)
-        bend = jnp.stack(
-            [jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * jnp.ones_like(z)]
-        )
+        ones = jnp.ones_like(z)
+        bend = jnp.stack([jnp.sin(2 * z), jnp.cos(3 * t) * z, r * z**2, (1 + r + t) * ones])
         return Prediction(
             u=gaussian_average(z, r, t, mean) + jnp.tensordot(params, bend, 1),
             v=gaussian_velocity(z, t, mean) + jnp.tensordot(params, bend[::-1], 1),
@@ -90,3 +91,14 @@ def exact_draws(seed=0, num_instant=6, num_interval=3, *, some_dropped=True, **m
         return exact_rows(z, times[int(is_instant)], times[1], labels, dropped, mean, **drawn)
 
     return Draws(instant=rows(num_instant, True), interval=rows(num_interval, False))
+
+
+def joined(draws):
+    """Return all rows of draws."""
+    return jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+
+
+def assert_same(ours, theirs, rtol=1e-9, atol=1e-12):
+    """Assert that two trees have the same numbers."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)

@@ -85,7 +85,7 @@ CASES = [
     ("shortcut", mf_jax.Shortcut(GUIDED), 0.5),
     ("terminal_velocity", mf_jax.TerminalVelocity(), 0.0),
     ("terminal_velocity", mf_jax.TerminalVelocity(GUIDED), 0.75),
-    ("controls", mf_jax.Controlled(mf_jax.FlowMatching(), mf_jax.Controls(monotone=1.0)), 3.0),
+    ("around", mf_jax.Controlled(mf_jax.FlowMatching(), mf_jax.Controls(monotone=1.0)), 3.0),
 ]
 
 

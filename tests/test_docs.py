@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from oracle import class_mean, exact_draws, gaussian_field
+from oracle import BENT, class_mean, exact_draws, gaussian_field
 
 from mf_jax import objectives
 from mf_jax.objectives.meanflow import MeanFlow
@@ -17,8 +17,6 @@ from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
 from mf_jax.validation import validate
-
-PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def added(monkeypatch):
 def _gradient(objective):
     field, draws = gaussian_field(lambda condition: class_mean(condition.labels)), exact_draws()
     draws = draws.replace(interval=draws.interval.replace(x=draws.interval.x + 0.3))
-    return jax.grad(lambda p: objective.loss(field, p, draws)[0])(jnp.asarray(PARAMS))
+    return jax.grad(lambda p: objective.loss(field, p, draws)[0])(jnp.asarray(BENT))
 
 
 def test_the_added_objective_is_meanflow_at_share_0_and_another_above(added):

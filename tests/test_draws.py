@@ -21,24 +21,21 @@ def _draw(scheme, rows=ROWS, seed=0):
     return jax.jit(scheme.draw)(jax.random.key(seed), x, labels)
 
 
-def _times(draws):
-    return draws.instant.t, draws.interval.t
-
-
 def test_share_of_rows_is_exact_and_never_rounded_to_zero():
     sizes = {0.0: (0, 1), 1.0: (1, 0), 0.75: (3, 1), 0.25: (1, 3), 0.6: (3, 2), 0.333: (1, 2)}
     for share, group in sizes.items():
         assert group_sizes(share) == group
         scheme = DrawScheme(UniformTimes(), instant_share=share, label_drop_share=0.0)
-        times = jax.eval_shape(lambda: _times(_draw(scheme, rows=2 * sum(group))))  # noqa: B023
-        assert tuple(t.size for t in times) == (2 * group[0], 2 * group[1])
+        draws = _draw(scheme, rows=2 * sum(group))
+        assert (len(draws.instant.t), len(draws.interval.t)) == (2 * group[0], 2 * group[1])
     draws = _draw(DrawScheme(UniformTimes()), rows=16)
     np.testing.assert_array_equal(draws.interval.x[:, 0], [3, 7, 11, 15])
     np.testing.assert_array_equal(draws.instant.x[:, 0], [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14])
 
 
 def test_times_are_ordered_and_inside():
-    for times in (UniformTimes(), LogitNormalTimes(), LogitNormalTimes(-0.6, 1.6, -4.0, 1.6)):
+    wide = LogitNormalTimes(-0.6, 1.6, -4.0, 1.6)
+    for times in (UniformTimes(), LogitNormalTimes(), wide, TIMES["gap"]()):
         draws = _draw(DrawScheme(times))
         assert jnp.all(draws.instant.r == draws.instant.t)
         r, t = draws.interval.r, draws.interval.t
@@ -46,24 +43,22 @@ def test_times_are_ordered_and_inside():
 
 
 def test_times_have_the_distribution_they_claim():
-    rows = 20_000
-    r, t = UniformTimes().sample(jax.random.key(0), rows)
+    def moments(times, of=lambda r, t: t):
+        logit = jax.scipy.special.logit(of(*times.sample(jax.random.key(0), 20_000)))
+        return [logit.mean(), logit.std()]
+
     # of the smaller and the larger draw
-    np.testing.assert_allclose([r.mean(), t.mean()], [1 / 3, 2 / 3], atol=0.005)
-    r, t = LogitNormalTimes(-0.4, 1.0, -0.4, 1.0).sample(jax.random.key(1), rows)
-    logit = np.log(np.concatenate([r, t]) / (1 - np.concatenate([r, t])))
-    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.4, 1.0], atol=0.02)
-    # so far apart that t is t
-    r, t = LogitNormalTimes(3.0, 0.5, -3.0, 0.25).sample(jax.random.key(2), rows)
-    logit_t, logit_r = np.log(t / (1 - t)), np.log(r / (1 - r))
-    np.testing.assert_allclose([logit_t.mean(), logit_t.std()], [3.0, 0.5], atol=0.02)
-    np.testing.assert_allclose([logit_r.mean(), logit_r.std()], [-3.0, 0.25], atol=0.01)
-    for mean in (-0.8, -9.0):  # of the gap; with the second all r have room
-        r, t = TIMES["gap"](t_mean=mean).sample(jax.random.key(0), rows)
-        assert ((r >= 0) & (r < t) & (t <= 1)).all()
-        drawn, center = (t - r, mean) if mean == -0.8 else (r, -0.4)
-        logit = jax.scipy.special.logit(drawn)
-        np.testing.assert_allclose([logit.mean(), logit.std()], [center, 1.0], atol=0.03)
+    means = [each.mean() for each in UniformTimes().sample(jax.random.key(0), 20_000)]
+    np.testing.assert_allclose(means, [1 / 3, 2 / 3], atol=0.005)
+    both = moments(LogitNormalTimes(), lambda r, t: jnp.concatenate([r, t]))
+    np.testing.assert_allclose(both, [-0.4, 1.0], atol=0.02)
+    apart = LogitNormalTimes(3.0, 0.5, -3.0, 0.25)  # so far that t is t
+    np.testing.assert_allclose(moments(apart), [3.0, 0.5], atol=0.02)
+    np.testing.assert_allclose(moments(apart, lambda r, t: r), [-3.0, 0.25], atol=0.01)
+    gap = moments(TIMES["gap"](), lambda r, t: t - r)
+    np.testing.assert_allclose(gap, [-0.8, 1.0], atol=0.03)
+    with_room = moments(TIMES["gap"](t_mean=-9.0), lambda r, t: r)
+    np.testing.assert_allclose(with_room, [-0.4, 1.0], atol=0.03)
 
 
 def test_labels_are_dropped_where_the_name_says():
@@ -77,12 +72,6 @@ def test_labels_are_dropped_where_the_name_says():
         np.testing.assert_array_equal(seen, np.where(rows.dropped, NO_LABEL, rows.condition))
 
 
-def test_data_of_half_precision_become_as_precise_as_times():
-    x = jnp.ones((4, 3), jnp.bfloat16)
-    rows = DrawScheme(UniformTimes()).draw(jax.random.key(0), x, e=-x).interval
-    assert (rows.x.dtype, rows.e.dtype) == (jnp.float32, jnp.float32)
-
-
 def test_no_key_is_used_twice():
     """Noise, times and dropped labels of one step must not be functions of one another."""
     draws = _draw(DrawScheme(UniformTimes(), label_drop_share=0.5, label_drop="any_row"))
@@ -91,14 +80,11 @@ def test_no_key_is_used_twice():
     assert np.abs(correlation - np.eye(4)).max() < 0.06
 
 
-def test_consistency_times_end_at_the_data():
+def test_consistency_times_end_at_the_data_and_dyadic_ones_are_steps_of_a_ladder():
+    """Equally many of each size, and the rows left over of the whole."""
     r, t = ConsistencyTimes().sample(jax.random.key(0), 1000)
     assert (r == 0).all()
     assert abs(jnp.mean(jax.scipy.special.logit(t)) + 0.4) < 0.1
-
-
-def test_dyadic_times_are_steps_of_a_ladder():
-    """Equally many of each size, and the rows left over of the whole."""
     r, t = DyadicTimes(levels=3).sample(jax.random.key(0), 1000)
     pairs = {tuple(pair) for pair in np.stack([r, t], 1).tolist()}
     assert pairs == {(i / 2**k, (i + 1) / 2**k) for k in range(3) for i in range(2**k)}

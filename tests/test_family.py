@@ -7,27 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refuses
-from oracle import exact_draws, gaussian_field
+from oracle import BENT, assert_same, exact_draws, gaussian_field
 
-from mf_jax.flow.guidance import Guidance, guided_velocities
-from mf_jax.flow.paths import interpolate, per_row
-from mf_jax.flow.records import Draws, GuidanceScale, Prediction
-from mf_jax.flow.rows import at_time, condition_of
-from mf_jax.objectives import Controlled, Controls
-from mf_jax.objectives.alpha_flow import AlphaFlow
-from mf_jax.objectives.flow_matching import FlowMatching
-from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
-from mf_jax.objectives.meanflow import MeanFlow
-from mf_jax.objectives.pixel_meanflow import PixelMeanFlow
-from mf_jax.objectives.shortcut import Shortcut
-from mf_jax.objectives.split_meanflow import SplitMeanFlow
-from mf_jax.objectives.terminal_velocity import TerminalVelocity
+from mf_jax import (
+    AdaptiveWeight,
+    AlphaFlow,
+    Controlled,
+    Controls,
+    Derivative,
+    Draws,
+    FlowMatching,
+    Guidance,
+    GuidanceScale,
+    ImprovedMeanFlow,
+    MeanFlow,
+    PixelMeanFlow,
+    Shortcut,
+    SplitMeanFlow,
+    TerminalVelocity,
+)
+from mf_jax.flow.guidance import guided_velocities
+from mf_jax.flow.paths import per_row
+from mf_jax.flow.rows import at_instant, at_time, point_of, predict
 
 pytestmark = pytest.mark.usefixtures("float64")
-STEP = jnp.int32(0)
-PARAMS = np.array([0.3, -0.2, 0.1, 0.4])
-
-
 FIELD = gaussian_field(lambda condition: 0.5 * condition.labels - 0.7)
 
 
@@ -35,89 +38,65 @@ def _draws(**more):
     return exact_draws(0, 4, 4, some_dropped=False, **more)
 
 
-def _value_and_gradient(objective, draws=None, *, step=STEP, field=FIELD, params=PARAMS):
+def _value_and_gradient(objective, draws=None, step=0):
     draws = _draws() if draws is None else draws
-    of_params = jax.value_and_grad(lambda p, *more: objective.loss(field, p, *more)[0])
-    return jax.jit(of_params)(params, draws, step)
-
-
-def _same(a, b, rtol=1e-9):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-12)
-
-
-def _constant_alpha(alpha):
-    return AlphaFlow(alpha_start=alpha, alpha_end=alpha, derivative_below=0.0, target_clip=1e9)
-
-
-def test_alpha_flow_at_1_is_flow_matching():
-    draws = _draws()
-    at_once = draws.replace(interval=at_time(draws.interval, draws.interval.t))
-    _same(
-        _value_and_gradient(_constant_alpha(1.0), at_once),
-        _value_and_gradient(FlowMatching(), at_once),
-    )
+    of_params = jax.value_and_grad(lambda p, *more: objective.loss(FIELD, p, *more)[0])
+    return jax.jit(of_params)(BENT, draws, step)
 
 
 def test_alpha_flow_takes_the_derivative_below_its_threshold():
     objective = AlphaFlow(anneal_from=100, anneal_to=200, target_clip=1e9)
-    at_start = _constant_alpha(float(objective.alpha(jnp.int32(100))))
+    alpha = float(objective.alpha(100))
+    ends = {"alpha_start": alpha, "alpha_end": alpha, "derivative_below": 0.0}
+    at_start = dataclasses.replace(objective, **ends)
     for step, other in ((100, at_start), (200, MeanFlow())):
-        ours = _value_and_gradient(objective, step=jnp.int32(step))
-        _same(ours, _value_and_gradient(other), rtol=1e-6)
+        assert_same(
+            _value_and_gradient(objective, step=step), _value_and_gradient(other), rtol=1e-6
+        )
 
 
 def test_exponential_schedule_of_alpha():
-    """SoFlow's exponential one; the sigmoid is recorded, see test_successors_reference.py."""
+    """SoFlow's exponential one; the sigmoid is recorded, see test_reference.py."""
     ends = {"alpha_start": 0.1, "alpha_end": 0.002, "derivative_below": 0.0}
     soflow = AlphaFlow(annealing="exponential", anneal_to=100, **ends)
-    values = [soflow.alpha(jnp.int32(k)) for k in (0, 50, 100, 150)]
+    values = [soflow.alpha(k) for k in (0, 50, 100, 150)]
     np.testing.assert_allclose(values, [0.1, 0.1 * 0.02**0.5, 0.002, 0.002], rtol=1e-6)
 
 
 def test_targets_of_alpha_flow_are_clipped():
-    draws = _draws()
-    side = jnp.asarray([1.0, 1.0, -1.0, -1.0])[:, None]
+    draws, side = _draws(), jnp.asarray([1.0, 1.0, -1.0, -1.0])[:, None]
     far = draws.replace(interval=draws.interval.replace(e=draws.interval.e + 100 * side))
-    objective = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0)
-    _, metrics = objective.loss(FIELD, PARAMS, far, STEP)
-    rows, z = far.interval, interpolate(far.interval.x, far.interval.e, t=far.interval.t)
-    u = FIELD(PARAMS, z, r=rows.r, t=rows.t, condition=condition_of(rows)).u
+    objective, rows = AlphaFlow(target_clip=4.0, alpha_start=1.0, alpha_end=1.0), far.interval
+    _, metrics = objective.loss(FIELD, BENT, far)
+    u = predict(FIELD, BENT, rows, point_of(rows), r=rows.r, t=rows.t).u
     error = np.mean((u - 4.0 * side) ** 2)
     np.testing.assert_allclose(metrics["u_error"].compute(), error, rtol=1e-6)
 
 
-def test_shortcut_is_the_split_at_the_midpoint():
-    draws = _draws(fraction=lambda num: jnp.full(num, 0.5))
-    middle = _value_and_gradient(SplitMeanFlow(), draws)
-    _same(middle, _value_and_gradient(SplitMeanFlow(split="midpoint"), draws))
-    other = _draws(fraction=lambda num: jnp.full(num, 0.2))
-    assert not np.allclose(_value_and_gradient(SplitMeanFlow(), other)[1], middle[1])
+def test_a_uniform_split_may_be_the_midpoint():
+    at_half, draws = _draws(fraction=lambda num: jnp.full(num, 0.5)), _draws()
+    middle = _value_and_gradient(SplitMeanFlow(split="midpoint"), draws)
+    assert_same(_value_and_gradient(SplitMeanFlow(), at_half), middle)
+    assert not np.allclose(_value_and_gradient(SplitMeanFlow(), draws)[1], middle[1])
 
 
 def test_pixel_clips_the_velocity_near_the_data():
     draws = _draws()
-    near = draws.replace(instant=draws.instant.replace(t=jnp.full(4, 0.01), r=jnp.full(4, 0.01)))
-    _, metrics = PixelMeanFlow(t_clip=0.05).loss(FIELD, PARAMS, near, STEP)
-    rows = near.instant
-    z = interpolate(rows.x, rows.e, t=rows.t)
-    u = FIELD(PARAMS, z, r=rows.t, t=rows.t, condition=condition_of(rows)).u
-    error = np.mean((u - (z - rows.x) / 0.05) ** 2)
+    near = draws.replace(instant=at_time(draws.instant, jnp.full(4, 0.01)))
+    _, metrics = PixelMeanFlow(t_clip=0.05).loss(FIELD, BENT, near)
+    v = (point_of(near.instant) - near.instant.x) / 0.05
+    error = np.mean((at_instant(FIELD, BENT, near.instant).u - v) ** 2)
     np.testing.assert_allclose(metrics["v_error"].compute(), error, rtol=1e-6)
 
 
 def _linear(slope):
     """Return a field whose derivative in z is a number."""
-
-    def field(params, z, *, r, t, condition):
-        return Prediction(u=(slope + params) * z)
-
-    return field
+    return lambda params, z, **told: (slope + params) * z
 
 
 def test_shortcut_clips_the_middle_and_the_target():
     rows, c = _draws().interval, 0.3
-    z = interpolate(rows.x, rows.e, t=rows.t)
+    z = point_of(rows)
     point = jnp.clip(z - per_row(rows.t - rows.r, z) / 2 * 0.5 * z, -c, c)
     _, target, _ = Shortcut(target_clip=c)._parts(_linear(0.5), 0.0, 0.0, rows)
     np.testing.assert_allclose(target, jnp.clip((0.5 * z + 0.5 * point) / 2, -c, c), rtol=1e-9)
@@ -137,26 +116,38 @@ def test_controls_charge_slopes_beyond_the_bound_and_steps_that_fold():
         np.testing.assert_allclose(penalty, total, rtol=1e-9, atol=1e-12)
         charged = metrics["lipschitz_penalty"].compute()
         np.testing.assert_allclose(charged, steep, rtol=1e-6, atol=1e-12)
+    steep = jax.grad(lambda p: controls.penalty(_linear(-3.0), p, draws)[0])(jnp.zeros(()))
+    apart = -2 * 4 * np.mean(3 * gap**2)
+    np.testing.assert_allclose(steep, 2 * -2 * (3.0 - 1) + apart, rtol=1e-9)
 
 
-def test_controls_have_a_gradient_and_add_to_any_objective():
-    controls = Controls(lipschitz=2.0, lipschitz_bound=1.0)
-    slope = jax.grad(lambda p: controls.penalty(_linear(3.0), p, _draws())[0])(jnp.zeros(()))
-    np.testing.assert_allclose(slope, 2 * 2 * (3.0 - 1), rtol=1e-9)
-    penalties = []
+def test_controls_add_to_any_objective_and_are_of_what_it_learns():
+    controls, draws = Controls(lipschitz=2.0, lipschitz_bound=1e-6), _draws()
+    bent = lambda params, z, *, r, t, condition: z * per_row(t - r, z)  # noqa: E731
     for objective in (MeanFlow(), FlowMatching()):
         both, is_map = Controlled(objective, controls), objective.learns_average
-        added, _ = controls.penalty(FIELD, PARAMS, _draws(), is_map=is_map)
-        penalties.append(float(added))
-        loss, alone = (o.loss(FIELD, PARAMS, _draws())[0] for o in (both, objective))
+        added, _ = controls.penalty(FIELD, BENT, draws, is_map=is_map)
+        loss, alone = (o.loss(FIELD, BENT, draws)[0] for o in (both, objective))
         np.testing.assert_allclose(loss, alone + added, rtol=1e-9)
-        assert both.learns_average == objective.learns_average
-        assert both.target_ema == objective.target_ema
-    assert abs(penalties[0] - penalties[1]) > 1e-3
-    at_r = dataclasses.replace(controls, lipschitz_bound=1e-6)  # of a slope that r alone changes
-    bent = lambda params, z, *, r, t, condition: z * per_row(t - r, z)  # noqa: E731
-    of_map, of_flow = (at_r.penalty(bent, None, _draws(), is_map=k)[0] for k in (True, False))
-    assert of_flow < 1e-9 < of_map
+        assert (both.learns_average, both.target_ema) == (is_map, objective.target_ema)
+        of_r_alone, _ = controls.penalty(bent, None, draws, is_map=is_map)
+        assert (of_r_alone > 1e-9) == is_map
+
+
+def test_networks_are_told_where_forward_mode_follows_without_a_gradient():
+    for objective, expected in (
+        (MeanFlow(), {False, True}),
+        (MeanFlow(derivative=Derivative("backward")), {False}),
+        (TerminalVelocity(), {False}),
+    ):
+        seen = set()
+
+        def field(params, z, *, condition, seen=seen, **times):
+            seen.add(condition.forward_mode)
+            return FIELD(params, z, condition=condition, **times)
+
+        objective.loss(field, BENT, _draws())
+        assert seen == expected, objective
 
 
 def test_guidance_holds_inside_its_window_and_with_a_label():
@@ -168,35 +159,49 @@ def test_guidance_holds_inside_its_window_and_with_a_label():
     draws = Draws(at_time(instant, instant.t), draws.interval.replace(guidance=scale))
     own = jnp.zeros_like(instant.x)
     for guidance in (Guidance(), Guidance(fade=True)):  # which is of fixed guidance
-        v = guided_velocities(guidance, FIELD, PARAMS, draws, own_instant=own)
+        v = guided_velocities(guidance, FIELD, BENT, draws, own_instant=own)
         for rows, guided, is_plain in (
             (draws.instant, v.instant, [True, False, False, True]),
             (draws.interval, v.interval, [True, False, True, False]),
         ):
             close = np.isclose(guided, rows.e - rows.x).all(axis=1)
             np.testing.assert_array_equal(close, is_plain)
+    low, _, high, _ = jnp.sort(draws.interval.t)
+    rows = draws.interval.replace(guidance=None)
+    fixed = Guidance(2.0, t_min=float(low) + 1e-6, t_max=float(high))
+    own = Draws(instant.replace(guidance=None), rows)
+    v = guided_velocities(fixed, FIELD, BENT, own, own_instant=rows.x).interval
+    is_plain = (rows.t < fixed.t_min) | (rows.t > high)
+    np.testing.assert_array_equal(np.isclose(v, rows.e - rows.x).all(axis=1), is_plain)
+    assert is_plain.sum() == 2
 
 
 def test_bad_arguments_are_named():
     rows = _draws().interval
     told = _draws().replace(interval=rows.replace(guidance=GuidanceScale(rows.t, rows.t, rows.t)))
     for build, named in [
+        (lambda: MeanFlow(tangent="v99"), "tangent"),
+        (lambda: Guidance(kappa=1.0), "kappa"),
+        (lambda: Guidance(omega=float("nan")), "omega"),
+        (lambda: Guidance(t_min=0.8, t_max=0.2), "t_min"),
+        (lambda: AdaptiveWeight(p=-1.0), "weight.p"),
+        (lambda: AdaptiveWeight(c=0.0), "weight.c"),
         (lambda: ImprovedMeanFlow(velocity="own"), "velocity"),
         (lambda: PixelMeanFlow(t_clip=0.0), "t_clip"),
         (lambda: AlphaFlow(annealing="linear"), "annealing"),
         (lambda: AlphaFlow(alpha_start=1.5), "alpha_start"),
         (lambda: AlphaFlow(annealing="exponential"), "alpha_end"),
         (lambda: AlphaFlow(derivative_below=0.0), "alpha_end"),
-        (lambda: AlphaFlow(anneal_from=5, anneal_to=5), "anneal_to"),
+        (lambda: AlphaFlow(anneal_from=5, anneal_to=5), r"anneal_from=5: must be .*0, 5\)"),
         (lambda: AlphaFlow(target_clip=0.0), "target_clip"),
         (lambda: SplitMeanFlow(split="third"), "split"),
         (lambda: SplitMeanFlow(target_ema=1.0), "target_ema"),
         (lambda: Shortcut(target_clip=0.0), "target_clip"),
-        (lambda: Shortcut().loss(FIELD, PARAMS, told, STEP), "one scale of guidance"),
+        (lambda: Shortcut().loss(FIELD, BENT, told), "one scale of guidance"),
         (lambda: Shortcut(Guidance(2.0, t_max=0.5)), "guided at every t"),
         (lambda: TerminalVelocity(target_ema=-0.1), "target_ema"),
         (lambda: Controls(non_expansive=-1.0), "non_expansive"),
         (lambda: Controls(lipschitz_bound=0.0), "lipschitz_bound"),
-        (lambda: ImprovedMeanFlow().loss(_linear(1.0), 0.0, _draws(), STEP), "second head"),
+        (lambda: ImprovedMeanFlow().loss(_linear(1.0), 0.0, _draws()), "second head"),
     ]:
         refuses(named, build)

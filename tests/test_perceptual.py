@@ -27,12 +27,11 @@ from safetensors.numpy import save_file
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
-from mf_jax.flow.crops import crop
 from mf_jax.flow.records import DataSpec, Draws, Rows
 from mf_jax.loading import load_frozen
 from mf_jax.models import as_field
 from mf_jax.models.distances import DISTANCES, VGG16, ConvNeXtDistance, ConvNeXtV2, distance_shapes
-from mf_jax.objectives.perceptual import Distance, Perceptual
+from mf_jax.objectives.perceptual import Distance, Perceptual, crop
 from mf_jax.objectives.terms import AdaptiveWeight
 from mf_jax.published.torch_file import StateDict, network_params
 from mf_jax.runtime.files import sha256_of

@@ -13,14 +13,13 @@ Source: Pooladian et al., arXiv 2304.14772; Tong et al., arXiv 2302.00482; OT-Me
 """
 
 import dataclasses
-import math
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.paths import Points
 
 
@@ -28,9 +27,7 @@ from mf_jax.flow.paths import Points
 class Coupling(Protocol):
     """A choice among the pairings of a batch's x and e."""
 
-    def pair(
-        self, x: Points, e: Points, condition: PyTree, mask: Bool[Array, "b ..."] | None
-    ) -> Points:
+    def pair(self, x: Points, e: Points, condition: PyTree, mask: Array | None) -> Points:
         """Return e in the order of the rows that it belongs to; a mask tells where x counts."""
 
 
@@ -44,18 +41,15 @@ class OptimalTransport:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        check_within("coupling.rows", self.rows, 0, math.inf, "[)", "0 is the whole batch")
+        check_fields("coupling", self, rows="[0, inf)")
 
-    def pair(
-        self, x: Points, e: Points, condition: PyTree, mask: Bool[Array, "b ..."] | None
-    ) -> Points:
+    def pair(self, x: Points, e: Points, condition: PyTree, mask: Array | None) -> Points:
         """See `Coupling.pair`."""
         num = self.rows or len(x)
         if len(x) % num:
             raise BadInput(f"coupling.rows={num}: must divide the {len(x)} rows of the batch")
-        blocks = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, num, *leaf.shape[1:]), (x, e, condition, mask)
-        )
+        given = x, e, condition, mask
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, num, *leaf.shape[1:]), given)
         return jax.vmap(_dealt)(*blocks).reshape(e.shape)
 
 

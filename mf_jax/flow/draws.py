@@ -6,17 +6,15 @@ four. A group never crosses devices, so splitting and joining are local reshapes
 """
 
 import dataclasses
-import math
 from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
-from mf_jax.flow.crops import draw_boxes
-from mf_jax.flow.errors import BadInput, check_known, check_within, reason_of
+from mf_jax.flow.errors import BadInput, check_fields, check_within, reason_of
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, mask_of, split_rows
 from mf_jax.flow.times import Times
@@ -25,6 +23,8 @@ LABEL_DROP_ROWS = ("instant_rows", "any_row")
 _LARGEST_GROUP = 64
 _CROPS = 7  # folded into the key, whose split into 7 folds in 0 to 6
 _SHARE_TOLERANCE = 1e-3
+_AREA, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Of a box: its share of the picture, and its width over its height."""
 
 
 def key_of(seed: Shaped[Array, ""] | int) -> PRNGKeyArray:
@@ -47,72 +47,65 @@ def group_sizes(instant_share: float) -> tuple[int, int]:
     return share.numerator, share.denominator - share.numerator
 
 
+def draw_boxes(key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "b 4"]:
+    """Draw (top, left, height, width) of a box in each picture of a shape `(B, H, W, C)`.
+
+    Source: Szegedy et al., arXiv 1409.4842, section 6 (area and ratio).
+    """
+    rows, height, width, _ = shape
+    area, ratio, down, right = jax.random.uniform(key, (4, rows))
+    area = (_AREA[0] + (_AREA[1] - _AREA[0]) * area) * height * width
+    low, high = jnp.log(jnp.asarray(_RATIO))
+    ratio = jnp.exp(low + (high - low) * ratio)
+    box_height = jnp.clip(jnp.round(jnp.sqrt(area / ratio)), 1, height)
+    box_width = jnp.clip(jnp.round(jnp.sqrt(area * ratio)), 1, width)
+    top, left = down * (height - box_height + 1), right * (width - box_width + 1)
+    return jnp.stack([top, left, box_height, box_width], axis=1).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class DrawScheme:
     """How a step's random numbers are drawn.
 
-    Args:
-      times: distribution of (r, t).
-      instant_times: distribution whose t is drawn for rows with r = t, with order="clip" one draw;
-        None = `times`.
-      coupling: which e belongs to which x; None = independent. It deals given e too.
-      instant_of_every_row: all rows are in both sub-batches, with the same x, e and condition.
-      instant_share: share of rows with r = t, a fraction whose denominator is at most 64.
-      label_drop_share: share of all rows trained without their condition, in [0, 1).
-      label_drop: which rows lose it: `instant_rows` (r = t, as MeanFlow) or `any_row`.
-      label_drop_window: only rows with t inside [t_min, t_max] lose it.
-      omega_max: largest scale of guidance as an input of the network; 1 = no such input, more
-        needs `for_networks`.
-      omega_min: smallest scale, at least 1; equal to omega_max it is the only one.
-      omega_power: the scale has density omega^-omega_power; at least 0.
-      omega_window: a window of t is drawn for it too, which the network is told; else all t.
-      noise_scale: standard deviation of the noise that is drawn, above 0.
-      crops: whether the objective looks at crops of pictures, whose boxes are drawn.
-      for_networks: whether the field is one of this project's networks, which are told a
-        `Condition` with guidance and dropout seeds; else it is told its own condition alone.
-
     Source of the drawn guidance: improved MeanFlow, arXiv 2512.02012, section 4.2.
     """
 
-    times: Times
-    instant_share: float = 0.75
-    label_drop_share: float = 0.1
-    label_drop: str = "instant_rows"
-    label_drop_window: tuple[float, float] = (0.0, 1.0)
-    omega_max: float = 1.0
-    omega_power: float = 1.0
-    noise_scale: float = 1.0
-    crops: bool = False
+    times: Times  # distribution of (r, t)
+    instant_share: float = 0.75  # of rows with r = t, a fraction whose denominator is at most 64
+    label_drop_share: float = 0.1  # of all rows, which train without their condition
+    label_drop: str = "instant_rows"  # which rows lose it: r = t, as MeanFlow, or `any_row`
+    label_drop_window: tuple[float, float] = (0.0, 1.0)  # only rows with t inside it lose it
+    omega_max: float = 1.0  # largest scale of guidance that the network is told; 1 = it is not
+    omega_power: float = 1.0  # the scale has density omega^-omega_power
+    noise_scale: float = 1.0  # standard deviation of the noise that is drawn
+    crops: bool = False  # draw boxes, for objectives that look at crops of pictures
+    # the field is one of this project's networks, which are told a `Condition` with guidance and
+    # dropout seeds; else it is told its own condition alone
     for_networks: bool = False
+    # distribution whose t is drawn for rows with r = t, with order="clip" one draw; None = `times`
     instant_times: Times | None = None
-    instant_of_every_row: bool = False
-    coupling: Coupling | None = None
-    omega_min: float = 1.0
-    omega_window: bool = True
+    instant_of_every_row: bool = False  # all rows are in both sub-batches, with x, e and condition
+    coupling: Coupling | None = None  # which e, given or drawn, belongs to which x; None = its own
+    omega_min: float = 1.0  # smallest scale; equal to omega_max it is the only one
+    omega_window: bool = True  # a window of t is drawn too, which the network is told; else all t
 
     def __post_init__(self) -> None:
         group_sizes(self.instant_share)
-        check_known("draws.label_drop", self.label_drop, LABEL_DROP_ROWS)
-        check_within("draws.label_drop_share", self.label_drop_share, 0, 1, "[)")
-        if self.label_drop != "any_row" and self.label_drop_share > self.instant_share:
-            raise BadInput(
-                f"draws.label_drop_share={self.label_drop_share}: only the {self.instant_share:g} "
-                "of rows with r = t may lose their label; lower it or set draws.label_drop=any_row"
-            )
-        if self.instant_of_every_row and self.label_drop_share and self.label_drop != "any_row":
-            raise BadInput(f"draws.label_drop={self.label_drop!r}: not of every row; use any_row")
         low, high = self.label_drop_window
         if not 0 <= low <= high <= 1:
             raise BadInput(f"draws.label_drop_window={low, high}: must be in order within [0, 1]")
-        check_within("draws.omega_max", self.omega_max, 1, math.inf, "[)", "1 = no guidance")
-        check_within("draws.omega_min", self.omega_min, 1, self.omega_max, fix="see omega_max")
-        if self.omega_max > 1 and not self.for_networks:
+        check_fields("draws", self, label_drop=LABEL_DROP_ROWS, label_drop_share="[0, 1)")
+        check_fields("draws", self, omega_max="[1, inf)", omega_min=f"[1, {self.omega_max}]")
+        check_fields("draws", self, omega_power="[0, inf)", noise_scale="(0, inf)")
+        most = 0.0 if self.instant_of_every_row else self.instant_share
+        if self.label_drop != "any_row" and self.label_drop_share > most:
             raise BadInput(
-                f"draws.omega_max={self.omega_max}: a drawn scale is told in a Condition, which a "
-                "field gets with for_networks=True alone; set it, or omega_max=1"
+                f"draws.label_drop_share={self.label_drop_share}: only the {most:g} of rows that "
+                "have r = t alone may lose their label; lower it or set draws.label_drop=any_row"
             )
-        check_within("draws.omega_power", self.omega_power, 0, math.inf, "[)", "try 1.0")
-        check_within("draws.noise_scale", self.noise_scale, 0, math.inf, "()", "1.0 is usual")
+        if self.omega_max > 1 and not self.for_networks:
+            problem = "only a field for_networks=True is told a drawn scale; set it, or omega_max=1"
+            raise BadInput(f"draws.omega_max={self.omega_max}: {problem}")
 
     @property
     def group(self) -> int:
@@ -125,9 +118,10 @@ class DrawScheme:
         x: Shaped[Array, "b ..."],
         condition: PyTree = None,
         *,
-        e: Float[Array, "..."] | None = None,
-        mask: Shaped[Array, "..."] | None = None,
+        e: Array | None = None,
+        mask: Array | None = None,
         null: PyTree = None,
+        augment: Array | None = None,
     ) -> Draws:
         """Draw one step; raise BadInput at a batch that is no multiple of `group`.
 
@@ -138,25 +132,26 @@ class DrawScheme:
           mask: bool that broadcasts to x, True where a number counts; what it hides may be NaN.
           null: a tree like condition without the axis B, or one array for all: what a row without
             its condition is told. Classes alone have a default, `NO_LABEL`.
+          augment: how x was moved, which networks are told.
         """
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise BadInput(f"x: is {x.dtype}; must be floating point, of pictures x / 127.5 - 1")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # as precise as times are
-        num_rows = x.shape[0]
+        num_rows = len(x)
         if num_rows == 0 or num_rows % self.group:
             below = num_rows - num_rows % self.group
             fit = " or ".join(str(size) for size in (below, below + self.group) if size)
-            raise BadInput(
-                f"a batch of {num_rows} rows: must be a multiple of {self.group}, since "
-                f"instant_share={self.instant_share} of each group have r = t; use {fit} rows"
-            )
+            why = f"since instant_share={self.instant_share} of each group have r = t"
+            problem = f"must be a multiple of {self.group}, {why}; use {fit} rows"
+            raise BadInput(f"a batch of {num_rows} rows: {problem}")
         null = _null_of(condition, null, num_rows, is_needed=self.label_drop_share > 0)
         noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
-        r, t = self.times.sample(times_key, num_rows)
-        drop = 0.0 if null is None else self.label_drop_share
-        if drop and self.label_drop != "any_row":
-            drop /= self.instant_share
+
+        def sample(of: Times, key: PRNGKeyArray, num: int) -> list[Array]:
+            return [each.astype(x.dtype) for each in of.sample(key, num)]
+
+        r, t = sample(self.times, times_key, num_rows)
         direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
         if e is None:
             e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
@@ -168,12 +163,15 @@ class DrawScheme:
             e = self.coupling.pair(x, e, condition, mask)
         if mask is not None:
             x, e, direction = (jnp.where(mask, each, 0) for each in (x, e, direction))
+        drop = 0.0 if null is None else self.label_drop_share
+        if drop and self.label_drop != "any_row":
+            drop /= self.instant_share
         seeds = jax.random.bits(more_keys[1], (num_rows,), jnp.uint32)
         rows = Rows(
             x=x,
             e=e,
-            t=t.astype(x.dtype),
-            r=r.astype(x.dtype),
+            t=t,
+            r=r,
             dropped=jax.random.uniform(drop_key, (num_rows,)) < drop,
             condition=condition,
             null=null,
@@ -183,25 +181,25 @@ class DrawScheme:
             dropout=seeds if self.for_networks else None,
             direction=direction,
             box=draw_boxes(jax.random.fold_in(key, _CROPS), x.shape) if self.crops else None,
+            augment=augment,
             for_networks=self.for_networks,
         )
-        sizes = [size * (num_rows // self.group) for size in group_sizes(self.instant_share)]
-        instant, interval = (rows, rows) if self.instant_of_every_row else split_rows(rows, sizes)
-        if self.label_drop != "any_row":
-            interval = interval.replace(dropped=jnp.zeros_like(interval.dropped))
+        instant = interval = rows
+        if not self.instant_of_every_row:
+            sizes = group_sizes(self.instant_share)
+            instant, interval = split_rows(rows, [n * (num_rows // self.group) for n in sizes])
         instant = at_time(instant, instant.t)
         if self.instant_times is not None:
             times_key, own_key = jax.random.split(times_key)
-            own = self.instant_times.sample(own_key, instant.t.shape[0])[1]
-            instant = at_time(instant, own.astype(x.dtype))
-            r, t = self.times.sample(times_key, interval.t.shape[0])
-            interval = interval.replace(r=r.astype(x.dtype), t=t.astype(x.dtype))
-        return Draws(*map(self._without_condition, (instant, interval)))
-
-    def _without_condition(self, rows: Rows) -> Rows:
-        """Return rows of which only those within the window lose their condition."""
+            instant = at_time(instant, sample(self.instant_times, own_key, len(instant.t))[1])
+            r, t = sample(self.times, times_key, len(interval.t))
+            interval = interval.replace(r=r, t=t)
         low, high = self.label_drop_window
-        return rows.replace(dropped=rows.dropped & (low <= rows.t) & (rows.t <= high))
+
+        def lose(rows: Rows, *, some: bool = True) -> Rows:
+            return rows.replace(dropped=rows.dropped & some & (low <= rows.t) & (rows.t <= high))
+
+        return Draws(lose(instant), lose(interval, some=self.label_drop == "any_row"))
 
     def _guidance(self, key: PRNGKeyArray, num_rows: int) -> GuidanceScale | None:
         if self.omega_max == 1:
@@ -222,21 +220,18 @@ class DrawScheme:
 def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool) -> PyTree:
     """Return `null` as a tree like the condition, with its axis B; None without a null."""
     leaves = jax.tree.leaves(condition)
-    for leaf in leaves:
-        if jnp.shape(leaf)[:1] != (num_rows,):
-            shape = jnp.shape(leaf)
+    for shape in map(jnp.shape, leaves):
+        if shape[:1] != (num_rows,):
             raise BadInput(f"condition: has shape {shape}; its first axis must be {num_rows} rows")
-    if not leaves:
-        if null is not None:
-            raise BadInput("null: is what a row without its condition is told; give a condition")
-        return None
-    if null is None and leaves[0] is condition and condition.ndim == 1:
+    if not leaves and null is not None:
+        raise BadInput("null: is what a row without its condition is told; give a condition")
+    if null is None and leaves and leaves[0] is condition and condition.ndim == 1:
         null = NO_LABEL if jnp.issubdtype(condition.dtype, jnp.signedinteger) else None
     fit = "give a tree like condition, without its first axis"
-    if null is None and is_needed:
-        told = "a row that trains without its condition is told null"
-        raise BadInput(f"null=None: {told}; {fit}, or use label_drop_share=0")
     if null is None:
+        if leaves and is_needed:
+            told = "a row that trains without its condition is told null"
+            raise BadInput(f"null=None: {told}; {fit}, or use label_drop_share=0")
         return None
 
     def spread(own: Array, to: Any) -> Array:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 Number = int | float
 
@@ -73,6 +74,16 @@ def check_within(
     """Raise BadInput unless a key's value `is_within`; nan never is."""
     if not is_within(value, low, high, ends):
         raise BadInput(f"{key}={value}: must be {limits(low, high, ends)}" + f"; {fix}" * bool(fix))
+
+
+def check_fields(section: str, record: Any, **allowed: str | Iterable[str]) -> None:
+    """Raise BadInput unless fields of a record are allowed: in an interval "[0, 1)", or known."""
+    for name, which in allowed.items():
+        key, value = f"{section}.{name}".lstrip("."), getattr(record, name)
+        if not isinstance(which, str):
+            check_known(key, value, which)
+        elif not is_within(value, *map(float, which[1:-1].split(",")), which[0] + which[-1]):
+            raise BadInput(f"{key}={value}: must be within {which}")
 
 
 def list_problems(names_of: Mapping[str, list[str]]) -> str:

@@ -1,7 +1,6 @@
 """Records shared by every part: a data element, training rows, a network's inputs and outputs."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -9,7 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from mf_jax.flow.errors import BadInput, check_within, listed, nearest
+from mf_jax.flow.errors import BadInput, check_fields, listed, nearest
 from mf_jax.flow.paths import Points, Scalars
 
 Step = Int[Array, ""] | int
@@ -19,26 +18,20 @@ NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """One element of the data.
+    """One element of the data."""
 
-    shape: `(H, W, C)` of a picture, `(D,)` of a vector. num_classes: 0 without labels. class_names:
-    in the order of the labels. origin: SHA-256 of the autoencoder behind latents, "" if unknown.
-    condition_size: numbers of a row's condition, 0 without one. has_pairs, has_mask: whether rows
-    bring their own e, and a mask.
-    """
-
-    shape: tuple[int, ...]
-    num_classes: int = 0
-    class_names: tuple[str, ...] = ()
-    origin: str = ""
-    condition_size: int = 0
-    has_pairs: bool = False
+    shape: tuple[int, ...]  # `(H, W, C)` of a picture, `(D,)` of a vector
+    num_classes: int = 0  # 0 without labels
+    class_names: tuple[str, ...] = ()  # in the order of the labels
+    origin: str = ""  # SHA-256 of the autoencoder behind latents, "" if unknown
+    condition_size: int = 0  # numbers of a row's condition, 0 without one
+    has_pairs: bool = False  # rows bring their own e
     has_mask: bool = False
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
             raise BadInput(f"shape={self.shape}: must be whole numbers above 0, e.g. (8, 8, 1)")
-        check_within("num_classes", self.num_classes, 0, math.inf, "[)", "0 is no classes")
+        check_fields("", self, num_classes="[0, inf)")
 
     @property
     def is_picture(self) -> bool:
@@ -48,44 +41,42 @@ class DataSpec:
     @property
     def more(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and type of what a row brings besides x and its label, by `Batch`'s names."""
-        every = {
-            "condition": (self.condition_size, (self.condition_size,), "float32"),
-            "e": (self.has_pairs, self.shape, "float32"),
-            "mask": (self.has_mask, self.shape, "bool"),
-        }
-        return {key: (shape, dtype) for key, (has, shape, dtype) in every.items() if has}
+        every = (
+            (self.condition_size, "condition", (self.condition_size,), "float32"),
+            (self.has_pairs, "e", self.shape, "float32"),
+            (self.has_mask, "mask", self.shape, "bool"),
+        )
+        return {name: (shape, dtype) for has, name, shape, dtype in every if has}
 
     def label_of(self, label: int | str) -> int:
         """Return the number of a class, which may be given by its name."""
-        if not isinstance(label, str):
-            if not isinstance(label, numbers.Real) or int(label) != label:
-                raise BadInput(f"{label!r} is not a class: must be a whole number")
+        if isinstance(label, numbers.Real) and int(label) == label:
             return int(label)
-        if label not in self.class_names:
-            known = f"{listed(list(self.class_names)) or 'none'}{nearest(label, self.class_names)}"
-            raise BadInput(f"labels: {label!r} is no name of a class; the names are {known}")
-        return self.class_names.index(label)
+        if label in self.class_names:
+            return self.class_names.index(label)
+        if not isinstance(label, str):
+            raise BadInput(f"{label!r} is not a class: must be a whole number")
+        known = f"{listed(list(self.class_names)) or 'none'}{nearest(label, self.class_names)}"
+        raise BadInput(f"labels: {label!r} is no name of a class; the names are {known}")
 
     def check_asked(self, labels: Iterable[int | str]) -> None:
         """Raise BadInput at a number that looks like the name of another class."""
-        names = self.class_names[: self.num_classes]
+        by_name = {name: i for i, name in enumerate(self.class_names[: self.num_classes])}
         for label in labels:
-            if str(label) in names and label not in (str(label), names.index(str(label))):
+            if not isinstance(label, str) and by_name.get(str(label), label) != label:
                 fix = f"write ('{label}',) for that class, and others by their names"
                 raise BadInput(f"labels: {label} is a class by its name, not by its number; {fix}")
 
     def check_labels(self, labels: Iterable[int | str], *, has_null: bool) -> None:
         """Raise BadInput unless all labels are classes, or `NO_LABEL` if the network has it."""
-        labels = list(map(self.label_of, labels))
-        lowest = NO_LABEL if has_null or not self.num_classes else 0
-        wrong = [label for label in labels if not lowest <= label < self.num_classes]
-        if wrong and not self.num_classes:
-            raise BadInput(f"labels={wrong[0]}: this model has no classes; leave labels out")
-        if wrong:
-            unlearnt = "and -1, none, of runs with draws.label_drop=any_row"
-            null = "-1 for none" if has_null else unlearnt
-            most = self.num_classes - 1
-            raise BadInput(f"labels: {wrong[0]} is not a class; use 0 to {most}, {null}")
+        null, lowest = "-1 for none", NO_LABEL
+        if self.num_classes and not has_null:
+            null, lowest = "and -1, none, of runs with draws.label_drop=any_row", 0
+        for label in map(self.label_of, labels):
+            if not lowest <= label < max(self.num_classes, lowest + 1):
+                known = f"use 0 to {self.num_classes - 1}, {null}"
+                known = known if self.num_classes else "this model has no classes; leave labels out"
+                raise BadInput(f"labels: {label} is not a class; {known}")
 
 
 @flax.struct.dataclass
@@ -109,18 +100,13 @@ NOTHING_TOLD = Told(NO_LABEL, float("nan"))
 
 @flax.struct.dataclass
 class Condition:
-    """What this project's networks are told besides z, r and t.
+    """What this project's networks are told besides z, r and t."""
 
-    labels: classes or `NO_LABEL`, a `Told`, or a caller's own tree. guidance: for networks that
-    learn a range of scales. dropout: a seed for each row's masks; None = no dropout. augment: tells
-    how x was changed; None = not at all. forward_mode: whether `jax.jvp` follows, without a
-    gradient of the derivative; fused attention must know.
-    """
-
-    labels: PyTree
-    guidance: GuidanceScale | None = None
-    dropout: UInt32[Array, "b"] | None = None
-    augment: Float[Array, "b k"] | None = None
+    labels: PyTree  # classes or `NO_LABEL`, a `Told`, or a caller's own tree
+    guidance: GuidanceScale | None = None  # for networks that learn a range of scales
+    dropout: UInt32[Array, "b"] | None = None  # a seed for each row's masks; None = no dropout
+    augment: Float[Array, "b k"] | None = None  # tells how x was changed; None = not at all
+    # whether `jax.jvp` follows, without a gradient of the derivative; fused attention must know
     forward_mode: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -147,34 +133,26 @@ class Field(Protocol):
 
 @flax.struct.dataclass
 class Rows:
-    """A sub-batch of training rows: data x, noise e, times 0 <= r <= t <= 1.
-
-    condition: the caller's tree of arrays `[B, ...]`. null: the same tree of what a dropped row is
-    told; None = nothing is dropped. dropped: whether a row trains without its condition. mask:
-    where x counts; elsewhere x, e and direction are 0. fraction: in [0, 1), places a time between r
-    and t. v, tangent: estimates in the place of e - x, in targets and along du/dt; None = e - x.
-    direction: standard normal, for derivatives along it. guidance, dropout, augment: see
-    `Condition`. box: (top, left, height, width) of a crop. for_networks: whether the field gets a
-    `Condition`.
-    """
+    """A sub-batch of training rows: data x, noise e, times 0 <= r <= t <= 1."""
 
     x: Points
     e: Points
     t: Scalars
     r: Scalars
-    dropped: Bool[Array, "b"]
-    condition: PyTree = None
-    null: PyTree = None
-    mask: Bool[Array, "b ..."] | None = None
-    guidance: GuidanceScale | None = None
-    fraction: Scalars | None = None
+    dropped: Bool[Array, "b"]  # whether a row trains without its condition
+    condition: PyTree = None  # the caller's tree of arrays `[B, ...]`
+    null: PyTree = None  # the same tree of what a dropped row is told; None = nothing is dropped
+    mask: Bool[Array, "b ..."] | None = None  # where x counts; elsewhere x, e and direction are 0
+    guidance: GuidanceScale | None = None  # see `Condition`
+    fraction: Scalars | None = None  # in [0, 1), places a time between r and t
     dropout: UInt32[Array, "b"] | None = None
-    direction: Points | None = None
-    v: Points | None = None
-    tangent: Points | None = None
+    direction: Points | None = None  # standard normal, for derivatives along it
+    v: Points | None = None  # estimate in the place of e - x in targets; None = e - x
+    tangent: Points | None = None  # the same along du/dt
     augment: Float[Array, "b k"] | None = None
-    box: Int[Array, "b 4"] | None = None
-    for_networks: bool = flax.struct.field(pytree_node=False, default=False)
+    box: Int[Array, "b 4"] | None = None  # (top, left, height, width) of a crop
+    for_networks: bool = flax.struct.field(pytree_node=False, default=False)  # tell a `Condition`
+    forward_mode: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

@@ -13,41 +13,41 @@ from mf_jax.flow.paths import Points, Scalars, interpolate, per_row, velocity
 from mf_jax.flow.records import Condition, Field, Prediction, Rows
 
 
-def condition_of(rows: Rows, *, is_null: bool = False, forward_mode: bool = False) -> PyTree:
+def condition_of(rows: Rows) -> PyTree:
     """Return what a field is told of rows: their own condition, `null` where it is dropped.
 
-    A field of `Rows.for_networks` gets a `Condition`, any other the caller's own tree. With is_null
-    every row is told `null`.
+    A field of `Rows.for_networks` gets a `Condition`, any other the caller's own tree.
     """
 
     def tell(own: Array, null: Array) -> Array:
-        return null if is_null else jnp.where(per_row(rows.dropped, own), null, own)
+        return jnp.where(per_row(rows.dropped, own), null, own)
 
-    if is_null and rows.null is None:
-        raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
     told = rows.condition
     if rows.null is not None:
         told = jax.tree.map(tell, told, rows.null)
     if not rows.for_networks:
         return told
-    return Condition(told, rows.guidance, rows.dropout, rows.augment, forward_mode)
+    return Condition(told, rows.guidance, rows.dropout, rows.augment, rows.forward_mode)
+
+
+def unconditional(rows: Rows) -> Rows:
+    """Return rows that all have lost their condition."""
+    if rows.null is None:
+        raise BadInput("guidance: needs what no condition is; give `null` to DrawScheme.draw")
+    return rows.replace(dropped=jnp.ones_like(rows.dropped))
 
 
 def call(
-    field: Field,
-    params: PyTree,
-    z: Points,
-    *,
-    r: Scalars,
-    t: Scalars,
-    condition: PyTree,
-    mask: Array | None = None,
+    field: Field, params: PyTree, z: Points, mask: Array | None = None, **told: PyTree
 ) -> Prediction:
     """Return the field's answer, an array or a `Prediction`, as a `Prediction`; 0 where hidden.
 
     What a mask hides is 0 in x, in e and here. Hence it is 0 in every path, target and error.
+    told: r, t and condition.
     """
-    answer = field(params, z, r=r, t=t, condition=condition)
+    if len(z) == 0:  # a sub-batch without rows asks for nothing
+        return Prediction(z, z)
+    answer = field(params, z, **told)
     heads = answer if isinstance(answer, Prediction) else Prediction(answer)
     for name, head in heads._asdict().items():
         if getattr(head, "shape", None) != z.shape and (name == "u" or head is not None):
@@ -56,25 +56,19 @@ def call(
                 f"{z.shape}; return u like z, or mf_jax.Prediction(u, v)"
             )
     wide = jnp.promote_types(heads.u.dtype, z.dtype)
-    heads = [None if head is None else head.astype(wide) for head in heads]
-    if mask is None:
-        return Prediction(*heads)
-    return Prediction(*(None if head is None else jnp.where(mask, head, 0) for head in heads))
+    heads = jax.tree.map(lambda head: head.astype(wide), heads)
+    return heads if mask is None else jax.tree.map(lambda head: jnp.where(mask, head, 0), heads)
 
 
-def predict(
-    field: Field,
-    params: PyTree,
-    rows: Rows,
-    z: Points,
-    *,
-    r: Scalars,
-    t: Scalars,
-    forward_mode: bool = False,
-) -> Prediction:
-    """Return the field's prediction at (z, r, t) under the condition of rows."""
-    condition = condition_of(rows, forward_mode=forward_mode)
-    return call(field, params, z, r=r, t=t, condition=condition, mask=rows.mask)
+def predict(field: Field, params: PyTree, rows: Rows, z: Points, **times: Scalars) -> Prediction:
+    """Return the field's prediction at z and the times r and t, under the condition of rows."""
+    return call(field, params, z, rows.mask, **times, condition=condition_of(rows))
+
+
+def at_instant(field: Field, params: PyTree, rows: Rows, z: Points | None = None) -> Prediction:
+    """Return the prediction at (z, t, t), at the rows' own z_t unless given."""
+    z = point_of(rows) if z is None else z
+    return predict(field, params, rows, z, r=rows.t, t=rows.t)
 
 
 def mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
@@ -82,8 +76,8 @@ def mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
     if mask is None:
         return None
     mask = jnp.asarray(mask)
-    axes = (1,) * (x.ndim - mask.ndim) + mask.shape
-    fits = len(axes) == x.ndim and all(m in (1, n) for m, n in zip(axes, x.shape, strict=True))
+    pairs = zip(mask.shape[::-1], x.shape[::-1], strict=False)
+    fits = mask.ndim <= x.ndim and all(m in (1, n) for m, n in pairs)
     of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
     if mask.dtype != bool or not fits or of_rows:
         raise BadInput(
@@ -124,24 +118,26 @@ def at_time(rows: Rows, t: Scalars) -> Rows:
 
 def split_rows(rows: PyTree, sizes: Sequence[int]) -> list[PyTree]:
     """Deal the rows of a tree into parts of these sizes, group by group."""
-    groups = math.gcd(*sizes)
-    ends = list(itertools.accumulate(size // groups for size in sizes))[:-1]
+    groups = math.gcd(*sizes) or 1
+    ends = itertools.accumulate((size // groups for size in sizes), initial=0)
 
-    def split(leaf: Array) -> list[Array]:
-        grouped = leaf.reshape(groups, -1, *leaf.shape[1:])
-        return [part.reshape(-1, *leaf.shape[1:]) for part in jnp.split(grouped, ends, axis=1)]
+    def part(start: int, end: int) -> PyTree:
+        def take(leaf: Array) -> Array:
+            grouped = leaf.reshape(groups, -1, *leaf.shape[1:])
+            return grouped[:, start:end].reshape(-1, *leaf.shape[1:])
 
-    leaves, tree = jax.tree.flatten(rows)
-    return [tree.unflatten(part) for part in zip(*map(split, leaves), strict=True)]
+        return jax.tree.map(take, rows)
+
+    return [part(*between) for between in itertools.pairwise(ends)]
 
 
 def join_rows(parts: Sequence[PyTree]) -> PyTree:
     """Undo `split_rows`: interleave the rows of alike trees group by group."""
-    groups = math.gcd(*(jax.tree.leaves(part)[0].shape[0] for part in parts))
+    groups = math.gcd(*(len(jax.tree.leaves(part)[0]) for part in parts)) or 1
 
     def join(*leaves: Array) -> Array:
         shape = leaves[0].shape[1:]
-        grouped = [leaf.reshape(groups, leaf.shape[0] // groups, *shape) for leaf in leaves]
+        grouped = [leaf.reshape(groups, len(leaf) // groups, *shape) for leaf in leaves]
         return jnp.concatenate(grouped, axis=1).reshape(-1, *shape)
 
     return jax.tree.map(join, *parts)

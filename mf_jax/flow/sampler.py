@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.paths import advance, interpolate
 from mf_jax.flow.records import Field
 from mf_jax.flow.rows import call, mask_of
@@ -24,46 +24,32 @@ NO_GUIDANCE = (1.0, 0.0, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class SamplePlan:
-    """How samples are drawn.
+    """How samples are drawn."""
 
-    Args:
-      steps: network evaluations of a sample, equally spaced from t = 1 to 0.
-      times: the grid itself, falling strictly from 1.0 to 0.0; replaces `steps` unless empty.
-      omega, t_min, t_max: see `GuidanceScale`.
-      renoise: go to the data and back to fresh noise in each step; see `sample`.
-      seed: of the noise, in [0, 2^31).
-      batch_size: samples computed at once.
-    """
-
-    steps: int = 1
-    times: tuple[float, ...] = ()
-    omega: float = 1.0
-    t_min: float = 0.0
-    t_max: float = 1.0
-    renoise: bool = False
-    seed: int = 0
-    batch_size: int = 256
+    steps: int = 1  # network evaluations of a sample, equally spaced from t = 1 to 0
+    times: Sequence[float] = ()  # the grid itself, from 1.0 to 0.0; replaces `steps` unless empty
+    guidance: Sequence[float] = NO_GUIDANCE  # (omega, t_min, t_max), see `GuidanceScale`
+    renoise: bool = False  # go to the data and back to fresh noise in each step; see `sample`
+    seed: int = 0  # of the noise
+    batch_size: int = 256  # samples computed at once
 
     def __post_init__(self) -> None:
+        for name in ("times", "guidance"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         grid = self.times
         falls = all(a > b for a, b in itertools.pairwise(grid))
         if grid and not (len(grid) > 1 and grid[0] == 1 and grid[-1] == 0 and falls):
             raise BadInput(f"times={grid}: must fall strictly from 1.0 to 0.0, as (1.0, 0.5, 0.0)")
         if not isinstance(self.steps, numbers.Integral):
             raise BadInput(f"steps={self.steps!r}: must be a whole number")
-        check_within("steps", self.steps, 0 if grid else 1, 10**6)
-        check_within("batch_size", self.batch_size, 1, math.inf, "[)")
-        check_within("seed", self.seed, 0, 2**31, "[)")
-        if not 1 <= self.omega < math.inf or not 0 <= self.t_min <= self.t_max <= 1:
+        check_fields("", self, steps=f"[{0 if grid else 1}, 1000000]")
+        check_fields("", self, batch_size="[1, inf)", seed=f"[0, {2**31})")
+        omega, *window = self.guidance
+        if not (len(window) == 2 and 1 <= omega < math.inf and 0 <= window[0] <= window[1] <= 1):
             raise BadInput(
                 f"guidance={self.guidance}: must be (omega, t_min, t_max) with omega at least 1, "
                 "0 <= t_min <= t_max <= 1"
             )
-
-    @property
-    def guidance(self) -> tuple[float, float, float]:
-        """Return (omega, t_min, t_max)."""
-        return self.omega, self.t_min, self.t_max
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -75,14 +61,8 @@ class SamplePlan:
         """Return the grid, with zeros up to a multiple of 64 times, and its number of intervals."""
         return self.grid + (0.0,) * (-len(self.grid) % 64), len(self.grid) - 1
 
-    def replace(self, *, guidance: Sequence[float] | None = None, **changes: Any) -> "SamplePlan":
-        """Return the plan with other values; guidance is (omega, t_min, t_max)."""
-        if "times" in changes:
-            changes["times"] = tuple(map(float, changes["times"]))
-        if guidance is not None:
-            if len(guidance) != 3:
-                raise BadInput(f"guidance={tuple(guidance)}: must be (omega, t_min, t_max)")
-            changes |= zip(("omega", "t_min", "t_max"), map(float, guidance), strict=True)
+    def replace(self, **changes: Any) -> "SamplePlan":
+        """Return the plan with other values."""
         return dataclasses.replace(self, **changes)
 
     def check_learnt(
@@ -95,18 +75,21 @@ class SamplePlan:
           has_window: whether it was told windows of t.
           only_to_data: whether all intervals that it learnt end at r = 0.
         """
+        (omega, *window), whole = self.guidance, NO_GUIDANCE[1:]
+        told = ""
         # published samples have larger scales than were drawn, if several were
-        if self.omega < omega_min or (self.omega > omega_min == omega_max):
-            told = "no guidance (draws.omega_max=1)"
-            told = told if omega_max == 1 else f"scales from {omega_min} to {omega_max}"
-            fix = f"this run's network was told {told}; use {omega_min, *NO_GUIDANCE[1:]}"
-            raise BadInput(f"guidance={self.guidance}: {fix}")
-        if self.omega != 1 and not has_window and self.guidance[1:] != NO_GUIDANCE[1:]:
-            fix = f"this run's network was told no window of t; use {self.omega, *NO_GUIDANCE[1:]}"
+        if omega < omega_min or (omega > omega_min == omega_max):
+            scales = f"scales from {omega_min} to {omega_max}"
+            told = "no guidance (draws.omega_max=1)" if omega_max == 1 else scales
+            omega = omega_min
+        elif omega != 1 and not has_window and tuple(window) != whole:
+            told = "no window of t"
+        if told:
+            fix = f"this run's network was told {told}; use {omega, *whole}"
             raise BadInput(f"guidance={self.guidance}: {fix}")
         if only_to_data and len(self.grid) > 2 and not self.renoise:
-            fix = "this run's intervals all end at the data; use one step, or renoise=True"
-            raise BadInput(f"renoise=False: {fix}")
+            fix = "use one step, or renoise=True"
+            raise BadInput(f"renoise=False: this run's intervals all end at the data; {fix}")
 
 
 ONE_STEP = SamplePlan()
@@ -145,11 +128,10 @@ def sample(
     if not jnp.issubdtype(e.dtype, jnp.floating):
         raise BadInput(f"e: is {e.dtype}; must be floating point")
     mask = mask_of(mask, e)
-    is_traced = isinstance(times, jax.core.Tracer)
-    grid = times if is_traced else SamplePlan(steps, tuple(map(float, times))).grid
-
+    if not isinstance(times, jax.core.Tracer):
+        times = SamplePlan(steps, tuple(map(float, times))).grid
     wide = jnp.promote_types(e.dtype, jnp.float32)  # small steps vanish in half precision
-    grid = jnp.asarray(grid, wide)
+    grid = jnp.asarray(times, wide)
     last = len(grid) - 1 if num_intervals is None else num_intervals
 
     def hidden(z: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -159,7 +141,7 @@ def sample(
         t, r = (jnp.full(z.shape[:1], time) for time in (grid[i], grid[i + 1]))
         to = r if renoise is None else jnp.zeros_like(r)
         told = to if learns_average else t
-        u = call(field, params, z, r=told, t=t, condition=condition, mask=mask).u
+        u = call(field, params, z, mask, r=told, t=t, condition=condition).u
         moved = advance(z, u, r=to, t=t)
         if renoise is not None:
             moved = interpolate(moved, hidden(renoise(i)), t=r)

@@ -6,22 +6,25 @@ Source: MeanFlow, arXiv 2505.13447, section 4.3 and table 1d.
 """
 
 import dataclasses
-import math
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.paths import Scalars
 
 ORDERS = ("swap", "clip")
 TimePair = tuple[Scalars, Scalars]
-
-
-def _ordered(a: Scalars, b: Scalars) -> TimePair:
-    return jnp.minimum(a, b), jnp.maximum(a, b)
+_ALLOWED = {
+    **dict.fromkeys(("t_mean", "r_mean"), "(-inf, inf)"),
+    **dict.fromkeys(("t_std", "r_std"), "(0, inf)"),
+    "order": ORDERS,
+    "min_gap": "[0, 1)",
+    "uniform_share": "[0, 1]",
+    "levels": "[1, 20]",
+}
 
 
 @runtime_checkable
@@ -32,53 +35,40 @@ class Times(Protocol):
         """Return r and t of each row, r <= t."""
 
 
+class _Checked:
+    def __post_init__(self) -> None:
+        own = {name: allowed for name, allowed in _ALLOWED.items() if hasattr(self, name)}
+        check_fields("", self, **own)
+
+
 @dataclasses.dataclass(frozen=True)
-class UniformTimes:
+class UniformTimes(_Checked):
     """Draw both times uniformly from [0, 1); order: see `LogitNormalTimes`."""
 
     order: str = "swap"
 
-    def __post_init__(self) -> None:
-        check_known("order", self.order, ORDERS)
-
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
         r, t = jax.random.uniform(key, (2, num_rows))
-        return _ordered(r, t) if self.order == "swap" else (jnp.minimum(r, t), t)
+        return jnp.minimum(r, t), jnp.maximum(r, t) if self.order == "swap" else t
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitNormalTimes:
-    """Draw each time as sigmoid(mean + std * n), n standard normal; equal ones are MeanFlow's.
-
-    Args:
-      order: where r > t, `swap` lets r and t change places, `clip` lowers r to t.
-      min_gap: `clip` keeps r at most t - min_gap, in [0, 1), and at least 0.
-      uniform_share: share of the rows whose times are uniform instead, in [0, 1].
-    """
+class LogitNormalTimes(_Checked):
+    """Draw each time as sigmoid(mean + std * n), n standard normal; equal ones are MeanFlow's."""
 
     t_mean: float = -0.4
     t_std: float = 1.0
     r_mean: float = -0.4
     r_std: float = 1.0
-    order: str = "swap"
-    min_gap: float = 0.0
-    uniform_share: float = 0.0
+    order: str = "swap"  # where r > t, r and t change places; `clip` lowers r to t
+    min_gap: float = 0.0  # `clip` keeps r at most t - min_gap, and at least 0
+    uniform_share: float = 0.0  # of the rows, whose times are uniform instead
 
     def __post_init__(self) -> None:
-        check_within("uniform_share", self.uniform_share, 0, 1)
-        for name in ("t_mean", "t_std", "r_mean", "r_std"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or (name.endswith("std") and value <= 0):
-                raise BadInput(
-                    f"{name}={value}: must be finite, a standard deviation above 0; try 1.0"
-                )
-        check_known("order", self.order, ORDERS)
-        if not 0 <= self.min_gap < 1 or (self.min_gap and self.order == "swap"):
-            raise BadInput(
-                f"min_gap={self.min_gap}: must be within [0, 1), 0 with order=swap; try "
-                "order=clip and 0.0001"
-            )
+        super().__post_init__()
+        if self.min_gap and self.order == "swap":
+            raise BadInput(f"min_gap={self.min_gap}: must be 0 with order=swap; use order=clip")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
@@ -89,12 +79,12 @@ class LogitNormalTimes:
             which, *uniform = jax.random.uniform(jax.random.fold_in(key, 2), (3, num_rows))
             r, t = jnp.where(which < self.uniform_share, jnp.stack(uniform), jnp.stack([r, t]))
         if self.order == "swap":
-            return _ordered(r, t)
+            return jnp.minimum(r, t), jnp.maximum(r, t)
         return jnp.clip(r, 0, jnp.maximum(t - self.min_gap, 0)), t
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTimes:
+class ConsistencyTimes(_Checked):
     """Draw t as `LogitNormalTimes` does, and end every interval at r = 0: consistency training.
 
     Source: consistency models, arXiv 2303.01469; MeanFlow, arXiv 2505.13447, section 4.1.
@@ -103,9 +93,6 @@ class ConsistencyTimes:
     t_mean: float = -0.4
     t_std: float = 1.0
 
-    def __post_init__(self) -> None:
-        LogitNormalTimes(t_mean=self.t_mean, t_std=self.t_std)
-
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
         t = jax.nn.sigmoid(self.t_mean + self.t_std * jax.random.normal(key, (num_rows,)))
@@ -113,7 +100,7 @@ class ConsistencyTimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class DyadicTimes:
+class DyadicTimes(_Checked):
     """Draw intervals [i / 2^k, (i + 1) / 2^k], equally many of each k < levels, i uniform.
 
     The first rows have the shortest intervals; rows over a multiple of levels have k = 0.
@@ -122,9 +109,6 @@ class DyadicTimes:
     """
 
     levels: int = 7
-
-    def __post_init__(self) -> None:
-        check_within("levels", self.levels, 1, 20, fix="7 is published")
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
@@ -140,13 +124,10 @@ class DyadicTimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class GridTimes:
+class GridTimes(_Checked):
     """Draw intervals [i / 2^levels, (i + 1) / 2^levels], i uniform; t is never 0."""
 
     levels: int = 7
-
-    def __post_init__(self) -> None:
-        DyadicTimes(self.levels)
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""
@@ -155,7 +136,7 @@ class GridTimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class GapTimes:
+class GapTimes(_Checked):
     """Draw t - r as `LogitNormalTimes` draws t, then r likewise, among those that leave t below 1.
 
     Source: the published code of terminal velocity matching, arXiv 2511.19797.
@@ -165,9 +146,6 @@ class GapTimes:
     t_std: float = 1.0
     r_mean: float = -0.4
     r_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        LogitNormalTimes(self.t_mean, self.t_std, self.r_mean, self.r_std)
 
     def sample(self, key: PRNGKeyArray, num_rows: int) -> TimePair:
         """See `Times.sample`."""

@@ -26,46 +26,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.paths import Points, per_row, velocity
 from mf_jax.flow.records import Draws, Field, GuidanceScale, Rows
-from mf_jax.flow.rows import point_of, predict
+from mf_jax.flow.rows import at_instant, point_of
 
 PLUG_INS = ("batch", "data")
 """Sums over data, for which noise and data must be independent."""
 SOURCES = ("sample", *PLUG_INS, "network", "average")
+Known = tuple[Array, PyTree, Array | None]
+"""Data of a plug-in, their conditions and masks."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # which data it knows is not to be forgotten
 class VelocityEstimate:
-    """Which estimate of the flow's velocity takes part, and where.
+    """Which estimate of the flow's velocity takes part, and where."""
 
-    Args:
-      source: `sample` (v itself), `batch` or `data` (plug-in over the rows that a device computes
-        at once, or over `data`), `network` or `average` (u(z, t, t) by its parameters or by those
-        of targets, told the scale 1 where guidance is drawn).
-      target, tangent: shares in [0, 1]; rows with r = t keep v where the network is its own source.
-      of_rows: each row takes part whole or not at all, with the share as probability.
-      noise_scale: of the draws, which a plug-in must know.
-      data: of `data`, `[m, ...]` like x.
-      labels, mask: of `data`, a condition and a mask for each; None where rows have none.
-    """
-
+    # `sample` (v itself), `batch` or `data` (plug-in over the rows that a device computes at once,
+    # or over `data`), `network` or `average` (u(z, t, t) by its parameters or by those of targets,
+    # told the scale 1 where guidance is drawn)
     source: str = "sample"
-    target: float = 0.0
+    target: float = 0.0  # share; rows with r = t keep v where the network is its own source
     tangent: float = 0.0
-    of_rows: bool = False
-    noise_scale: float = 1.0
+    of_rows: bool = False  # each row takes part whole or not at all, with the share as probability
+    noise_scale: float = 1.0  # of the draws, which a plug-in must know
+    # of the source `data`: `[m, ...]` like x, with a condition and a mask for each where rows have
     data: Any = dataclasses.field(default=None, repr=False)
     labels: Any = dataclasses.field(default=None, repr=False)
     mask: Any = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_known("velocity.source", self.source, SOURCES)
-        for name in ("target", "tangent"):
-            check_within(f"velocity.{name}", getattr(self, name), 0, 1)
+        check_fields("velocity", self, source=SOURCES, target="[0, 1]", tangent="[0, 1]")
 
     @property
     def is_off(self) -> bool:
@@ -80,81 +73,69 @@ class VelocityEstimate:
             return draws
         params = target_params if self.source == "average" else params
 
-        def told(rows: Rows, *, is_interval: bool) -> Rows:
-            v, has_target = velocity(rows.x, rows.e), is_interval or self.source != "network"
-            if not rows.t.shape[0] or not (is_interval or (has_target and self.target)):
+        def told(rows: Rows, *, is_asked: bool = True) -> Rows:
+            v = velocity(rows.x, rows.e)
+            if not is_asked or len(v) == 0:
                 return rows.replace(v=v, tangent=v)
-            if self.source in ("network", "average"):
+            if self.source in PLUG_INS:
+                away = _plug_in(rows, self._known(draws), self.noise_scale)
+            else:
                 plain = rows
                 if rows.guidance is not None:  # v, of which the target makes the guided one
                     one = jnp.ones_like(rows.t)
                     plain = rows.replace(guidance=GuidanceScale(one, 0 * one, one))
-                away = predict(field, params, plain, point_of(rows), r=rows.t, t=rows.t).u - v
-            else:
-                away = _plug_in(rows, *self._known(draws), self.noise_scale)
+                away = at_instant(field, params, plain).u - v
             away = jax.lax.stop_gradient(away)
             shares = jnp.full_like(rows.t, self.target), jnp.full_like(rows.t, self.tangent)
             if self.of_rows:
                 own = rows.fraction * 1024 % 1  # independent of what the objective places by it
                 shares = ((own < share).astype(rows.t.dtype) for share in shares)
             target, tangent = (v + per_row(share, v) * away for share in shares)
-            return rows.replace(v=target if has_target else v, tangent=tangent)
+            return rows.replace(v=target, tangent=tangent)
 
-        return Draws(told(draws.instant, is_interval=False), told(draws.interval, is_interval=True))
+        has_instant = self.target > 0 and self.source != "network"
+        return Draws(told(draws.instant, is_asked=has_instant), told(draws.interval))
 
-    def _known(
-        self, draws: Draws
-    ) -> tuple[Float[Array, "m ..."], PyTree, Bool[Array, "m ..."] | None]:
-        if self.source == "data":
-            if self.data is None:
-                raise BadInput("velocity.source='data': knows no data; give VelocityEstimate(data)")
-            rows, x = draws.interval, jnp.asarray(self.data)
-            own = x, self.labels, self.mask
-            theirs = jax.tree.map(_row_shape, (rows.x, rows.condition, rows.mask))
-            if (told := jax.tree.map(_row_shape, own)) != theirs:
-                problem = f"data, labels and mask of shapes {told} for x, condition and mask of"
-                raise BadInput(f"velocity.source='data': {problem} {theirs}; give one for each row")
-            return own if self.mask is None else (jnp.where(self.mask, x, 0), *own[1:])
-        both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-        return both.x, both.condition, both.mask
-
-
-def _row_shape(array: Any) -> tuple[int, ...]:
-    return jnp.shape(array)[1:]
+    def _known(self, draws: Draws) -> Known:
+        if self.source == "batch":
+            both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
+            return both.x, both.condition, both.mask
+        if self.data is None:
+            raise BadInput("velocity.source='data': knows no data; give VelocityEstimate(data)")
+        rows, x = draws.interval, jnp.asarray(self.data)
+        known = x, self.labels, self.mask
+        both = (rows.x, rows.condition, rows.mask), known
+        theirs, ours = (jax.tree.map(lambda a: jnp.shape(a)[1:], each) for each in both)
+        if ours != theirs:
+            problem = f"data, labels and mask of shapes {ours} for x, condition and mask of"
+            raise BadInput(f"velocity.source='data': {problem} {theirs}; give one for each row")
+        return known if self.mask is None else (jnp.where(self.mask, x, 0), *known[1:])
 
 
-def _plug_in(
-    rows: Rows,
-    x: Float[Array, "m ..."],
-    condition: PyTree,
-    mask: Bool[Array, "m ..."] | None,
-    noise_scale: float,
-) -> Points:
-    """Return v_est - v of the module's head, given data, their conditions and masks."""
+def _plug_in(rows: Rows, known: Known, noise_scale: float) -> Points:
+    """Return v_est - v of the module's head; it is 0 for a row that no datum is like."""
+    x, *others = known
     z, one, axes = point_of(rows), rows.t[:, None], tuple(range(1, x.ndim))
     squares = jnp.sum(x**2, axis=axes)[None]
     products = jnp.tensordot(z, x, (axes, axes), precision="highest")
     distances = (1 - one) * ((1 - one) * squares - 2 * products)  # but for |z|^2, alike for all j
     tiny = jnp.finfo(x.dtype).tiny ** 0.5
     logits = -distances / (2 * jnp.maximum(noise_scale * one, tiny) ** 2)
-    alike = _are_alike(rows, condition, mask)
+    alike = _are_alike(rows, *others)
     weights = jax.nn.softmax(logits, axis=1, where=alike)
     mean = jnp.tensordot(weights, x, 1, precision="highest")
     away = (rows.x - mean) / per_row(jnp.maximum(rows.t, tiny), mean)
-    return away if alike is None else jnp.where(per_row(alike.any(axis=1), away), away, 0)
+    return jnp.where(per_row(alike.any(axis=1), away), away, 0)
 
 
-def _are_alike(
-    rows: Rows, condition: PyTree, mask: Bool[Array, "m ..."] | None
-) -> Bool[Array, "b m"] | None:
+def _are_alike(rows: Rows, condition: PyTree, mask: Array | None) -> Bool[Array, "b #m"]:
     """Return which data have a row's mask and condition; a row without its own fits them all."""
-    same, alike = True, None
+    alike = jnp.ones((len(rows.t), 1), bool)
     for own, other in zip(jax.tree.leaves(rows.condition), jax.tree.leaves(condition), strict=True):
         pairs = own[:, None] == jnp.asarray(other)[None]
-        same &= jnp.all(pairs.reshape(*pairs.shape[:2], -1), axis=2)
-        alike = rows.dropped[:, None] | same
+        alike &= jnp.all(pairs.reshape(*pairs.shape[:2], -1), axis=2)
+    alike |= rows.dropped[:, None]
     if mask is not None:
         ours, theirs = (m.reshape(len(m), -1).astype(rows.x.dtype) for m in (rows.mask, mask))
-        shared, most = ours @ theirs.T, jnp.maximum(ours.sum(1)[:, None], theirs.sum(1))
-        alike = shared == most if alike is None else alike & (shared == most)
+        alike &= ours @ theirs.T == jnp.maximum(ours.sum(1)[:, None], theirs.sum(1))
     return alike

@@ -1,9 +1,8 @@
 """One small file per method behind one interface: `terms.Objective`."""
 
 from mf_jax.objectives.alpha_flow import AlphaFlow
+from mf_jax.objectives.around import Controlled, Controls, Estimated
 from mf_jax.objectives.average_divergence import AverageDivergence
-from mf_jax.objectives.controls import Controlled, Controls
-from mf_jax.objectives.estimated import Estimated
 from mf_jax.objectives.flow_matching import FlowMatching
 from mf_jax.objectives.improved_meanflow import ImprovedMeanFlow
 from mf_jax.objectives.meanflow import MeanFlow

@@ -20,14 +20,13 @@ Source: alpha-Flow, arXiv 2510.20771, equation 9 and algorithm 1; SoFlow, arXiv 
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import BadInput, check_known, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import advance, per_row, quotient
 from mf_jax.flow.records import Step
@@ -40,55 +39,36 @@ ERRORS = ("velocity", "step")
 
 @dataclasses.dataclass(frozen=True)
 class AlphaFlow(terms.Objective):
-    """Regress the average velocity on a finite step along the path, whose length is annealed.
-
-    Args:
-      annealing: schedule of a, a key of `ANNEALINGS`.
-      alpha_start, alpha_end: ends of a, in [0, 1].
-      anneal_from, anneal_to: steps between which a changes.
-      sharpness: of `sigmoid`.
-      derivative_below: where a is below it, the derivative is used, of `sigmoid` with a = 0;
-        where 1 - a of `sigmoid` is below it, a is 1. 0 = never.
-      min_gap: t - s is at least this, but at most t - r; in [0, 1).
-      target_clip: largest size of an entry of the target of a finite step; inf = no bound.
-      error_of: l is divided by a^2, an error of the `velocity`, or not, an error of the `step`.
-      interval_factor: of the rows with r < t in the loss, above 0.
-      derivative: how it is taken, below `derivative_below`.
-    """
+    """Regress the average velocity on a finite step along the path, whose length is annealed."""
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    annealing: str = "sigmoid"
-    alpha_start: float = 1.0
+    annealing: str = "sigmoid"  # schedule of a, a key of `ANNEALINGS`
+    alpha_start: float = 1.0  # ends of a
     alpha_end: float = 0.0
-    anneal_from: int = 0
+    anneal_from: int = 0  # steps between which a changes
     anneal_to: int = 10_000
-    sharpness: float = 25.0
+    sharpness: float = 25.0  # of `sigmoid`
+    # where a is below it, the derivative is used, of `sigmoid` with a = 0; where 1 - a of `sigmoid`
+    # is below it, a is 1; 0 = never
     derivative_below: float = 5e-3
-    min_gap: float = 0.0
-    target_clip: float = 4.0
-    error_of: str = "velocity"
-    interval_factor: float = 1.0
+    min_gap: float = 0.0  # t - s is at least this, but at most t - r
+    target_clip: float = 4.0  # largest size of an entry of a finite step's target; inf = no bound
+    error_of: str = "velocity"  # l is divided by a^2; or not, an error of the `step`
+    interval_factor: float = 1.0  # of the rows with r < t in the loss
     target_ema: float = 0.0
     derivative: Derivative = Derivative()
 
     def __post_init__(self) -> None:
-        check_known("objective.annealing", self.annealing, ANNEALINGS)
-        for name in ("alpha_start", "alpha_end", "derivative_below"):
-            check_within(f"objective.{name}", getattr(self, name), 0, 1)
-        smallest = min(self.alpha_start, self.alpha_end)
-        if smallest == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
-            raise BadInput(
-                f"objective.alpha_start={self.alpha_start}, alpha_end={self.alpha_end}: must be "
-                "above 0 with annealing=exponential or derivative_below=0; try 0.1 and 0.002"
-            )
-        end, fix = self.anneal_to, "anneal_to comes later"
-        check_within("objective.anneal_from", self.anneal_from, 0, end, "[)", fix)
-        check_known("objective.error_of", self.error_of, ERRORS)
-        for name, ends in (("sharpness", "()"), ("target_clip", "(]"), ("interval_factor", "()")):
-            check_within(f"objective.{name}", getattr(self, name), 0, math.inf, ends)
-        check_within("objective.min_gap", self.min_gap, 0, 1, "[)")
-        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
+        factors = dict.fromkeys(("alpha_start", "alpha_end", "derivative_below"), "[0, 1]")
+        above_0 = dict.fromkeys(("sharpness", "interval_factor"), "(0, inf)")
+        check_fields("objective", self, annealing=ANNEALINGS, error_of=ERRORS, **factors, **above_0)
+        check_fields("objective", self, target_clip="(0, inf]", min_gap="[0, 1)")
+        check_fields("objective", self, target_ema="[0, 1)", anneal_from=f"[0, {self.anneal_to})")
+        ends = self.alpha_start, self.alpha_end
+        if min(ends) == 0 and (self.annealing == "exponential" or self.derivative_below == 0):
+            fix = "must be above 0 with annealing=exponential or derivative_below=0; try 0.1, 0.002"
+            raise BadInput(f"objective.alpha_start, alpha_end={ends}: {fix}")
 
     def alpha(self, step: Step) -> Float[Array, ""]:
         """Return a at a training step."""
@@ -111,8 +91,6 @@ class AlphaFlow(terms.Objective):
             a = jnp.clip(self.min_gap / (rows.t - rows.r), a, 1)
 
         def by_step() -> tuple[Array, Array, Array]:
-            if rows.t.shape[0] == 0:
-                return rows.x, rows.x, rows.x
             teacher = params if target_params is None else target_params
             s = rows.t - a * (rows.t - rows.r)
             z = point_of(rows)
@@ -135,8 +113,7 @@ class AlphaFlow(terms.Objective):
             is_short = alpha < self.derivative_below
             u, target, du_dt = jax.lax.cond(is_short, by_derivative, by_step)
             a = jnp.where(is_short, 1.0, a)
-        v_error = terms.squared_error(u_instant, v.instant)
-        error = terms.squared_error(u, target)
+        v_error, error = terms.squared_error(u_instant, v.instant), terms.squared_error(u, target)
         u_error = error / a**2
         weighted = self.weight(u_error if self.error_of == "velocity" else error, rows)
         v_loss = self.weight(v_error, draws.instant)

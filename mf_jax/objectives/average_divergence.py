@@ -24,16 +24,8 @@ from jaxtyping import Array, PyTree
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.paths import Points, Scalars, advance, per_row
-from mf_jax.flow.records import Draws, Field, Rows
-from mf_jax.flow.rows import (
-    call,
-    condition_of,
-    join_rows,
-    mask_of,
-    num_counted,
-    point_of,
-    predict,
-)
+from mf_jax.flow.records import Draws, Field
+from mf_jax.flow.rows import call, condition_of, join_rows, mask_of, num_counted, point_of, predict
 from mf_jax.objectives import terms
 
 
@@ -49,18 +41,24 @@ class AverageDivergence:
     ) -> terms.Loss:
         """Return loss and metrics of one step of q's parameters; `flow`, u, gets no gradient."""
         rows = join_rows([draws.instant, draws.interval])
-        v, divergence = jax.lax.stop_gradient(_velocity_and_divergence(flow, flow_params, rows))
+        axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
+        scale = num_counted(rows) / (jnp.sum(rows.direction**2, axis=axes) + tiny)
+        n = rows.direction * per_row(jnp.sqrt(scale), rows.x)
+        forward = rows.replace(forward_mode=True)
+
+        def velocity(z: Array) -> Array:
+            return predict(flow, flow_params, forward, z, r=rows.t, t=rows.t).u
+
+        v, du_dn = jax.lax.stop_gradient(jax.jvp(velocity, (point_of(rows),), (n,)))
+        divergence = jnp.sum(n * du_dn, axis=axes)
         condition, one = condition_of(rows), jnp.ones_like(rows.t)
 
-        def of(z: Array, r: Array, t: Array, params: PyTree = params) -> tuple[Array, Array]:
+        def of_point(params: PyTree, z: Array, r: Array, t: Array) -> tuple[Array, Array]:
             value = _checked(q(params, z, r=r, t=t, condition=condition), t)
             return value, value
 
-        def still(*point: Array) -> tuple[Array, Array]:
-            return of(*point, jax.lax.stop_gradient(params))
-
         point = point_of(rows), rows.r, rows.t
-        value, slope = self.derivative.along(of, still, point, (v, 0 * one, one))
+        value, slope = self.derivative.along(of_point, params, point, (v, 0 * one, one))
         error = terms.squared_error(value, divergence - (rows.t - rows.r) * slope)
         numbers = rows.replace(x=value[:, None], mask=None)  # a row is its q alone
         loss = terms.row_mean(self.weight(error, numbers))
@@ -82,14 +80,14 @@ class AverageDivergence:
         A mask, bool that broadcasts to e, says which numbers count.
         """
         e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
-        mask = mask_of(mask, e)
-        e = e if mask is None else jnp.where(mask, e, 0)
+        shown = mask_of(mask, e)
+        shown = jnp.ones(e.shape, bool) if shown is None else shown
+        e = jnp.where(shown, e, 0)
         t = jnp.ones(e.shape[:1], e.dtype)
         told = {"r": 0 * t, "t": t, "condition": condition}
-        x = advance(e, call(flow, flow_params, e, mask=mask, **told).u, r=0 * t, t=t)
-        each = jax.scipy.stats.norm.logpdf(e)
-        each = each if mask is None else jnp.where(mask, each, 0)
-        of_noise = jnp.sum(each, axis=tuple(range(1, e.ndim)))
+        x = advance(e, call(flow, flow_params, e, shown, **told).u, r=0 * t, t=t)
+        of_numbers = jnp.where(shown, jax.scipy.stats.norm.logpdf(e), 0)
+        of_noise = jnp.sum(of_numbers, axis=tuple(range(1, e.ndim)))
         return x, of_noise + _checked(q(params, e, **told), t)
 
 
@@ -97,15 +95,3 @@ def _checked(value: Array, t: Scalars) -> Scalars:
     if value.shape != t.shape:
         raise BadInput(f"q: is {value.shape}; return a number for each row {t.shape}")
     return value
-
-
-def _velocity_and_divergence(flow: Field, params: PyTree, rows: Rows) -> tuple[Points, Scalars]:
-    axes, tiny = tuple(range(1, rows.x.ndim)), jnp.finfo(rows.x.dtype).tiny
-    scale = num_counted(rows) / (jnp.sum(rows.direction**2, axis=axes) + tiny)
-    n = rows.direction * per_row(jnp.sqrt(scale), rows.x)
-
-    def v(z: Array) -> Array:
-        return predict(flow, params, rows, z, r=rows.t, t=rows.t, forward_mode=True).u
-
-    velocity, slope = jax.jvp(v, (point_of(rows),), (n,))
-    return velocity, jnp.sum(n * slope, axis=axes)

@@ -18,6 +18,7 @@ Source: improved MeanFlow, arXiv 2512.02012, equations 12 to 16.
 """
 
 import dataclasses
+import operator
 from typing import ClassVar
 
 import jax
@@ -25,10 +26,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import BadInput, check_known
-from mf_jax.flow.guidance import Guidance, boundary_velocity, guided_velocities
+from mf_jax.flow.errors import BadInput, check_fields
+from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, per_row
 from mf_jax.flow.records import Draws, Field, Prediction
+from mf_jax.flow.rows import num_counted
 from mf_jax.objectives import terms
 
 
@@ -39,7 +41,7 @@ def _head_velocity(prediction: Prediction) -> Points:
     return prediction.v
 
 
-VELOCITIES = {"head": _head_velocity, "boundary": boundary_velocity}
+VELOCITIES = {"head": _head_velocity, "boundary": operator.attrgetter("u")}
 """Where the network's own velocity comes from."""
 
 
@@ -54,7 +56,7 @@ class ImprovedMeanFlow(terms.Objective):
     has_tangent: ClassVar[bool] = False  # it takes the network's own velocity
 
     def __post_init__(self) -> None:
-        check_known("objective.velocity", self.velocity, VELOCITIES)
+        check_fields("objective", self, velocity=VELOCITIES)
 
     @property
     def needs_second_head(self) -> bool:
@@ -63,8 +65,7 @@ class ImprovedMeanFlow(terms.Objective):
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
-        loss, metrics, _ = self.with_predictions(field, params, draws)
-        return loss, metrics
+        return self.with_predictions(field, params, draws)[:2]
 
     def with_predictions(
         self, field: Field, params: PyTree, draws: Draws
@@ -77,14 +78,14 @@ class ImprovedMeanFlow(terms.Objective):
             self.guidance, field, params, draws, own_instant=own, with_own=True, read=read
         )
         at_r, du_dt = terms.with_derivative(field, params, rows, v.own, how=self.derivative)
-        v_error = terms.squared_error(at_t.u, v.instant)
-        u_error = terms.squared_error(at_r.u, v.interval - per_row(rows.t - rows.r, du_dt) * du_dt)
-        loss = self.weight.mean(draws, v_error, u_error)
-        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
+        target = v.interval - per_row(rows.t - rows.r, du_dt) * du_dt
+        pairs = (at_t.u, v.instant), (at_r.u, target)
+        loss, metrics = self.weight.regression(draws, *pairs, du_dt)
         if self.needs_second_head:
             pairs = (own, v.instant), (read(at_r), v.interval)
             errors = [terms.squared_error(*pair) for pair in pairs]
             loss += self.weight.mean(draws, *errors)
             both = jax.tree.map(lambda *a: jnp.concatenate(a), draws.instant, draws.interval)
-            metrics |= {"head_error": terms.per_number(jnp.concatenate(errors), both)}
+            error = jnp.concatenate(errors) / num_counted(both)
+            metrics |= {"head_error": terms.average(error, rows=both)}
         return loss, metrics, (at_t.u, at_r.u)

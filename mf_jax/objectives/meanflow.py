@@ -18,12 +18,11 @@ Source: MeanFlow, arXiv 2505.13447, equations 6 to 11 and algorithm 1.
 """
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
 from mf_jax.flow.derivative import Derivative
-from mf_jax.flow.errors import check_known, check_within
+from mf_jax.flow.errors import check_fields
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import per_row
 from mf_jax.objectives import terms
@@ -41,27 +40,22 @@ TANGENTS = {
 class MeanFlow(terms.Objective):
     """Regress the average velocity on the MeanFlow identity.
 
-    Args:
-      tangent: direction of du/dt, a key of `TANGENTS`.
-      derivative: how du/dt is taken.
-      ramp_steps: over so many first steps the factor of du/dt in the target rises from 0 to 1.
-      to_data_steps: over so many first steps the share arccos(step / to_data_steps) / (pi / 2) of
-        the rows with r < t, falling from 1 to 0, has r = 0 instead.
-
-    Source of the last two: ESC, arXiv 2512.11831.
+    Source of the last two fields: ESC, arXiv 2512.11831.
     """
 
     guidance: Guidance = Guidance()
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight()
-    tangent: str = "v01"
+    tangent: str = "v01"  # direction of du/dt, a key of `TANGENTS`
     derivative: Derivative = Derivative()
+    # over so many first steps the factor of du/dt in the target rises from 0 to 1
     ramp_steps: int = 0
+    # over so many first steps the share arccos(step / to_data_steps) / (pi / 2) of the rows with
+    # r < t, falling from 1 to 0, has r = 0 instead
     to_data_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_known("objective.tangent", self.tangent, TANGENTS)
-        for name in ("ramp_steps", "to_data_steps"):
-            check_within(f"objective.{name}", getattr(self, name), 0, math.inf, "[)")
+        check_fields("objective", self, tangent=TANGENTS)
+        check_fields("objective", self, ramp_steps="[0, inf)", to_data_steps="[0, inf)")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
@@ -74,12 +68,8 @@ class MeanFlow(terms.Objective):
             draws = draws.replace(interval=rows)
         u_instant = terms.at_instant(field, params, draws.instant).u
         v = guided_velocities(self.guidance, field, params, draws, own_instant=u_instant)
-        tangent = TANGENTS[self.tangent]
         (u, _), du_dt = terms.with_derivative(
-            field, params, rows, v.tangent, tangent=tangent, how=self.derivative
+            field, params, rows, v.tangent, tangent=TANGENTS[self.tangent], how=self.derivative
         )
-        v_error = terms.squared_error(u_instant, v.instant)
         target = v.interval - ramp * per_row(rows.t - rows.r, u) * du_dt
-        u_error = terms.squared_error(u, target)
-        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return self.weight.mean(draws, v_error, u_error), metrics
+        return self.weight.regression(draws, (u_instant, v.instant), (u, target), du_dt)

@@ -20,10 +20,9 @@ from collections.abc import Callable, Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from mf_jax.flow.crops import crop
-from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.errors import BadInput, check_fields, check_within
 from mf_jax.flow.paths import Scalars, per_row
 from mf_jax.flow.records import Draws
 from mf_jax.flow.rows import join_rows, point_of
@@ -58,26 +57,23 @@ class Perceptual:
     rows_at_once: int = flax.struct.field(pytree_node=False, default=32)
 
     def __post_init__(self) -> None:
-        check_within("perceptual.max_t", self.max_t, 0, 1, fix="try 0.8")
-        check_within("perceptual.crop_size", self.crop_size, 32, math.inf, "[)")
-        check_within("perceptual.rows_at_once", self.rows_at_once, 1, math.inf, "[)")
+        allowed = {"max_t": "[0, 1]", "crop_size": "[32, inf)", "rows_at_once": "[1, inf)"}
+        check_fields("perceptual", self, **allowed)
 
     def loss(
         self, draws: Draws, u: Sequence[Float[Array, "_ ..."]], weight: terms.AdaptiveWeight
     ) -> terms.Loss:
         """Return the mean of the weighted terms over all rows, and the distances as metrics."""
-        parts = draws.instant, draws.interval
-        if any(rows.box is None for rows in parts):
+        if draws.instant.box is None:
             raise BadInput("perceptual: the draws have no boxes; use DrawScheme(crops=True)")
-        x_hat, x, box, t = join_rows(
-            [
-                (point_of(rows) - per_row(rows.t, u) * u, rows.x, rows.box, rows.t)
-                for u, rows in zip(u, parts, strict=True)
-            ]
-        )
+        parts = [draws.instant, draws.interval]
+        pairs = zip(u, parts, strict=True)
+        x_hat = join_rows([point_of(rows) - per_row(rows.t, u) * u for u, rows in pairs])
+        rows = join_rows(parts)
+        distances = self._apart(x_hat, rows.x, rows.box, rows.t)
         loss, metrics = jnp.zeros(()), {}
         weight = dataclasses.replace(weight, of="sum", of_interval=0.0)
-        for distance, d in zip(self.distances, self._apart(x_hat, x, box, t), strict=True):
+        for distance, d in zip(self.distances, distances, strict=True):
             loss += distance.factor * jnp.mean(weight(d, draws.instant))
             metrics[distance.name] = terms.average(d)
         return loss, metrics
@@ -90,13 +86,20 @@ class Perceptual:
         size = min(self.rows_at_once, len(t))
         batches = jnp.pad(order, (0, -len(t) % size), mode="edge").reshape(-1, size)
 
-        def compute(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
-            return self._of_batch(still[rows], x[rows], box[rows], counts[rows])
+        def compute(rows: Int[Array, "k"]) -> list[tuple[Scalars, Image]]:
+            seen, to_x_hat = jax.vjp(lambda a: crop(a, box[rows], self.crop_size), still[rows])
+            real, found = crop(x[rows], box[rows], self.crop_size), []
+            for distance in self.distances:
+                d, to_seen = jax.vjp(lambda a, by=distance: by.between(by.params, a, real), seen)
+                (slope,) = to_x_hat(*to_seen(jnp.ones_like(d)))
+                shown = per_row(counts[rows], slope)
+                found.append((jnp.where(counts[rows], d, 0), jnp.where(shown, slope, 0)))
+            return found
 
-        def none(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
+        def none(rows: Int[Array, "k"]) -> list[tuple[Scalars, Image]]:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, rows))
 
-        def one(rows: Int[Array, "k"]) -> list[tuple[Array, Array]]:
+        def one(rows: Int[Array, "k"]) -> list[tuple[Scalars, Image]]:
             return jax.lax.cond(counts[rows].any(), compute, none, rows)
 
         found = jax.lax.map(one, batches) if len(batches) > 1 else compute(batches[0])
@@ -105,14 +108,20 @@ class Perceptual:
         moved = jnp.where(per_row(counts, x), x_hat - still, 0)  # 0, but for its gradient
         return [d + jnp.sum(slope * moved, axis=(1, 2, 3)) for d, slope in rows]
 
-    def _of_batch(
-        self, x_hat: Image, x: Image, box: Int[Array, "b 4"], counts: Bool[Array, "b"]
-    ) -> list[tuple[Scalars, Image]]:
-        seen, to_x_hat = jax.vjp(lambda a: crop(a, box, self.crop_size), x_hat)
-        real = crop(x, box, self.crop_size)
-        found = []
-        for distance in self.distances:
-            d, to_seen = jax.vjp(lambda a, by=distance: by.between(by.params, a, real), seen)
-            (slope,) = to_x_hat(*to_seen(jnp.ones_like(d)))
-            found.append((jnp.where(counts, d, 0), jnp.where(per_row(counts, slope), slope, 0)))
-        return found
+
+def crop(
+    images: Float[Array, "b h w c"], boxes: Int[Array, "b 4"], side: int
+) -> Float[Array, "b side side c"]:
+    """Resize the box of each picture to a square, cubic (Keys 1981) and antialiased.
+
+    The kernel reads beyond the box. At the edge of the picture its weights are made to sum to 1.
+    """
+
+    def one(image: Float[Array, "h w c"], box: Int[Array, "4"]) -> Float[Array, "side side c"]:
+        scale = side / box[2:]
+        shape = (side, side, image.shape[-1])
+        return jax.image.scale_and_translate(
+            image, shape, (0, 1), scale, -box[:2] * scale, method="cubic", antialias=True
+        )
+
+    return jax.vmap(one)(images, boxes)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from mf_jax.flow.errors import check_within
+from mf_jax.flow.errors import check_fields
 from mf_jax.flow.paths import per_row
 from mf_jax.flow.records import Draws, Rows
 from mf_jax.flow.rows import point_of
@@ -33,7 +33,7 @@ class PixelMeanFlow(ImprovedMeanFlow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_within("model.t_clip", self.t_clip, 0, 1, "()", "0.05 is published")
+        check_fields("model", self, t_clip="(0, 1)")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""

@@ -20,54 +20,43 @@ Source: Shortcut models, arXiv 2410.12557, equation 5, and their published code.
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import BadInput, check_within
+from mf_jax.flow.errors import BadInput, check_fields
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.paths import Points, advance, per_row, quotient
 from mf_jax.flow.records import Field, Rows
-from mf_jax.flow.rows import call, condition_of, point_of, predict, velocity_of
+from mf_jax.flow.rows import point_of, predict, unconditional, velocity_of
 from mf_jax.objectives import terms
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortcut(terms.Objective):
-    """Regress steps of dyadic sizes on two steps of half their size.
+    """Regress steps of dyadic sizes on two steps of half their size."""
 
-    Args:
-      guidance: its scale, omega / (1 - kappa), is that of the smallest steps, at every t.
-      levels: the smallest step is 2^-levels.
-      target_clip: largest size of an entry of a middle point and of a target.
-    """
-
-    guidance: Guidance = Guidance()
+    guidance: Guidance = Guidance()  # omega / (1 - kappa) is the scale of the smallest steps
     weight: terms.AdaptiveWeight = terms.AdaptiveWeight(p=0.0, of="mean")
-    levels: int = 7
-    target_clip: float = 4.0
+    levels: int = 7  # the smallest step is 2^-levels
+    target_clip: float = 4.0  # largest size of an entry of a middle point and of a target
     target_ema: float = 0.999
     interval_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_within("objective.target_clip", self.target_clip, 0, math.inf, "(]")
+        check_fields("objective", self, target_clip="(0, inf]", target_ema="[0, 1)")
         if self.guidance != Guidance(self.guidance.omega, self.guidance.kappa):
             fix = "use t_min=0.0, t_max=1.0, of_dropped=False, fade=False"
             raise BadInput(f"guidance: shortcut models are guided at every t; {fix}")
-        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the difference quotient of u."""
-        instant, interval = draws.instant, draws.interval
-        u_instant = terms.at_instant(field, params, instant).u
+        u_instant = terms.at_instant(field, params, draws.instant).u
         teacher = params if target_params is None else target_params
-        u, target, du_dt = self._parts(field, params, teacher, interval)
-        v_error = terms.squared_error(u_instant, velocity_of(instant))
-        u_error = terms.squared_error(u, target)
-        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return self.weight.mean(draws, v_error, u_error), metrics
+        u, target, du_dt = self._parts(field, params, teacher, draws.interval)
+        pairs = (u_instant, velocity_of(draws.instant)), (u, target)
+        return self.weight.regression(draws, *pairs, du_dt)
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
@@ -76,8 +65,6 @@ class Shortcut(terms.Objective):
         r, t, clip = rows.r, rows.t, self.target_clip
         if rows.guidance is not None:
             raise BadInput("draws.omega_max: shortcut models have one scale of guidance; use 1.0")
-        if t.shape[0] == 0:
-            return rows.x, rows.x, rows.x
         scale = self.guidance.omega / (1 - self.guidance.kappa)
         is_shortest = per_row((t - r) * 2.0**self.levels < 3, rows.x)  # 2, or 4 and more
 
@@ -85,8 +72,7 @@ class Shortcut(terms.Objective):
             own = predict(field, teacher, rows, z, **times).u
             if self.guidance.is_off:
                 return own
-            told = condition_of(rows, is_null=True)
-            null = call(field, teacher, z, **times, condition=told, mask=rows.mask).u
+            null = predict(field, teacher, unconditional(rows), z, **times).u
             return jnp.where(is_shortest, null + scale * (own - null), own)
 
         s, z = (r + t) / 2, point_of(rows)

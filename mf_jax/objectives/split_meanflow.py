@@ -22,7 +22,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import PyTree
 
-from mf_jax.flow.errors import check_known, check_within
+from mf_jax.flow.errors import check_fields
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, advance, per_row, quotient
 from mf_jax.flow.records import Field, Rows
@@ -43,8 +43,7 @@ class SplitMeanFlow(terms.Objective):
     interval_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_known("objective.split", self.split, SPLITS)
-        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
+        check_fields("objective", self, split=SPLITS, target_ema="[0, 1)")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`."""
@@ -54,17 +53,13 @@ class SplitMeanFlow(terms.Objective):
         v = guided_velocities(self.guidance, field, params, data_rows, own_instant=u_instant)
         teacher = params if target_params is None else target_params
         u, target, du_dt = self._parts(field, params, teacher, draws.interval)
-        v_error, u_error = terms.squared_error(u_instant, v.instant), terms.squared_error(u, target)
-        metrics = terms.step_metrics(draws, v_error=v_error, u_error=u_error, du_dt=du_dt)
-        return self.weight.mean(draws, v_error, u_error), metrics
+        return self.weight.regression(draws, (u_instant, v.instant), (u, target), du_dt)
 
     def _parts(
         self, field: Field, params: PyTree, teacher: PyTree, rows: Rows
     ) -> tuple[Points, Points, Points]:
         """Return u over the interval, over its two parts, and the difference quotient of u."""
         r, t = rows.r, rows.t
-        if t.shape[0] == 0:
-            return rows.x, rows.x, rows.x
         share = 0.5 if self.split == "midpoint" else 1 - rows.fraction  # of the first part, > 0
         s = t - share * (t - r)
         z = point_of(rows)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mf_jax.flow.errors import check_within
+from mf_jax.flow.errors import check_fields
 from mf_jax.flow.guidance import Guidance, guided_velocities
 from mf_jax.flow.paths import Points, Scalars, advance, per_row
 from mf_jax.flow.records import Draws, Field, Rows
@@ -49,7 +49,7 @@ class TerminalVelocity(terms.Objective):
     second_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_within("objective.target_ema", self.target_ema, 0, 1, "[)", "0 = no average")
+        check_fields("objective", self, target_ema="[0, 1)")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the derivative in r."""

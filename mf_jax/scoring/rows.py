@@ -50,8 +50,8 @@ class Cell:
     @property
     def protocol(self) -> Row:
         """Return the settings that decide its samples; the size of a batch decides nothing."""
-        keys = ("steps", "omega", "t_min", "t_max", "seed")
-        plan = {key: getattr(self.plan, key) for key in keys}
+        guidance = zip(("omega", "t_min", "t_max"), self.plan.guidance, strict=True)
+        plan = {"steps": self.plan.steps, **dict(guidance), "seed": self.plan.seed}
         plan |= {"renoise": True} if self.plan.renoise else {}  # rows without the key have none
         return {"checkpoint": self.checkpoint, "ema": self.ema, **plan}
 
