@@ -72,34 +72,12 @@ def muon_dimensions(params: PyTree) -> PyTree:
     return tree_map_with_path(dimensions, params)
 
 
-def _muon(
-    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, momentum: float
-) -> optax.GradientTransformation:
-    inner = optax.contrib.muon(
-        rate,
-        beta=momentum,
-        weight_decay=weight_decay,
-        adam_b1=b1,
-        adam_b2=b2,
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=muon_dimensions,
-    )
-
+def _on_split_qkv(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = inner.update(_split_qkv(updates), state, _split_qkv(params))
         return _split_qkv(updates, undo=True), state
 
     return optax.GradientTransformation(lambda params: inner.init(_split_qkv(params)), update)
-
-
-def _radam(
-    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.scale_by_radam(b1, b2),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(rate),
-    )
 
 
 def make_optimizer(
@@ -115,21 +93,34 @@ def make_optimizer(
     """Return the optimiser with optional clipping.
 
     Args:
-      b1, b2: decay of adam's first and second moment, in [0, 1).
       weight_decay: decoupled.
       clip_norm: clip gradients to this global norm first; 0 = off.
       name: one of `OPTIMIZERS`. `muon` moves matrices by their orthogonalised momentum
         (`muon_dimensions`), all else by adam with Nesterov momentum, at the same rate. `radam`
         holds adam's first steps back, for a warm-up of its own.
-      momentum: decay of muon's momentum, in [0, 1).
+      momentum: of muon.
 
     Source: Muon, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; as pixel MeanFlow
     uses it, arXiv 2601.22158, appendix A; RAdam, arXiv 1908.03265.
     """
     check_known("optim.name", name, OPTIMIZERS)
-    muon = functools.partial(_muon, momentum=momentum)
-    make = dict(zip(OPTIMIZERS, (optax.adamw, muon, _radam), strict=True))[name]
-    optimizer = make(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+    if name == "adamw":
+        optimizer = optax.adamw(rate, b1, b2, weight_decay=weight_decay)
+    elif name == "radam":
+        decayed = optax.add_decayed_weights(weight_decay)
+        moved = optax.scale_by_learning_rate(rate)
+        optimizer = optax.chain(optax.scale_by_radam(b1, b2), decayed, moved)
+    else:
+        muon = optax.contrib.muon(
+            rate,
+            beta=momentum,
+            weight_decay=weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            adam_weight_decay=weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+        optimizer = _on_split_qkv(muon)
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
@@ -152,12 +143,10 @@ def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: s
     """
     left = {name: decay_of(name, batch_size=batch_size) ** num_steps for name in names}
     late = [f"{n:.0%} of {name}" for name, n in left.items() if n > 0.01 and name != fixed]
-    if not late:
-        return ""
     return (
         f"after {num_steps:,} steps {', '.join(late)} will still be the initial parameters, which "
         "pictures and scores show; set ema.rampup=0.05, or a smaller ema.decays"
-    )
+    ) * bool(late)
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
@@ -166,16 +155,9 @@ def choose_ema(key: str, name: str, names: Sequence[str]) -> str:
     "" is the first that is no frozen teacher.
     """
     allowed = (*names, "none")
-    if name == "":
-        return next(each for each in allowed if each != average_name(1.0))
-    if name not in allowed:
+    if name not in ("", *allowed):
         raise BadInput(f"{key}={name!r}: this run has {', '.join(allowed)}")
-    return name
-
-
-def start_averages(params: PyTree, names: Sequence[str]) -> dict[str, PyTree]:
-    """Return one copy of the parameters for each moving average."""
-    return {name: jax.tree.map(lambda p: p.copy(), params) for name in names}
+    return name or next(each for each in allowed if each != average_name(1.0))
 
 
 def update_averages(

@@ -17,12 +17,11 @@ from jaxtyping import Array, Int, PyTree
 from mf_jax.data import Batch, Stored
 from mf_jax.flow.draws import DrawScheme, key_of
 from mf_jax.flow.records import NOTHING_TOLD, Draws, Told
-from mf_jax.flow.rows import split_rows
 from mf_jax.models import as_field, initial_params, parameter_shapes, with_gather
 from mf_jax.models.blocks import is_axis_of_block
 from mf_jax.objectives import Objective
 from mf_jax.objectives.terms import Average, average, average_over
-from mf_jax.optim import average_name, start_averages, update_averages
+from mf_jax.optim import average_name, update_averages
 from mf_jax.runtime.sharding import gather_late, per_device
 
 NEVER = -1
@@ -30,48 +29,37 @@ NEVER = -1
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step and is in a checkpoint, or its shapes or shardings.
-
-    ema: averages by name. metrics: since the last row of metrics.jsonl. first_bad_step: the first,
-    from 1, with a metric that is not finite, or `NEVER`; then metrics stand still. frozen: see
-    `Objective`; it stays the same, and no checkpoint has it.
-    """
+    """All that changes from step to step and is in a checkpoint, or its shapes or shardings."""
 
     step: PyTree
     params: PyTree
-    ema: dict[str, PyTree]
+    ema: dict[str, PyTree]  # averages by name
     opt_state: PyTree
-    metrics: dict[str, Average]
-    first_bad_step: PyTree
-    frozen: PyTree = None
+    metrics: dict[str, Average]  # since the last row of metrics.jsonl
+    first_bad_step: PyTree  # from 1, with a metric that is not finite, or `NEVER`; metrics stay
+    frozen: PyTree = None  # see `Objective`; it stays the same, and no checkpoint has it
 
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """Parts of a training step, fixed for a run.
-
-    shape: of one data element. log_every_steps: steps over which metrics are averaged. stored,
-    more: see `Source` and `DataSpec`. gather: one of `sharding.GATHERS`. ema_rampup,
-    ema_every_steps: see `update_averages`. augment: see `mf_jax.data.augment`. microbatch: rows,
-    over all devices, whose gradient is computed at once; 0 = all of the batch.
-    """
+    """Parts of a training step, fixed for a run."""
 
     network: nn.Module
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one data element
     objective: Objective
     scheme: DrawScheme
     optimizer: optax.GradientTransformation
     ema_names: tuple[str, ...]
     seed: int
-    log_every_steps: int
+    log_every_steps: int  # over which metrics are averaged
     batch_size: int
-    stored: Stored | None = None
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    gather: str = "step"
-    ema_rampup: float = 0.0
+    stored: Stored | None = None  # see `Source`
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `DataSpec`
+    gather: str = "step"  # one of `sharding.GATHERS`
+    ema_rampup: float = 0.0  # see `update_averages`
     ema_every_steps: int = 1
-    augment: Callable | None = None
-    microbatch: int = 0
+    augment: Callable | None = None  # see `mf_jax.data.augment`
+    microbatch: int = 0  # rows, over all devices, with a gradient at once; 0 = all of the batch
 
     @property
     def batch(self) -> Batch:
@@ -84,38 +72,27 @@ class StepParts:
     def draw(self, step: Int[Array, ""] | int, *batch: PyTree) -> Draws:
         """Draw a step from the fields of a `Batch`; its key is a pure function of (seed, step)."""
         x, labels, condition, e, mask = Batch(*batch)
-        key = jax.random.fold_in(_keys(self.seed)[1], step)
+        key, more = jax.random.fold_in(_keys(self.seed)[1], step), {"e": e, "mask": mask}
         if self.stored:
             key, stored_key = jax.random.split(key)
             x = self.stored.draw(stored_key, x)
         if self.augment:
             key, augment_key = jax.random.split(key)
-            x, augment = self.augment(augment_key, x)
-        told, null = labels, None
+            x, more["augment"] = self.augment(augment_key, x)
         if condition is not None:
-            told, null = Told(labels, condition), NOTHING_TOLD
-        draws = self.scheme.draw(key, x, told, e=e, mask=mask, null=null)
-        if self.augment:
-            both = draws.instant, draws.interval
-            labels = split_rows(augment, [len(rows.t) for rows in both])
-            draws = Draws(*(rows.replace(augment=a) for rows, a in zip(both, labels, strict=True)))
-        return draws
+            labels, more["null"] = Told(labels, condition), NOTHING_TOLD
+        return self.scheme.draw(key, x, labels, **more)
 
     @functools.cached_property
     def gradient_of_rows(self) -> Callable:
-        """Gradient and metrics of rows, traced once for all who ask for the same shapes."""
-        return self.gradient_by(self.network)
+        """Gradient and metrics of rows by a network, traced once for all who ask for the same."""
 
-    def gradient_by(self, network: nn.Module) -> Callable:
-        """Return what computes gradient and metrics of rows by a network."""
-        field = as_field(network)
-
-        @functools.partial(jax.jit, inline=True)
+        @functools.partial(jax.jit, static_argnums=0, inline=True)
         def of_rows(
-            whole: tuple[PyTree, ...], draws: Draws, step: Int[Array, ""]
+            network: nn.Module, whole: tuple[PyTree, ...], draws: Draws, step: Int[Array, ""]
         ) -> tuple[PyTree, dict[str, Average]]:
             params, target_params, frozen = whole
-            objective = self.objective.with_frozen(frozen)
+            objective, field = self.objective.with_frozen(frozen), as_field(network)
             of_params = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)
             (loss, metrics), gradient = of_params(field, params, draws, step, target_params)
             return gradient, {"loss": average_over(loss, draws), **metrics}
@@ -129,7 +106,7 @@ class StepParts:
         def measure(params: PyTree, frozen: PyTree, *batch: PyTree) -> dict[str, Average]:
             whole = params, params if self.objective.target_ema else None, frozen
             draws = self.draw(0, *batch)
-            return _in_turn(self.gradient_of_rows, self, whole, draws, jnp.int32(0))[1]
+            return _in_turn(self, self.network, whole, draws, jnp.int32(0))[1]
 
         shapes = parameter_shapes(self.network, self.shape), self.objective.frozen
         return ("grad_norm", *jax.eval_shape(measure, *shapes, *self.batch))
@@ -150,7 +127,7 @@ def initial_state(parts: StepParts, params: PyTree | None = None) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        ema=start_averages(params, parts.ema_names),
+        ema={name: jax.tree.map(jnp.copy, params) for name in parts.ema_names},
         opt_state=parts.optimizer.init(params),
         metrics={name: Average(jnp.float32(0), jnp.float32(0)) for name in parts.metric_names},
         first_bad_step=jnp.int32(NEVER),
@@ -162,35 +139,32 @@ def _gradient(
     parts: StepParts, state: TrainState, batch: tuple[PyTree, ...], mesh: Mesh | None = None
 ) -> tuple[PyTree, dict[str, Average]]:
     """Return gradient and metrics of one step."""
-    target_ema, params = parts.objective.target_ema, state.params
+    target_ema, network, late = parts.objective.target_ema, parts.network, None
     target_params = state.ema[average_name(target_ema)] if target_ema else None
-    draws = parts.draw(state.step, *batch)
-    network, late = parts.network, None
-    if mesh is not None and mesh.size > 1 and parts.gather == "block":
-        late = is_axis_of_block
-        network = with_gather(network, gather_late(mesh, params, late))
-    of_rows = parts.gradient_by(network) if late else parts.gradient_of_rows
-    of_parts = functools.partial(_in_turn, of_rows, parts, step=state.step)
-    whole = (params, target_params, state.frozen)
+    whole, draws = (state.params, target_params, state.frozen), parts.draw(state.step, *batch)
     if mesh is None or mesh.size == 1:
-        gradient, metrics = of_parts(whole, draws)
+        gradient, metrics = _in_turn(parts, network, whole, draws, state.step)
     else:
-        gradient, metrics = per_device(of_parts, mesh, whole, draws, late=late)
+        if parts.gather == "block":
+            late = is_axis_of_block
+            network = with_gather(network, gather_late(mesh, state.params, late))
+        of_rows = functools.partial(_in_turn, parts, network, step=state.step)
+        gradient, metrics = per_device(of_rows, mesh, whole, draws, late=late)
     return gradient, {**metrics, "grad_norm": average(optax.tree.norm(gradient)[None])}
 
 
 def _in_turn(
-    of_rows: Callable, parts: StepParts, whole: PyTree, draws: Draws, step: Int[Array, ""]
+    parts: StepParts, network: nn.Module, whole: PyTree, draws: Draws, step: Int[Array, ""]
 ) -> tuple[PyTree, PyTree]:
     """Return the mean gradient and the summed metrics of rows, a microbatch at a time."""
     num = parts.batch_size // (parts.microbatch or parts.batch_size)
     if num == 1:
-        return of_rows(whole, draws, step)
+        return parts.gradient_of_rows(network, whole, draws, step)
     leaves, form = jax.tree.flatten(draws)
     turns = [x.reshape(num, len(x) // num, *x.shape[1:]) for x in leaves]
 
     def of_part(part: list[Array]) -> tuple[PyTree, PyTree]:
-        return of_rows(whole, jax.tree.unflatten(form, part), step)
+        return parts.gradient_of_rows(network, whole, form.unflatten(part), step)
 
     def add(sums: PyTree, part: list[Array]) -> tuple[PyTree, None]:
         return optax.tree.add(sums, of_part(part)), None
@@ -203,22 +177,16 @@ def _in_turn(
 def make_train_step(parts: StepParts, mesh: Mesh | None = None) -> Callable[..., TrainState]:
     """Return the pure function of one step: (state, x, labels, and what else) -> state."""
 
+    rates = {"rampup": parts.ema_rampup, "every_steps": parts.ema_every_steps}
+    rates |= {"batch_size": parts.batch_size, "fixed": average_name(parts.objective.target_ema)}
+
     def train_step(state: TrainState, *batch: PyTree) -> TrainState:
         gradient, metrics = _gradient(parts, state, batch, mesh)
         updates, opt_state = parts.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        collected, first_bad_step = _collect(parts, state, metrics)
-        ema = update_averages(
-            state.ema,
-            params,
-            batch_size=parts.batch_size,
-            step=state.step,
-            rampup=parts.ema_rampup,
-            every_steps=parts.ema_every_steps,
-            fixed=average_name(parts.objective.target_ema),
-        )
-        after = state.replace(params=params, ema=ema, opt_state=opt_state, metrics=collected)
-        return after.replace(step=state.step + 1, first_bad_step=first_bad_step)
+        ema = update_averages(state.ema, params, step=state.step, **rates)
+        logged = _collect(parts, state, metrics)
+        return TrainState(state.step + 1, params, ema, opt_state, *logged, state.frozen)
 
     return train_step
 
