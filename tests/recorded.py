@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -76,24 +77,19 @@ def config_of(row, sizes, **more):
 
 def draws_of(meta, case):
     """Return the draws of a case, whose first rows have r = t."""
-    names = {"x": "x", "e": "e", "t": "t", "r": "r", "condition": "y", "dropped": "dropped"}
-    n = meta["batch"]["num_instant"]
-    told = None
-    if "in/omega" in case:
-        told = GuidanceScale(
-            *(jnp.asarray(case[f"in/{name}"]) for name in ("omega", "t_min", "t_max"))
-        )
-    names |= {"box": "box"} if "in/box" in case else {}
+    given = {k.removeprefix("in/"): jnp.asarray(v) for k, v in case.items() if k.startswith("in/")}
+    told, n = None, meta["batch"]["num_instant"]
+    if "omega" in given:
+        told = GuidanceScale(*(given[name] for name in ("omega", "t_min", "t_max")))
     rows = Rows(
-        **{ours: jnp.asarray(case[f"in/{theirs}"]) for ours, theirs in names.items()},
+        **{name: given[name] for name in ("x", "e", "t", "r", "dropped")},
+        **{name: given.get(name) for name in ("augment", "box")},
+        condition=given["y"],
+        null=jnp.full_like(given["y"], NO_LABEL),
         guidance=told,
-        augment=jnp.asarray(case["in/augment"]) if "in/augment" in case else None,
         for_networks=True,
     )
-    rows = rows.replace(null=jnp.full_like(rows.condition, NO_LABEL))
-    instant, interval = (
-        jax.tree.map(lambda a, s=s: a[s], rows) for s in (slice(n), slice(n, None))
-    )
+    instant, interval = (jax.tree.map(itemgetter(s), rows) for s in (slice(n), slice(n, None)))
     return Draws(at_time(instant, instant.t), interval)
 
 
