@@ -133,8 +133,8 @@ class Estimated(Around):
         elif source in ("network", "average") and self.ema < 1 and not guidance.is_off:
             wrong = f"source={source!r}: the network learns a guided velocity; use batch or data"
         elif not 0 <= self.ema <= 1 or (self.ema > 0) != has_ema:
-            fix = "with source=average and no target_ema above 0, 1.0 a frozen teacher; else 0.0"
-            wrong = f"ema={self.ema}: must be {fix}"
+            fix = "with source=average and no target_ema use 0.999, 1.0 for a frozen teacher"
+            wrong = f"ema={self.ema}: {fix}; else 0.0"
         if wrong:
             raise BadInput(f"velocity.{wrong}")
 
