@@ -45,7 +45,7 @@ def call(
     What a mask hides is 0 in x, in e and here. Hence it is 0 in every path, target and error.
     told: r, t and condition.
     """
-    if len(z) == 0:  # a sub-batch without rows asks for nothing
+    if z.shape[0] == 0:  # nothing is asked of no rows; an exported number of rows has no `len`
         return Prediction(z, z)
     answer = field(params, z, **told)
     heads = answer if isinstance(answer, Prediction) else Prediction(answer)
