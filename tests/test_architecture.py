@@ -77,7 +77,7 @@ print("PIL" in sys.modules)
 import mf_jax.train
 heavy = {"grain", "matplotlib", "orbax", "sklearn", "tensorflow_datasets"}
 print(sorted(heavy & set(sys.modules)))
-import mf_jax, mf_jax.evaluate, mf_jax.sampling, mf_jax.data.image_folder, mf_jax.prepare
+import mf_jax, mf_jax.evaluate, mf_jax.sampling, mf_jax.data.pictures, mf_jax.prepare
 import tensorflow_datasets as tfds
 with tfds.testing.mock_data(num_examples=5):
     keys = dict(path="", image_size=16, dataset="cifar10")

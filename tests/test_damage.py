@@ -28,7 +28,7 @@ from test_picture_list import write_tar
 import mf_jax
 from mf_jax import data
 from mf_jax.data import latent_records
-from mf_jax.data.crop import adm_crop, as_rgb, open_picture
+from mf_jax.data.crop import Broken, decoded
 from mf_jax.data.picture_list import list_files
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import DataSpec
@@ -148,12 +148,9 @@ def _arrays_of(path):
 def _pixels(content):
     """Return a picture as every reader of pictures does: what Pillow raises is a broken one."""
     try:
-        with open_picture(content) as image:
-            return adm_crop(as_rgb(image), 8)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise BadInput(f"broken: {type(error).__name__}") from error
+        return decoded(content, 8)
+    except Broken as error:
+        raise BadInput(str(error)) from error
 
 
 def _latents(folder):

@@ -24,6 +24,7 @@ from mf_jax.metrics.inception import Inception
 from mf_jax.metrics.reference_file import read_reference
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare import latent_shards, statistics
+from mf_jax.prepare.latent_shards import LatentShards
 
 VAE = FOLDER / "vae"
 SIZE = 16
@@ -152,10 +153,8 @@ def test_latents_are_those_of_the_cropped_pictures_and_of_their_mirror_images(do
 def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(
     prepared, copy, done, monkeypatch
 ):
-    begun, begin = [], latent_shards.LatentShards.begin
-    monkeypatch.setattr(
-        latent_shards.LatentShards, "begin", lambda s, i: (begun.append(i), begin(s, i))[1]
-    )
+    begun, shard = [], LatentShards.shard
+    monkeypatch.setattr(LatentShards, "shard", lambda s, i, _: (begun.append(i), shard(s, i, _))[1])
     assert (prepared("latents")[0], begun) == (0, [])
     first, second = sorted(copy.glob("*.array_record"))[:2]
     first.unlink()
@@ -167,16 +166,16 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_or_cut_short_is(
 
 def test_a_killed_process_continues_with_the_same_bytes(prepared, done, tmp_path, monkeypatch):
     """A copy of the folder in the midst of the second shard is all that a kill would leave."""
-    add, calls = latent_shards.LatentShards.add, []
+    write, calls = latent_shards.records.to_record, []
 
-    def copied_in_the_second_shard(self, *arguments):
-        add(self, *arguments)
+    def copied_in_the_second_shard(*arguments):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 14:
             shutil.copytree(tmp_path / "latents", tmp_path / "killed")
+        return write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_shards.LatentShards, "add", copied_in_the_second_shard)
+        patch.setattr(latent_shards.records, "to_record", copied_in_the_second_shard)
         assert prepared("latents")[0] == 0
     left = files(tmp_path / "killed")
     assert sum(name.endswith(".array_record") for name in left) == 1
@@ -222,7 +221,7 @@ def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(
     """Neither short memory nor a lost connection is taken for a broken picture."""
     for target, error, message in (
         ("data.picture_list.Listed.read", OSError("lost"), r"_0.JPEG cannot be opened \(lost\)"),
-        ("prepare.stream.adm_crop", MemoryError(), "no memory to decode n01/n01_0.JPEG"),
+        ("data.crop.adm_crop", MemoryError(), "no memory to decode n01/n01_0.JPEG"),
         (
             "prepare.latent_shards.ArrayRecordWriter.close",
             RuntimeError("write() failed:\nNo space left on device"),
@@ -350,19 +349,19 @@ def test_statistics_continue_after_a_stop_with_the_same_bytes(
 ):
     path, stopped = tmp_path / "undisturbed.npz", tmp_path / "stopped.npz"
     prepared("none", **only_reference(path))
-    end, shards = statistics.ReferenceStatistics.end, []
+    write, written = statistics.write_npz, []
 
-    def stop(self, shard, skipped):
-        shards.append(shard)
-        if shards == [0, 1]:
+    def stop(path, arrays):
+        written.append(arrays["shards"].tolist())
+        if len(written) == 2:
             raise BadInput("stopped")
-        end(self, shard, skipped)
+        write(path, arrays)
 
-    monkeypatch.setattr(statistics.ReferenceStatistics, "end", stop)
+    monkeypatch.setattr(statistics, "write_npz", stop)
     assert prepared("none", **only_reference(stopped))[0] == 2
     assert not stopped.exists()
     assert prepared("none", **only_reference(stopped))[0] == 0
-    assert shards == [0, 1, 1, 2]
+    assert written == [[0], [0, 1], [0, 1], [0, 1, 2]]
     assert stopped.read_bytes() == path.read_bytes()
 
 

@@ -17,8 +17,8 @@ __all__ += ["in_turn", "make_batches", "make_source", "read"]
 SOURCES = {
     "digits": "mf_jax.data.digits:of_digits",
     "toy2d": "mf_jax.data.toy2d:of_toy2d",
-    "image_folder": "mf_jax.data.image_folder:ImageFolder",
-    "tfds": "mf_jax.data.tfds_source:Tfds",
+    "image_folder": "mf_jax.data.pictures:of_folder",
+    "tfds": "mf_jax.data.pictures:of_tfds",
     "latents": "mf_jax.data.latents:Latents",
     "arrays": "mf_jax.data.arrays:of_file",
     "openml": "mf_jax.data.digits:of_openml",

@@ -1,12 +1,12 @@
 """An encoded picture in RGB or grey, and the centre crop of published latents and statistics."""
 
-import functools
 import io
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from mf_jax.flow.errors import reason_of
 from mf_jax.runtime.archives import check_claim
 
 CROP = "adm"  # the crop's name in manifests
@@ -16,24 +16,36 @@ PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM"""
 _MOST_TIMES = 100  # may a picture be as long as wide: the crop scales its short side
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 
+Image.init()  # before there are threads: a race in Pillow would reject a good picture
+FORMATS = tuple(name for name in _FORMATS.split() if name in Image.OPEN)  # Pillow may lack some
+_NAMED = {*FORMATS, "MPO"}  # which is read as JPEG
+SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in _NAMED)
+"""The endings of pictures' names, in small letters."""
 
-@functools.cache
-def formats() -> tuple[str, ...]:
-    """Return the formats that are opened, of which an installation of Pillow may lack some."""
-    Image.init()
-    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+
+class Broken(Exception):
+    """Say why a picture cannot be decoded."""
 
 
-@functools.cache
-def suffixes() -> frozenset[str]:
-    """Return the endings of pictures' names, in small letters."""
-    known = {*formats(), "MPO"}  # which is read as JPEG
-    return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
+def decoded(
+    content: bytes, image_size: int, mode: str = "RGB", background: str = "white"
+) -> UInt8[np.ndarray, "h w c"]:
+    """Return an encoded picture, cropped; size 0 is whole, a JPEG's an eighth. Or raise Broken."""
+    try:
+        with open_picture(content) as image:
+            if not image_size:
+                image.draft(None, (1, 1))  # it is read to its end all the same
+            image = as_rgb(image, background).convert(mode)
+            return adm_crop(image, image_size) if image_size else np.atleast_3d(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # the decoders of Pillow raise anything
+        raise Broken(reason_of(error)) from error
 
 
 def open_picture(content: bytes) -> Image.Image:
     """Open an encoded picture; its pixels are read when they are asked for."""
-    image = Image.open(io.BytesIO(content), formats=formats())
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if max(image.size) > _MOST_TIMES * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a crop")
     check_claim(3 * image.width * image.height, len(content))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from absl import logging
 from etils import epath
 
-from mf_jax.data.crop import open_picture, suffixes
+from mf_jax.data.crop import SUFFIXES, open_picture
 from mf_jax.data.tfds_source import TfdsPictures
 from mf_jax.flow.errors import BadInput, listed
 from mf_jax.flow.records import NO_LABEL
@@ -136,7 +136,7 @@ def digest(lines: Iterable[str]) -> str:
 def _is_picture(file: File) -> bool:
     suffix = posixpath.splitext(file.parts[-1])[1].lower()
     if suffix or not file.parts[-1]:
-        return suffix in suffixes()
+        return suffix in SUFFIXES
     try:
         size = file.size if 0 <= file.size < _HEAD_BYTES else _HEAD_BYTES
         with open_picture(file._replace(size=size).read()):

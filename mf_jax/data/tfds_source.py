@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from mf_jax.data.crop import adm_crop, as_rgb
-from mf_jax.data.pictures import Pictures
 from mf_jax.flow.errors import BadInput, nearest, reason_of
-from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.flow.records import NO_LABEL
 from mf_jax.runtime.files import in_bucket, opened
 
 _FEATURES = "tensorflow_datasets.core.features."
@@ -54,32 +51,6 @@ class TfdsPictures:
         yield from (self._data.dataset_info.full_name, self._split, str(len(self)))
 
 
-class Tfds(Pictures):
-    """The pictures of a prepared set as `[image_size, image_size, C]`; grey sets have C = 1."""
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        image_size: int,
-        dataset: str,
-        split_train: str,
-        split_held_out: str,
-        split: str,
-    ) -> None:
-        """Open the TFDS split that `split` chooses; see `TfdsPictures`."""
-        tfds_split = split_train if split == "train" else split_held_out
-        self._pictures = pictures = TfdsPictures(dataset, tfds_split, path, encoded=False)
-        shape, names = (image_size, image_size, pictures.channels), pictures.class_names
-        super().__init__(DataSpec(shape, len(names), names), len(pictures))
-
-    def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        pixels, label = self._pictures.read(index)
-        is_grey = self._pictures.channels == 1
-        image = Image.fromarray(pixels[..., 0]) if is_grey else as_rgb(Image.fromarray(pixels))
-        return adm_crop(image, self.spec.shape[0]), label
-
-
 def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict[str, Any]]:
     """Return what TFDS calls a data source, and its features by name."""
     import tensorflow_datasets as tfds  # takes most of a second, which other inputs need not pay
@@ -98,19 +69,16 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
             download=False,
             decoders={"image": tfds.decode.SkipDecoding()} if encoded else None,
         )
-    except tfds.core.DatasetNotFoundError as error:
-        hint = nearest(dataset, tfds.list_builders(with_community_datasets=False))
-        raise BadInput(
-            f"dataset={dataset!r} is unknown to TFDS{hint}, and not prepared in path={path!r}"
-        ) from error
     except BadInput:
         raise
     except Exception as error:  # ValueError, AssertionError, NotImplementedError, KeyError, ...
+        is_known = not isinstance(error, tfds.core.DatasetNotFoundError)
+        known = [] if is_known else tfds.list_builders(with_community_datasets=False)
         raise BadInput(
-            f"dataset={dataset!r} split {split!r} cannot be read from path={path!r} "
-            f"({reason_of(error)}): check the names, or prepare it where TensorFlow is installed "
-            f"with `tfds build {dataset} --file_format=array_record --data_dir=DIR`, and set path "
-            "to DIR"
+            f"dataset={dataset!r}{nearest(dataset, known)} split {split!r} cannot be read from "
+            f"path={path!r} ({reason_of(error)}): check the names, or prepare it where TensorFlow "
+            f"is installed with `tfds build {dataset} --file_format=array_record --data_dir=DIR`, "
+            "and set path to DIR"
         ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")

@@ -6,6 +6,7 @@
 3. The process that finds all shards there writes the manifest; training waits for it.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -137,9 +138,9 @@ def _crop(
     stream = PictureStream(pictures, indices, image_size=size, batch_size=batch, max_bad=0)
     title = "pictures of the reference"
     with ProgressBar(title, len(indices), is_wanted=config.log.progress) as progress:
-        for pixels in stream.shard(len(indices)):
-            yield pixels.images[: pixels.count]
-            progress.advance(pixels.count)
+        for pixels in stream.take(len(indices), []):
+            yield pixels.images[: len(pixels.labels)]
+            progress.advance(len(pixels.labels))
 
 
 def _local_mesh() -> Mesh:
@@ -153,30 +154,29 @@ def _work(
     """Make the missing shards of each output."""
     starts = np.linspace(0, len(pictures), config.prepare.shards + 1).astype(np.int64)
     indices = {shard: np.arange(starts[shard], starts[shard + 1]) for shard in pending}
+    wanted = np.concatenate(list(indices.values()))
     mesh = _local_mesh()
+    split = NamedSharding(mesh, PartitionSpec("batch"))
     stream = PictureStream(
         pictures,
-        np.concatenate(list(indices.values())),
+        wanted,
         image_size=config.data.image_size,
         batch_size=config.prepare.batch_size * mesh.size,
         max_bad=config.prepare.max_bad,
-        skipped=tuple(skipped),
+        bad=skipped,
     )
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    total = sum(map(len, indices.values()))
-    with ProgressBar("pictures", total, is_wanted=config.log.progress) as progress:
+    with ProgressBar("pictures", len(wanted), is_wanted=config.log.progress) as progress:
         for shard, outputs in pending.items():
             progress.name(f"shard {shard} of {config.prepare.shards},")
-            for output in outputs:
-                output.begin(shard)
-            batches = stream.shard(len(indices[shard]))
-            for pixels, computed in _computed(batches, outputs, split):
-                for output, values in zip(outputs, computed, strict=True):
-                    output.add(pixels, values)
-                progress.advance(pixels.count)
-            progress.advance(len(stream.skipped))
-            for output in outputs:
-                output.end(shard, stream.skipped)
+            skipped = list[str]()
+            with contextlib.ExitStack() as held:
+                adds = [held.enter_context(output.shard(shard, skipped)) for output in outputs]
+                batches = stream.take(len(indices[shard]), skipped)
+                for pixels, computed in _computed(batches, outputs, split):
+                    for add, values in zip(adds, computed, strict=True):
+                        add(pixels, values)
+                    progress.advance(len(pixels.labels))
+                progress.advance(len(skipped))
 
 
 def _computed(

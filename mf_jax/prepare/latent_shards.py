@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,6 @@ class LatentShards:
         self._folder, self._settings, self._class_names = folder, settings, tuple(class_names)
         self._shards: int = settings["num_shards"]
         self._autoencoder = autoencoder
-        self._open = contextlib.ExitStack()
 
     def has(self, shard: int) -> bool:
         """Return whether a shard is complete, whichever process has made it."""
@@ -76,44 +75,43 @@ class LatentShards:
         """Return the names of broken pictures in this process's complete shards."""
         return [name for shard in shards for name in self._side(shard)["skipped"]]
 
-    def begin(self, shard: int) -> None:
-        """Start a shard anew."""
-        self._counts: Counter[int] = Counter()
-        self._local = self._open.enter_context(written_aside(self._path(shard)))
-        self._writer = ArrayRecordWriter(self._local, records.WRITER_OPTIONS)
-
     def compute(self, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Array]:
         """Encode pictures and their mirror images on the devices, without waiting."""
         return _encode(self._autoencoder, images), _encode(self._autoencoder, images[:, :, ::-1])
 
-    def add(self, pixels: Pixels, latents: tuple[Array, Array]) -> None:
-        """Write what was computed of pictures."""
-        plain, mirrored = jax.device_get(latents)
-        if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
-            name = self._settings["autoencoder"]["name"]
-            raise BadInput(
-                f"data.autoencoder={name!r}: gives latents that are not finite: use trained weights"
-            )
-        with self._room():
-            labels = pixels.labels[: pixels.count].tolist()
-            for label, *rows in zip(labels, plain, mirrored, strict=False):
-                self._counts[label] += 1
-                for row in rows:
-                    self._writer.write(records.to_record(label, row))
+    @contextlib.contextmanager
+    def shard(self, shard: int, skipped: list[str]) -> Iterator[Callable[[Pixels, Any], None]]:
+        """Write a shard anew, of the pictures and what was computed of them that are added.
 
-    def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """Finish the side file, which names its broken pictures, then the shard."""
-        with self._room():
-            self._writer.close()
-            side = {
-                "count": self._counts.total(),
-                "bytes": epath.Path(self._local).stat().length,
-                "sha256": sha256_of(self._local),
-                "labels": {str(label): self._counts[label] for label in sorted(self._counts)},
-                "skipped": list(skipped),
-            }
-            write_json(self._side_path(shard), side)
-            self._open.close()
+        At the end the side file comes first; skipped: its broken pictures, known by then.
+        """
+        counts: Counter[int] = Counter()
+        with written_aside(self._path(shard)) as aside:
+            writer = ArrayRecordWriter(aside, records.WRITER_OPTIONS)
+
+            def add(pixels: Pixels, latents: tuple[Array, Array]) -> None:
+                rows = np.stack(jax.device_get(latents), axis=1)
+                if not np.isfinite(rows).all():
+                    name = self._settings["autoencoder"]["name"]
+                    problem = "gives latents that are not finite: use trained weights"
+                    raise BadInput(f"data.autoencoder={name!r}: {problem}")
+                with self._room():
+                    for label, both in zip(pixels.labels.tolist(), rows, strict=False):
+                        counts[label] += 1
+                        for row in both:
+                            writer.write(records.to_record(label, row))
+
+            yield add
+            with self._room():
+                writer.close()
+                side = {
+                    "count": counts.total(),
+                    "bytes": epath.Path(aside).stat().length,
+                    "sha256": sha256_of(aside),
+                    "labels": {str(label): counts[label] for label in sorted(counts)},
+                    "skipped": skipped,
+                }
+                write_json(self._side_path(shard), side)
 
     def finish(self) -> str:
         """Write the manifest if all shards are there; return a line for the user."""

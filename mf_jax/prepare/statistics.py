@@ -4,7 +4,8 @@ A process writes a file of its sums, in float64, anew after each shard. The proc
 shards in these files adds them up.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,7 @@ class ReferenceStatistics:
         kept = min(KEPT_FEATURES, num_listed)
         self._wanted = np.arange(kept) * num_listed // kept
         self._own = self._parts / "sums-{:05d}-of-{:05d}.npz".format(*process)
-        stored = _read(self._own) if self._own.exists() else {}
-        self._sums = {name: _sums(stored, name) for name in (POOLED, SPATIAL)}
-        self._lists = {name: list(stored.get(name, ())) for name in _LISTS}
+        self._add_up([self._own] if self._own.exists() else [])
         self._done = set(self._shards())
 
     def has(self, shard: int) -> bool:
@@ -71,32 +70,28 @@ class ReferenceStatistics:
         """See `LatentShards.skipped`."""
         return self._lists["skipped"]
 
-    def begin(self, shard: int) -> None:
-        """See `LatentShards.begin`."""
-
     def compute(self, images: UInt8[Array, "b s s 3"]) -> dict[str, Array]:
         """See `LatentShards.compute`."""
         return inception_features(self._params, images)
 
-    def add(self, pixels: Pixels, features: dict[str, Array]) -> None:
-        """See `LatentShards.add`."""
-        rows = {name: np.asarray(features[name])[: pixels.count] for name in self._sums}
-        for name, x in rows.items():
-            self._sums[name] += Moments.of(x)
-        indices = pixels.indices[: pixels.count]
-        kept = np.isin(indices, self._wanted)
-        self._lists["kept_indices"].extend(indices[kept])
-        self._lists["kept_features"].extend(rows[POOLED][kept])
-
-    def end(self, shard: int, skipped: Sequence[str]) -> None:
-        """See `LatentShards.end`."""
+    @contextlib.contextmanager
+    def shard(self, shard: int, skipped: list[str]) -> Iterator[Callable[[Pixels, Any], None]]:
+        """See `LatentShards.shard`."""
+        yield self._add
         self._lists["shards"].append(shard)
         self._lists["skipped"].extend(skipped)
-        self._done.add(shard)
         arrays = {name: np.array(self._lists[name], kind) for name, kind in _LISTS.items()}
         for name, sums in self._sums.items():
             arrays |= {f"{name}/{key}": np.asarray(x) for key, x in vars(sums).items()}
         write_npz(self._own, arrays)
+
+    def _add(self, pixels: Pixels, features: dict[str, Array]) -> None:
+        rows = {name: np.asarray(features[name])[: len(pixels.indices)] for name in self._sums}
+        for name, x in rows.items():
+            self._sums[name] += Moments.of(x)
+        kept = np.isin(pixels.indices, self._wanted)
+        self._lists["kept_indices"].extend(pixels.indices[kept])
+        self._lists["kept_features"].extend(rows[POOLED][kept])
 
     def finish(self) -> str:
         """Write the file of statistics if all shards are in sums; see `LatentShards.finish`."""
@@ -108,10 +103,27 @@ class ReferenceStatistics:
         if len(shards) < self._num_shards:
             share = f"{len(shards)} of {self._num_shards} shards are in the sums"
             return f"{self._path}: {share}; the process that finishes the last one writes the file"
-        statistics, kept = _statistics(_read(path) for path in self._part_paths())
+        self._add_up(self._part_paths())
+        order = np.argsort(self._lists["kept_indices"])
+        kept, features = (
+            np.array(self._lists[f"kept_{k}"])[order] for k in ("indices", "features")
+        )
+        gaussians = (sums.gaussian for sums in self._sums.values())
+        statistics = Statistics(self._sums[POOLED].count, *gaussians, features)
         pictures = {"pictures": self._crop(kept), "num_pictures": len(kept)} if self._crop else {}
         write_reference(self._path, statistics, **pictures)
         return f"{self._path}: statistics of {statistics.num_images:,} pictures"
+
+    def _add_up(self, paths: Sequence[epath.Path]) -> None:
+        """Set the sums to those in the files of some processes."""
+        self._sums = {name: Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL)}
+        self._lists = {name: [] for name in _LISTS}
+        for stored in map(_read, paths):
+            for name in self._sums:
+                count, *more = (stored[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
+                self._sums[name] += Moments(int(count), *more)
+            for name, rows in self._lists.items():
+                rows.extend(stored[name])
 
     def _part_paths(self) -> list[epath.Path]:
         """Return the files of all processes, in their order."""
@@ -129,31 +141,3 @@ def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
         return read_npz(path, only)
     except UNREADABLE as error:
         raise BadInput(f"{path} is no file of sums ({error}): delete it and run again") from error
-
-
-def _sums(stored: Mapping[str, np.ndarray], name: str) -> Moments:
-    """Return the sums of some features in the arrays of a file, which may be none."""
-    if not stored:
-        return Moments.none(FEATURES[name])
-    count, mean, scatter = (stored[f"{name}/{key}"] for key in ("count", "mean", "scatter"))
-    return Moments(int(count), mean, scatter)
-
-
-def _statistics(
-    parts: Iterable[Mapping[str, np.ndarray]],
-) -> tuple[Statistics, Int[np.ndarray, "n"]]:
-    """Return the statistics of all pictures, and the numbers of those whose features are kept.
-
-    Holds the sums of two processes at once, not of all.
-    """
-    pooled, spatial = (Moments.none(FEATURES[name]) for name in (POOLED, SPATIAL))
-    indices, features = [], []
-    for stored in parts:
-        pooled += _sums(stored, POOLED)
-        spatial += _sums(stored, SPATIAL)
-        indices.extend(stored["kept_indices"])
-        features.extend(stored["kept_features"])
-    order = np.argsort(indices)
-    gaussians = pooled.gaussian, spatial.gaussian
-    statistics = Statistics(pooled.count, *gaussians, np.array(features)[order])
-    return statistics, np.array(indices)[order]
