@@ -15,7 +15,7 @@ from etils import epath
 
 from configs.default import get_config
 from mf_jax import data
-from mf_jax.data import latent_records
+from mf_jax.data import latents
 from mf_jax.data.latent_records import MANIFEST, WRITER_OPTIONS, shard_name, to_record
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.flow.records import NO_LABEL, DataSpec
@@ -166,7 +166,7 @@ def test_damage_is_named(folder, source):
     content = path.read_bytes()
     for changes in ({"format_version": 2}, {"crop": "other"}):
         change_manifest(folder, **changes)
-        refuses(f"{next(iter(changes))}.*prepare them again", source)
+        refuses(f"{next(iter(changes))} cannot.*prepare again", source)
         (folder / MANIFEST).write_text(written)
     (folder / MANIFEST).unlink()
     refuses("holds no latents", source)
@@ -222,11 +222,11 @@ def test_latents_in_a_bucket_are_copied_once_and_a_stopped_copy_is_finished(copi
     assert {path.name for path in copy.iterdir()} == names | {".lock"}
     for path in inside.glob("*.array_record"):
         path.write_bytes(b"not read again")
-    latents = make()
-    assert_all_there(latents)
+    opened = make()
+    assert_all_there(opened)
     path, before = copy / SHARD, (copy / MANIFEST).read_bytes()
     path.write_bytes(bytes(path.stat().st_size))
-    refuses("delete it and run this command again, which copies it", assert_all_there, latents)
+    refuses("delete it and run this command again", assert_all_there, opened)
     change_manifest(inside, classes=[{"name": "other", "count": 0}])
     refuses(r"copy_to=.*holds other latents than gs://runs/first", make)
     assert (copy / MANIFEST).read_bytes() == before
@@ -242,16 +242,16 @@ def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_records, "written_aside", full)
-        refuses(r"cannot hold the .* GB of gs://.*No space left", make)
+        patch.setattr(latents, "written_aside", full)
+        refuses(r"a copy of gs://.* GB .*No space left", make)
     assert {path.name for path in copy.iterdir()} == {".lock", MANIFEST}
     assert_all_there(make(path=str(inside)))  # from a file system too
     copy.rename(copy.with_name("moved"))
     copy.touch()
-    refuses(r"copy_to=.*cannot hold", make)
+    refuses(r"copy_to=.*cannot be made a copy", make)
     copy.unlink()
     (inside / SHARD).unlink()  # what is wrong with the source is not said of the copy
-    refuses(rf"path='gs://runs/first': {SHARD} cannot be read", make)
+    refuses(rf"a copy of gs://runs/first.*No such file.*{SHARD}", make)
     refuses("copy_to='gs://runs/copy': is in a bucket", make, copy_to="gs://runs/copy")
 
 

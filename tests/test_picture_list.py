@@ -134,7 +134,7 @@ def test_inputs_that_are_none_are_refused(tmp_path):
         (tars / "damaged.tar", "damaged.tar is cut short, or no uncompressed tar file"),
         (tars / "cut.tar", "is cut short"),
         (tars / "text.tar", "text.tar' holds no pictures"),
-        (tars / "nested.tar", "nested.tar:n01.tar holds no pictures"),
+        (tars / "nested.tar", "nested.tar: n01 holds no pictures"),
         (tars / "mixed.tar", r"pictures \(b.png\) and folders \(n01\)"),
     ):
         refuses(message, listed, path)

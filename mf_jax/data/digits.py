@@ -1,6 +1,5 @@
 """Grey pictures through scikit-learn: its own 1,797 digits, and MNIST's kin fetched from OpenML."""
 
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -11,7 +10,7 @@ from etils import epath, epy
 from mf_jax.data.arrays import SPLIT_SEED, Rows
 from mf_jax.data.kept import kept
 from mf_jax.data.pipeline import SPLITS
-from mf_jax.flow.errors import BadInput, check_known, reason_of
+from mf_jax.flow.errors import BadInput, check_known, refused
 from mf_jax.runtime.files import in_bucket
 
 with epy.lazy_imports():  # takes a second
@@ -29,13 +28,12 @@ def of_digits(*, image_size: int, split: str) -> Rows:
     if image_size != IMAGE_SIZE:
         raise BadInput(f"image_size={image_size!r} must be {IMAGE_SIZE} for digits: set that")
     version = importlib.metadata.version("scikit-learn")
-    found = dict(kept(["digits", version], ("x", "label", *SPLITS), _read_digits))
-    chosen = [found.pop(name) for name in SPLITS][SPLITS.index(split)]
-    return Rows(found, chosen, tuple("0123456789"))
+    found = kept(["digits", version], _read_digits)
+    arrays = {key: found[key] for key in ("x", "label")}
+    return Rows(arrays, found[split], DATASETS["mnist_784"])
 
 
 def _read_digits() -> dict[str, np.ndarray]:
-    """Return the digits, and which are in each split."""
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     parts = sklearn.model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels
@@ -53,25 +51,20 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
     if in_bucket(epath.Path(path)):
         raise BadInput(f"path={path!r} is in a bucket: name a folder of each host")
     path = os.path.expanduser(path)
-    arrays = kept(["openml", dataset, path], ("x", "label"), lambda: _fetch(dataset, path))
+    arrays = kept(["openml", dataset, path], lambda: _fetch(dataset, path))
     x, labels = arrays["x"], arrays["label"]
     digest = hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()
     start = len(x) - len(x) // 7  # the last 10,000 of 70,000 pictures are the test set
     rows = np.arange(start) if split == SPLITS[0] else np.arange(start, len(x))
-    return Rows({"x": x, "label": labels}, rows, DATASETS[dataset], digest)
+    return Rows(arrays, rows, DATASETS[dataset], digest)
 
 
-@functools.lru_cache(1)  # for both splits, also where nothing is kept: it takes a minute
 def _fetch(dataset: str, path: str) -> dict[str, np.ndarray]:
     options = {"version": 1, "as_frame": False, "return_X_y": True}
-    try:  # pandas, the usual parser, is one package more
-        pixels, labels = sklearn.datasets.fetch_openml(
-            dataset, data_home=path or None, parser="liac-arff", **options
-        )
-    except (OSError, ValueError) as error:  # no network; an answer that is no data set
-        raise BadInput(
-            f"dataset={dataset!r} cannot be fetched from OpenML ({reason_of(error)}): try again "
-            "with a network, or set path to a folder with a copy"
-        ) from error
+    options |= {"data_home": path or None, "parser": "liac-arff"}  # pandas is one package more
+    problem = f"dataset={dataset!r} cannot be fetched from OpenML"
+    fix = "try again with a network, or set path to a folder with a copy"
+    with refused((OSError, ValueError), problem, fix):  # also of an answer that is no data set
+        pixels, labels = sklearn.datasets.fetch_openml(dataset, **options)
     x = np.asarray(pixels).astype(np.uint8).reshape(-1, 28, 28, 1)
     return {"x": x, "label": labels.astype(np.int32)}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.flow.records import DataSpec
 
 
@@ -30,10 +30,8 @@ def checked_given(
             continue
         if name not in known:
             raise BadInput(f"{name}: this model was trained without; leave {name} out")
-        try:
+        with refused((TypeError, ValueError), f"{name}: is no array of numbers", needed):
             array = np.asarray(value, dtype)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{name}: is no array of numbers ({error}); must be {needed}") from error
         array = array[None] if array.ndim == len(shape) else array
         if array.shape[1:] != shape or not len(array):
             raise BadInput(f"{name}: is {list(array.shape)}; must be {needed}")

@@ -14,12 +14,8 @@ _MOST_KEPT = 8
 Arrays = Mapping[str, np.ndarray]
 
 
-def kept(made_from: Iterable[str], names: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
-    """Return what `make` returns, arrays of these names, from the folder if it holds them whole.
-
-    Args:
-      made_from: texts that decide what `make` returns.
-    """
+def kept(made_from: Iterable[str], make: Callable[[], Arrays]) -> Arrays:
+    """Return what `make` returns, which texts decide, from the folder if it holds it whole."""
     cache = None
     with contextlib.suppress(RuntimeError):  # there is no home folder
         cache = cache_folder()
@@ -28,7 +24,7 @@ def kept(made_from: Iterable[str], names: Iterable[str], make: Callable[[], Arra
     folder = epath.Path(cache) / "data"
     file = folder / f"{digest(made_from)}.npz"
     with contextlib.suppress(*UNREADABLE):
-        return read_npz(file, tuple(names))
+        return read_npz(file)
     arrays = make()
     with contextlib.suppress(OSError):  # no folder, no space: no matter
         folder.mkdir(parents=True, exist_ok=True)

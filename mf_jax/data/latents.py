@@ -4,7 +4,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,12 +16,18 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
-from mf_jax.data.latent_records import LABEL, NUMBER, local_copy, read_manifest
+from mf_jax.data.latent_records import MANIFEST, read_manifest, record_type
 from mf_jax.data.pipeline import Batch, Stored
-from mf_jax.flow.errors import BadInput, reason_of
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
-from mf_jax.runtime.files import in_bucket, sha256_of
+from mf_jax.reporting.progress import track
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket, locked, opened, sha256_of, written_aside
+from mf_jax.runtime.json_files import write_json
+
+_DAMAGE = (RuntimeError, ValueError, IndexError, OSError)
+_COPIED_AT_ONCE, _CHUNK_BYTES = 8, 2**24
 
 
 class Latents:
@@ -50,8 +58,11 @@ class Latents:
             raise BadInput(f"path={path!r} is in a bucket: set copy_to to a folder of each host")
         if not path or not folder.is_dir():  # "" would be the current directory
             raise BadInput(f"path={path!r} is no folder that --mode=prepare has filled: set path")
-        self._is_copy = bool(copy_to)
-        self._folder = local_copy(folder, target) if copy_to else folder
+        if copy_to:
+            _copy(folder, target)
+        self._folder = target if copy_to else folder
+        again = "this command" if copy_to else "the same --mode=prepare"
+        self._fix = f"delete it and run {again} again, which makes it anew"
         manifest = read_manifest(self._folder)
         _check_origin(manifest, image_size, autoencoder)
         shape = tuple(manifest["latent_shape"])
@@ -61,17 +72,17 @@ class Latents:
             raise BadInput(f"latent_std={tuple(latent_std)}: must be above 0")
         names = tuple(entry["name"] for entry in manifest["classes"])
         self.spec = DataSpec(shape, len(names), names, manifest["autoencoder"]["sha256"])
-        rows = jax.ShapeDtypeStruct((2, *shape), NUMBER)
-        self.stored = Stored(rows, self._draw)
+        self._record = record_type(shape)
+        rows, _ = self._record.fields["rows"]
+        self.stored = Stored(jax.ShapeDtypeStruct(rows.shape, rows.base), self._draw)
         self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        self._shards = manifest["shards"]
-        self._starts = np.cumsum([0, *(shard["count"] for shard in self._shards)])
-        for shard in self._shards:
-            path = self._folder / shard["name"]
-            if not path.is_file():
-                self._refuse(shard, "is missing")
-            if (length := path.stat().length) != shard["bytes"]:
-                self._refuse(shard, f"has {length} bytes and must have {shard['bytes']}")
+        self._starts = np.cumsum([0, *(shard["count"] for shard in manifest["shards"])])
+        self._paths = [self._folder / shard["name"] for shard in manifest["shards"]]
+        for path, shard in zip(self._paths, manifest["shards"], strict=True):
+            length = path.stat().length if path.is_file() else 0
+            if length != shard["bytes"]:
+                problem = f"has {length} bytes and must have {shard['bytes']}"
+                raise BadInput(f"{path} {problem if length else 'is missing'}: {self._fix}")
         self._reader = functools.cache(self._opened)  # which threads share
 
     def __len__(self) -> int:
@@ -86,36 +97,23 @@ class Latents:
         mirrored, pictures = np.divmod(indices, len(self))
         shards = np.searchsorted(self._starts, pictures, side="right") - 1
         positions = 2 * (pictures - self._starts[shards]) + mirrored
-        rows = self.stored.rows
-        x = np.empty((len(indices), *rows.shape), rows.dtype)
-        batch = Batch(x, np.empty(len(indices), np.int32))
+        found = np.empty((len(indices), self._record.itemsize), np.uint8)
         for shard in np.unique(shards).tolist():
-            rows = np.flatnonzero(shards == shard)  # in one call, which does not hold Python's lock
-            self._read(shard, positions[rows].tolist(), batch, rows)
-        return batch
-
-    def _read(self, shard: int, positions: list[int], batch: Batch, rows: np.ndarray) -> None:
-        """Put records of a shard into rows of a batch."""
-        try:
-            for row, record in zip(rows, self._reader(shard).read(positions), strict=True):
-                batch.labels[row] = np.frombuffer(record, LABEL, 1)[0]
-                numbers = np.frombuffer(record, NUMBER, offset=LABEL.itemsize)
-                batch.x[row] = numbers.reshape(batch.x.shape[1:])
-        except (RuntimeError, ValueError, IndexError, OSError) as error:
-            self._refuse(self._shards[shard], f"is damaged ({reason_of(error)})")
+            rows = np.flatnonzero(shards == shard)
+            with refused(_DAMAGE, f"{self._paths[shard]} is damaged", self._fix):
+                # in one call, which does not hold Python's lock
+                records = self._reader(shard).read(positions[rows].tolist())
+                for row, record in zip(rows, records, strict=True):
+                    found[row] = np.frombuffer(record, np.uint8)
+        found = found.view(self._record)[:, 0]
+        return Batch(found["rows"], found["label"])
 
     def _opened(self, shard: int) -> ArrayRecordReader:
         return ArrayRecordReader(
-            str(self._folder / self._shards[shard]["name"]),
+            str(self._paths[shard]),
             options="readahead_buffer_size:0,max_parallelism:0",
             file_reader_buffer_size=2**15,  # about a record; more is read for nothing
         )
-
-    def _refuse(self, shard: dict[str, Any], problem: str) -> None:
-        path, command = self._folder / shard["name"], "this command again, which copies"
-        if not self._is_copy:
-            command = "the same --mode=prepare again, which makes"
-        raise BadInput(f"{path} {problem}: delete it and run {command} it anew")
 
     def _draw(self, key: PRNGKeyArray, rows: Array) -> Float32[Array, "n h w c"]:
         mean, std = rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
@@ -126,25 +124,58 @@ def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -
     if (size := manifest["image_size"]) != image_size:
         problem = f"image_size={image_size}: these latents are of pictures of {size} pixels"
         raise BadInput(f"{problem}: set image_size={size}, or path to others")
-    made_by, sha256 = manifest["autoencoder"], _sha256(autoencoder)
-    if (sha256 or autoencoder) != made_by["sha256" if sha256 else "name"]:
+    made_by, file = manifest["autoencoder"], epath.Path(autoencoder).expanduser()
+    if autoencoder and not in_bucket(file) and file.exists():
+        file = file / "diffusion_pytorch_model.safetensors" if file.is_dir() else file
+        is_same = sha256_of(file) == made_by["sha256"]
+    elif autoencoder in PUBLISHED:
+        is_same = PUBLISHED[autoencoder][0].sha256 == made_by["sha256"]
+    else:
+        is_same = autoencoder == made_by["name"]
+    if not is_same:
         raise BadInput(
             f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "
             f"{made_by['sha256']}): set autoencoder={made_by['name']!r}, or path to others"
         )
 
 
-@functools.lru_cache
-def _sha256(autoencoder: str) -> str:
-    """Return the SHA-256 of an autoencoder's weights, or "" for a path that is not there."""
-    path = epath.Path(autoencoder).expanduser()
-    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if autoencoder and not in_bucket(path) and path.exists():
-        return sha256_of(path)
-    return PUBLISHED[autoencoder][0].sha256 if autoencoder in PUBLISHED else ""
-
-
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
     if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
         raise BadInput(f"{key}={tuple(values)}: must be 1 or {channels} finite numbers")
     return np.array(values, np.float32)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    """Copy the shards that a copy lacks: record by record, a network is too slow.
+
+    Processes of one host may share a copy: one makes it, the others wait.
+    """
+    if in_bucket(target):
+        raise BadInput(f"copy_to={str(target)!r}: is in a bucket; must be a folder of this host")
+    manifest = read_manifest(source)
+    shards = manifest["shards"]
+
+    def copy(shard: Mapping[str, Any]) -> None:
+        path = target / shard["name"]
+        is_whole = path.is_file() and path.stat().length == shard["bytes"]
+        if is_whole and shard.get("sha256") in (None, sha256_of(path)):
+            return
+        with (
+            opened(source / path.name) as file,
+            written_aside(path) as aside,
+            open(aside, "wb") as copied,
+        ):
+            shutil.copyfileobj(file, copied, _CHUNK_BYTES)
+
+    size = sum(shard["bytes"] for shard in shards) / 1e9
+    problem = f"copy_to={str(target)!r}: cannot be made a copy of {source}, {size:.3g} GB"
+    with refused(OSError, problem, "see to both, or choose another folder of this host"):
+        target.mkdir(parents=True, exist_ok=True)
+        with locked(target / ".lock", wait=True), ThreadPoolExecutor(_COPIED_AT_ONCE) as pool:
+            if not (target / MANIFEST).exists():
+                write_json(target / MANIFEST, manifest)
+            elif read_manifest(target) != manifest:
+                problem = f"holds other latents than {source}; choose another folder"
+                raise BadInput(f"copy_to={str(target)!r}: {problem}")
+            shown = {"unit": "shards", "is_wanted": processes.is_first()}
+            list(track(pool.map(copy, shards), "copy of latents", len(shards), **shown))

@@ -9,6 +9,7 @@ folder at the top then is its class.
 
 import contextlib
 import decimal
+import functools
 import hashlib
 import os
 import posixpath
@@ -22,7 +23,7 @@ from etils import epath
 
 from mf_jax.data.crop import SUFFIXES, open_picture
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed, refused
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.runtime.files import in_bucket, opened
 
@@ -80,20 +81,23 @@ class Listed:
 
     def versions(self) -> Iterator[str]:
         """Yield text that differs where a file was changed, or is another."""
-        changed = {}
-        for path in {file.path for file in self._files}:
-            with contextlib.suppress(OSError):  # gone, or a link to nothing: a broken picture
-                status = os.stat(path)
-                times = status.st_mtime_ns, status.st_ctime_ns  # the second of its rights too
-                changed[path] = *times, status.st_ino, status.st_size
+        version_of = functools.cache(_version)
         for line, file in zip(self.lines(), self._files, strict=True):
-            yield f"{line}\0{os.path.abspath(file.path)}\0{changed.get(file.path)}"
+            yield f"{line}\0{os.path.abspath(file.path)}\0{version_of(file.path)}"
 
     def lines(self) -> Iterator[str]:
         """Yield text that differs between different lists."""
         for label, file in zip(self.labels, self._files, strict=True):
             class_name = self.class_names[label] if label != NO_LABEL else ""
             yield f"{class_name}\0{file.name}\0{file.size}"
+
+
+def _version(path: str) -> tuple[int, ...]:
+    with contextlib.suppress(OSError):  # gone, or a link to nothing: a broken picture
+        status = os.stat(path)
+        times = status.st_mtime_ns, status.st_ctime_ns  # the second tells of its rights too
+        return *times, status.st_ino, status.st_size
+    return ()
 
 
 PicturesIn = Listed | TfdsPictures
@@ -148,42 +152,49 @@ def _is_picture(file: File) -> bool:
 def _classes(files: list[File], root: epath.Path, key: str) -> list[tuple[str, File]]:
     """Return pictures and their classes, "" without any; warn of the other files."""
     pictures = {file.name for file in files if _is_picture(file)}
-    every = files
-    while folder := _to_open(files, pictures):
-        below = (f._replace(parts=f.parts[1:]) for f in files if f.parts[0] == folder)
-        files = [file for file in below if file.parts and file.parts != ("",)]
-    flat = [("", file) for file in files if len(file.parts) == 1 and file.name in pictures]
-    tars = [file for file in files if file.parts[0].lower().endswith(_TAR) and len(file.parts) == 1]
-    folders = sorted({file.parts[0] for file in files if len(file.parts) > 1})
-    deep = [(f.parts[0], f) for f in files if len(f.parts) > 1 and f.name in pictures]
-    full = {name for name, _ in deep}
+    top = files
+    while folder := _to_open(top, pictures):
+        below = (f._replace(parts=f.parts[1:]) for f in top if f.parts[0] == folder)
+        top = [file for file in below if file.parts not in ((), ("",))]
+    flat = [file for file in top if len(file.parts) == 1 and file.name in pictures]
+    tars = {posixpath.splitext(f.parts[0])[0]: f for f in top if len(f.parts) == 1 and _is_tar(f)}
+    classes: dict[str, list[File]] = {f.parts[0]: [] for f in top if len(f.parts) > 1}
+    for file in top:
+        if len(file.parts) > 1 and file.name in pictures:
+            classes[file.parts[0]].append(file)
     kinds = {
-        "pictures": [file.name for _, file in flat],
-        "tars": [file.name for file in tars],
+        "pictures": [file.name for file in flat],
+        "tars": [file.name for file in tars.values()],
         # folders beside pictures are classes only if they hold some
-        "folders": [name for name in folders if name in full or not flat],
+        "folders": sorted(name for name, found in classes.items() if found or not flat),
     }
     present = [f"{kind} ({listed(names, 3)})" for kind, names in kinds.items() if names]
     if len(present) != 1:
-        raise BadInput(
-            f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}; must hold either "
-            f"class folders, or tar files of classes, or pictures as Pillow reads them: move the "
-            f"others away, or set {key}"
-        )
-    if empty := [name for name in kinds["folders"] if name not in full]:
-        _refuse_empty(f"{root}: {listed(empty)}", key)
-    found = flat + deep + [pair for tar in tars for pair in _of_class(tar, key)]
-    taken = {file.name for _, file in found} | {file.name for file in tars}
-    if out := sorted(file.name for file in every if file.parts[-1] and file.name not in taken):
+        problem = f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}"
+        needed = "class folders, or tar files of classes, or pictures as Pillow reads them"
+        raise BadInput(f"{problem}; must hold either {needed}: move the others away, or set {key}")
+    for name, tar in tars.items():
+        inside = (file for file in _in_tar(tar, key) if _is_picture(file))
+        classes[name] = [f._replace(name=f"{name}/{posixpath.basename(f.name)}") for f in inside]
+    if empty := sorted(name for name, found in classes.items() if not (found or flat)):
+        fix = f"remove it, or set {key} to the folder whose sub-folders hold pictures"
+        problem = f"{key}: {root}: {listed(empty)} holds no pictures that Pillow reads"
+        raise BadInput(f"{problem}; a class must have one: {fix}")
+    of_classes = [(name, file) for name, found in classes.items() for file in found]
+    taken = {file.name for file in [*flat, *tars.values(), *(file for _, file in of_classes)]}
+    if out := sorted(file.name for file in files if file.parts[-1] and file.name not in taken):
         text = "%s: left out %d files, no pictures or outside of the classes: %s"
         logging.warning(text, root, len(out), listed(out))
-    return found
+    return [("", file) for file in flat] or of_classes
+
+
+def _is_tar(file: File) -> bool:
+    return file.parts[0].lower().endswith(_TAR)
 
 
 def _to_open(files: list[File], pictures: set[str]) -> str:
     """Return the folder that holds the classes in place of the root; "" means the root."""
-    top = [file for file in files if len(file.parts) == 1]
-    if any(file.name in pictures or file.name.lower().endswith(_TAR) for file in top):
+    if any(len(f.parts) == 1 and (f.name in pictures or _is_tar(f)) for f in files):
         return ""
     folders = {file.parts[0] for file in files if len(file.parts) > 1}
     # a class that is called train would hold pictures itself
@@ -193,23 +204,6 @@ def _to_open(files: list[File], pictures: set[str]) -> str:
         if is_train and (name not in direct or {other.lower() for other in folders} <= _SPLITS):
             return name
     return next(iter(folders)) if len(folders) == 1 and not direct else ""
-
-
-def _of_class(tar: File, key: str) -> Iterator[tuple[str, File]]:
-    """Yield the pictures of a class's tar file."""
-    class_name = posixpath.splitext(tar.parts[-1])[0]
-    pictures = [file for file in _in_tar(tar, key) if _is_picture(file)]
-    if not pictures:
-        _refuse_empty(f"{tar.path}:{tar.name}", key)
-    for file in pictures:
-        yield class_name, file._replace(name=f"{class_name}/{posixpath.basename(file.name)}")
-
-
-def _refuse_empty(place: str, key: str) -> None:
-    raise BadInput(
-        f"{key}: {place} holds no pictures that Pillow reads; a class must have one: remove it, or "
-        f"set {key} to the folder whose sub-folders hold pictures"
-    )
 
 
 def _in_folder(root: epath.Path) -> Iterator[File]:
@@ -247,21 +241,17 @@ def _in_tar(tar_file: File, key: str) -> Iterator[File]:
     """Yield the files of a tar file, which may lie in another."""
     shown = tar_file.path if tar_file.size < 0 else f"{tar_file.path}:{tar_file.name}"
     members: dict[str, tarfile.TarInfo] = {}
-    try:
-        with opened(tar_file.path) as file:
-            end = file.seek(0, os.SEEK_END)
-            end = end if tar_file.size < 0 else min(end, tar_file.offset + tar_file.size)
-            file.seek(tar_file.offset)
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-                for member in tar:
-                    if not 0 <= member.size <= end - member.offset_data or member.issparse():
-                        raise tarfile.ReadError("a size is wrong")
-                    members[posixpath.normpath(member.name)] = member
-    except BadInput:
-        raise
-    except Exception as error:  # its type depends on where tarfile stumbles over the damage
-        problem = f"{shown} is cut short, or no uncompressed tar file ({error})"
-        raise BadInput(f"{key}: {problem}: fetch it again, or unpack it") from error
+    problem = f"{key}: {shown} is cut short, or no uncompressed tar file"
+    # the type of an error depends on where tarfile stumbles over the damage
+    with refused(Exception, problem, "fetch it again, or unpack it"), opened(tar_file.path) as file:
+        end = file.seek(0, os.SEEK_END)
+        end = end if tar_file.size < 0 else min(end, tar_file.offset + tar_file.size)
+        file.seek(tar_file.offset)
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+            for member in tar:
+                if not 0 <= member.size <= end - member.offset_data or member.issparse():
+                    raise tarfile.ReadError("a size is wrong")
+                members[posixpath.normpath(member.name)] = member
     for member in members.values():
         above = posixpath.dirname(member.name) if member.issym() else ""
         leads_to = posixpath.normpath(posixpath.join(above, member.linkname))

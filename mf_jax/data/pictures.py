@@ -19,7 +19,7 @@ from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pipeline import Batch, count_held_out
 from mf_jax.data.pixels import from_pixels
 from mf_jax.data.tfds_source import TfdsPictures
-from mf_jax.flow.errors import BadInput, listed, reason_of
+from mf_jax.flow.errors import BadInput, listed, reason_of, refused
 from mf_jax.flow.records import DataSpec
 from mf_jax.reporting.progress import track
 from mf_jax.runtime import processes
@@ -123,11 +123,8 @@ def of_folder(
       channels: 1 is grey, 3 colour; 0 grey where pictures from all over the folder are grey.
       background: colour behind transparent pixels.
     """
-    try:
+    with refused(ValueError, f"background={background!r}", "use a colour, as white or #8080ff"):
         ImageColor.getrgb(background)
-    except ValueError as error:
-        fix = "must be a colour, as white, black or #8080ff"
-        raise BadInput(f"background={background!r}: {fix}") from error
     if channels not in (0, *MODES):
         raise BadInput(f"channels={channels}: must be 1 for grey, 3 for colour, 0 to find out")
     if in_bucket(epath.Path(path)):
@@ -155,7 +152,7 @@ def of_folder(
 
     recipe = [path, split, *map(str, (held_out_share, shape, fit, background))]
     recipe += [PIL.__version__, sha256_of(epath.Path(crop.__file__))]  # the decoders
-    whole = kept([*recipe, *found.versions()], ("pixels", "problems"), look_at_all)
+    whole = kept([*recipe, *found.versions()], look_at_all)
     problems = zip(chosen, whole["problems"].tolist(), strict=True)
     bad = {index: text for index, text in problems if text}
     good = [index for index in chosen if index not in bad]
@@ -163,14 +160,9 @@ def of_folder(
         _tell_broken(found, bad, good, f"path={path!r}", split)
 
     def decode_good(row: int) -> tuple[np.ndarray, int]:
-        try:
+        problem = f"data.path={path!r}: {found.name(good[row])} has gone or changed"
+        with refused(_UNREADABLE, problem, "put any picture in its place, and run this again"):
             return decode(good[row]), found.labels[good[row]]
-        except _UNREADABLE as error:  # it was readable when it was listed
-            raise BadInput(
-                f"data.path={path!r}: {found.name(good[row])} has gone or changed and cannot be "
-                f"read ({error}): put any picture in its place, and run the same command again, "
-                "which continues"
-            ) from error
 
     lines, names = list(found.lines()), found.class_names
     own = digest(lines[index] for index in good)

@@ -133,12 +133,11 @@ def make_batches(
     def batch_of(step: int) -> Batch:
         first = step * batch_size + process_index * share
         indices = stream_indices(np.arange(first, first + share), length=len(source), seed=seed)
-        if not flip:
-            return source.gather(indices)
-        flips = stream_flips(first, share, seed=seed)
+        flips = stream_flips(first, share, seed=seed) if flip else np.zeros(share, bool)
         if source.stored:
             return source.gather(indices + len(source) * flips)
-        return _mirrored(source.gather(indices), flips)
+        batch = source.gather(indices)
+        return _mirrored(batch, flips) if flip else batch
 
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     batches = grain.MapDataset.range(start_step, _STEPS).map(batch_of)
@@ -146,22 +145,18 @@ def make_batches(
 
 
 def _mirrored(batch: Batch, flips: Bool[np.ndarray, "n"]) -> Batch:
-    pictures = {"x": batch.x, **batch.more}
-    pictures.pop("condition", None)
+    pictures = {"x": batch.x, **batch.more, "condition": None}
     of_rows = flips[:, None, None, None]
-    mirrored = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items()}
-    return batch._replace(**mirrored)
+    changed = {k: np.where(of_rows, x[:, :, ::-1], x) for k, x in pictures.items() if x is not None}
+    return batch._replace(**changed)
 
 
 def read(source: Source, n: int = 0) -> Batch:
     """Read n elements from all over a source, stored ones as they are; 0 means all."""
-    return source.gather(_spread(n or len(source), len(source)))
+    n = n or len(source)
+    return source.gather(np.arange(n) * len(source) // n)  # sources may be sorted by class
 
 
 def in_turn(source: Source, n: int) -> Batch:
     """Return n elements from all over a source; all of them again and again if it has fewer."""
-    return source.gather(_spread(n, len(source)) if n < len(source) else np.arange(n) % len(source))
-
-
-def _spread(n: int, length: int) -> Int[np.ndarray, "n"]:
-    return np.arange(n) * length // n  # sources may be sorted by class
+    return read(source, n) if n < len(source) else source.gather(np.arange(n) % len(source))

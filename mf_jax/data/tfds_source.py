@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mf_jax.flow.errors import BadInput, nearest, reason_of
+from mf_jax.flow.errors import BadInput, nearest, refused
 from mf_jax.flow.records import NO_LABEL
 from mf_jax.runtime.files import in_bucket, opened
 
@@ -56,7 +56,12 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
     import tensorflow_datasets as tfds  # takes most of a second, which other inputs need not pay
     from tensorflow_datasets.core.utils import file_utils
 
-    try:
+    problem = f"dataset={dataset!r} split {split!r} cannot be read from path={path!r}"
+    fix = f"`tfds build {dataset} --file_format=array_record --data_dir=DIR`, and set path to DIR"
+    known = tfds.list_builders(with_community_datasets=False)
+    hint = "" if dataset.partition(":")[0] in known else nearest(dataset, known)
+    fix = f"check the names{hint}, or prepare it where TensorFlow is installed with {fix}"
+    with refused(Exception, problem, fix):  # ValueError, AssertionError, KeyError, ...
         name, _ = tfds.core.naming.parse_builder_name_kwargs(dataset)
         if name.namespace:
             raise BadInput(f"dataset={dataset!r}: may not be a community's, which brings its code")
@@ -69,17 +74,6 @@ def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict
             download=False,
             decoders={"image": tfds.decode.SkipDecoding()} if encoded else None,
         )
-    except BadInput:
-        raise
-    except Exception as error:  # ValueError, AssertionError, NotImplementedError, KeyError, ...
-        is_known = not isinstance(error, tfds.core.DatasetNotFoundError)
-        known = [] if is_known else tfds.list_builders(with_community_datasets=False)
-        raise BadInput(
-            f"dataset={dataset!r}{nearest(dataset, known)} split {split!r} cannot be read from "
-            f"path={path!r} ({reason_of(error)}): check the names, or prepare it where TensorFlow "
-            f"is installed with `tfds build {dataset} --file_format=array_record --data_dir=DIR`, "
-            "and set path to DIR"
-        ) from error
     features = dict(data.dataset_info.features.items())
     image = features.get("image")
     if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:

@@ -29,6 +29,17 @@ def left_out(what: str) -> Iterator[None]:
         print(f"{what} is left out: {type(error).__name__}: {reason_of(error)}", flush=True)
 
 
+@contextlib.contextmanager
+def refused(kinds: type | tuple[type, ...], problem: str, fix: str) -> Iterator[None]:
+    """Turn errors of these kinds into BadInput that tells a problem, their reason and a fix."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except kinds as error:
+        raise BadInput(f"{problem} ({reason_of(error)}): {fix}") from error
+
+
 def reason_of(error: Exception) -> str:
     """Return the text of an error in one line, or its type where it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, PyTree, UInt8
 from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from mf_jax.data.crop import CROP
 from mf_jax.data.latent_records import FORMAT_VERSION
 from mf_jax.data.picture_list import PicturesIn, digest, list_pictures
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_within
 from mf_jax.metrics.inception import load_inception
 from mf_jax.models.autoencoder import load_autoencoder
 from mf_jax.prepare.latent_shards import LatentShards, claim
@@ -33,21 +33,22 @@ from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
+_OF_AUTOENCODER = ("sha256", "scaling_factor")
 Output = LatentShards | ReferenceStatistics  # what is made of the pictures, by shards
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Make this process's share of latents and statistics; a failure keeps what is finished."""
     process = index, count = check_prepare(config)
-    prepare, key = config.prepare, "prepare.input"
-    taken = {"tfds_split": config.data.split_train, "class_order": config.data.class_order}
-    pictures = list_pictures(prepare.input, key=key, **taken)
+    prepare, data = config.prepare, config.data
+    taken = {"tfds_split": data.split_train, "class_order": data.class_order}
+    pictures = list_pictures(prepare.input, key="prepare.input", **taken)
     if (num_pictures := len(pictures)) < prepare.shards:
         problem = f"prepare.shards={prepare.shards}: the input has {num_pictures} pictures"
         raise BadInput(f"{problem}: set prepare.shards={max(1, num_pictures // 1000)}")
     common = {
         "format_version": FORMAT_VERSION,
-        "image_size": config.data.image_size,
+        "image_size": data.image_size,
         "crop": CROP,
         "num_shards": prepare.shards,
         "num_listed": num_pictures,
@@ -57,10 +58,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     outputs: list[Output] = [_latents(config, common, pictures)] if prepare.latents else []
     outputs += [_reference(config, common, pictures, process)] if prepare.reference else []
     mine = range(index, prepare.shards, count)
-    pending = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
-    pending = {shard: missing for shard, missing in pending.items() if missing}
-    if pending:
-        skipped = outputs[0].skipped([shard for shard in mine if shard not in pending])
+    missing = {shard: [output for output in outputs if not output.has(shard)] for shard in mine}
+    skipped = outputs[0].skipped([shard for shard in mine if not missing[shard]])
+    if pending := {shard: outputs for shard, outputs in missing.items() if outputs}:
         _work(config, pictures, pending, skipped)
     if not prepare.process_count:  # a job's first process must outlive the others
         get_barrier_sync_fn()(key="prepared", timeout_ms=7 * 24 * 3600 * 1000)  # a week
@@ -75,15 +75,11 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
     check_values(config)
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
-    is_idle, is_aimless = not prepare.latents and not prepare.reference, not data.path
-    wrong = {
-        "prepare.latents=False and prepare.reference='': nothing to make; set one": is_idle,
-        "data.path='' is not set: name a folder for the latents": prepare.latents and is_aimless,
-        f"prepare.process_index={index}: must be in [0, prepare.process_count={count}), "
-        "which are set together": not 0 <= index < max(count, 1),
-    }
-    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
-        raise BadInput("; ".join(problems))
+    if not (prepare.latents or prepare.reference):
+        raise BadInput("prepare.latents=False, prepare.reference='': nothing to make; set one")
+    if prepare.latents and not data.path:
+        raise BadInput("data.path='' is not set: name a folder for the latents")
+    check_within("prepare.process_index", index, 0, max(count, 1), "[)", "set process_count too")
     return (index, count) if count else (jax.process_index(), jax.process_count())
 
 
@@ -93,23 +89,17 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     verify(name, autoencoder.sha256)
     factor = autoencoder.network.factor
     if size % factor:
-        raise BadInput(
-            f"data.image_size={size}: must be divisible by {factor}, by which autoencoder {name!r} "
-            f"narrows pictures: try {max(1, round(size / factor)) * factor}"
-        )
+        near = max(1, round(size / factor)) * factor
+        problem = f"must be divisible by {factor}, by which autoencoder {name!r} narrows pictures"
+        raise BadInput(f"data.image_size={size}: {problem}: try {near}")
     settings = common | {
         "mirrors": True,
         "latent_shape": [size // factor, size // factor, autoencoder.network.latent_channels],
-        "autoencoder": {
-            "name": name,
-            "sha256": autoencoder.sha256,
-            "scaling_factor": autoencoder.scaling_factor,
-        },
+        "autoencoder": {"name": name} | {k: getattr(autoencoder, k) for k in _OF_AUTOENCODER},
     }
     folder = epath.Path(config.data.path).expanduser()
     claim(folder, settings, key="data.path")
-    autoencoder = jax.device_put(autoencoder, NamedSharding(_local_mesh(), PartitionSpec()))
-    return LatentShards(folder, settings, pictures.class_names, autoencoder)
+    return LatentShards(folder, settings, pictures.class_names, _on_devices(autoencoder))
 
 
 def _reference(
@@ -125,7 +115,7 @@ def _reference(
     verify(name, inception.sha256)
     settings = common | {"inception_sha256": inception.sha256}
     claim(parts, settings, key="prepare.reference")
-    params = jax.device_put(inception.params, NamedSharding(_local_mesh(), PartitionSpec()))
+    params = _on_devices(inception.params)
     crop = functools.partial(_crop, config, pictures) if config.prepare.reference_pictures else None
     return ReferenceStatistics(path, params, process, settings, crop)
 
@@ -143,9 +133,10 @@ def _crop(
             progress.advance(len(pixels.labels))
 
 
-def _local_mesh() -> Mesh:
-    """Return this process's own devices: each works at its own pace."""
-    return Mesh(np.array(jax.local_devices()), ("batch",))
+def _on_devices(tree: PyTree, *axes: str) -> PyTree:
+    """Put arrays on this process's own devices, which work at their own pace; axes split rows."""
+    mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def _work(
@@ -155,13 +146,11 @@ def _work(
     starts = np.linspace(0, len(pictures), config.prepare.shards + 1).astype(np.int64)
     indices = {shard: np.arange(starts[shard], starts[shard + 1]) for shard in pending}
     wanted = np.concatenate(list(indices.values()))
-    mesh = _local_mesh()
-    split = NamedSharding(mesh, PartitionSpec("batch"))
     stream = PictureStream(
         pictures,
         wanted,
         image_size=config.data.image_size,
-        batch_size=config.prepare.batch_size * mesh.size,
+        batch_size=config.prepare.batch_size * jax.local_device_count(),
         max_bad=config.prepare.max_bad,
         bad=skipped,
     )
@@ -172,7 +161,7 @@ def _work(
             with contextlib.ExitStack() as held:
                 adds = [held.enter_context(output.shard(shard, skipped)) for output in outputs]
                 batches = stream.take(len(indices[shard]), skipped)
-                for pixels, computed in _computed(batches, outputs, split):
+                for pixels, computed in _computed(batches, outputs):
                     for add, values in zip(adds, computed, strict=True):
                         add(pixels, values)
                     progress.advance(len(pixels.labels))
@@ -180,12 +169,12 @@ def _work(
 
 
 def _computed(
-    batches: Iterator[Pixels], outputs: list[Output], split: NamedSharding
+    batches: Iterator[Pixels], outputs: list[Output]
 ) -> Iterator[tuple[Pixels, list[Any]]]:
     """Yield batches and what outputs compute of them; the next is computed meanwhile."""
     ahead = []
     for pixels in batches:
-        images = jax.device_put(pixels.images, split)
+        images = _on_devices(pixels.images, "batch")
         ahead.append((pixels, [output.compute(images) for output in outputs]))
         if len(ahead) > 1:
             yield ahead.pop(0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float16, UInt8
 
 from mf_jax.data import latent_records as records
 from mf_jax.data.pixels import from_pixels
-from mf_jax.flow.errors import BadInput, listed, reason_of
+from mf_jax.flow.errors import BadInput, listed, refused
 from mf_jax.models.autoencoder import Autoencoder
 from mf_jax.prepare.stream import Pixels
 from mf_jax.runtime.files import sha256_of, written_aside
@@ -26,27 +26,20 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     Several processes may fill the folder side by side. The key is of the config, for errors.
     """
     path = folder / records.SETTINGS
-    try:
+    where = f"{key}={str(folder)!r}"
+    with refused(OSError, f"{where} cannot be written", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         files = folder.iterdir() if folder.exists() else ()  # a bucket knows no empty folders
         present = {path.name for path in files if not path.name.startswith(".")}
-        if records.SETTINGS not in present:
-            if present:
-                raise BadInput(f"{key}={str(folder)!r} holds other files; choose an empty folder")
+        if present and records.SETTINGS not in present:
+            raise BadInput(f"{where} holds other files; choose an empty folder")
+        if not present:
             write_json(path, settings, indent=1)
-    except OSError as error:
-        raise BadInput(
-            f"{key}={str(folder)!r} cannot be written ({error.strerror}): choose another folder"
-        ) from error
     stored = read_json(path, {}, records.AGAIN)
-    changes = [
-        f"{name} {stored.get(name)!r} -> {settings.get(name)!r}"
-        for name in sorted(stored | settings)
-        if stored.get(name) != settings.get(name)
-    ]
-    if changes:
+    both = ((name, stored.get(name), settings.get(name)) for name in sorted(stored | settings))
+    if changes := [f"{name} {old!r} -> {new!r}" for name, old, new in both if old != new]:
         problem = f"holds files of other settings ({', '.join(changes)})"
-        raise BadInput(f"{key}={str(folder)!r} {problem}: choose another folder, or set these back")
+        raise BadInput(f"{where} {problem}: choose another folder, or set these back")
 
 
 class LatentShards:
@@ -124,16 +117,10 @@ class LatentShards:
         count, skipped = manifest["num_pictures"], len(manifest["skipped"])
         return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
 
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Say in one line that the disk is full, or gone."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            raise BadInput(
-                f"data.path={str(self._folder)!r}: a shard cannot be written ({reason_of(error)}): "
-                "make room, and run again, which continues"
-            ) from error
+    def _room(self) -> contextlib.AbstractContextManager:
+        problem = f"data.path={str(self._folder)!r}: a shard cannot be written"
+        fix = "make room, and run again, which continues"
+        return refused((OSError, RuntimeError), problem, fix)
 
     def _path(self, shard: int) -> epath.Path:
         return self._folder / records.shard_name(shard, self._shards)
@@ -152,10 +139,8 @@ class LatentShards:
         counts = sum((Counter(side["labels"]) for side in sides), Counter())
         names = list(enumerate(self._class_names))
         if empty := [name for label, name in names if not counts[str(label)]]:
-            raise BadInput(
-                f"prepare.input: no picture of class {listed(empty)} can be read: replace them, or "
-                f"remove the class, delete {self._folder} and prepare again"
-            )
+            fix = f"replace them, or remove the class, delete {self._folder} and prepare again"
+            raise BadInput(f"prepare.input: no picture of class {listed(empty)} can be read: {fix}")
         return self._settings | {
             "num_pictures": sum(side["count"] for side in sides),
             "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, UInt8
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
@@ -137,7 +137,5 @@ class ReferenceStatistics:
 
 def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Return the arrays in a file of sums, all or `only` some."""
-    try:
+    with refused(UNREADABLE, f"{path} is no file of sums", "delete it and run again"):
         return read_npz(path, only)
-    except UNREADABLE as error:
-        raise BadInput(f"{path} is no file of sums ({error}): delete it and run again") from error

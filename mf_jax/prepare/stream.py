@@ -11,8 +11,13 @@ from jaxtyping import Int, UInt8
 
 from mf_jax.data.crop import Broken, decoded
 from mf_jax.data.picture_list import PicturesIn
-from mf_jax.flow.errors import BadInput, listed
+from mf_jax.flow.errors import BadInput, listed, refused
 from mf_jax.runtime import processes
+
+_FIX = (
+    "see to its permissions, the connection, or memory (prepare.batch_size), and run the same "
+    "command again, which continues"
+)
 
 
 class Pixels(NamedTuple):
@@ -59,19 +64,14 @@ class PictureStream:
 
     def _decode(self, index: int) -> tuple[np.ndarray | str, int, int]:
         """Return a picture, or why there is none, its label and its index."""
-        fix = "and run the same command again, which continues"
-        try:
+        problem = f"prepare.input: {self._pictures.name(index)} cannot be opened"
+        # the way to a picture is broken, or memory is short: a second try may find it
+        with refused(Exception, problem, _FIX):
             content, label = self._pictures.read(index)
-            return decoded(content, self._image_size), label, index
-        except Broken as problem:
-            return str(problem), label, index
-        except MemoryError as error:
-            problem = f"there is no memory to decode {self._pictures.name(index)}"
-            raise BadInput(f"prepare.input: {problem}: lower prepare.batch_size {fix}") from error
-        except Exception as error:  # the way to the picture is broken: a second try may find it
-            problem = f"{self._pictures.name(index)} cannot be opened ({error})"
-            fix = f"see to its permissions or the connection, {fix}"
-            raise BadInput(f"prepare.input: {problem}: {fix}") from error
+            try:
+                return decoded(content, self._image_size), label, index
+            except Broken as why:
+                return str(why), label, index
 
     def _is_bad(self, image: np.ndarray | str, label: int, index: int, skipped: list[str]) -> bool:
         """Return whether a picture is broken; note its name, or raise BadInput for too many."""
