@@ -203,7 +203,7 @@ def test_broken_pictures_are_counted_named_and_skipped_or_too_many(
     labels = open_latents(latents).gather(np.arange(9)).labels
     assert labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
     (line,) = (line for line in told.splitlines() if "images/s" in line)
-    assert all(text in line for text in ("shard 2 of 3", "4/4 (100%)", "0:00:00 left"))
+    assert all(text in line for text in ("pictures 4/4 (100%)", "0:00:00 left"))
 
 
 def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(

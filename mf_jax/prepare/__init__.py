@@ -29,7 +29,6 @@ from mf_jax.prepare.latent_shards import LatentShards, claim
 from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
-from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 from mf_jax.validation.ranges import check_values
 
@@ -124,13 +123,10 @@ def _crop(
     config: ConfigDict, pictures: PicturesIn, indices: Int[np.ndarray, "n"]
 ) -> Iterator[UInt8[np.ndarray, "b s s 3"]]:
     """Yield blocks of pictures, as they were cropped before."""
-    size, batch = config.data.image_size, config.prepare.batch_size
-    stream = PictureStream(pictures, indices, image_size=size, batch_size=batch, max_bad=0)
-    title = "pictures of the reference"
-    with ProgressBar(title, len(indices), is_wanted=config.log.progress) as progress:
+    stream = PictureStream(config, pictures, indices, max_bad=0)
+    with stream.bar:
         for pixels in stream.take(len(indices), []):
             yield pixels.images[: len(pixels.labels)]
-            progress.advance(len(pixels.labels))
 
 
 def _on_devices(tree: PyTree, *axes: str) -> PyTree:
@@ -146,17 +142,10 @@ def _work(
     starts = np.linspace(0, len(pictures), config.prepare.shards + 1).astype(np.int64)
     indices = {shard: np.arange(starts[shard], starts[shard + 1]) for shard in pending}
     wanted = np.concatenate(list(indices.values()))
-    stream = PictureStream(
-        pictures,
-        wanted,
-        image_size=config.data.image_size,
-        batch_size=config.prepare.batch_size * jax.local_device_count(),
-        max_bad=config.prepare.max_bad,
-        bad=skipped,
-    )
-    with ProgressBar("pictures", len(wanted), is_wanted=config.log.progress) as progress:
+    max_bad = config.prepare.max_bad
+    stream = PictureStream(config, pictures, wanted, max_bad=max_bad, bad=skipped)
+    with stream.bar:
         for shard, outputs in pending.items():
-            progress.name(f"shard {shard} of {config.prepare.shards},")
             skipped = list[str]()
             with contextlib.ExitStack() as held:
                 adds = [held.enter_context(output.shard(shard, skipped)) for output in outputs]
@@ -164,8 +153,6 @@ def _work(
                 for pixels, computed in _computed(batches, outputs):
                     for add, values in zip(adds, computed, strict=True):
                         add(pixels, values)
-                    progress.advance(len(pixels.labels))
-                progress.advance(len(skipped))
 
 
 def _computed(

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
 
 from mf_jax.data.crop import Broken, decoded
 from mf_jax.data.picture_list import PicturesIn
 from mf_jax.flow.errors import BadInput, listed, refused
+from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 
 _FIX = (
@@ -29,7 +32,7 @@ class Pixels(NamedTuple):
 
 
 class PictureStream:
-    """Pictures in the order of their indices, decoded ahead.
+    """Pictures in the order of their indices, decoded ahead; `bar` shows how far they are.
 
     Args:
       max_bad: unreadable pictures to skip; one more is an error.
@@ -38,21 +41,22 @@ class PictureStream:
 
     def __init__(
         self,
+        config: ConfigDict,
         pictures: PicturesIn,
         indices: Int[np.ndarray, "n"],
         *,
-        image_size: int,
-        batch_size: int,
         max_bad: int,
         bad: Sequence[str] = (),
     ) -> None:
+        self._pictures, self._image_size = pictures, config.data.image_size
+        self._batch_size = config.prepare.batch_size * jax.local_device_count()
+        self._max_bad, self._bad = max_bad, list(bad)
         threads = processes.cpu_count() + 1
-        ahead = max(threads, 2 * batch_size)  # two batches of pictures wait for the device
+        ahead = max(threads, 2 * self._batch_size)  # two batches of pictures wait for the device
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._pictures, self._image_size = pictures, image_size
         tried = grain.MapDataset.source(indices.tolist()).map(self._decode)
         self._tried = iter(tried.to_iter_dataset(options))
-        self._batch_size, self._max_bad, self._bad = batch_size, max_bad, list(bad)
+        self.bar = ProgressBar("pictures", len(indices), is_wanted=config.log.progress)
 
     def take(self, count: int, skipped: list[str]) -> Iterator[Pixels]:
         """Yield the next `count` pictures in batches; put the names of broken ones into a list."""
@@ -61,6 +65,7 @@ class PictureStream:
         while batch := list(itertools.islice(good, self._batch_size)):
             images, labels, indices = map(np.array, zip(*batch, strict=True))
             yield Pixels(np.resize(images, (self._batch_size, *images.shape[1:])), labels, indices)
+            self.bar.advance(len(batch))
 
     def _decode(self, index: int) -> tuple[np.ndarray | str, int, int]:
         """Return a picture, or why there is none, its label and its index."""
@@ -81,6 +86,7 @@ class PictureStream:
         logging.warning("%s is broken and skipped: %s", name, image)
         skipped.append(name)
         self._bad.append(name)
+        self.bar.advance()
         if len(self._bad) > self._max_bad:
             named = f"{len(self._bad)} pictures are broken ({listed(self._bad)})"
             fix = "replace them, or raise prepare.max_bad; finished shards are kept"
