@@ -24,6 +24,7 @@ from test_data import write_tfds
 from test_inception import _save_zip, _small, _write_zip
 from test_latents import LENGTH, SECTION, write_folder
 from test_picture_list import write_tar
+from test_prepare import write_tree
 
 import mf_jax
 from mf_jax import data
@@ -227,10 +228,7 @@ def _of_strangers(tmp_path, rng):
     manifest = json.loads((latents / "manifest.json").read_text())
     json_files.write_json(latents / "manifest.json", manifest | {"num_pictures": LENGTH})
     pictures = {"a/1.png": _png(rng), "b/2.png": _png(rng)}
-    folder = tmp_path / "pictures"
-    for name, content in pictures.items():
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_bytes(content)
+    folder = write_tree(tmp_path / "pictures", pictures)
     published = shutil.copytree(FOLDER / "official_checkpoint_pmf", tmp_path / "published")
     (metadata,) = published.rglob("_METADATA")
     zipped, tensors = _save_zip(tmp_path / "a.pth", _small()), tmp_path / "a.safetensors"

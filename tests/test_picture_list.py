@@ -15,13 +15,20 @@ from mf_jax.data.picture_list import digest, list_files, list_pictures
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 
+FOLDER = (tarfile.DIRTYPE, "")
+
 
 def write_tar(path, contents):
+    """Write members whose content is bytes, or the type of a member and what it links to."""
     with tarfile.open(path, "w") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            if isinstance(content, bytes):
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content
+                tar.addfile(member)
     return path
 
 
@@ -62,23 +69,23 @@ def listed(path):
     return list_pictures(str(path), key="input", tfds_split="train", class_order="number")
 
 
+def names_of(pictures):
+    return [pictures.name(i) for i in range(len(pictures))]
+
+
 def test_every_kind_of_input_gives_the_same_pictures_in_the_same_order(tmp_path):
     for number, make in enumerate(INPUTS):
         (tmp_path / str(number)).mkdir()
         pictures = listed(make(tmp_path / str(number)))
         assert pictures.class_names == tuple(sorted(CLASSES))
-        names = [pictures.name(i) for i in range(len(pictures))]
-        assert [name.removeprefix("train/").removeprefix("./") for name in names] == NAMES
+        names = [name.removeprefix("train/").removeprefix("./") for name in names_of(pictures)]
+        assert names == NAMES
         for i, name in enumerate(NAMES):
             assert pictures.read(i) == (CONTENTS[name], sorted(CLASSES).index(name[:3]))
     contents = {"b.png": CONTENTS[NAMES[1]], "a.jpg": CONTENTS[NAMES[0]], "c.txt": b""}
-    write_tar(tmp_path / "flat.tar", contents)
-    (tmp_path / "flat").mkdir()
-    for name, content in contents.items():
-        (tmp_path / "flat" / name).write_bytes(content)
-    for path in ("flat.tar", "flat"):  # without classes
-        pictures = listed(tmp_path / path)
-        assert (len(pictures), pictures.class_names, pictures.name(0)) == (2, (), "a.jpg")
+    flat = write_tar(tmp_path / "flat.tar", contents), write_tree(tmp_path / "flat", contents)
+    for pictures in map(listed, flat):  # without classes
+        assert (names_of(pictures), pictures.class_names) == (["a.jpg", "b.png"], ())
         assert pictures.read(1) == (contents["b.png"], NO_LABEL)
 
 
@@ -87,17 +94,15 @@ DIGEST = "34ef6547febf2a4c4d1c8b8bf692d673a09bb1a698f727768e64063007cc10d1"
 
 
 def test_the_order_is_that_of_names_and_the_digest_tells_lists_apart(tmp_path, monkeypatch):
-    tree = write_tree(tmp_path)
+    tree = write_tree(tmp_path, CONTENTS | dict.fromkeys(("n01/._00.png", "n01/a.txt"), b"none"))
     (tree / ".cache").mkdir()
-    for name in ("._00.png", "notes.txt"):
-        (tree / "n01" / name).write_text("no picture")
     digests = [digest(listed(tree).lines())]
     with monkeypatch.context() as patch:
         patch.setattr(
             picture_list, "_names", lambda *a, f=picture_list._names: sorted(f(*a), reverse=True)
         )
         found = listed(tree)
-    assert [found.name(i) for i in range(len(found))] == NAMES
+    assert names_of(found) == NAMES
     assert digest(found.lines()) == digests[0] == DIGEST
     for old, new in ((NAMES[0], "n01/other.JPEG"), ("n02", "n03")):
         (tree / old).rename(tree / new)
@@ -152,23 +157,16 @@ def test_folders_and_tar_files_hold_the_same_pictures_and_tell_the_rest(tmp_path
     hidden = dict.fromkeys(("train/2/._a.png", "__MACOSX/2/a.png", ".cache/a.png"), b"nothing")
     rest = dict.fromkeys(("train/2/README", "train/2/b.heic", "train/10/eps.eps"), b"nothing")
     contents = {f"top/{n}": c for n, c in (good | hidden | rest | {"val/2/a.png": content}).items()}
+    contents["top/train/10/hard.png"] = tarfile.LNKTYPE, "top/train/2/none"
+    contents["top/train/10/soft.png"] = tarfile.SYMTYPE, "../2/b/c/d.AVIF"
     tar = write_tar(tmp_path / "all.tar", contents)
-    with tarfile.open(tar, "a") as more:
-        for name, kind, target in (
-            ("hard.png", tarfile.LNKTYPE, "top/train/2/none"),
-            ("soft.png", tarfile.SYMTYPE, "../2/b/c/d.AVIF"),
-        ):
-            link = tarfile.TarInfo(f"top/train/10/{name}")
-            link.type, link.linkname = kind, target
-            more.addfile(link)
     with tarfile.open(tar) as packed:
         packed.extractall(tmp_path / "unpacked", filter="data")
     (tmp_path / "unpacked" / "top" / "train" / "2" / "loop").symlink_to("..")
     for place in (tar, tmp_path / "unpacked"):
         found = list_files(str(place), key="input", class_order="number")
-        names = [found.name(i).removeprefix("top/train/") for i in range(len(found))]
-        assert names[:3] == ["2/b/c/d.AVIF", "2/none", "2/x.mpo"]
-        assert names[3:] == ["10/a.jfif", "10/hard.png", "10/soft.png"]
+        names = ["2/b/c/d.AVIF", "2/none", "2/x.mpo", "10/a.jfif", "10/hard.png", "10/soft.png"]
+        assert names_of(found) == [f"top/train/{name}" for name in names]
         assert (found.class_names, found.labels) == (("2", "10"), [0, 0, 0, 1, 1, 1])
         assert [found.read(i)[0] for i in range(len(found))] == [content] * 6
         assert f"{place}: left out 4 files" in told[0]
@@ -186,13 +184,6 @@ def test_folders_and_tar_files_hold_the_same_pictures_and_tell_the_rest(tmp_path
     ):
         packed = write_tar(tmp_path / "some.tar", dict.fromkeys(names, content))
         assert listed(packed).class_names == classes
-    for names, message in (
-        (("a/x.png", "b/y.heic"), "b holds no pictures"),  # or labels would shift
-        (("a/x.png", "b/._y.png", "b/"), "b holds no pictures"),
-    ):
-        packed = write_tar(tmp_path / "some.tar", {n: content for n in names if n[-1] != "/"})
-        with tarfile.open(packed, "a") as more:
-            folder = tarfile.TarInfo("b")
-            folder.type = tarfile.DIRTYPE
-            more.addfile(folder)
-        refuses(message, listed, packed)
+    for more in ({"b/y.heic": content}, {"b/._y.png": content, "b": FOLDER}):
+        packed = write_tar(tmp_path / "some.tar", {"a/x.png": content} | more)
+        refuses("b holds no pictures", listed, packed)  # or labels would shift

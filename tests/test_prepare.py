@@ -62,11 +62,10 @@ def encoded(name):
 CONTENTS = {name: encoded(name) for name in NAMES}
 
 
-def write_tree(folder, names=NAMES):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(CONTENTS[name])
+def write_tree(folder, contents=CONTENTS):
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 

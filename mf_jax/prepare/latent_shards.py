@@ -1,6 +1,7 @@
 """Write latents of pictures and their mirror images, a shard at a time, and last the manifest."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -58,6 +59,9 @@ class LatentShards:
         self._folder, self._settings, self._class_names = folder, settings, tuple(class_names)
         self._shards: int = settings["num_shards"]
         self._autoencoder = autoencoder
+        problem = f"data.path={str(folder)!r}: a shard cannot be written"
+        fix = "make room, and run again, which continues"
+        self._room = functools.partial(refused, (OSError, RuntimeError), problem, fix)
 
     def has(self, shard: int) -> bool:
         """Return whether a shard is complete, whichever process has made it."""
@@ -112,15 +116,28 @@ class LatentShards:
         if present < self._shards:
             share = f"{present} of {self._shards} shards are there"
             return f"{self._folder}: {share}; the last one brings the manifest"
-        manifest = self._manifest()
+        sides = [self._side(shard) for shard in range(self._shards)]
+        counts = sum((Counter(side["labels"]) for side in sides), Counter())
+        classes = [
+            {"name": name, "count": counts[str(label)]}
+            for label, name in enumerate(self._class_names)
+        ]
+        if not (num_pictures := sum(side["count"] for side in sides)):
+            raise BadInput("prepare.input: none of its pictures can be read; set another folder")
+        if empty := [each["name"] for each in classes if not each["count"]]:
+            fix = f"replace them, or remove the class, delete {self._folder} and prepare again"
+            raise BadInput(f"prepare.input: no picture of class {listed(empty)} can be read: {fix}")
+        skipped = self.skipped(range(self._shards))
+        shards = [
+            {"name": self._path(shard).name}
+            | {key: side[key] for key in ("count", "bytes", "sha256") if key in side}
+            for shard, side in enumerate(sides)
+        ]
+        found = {"num_pictures": num_pictures, "classes": classes, "skipped": skipped}
+        manifest = self._settings | found | {"shards": shards}
         write_json(self._folder / records.MANIFEST, manifest, indent=1)
-        count, skipped = manifest["num_pictures"], len(manifest["skipped"])
-        return f"{self._folder}: {count:,} pictures in {self._shards} shards, {skipped} skipped"
-
-    def _room(self) -> contextlib.AbstractContextManager:
-        problem = f"data.path={str(self._folder)!r}: a shard cannot be written"
-        fix = "make room, and run again, which continues"
-        return refused((OSError, RuntimeError), problem, fix)
+        told = f"{num_pictures:,} pictures in {self._shards} shards, {len(skipped)} skipped"
+        return f"{self._folder}: {told}"
 
     def _path(self, shard: int) -> epath.Path:
         return self._folder / records.shard_name(shard, self._shards)
@@ -130,27 +147,6 @@ class LatentShards:
 
     def _side(self, shard: int) -> dict[str, Any]:
         return read_json(self._side_path(shard), records.SIDE, records.AGAIN)
-
-    def _manifest(self) -> dict[str, Any]:
-        """Return the manifest, a function of the shards alone."""
-        sides = [self._side(shard) for shard in range(self._shards)]
-        if not any(side["count"] for side in sides):
-            raise BadInput("prepare.input: none of its pictures can be read; set another folder")
-        counts = sum((Counter(side["labels"]) for side in sides), Counter())
-        names = list(enumerate(self._class_names))
-        if empty := [name for label, name in names if not counts[str(label)]]:
-            fix = f"replace them, or remove the class, delete {self._folder} and prepare again"
-            raise BadInput(f"prepare.input: no picture of class {listed(empty)} can be read: {fix}")
-        return self._settings | {
-            "num_pictures": sum(side["count"] for side in sides),
-            "classes": [{"name": name, "count": counts[str(label)]} for label, name in names],
-            "skipped": self.skipped(range(self._shards)),
-            "shards": [
-                {"name": records.shard_name(shard, self._shards)}
-                | {key: side[key] for key in ("count", "bytes", "sha256") if key in side}
-                for shard, side in enumerate(sides)
-            ],
-        }
 
 
 @jax.jit
