@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mf_jax.flow.errors import reason_of
 from mf_jax.runtime.archives import check_claim
@@ -40,7 +40,8 @@ def decoded(
     except MemoryError:
         raise
     except Exception as error:  # the decoders of Pillow raise anything
-        raise Broken(reason_of(error)) from error
+        is_none = isinstance(error, UnidentifiedImageError)
+        raise Broken("no picture" if is_none else reason_of(error)) from error
 
 
 def open_picture(content: bytes) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Pictures in a folder, whatever their size and mode: decoded on all cores, kept where they fit."""
+"""Pictures in a folder, whatever their size and mode: decoded on all cores, once where they fit."""
 
 import hashlib
 import math
@@ -14,6 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageColor
 
 from mf_jax.data import crop
+from mf_jax.data.arrays import Rows
 from mf_jax.data.kept import kept
 from mf_jax.data.picture_list import Listed, digest, list_files
 from mf_jax.data.pipeline import Batch, count_held_out
@@ -31,55 +32,38 @@ THREADS = max(16, processes.cpu_count())  # also where there are fewer cores: re
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
 _LOOKED_AT, _COLOUR = 256, "colour"
 _UNREADABLE = (crop.Broken, OSError, BadInput)
+_DECODERS = (PIL.__version__, sha256_of(epath.Path(crop.__file__)))
+Decode = Callable[[int], tuple[UInt8[np.ndarray, "h w c"], int]]
 MODES = {1: "L", 3: "RGB"}
 """Pillow's modes, by the number of channels."""
 
 
 class Pictures:
-    """Pictures and labels that `decode` gives by index, in several threads."""
+    """Pictures and labels that `decode` gives by index in several threads, each time anew."""
 
     stored = None
 
-    def __init__(
-        self,
-        spec: DataSpec,
-        count: int,
-        decode: Callable[[int], tuple[UInt8[np.ndarray, "h w c"], int]],
-        digest: str = "",
-    ) -> None:
+    def __init__(self, spec: DataSpec, count: int, decode: Decode, digest: str = "") -> None:
         self.spec, self.digest, self._count, self._decode = spec, digest, count, decode
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._kept = self._empty(count) if _fit_in_memory(spec.shape, count) else None
-        self._is_kept = np.zeros(count, bool)
 
     def __len__(self) -> int:
         return self._count
 
-    def keep(self, pixels: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n"]) -> None:
-        """Take all pictures and labels, which are decoded already."""
-        self._kept, self._is_kept[:] = (pixels, labels), True
-
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """See `Source.gather`."""
-        if self._kept is None:
-            pixels, labels = self._decode_all(indices)
-            return Batch(from_pixels(pixels), labels)
-        pixels, labels = self._kept
-        missing = np.unique(indices[~self._is_kept[indices]])
-        if missing.size:
-            # Two threads that decode the same picture write the same; the mark comes last.
-            pixels[missing], labels[missing] = self._decode_all(missing)
-            self._is_kept[missing] = True
-        return Batch(from_pixels(pixels[indices]), labels[indices])
+        pixels, labels = _decode_all(self._decode, indices.tolist(), self.spec.shape)
+        return Batch(from_pixels(pixels), labels)
 
-    def _decode_all(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels, labels = self._empty(len(indices))
-        for row, found in enumerate(self._pool.map(self._decode, indices.tolist())):
+
+def _decode_all(
+    decode: Decode, indices: Sequence[int], shape: tuple[int, ...]
+) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]:
+    pixels = np.empty((len(indices), *shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for row, found in enumerate(pool.map(decode, indices)):
             pixels[row], labels[row] = found
-        return pixels, labels
-
-    def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty((count, *self.spec.shape), np.uint8), np.empty(count, np.int32)
+    return pixels, labels
 
 
 def _fit_in_memory(shape: tuple[int, ...], count: int) -> bool:
@@ -88,19 +72,24 @@ def _fit_in_memory(shape: tuple[int, ...], count: int) -> bool:
 
 def of_tfds(
     *, path: str, image_size: int, dataset: str, split_train: str, split_held_out: str, split: str
-) -> Pictures:
+) -> Rows | Pictures:
     """Open a split of a prepared set as `[image_size, image_size, C]`; grey sets have C = 1."""
     tfds_split = split_train if split == "train" else split_held_out
     found = TfdsPictures(dataset, tfds_split, path, encoded=False)
-    names, mode = found.class_names, MODES[found.channels]
+    names, shape = found.class_names, (image_size, image_size, found.channels)
 
     def decode(index: int) -> tuple[np.ndarray, int]:
         pixels, label = found.read(index)
         image = Image.fromarray(pixels[..., 0] if found.channels == 1 else pixels)
-        return crop.adm_crop(crop.as_rgb(image).convert(mode), image_size), label
+        return crop.adm_crop(crop.as_rgb(image).convert(MODES[found.channels]), image_size), label
 
-    shape = (image_size, image_size, found.channels)
-    return Pictures(DataSpec(shape, len(names), names), len(found), decode)
+    def decode_all() -> dict[str, np.ndarray]:
+        return dict(zip(("x", "label"), _decode_all(decode, range(len(found)), shape), strict=True))
+
+    if not _fit_in_memory(shape, len(found)):
+        return Pictures(DataSpec(shape, len(names), names), len(found), decode)
+    arrays = kept([str(shape), *_DECODERS, *found.versions()], decode_all)
+    return Rows(arrays, np.arange(len(found)), names)
 
 
 def of_folder(
@@ -112,7 +101,7 @@ def of_folder(
     class_order: str = "name",
     channels: int = 3,
     background: str = "white",
-) -> Pictures:
+) -> Rows | Pictures:
     """Open a split of a folder or of tar files, of which each picture is decoded once at first.
 
     Broken pictures are named and left out. Digest: of the names and classes of the others.
@@ -150,9 +139,8 @@ def of_folder(
         problems = np.array(_tried(look, range(len(chosen))))
         return {"pixels": pixels[problems[: len(pixels)] == ""], "problems": problems}
 
-    recipe = [path, split, *map(str, (held_out_share, shape, fit, background))]
-    recipe += [PIL.__version__, sha256_of(epath.Path(crop.__file__))]  # the decoders
-    whole = kept([*recipe, *found.versions()], look_at_all)
+    recipe = [split, *map(str, (held_out_share, shape, fit, background))]
+    whole = kept([*recipe, *_DECODERS, *found.versions()], look_at_all)
     problems = zip(chosen, whole["problems"].tolist(), strict=True)
     bad = {index: text for index, text in problems if text}
     good = [index for index in chosen if index not in bad]
@@ -166,10 +154,10 @@ def of_folder(
 
     lines, names = list(found.lines()), found.class_names
     own = digest(lines[index] for index in good)
-    source = Pictures(DataSpec(shape, len(names), names), len(good), decode_good, own)
-    if fit:
-        source.keep(whole["pixels"], np.array(found.labels, np.int32)[good])
-    return source
+    if not fit:
+        return Pictures(DataSpec(shape, len(names), names), len(good), decode_good, own)
+    arrays = {"x": whole["pixels"], "label": np.array(found.labels)[good]}
+    return Rows(arrays, np.arange(len(good)), names, own)
 
 
 def _tell_broken(

@@ -50,6 +50,12 @@ class TfdsPictures:
         """See `Listed.lines`."""
         yield from (self._data.dataset_info.full_name, self._split, str(len(self)))
 
+    def versions(self) -> Iterator[str]:
+        """See `Listed.versions`."""
+        yield from self.lines()
+        for path in sorted(epath.Path(self._data.dataset_info.data_dir).glob("*")):
+            yield f"{path}\0{path.stat().mtime}\0{path.stat().length}"
+
 
 def _open(dataset: str, split: str, path: str, encoded: bool) -> tuple[Any, dict[str, Any]]:
     """Return what TFDS calls a data source, and its features by name."""
