@@ -27,12 +27,7 @@ SOURCES = {
 
 
 def make_source(section: Mapping[str, Any] | ConfigDict, *, split: str) -> Source:
-    """Open one split of the source that a config section describes.
-
-    Args:
-      section: `name`, a key of `SOURCES`, and the arguments of the source; other keys are ignored.
-      split: `train` or `held_out`.
-    """
+    """Open one of `SPLITS` of the source `name` of `SOURCES`, by the keys of a config section."""
     check_known("split", split, SPLITS)
     check_known("name", section.get("name", ""), SOURCES)
     constructor = SOURCES[section["name"]]  # of your own: a class

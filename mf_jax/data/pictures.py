@@ -51,19 +51,19 @@ class Pictures:
 
     def gather(self, indices: Int[np.ndarray, "n"]) -> Batch:
         """See `Source.gather`."""
-        pixels, labels = _decode_all(self._decode, indices.tolist(), self.spec.shape)
-        return Batch(from_pixels(pixels), labels)
+        found = _decode_all(self._decode, indices.tolist(), self.spec.shape)
+        return Batch(from_pixels(found["x"]), found["label"])
 
 
 def _decode_all(
     decode: Decode, indices: Sequence[int], shape: tuple[int, ...]
-) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]:
-    pixels = np.empty((len(indices), *shape), np.uint8)
-    labels = np.empty(len(indices), np.int32)
+) -> dict[str, np.ndarray]:
+    """Return the arrays `Rows` takes."""
+    pixels, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32)
     with ThreadPoolExecutor(THREADS) as pool:
         for row, found in enumerate(pool.map(decode, indices)):
             pixels[row], labels[row] = found
-    return pixels, labels
+    return {"x": pixels, "label": labels}
 
 
 def _fit_in_memory(shape: tuple[int, ...], count: int) -> bool:
@@ -83,12 +83,10 @@ def of_tfds(
         image = Image.fromarray(pixels[..., 0] if found.channels == 1 else pixels)
         return crop.adm_crop(crop.as_rgb(image).convert(MODES[found.channels]), image_size), label
 
-    def decode_all() -> dict[str, np.ndarray]:
-        return dict(zip(("x", "label"), _decode_all(decode, range(len(found)), shape), strict=True))
-
     if not _fit_in_memory(shape, len(found)):
         return Pictures(DataSpec(shape, len(names), names), len(found), decode)
-    arrays = kept([str(shape), *_DECODERS, *found.versions()], decode_all)
+    made_from = [str(shape), *_DECODERS, *found.versions()]
+    arrays = kept(made_from, lambda: _decode_all(decode, range(len(found)), shape))
     return Rows(arrays, np.arange(len(found)), names)
 
 

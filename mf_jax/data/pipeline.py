@@ -120,10 +120,8 @@ def make_batches(
     """Iterate over this process's share of the batches from a step on, without end.
 
     Args:
-      batch_size: rows of the global batch; a multiple of process_count.
-      start_step: k resumes a stream of which k batches were used.
+      batch_size: rows of the global batch, which process_count contiguous shares divide.
       flip: mirror each picture left to right with probability 1/2.
-      process_index: which contiguous share of each batch to return, in [0, process_count).
     """
     import grain  # takes a second, which modes without a stream need not pay
 
