@@ -14,10 +14,10 @@ import pytest
 from jobs import assert_refused, here
 from PIL import Image
 from recorded import FOLDER
+from test_latents import opened
 
 from mf_jax import prepare
 from mf_jax.data.crop import adm_crop
-from mf_jax.data.latents import Latents
 from mf_jax.flow.errors import BadInput
 from mf_jax.metrics.inception import Inception
 from mf_jax.metrics.reference_file import read_reference
@@ -116,8 +116,7 @@ def files(folder):
 
 
 def open_latents(folder):
-    settings = {"latent_mean": (0.0,), "latent_std": (1.0,), "copy_to": "", "split": "train"}
-    return Latents(path=str(folder), image_size=SIZE, autoencoder=str(VAE), **settings)
+    return opened(folder, image_size=SIZE, autoencoder=str(VAE))
 
 
 # what is written
