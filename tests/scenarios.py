@@ -16,7 +16,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jobs import ROOT, TINY, here
-from test_prepare import TOGETHER, places
+from test_prepare import TOGETHER
 
 from mf_jax.main import main as command_line
 from mf_jax.runtime import processes
@@ -137,7 +137,8 @@ def main():
     command("batch", "--config.train.batch_size=10")
     command("mesh", "--config.mesh.fsdp=3")
     command("eval", "--mode=eval", workdir=folder / "run")
-    command("prepare", *places(folder / "pictures", folder / "latents"), config=TOGETHER)
+    places = f"--config.prepare.input={folder}/pictures", f"--config.data.path={folder}/latents"
+    command("prepare", *places, config=TOGETHER)
     host = folder / f"host{index}"
     host.mkdir()
     if index == 0:

@@ -164,7 +164,7 @@ def test_damage_is_named(folder, source):
     path, written = folder / SHARD, (folder / MANIFEST).read_text()
     content = path.read_bytes()
     change_manifest(folder, format_version=2, crop="other")
-    refuses("format_version, crop cannot.*prepare again", source)
+    refuses("format_version, crop must be as in format 1.*prepare again", source)
     (folder / MANIFEST).unlink()
     refuses("holds no latents", source)
     (folder / MANIFEST).write_text(written)

@@ -62,8 +62,8 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         "latent_shape, or the bytes of a shard,": len(shape) == 3 and fits,
     }
     if wrong := ", ".join(key for key, right in is_right.items() if not right):
-        made = f"made in format {FORMAT_VERSION} with crop {CROP!r}"
-        raise BadInput(f"{path}: {wrong} cannot be as it says if {made}: {AGAIN}")
+        needed = f"as in format {FORMAT_VERSION} with crop {CROP!r}"
+        raise BadInput(f"{path}: {wrong} must be {needed}: {AGAIN}")
     return manifest
 
 
