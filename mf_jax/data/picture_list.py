@@ -155,7 +155,7 @@ def _classes(files: list[File], root: epath.Path, key: str) -> list[tuple[str, F
     top = files
     while folder := _to_open(top, pictures):
         below = (f._replace(parts=f.parts[1:]) for f in top if f.parts[0] == folder)
-        top = [file for file in below if file.parts not in ((), ("",))]
+        top = [file for file in below if file.parts]
     flat = [file for file in top if len(file.parts) == 1 and file.name in pictures]
     tars = {posixpath.splitext(f.parts[0])[0]: f for f in top if len(f.parts) == 1 and _is_tar(f)}
     classes: dict[str, list[File]] = {f.parts[0]: [] for f in top if len(f.parts) > 1}
