@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import refuses
-from oracle import BENT, assert_same, class_mean, exact_draws, gaussian_field, joined
+from oracle import (
+    BENT,
+    STD,
+    assert_same,
+    class_mean,
+    exact_draws,
+    gaussian_field,
+    gaussian_velocity,
+    joined,
+)
 
 from configs.digits import get_config as digits
 from mf_jax import (
@@ -24,7 +33,7 @@ from mf_jax import (
 )
 from mf_jax.config import make_objective
 from mf_jax.flow.paths import per_row
-from mf_jax.flow.rows import at_instant
+from mf_jax.flow.rows import at_instant, point_of
 
 FIELD = gaussian_field(lambda condition: class_mean(condition.labels))
 PARAMS, OTHER = jnp.asarray(BENT, jnp.float32), jnp.array([-0.1, 0.2, 0.3, -0.4])
@@ -86,6 +95,20 @@ def test_the_plug_in_is_the_mean_over_alike_data_and_0_where_hidden():
             np.testing.assert_array_equal(rows.tangent, rows.e - rows.x)
             hidden = 0.0 if rows.mask is None else jnp.where(rows.mask, 0, rows.v)
             np.testing.assert_array_equal(hidden, 0)
+
+
+def test_the_plug_in_nears_the_velocity_of_gaussian_data_as_they_grow_in_number():
+    rows, mean = exact_draws(5, num_interval=40, some_dropped=False).interval, class_mean(0)
+    rows = rows.replace(x=rows.x[:, :1], e=rows.e[:, :1], condition=0 * rows.condition)
+    truth, errors = gaussian_velocity(point_of(rows), rows.t[:, None], mean), []
+    for num in (20, 2000, 200_000):
+        data = np.random.default_rng(1).normal(float(mean), STD, (num, 1))
+        estimate = VelocityEstimate("data", 1.0, data=data, labels=np.zeros(num, int))
+        found = _estimated(estimate, Draws(jax.tree.map(lambda a: a[:0], rows), rows)).interval
+        inside = (rows.t > 0.3)[:, None]  # where many of the data count
+        errors.append(float(jnp.sqrt(jnp.mean(((found.v - truth) ** 2)[inside]))))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2], errors
+    assert errors[2] < 0.01
 
 
 def test_drawn_guidance_is_of_the_target_alone():
