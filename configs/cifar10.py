@@ -10,52 +10,35 @@ Evaluation: --mode=eval, 50,000 samples, at 1 and 2 steps.
 Command: python -m mf_jax.main --config=configs/cifar10.py (or configs/cifar10.py:soflow)
 """
 
-from ml_collections import ConfigDict
-
 from configs.default import get_config as defaults
-from configs.rows import choose, soflow_as_published
+from configs.rows import join, soflow_as_published, table
 
 STEPS = 768_000
 """16,000 epochs of 48 batches."""
-ROWS = {
-    "": {},
-    "paper": {"times.order": "swap"}
-    | {f"times.{letter}_mean": -2.0 for letter in "tr"}
-    | {f"times.{letter}_std": 2.0 for letter in "tr"},
-    "soflow": soflow_as_published(STEPS)
-    | {
-        "objective.alpha_start": 1.0,
-        "objective.alpha_end": 0.0003125,
-        "times.t_mean": -0.9,
-        "draws.instant_share": 0.0,
-        "model.dropout": 0.30,
-        "optim.name": "radam",
-        "optim.lr": 1e-4,
-        "optim.warmup_steps": 0,  # radam has its own
-        "ema.decays": (0.9999,),
-        "eval.emas": ("",),
-    },
-}
-
-
-def get_config(row: str = "") -> ConfigDict:
-    """Return the config of a row, by default of MeanFlow."""
-    config = defaults()
-    config.data.name, config.data.path = "image_folder", "data/cifar10"
-    config.data.image_size, config.data.augment = 32, "edm"
-    config.data.held_out_share = 1e-6  # one picture: evaluation has its reference
-    config.model.name, config.model.dropout = "unet", 0.2
-    config.times.t_mean, config.times.t_std = -0.6, 1.6
-    config.times.r_mean, config.times.r_std, config.times.order = -4.0, 1.6, "clip"
-    config.draws.instant_share, config.draws.label_drop_share = 0.25, 0.0
-    config.weight.p, config.weight.c = 0.75, 1e-3
-    config.train.num_steps, config.train.batch_size = STEPS, 1024
-    config.optim.lr, config.optim.warmup_steps, config.optim.b2 = 6e-4, 9_600, 0.999
-    config.ema.decays, config.ema.every_steps = (0.9999, 0.99995, 0.9996), 16
-    config.ema.rampup = 0.0
-    config.log.sample_every_steps = config.checkpoint.every_steps = 5_000
-    config.eval.num_samples, config.eval.steps = 50_000, (1, 2)
-    config.eval.emas = ("0.9999", "0.99995", "0.9996")
-    config.eval.references = ("data/cifar10_reference.npz",)
-    config.update_from_flattened_dict(choose("configs/cifar10.py", row, ROWS))
-    return config
+SHARED = dict(
+    data=dict(name="image_folder", path="data/cifar10", image_size=32, augment="edm")
+    | dict(held_out_share=1e-6),  # one picture: evaluation has its reference
+    model=dict(name="unet", dropout=0.2),
+    times=dict(t_mean=-0.6, t_std=1.6, r_mean=-4.0, r_std=1.6, order="clip"),
+    draws=dict(instant_share=0.25, label_drop_share=0.0),
+    weight=dict(p=0.75, c=1e-3),
+    train=dict(num_steps=STEPS, batch_size=1024),
+    optim=dict(lr=6e-4, warmup_steps=9_600, b2=0.999),
+    ema=dict(decays=(0.9999, 0.99995, 0.9996), every_steps=16, rampup=0.0),
+    log=dict(sample_every_steps=5_000),
+    checkpoint=dict(every_steps=5_000),
+    eval=dict(num_samples=50_000, steps=(1, 2), emas=("0.9999", "0.99995", "0.9996"))
+    | dict(references=("data/cifar10_reference.npz",)),
+)
+PAPER = dict(times=dict(order="swap", t_mean=-2.0, t_std=2.0, r_mean=-2.0, r_std=2.0))
+SOFLOW = dict(
+    objective=dict(alpha_start=1.0, alpha_end=0.0003125),
+    times=dict(t_mean=-0.9),
+    draws=dict(instant_share=0.0),
+    model=dict(dropout=0.30),
+    optim=dict(name="radam", lr=1e-4, warmup_steps=0),  # radam has its own
+    ema=dict(decays=(0.9999,)),
+    eval=dict(emas=("",)),
+)
+ROWS = {"": {}, "paper": PAPER, "soflow": join(soflow_as_published(STEPS), SOFLOW)}
+get_config = table("configs/cifar10.py", defaults, SHARED, ROWS)

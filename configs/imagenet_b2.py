@@ -3,8 +3,8 @@
 Hardware: GPUs or TPUs. Command: python -m mf_jax.main --config=configs/imagenet_b2.py
 """
 
-import functools
+from functools import partial
 
 from configs.imagenet import get_config as row
 
-get_config = functools.partial(row, "b2")
+get_config = partial(row, "b2")

@@ -4,21 +4,20 @@ Hardware: 2 CPU cores, under 2 minutes. Expected: one-step samples on both moons
 Command: bash launch/local.sh --config=configs/toy2d.py
 """
 
-from ml_collections import ConfigDict
-
 from configs.default import get_config as defaults
+from configs.rows import table
 
-
-def get_config() -> ConfigDict:
-    """Return the config."""
-    config = defaults()
-    config.data.name, config.data.toy = "toy2d", "two_moons"
-    config.model.name, config.model.depth, config.model.width = "mlp", 3, 128
-    config.weight.p, config.times.name = 0.25, "uniform"
-    config.draws.instant_share, config.draws.label_drop_share = 0.5, 0.0
-    config.train.num_steps, config.train.batch_size = 2500, 512
-    config.optim.lr, config.optim.schedule = 3e-3, "cosine"
-    config.ema.decays = (0.995,)
-    config.log.sample_every_steps, config.checkpoint.every_steps = 500, 1000
-    config.sample.num = config.eval.num_samples = 5000
-    return config
+SETTINGS = dict(
+    data=dict(name="toy2d", toy="two_moons"),
+    model=dict(name="mlp", depth=3, width=128),
+    weight=dict(p=0.25),
+    times=dict(name="uniform"),
+    draws=dict(instant_share=0.5, label_drop_share=0.0),
+    train=dict(num_steps=2500, batch_size=512),
+    optim=dict(lr=3e-3, schedule="cosine"),
+    ema=dict(decays=(0.995,)),
+    log=dict(sample_every_steps=500),
+    sample=dict(num=5000),
+    eval=dict(num_samples=5000),
+)
+get_config = table("configs/toy2d.py", defaults, SETTINGS, {"": {}})

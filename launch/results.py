@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 import mf_jax
 from configs import digits, mnist
+from configs.rows import join
 from launch import runner
 from launch.runner import QUIET, Result, Results, as_table, score, whole_run
 from mf_jax.bench.step import compile_step
@@ -34,14 +35,15 @@ NUM_STEPS = {"digits": 1200, "mnist": 800}
 SEEDS, STEPS, SHOWN = 3, (1, 2, 4, 8), 20
 METHODS = {
     "MeanFlow": digits.ROWS[""],
-    "improved MeanFlow": {"objective.name": "improved_meanflow", "objective.velocity": "boundary"},
+    "improved MeanFlow": dict(objective=dict(name="improved_meanflow", velocity="boundary")),
     "alpha-Flow": digits.ROWS["alpha_flow"],
     "SoFlow": digits.ROWS["soflow"],
     "SplitMeanFlow": digits.ROWS["split_meanflow"],
     "Shortcut": digits.ROWS["shortcut"],
     "terminal velocity": digits.ROWS["terminal_velocity"],
-    "consistency": digits.ROWS["consistency"] | {"eval.renoise": True},
-    "flow matching": digits.ROWS["flow_matching"] | {"guidance.omega": 1.0},  # has no target for it
+    "consistency": join(digits.ROWS["consistency"], dict(eval=dict(renoise=True))),
+    # it has no target for guidance
+    "flow matching": join(digits.ROWS["flow_matching"], dict(guidance=dict(omega=1.0))),
 }
 SCORES = {  # heading, format, what the best is
     "class_accuracy": ("share in its class", ".1%", max),
@@ -71,8 +73,8 @@ def make_config(row: Row, num_steps: int) -> ConfigDict:
     file, config = os.environ.get("MF_MNIST", ""), GROUPS[row.group]()
     data = {"data.name": "arrays", "data.path": file} if file and row.group == "mnist" else {}
     steps = {"train.num_steps": num_steps, "objective.anneal_to": num_steps, "eval.steps": STEPS}
-    own = {**METHODS[row.method], **QUIET, **data, **steps, "seed": row.seed}
-    config.update_from_flattened_dict(own)
+    config.update(METHODS[row.method])
+    config.update_from_flattened_dict({**QUIET, **data, **steps, "seed": row.seed})
     return config
 
 
