@@ -77,11 +77,8 @@ class Generator:
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        classes = f"{self.spec.num_classes} classes" if self.spec.num_classes else "no classes"
-        return (
-            f"Generator({self.config.model.name} of {count:,} parameters, samples of shape "
-            f"{self.spec.shape}, {classes}, step {self.step}, ema {self.ema})"
-        )
+        made = f"{self.config.model.name} of {count:,} parameters, step {self.step}, ema {self.ema}"
+        return f"Generator({made}, samples of shape {self.spec.shape})"
 
     def sample(
         self,

@@ -12,7 +12,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -169,18 +168,15 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         (workdir / "parameters.txt").write_text(overview + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(
-        f"{count:,} parameters, {len(source):,} training examples of shape {source.spec.shape}, "
-        f"{_hardware()}" + (f"; continuing at step {int(state.step)}" if int(state.step) else "")
-    )
+    data = f"{len(source):,} training examples of shape {source.spec.shape}"
+    step = int(state.step)
+    done = f"; continuing at step {step}" if step else ""
+    print(f"{count:,} parameters, {data}, {_hardware()}{done}")
 
 
 def _hardware() -> str:
-    device, count = jax.devices()[0], jax.device_count()
-    kind = device.platform if device.platform == "cpu" else device.device_kind
-    cores = f" of {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    several = f" in {jax.process_count()} processes" if processes.are_several() else ""
-    return f"{count} {kind} device{'s' * (count > 1)}{cores}{several}"
+    kind, cores = jax.devices()[0].device_kind, f" of {processes.cpu_count()} cores"
+    return f"{jax.device_count()} x {kind}" + cores * (kind == "cpu")
 
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
@@ -218,7 +214,7 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
                 if log:
                     log.write(done, metrics | {"learning_rate": float(schedule(done - 1))})
             if is_stopped or run.is_due(done, config.checkpoint.every_steps):
-                _check_finite(state, run.checkpoints)
+                _read_metrics(state, run.checkpoints)  # all finite
                 run.checkpoints.save(state)
             if run.is_due(done, config.log.sample_every_steps):
                 _draw(run, state, log)
@@ -250,10 +246,11 @@ def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog
     return RunLog(run.workdir, **sizes, show_progress=wanted, hardware=_hardware())
 
 
-def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    if (step := int(state.first_bad_step)) == NEVER:
-        return
+def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:
+    """Return the metrics since the last log, which are finite, without bins that no row hit."""
     metrics = jax.device_get(state.metrics)
+    if (step := int(state.first_bad_step)) == NEVER:
+        return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}
     names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))
     saved = checkpoints.steps
     intact = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
@@ -261,10 +258,3 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
         f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
         "optim.warmup_steps or optim.clip_norm=1 in another workdir"
     )
-
-
-def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:
-    """Return the metrics since the last log; bins that no row fell into are left out."""
-    _check_finite(state, checkpoints)
-    metrics = jax.device_get(state.metrics)
-    return {name: float(metric.compute()) for name, metric in metrics.items() if metric.count}

@@ -25,7 +25,7 @@ from mf_jax.flow.sampler import SamplePlan
 from mf_jax.generator import Generator
 from mf_jax.runtime.sharding import make_mesh
 from mf_jax.sampling import web_page
-from mf_jax.sampling.program import write_program
+from mf_jax.sampling.export import write_program
 
 COLOUR = DataSpec((4, 8, 3), 3, ("</script>", "b", "c"))
 SMALL = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.patch_size": 2}
