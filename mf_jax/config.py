@@ -54,12 +54,9 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
     kind, delta = config.objective.derivative, config.objective.derivative_delta
     with in_section("objective"):
         parts["derivative"] = Derivative(kind, delta)
-        if "derivative" not in fields and (kind, delta) != ("jvp", 0):
-            able = [k for k, v in OBJECTIVES.items() if "derivative" in fields_of(v)]
-            raise BadInput(
-                f"derivative={kind!r}, derivative_delta={delta}: {config.objective.name} takes no "
-                f"derivative in t; use jvp and 0, or objective.name={' | '.join(able)}"
-            )
+        if "derivative" not in fields and parts["derivative"] != Derivative():
+            problem = f"{config.objective.name} takes no derivative in t; use jvp and 0"
+            raise BadInput(f"derivative={kind!r}, derivative_delta={delta}: {problem}")
     own = {name: part for name, part in parts.items() if name in fields}
     made = from_section(objective, config.objective, **own)
     known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
@@ -135,16 +132,15 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     for key in ("depth", "num_blocks", "head_depth", "r_blocks"):
         if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
             raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
-    told = {"num_classes": spec.num_classes}
-    told |= {"levels": config.times.levels} if "levels" in fields_of(network) else {}
     augment = look_up("data.augment", config.data.augment, AUGMENTATIONS)
-    for key, size in zip(_TOLD, (spec.condition_size, augment.num_labels), strict=True):
-        told |= {key: size} if size else {}
-        able = [k for k, each in NETWORKS.items() if key in fields_of(each)]
-        if size and model.name not in able:
-            problem = _TOLD[key].format(", ".join(able))
-            raise BadInput(f"model.name={model.name!r}: is told {problem}")
-    made = from_section(network, fields, **told)
+    told = {"num_classes": spec.num_classes, "levels": config.times.levels}
+    told |= {"condition_size": spec.condition_size, "augment_labels": augment.num_labels}
+    for key in ("condition_size", "augment_labels"):
+        if told[key] and key not in fields_of(network):
+            able = ", ".join(k for k, each in NETWORKS.items() if key in fields_of(each))
+            problem = f"takes no {key}, which the data or data.augment bring; use one of {able}"
+            raise BadInput(f"model.name={model.name!r}: {problem}")
+    made = from_section(network, {**fields, **told})
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
 
@@ -153,10 +149,6 @@ def fields_of(part: Callable) -> set[str]:
     return set(inspect.signature(part).parameters)
 
 
-_TOLD = {
-    "condition_size": "no condition but classes; use one of {}, or data without `condition`",
-    "augment_labels": "nothing of how pictures were moved; use one of {}, or data.augment=none",
-}
 _MOST_LAYERS = 500  # tracing more takes minutes
 _AT_LEAST_ONE = {"depth", "width", "num_heads", "patch_size", "channels", "num_blocks", "rank"}
 

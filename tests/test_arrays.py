@@ -68,7 +68,9 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
         more = ["--config.model.name=mlp"] if name == "vectors" else guided
         more += [f"--config.data.path={file}", f"--workdir={run}"]
         if name == "signals":
-            assert_refused(here(*TINY, *more), "coupling.name='optimal_transport': deals the noise")
+            assert_refused(
+                here(*TINY, *more), "coupling.name='optimal_transport': the data are pairs"
+            )
             more += ["--config.coupling.name=independent"]
         works(*TINY, *more)
         works("--mode=eval", f"--workdir={run}")

@@ -142,7 +142,7 @@ def test_each_row_is_told_its_own_labels_and_a_step_repeats_them():
 def test_what_cannot_be_moved_or_told_is_refused():
     config = cifar10.get_config()
     for config.model.name, shape, message in (
-        ("dit", (32, 32, 3), "model.name='dit': is told nothing of how .*one of unet, or"),
+        ("dit", (32, 32, 3), "model.name='dit': takes no augment_labels.*one of unet"),
         ("mlp", (2,), "data.augment: only pictures that bring nothing"),
     ):
         refuses(message, validate, config, num_devices=1, source=Noise(DataSpec(shape)))

@@ -21,7 +21,6 @@ from mf_jax.config import (
 )
 from mf_jax.data import SOURCES, Source, make_source
 from mf_jax.flow.errors import BadInput, in_section
-from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.flow.velocities import PLUG_INS
 from mf_jax.models import NETWORKS, parameter_shapes
@@ -88,20 +87,11 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
             network = make_network(config, spec)
             if not any(problem.startswith("model.") for problem in wrong):
                 parameter_shapes(network, spec.shape)  # finds what does not fit
-        if objective and config.model.name in NETWORKS:
-            problems += _wrong_guidance(config, objective, spec)
-            problems += _wrong_network(config, objective, spec)
         with collect(), in_section("sample"):
             spec.check_asked(config.sample.labels)
             spec.check_labels(config.sample.labels, has_null=has_null(config))
-        if config.data.flip and not spec.is_picture:
-            problems.append("data.flip=True: only images can be mirrored; use data.flip=False")
-        is_moved, dealt = config.data.augment != "none", config.coupling.name != "independent"
-        if is_moved and (not spec.is_picture or spec.more or source.stored):
-            problems.append("data.augment: only pictures that bring nothing are moved; use none")
-        if is_moved and (dealt or config.velocity.source in PLUG_INS):
-            fix = "use coupling.name=independent and velocity.source=sample, or data.augment=none"
-            problems.append(f"data.augment: noise must not tell how a picture was moved; {fix}")
+        if objective and config.model.name in NETWORKS:
+            problems += _misfits(config, objective, source)
     if problems:
         raise BadInput("; ".join(dict.fromkeys(problems)))  # several checks build the same part
     return source
@@ -124,46 +114,40 @@ def _check_batch(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-def _wrong_guidance(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:
-    """Yield why the data, the objective or the network cannot be guided as the config wants it."""
-    omega, kappa, omega_max = config.guidance.omega, config.guidance.kappa, config.draws.omega_max
-    is_guided, is_drawn = (omega, kappa) != (1, 0), omega_max > 1
-    if not (is_guided or is_drawn):
-        return
-    setting = f"guidance.omega={omega}, guidance.kappa={kappa}, draws.omega_max={omega_max}"
-    off = "use omega=1, kappa=0, omega_max=1"
-    if spec.num_classes == spec.condition_size == 0:
-        yield f"{setting}: the data have no labels to guide by; {off}"
-    if not objective.guidable:
-        yield f"{setting}: {config.objective.name} has no guidance in its target; {off}"
-    if is_guided and is_drawn:
-        yield f"{setting}: guidance is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
-    able = [name for name, each in NETWORKS.items() if getattr(each, "guidance_inputs", ())]
-    name = config.model.name
-    is_told = config.model.told_guidance or "told_guidance" not in fields_of(NETWORKS[name])
-    if is_drawn and not (name in able and is_told):
-        fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
-        yield f"{setting}: model.name={name} cannot be told guidance; {fix}"
-    if is_drawn and config.draws.omega_min > 1 and config.velocity.source in ("network", "average"):
-        problem = "is asked for the scale 1, which it would never learn"
-        yield f"velocity.source={config.velocity.source!r}: {problem}; use draws.omega_min=1.0"
-    if is_guided and config.objective.name == "shortcut" and config.times.name != "dyadic":
-        problem = "guides the halves of its shortest steps alone; use times.name=dyadic"
-        yield f"times.name={config.times.name!r}: guided, shortcut {problem}"
-    if config.weight.of_interval == 1 and config.draws.label_drop != "any_row":
-        problem = "leaves rows without label no weight, which guidance asks for"
-        yield f"weight.of_interval=1.0: {problem}; use draws.label_drop=any_row"
-    if config.draws.label_drop_share == 0:
-        yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
-
-
-def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> Iterator[str]:
-    """Yield what the objective needs and the network, or the data, do not have."""
-    model, name = config.model, config.objective.name
-    network = NETWORKS[model.name]
+def _misfits(config: ConfigDict, objective: Objective, source: Source) -> Iterator[str]:
+    """Yield what the data, the objective, the network and the guidance lack of one another."""
+    model, draws, spec, times = config.model, config.draws, source.spec, config.times.name
+    network, name, estimate = NETWORKS[model.name], config.objective.name, config.velocity.source
+    omega, kappa, omega_max = config.guidance.omega, config.guidance.kappa, draws.omega_max
+    is_fixed, is_drawn = (omega, kappa) != (1, 0), omega_max > 1
+    is_plug_in, is_dealt = estimate in PLUG_INS, config.coupling.name != "independent"
+    has_instants = draws.instant_share > 0 or draws.instant_of_every_row
+    choices, inputs = fields_of(OBJECTIVES[name]), fields_of(network)
+    if is_fixed or is_drawn:
+        setting = f"guidance.omega={omega}, guidance.kappa={kappa}, draws.omega_max={omega_max}"
+        off = "use omega=1, kappa=0, omega_max=1"
+        if spec.num_classes == spec.condition_size == 0:
+            yield f"{setting}: the data have no labels to guide by; {off}"
+        if not objective.guidable:
+            yield f"{setting}: {name} has no guidance in its target; {off}"
+        if is_fixed and is_drawn:
+            yield f"{setting}: is either fixed or drawn; use omega=1, kappa=0, or omega_max=1"
+        able = [k for k, each in NETWORKS.items() if getattr(each, "guidance_inputs", ())]
+        is_told = model.told_guidance or "told_guidance" not in inputs
+        if is_drawn and not (model.name in able and is_told):
+            fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
+            yield f"{setting}: model.name={model.name} cannot be told guidance; {fix}"
+        if is_drawn and draws.omega_min > 1 and estimate in ("network", "average"):
+            yield f"velocity.source={estimate!r}: needs the scale 1; use draws.omega_min=1.0"
+        if is_fixed and name == "shortcut" and times != "dyadic":
+            yield f"times.name={times!r}: shortcut is guided in its shortest steps; use dyadic"
+        if config.weight.of_interval == 1 and draws.label_drop != "any_row":
+            fix = "use draws.label_drop=any_row"
+            yield f"weight.of_interval=1.0: leaves rows without label no weight; {fix}"
+        if draws.label_drop_share == 0:
+            yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
     if objective.second_order and model.attention == "fused":
-        problem = "with or without controls, takes the gradient of a derivative; use xla"
-        yield f"model.attention='fused': {name}, {problem}"
+        yield f"model.attention='fused': {name} takes the gradient of a derivative; use xla"
     if (kind := config.objective.derivative) != "jvp" and model.dtype == "bfloat16":
         problem = "differences of bfloat16 numbers are rounding errors"
         yield f"objective.derivative={kind!r}: {problem}; use jvp, or float32"
@@ -173,38 +157,36 @@ def _wrong_network(config: ConfigDict, objective: Objective, spec: DataSpec) -> 
         yield f"objective.velocity='head': the network has no second head; use {fix}"
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
-    if spec.has_pairs and config.coupling.name != "independent":
-        problem = "deals the noise, and the data are pairs; use independent"
-        yield f"coupling.name={config.coupling.name!r}: {problem}"
-    if spec.has_pairs and config.velocity.source in PLUG_INS:
-        problem = "takes noise and data for independent, and the data are pairs; use sample"
-        yield f"velocity.source={config.velocity.source!r}: {problem}"
+    if spec.has_pairs and is_dealt:
+        yield f"coupling.name={config.coupling.name!r}: the data are pairs; use independent"
+    if spec.has_pairs and is_plug_in:
+        yield f"velocity.source={estimate!r}: the data are pairs; use sample"
     if config.weight.of_interval and not (objective.learns_average and objective.interval_data):
         yield f"weight.of_interval: {name} learns the data from rows with r = t alone; use 0.0"
-    draws = config.draws
-    if not (objective.interval_data or draws.instant_share or draws.instant_of_every_row):
+    if not (objective.interval_data or has_instants):
         yield f"draws.instant_share=0.0: {name} learns the data from rows with r = t; use 0.75"
-    if not objective.interval_data and config.times.name == "consistency":
-        problem = f"ends all intervals at the data, and {name} learns from others; use uniform"
-        yield f"times.name='consistency': {problem}"
-    is_guided = config.guidance.omega != 1 or config.guidance.kappa > 0 or draws.omega_max > 1
-    has_choice = "velocity" in fields_of(OBJECTIVES[name])
-    asks_own = has_choice and config.objective.velocity == "boundary"
-    asks_own |= config.velocity.source == "network"
-    has_instants = draws.instant_share > 0 or draws.instant_of_every_row
-    if ends_at_data(config) and (is_guided or asks_own) and not has_instants:
+    if not objective.interval_data and times == "consistency":
+        problem = f"ends all intervals at the data, and {name} learns from others"
+        yield f"times.name='consistency': {problem}; use uniform"
+    asks_own = "velocity" in choices and config.objective.velocity == "boundary"
+    asks_own |= estimate == "network" or is_fixed or is_drawn
+    if ends_at_data(config) and asks_own and not has_instants:
         problem = "with times.name=consistency no row trains u(z, t, t), which targets ask for"
         yield f"draws.instant_share=0.0: {problem}; use 0.5"
-    able = "perceptual" in fields_of(OBJECTIVES[name])
-    if sees_pictures(config) and not (able and spec.shape[2:] == (3,)):
-        yield (
-            f"perceptual: {name} on data of shape {spec.shape}; only pixel_meanflow has such "
-            "terms, on pictures with three channels; use perceptual.lpips=0.0 and convnext=0.0"
-        )
-    knows_r = "time_conditioning" not in fields_of(network)
-    if objective.learns_average and model.time_conditioning == "t" and not knows_r:
+    if sees_pictures(config) and not ("perceptual" in choices and spec.shape[2:] == (3,)):
+        problem = f"is for pixel_meanflow on colour pictures, not {name} on {spec.shape}"
+        yield f"perceptual: {problem}; use perceptual.lpips=0.0 and convnext=0.0"
+    is_untold = model.time_conditioning == "t" and "time_conditioning" in inputs
+    if objective.learns_average and is_untold:
         problem = f"a network that is not told r can only learn flow_matching, not {name}"
         yield f"model.time_conditioning='t': {problem}; use t,t-r, or t|r with model.name=dit"
+    if config.data.flip and not spec.is_picture:
+        yield "data.flip=True: only images can be mirrored; use data.flip=False"
+    if config.data.augment != "none" and (not spec.is_picture or spec.more or source.stored):
+        yield "data.augment: only pictures that bring nothing are moved; use none"
+    if config.data.augment != "none" and (is_dealt or is_plug_in):
+        fix = "use coupling.name=independent and velocity.source=sample, or data.augment=none"
+        yield f"data.augment: noise must not tell how a picture was moved; {fix}"
 
 
 def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
