@@ -2,9 +2,11 @@
 
 Command: python -m mf_jax.main --config=configs/imagenet.py:ROW
 Hardware: GPUs or TPUs; hours of an H100, reckoned from the FLOPs at 40 % of the bfloat16 peak.
-Evaluation: --mode=eval. docs/imagenet.md has the rows, and what else is known of them.
+Evaluation: --mode=eval. Table of docs/imagenet.md: python -m configs.imagenet --write
 """
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from configs.default import get_config as defaults
@@ -223,3 +225,22 @@ def _settings(row: Row) -> Settings:
 
 _ROWS = {name: _settings(row) for name, row in ROWS.items()}
 get_config = table("configs/imagenet.py", defaults, {}, _ROWS)
+
+
+def page(text: str) -> str:
+    """Return the text of docs/imagenet.md with the table between its two marks written anew."""
+    heads = ("row", "network", "pixels", "parameters", "epochs", "batch")
+    lines = [[*heads, "FID at 1 step", "at 2", "guidance", "H100 hours"], ["---"] * 10]
+    for name, row in ROWS.items():
+        origin = "trained" if row.network.startswith("DiT") else "chosen"
+        guidance = "{:g} in [{:g}, {:g}], {}".format(*row.guidance, origin) if row.guidance else ""
+        run = row.network, row.pixels, f"{row.millions}M", row.epochs, row.batch
+        lines.append([f"`{name}`", *run, row.one, row.two, guidance, f"{row.hours:,}"])
+    before, start, rest = text.partition("<!-- python -m configs.imagenet --write -->\n")
+    rows = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return before + start + rows + "".join(rest.partition("<!-- end -->")[1:])
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    docs = Path(__file__).parent.parent / "docs" / "imagenet.md"
+    docs.write_text(page(docs.read_text()))
