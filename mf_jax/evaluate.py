@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         rows = evaluation.watch()
     else:
         rows = evaluation.score_grid(evaluation.steps())  # first: a model may be refused
-        rows = (evaluation.score(*real) if data else []) + rows
+        rows = [*(evaluation.score(*real) if data else ()), *rows]
     if not processes.is_first():  # which alone has all scores
         return
     table = score_rows.as_table(rows)
@@ -86,12 +86,11 @@ def _check(config: ConfigDict) -> None:
     if section.watch and (section.samples or section.checkpoints):
         others = "leave eval.samples and eval.checkpoints out"
         raise BadInput(f"eval.watch=True: scores every new checkpoint of a run; {others}")
-    needs_references = section.samples or section.watch or config.data.name == "latents"
-    if needs_references and not section.references:
-        raise BadInput(
-            "eval.references=(): eval.samples, eval.watch and latents are compared with reference "
-            "statistics; name at least one .npz"
-        )
+    if not section.references and (
+        section.samples or section.watch or config.data.name == "latents"
+    ):
+        what = "eval.samples, eval.watch and latents are compared with reference statistics"
+        raise BadInput(f"eval.references=(): {what}; name at least one .npz")
 
 
 def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
@@ -177,39 +176,36 @@ class Evaluation:
 
     def watch(self) -> list[Row]:
         """Score all checkpoints, the newest first, until the run's last step is scored."""
-        self._wait_for_run()
-        steps, done, failed = [], set(), set()
-        while True:
-            before, steps = steps, self.steps()
-            for step in sorted(set(before) - set(steps) - done):
-                print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
-            done, failed = done & set(steps), failed & set(steps)
-            # one that cannot be read is tried again, last: it may be damaged, or not all here yet
-            waiting = sorted(set(steps) - done, key=lambda step: (step not in failed, step))
-            last = run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
-            last = processes.from_first(last)
-            if not waiting and steps and steps[-1] >= last:
-                return score_rows.read_rows(self.workdir)
-            if not waiting or waiting[-1] in failed:
-                time.sleep(_POLL_SECONDS)
-            if not waiting:
-                continue
-            try:
-                self.score_grid(waiting[-1:])
-                done.add(waiting[-1])
-            except UnreadableCheckpoint as problem:
-                if waiting[-1] in failed:
-                    print(f"checkpoint {waiting[-1]} is left out: {problem}", flush=True)
-                    done.add(waiting[-1])
-                failed.add(waiting[-1])
-
-    def _wait_for_run(self) -> None:
         if not self.is_run:
             print(f"waiting for a run in {self.workdir}", flush=True)
         while not processes.from_first(self.is_run):
             time.sleep(_POLL_SECONDS)
         with processes.together():
             _check_workdir(self.config, self.workdir)
+        tries: dict[int, int] = {}  # of each checkpoint seen: after two it is done with
+        while True:
+            steps = self.steps()
+            for step in sorted(step for step in set(tries) - set(steps) if tries[step] < 2):
+                print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
+                tries[step] = 2
+            left = [step for step in steps if tries.setdefault(step, 0) < 2]
+            last = run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
+            last = processes.from_first(last)
+            if not left and steps and steps[-1] >= last:
+                return score_rows.read_rows(self.workdir)
+            # one that cannot be read is tried again, last: it may be damaged, or not all here yet
+            step = max(left, key=lambda step: (-tries[step], step), default=None)
+            if step is None or tries[step]:
+                time.sleep(_POLL_SECONDS)
+            if step is None:
+                continue
+            tries[step] += 1
+            try:
+                self.score_grid([step])
+                tries[step] = 2
+            except UnreadableCheckpoint as problem:
+                if tries[step] == 2:
+                    print(f"checkpoint {step} is left out: {problem}", flush=True)
 
     def _load(self, checkpoint: int, ema: str) -> Generator:
         if ema == "init":
@@ -218,10 +214,9 @@ class Evaluation:
             generator = load_run(self.workdir, self.config, ema, checkpoint)
         ours, data = generator.spec, self.data and self.data.spec
         if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
-            raise BadInput(
-                f"init.path={generator.ema}: its samples are of {ours.shape}, {ours.num_classes} "
-                f"classes, the data of {data.shape} and {data.num_classes}; use their own config"
-            )
+            problem = f"its samples are of {ours.shape}, {ours.num_classes} classes"
+            fix = f"the data of {data.shape}, {data.num_classes}: use their own config"
+            raise BadInput(f"init.path={generator.ema}: {problem}, {fix}")
         return generator
 
     def _protocol(self, cell: Cell, model: Callable[[], Generator]) -> Row:
@@ -267,13 +262,14 @@ class Evaluation:
             labels = in_shares(held_out.labels, num, section.seed)
         batches = generator.batches(labels, cell.plan, given)
         if generator.spec.is_picture:
+            file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
             evaluations = len(cell.plan.grid) - 1
             caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)
-            batches = self._pictures(batches, labels, generator, name, caption)
+            batches = self._pictures(batches, labels, generator, f"{PICTURES}/{file}.png", caption)
         return Samples(name, batches, labels, cell.plan.batch_size, targets)
 
     def _pictures(
-        self, batches: Iterator, labels: np.ndarray, generator: Generator, name: str, caption: str
+        self, batches: Iterator, labels: np.ndarray, generator: Generator, file: str, caption: str
     ) -> Iterator:
         """Yield samples as bytes, and draw the first ones."""
         for x, index in batches:
@@ -281,12 +277,10 @@ class Evaluation:
             if index[0] == 0:
                 shown = processes.on_host(pixels)[: min(_NUM_SHOWN, len(labels))]
                 if processes.is_first():
-                    file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_") + ".png"
-                    path = self.workdir / PICTURES / file
                     first, names = labels[: len(shown)], generator.spec.class_names
-                    with left_out(f"{PICTURES}/{file}"):
-                        path.parent.mkdir(exist_ok=True)
-                        save_sample_grid(path, shown, first, names, caption=caption)
+                    with left_out(file):
+                        (self.workdir / PICTURES).mkdir(exist_ok=True)
+                        save_sample_grid(self.workdir / file, shown, first, names, caption=caption)
             yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:

@@ -51,11 +51,8 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     autoencoder = _load_autoencoder(path)
     verify(config.data.autoencoder, autoencoder.sha256)
     if origin not in ("", autoencoder.sha256):
-        raise BadInput(
-            f"data.autoencoder={config.data.autoencoder!r}: {path} has the SHA-256 "
-            f"{autoencoder.sha256}, but the run's latents come from {origin}; use the autoencoder "
-            "that made them"
-        )
+        problem = f"has the SHA-256 {autoencoder.sha256}, but the run's latents come from {origin}"
+        raise BadInput(f"data.autoencoder={path}: {problem}; use the one that made them")
     scale = (config.data.latent_mean, config.data.latent_std)
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
 
@@ -159,10 +156,8 @@ class Generator:
                 {name: place(each[index % len(each)]) for name, each in given.items()},
             )
             if bad := int((~on_host(is_good) & (index < len(labels))).sum()):
-                raise BadInput(
-                    f"{bad} of {len(labels)} samples are not finite: the network has diverged; "
-                    "take an earlier checkpoint, or train with a lower optim.lr"
-                )
+                fix = "take an earlier checkpoint, or train with a lower optim.lr"
+                raise BadInput(f"{bad} of {len(labels)} samples are not finite: {fix}")
             yield x, index
 
     @property
@@ -203,7 +198,11 @@ class Generator:
         self, z: Float[np.ndarray, "n ..."], *, r: float, t: float
     ) -> Float[np.ndarray, "n ..."]:
         """Return u(z, r, t) without labels."""
-        return np.asarray(_evaluate(self.network, self.params, np.float32(z), r, t))
+        r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
+        condition = Condition(jnp.full(len(z), NO_LABEL, jnp.int32))
+        with jax.default_matmul_precision("highest"):
+            field = as_field(self.network)
+            return np.asarray(field(self.params, jnp.float32(z), r=r, t=t, condition=condition).u)
 
     def export(self, path: str | Path, *, kind: str) -> None:
         """Write the parameters under the names of a published checkpoint.
@@ -258,14 +257,6 @@ def sample_rows(
         more |= {"learns_average": learns_average, "mask": given.get("mask")}
         x = sampler.sample(field, params, e, condition, **more)
     return x, jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluate(network: nn.Module, params: PyTree, z: Array, r: Array, t: Array) -> Array:
-    r, t = (jnp.full(len(z), time, jnp.float32) for time in (r, t))
-    condition = Condition(jnp.full(len(z), NO_LABEL, jnp.int32))
-    with jax.default_matmul_precision("highest"):
-        return as_field(network)(params, z, r=r, t=t, condition=condition).u
 
 
 @functools.partial(jax.jit, static_argnums=0)

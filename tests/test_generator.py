@@ -39,35 +39,29 @@ def generator(trained):
     return mf_jax.load(trained, ema="none")
 
 
-def test_exactly_n_and_the_same_n_at_any_batch_size(generator):
-    whole = generator.sample_raw(num=23)
-    assert whole.shape == (23, 8, 8, 1)
-    assert np.abs(whole[0] - whole[10]).max() > 0.1, "of one class, from other noise"
-    for num, batch_size in ((23, 7), (23, 100), (9, 512)):
-        part = generator.sample_raw(num=num, batch_size=batch_size)
-        np.testing.assert_allclose(part, whole[:num], atol=1e-5)
-    with jax.default_prng_impl("rbg"):  # whatever JAX calls its default
-        assert jax.random.key_impl(key_of(3)) == "threefry2x32"
-        part = generator.sample_raw(num=9, batch_size=4)
-    np.testing.assert_allclose(part, whole[:9], atol=1e-5)
-
-
-def test_fresh_noise_is_of_the_sample_and_the_step_whatever_the_batch_size(generator):
-    whole = generator.sample_raw(num=9, steps=3, renoise=True)
-    assert np.abs(whole - generator.sample_raw(num=9, steps=3)).max() > 1e-2
-    part = generator.sample_raw(num=9, steps=3, renoise=True, batch_size=4)
-    np.testing.assert_allclose(part, whole, atol=1e-5)
+def test_exactly_n_and_the_same_n_at_any_batch_size_with_fresh_noise_too(generator):
+    for more in ({}, {"steps": 3, "renoise": True}):
+        whole = generator.sample_raw(num=23, **more)
+        assert whole.shape == (23, 8, 8, 1)
+        assert np.abs(whole[0] - whole[10]).max() > 0.1, "of one class, from other noise"
+        for num, batch_size in ((23, 7), (23, 100), (9, 512)):
+            part = generator.sample_raw(num=num, batch_size=batch_size, **more)
+            np.testing.assert_allclose(part, whole[:num], atol=1e-5)
+        with jax.default_prng_impl("rbg"):  # whatever JAX calls its default
+            assert jax.random.key_impl(key_of(3)) == "threefry2x32"
+            part = generator.sample_raw(num=9, batch_size=4, **more)
+        np.testing.assert_allclose(part, whole[:9], atol=1e-5)
+    assert np.abs(whole[:9] - generator.sample_raw(num=9, steps=3)).max() > 1e-2
     once = [generator.sample_raw(num=9, renoise=renoise) for renoise in (True, False)]
     np.testing.assert_allclose(*once, atol=1e-5)
 
 
 def test_two_steps_are_not_one_step_and_a_plan_is_its_keywords(generator):
     one, two, four = (generator.sample_raw(num=4, steps=steps) for steps in (1, 2, 4))
-    assert np.abs(one - two).max() > 1e-4
-    assert np.abs(two - four).max() > 1e-4
-    np.testing.assert_array_equal(generator.sample_raw(num=4, plan=SamplePlan(steps=2)), two)
-    np.testing.assert_array_equal(generator.sample_raw(num=4, times=(1.0, 0.5, 0.0)), two)
-    assert np.abs(generator.sample_raw(num=4, times=(1.0, 0.2, 0.0)) - two).max() > 1e-4
+    for other in (one, four, generator.sample_raw(num=4, times=(1.0, 0.2, 0.0))):
+        assert np.abs(other - two).max() > 1e-4
+    for same in ({"plan": SamplePlan(steps=2)}, {"times": (1.0, 0.5, 0.0)}):
+        np.testing.assert_array_equal(generator.sample_raw(num=4, **same), two)
 
 
 def test_one_program_draws_few_or_many_samples_in_any_number_of_steps(generator):
@@ -94,10 +88,24 @@ def test_seed_label_and_average_matter(generator, trained):
 
 
 def test_labels(generator):
-    np.testing.assert_array_equal(generator.labels_for([4, 2], 5), [4, 2, 4, 2, 4])
-    np.testing.assert_array_equal(generator.labels_for(None, 12), [*range(10), 0, 1])
-    np.testing.assert_array_equal(generator.labels_for(None), range(10))
+    none = dataclasses.replace(generator, spec=DataSpec((2,)))
+    named = dataclasses.replace(generator, spec=DataSpec((2,), 3, ("10", "cat", "dog")))
+    for of, asked, expected in (
+        (generator, ([4, 2], 5), [4, 2, 4, 2, 4]),
+        (generator, (None, 12), [*range(10), 0, 1]),
+        (generator, (None,), range(10)),
+        (none, (None,), [-1]),
+        (none, (None, 2), [-1, -1]),
+        (named, (["cat", 0, "10", 2],), [1, 0, 0, 2]),
+        (named, ("dog", 2), [2, 2]),
+    ):
+        np.testing.assert_array_equal(of.labels_for(*asked), expected)
     refuses("draws.label_drop=any_row", generator.labels_for, [-1])
+    refuses("no classes", none.labels_for, [0])
+    refuses(r"'cart' is no name.*10, cat, dog \(did you mean cat", named.labels_for, ["cart"])
+    for labels, knows_null in ([10], True), ([-2], True), ([-1], False):
+        refuses("not a class", LATENT.check_labels, labels, has_null=knows_null)
+    LATENT.check_labels([-1, 9, "3"], has_null=True)
     for share, kind, objective, known in (
         (0.1, "any_row", "meanflow", True),
         (0.1, "instant_rows", "meanflow", False),
@@ -106,46 +114,29 @@ def test_labels(generator):
     ):
         drops = {"draws.label_drop_share": share, "draws.label_drop": kind}
         assert has_null(tiny_config(**drops | {"objective.name": objective})) == known
-    none = dataclasses.replace(generator, spec=DataSpec((2,)))
-    np.testing.assert_array_equal(none.labels_for(None), [-1])
     assert repr(generator).startswith("Generator(dit of ")
     assert len(repr(generator)) < 120
-    np.testing.assert_array_equal(none.labels_for(None, 2), [-1, -1])
-    refuses("no classes", none.labels_for, [0])
-    for labels, knows_null in ([10], True), ([-2], True), ([-1], False):
-        refuses("not a class", LATENT.check_labels, labels, has_null=knows_null)
-    LATENT.check_labels([-1, 9, "3"], has_null=True)
-    named = dataclasses.replace(generator, spec=DataSpec((2,), 3, ("10", "cat", "dog")))
-    np.testing.assert_array_equal(named.labels_for(["cat", 0, "10", 2]), [1, 0, 0, 2])
-    np.testing.assert_array_equal(named.labels_for("dog", 2), [2, 2])
-    refuses(r"'cart' is no name.*10, cat, dog \(did you mean cat", named.labels_for, ["cart"])
-
-
-def test_a_number_that_names_another_class_is_refused():
     spec = DataSpec((2,), 4, ("1", "2", "3", "10"))
     spec.check_asked(["3", "10", 0])
-    for label in (1, 3, 10):
+    for label in (1, 3, 10):  # a number that names another class
         refuses(rf"{label} is a class by its name.*\('{label}',\)", spec.check_asked, [label])
     DataSpec((2,), 3, ("0", "1", "2")).check_asked([0, 1, 2, -1])
 
 
-def test_samples_that_are_not_finite_are_counted_not_drawn(generator):
+def test_what_cannot_be_drawn_is_refused(generator):
     params = jax.tree.map(lambda x: x * jnp.nan, generator.params)
     broken = dataclasses.replace(generator, params=params)
     for sample in (broken.sample, broken.sample_raw):
         refuses("3 of 3 samples are not finite", sample, num=3)
-
-
-def test_a_plan_that_cannot_be_followed_is_refused(generator):
-    for arguments, text in (
-        ({"num": 0}, "num=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"guidance": (0.5, 0.0, 1.0)}, "omega at least 1"),
-        ({"guidance": (2.0, 0.6, 0.5)}, "t_min <= t_max"),
-        ({"guidance": (2.0, 0.0)}, "guidance="),
-        ({"guidance": (2.0, 0.0, 1.0)}, "told no guidance"),
-    ):
+    for text, arguments in {
+        "num=0": {"num": 0},
+        "batch_size=0": {"batch_size": 0},
+        "seed=-1": {"seed": -1},
+        "omega at least 1": {"guidance": (0.5, 0.0, 1.0)},
+        "t_min <= t_max": {"guidance": (2.0, 0.6, 0.5)},
+        "guidance=": {"guidance": (2.0, 0.0)},
+        "told no guidance": {"guidance": (2.0, 0.0, 1.0)},
+    }.items():
         refuses(text, generator.sample, **{"num": 3} | arguments)
 
 
@@ -238,22 +229,18 @@ def test_pictures_are_the_decoded_latents_at_any_batch_size(of_latents):
     np.testing.assert_array_equal(of_latents.sample(labels), pictures)
 
 
-def test_a_decoded_picture_that_is_not_finite_is_refused(of_latents):
-    config = of_latents.config.copy_and_resolve_references()
-    config.data.latent_std = (np.inf, 1.0, 1.0, 1.0)
-    broken = dataclasses.replace(of_latents, config=config)
-    assert np.isfinite(broken.sample_raw(num=2)).all()
-    refuses("decoded sample is not finite", broken.sample, num=2)
-
-
-def test_an_autoencoder_that_is_missing_or_another_is_refused(of_latents):
+def test_an_autoencoder_that_is_missing_or_another_or_bad_scales_are_refused(of_latents):
     """Latents themselves need none."""
     config, sha256 = of_latents.config, load_autoencoder(VAE).sha256
     assert load_decoder(config, origin=sha256).autoencoder.sha256 == sha256
     refuses(f"data.autoencoder=.*{sha256}.*0123abc", load_decoder, config, origin="0123abc")
     assert load_decoder(get_config(), origin="") is None
-    config = config.copy_and_resolve_references()
-    config.data.autoencoder = "sd-vae-ft-mse"
-    lost = dataclasses.replace(of_latents, config=config)
-    assert lost.sample_raw(num=1).shape == (1, *LATENT.shape)
-    refuses("sd-vae-ft-mse", lost.sample, num=1)
+    for key, value, problem in (
+        ("autoencoder", "sd-vae-ft-mse", "sd-vae-ft-mse"),
+        ("latent_std", (np.inf, 1.0, 1.0, 1.0), "decoded sample is not finite"),
+    ):
+        config = of_latents.config.copy_and_resolve_references()
+        config.data[key] = value
+        broken = dataclasses.replace(of_latents, config=config)
+        assert np.isfinite(broken.sample_raw(num=2)).all()
+        refuses(problem, broken.sample, num=2)
