@@ -197,7 +197,10 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
         return after
 
     batches, schedule = batches_of(config, run.source, start), build.make_schedule(config)
-    with _open_log(run, start) as log, ThreadPoolExecutor(1) as pool:
+    sizes = {"num_steps": config.train.num_steps, "batch_size": config.train.batch_size}
+    sizes |= {"start_step": start, "show_progress": config.log.progress, "hardware": _hardware()}
+    log = RunLog(run.workdir, **sizes) if processes.is_first() else contextlib.nullcontext()
+    with log as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None
         for done in range(start + 1, config.train.num_steps + 1):
             batch = put_batch(run.mesh, tuple(next(batches)))
@@ -235,15 +238,6 @@ def _draw(run: _Run, state: TrainState, log: RunLog | None) -> None:
                 log.picture("samples", done, picture)
     if done < run.config.train.num_steps:
         _write_report(run.workdir)
-
-
-def _open_log(run: _Run, start: int) -> contextlib.AbstractContextManager[RunLog | None]:
-    """Return the log of the run on the first process, None on the others."""
-    if not processes.is_first():
-        return contextlib.nullcontext()
-    train, wanted = run.config.train, run.config.log.progress
-    sizes = {"num_steps": train.num_steps, "start_step": start, "batch_size": train.batch_size}
-    return RunLog(run.workdir, **sizes, show_progress=wanted, hardware=_hardware())
 
 
 def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:
