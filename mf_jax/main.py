@@ -1,6 +1,5 @@
 """The command line; `--help` prints the page below. See docs/pods.md for jobs on many machines."""
 
-import codecs
 import contextlib
 import errno
 import gc
@@ -16,10 +15,10 @@ from absl import logging
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from mf_jax.arguments import MODES, flat_items, last_of_each, parse, reachable
+from mf_jax.arguments import MODES, flat_items, parse
 from mf_jax.flow.errors import BadInput, Failure
 from mf_jax.runtime.configs import configs, defaults
-from mf_jax.runtime.files import STORES, in_bucket
+from mf_jax.runtime.files import STORES
 
 _HELP = """python -m mf_jax.main --config=NAME[:ROW] [--mode=MODE] [--workdir=runs/NAME]
   [--config.KEY=VALUE ...]
@@ -48,8 +47,6 @@ configs/default.py has every key, its default and its unit. docs/pods.md is abou
 _OK, _FAILED, _BAD_INPUT = 0, 1, 2
 _NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What errors say, whatever their type: a library in another language writes checkpoints."""
-_PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u00b7": "-", "\u2026": "..."})
-"""For terminals that know few letters."""
 
 
 def main() -> int:
@@ -60,29 +57,31 @@ def main() -> int:
     if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print("\n".join([_HELP, "", *_tables()]))
         return _OK
+    processes = workdir = None
     try:
-        sys.argv[:] = last_of_each(sys.argv)
         config, mode, workdir = parse(sys.argv)
-    except BadInput as error:
-        print(f"mf_jax: {error}", file=sys.stderr)
-        return _BAD_INPUT
-    if mode == "config":
-        print("\n".join(_differences(config)))
-        return _OK
-    return _run(mode, config, workdir)
+        if mode == "config":
+            print("\n".join(_differences(config)))
+            return _OK
+        from mf_jax.runtime import processes  # brings JAX, for which a typing error need not wait
+
+        code = _one_process(mode, config, workdir)
+    except Exception as error:
+        text, code = _told(error, workdir)
+        who = processes.name() if processes else ""
+        if not text and not who:
+            raise
+        with contextlib.suppress(OSError):  # standard error may lie on the disk that is full
+            text = text or processes.explain(error)
+            print(f"mf_jax: {who}{text}", file=sys.stderr, flush=True)
+    return processes.leave(code) if processes else code
 
 
 def _say_anything(stream: Any) -> None:
     """Let a stream take every letter, and outlive the reader of its pipe, as `| head` asks."""
-    if stream is not sys.__stdout__ or not hasattr(stream, "reconfigure"):
+    if not hasattr(stream, "reconfigure"):
         return
-
-    def plain(error: UnicodeEncodeError) -> tuple[str, int]:
-        text = error.object[error.start : error.end].translate(_PLAIN)
-        return text.encode("ascii", "backslashreplace").decode(), error.end
-
-    codecs.register_error("plain", plain)
-    stream.reconfigure(errors="plain")
+    stream.reconfigure(errors="backslashreplace")
 
     def lasting(act: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -116,32 +115,17 @@ def _differences(config: ConfigDict) -> Iterator[str]:
         yield f"{mark} {key} = {value!r}{more}"
 
 
-def _run(mode: str, config: ConfigDict, workdir: Path) -> int:
-    """Run a mode, alone or as one process of a job on many machines; return the exit code."""
-    # brings JAX, for which a typing error need not wait
-    from mf_jax.runtime import processes
-
-    try:
-        return processes.leave(_one_process(mode, config, workdir))
-    except BadInput as error:
-        text, code = str(error), _BAD_INPUT
-    except (FloatingPointError, Failure) as error:
-        text, code = str(error), _FAILED
-    except Exception as error:
-        reason = next((reason for reason in _NO_ROOM if reason in str(error)), "")
-        if isinstance(error, ImportError) and re.search("gcsfs|s3fs", str(error)):  # of buckets
-            fix = " or ".join(f'pip install "{package}"' for package in STORES.values())
-            text, code = f"{error}; {fix}", _BAD_INPUT
-        elif reason:
-            fix = "make room, and the same command continues"
-            text, code = f"--workdir={workdir}: {reason}; {fix}", _FAILED
-        elif processes.are_several():
-            text, code = processes.explain(error), _FAILED
-        else:
-            raise
-    with contextlib.suppress(OSError):  # standard error may lie on the disk that is full
-        print(f"mf_jax: {processes.name()}{text}", file=sys.stderr, flush=True)
-    return processes.leave(code)
+def _told(error: Exception, workdir: Path | None) -> tuple[str, int]:
+    """Return one line about an error, "" where its traceback says more, and the exit code."""
+    text = str(error)
+    if isinstance(error, BadInput):
+        return text, _BAD_INPUT
+    if isinstance(error, ImportError) and re.search("gcsfs|s3fs", text):  # of buckets
+        fix = " or ".join(f'pip install "{package}"' for package in STORES.values())
+        return f"{text}; {fix}", _BAD_INPUT
+    if reason := next((reason for reason in _NO_ROOM if reason in text), ""):
+        return f"--workdir={workdir}: {reason}; make room, and the same command continues", _FAILED
+    return text * isinstance(error, FloatingPointError | Failure), _FAILED
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
@@ -160,10 +144,8 @@ def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
     settings = {"--mode": mode, "--workdir": str(workdir), **flat(config)}
     del settings["prepare.process_index"]  # in which the processes of a job may differ
     processes.check_alike(settings)
-    with processes.together(), reachable(workdir):
+    with processes.together():
         check_sizes(config, mode)
-        if in_bucket(workdir):
-            workdir.exists()
         if mode in ("train", "sample", "eval", "export"):
             keep_habits(workdir, config)
     is_quiet = not processes.is_first()  # errors are told by all

@@ -9,7 +9,7 @@ from etils import epath
 from jobs import assert_refused, edit, here, works
 
 from configs import digits
-from mf_jax.arguments import MODES, last_of_each, parse
+from mf_jax.arguments import MODES, parse
 from mf_jax.data import make_source
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import PATHS, locked
@@ -20,10 +20,12 @@ DIGITS, TOY = "--config=configs/digits.py", "--config=configs/toy2d.py"
 
 REFUSED_BY_THE_PARSER = {
     # an override, and what its error must say
-    "optim.lrr=1": ("has no key 'lrr'", "did you mean lr?"),
-    "optm.lr=1": ("has no key 'optm'", "did you mean optim?"),
-    "optim.lr=abc": ("optim.lr", "float"),
-    "seed=1.5": ("seed",),
+    "optim.lrr=1": ("has no key 'optim.lrr'", "did you mean optim.lr?"),
+    "optm.lr=1": ("has no key 'optm.lr'", "did you mean optim.lr?"),
+    "optim.lr=abc": ("optim.lr=abc: must be a number",),
+    "seed=1.5": ("seed=1.5: must be a whole number",),
+    "data.flip=2": ("data.flip=2: must be True or False",),
+    "eval.steps=1, a": ("eval.steps=1, a: must be a tuple",),
     "sample.labels=cat": ("sample.labels", "cat"),
     "ema.decays=": ("ema.decays",),
 }
@@ -232,9 +234,7 @@ def test_paths_are_expanded_or_refused_wherever_they_are_given(monkeypatch):
     assert_refused(here("--workdir=file:///x"), "--workdir=file:///x")
     assert_refused(here(DIGITS, "--workdir=s3://a/b[1]"), "--workdir=s3://a/b[1]", "* ? [ ]")
     monkeypatch.setenv("HOME", "/home/me")
-    arguments = ["mf_jax", DIGITS, "--workdir=~/x", "--config.data.path=~/y/"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    config, _, workdir = parse(arguments)
+    config, _, workdir = parse(["mf_jax", DIGITS, "--workdir=~/x", "--config.data.path=~/y/"])
     assert (str(workdir), config.data.path) == ("/home/me/x", "/home/me/y")
 
 
@@ -246,7 +246,7 @@ def test_a_run_needs_no_config(copy_of_trained):
         *printed
     }
     assert_refused(here("--mode=sample", run, "--config.optim.lr=0.5"), "optim.lr", "init.path")
-    assert_refused(here("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim?")
+    assert_refused(here("--mode=sample", run, "--config.optm.lr=0.5"), "did you mean optim.lr?")
     assert_refused(here(run, "--config.train.num_steps=13"), "rates fall to 0 at")
     folder = epath.Path(copy_of_trained)
     config = run_folder.stored_config(folder)
@@ -317,14 +317,13 @@ def test_bad_arguments(tmp_path):
         ([], "--config is missing"),
         (["--config=configs/digit.py"], "configs/digit.py", "did you mean configs/digits.py?"),
         (["--config=elsewhere:row"], "--config=elsewhere: no such config", "imagenet_b2"),
-        (["--config=nowhere/at_all.py:row"], "--config=nowhere/at_all.py: no such file"),
+        (["--config=nowhere/at_all.py:row"], "--config=nowhere/at_all.py: no such config"),
         ([f"--config={broken}"], "division by zero"),
         ([f"--config={leaves}"], "the config file raises SystemExit"),
         ([DIGITS, "--mode=trian"], "trian", "did you mean train?"),
         ([f"--workdir={empty}"], str(empty), "holds no run", "--config"),
         ([DIGITS, "--wordir=x"], "wordir", "workdir"),
         ([DIGITS, "train"], "'train'", "--mode=train"),
-        (["--config.seed=1", DIGITS], "--config.seed=1"),
         ([DIGITS, "--workdir=/dev/null/run"], "/dev/null/run", "cannot be written"),
         ([DIGITS, "--mode=sample", "--workdir=/nowhere/run"], "/nowhere/run", "train first"),
     ):
@@ -402,25 +401,18 @@ def test_a_config_is_printed_with_what_differs_marked_beside_a_folder_configs_of
         assert "  optim.b1 = 0.9\n" in out
 
 
-def test_workdir_and_mode_have_defaults(monkeypatch):
-    for config, workdir in (
+def test_workdir_and_mode_have_defaults_and_the_last_setting_of_a_key_counts():
+    """With a space as with `=`, before the config or after it."""
+    for flag, workdir in (
         (DIGITS, "runs/digits"),
         ("--config=configs/imagenet.py:imf_xl2", "runs/imagenet_imf_xl2"),
     ):
-        arguments = ["mf_jax", config, "--config.optim.lr=0.5"]
-        arguments += ["--config.sample.labels=3,3,7", "--config.eval.steps=(4,)"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        config, mode, folder = parse(arguments)
-        assert (mode, folder) == ("train", Path(workdir))
-        assert (config.optim.lr, config.sample.labels, config.eval.steps) == (0.5, (3, 3, 7), (4,))
-
-
-def test_the_last_of_several_settings_of_a_key_counts():
-    """Not all of them, as the parser of tuples would have it; with a space as with `=`."""
-    first, *kept = ["--config.eval.steps=1,", "--mode=eval", "--config.seed=1"]
-    kept = ["x", *kept, "--config.eval.steps=2,4"]
-    assert last_of_each(["x", first, *kept[1:]]) == kept
-    spaced = ["x", "--config.eval.steps", "1,", "--mode", "eval", "--config.data.flip"]
-    spaced += ["--config.seed", "-1", "--noconfig.data.flip", "--config.eval.steps=2"]
-    kept = ["x", "--mode=eval", "--config.seed=-1", "--noconfig.data.flip", "--config.eval.steps=2"]
-    assert last_of_each(spaced) == kept
+        config, mode, folder = parse(["mf_jax", "--config.data.flip", flag])
+        assert (mode, folder, config.data.flip) == ("train", Path(workdir), True)
+    text = "-config.eval.steps 1, --mode eval --config.sample.labels=3,'cat' --config.seed 7"
+    more = "--noconfig.data.flip --config.optim.lr=0.5 --config.eval.steps=[2,4]"
+    paths = "--config.eval.references=a.npz"
+    config, mode, _ = parse(["mf_jax", flag, *f"{text} {more} {paths}".split()])
+    assert (mode, config.data.flip, config.optim.lr, config.seed) == ("eval", False, 0.5, 7)
+    assert (config.eval.steps, config.sample.labels) == ((2, 4), (3, "cat"))
+    assert config.eval.references == ("a.npz",)
