@@ -110,7 +110,7 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     with processes.together():
         folder = place(path, "init.path")
         theirs = run_folder.stored_config(folder, "init.path")
-        _check_latents(config, theirs)
+        _check_meaning(_latents(config), _latents(theirs), path)
     ema = choose_ema("init.which", which, averages(theirs))
     params = _fit(_restore(folder, theirs, ema)[1], like, path)
     _check_meaning(_meaning(config), _meaning(theirs), path)
@@ -187,24 +187,14 @@ def _published_spec(config: ConfigDict, kind: str) -> DataSpec:
     return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
 
 
-def _check_latents(config: ConfigDict, theirs: ConfigDict) -> None:
-    """Raise BadInput unless both runs are on latents of one scale, or neither is on latents."""
-    ours, others = (_latent_scale(data) for data in (config.data, theirs.data))
-    if ours != others:
-        problem = f"its run was trained on {others}, this config is of {ours}"
-        fix = "set data.name, data.latent_mean and data.latent_std as they were"
-        raise BadInput(f"init.path={config.init.path}: {problem}; {fix}")
-
-
-def _latent_scale(data: ConfigDict) -> str:
-    if data.name != "latents":
-        return "no latents"
+def _latents(config: ConfigDict) -> dict[str, Any]:
+    """Return whether a config is on latents, and how they are scaled."""
+    if config.data.name != "latents":
+        return {"data.name": "no latents"}
+    scale = {key: config.data[key] for key in ("latent_mean", "latent_std")}
     # one number where all channels have the same
-    mean, std = (
-        [float(x) for x in (values[:1] if len(set(values)) == 1 else values)]
-        for values in (data.latent_mean, data.latent_std)
-    )
-    return f"latents, mean {mean}, std {std}"
+    scale = {key: each[:1] if len(set(each)) == 1 else each for key, each in scale.items()}
+    return {"data.name": "latents", **{f"data.{key}": each for key, each in scale.items()}}
 
 
 def _restore(
