@@ -8,6 +8,7 @@ gather its own (`gather_late`).
 Source: parameters split over devices, arXiv 1910.02054 (stage 3) and arXiv 2004.13336.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,8 +30,6 @@ from jaxtyping import Array, PyTree, Shaped
 from mf_jax.flow.errors import BadInput
 
 _REPLICATE_BELOW = 2**14  # numbers: to split a smaller array costs more than it saves
-_WHOLE, _WHOLE_FROM_END = -1, 0
-"""The axis of a parameter that is not split, counted from the front and from the end."""
 ROWS = ("data", "fsdp")
 """The axes of a mesh, which together split rows."""
 GATHERS = ("step", "block")
@@ -126,23 +125,20 @@ def per_device(
       late: which parameters `gradient` gathers itself with `gather_late`; None for none.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
-    axes, are_late = _split_axes(mesh, params), _are_late(mesh, params, late)
+    axes = _split_axes(mesh, params, late, is_late=False)
+    gather = functools.partial(jax.tree.map, functools.partial(_gather, mesh))
+
+    def reduce(part: Array, spec: PartitionSpec) -> Array:
+        axes = [axis for axis in ROWS if mesh.shape[axis] > 1 and axis not in spec]
+        return jax.lax.psum(part, axes) / mesh.size
 
     def local(params: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
-        def gather_now(param: Array, axis: int, is_late: bool) -> Array:
-            whole = axis == _WHOLE or is_late
-            return param if whole else jax.lax.all_gather(param, "fsdp", axis=axis, tiled=True)
-
-        def reduce(part: Array, axis: int, is_late: bool) -> Array:
-            summed = _sum_over_data(part, mesh) if is_late else _reduce(part, axis, mesh)
-            return summed / mesh.size
-
-        own, sums = gradient(jax.tree.map(gather_now, params, axes, are_late), rows)
-        own = jax.tree.map(reduce, own, axes[0], are_late[0])
-        return own, jax.lax.psum(sums, ROWS)
+        first, scatter = jax.vjp(lambda part: gather(part, axes[0]), params[0])
+        whole, sums = gradient((first, *gather(params[1:], axes[1:])), rows)
+        return jax.tree.map(reduce, *scatter(whole), specs[0]), jax.lax.psum(sums, ROWS)
 
     in_specs, out_specs = (specs, PartitionSpec(ROWS)), (specs[0], PartitionSpec())
-    # gradients differ from device to device until `_reduce`
+    # gradients differ from device to device until `reduce`
     split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return split(params, rows)
 
@@ -153,67 +149,40 @@ def gather_late(mesh: Mesh, params: PyTree, late: Late) -> Callable[[Names, PyTr
     The function takes a path and this device's part of the parameters under it, and returns them
     whole. Its derivative sums over `fsdp` and leaves each device its part.
     """
-    # from the end, which a loop over blocks does not move
-    axes = jax.tree.map(
-        lambda leaf, axis, is_late: axis - leaf.ndim if is_late else _WHOLE_FROM_END,
-        params,
-        _split_axes(mesh, params),
-        _are_late(mesh, params, late),
-    )
-
-    def gather_one(leaf: Array, axis: int) -> Array:
-        return leaf if axis == _WHOLE_FROM_END else _gather(leaf, leaf.ndim + axis, mesh)
+    axes = _split_axes(mesh, params, late, is_late=True)
 
     def gather(path: Names, part: PyTree) -> PyTree:
-        under = axes
-        for name in path:
-            under = under[name]
-        return jax.tree.map(gather_one, part, under)
+        under = functools.reduce(lambda tree, name: tree[name], path, axes)
+        return jax.tree.map(functools.partial(_gather, mesh), part, under)
 
     return gather
 
 
-def _split_axes(mesh: Mesh, params: PyTree) -> PyTree:
-    """Return the axis that each parameter is split along, or `_WHOLE`."""
-    return jax.tree.map(lambda sharding: len(sharding.spec) - 1, state_sharding(mesh, params))
+def _split_axes(mesh: Mesh, params: PyTree, late: Late | None, *, is_late: bool) -> PyTree:
+    """Return the axis, from the end, that each early or late parameter is split along, 0 for none.
 
-
-def _are_late(mesh: Mesh, params: PyTree, late: Late | None) -> PyTree:
-    def is_late(path: KeyPath, axis: int) -> bool:
-        names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
-        return late is not None and axis != _WHOLE and late(names, axis)
-
-    return tree_map_with_path(is_late, _split_axes(mesh, params))
-
-
-def _gather(part: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
-    if not _scatters_wrongly(mesh):
-        return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
-    # the sum, whose derivative is a sum, not one that scatters
-    size, count = part.shape[axis], mesh.shape["fsdp"]
-    zeros = jnp.zeros((*part.shape[:axis], size * count, *part.shape[axis + 1 :]), part.dtype)
-    own = jax.lax.dynamic_update_slice_in_dim(zeros, part, size * jax.lax.axis_index("fsdp"), axis)
-    return jax.lax.psum(own, "fsdp")
-
-
-def _reduce(gradient: Shaped[Array, "..."], axis: int, mesh: Mesh) -> Shaped[Array, "..."]:
-    if axis == _WHOLE:
-        return jax.lax.psum(gradient, ROWS)
-    if _scatters_wrongly(mesh):
-        whole = jax.lax.psum(gradient, ROWS)
-        size = whole.shape[axis] // mesh.shape["fsdp"]
-        return jax.lax.dynamic_slice_in_dim(whole, size * jax.lax.axis_index("fsdp"), size, axis)
-    part = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
-    return _sum_over_data(part, mesh)
-
-
-def _sum_over_data(part: Shaped[Array, "..."], mesh: Mesh) -> Shaped[Array, "..."]:
-    return jax.lax.psum(part, "data") if mesh.shape["data"] > 1 else part
-
-
-def _scatters_wrongly(mesh: Mesh) -> bool:
-    """Return whether scattered sums may be wrong, as gloo's are between CPUs of a job.
-
-    Now and then the first process gets the end of its part before it is summed (jax-ml/jax#40830).
+    A loop over blocks moves axes that are counted from the front.
     """
-    return jax.distributed.is_initialized() and mesh.devices.flat[0].platform == "cpu"
+
+    def axis_of(path: KeyPath, leaf: Any, sharding: NamedSharding) -> int:
+        axis = len(sharding.spec) - 1
+        names = tuple(entry.key for entry in path if isinstance(entry, DictKey))
+        if axis < 0 or (late is not None and late(names, axis)) != is_late:
+            return 0
+        return axis - leaf.ndim
+
+    return tree_map_with_path(axis_of, params, state_sharding(mesh, params))
+
+
+def _gather(mesh: Mesh, part: Shaped[Array, "..."], axis_from_end: int) -> Shaped[Array, "..."]:
+    """Return a whole array; the derivative sums over `fsdp` and leaves each device its part."""
+    axis = part.ndim + axis_from_end
+    if not axis_from_end:
+        return part
+    if not jax.distributed.is_initialized() or mesh.devices.flat[0].platform != "cpu":
+        return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+    # a sum, whose derivative is a sum: gloo, between CPUs of a job, scatters sums wrongly. Now and
+    # then the first process gets the end of its part before it is summed (jax-ml/jax#40830)
+    parts = jnp.zeros((mesh.shape["fsdp"], *part.shape), part.dtype)
+    parts = jax.lax.psum(parts.at[jax.lax.axis_index("fsdp")].set(part), "fsdp")
+    return jnp.concatenate(parts, axis)
