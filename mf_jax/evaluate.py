@@ -105,7 +105,7 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         run_folder.make(workdir)
         return
     run_folder.check(workdir, config)
-    run_folder.check_writable(workdir)
+    run_folder.make(workdir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def load_for(workdir: Path, config: ConfigDict) -> Generator:
         return generator
     with processes.together():
         run_folder.check(workdir, config)
-        run_folder.check_writable(workdir)
+        run_folder.make(workdir)
     return load_run(workdir, config, ema)
 
 

@@ -283,7 +283,7 @@ def test_moved_data_are_known_by_their_digest_and_other_data_and_weights_noticed
     seen = "perceptual.lpips_weights"
     with run_folder.own(folder, config, data, {}, **{seen: "c"}):
         assert run_folder.stored_config(folder).data.path == str(ROOT / "configs")
-    problem = f"{seen}: has SHA-256 d, but .* began with c"
+    problem = f"began with {seen} of SHA-256 c, not d; restore"
     refuses(problem, run_folder.check_data, folder, data, **{seen: "d"})
     data.digest = "b"
     refuses(r"other data \(files\).*data\.path", run_folder.check_data, folder, data)

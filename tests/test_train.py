@@ -31,8 +31,7 @@ from mf_jax.objectives.meanflow import MeanFlow
 from mf_jax.reporting.run_log import read_metrics
 from mf_jax.runtime import earlier
 from mf_jax.runtime import workdir as run_folder
-from mf_jax.runtime.checkpoint import Checkpoints
-from mf_jax.runtime.fingerprints import index_of
+from mf_jax.runtime.checkpoint import Checkpoints, index_of
 from mf_jax.scoring.rows import read_rows
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.validation import validate
@@ -109,15 +108,15 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(tmp_path):
     old = shutil.copytree(ROOT / "tests" / "reference" / "old_run", tmp_path / "old_run")
     expected = np.load(old / "expected.npz")
     stored = json.loads((old / "config.json").read_text())
-    for section, keys in earlier.ADDED.items():  # runs of still earlier versions lack them
-        for key in keys:
-            stored.get(section, {}).pop(key, None)
+    kept = {*earlier.ALWAYS, *earlier.RENAMED}
+    for section in run_folder.SECTIONS_OF_A_RUN:  # runs of still earlier versions have no more
+        if isinstance(keys := stored.get(section), dict):
+            stored[section] = {k: v for k, v in keys.items() if f"{section}.{k}" in kept}
     stored["init"]["from"] = ""
     (old / "config.json").write_text(json.dumps(stored))
     config = run_folder.stored_config(epath.Path(old))
     ours, theirs = run_folder.flat(get_config()), run_folder.flat(config)
-    decisive = {key for key in ours if key.split(".")[0] in run_folder.SECTIONS_OF_A_RUN}
-    assert not decisive - set(theirs), "give these a default in runtime/earlier.py"
+    assert {key: theirs[key] for key in earlier.BEFORE} == earlier.BEFORE
     flags = [
         f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
         for key, value in theirs.items()

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written in the background, read only if every bit is what was saved.
 
-A checkpoint holds the items `params`, `ema` and `rest` of the training state, and an index of their
-arrays. Its fingerprints notice what the format's own checks do not. Orbax writes into a temporary
-folder and renames it at the end: a process may be killed at any time.
+A checkpoint holds the items `params`, `ema` and `rest` of the training state, and an index: name,
+shape, type and fingerprint of every array. Fingerprints notice what the format's own checks do not.
+Orbax writes into a temporary folder and renames it at the end: a process may be killed at any time.
 """
 
 import contextlib
@@ -13,18 +13,19 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from etils import epath, epy
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
-from mf_jax.flow.errors import BadInput, Failure
+from mf_jax.flow.errors import BadInput, Failure, listed, reason_of
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import absolute
-from mf_jax.runtime.fingerprints import check_same_model, index_of
 
 with epy.lazy_imports():  # takes a second
     import orbax.checkpoint as ocp
@@ -58,9 +59,38 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 def fingerprint(workdir: epath.PathLike, step: int) -> str:
     """Return hex digits that tell checkpoints of different arrays apart; reads the index alone."""
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        index = checkpoints.index(step)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    with contextlib.closing(checkpoints), checkpoints._asked_for(step), _damage():
+        index = checkpoints._index(step)
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def index_of(tree: PyTree) -> dict[str, list]:
+    """Return {name: [shape, type, fingerprint]}; all processes of a job must call it.
+
+    A fingerprint is a sum of the array's bits modulo 2^32, weighted by position. It does not depend
+    on how devices share the array.
+    """
+    prints = jax.device_get(_fingerprints(tree))
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), int(value)]
+        for (name, leaf), value in zip(_named(tree).items(), prints, strict=True)
+    }
+
+
+@jax.jit
+def _fingerprints(tree: PyTree) -> list[jax.Array]:
+    @jax.jit  # traced once for all arrays of a shape
+    def fingerprint(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _items(state: _State) -> _Items:
@@ -79,14 +109,13 @@ class Checkpoints:
         self._read_only = read_only
         if self._folder.exists() and not self._folder.is_dir():
             raise BadInput(f"{self._folder}: must be a folder for checkpoints; move it away")
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=not read_only,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if not read_only:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
+            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
         # each process reads by itself: one that cannot leaves no other waiting
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
@@ -95,6 +124,8 @@ class Checkpoints:
             create=False, enable_async_checkpointing=False, multiprocessing_options=alone
         )
         self._reader = ocp.CheckpointManager(self._folder, options=options)
+        if read_only:
+            self._manager = self._reader
 
     @property
     def steps(self) -> list[int]:
@@ -104,7 +135,7 @@ class Checkpoints:
     def save(self, state: _State) -> None:
         """Save a state by its `step` in the background; it may be donated after this returns."""
         step, items = int(state.step), _items(state)
-        if step in self._manager.all_steps():
+        if step in self.steps:
             return
         self.verify()
         index = ocp.args.JsonSave({name: index_of(item) for name, item in items.items()})
@@ -116,14 +147,16 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._reader.reload()
         for step in processes.from_first(self.steps[-1:]):
+            folder = self._folder / str(step)
             try:
                 with _damage():
-                    for name in self._read_index(step):
-                        ocp.StandardCheckpointHandler().metadata(self._folder / str(step) / name)
+                    for name in self._index(step):
+                        ocp.StandardCheckpointHandler().metadata(folder / name)
             except DamagedCheckpoint as problem:
-                told = f"{self._folder / str(step)} was saved and cannot be read ({problem})"
                 fix = "see to its file system, or choose another --workdir"
-                raise Failure(f"{told}; {fix}") from problem
+                raise Failure(
+                    f"{folder} was saved and cannot be read ({problem}); {fix}"
+                ) from problem
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -133,31 +166,20 @@ class Checkpoints:
 
     def restore_state(self, like: _State) -> _State | None:
         """Return the newest undamaged state, placed like another; None without a checkpoint."""
-        if not (newest := self._newest(_items(like))):
+        if not processes.from_first(self.steps):
             return None
-        items = newest[1]
+        _, items = self.restore(_items(like))
         return like.replace(params=items["params"], ema=items.get("ema", {}), **items["rest"])
 
     def restore(self, like: _Items, step: int | None = None) -> tuple[int, _Items]:
         """Return the step and some items of a checkpoint, the newest undamaged one for None.
 
-        Items are shaped and placed like others. UnreadableCheckpoint where the step is damaged.
+        Items are shaped and placed like others. UnreadableCheckpoint where the step is damaged;
+        without a step, damaged checkpoints are moved away.
         """
         if step is not None:
             with self._asked_for(step):
                 return step, self._restore(step, like)
-        if newest := self._newest(like):
-            return newest
-        fix = "train first: --mode=train with the same --workdir"
-        raise BadInput(f"{self._folder} holds no checkpoint; {fix}")
-
-    def index(self, step: int) -> _Index:
-        """Return the index of a checkpoint, or raise UnreadableCheckpoint."""
-        with self._asked_for(step), _damage():
-            return self._read_index(step)
-
-    def _newest(self, like: _Items) -> tuple[int, _Items] | None:
-        """Return the newest undamaged checkpoint's step and items; damaged ones are moved away."""
         damaged = []
         for step in reversed(processes.from_first(self.steps)):
             try:
@@ -168,16 +190,17 @@ class Checkpoints:
             else:
                 self._set_aside(damaged)
                 return step, items
-        if not damaged:
-            return None
-        raise BadInput(f"{self._folder}: every checkpoint is damaged; move it away to start again")
+        problem = "holds no checkpoint; train first: --mode=train with the same --workdir"
+        if damaged:
+            problem = "every checkpoint is damaged; move it away to start again"
+        raise BadInput(f"{self._folder}: {problem}")
 
     @contextlib.contextmanager
     def _asked_for(self, step: int) -> Iterator[None]:
         """Raise UnreadableCheckpoint on all processes where a step is missing or damaged."""
-        kept = ", ".join(map(str, self.steps)) or "none"
         with processes.together(UnreadableCheckpoint):
             if step not in self.steps:
+                kept = ", ".join(map(str, self.steps)) or "none"
                 problem = f"has no checkpoint of step {step}; it has {kept}"
                 raise UnreadableCheckpoint(f"{self._folder} {problem}")
         try:
@@ -189,11 +212,11 @@ class Checkpoints:
     def _restore(self, step: int, like: _Items) -> _Items:
         """Return the items of a checkpoint; all processes of a job find it damaged, or none."""
         with _damage():
-            index = self._read_index(step)
+            index = self._index(step)
             if missing := set(like) - set(index):
                 raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
             for name, item in like.items():
-                check_same_model(str(self._folder / str(step)), index[name], item)
+                _check_same_model(self._folder / str(step), index[name], item)
             arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
             items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
         for name in like:  # fingerprints take every process
@@ -201,7 +224,7 @@ class Checkpoints:
                 raise DamagedCheckpoint(f"fingerprints of {name} differ")
         return {name: items[name] for name in like}
 
-    def _read_index(self, step: int) -> _Index:
+    def _index(self, step: int) -> _Index:
         arguments = ocp.args.Composite(index=ocp.args.JsonRestore())
         return self._reader.restore(step, args=arguments)["index"]
 
@@ -212,14 +235,28 @@ class Checkpoints:
         if processes.is_first():
             aside = self._folder.parent / "damaged_checkpoints"
             aside.mkdir(parents=True, exist_ok=True)
-            (aside / ".keep").touch()  # a bucket knows no empty folders
             for step in steps:
-                number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
-                target = aside / (f"{step}.{number}" if number else str(step))
+                target = aside / str(step)
+                if target.exists():  # the step was damaged before, and saved again
+                    target = aside / f"{step}.{time.time_ns()}"
                 (self._folder / str(step)).rename(target)
                 print(f"moved damaged checkpoint {step} to {target}")
         processes.from_first(None)  # the others look when it is done
         self._manager.reload()
+
+
+def _check_same_model(path: epath.Path, index: dict[str, list], like: PyTree) -> None:
+    """Raise BadInput unless the index of the checkpoint at a path fits a tree by name and shape."""
+    ours = {name: list(leaf.shape) for name, leaf in _named(like).items()}
+    theirs = {name: entry[0] for name, entry in index.items()}
+    wrong = [
+        f"{name} is {theirs.get(name, 'missing')}, not {ours.get(name, 'expected')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        problem = f"checkpoint {path} is of another model: {listed(wrong, most=4)}"
+        raise BadInput(f"{problem}; use its own config, or another --workdir")
 
 
 @functools.lru_cache
@@ -257,5 +294,4 @@ def _damage() -> Iterator[None]:
             number = int(code[1]) if code else getattr(error, "errno", None)
             if errno.errorcode.get(number) in _PASSING or re.search(_PASSING_WORDS, str(error)):
                 raise
-            text = " ".join(str(error).split())[:120]
-            raise DamagedCheckpoint(f"{type(error).__name__}: {text}") from error
+            raise DamagedCheckpoint(f"{type(error).__name__}: {reason_of(error)}") from error

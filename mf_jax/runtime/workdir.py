@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import uuid
@@ -17,7 +18,7 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps
 from mf_jax.runtime.configs import defaults
-from mf_jax.runtime.earlier import ADDED, HABITS, RENAMED
+from mf_jax.runtime.earlier import ALWAYS, BEFORE, RENAMED
 from mf_jax.runtime.files import change_paths, in_bucket, locked, place, to_json
 from mf_jax.runtime.json_files import misfit, read_json, tell_once, write_json
 
@@ -57,26 +58,25 @@ def check(workdir: Path, config: ConfigDict) -> None:
     ours, theirs = flat(config), flat(stored_config(workdir))
     for values in (ours, theirs):  # one folder has many spellings
         values["init.path"] = values["init.path"] and os.path.realpath(values["init.path"])
-    steps, done, reason = "train.num_steps", max(saved_steps(workdir), default=0), ""
-    if ours["optim.schedule"] != "constant":
-        reason = f"; its rates fall to 0 at {steps}" * (ours[steps] != theirs[steps])
-    elif ours[steps] >= done:
-        ours[steps] = theirs[steps]
-    else:
-        reason = f"; {done} steps are done"
-    # a plug-in over a batch knows the rows that are computed at once
-    own = {"train.microbatch"} if ours["velocity.source"] == "batch" else set()
-    differences = [
-        f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
+    free, steps, done = set(_FREE), "train.num_steps", max(saved_steps(workdir), default=0)
+    is_constant = ours["optim.schedule"] == "constant"
+    if is_constant and ours[steps] >= done:
+        free.add(steps)
+    if ours["velocity.source"] == "batch":  # which knows the rows that are computed at once
+        free.remove("train.microbatch")
+    changes = {
+        key: f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in dict.fromkeys([*ours, *theirs])
-        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in set(_FREE) - own
+        if key.split(".")[0] in SECTIONS_OF_A_RUN and key not in free
         if ours.get(key) != theirs.get(key)
-    ]
-    if differences:
+    }
+    if changes:
+        reason = f"; {done} steps are done" if is_constant else f"; its rates fall to 0 at {steps}"
         raise BadInput(
-            f"--workdir={workdir}: holds a run of another config ({', '.join(differences)}){reason}"
-            "; set these back (without --config, its own config is taken), or choose another "
-            f"--workdir, where --config.init.path={workdir} starts from its weights"
+            f"--workdir={workdir}: holds a run of another config ({', '.join(changes.values())})"
+            f"{reason * (steps in changes)}; set these back (without --config, its own config is "
+            "taken), or choose another --workdir, where "
+            f"--config.init.path={workdir} starts from its weights"
         )
 
 
@@ -84,11 +84,13 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
     """Set keys that the run of a workdir has never heard of to what it has always done."""
     if not exists(workdir):
         return
-    known, added = (flatten_dict(each, sep=".") for each in (_read(workdir, _CONFIG), ADDED))
-    for key in (key for key in HABITS if key not in known):
-        if flat(config)[key] != added[key]:
-            print(f"{key}={added[key]!r}: what this run has done since an earlier version began it")
-        config.update_from_flattened_dict({key: added[key]})
+    known = flatten_dict(_read(workdir, _CONFIG), sep=".")
+    for key in BEFORE.keys() - known.keys() - {*_FREE}:
+        if flat(config)[key] != BEFORE[key]:
+            print(
+                f"{key}={BEFORE[key]!r}: what this run has done since an earlier version began it"
+            )
+        config.update_from_flattened_dict({key: BEFORE[key]})
 
 
 @contextlib.contextmanager
@@ -105,9 +107,12 @@ def own(
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
-                with _writable(workdir):
-                    workdir.mkdir(parents=True, exist_ok=True)
+                make(workdir)
+                try:
                     held.enter_context(locked(workdir / _LOCK, wait=False))
+                except BlockingIOError as error:
+                    problem = "another process is training in it; choose another"
+                    raise BadInput(f"--workdir={workdir}: {problem}") from error
                 about = _about(data) | weights
                 if exists(workdir):
                     check(workdir, config)
@@ -118,15 +123,15 @@ def own(
         yield
 
 
-@contextlib.contextmanager
-def _writable(workdir: Path) -> Iterator[None]:
+def make(workdir: Path) -> None:
+    """Make a workdir, if it is missing, that results can be written to."""
     try:
-        yield
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(workdir) and not os.access(workdir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        if isinstance(error, BlockingIOError):
-            problem = "another process is training in it"
-        raise BadInput(f"--workdir={workdir}: {problem}; choose another") from error
+        problem = f"cannot be written ({error.strerror}); choose another"
+        raise BadInput(f"--workdir={workdir}: {problem}") from error
 
 
 def _check_shared(workdir: Path) -> None:
@@ -162,20 +167,19 @@ def check_data(workdir: Path, data: Any, **weights: str) -> dict[str, Any]:
             f"--workdir={workdir}: its version kept no digest of the data, so that they cannot be "
             "compared; training keeps one from now on"
         )
-    for name, value in about.items():
-        if stored.get(name, value) != value:
-            change = "files" if name == "digest" else f"{name} {stored[name]} -> {value}"
-            raise BadInput(
-                f"--workdir={workdir}: its run was trained on other data ({change}); restore them, "
-                "name their folder with --config.data.path, or choose another --workdir"
-            )
-    for name, sha256 in weights.items():
-        if sha256 != (known := stored.get(name, sha256)):
+    for name, value in (about | weights).items():
+        if (known := stored.get(name, value)) == value:
+            continue
+        if name in weights:
             key = name.replace("init_sha256", "init.path")
-            raise BadInput(
-                f"{key}: has SHA-256 {sha256}, but the run of --workdir={workdir} began with "
-                f"{known}; restore that file, or choose another --workdir"
-            )
+            problem, fix = f"began with {key} of SHA-256 {known}, not {value}", "restore that file"
+        else:
+            change = "files" if name == "digest" else f"{name} {known} -> {value}"
+            problem = f"was trained on other data ({change})"
+            fix = "restore them, name their folder with --config.data.path"
+        raise BadInput(
+            f"--workdir={workdir}: its run {problem}; {fix}, or choose another --workdir"
+        )
     return stored
 
 
@@ -196,41 +200,23 @@ def exists(workdir: Path) -> bool:
     return (workdir / _CONFIG).exists()
 
 
-def make(workdir: Path) -> None:
-    """Make a workdir that results can be written to."""
-    with _writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-    check_writable(workdir)
-
-
-def check_writable(workdir: Path) -> None:
-    """Raise BadInput if results cannot be written to a workdir, before they are computed."""
-    if not in_bucket(workdir) and not os.access(workdir, os.W_OK):
-        raise BadInput(f"--workdir={workdir}: cannot be written; change its permissions")
-
-
 def stored_config(workdir: Path, key: str = "--workdir") -> ConfigDict:
     """Return the config of the run in a workdir, which a key names, in today's keys."""
     stored = flatten_dict(_read(workdir, _CONFIG, key), sep=".")
-    values = flatten_dict(json.loads(to_json(ADDED)), sep=".")
-    values |= {RENAMED.get(name, name): value for name, value in stored.items()}
-    if problem := misfit(values, _like_defaults(), "it"):
+    stored = {RENAMED.get(name, name): value for name, value in stored.items()}
+    usual = flat(defaults())
+    like = {name if name in ALWAYS else f"{name}?": _like(usual[name]) for name in usual}
+    if problem := misfit(stored, like, "it"):
         raise BadInput(f"{key}={workdir}: its {_CONFIG} cannot be used ({problem}); restore it")
-    values = {name: _tuples(value) for name, value in values.items()}
+    values = {name: _tuples(value) for name, value in (usual | BEFORE | stored).items()}
     return ConfigDict(unflatten_dict(values, sep="."), convert_dict=True)
 
 
-def _like_defaults() -> dict[str, Any]:
-    """Return what a stored config is like, see `parse_json`: keys and types of the default."""
-
-    def like(default: Any) -> Any:
-        if isinstance(default, list):
-            return [like(each) for each in default[:1]]
-        is_number = isinstance(default, int) and not isinstance(default, bool)
-        return -(2**63) if is_number else default  # the least that is accepted
-
-    is_needed = {key: key.split(".")[0] in SECTIONS_OF_A_RUN for key in flat(defaults())}
-    return {k if is_needed[k] else f"{k}?": like(value) for k, value in flat(defaults()).items()}
+def _like(default: Any) -> Any:
+    """Return what the values of a key are like, see `parse_json`: of the default's type."""
+    if isinstance(default, list):
+        return [_like(each) for each in default[:1]]
+    return -(2**63) if type(default) is int else default  # the least that is accepted
 
 
 def _tuples(value: Any) -> Any:
