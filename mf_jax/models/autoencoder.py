@@ -236,7 +236,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     known = (*_DEFAULTS, *_UNKNOWN, "block_out_channels")
     like = {f"{key}?": min(1, usual) for key, usual in _DEFAULTS.items()}  # sizes from 1 on
     with reading(path, "the config of an autoencoder"):
-        config, _ = parse_json(path.read_bytes(), {"block_out_channels": [1], **like})
+        config = parse_json(path.read_bytes(), {"block_out_channels": [1], **like})
         for key in set(config) - set(known):
             if meant := difflib.get_close_matches(key, known, cutoff=0.9):
                 raise BadInput(f"sets {key}, which is damaged or misspelt; must be {meant[0]}")

@@ -72,7 +72,7 @@ def _opened_folder(folder: epath.Path) -> Stored:
     That would open the optimiser's arrays too, and its threads would print tracebacks about damaged
     files.
     """
-    metadata, _ = parse_json((folder / "_METADATA").read_bytes(), {"tree_metadata": {}})
+    metadata = parse_json((folder / "_METADATA").read_bytes(), {"tree_metadata": {}})
     entries = metadata["tree_metadata"].values()
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
     dotted = {"/".join(parts): ".".join(parts) for parts in keys}

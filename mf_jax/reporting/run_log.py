@@ -177,7 +177,7 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     lines, rows = json_files.lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
-            row, is_sealed = json_files.parse_json(line, {"step": 0})
+            row = json_files.parse_json(line, {"step": 0}, path.parent)
             if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
                 raise ValueError(f"{', '.join(wrong)} must be a number or null")
         except ValueError as error:
@@ -186,8 +186,6 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
                 raise BadInput(f"{problem}; delete that line") from None
             json_files.tell_once(f"{problem}; it is left out, as torn by a kill")
             continue
-        if not is_sealed:
-            json_files.tell_unsealed(path.parent)
         rows.append(row)
     last = rows[-1]["step"] if rows else 0
     if last < (written := _timing_of(path.parent).get("last_row", 0)):

@@ -72,18 +72,16 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if in_bucket(path) else path.absolute()
 
 
-def opened(path: epath.PathLike) -> BinaryIO:
+def opened(path: epath.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
     """Open a regular file to read; BadInput for a pipe, which waits, and a device, without end."""
     path = epath.Path(path)
-    return path.open("rb") if in_bucket(path) else _open_regular(path, os.O_RDONLY)
-
-
-def _open_regular(path: epath.Path, flags: int) -> BinaryIO:
+    if in_bucket(path):
+        return path.open("rb")
     waits_for_no_writer = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = os.fdopen(os.open(path, flags | waits_for_no_writer, 0o666), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise BadInput(f"{path}: is a pipe or a device; must be a file")
+        raise BadInput(f"{path}: is no regular file, but a pipe or a device; must be a file")
     return file
 
 
@@ -131,21 +129,18 @@ def on_disk(path: epath.Path) -> Iterator[str]:
 @contextlib.contextmanager
 def written_aside(path: epath.Path) -> Iterator[str]:
     """Yield a path of the local file system to write to, which becomes the file at the end."""
-    if in_bucket(path):
-        with tempfile.TemporaryDirectory() as folder:
-            aside = Path(folder) / path.name
-            yield str(aside)
-            path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
-        return
-    final = Path(path)
+    is_local = not in_bucket(path)
     # nobody else can put a link into a folder of this process under a name that none can guess
-    folder = Path(tempfile.mkdtemp(".part", f".{final.name}.", final.parent))
-    try:
-        yield str(folder / final.name)
-        (folder / final.name).replace(final)
-    finally:
-        shutil.rmtree(folder)  # it may be what fills the disk
-    for left in final.parent.glob(f".{glob.escape(final.name)}.*.part"):  # by killed processes
+    with tempfile.TemporaryDirectory(
+        ".part", f".{path.name}.", os.fspath(path.parent) if is_local else None
+    ) as folder:
+        aside = Path(folder) / path.name
+        yield str(aside)
+        if not is_local:
+            path.write_bytes(aside.read_bytes())  # an object of a bucket appears as a whole
+            return
+        aside.replace(path)
+    for left in Path(path).parent.glob(f".{glob.escape(path.name)}.*.part"):  # by killed processes
         with contextlib.suppress(FileNotFoundError):  # another process has tidied up
             if time.time() - left.lstat().st_mtime > 24 * 60 * 60:
                 shutil.rmtree(left, ignore_errors=True)
@@ -162,7 +157,7 @@ def locked(path: epath.Path, *, wait: bool) -> Iterator[None]:
         yield
         return
     try:
-        file = _open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        file = opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

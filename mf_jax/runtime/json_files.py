@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from mf_jax.flow.errors import BadInput
-from mf_jax.runtime.files import in_bucket, replace_file, to_json
+from mf_jax.flow.errors import BadInput, reason_of
+from mf_jax.runtime.files import opened, replace_file, to_json
 
 CHECKSUM = "checksum"
 _LARGEST_JSON, _LONGEST_INTEGER = 2**28, 19
@@ -31,12 +31,13 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -
     replace_file(path, to_json(sealed(value), **options).encode())
 
 
-def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
-    """Return an object of finite numbers and whether it had a checksum; ValueError for a misfit.
+def parse_json(content: bytes, like: Any, folder: epath.Path | None = None) -> dict[str, Any]:
+    """Return an object of finite numbers; ValueError for a misfit.
 
     Args:
       like: has the keys that must be there, those that end in ? may be missing. A whole number is
         the least one allowed, the first element of a list stands for all of them.
+      folder: of our own files, where a line on the terminal tells of one without a checksum.
     """
 
     def number(text: str) -> float:
@@ -61,7 +62,12 @@ def parse_json(content: bytes, like: Any) -> tuple[dict[str, Any], bool]:
             raise ValueError(problem)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return value, stored is not None
+    if stored is None and folder is not None:
+        tell_once(
+            f"{folder}: has files without a checksum, of an earlier version or edited by hand: "
+            "damage in them cannot be noticed"
+        )
+    return value
 
 
 def misfit(value: Any, like: Any, name: str) -> str:
@@ -85,24 +91,15 @@ def misfit(value: Any, like: Any, name: str) -> str:
 
 
 def read_json(path: epath.PathLike, like: Any, fix: str = "restore it") -> dict[str, Any]:
-    """Return the object of a JSON file that is like an example (`parse_json`).
-
-    BadInput says which file is none, and a line on the terminal that one has no checksum.
-    """
+    """Return the object of one of our JSON files; BadInput unless `parse_json` takes it."""
     path = epath.Path(path)
     try:
-        is_here = not in_bucket(path) and path.exists()
-        if is_here and not (path.is_file() and path.stat().length < _LARGEST_JSON):
-            raise ValueError("it is no regular file of a reasonable size")
-        value, is_sealed = parse_json(path.read_bytes(), like)
+        with opened(path) as file:
+            return parse_json(file.read(_LARGEST_JSON), like, path.parent)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{path}: cannot be used ({reason}); {fix}") from error
-    if not is_sealed:
-        tell_unsealed(path.parent)
-    return value
+        raise BadInput(f"{path}: cannot be used ({reason_of(error)}); {fix}") from error
 
 
 def lines_of(path: epath.Path) -> list[bytes]:
@@ -111,14 +108,6 @@ def lines_of(path: epath.Path) -> list[bytes]:
         return path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
-
-
-def tell_unsealed(folder: epath.Path) -> None:
-    """Say that damage may pass in a folder's files that have no checksum."""
-    tell_once(
-        f"{folder}: has files without a checksum, of an earlier version or edited by hand: damage "
-        "in them cannot be noticed"
-    )
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from rich.table import Table
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.metrics.frechet import noise_line
 from mf_jax.runtime.files import locked, replace_file, to_json
-from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once, tell_unsealed
+from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once
 from mf_jax.validation import eval_plans
 
 NEWEST = -1
@@ -179,13 +179,11 @@ def read_rows(workdir: Path) -> list[Row]:
     path, rows = workdir / ROWS_FILE, []
     for number, line in enumerate(lines_of(path), start=1):
         try:
-            row, is_sealed = parse_json(line, _ROW)
+            row = parse_json(line, _ROW, workdir)
             if "ema" in row.get("protocol", {}):
                 parse_json(to_json(row["protocol"]).encode(), _OF_A_MODEL)
         except ValueError as error:
             tell_once(f"{path} line {number}: {error}; it is left out, and computed again if asked")
             continue
-        if not is_sealed:
-            tell_unsealed(workdir)
         rows.append({"name": "", "protocol": {}} | row)
     return rows
