@@ -25,7 +25,7 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Shaped
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, reason_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
@@ -51,7 +51,13 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
     jax.config.update("jax_enable_preemption_service", stops_together)
     # process 0 goes last: the others lose their connection with it
     patience = start_timeout + _LAST_TO_LEAVE_SECONDS * (job.get("process_id") == 0)
-    watch = _timer(patience, lambda: _give_up(start_timeout, job))
+    where = job.get("coordinator_address", "the coordinator of the job")
+    lost = (
+        f"mf_jax: {where}: {job.get('num_processes', 'all')} processes have not met there within "
+        f"{start_timeout:g} s; check that each was started, that the address is process 0's, and "
+        "that its port is open (in a SLURM script: srun)"
+    )
+    watch = _end_later(patience, _BAD_INPUT, lost)
     try:
         jax.distributed.initialize(
             **job,
@@ -64,70 +70,51 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
             raise BadInput(f"{', '.join(_VARIABLES)}: {error}") from error
     finally:
         watch.cancel()
-    _check_devices()
-
-
-def _check_devices() -> None:
-    """Raise BadInput where the platform that JAX is told to use is not here."""
-    asked = jax.config.jax_platforms
-    if asked in (None, "", "cpu"):
+    if (platforms := jax.config.jax_platforms) in (None, "", "cpu"):
         return  # and a benchmark may still choose how many devices there are
     try:
         jax.devices()
     except Exception as error:  # of any type: a missing build fails an assertion
-        reason = (str(error).splitlines() or ["no such device"])[0][:160]
         raise BadInput(
-            f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason}); unset it, or "
-            'install the build of JAX for the device: pip install -U "jax[cuda13]" or "jax[tpu]"'
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device here ({reason_of(error)}); unset "
+            'it, or install the build of JAX for the device: pip install -U "jax[cuda13]" or '
+            '"jax[tpu]"'
         ) from error
-
-
-def cpu_count() -> int:
-    """Return how many cores this process may use, or that the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # Linux alone
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _described() -> dict[str, Any]:
     """Return the job that the environment describes as arguments of JAX, or nothing."""
-    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
-    if not given:
+    address, num, index = given = [os.environ.get(name, "") for name in _VARIABLES]
+    if not any(given):
         return {}
-    settings = ", ".join(f"{name}={value}" for name, value in given.items())
-    if missing := [name for name in _VARIABLES if name not in given]:
-        raise BadInput(f"{settings}: {' and '.join(missing)} must be set too, or none of the three")
-    address, num, index = given.values()
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    are_counts = num.isdecimal() and index.isdecimal() and int(index) < int(num)
+    if not are_counts or not re.fullmatch(r".+:[0-9]+", address):
+        settings = ", ".join(map("{}={}".format, _VARIABLES, given))
         raise BadInput(
-            f"JAX_COORDINATOR_ADDRESS={address}: must be host:port, for example 10.0.0.1:1234"
-        )
-    if not num.isdecimal() or not index.isdecimal() or not int(index) < int(num):
-        raise BadInput(
-            f"{settings}: must be whole numbers with 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
+            f"{settings}: must be host:port, as 10.0.0.1:1234, and whole numbers with "
+            "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES; set all three or none"
         )
     return {"coordinator_address": address, "num_processes": int(num), "process_id": int(index)}
 
 
-def _give_up(seconds: float, job: dict[str, Any]) -> None:
-    """End the process, which waits for others and cannot be interrupted, with one line."""
-    print(
-        f"mf_jax: {job.get('coordinator_address', 'the coordinator of the job')}: "
-        f"{job.get('num_processes', 'all')} processes have not met there "
-        f"within {seconds:g} s; check that each was started, that the address is process 0's, "
-        "and that its port is open (in a SLURM script: srun)",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(_BAD_INPUT)
+def _end_later(seconds: float, code: int, text: str = "") -> threading.Timer:
+    """End this process after a while with a line: JAX may wait, and not be interrupted."""
 
+    def end() -> None:
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        os._exit(code)
 
-def _timer(seconds: float, call: Callable[[], Any]) -> threading.Timer:
-    timer = threading.Timer(seconds, call)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     return timer
+
+
+def cpu_count() -> int:
+    """Return how many cores this process may use, or that the machine has."""
+    of_process = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(of_process(0)) if of_process else os.cpu_count() or 1
 
 
 def are_several() -> bool:
@@ -197,20 +184,19 @@ def check_alike(settings: dict[str, Any]) -> None:
 
 def explain(error: Exception) -> str:
     """Return one line for an error where another process has gone, else the traceback."""
-    if re.search(_LOST, str(error), re.IGNORECASE):
-        reason = " ".join(str(error).split())[:160]
-        return (
-            "another process of the job has ended, and its output says why; the same command "
-            f"continues from the newest checkpoint ({reason})"
-        )
-    return "".join(traceback.format_exception(error))
+    if not re.search(_LOST, str(error), re.IGNORECASE):
+        return "".join(traceback.format_exception(error))
+    return (
+        "another process of the job has ended, and its output says why; the same command "
+        f"continues from the newest checkpoint ({reason_of(error)})"
+    )
 
 
 def leave(code: int) -> int:
     """Leave the job, waiting some seconds for the others; return the exit code."""
     if are_several():
         # after an error, or SIGTERM behind the last step agreed on, JAX would wait for ever
-        _timer(_PATIENCE_SECONDS, lambda: os._exit(code))
+        _end_later(_PATIENCE_SECONDS, code)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         jax.distributed.shutdown()
