@@ -5,9 +5,10 @@ Figures are drawn off screen, without pyplot.
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from etils import epath, epy
@@ -22,8 +23,10 @@ with epy.lazy_imports():
     from scipy import ndimage, special
     from sklearn import decomposition
 
+Rows: TypeAlias = Float[np.ndarray, "_ ..."]
 EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
 """The average velocity `evaluate_u(z, r=r, t=t)` of 2-D points z at two numbers r and t."""
+Limits = tuple[float | int, float | int]
 
 _INK, _MUTED, _FAINT, _BLUE = "#1f2933", "#66727f", "#d9dee4", "#2563eb"
 _BINS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
@@ -50,20 +53,20 @@ _SIGNAL_ROWS = 6
 _FIRST = ("loss", "u_error", "v_error", "du_dt", "grad_norm", "learning_rate")
 
 
-def save_scatter(
-    path: epath.PathLike,
-    samples: Float[np.ndarray, "n ..."],
-    data: Float[np.ndarray, "m ..."],
-    *,
-    title: str,
-) -> None:
+def save_scatter(path: epath.PathLike, samples: Rows, data: Rows, *, title: str) -> None:
     """Save data, whose range sets the axes, beside samples, both as vectors of any length.
 
     Of more than two coordinates it shows the data's first two principal components.
     """
     samples, data = (points.reshape(len(points), -1) for points in (samples, data))
+    names = f"data ({len(data):,})", f"samples ({len(samples):,})"
     if data.shape[1] == 1:
-        _save_histograms(path, samples, data, title)
+        bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
+        with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, (ax,)):
+            how = {"density": True, "alpha": 0.5}
+            ax.hist(data.ravel(), bins, color=_MUTED, label=names[0], **how)
+            ax.hist(samples.ravel(), bins, color=_BLUE, label=names[1], **how)
+            ax.legend()
         return
     if data.shape[1] > 2:
         components = decomposition.PCA(2, random_state=0).fit(data)
@@ -71,11 +74,11 @@ def save_scatter(
         title = f"{title}\nfirst two principal components of the data"
     middle = (data.min(axis=0) + data.max(axis=0)) / 2
     reach = 0.62 * np.ptp(data, axis=0).max()
-    limits = np.stack([middle - reach, middle + reach], axis=1).tolist()
-    panels = (("data", data, _MUTED), ("samples", samples, _BLUE))
+    limits = np.stack([middle - reach, middle + reach], axis=1)
     with _figure(path, 1, 2, width=4.2, height=4.2, title=title) as (_, axes):
-        for ax, (name, points, color) in zip(axes, panels, strict=True):
-            _square(ax, *limits, f"{name} ({len(points):,})")
+        panels = zip(axes, names, (data, samples), (_MUTED, _BLUE), strict=True)
+        for ax, name, points, color in panels:
+            _square(ax, *limits, name)
             alpha = min(0.6, 1200 / max(len(points), 1))
             ax.scatter(*points.T, s=5, c=color, alpha=alpha, linewidths=0)
 
@@ -102,20 +105,11 @@ def save_signals(
                     ax.plot(line, color=shade if i % 4 > 1 else _MUTED, linewidth=0.9)
 
 
-def _save_histograms(path: epath.PathLike, samples: Any, data: Any, title: str) -> None:
-    bins = np.histogram_bin_edges(data, min(100, max(10, len(data) // 20)))
-    with _figure(path, 1, 1, width=6.4, height=3.2, title=title) as (_, axes):
-        for name, points, color in (("data", data, _MUTED), ("samples", samples, _BLUE)):
-            label, shown = f"{name} ({len(points):,})", points.ravel()
-            axes[0].hist(shown, bins, density=True, color=color, alpha=0.5, label=label)
-        axes[0].legend()
-
-
 def save_field(
     path: epath.PathLike,
     evaluate_u: EvaluateU,
     *,
-    limits: tuple[float | int, float | int],
+    limits: Limits,
     times: Sequence[tuple[float, float]],
 ) -> None:
     """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
@@ -144,17 +138,18 @@ def save_field(
 
 
 def save_transport(
-    path: epath.PathLike,
-    evaluate_u: EvaluateU,
-    data: Float[np.ndarray, "m 2"],
-    *,
-    limits: tuple[float | int, float | int],
+    path: epath.PathLike, evaluate_u: EvaluateU, data: Rows, *, limits: Limits
 ) -> None:
-    """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data."""
-    dots, wires = _grid_of_noise(40)
+    """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data.
+
+    The grid has dots of equal probability under N(0, I), and wires through every third of them.
+    """
+    line = special.ndtri((np.arange(40) + 0.5) / 40)
+    dots = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+    wires = np.stack(np.meshgrid(np.linspace(line[0], line[-1], 201), line[::3]), axis=-1)
+    wires = np.concatenate([wires, wires[..., ::-1]])
     e = np.concatenate([dots, wires.reshape(-1, 2)]).astype(np.float32)
     x = e - np.asarray(evaluate_u(e, r=0.0, t=1.0))
-    dot_colors = _colors_of_noise(dots)
     wire_colors = _colors_of_noise(wires[:, :-1].reshape(-1, 2))
     title = "One-step transport of a regular grid of noise"
     with _figure(path, 1, 2, width=4.6, height=4.6, title=title) as (_, axes):
@@ -166,67 +161,10 @@ def save_transport(
         for ax, points in zip(axes, (e, x), strict=True):
             lines = points[len(dots) :].reshape(wires.shape)
             segments = np.stack([lines[:, :-1], lines[:, 1:]], axis=2).reshape(-1, 2, 2)
-            ax.add_collection(
-                collections.LineCollection(segments, colors=wire_colors, linewidths=0.5, alpha=0.35)
-            )
-            ax.scatter(*points[: len(dots)].T, s=6, c=dot_colors, linewidths=0, zorder=3)
-
-
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name of each metric and its curve as a PNG file, bins of t in one, `NAME_t`."""
-    for name, curves in _panels(rows).items():
-        content = io.BytesIO()
-        with _figure(content, 1, 1, width=3.4, height=1.9) as (_, (ax,)):
-            shades = _BINS if len(curves) > 1 else (_BLUE,)
-            for i, (line, (steps, values)) in enumerate(curves.items()):
-                _draw_curve(ax, steps, values, shades[i % len(shades)], line[-2:])
-            _finish_curves(ax, np.concatenate([values for _, values in curves.values()]))
-            if len(curves) > 1:
-                ax.legend(ncols=4, handlelength=1.2)
-        yield name, content.getvalue()
-
-
-def _panels(
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return panel -> name -> (steps, values), the best known first."""
-    others = {name for row in rows for name in row} - {"step", *_FIRST}
-    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for name in (*_FIRST, *sorted(others)):
-        if known := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
-            curves = panels.setdefault(re.sub(r"_t\d$", "_t", name), {})
-            curves[name] = tuple(np.array(known, float).T)
-    return panels
-
-
-def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    window = len(values) // 40
-    if window > 1:
-        ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
-        values = ndimage.uniform_filter1d(values, window, mode="nearest")
-    marker = "o" if len(values) == 1 else ""
-    ax.plot(steps, values, color=color, marker=marker, markersize=3, label=label)
-
-
-def _finish_curves(ax: Any, values: np.ndarray) -> None:
-    ax.locator_params(axis="both", nbins=4)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    # beyond a factor of 1000 the few smallest values would take the whole axis
-    if 0 < 4 * values.min() < values.max() < 1000 * values.min():
-        ax.set_yscale("log", subs=(2, 5))
-        ax.yaxis.set_minor_formatter("{x:.4g}")
-    ax.yaxis.set_major_formatter("{x:.4g}")
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.grid(axis="y", which="both")
-    ax.spines[["left", "right", "top"]].set_visible(False)
-
-
-def _grid_of_noise(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return dots `[side^2, 2]` of equal probability under N(0, I), and wires `[W, 201, 2]`."""
-    line = special.ndtri((np.arange(side) + 0.5) / side)
-    dots = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
-    wires = np.stack(np.meshgrid(np.linspace(line[0], line[-1], 201), line[::3]), axis=-1)
-    return dots, np.concatenate([wires, wires[..., ::-1]])
+            how = {"colors": wire_colors, "linewidths": 0.5, "alpha": 0.35}
+            ax.add_collection(collections.LineCollection(segments, **how))
+            shown = points[: len(dots)].T
+            ax.scatter(*shown, s=6, c=_colors_of_noise(dots), linewidths=0, zorder=3)
 
 
 def _colors_of_noise(e: np.ndarray) -> np.ndarray:
@@ -236,20 +174,53 @@ def _colors_of_noise(e: np.ndarray) -> np.ndarray:
     return colors.hsv_to_rgb(np.stack([hue, strength, np.full_like(hue, 0.88)], axis=1))
 
 
+def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each metric and its curve as a PNG file, bins of t in one, `NAME_t`."""
+    others = {name for row in rows for name in row} - {"step", *_FIRST}
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for name in (*_FIRST, *sorted(others)):
+        if known := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
+            curves = panels.setdefault(re.sub(r"_t\d$", "_t", name), {})
+            curves[name[-2:]] = np.array(known, float).T
+    for name, curves in panels.items():
+        content = io.BytesIO()
+        with _figure(content, 1, 1, width=3.4, height=1.9) as (_, (ax,)):
+            _draw_panel(ax, curves)
+        yield name, content.getvalue()
+
+
+def _draw_panel(ax: Any, curves: Mapping[str, np.ndarray]) -> None:
+    """Draw curves `[2, N]` of steps and values, those of bins of t with a legend."""
+    shades = itertools.cycle(_BINS if len(curves) > 1 else (_BLUE,))
+    for (label, (steps, values)), color in zip(curves.items(), shades, strict=False):
+        if (window := len(values) // 40) > 1:
+            ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
+            values = ndimage.uniform_filter1d(values, window, mode="nearest")
+        marker = "o" if len(values) == 1 else ""
+        ax.plot(steps, values, color=color, marker=marker, markersize=3, label=label)
+    ax.locator_params(axis="both", nbins=4)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    drawn = np.concatenate([values for _, values in curves.values()])
+    # beyond a factor of 1000 the few smallest values would take the whole axis
+    if 0 < 4 * drawn.min() < drawn.max() < 1000 * drawn.min():
+        ax.set_yscale("log", subs=(2, 5))
+        ax.yaxis.set_minor_formatter("{x:.4g}")
+    ax.yaxis.set_major_formatter("{x:.4g}")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(axis="y", which="both")
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    if len(curves) > 1:
+        ax.legend(ncols=4, handlelength=1.2)
+
+
 @contextlib.contextmanager
 def _figure(
-    path: epath.PathLike | io.BytesIO,
-    rows: int,
-    columns: int,
-    *,
-    width: float,
-    height: float,
-    title: str = "",
+    path: epath.PathLike | io.BytesIO, rows: int, columns: int, *, title: str = "", **size: float
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield a figure and its axes, each `width` x `height` inches, and save it afterwards."""
-    size = (columns * width, rows * height + 0.3 * len(title.splitlines()))
+    """Yield a figure and its axes, `width` x `height` inches each, and save it afterwards."""
+    inches = columns * size["width"], rows * size["height"] + 0.3 * len(title.splitlines())
     with mpl.rc_context(_STYLE):
-        sheet = figure.Figure(figsize=size, layout="constrained" if title else None)
+        sheet = figure.Figure(figsize=inches, layout="constrained" if title else None)
         if title:
             sheet.suptitle(title)
         yield sheet, sheet.subplots(rows, columns, squeeze=False).ravel()
@@ -258,8 +229,6 @@ def _figure(
             sheet.savefig(file, format="png", metadata={CAPTION: title})
 
 
-def _square(
-    ax: Any, x_limits: Sequence[float | int], y_limits: Sequence[float | int], title: str
-) -> None:
+def _square(ax: Any, x_limits: Any, y_limits: Any, title: str) -> None:
     ax.set(xlim=tuple(x_limits), ylim=tuple(y_limits), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title)

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from etils import epath, epy
@@ -17,6 +18,7 @@ with epy.lazy_imports():  # brings the font, whose letters are many
     import matplotlib as mpl
     from matplotlib import ft2font
 
+Images: TypeAlias = UInt8[np.ndarray, "_ h w c"]
 CAPTION = "Description"  # key of the caption among the texts of a PNG file
 REAL_FILE = "real.png"  # real pictures of a run, as its samples are shown
 _INK, _MUTED = "#1f2933", "#66727f"
@@ -40,9 +42,16 @@ def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
     return np.resize(chosen.astype(np.int32), num)
 
 
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """Return what people call a label."""
+    if label == NO_LABEL:
+        return "no label"
+    return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
+
+
 def save_sample_grid(
     path: epath.PathLike,
-    images: UInt8[np.ndarray, "n h w c"],
+    images: Images,
     labels: Int[np.ndarray, "n"],
     class_names: Sequence[str],
     *,
@@ -61,45 +70,31 @@ def save_sample_grid(
     columns, oblong = _columns(len(classes), each, shape) if class_names and each else (0, math.inf)
     if oblong <= _MOST_OBLONG:
         each -= each % columns * (len(classes) > 1)  # whole rows
-        chosen = [np.flatnonzero(labels == k)[:each] for k in classes]
-        names = [class_name(k, class_names) for k in classes.tolist()]
-        rows = [(name, images[at]) for name, at in zip(names, chosen, strict=True)]
-        sheet = _sheet(rows, columns, caption)
+        rows = [(class_name(k, class_names), images[labels == k][:each]) for k in classes.tolist()]
+        _draw(path, rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
         names = [class_name(k, class_names) for k in labels.tolist()] if class_names else ()
-        columns, _ = _columns(1, len(images), shape)
-        sheet = _sheet([("", images)], columns, caption, names)
-    _save(path, sheet, caption)
+        _draw(path, [("", images)], _columns(1, len(images), shape)[0], caption, names)
 
 
-def save_rows(
-    path: epath.PathLike, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w c"]]], *, caption: str
-) -> None:
+def save_rows(path: epath.PathLike, rows: Sequence[tuple[str, Images]], *, caption: str) -> None:
     """Save named rows of equally many images, one below the other."""
-    _save(path, _sheet(rows, len(rows[0][1]), caption), caption)
+    _draw(path, rows, len(rows[0][1]), caption)
 
 
 def save_animation(path: epath.PathLike, pictures: Sequence[epath.Path]) -> None:
     """Save at most 60 pictures, from the first to the last, as an animated WebP."""
     chosen = np.linspace(0, len(pictures) - 1, min(len(pictures), _MOST_FRAMES)).round()
     frames = []
-    for i in dict.fromkeys(chosen.astype(int).tolist()):
+    for i in chosen.astype(int):
         with opened(pictures[i]) as file, Image.open(file, formats=["PNG"]) as picture:
             picture.thumbnail((_WIDEST_FRAME, _WIDEST_FRAME))
             frames.append(picture.convert("RGB").resize((frames or [picture])[0].size))
     waits = [_WAIT] * (len(frames) - 1) + [10 * _WAIT]
+    options = {"save_all": True, "append_images": frames[1:], "duration": waits, "loop": 0}
     with written_aside(epath.Path(path)) as aside:
-        frames[0].save(
-            aside, format="WEBP", save_all=True, append_images=frames[1:], duration=waits, loop=0
-        )
-
-
-def _save(path: epath.PathLike, sheet: Image.Image, caption: str) -> None:
-    info = PngInfo()
-    info.add_itxt(CAPTION, caption)
-    with written_aside(epath.Path(path)) as aside:
-        sheet.save(aside, format="PNG", pnginfo=info)
+        frames[0].save(aside, format="WEBP", **options)
 
 
 def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
@@ -113,46 +108,46 @@ def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
     return best, oblong(best)
 
 
-def _sheet(
-    groups: Sequence[tuple[str, np.ndarray]], columns: int, caption: str, names: Sequence[str] = ()
-) -> Image.Image:
-    """Return images row by row, tiny ones as large pixels, with names of groups beside them.
+def _draw(
+    path: epath.PathLike,
+    groups: Sequence[tuple[str, Images]],
+    columns: int,
+    caption: str,
+    names: Sequence[str] = (),
+) -> None:
+    """Save images row by row, tiny ones as large pixels, with names of groups beside them.
 
     Other names stand below the images of the only group.
     """
     font, _ = _font()
-    height, width, channels = groups[0][1].shape[1:]
+    num, height, width, channels = groups[0][1].shape
     sides = [_shorten(name, _WIDEST_NAME) for name, _ in groups]
     left = round(max(map(font.getlength, sides))) + 4 * _GAP if any(sides) else _GAP
     most = ((_WIDEST - left) // columns - _GAP) / width
     scale = min(max(1, round(_TILE / max(height, width))), most)
     size = max(1, int(width * scale)), max(1, int(height * scale))
     step_x, step_y = size[0] + _GAP, size[1] + _GAP + bool(names) * (_LINE + _GAP)
-    top = _GAP + bool(caption) * (_LINE + _GAP)
-    rows = -(-len(groups[0][1]) // columns)
-    sheet = Image.new("RGB", (left + columns * step_x, top + len(groups) * rows * step_y), "white")
+    top, group_height = _GAP + bool(caption) * (_LINE + _GAP), -(-num // columns) * step_y
+    whole = left + columns * step_x, top + len(groups) * group_height
+    sheet = Image.new("RGB", whole, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), _shorten(caption, sheet.width - 2 * _GAP), _MUTED, font)
     how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     for i, (_, images) in enumerate(groups):
-        first = top + i * rows * step_y
-        middle = first + (rows * step_y - _GAP) // 2
-        draw.text((left - 2 * _GAP, middle), sides[i], _INK, font, anchor="rm")
+        first = top + i * group_height
+        middle = left - 2 * _GAP, first + (group_height - _GAP) // 2
+        draw.text(middle, sides[i], _INK, font, anchor="rm")
         for j, image in enumerate(images):
             x, y = left + j % columns * step_x, first + j // columns * step_y
             tile = Image.fromarray(image if channels == 3 else image[..., 0])
             sheet.paste(tile.resize(size, how), (x, y))
             if names:
-                name = _shorten(names[j], size[0])
-                draw.text((x + size[0] // 2, y + size[1] + 2), name, _MUTED, font, anchor="ma")
-    return sheet
-
-
-def class_name(label: int, class_names: Sequence[str]) -> str:
-    """Return what people call a label."""
-    if label == NO_LABEL:
-        return "no label"
-    return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
+                below = x + size[0] // 2, y + size[1] + 2
+                draw.text(below, _shorten(names[j], size[0]), _MUTED, font, anchor="ma")
+    info = PngInfo()
+    info.add_itxt(CAPTION, caption)
+    with written_aside(epath.Path(path)) as aside:
+        sheet.save(aside, format="PNG", pnginfo=info)
 
 
 @functools.cache
