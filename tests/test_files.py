@@ -77,7 +77,7 @@ def test_output_takes_every_letter_and_outlives_its_reader(tmp_path):
     assert (tmp_path / "out").read_text() == "a \\u2014 \\u732b \\udce9\nmore\n"
 
 
-def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
+def test_a_bucket_takes_a_run_and_knows_no_locks(bucket, tmp_path, monkeypatch):
     path, folder = bucket
     events = []  # their writer has its own way into buckets
     opened = lambda where, _: events.append(str(where)) or mock.MagicMock()  # noqa: E731
@@ -98,24 +98,15 @@ def test_the_log_of_a_run_in_a_bucket(bucket, monkeypatch):
     assert {"metrics.jsonl", "samples.png", "timing.json", "report.html"} <= {
         each.name for each in folder.iterdir()
     }
-
-
-def test_checkpoints_of_a_bucket_are_looked_for_in_it(bucket):
-    path, folder = bucket
     (folder / "checkpoints" / "7").mkdir(parents=True)
     (folder / "checkpoints" / "7" / "commit_success.txt").touch()
     assert saved_steps(path) == [7]
-    assert str(absolute(path)) == str(path)
+    for place in (str(path), "/here"):
+        assert (str(absolute(place)), in_bucket(epath.Path(place))) == (place, "gs:" in place)
     assert str(absolute("here")) == os.path.abspath("here")
-
-
-def test_a_bucket_knows_no_locks(bucket, tmp_path):
-    path, _ = bucket
-    assert in_bucket(path)
     with locked(path / ".lock", wait=False), locked(path / ".lock", wait=False):
         pass
     local = epath.Path(tmp_path) / ".lock"
-    assert not in_bucket(local)
     with locked(local, wait=False), pytest.raises(BlockingIOError), locked(local, wait=False):
         pass
 

@@ -24,7 +24,8 @@ def cache_folder() -> Path | None:
 def keep_programs() -> None:
     """Let this process use the folder `$MF_CACHE`, unless JAX is told of one of its own.
 
-    A folder that cannot be written costs a line on standard error, and time.
+    Of its files the first written go where they are too many. A folder that cannot be written costs
+    a line on standard error, and time.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -38,18 +39,13 @@ def keep_programs() -> None:
         given = os.environ.get(ENVIRONMENT_VARIABLE, _USUAL)
         fix = f"{ENVIRONMENT_VARIABLE}=off says that none is wanted"
         return print(f"programs are not kept in {given} ({error}); {fix}", file=sys.stderr)
-    _drop_oldest(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # even small programs take longer to compile than to read
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _drop_oldest(folder: Path) -> None:
-    """Delete the files that were written first, until the rest are few enough."""
-    held = 0
+    room = _MOST_BYTES
     with contextlib.suppress(OSError):  # another process may have deleted one
         files = [(path.stat(), path) for path in folder.iterdir() if path.is_file()]
         for stat, path in sorted(files, key=lambda pair: -pair[0].st_mtime_ns):
-            held += stat.st_size
-            if held > _MOST_BYTES:
+            room -= stat.st_size
+            if room < 0:
                 path.unlink()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # even small programs take longer to compile than to read
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
