@@ -190,10 +190,10 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
             raise BadInput(f"{path} {problem}; delete or move it, then run the same command again")
         return "already there"
     pooch.get_logger().setLevel("WARNING")
-    bar = ProgressBar(file.path, file.num_bytes, unit="bytes", is_wanted=progress)
+    shown = {"unit": "bytes", "is_wanted": progress}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside, bar:
+        with written_aside(path) as aside, ProgressBar(file.path, file.num_bytes, **shown) as bar:
             get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
             to, digest = Path(aside), file.sha256 or None
             pooch.retrieve(file.address, digest, to.name, to.parent, downloader=get)
@@ -217,7 +217,6 @@ class _Received:
     def update(self, count: int) -> None:
         self._count = min(self._count + count, self.total)
         self._bar.move(self._count)
-        self._bar.remind()
 
     def reset(self) -> None:
         """Leave the count, which never exceeds the total, and the bar to its `with`."""

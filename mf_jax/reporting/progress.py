@@ -1,5 +1,6 @@
 """The one progress bar: live on a terminal, a line every half minute elsewhere."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,8 @@ _SECONDS_OF_RATE = 600.0
 Item = TypeVar("Item")
 
 
-class ProgressBar:
-    """Show, within a `with`, how many steps are done, how fast, and how long the rest takes.
+class ProgressBar(contextlib.ExitStack):
+    """Show, until its `with` ends, how many steps are done, how fast, and how long the rest takes.
 
     A step has `per_step` units, which the rate counts.
     """
@@ -31,6 +32,7 @@ class ProgressBar:
         unit: str = "images",
         is_wanted: bool = True,
     ) -> None:
+        super().__init__()
         console = Console(highlight=False)
         is_live = is_wanted and sys.stdout.isatty() and not console.is_dumb_terminal
         self._is_plain = is_wanted and not is_live
@@ -50,39 +52,27 @@ class ProgressBar:
         fields = {"note": "", "per_step": per_step, "unit": unit}
         self._id = self._bar.add_task(title, total=total, completed=done, **fields)
         self._last_line = time.monotonic()
-
-    def __enter__(self) -> "ProgressBar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self.enter_context(self._bar)
 
     def name(self, title: str) -> None:
         """Change the title."""
         self._bar.update(self._id, description=title)
 
     def move(self, done: int, note: str = "") -> None:
-        """Set the steps done, and a note unless it is empty, without printing a line."""
+        """Set the steps done; a note, or half a minute without a line, prints one."""
         self._bar.update(self._id, completed=done, **({"note": note} if note else {}))
+        self.remind(is_due=bool(note))
 
     def advance(self, count: int = 1) -> None:
-        """Count steps as done, with a line where one is due."""
-        if not count:
-            return
-        self._bar.update(self._id, advance=count)
-        if self._bar.finished:
-            self.print_line()
-        self.remind()
+        """Count steps as done; the last one prints a line."""
+        if count:
+            self._bar.update(self._id, advance=count)
+            self.remind(is_due=self._bar.finished)
 
-    def remind(self) -> None:
-        """Print a line if the last one was long ago: it tells that the work goes on."""
-        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self.print_line()
-
-    def print_line(self) -> None:
-        """Print a line where there is no live bar."""
-        if not self._is_plain:
+    def remind(self, *, is_due: bool = False) -> None:
+        """Print a line, where there is no live bar, if it is due or the last was long ago."""
+        is_late = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
+        if not self._is_plain or not (is_due or is_late):
             return
         self._last_line = time.monotonic()
         task = self._bar.tasks[0]

@@ -4,6 +4,7 @@ metrics.jsonl holds nothing of the clock: a resumed run writes the bytes of one 
 timing.json alone has wall time and throughput.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -22,8 +23,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
-from mf_jax.runtime import json_files
 from mf_jax.runtime.files import in_bucket, replace_file, to_json
+from mf_jax.runtime.json_files import lines_of, parse_json, read_json, sealed, tell_once, write_json
 
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
@@ -33,8 +34,8 @@ _PLANNED_FROM = 10  # steps after the first
 _SHOWN = ("loss", "u_error", "v_error")
 
 
-class RunLog:
-    """Record, within a `with`, a training run on the one process that reports.
+class RunLog(contextlib.ExitStack):
+    """Record, until its `with` ends, a training run on the one process that reports.
 
     Args:
       start_step: steps already done; rows and events of later ones, left by a kill, are dropped.
@@ -50,31 +51,27 @@ class RunLog:
         show_progress: bool = True,
         hardware: str = "",
     ):
+        super().__init__()
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
         self._num_steps, self._shows_plan = num_steps, show_progress
-        self._hardware, self._speed, self._started = hardware, 0.0, time.monotonic()
         timing = _timing_of(self._path.parent) if start_step else {}
-        self._seconds_before = timing.get("wall_seconds", 0.0)
-        self._mark: tuple[int, float] | None = None
-        self._first: tuple[int, float] | None = None
+        self._started = time.monotonic() - timing.get("wall_seconds", 0.0)
+        self._timing = {"hardware": hardware}
+        self._mark: tuple[int, float] | None = None  # a step, and when it ended
+        self._first = self._mark
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         replace_file(self._path, "".join(map(_line, kept)).encode())
-        with left_out(TIMING_FILE):
-            self._save_timing(kept[-1]["step"] if kept else 0)
+        self._save_timing(kept[-1]["step"] if kept else 0)
         self._events = None
         with left_out("TensorBoard"):
             self._events = _Events(self._path.parent / "tensorboard", start_step)
-        self._bar = ProgressBar(
-            "step", num_steps, done=start_step, per_step=batch_size, is_wanted=show_progress
-        )
+        self.callback(self._close_events)
+        sizes = {"done": start_step, "per_step": batch_size, "is_wanted": show_progress}
+        self._bar = self.enter_context(ProgressBar("step", num_steps, **sizes))
+        self.remind = self._bar.remind  # that the run goes on, where no step ends for long
 
-    def __enter__(self) -> "RunLog":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
+    def _close_events(self) -> None:
         with left_out("TensorBoard"):
             if self._events:
                 self._events.close()
@@ -82,8 +79,7 @@ class RunLog:
     def advance(self, step: int) -> None:
         """Count a step as done; cheap enough for every step."""
         self._bar.move(step)
-        self._bar.remind()
-        if self._mark is None:  # the first step compiles: the throughput counts from its end
+        if not self._mark:  # the first step compiles: the throughput counts from its end
             self._mark = (step, time.perf_counter())
         self._first = self._first or self._mark
         if self._shows_plan and step == self._first[0] + _PLANNED_FROM:
@@ -103,10 +99,6 @@ class RunLog:
         memory = f", {peak / 1e9:.1f} GB of memory" * (peak > 0)
         print(f"{seconds:.2g} s a step, {left} to step {self._num_steps:,}{memory}", flush=True)
 
-    def remind(self) -> None:
-        """Show that the run goes on, where no step ends for long."""
-        self._bar.remind()
-
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append a row to metrics.jsonl, where a number that is not finite becomes null."""
         values = {name: float(metrics[name]) for name in sorted(metrics)}
@@ -118,53 +110,47 @@ class RunLog:
             with self._path.open("a") as file:
                 file.write(line)
         curves = {f"train/{name}": x for name, x in finite.items()}
-        if speed := self._steps_per_second(step):
-            self._speed = speed * self._batch_size
+        now = time.perf_counter()
+        if self._mark and step > self._mark[0] and now > self._mark[1]:
+            speed = (step - self._mark[0]) / (now - self._mark[1])
             curves |= {"throughput/steps_per_second": speed}
-            curves |= {"throughput/images_per_second": self._speed}
+            curves |= {"throughput/images_per_second": speed * self._batch_size}
+            self._timing["images_per_second"] = speed * self._batch_size
+        self._mark = (step, now)
         for name, x in curves.items():
-            self._add(summary.scalar(name, x), step)
-        with left_out(TIMING_FILE):
-            self._save_timing(step)
+            self._show(step, summary.scalar(name, x))
+        self._save_timing(step)
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
-        self._bar.print_line()
 
     def picture(self, name: str, step: int, path: PathLike) -> None:
         """Add a picture file to TensorBoard."""
         with Path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        self._add(summary.image(name, pixels, dataformats="HWC"), step)
+        self._show(step, summary.image(name, pixels, dataformats="HWC"))
 
     def _save_timing(self, last_row: int) -> None:
         """Write the hardware, wall seconds over all starts, the latest speed and row."""
-        seconds = round(self._seconds_before + time.monotonic() - self._started, 1)
-        timing = {"hardware": self._hardware, "wall_seconds": seconds, "last_row": last_row}
-        timing |= {"images_per_second": self._speed} if self._speed else {}
-        json_files.write_json(self._path.parent / TIMING_FILE, timing)
+        seconds = round(time.monotonic() - self._started, 1)
+        with left_out(TIMING_FILE):
+            timing = self._timing | {"wall_seconds": seconds, "last_row": last_row}
+            write_json(self._path.parent / TIMING_FILE, timing)
 
-    def _add(self, content: Summary, step: int) -> None:
+    def _show(self, step: int, content: Summary) -> None:
         """Add to TensorBoard; an error ends it, not the run."""
         events, self._events = self._events, None
         if events:
             with left_out("TensorBoard"):
-                events.add(content, step)
+                events.add(step, summary=content)
                 self._events = events
-
-    def _steps_per_second(self, step: int) -> float | None:
-        """Return the speed since the last row, and start the count of the next."""
-        now, mark = time.perf_counter(), self._mark
-        self._mark = (step, now)
-        is_measured = mark and step > mark[0] and now > mark[1]
-        return (step - mark[0]) / (now - mark[1]) if is_measured else None
 
 
 def _timing_of(folder: Path) -> dict[str, Any]:
     try:
-        return json_files.read_json(folder / TIMING_FILE, TIMING)
+        return read_json(folder / TIMING_FILE, TIMING)
     except FileNotFoundError:
         return {}
     except BadInput as problem:
-        json_files.tell_once(f"{problem}; it is left out")
+        tell_once(f"{problem}; it is left out")
         return {}
 
 
@@ -174,28 +160,27 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     A last line torn by a killed process is left out.
     """
     path = Path(workdir) / METRICS_FILE
-    lines, rows = json_files.lines_of(path), []
+    lines, rows = lines_of(path), []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json_files.parse_json(line, {"step": 0}, path.parent)
+            row = parse_json(line, {"step": 0}, path.parent)
             if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
                 raise ValueError(f"{', '.join(wrong)} must be a number or null")
         except ValueError as error:
             problem = f"{path} line {number} is {line[:80]!r}: {error}"
             if number < len(lines):  # no kill has torn it
                 raise BadInput(f"{problem}; delete that line") from None
-            json_files.tell_once(f"{problem}; it is left out, as torn by a kill")
-            continue
-        rows.append(row)
-    last = rows[-1]["step"] if rows else 0
-    if last < (written := _timing_of(path.parent).get("last_row", 0)):
-        problem = f"{path}: ends at step {last}, though rows were written up to step {written}"
-        json_files.tell_once(problem)
+            tell_once(f"{problem}; it is left out, as torn by a kill")
+        else:
+            rows.append(row)
+    last, written = rows[-1]["step"] if rows else 0, _timing_of(path.parent).get("last_row", 0)
+    if last < written:
+        tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return to_json(json_files.sealed(row)) + "\n"
+    return to_json(sealed(row)) + "\n"
 
 
 class _Events:
@@ -211,14 +196,11 @@ class _Events:
         self.close = self._writer.close  # it writes the rest
         self._flushed = -math.inf
         if start_step:
-            self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, content: Summary, step: int) -> None:
-        """Add a summary of a step; it reaches the file half a minute later, or with the next."""
-        self._write(step=step, summary=content)
+    def add(self, step: int, **content: Any) -> None:
+        """Add an event of a step; it reaches the file half a minute later, or with the next."""
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._writer.flush()
             self._flushed = time.monotonic()
-
-    def _write(self, **content: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), **content))
