@@ -19,29 +19,16 @@ from mf_jax.metrics import inception
 from mf_jax.metrics.inception import FEATURES
 
 CLASSES = ("n01440764", "n02084071", "n03000134")
-SMALL = (
-    "--config=configs/imagenet_b2.py",
-    "--config.data.image_size=32",
-    f"--config.data.autoencoder={FOLDER / 'vae'}",
-    "--config.model.depth=1",
-    "--config.model.width=32",
-    "--config.model.num_heads=2",
-    "--config.model.dtype=float32",
-    "--config.model.scan=False",
-    "--config.model.remat=none",
-    "--config.train.batch_size=16",
-    "--config.train.num_steps=20",
-    "--config.train.log_every_steps=5",
-    "--config.checkpoint.every_steps=10",
-    "--config.eval.num_samples=18",
-    "--config.eval.least_samples=18",
-    "--config.eval.steps=1,",
-    "--config.eval.batch_size=8",  # as pictures are prepared: Inception is compiled once
-    "--config.log.sample_every_steps=0",
-    "--config.log.progress=False",
-    "--config.prepare.shards=4",
-    "--config.prepare.batch_size=8",
+_KEYS = (
+    "data.image_size=32 model.depth=1 model.width=32 model.num_heads=2 model.dtype=float32 "
+    "model.scan=False model.remat=none train.batch_size=16 train.num_steps=20 "
+    "train.log_every_steps=5 checkpoint.every_steps=10 log.sample_every_steps=0 log.progress=False "
+    "eval.num_samples=18 eval.least_samples=18 eval.steps=1, eval.batch_size=8 prepare.shards=4 "
+    "prepare.batch_size=8"
 )
+"""Pictures are scored as many at once as they are prepared: Inception is compiled once."""
+SMALL = "--config=configs/imagenet_b2.py", *(f"--config.{key}" for key in _KEYS.split())
+SMALL += (f"--config.data.autoencoder={FOLDER / 'vae'}",)
 
 NARROWER = 16
 PROGRAM = """
