@@ -26,7 +26,8 @@ MODES = {
     "prepare": "mf_jax.prepare",
     "config": "",
 }
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False"}
+_KINDS = {"int": "a whole number", "float": "a number", "tuple": "a tuple", "str": "a text"}
+_KINDS["bool"] = "True or False"
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
@@ -139,10 +140,15 @@ def _explain(error: BaseException) -> str:
     own = [each for each in frames if each.name == "get_config"]
     where = f"{own[-1].filename}, line {own[-1].lineno}, {own[-1].line!r}: " if own else ""
     text = " ".join(str(error).replace(r"\n", " ").replace("\\", "").split())
-    if fields := re.search(r'Other fields present: ".*}"', text):
-        names = listed(re.findall(r"'(\w+)':", fields[0]), 16)
-        text = text.replace(fields[0], f"There are {names}.")
-    return f"{where}the config file raises {type(error).__name__}: {text}"
+    wrong = r"Could not override field '(\w+)' .*?\. (.*) is of .* type <class '([\w.]+)'>"
+    if found := re.match(wrong, text):
+        key, value, kind = found.groups()
+        return f"{where}{key} = {value}: must be {_KINDS.get(kind, f'a {kind}')}"
+    if found := re.match(r"'(?:'|Key \")([\w.]+)", text):  # as ml_collections says it
+        hint, known = re.search(r'Did you mean "(\w+)"', text), re.findall(r"'(\w+)':", text)
+        fix = f" (did you mean {hint[1]}?)" if hint else f"; there are {listed(known, 16)}"
+        return f"{where}--config has no key {found[1]!r}{fix}"
+    return f"{where}the config file raises {type(error).__name__}: {error}"
 
 
 def _of_run(workdir: Path) -> ConfigDict:

@@ -12,6 +12,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -175,8 +176,11 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
 
 
 def _hardware() -> str:
-    kind, cores = jax.devices()[0].device_kind, f" of {processes.cpu_count()} cores"
-    return f"{jax.device_count()} x {kind}" + cores * (kind == "cpu")
+    device, count = jax.devices()[0], jax.device_count()
+    kind = device.platform if device.platform == "cpu" else device.device_kind
+    cores = f" of {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    several = f" in {jax.process_count()} processes" if processes.are_several() else ""
+    return f"{count} {kind} device{'s' * (count > 1)}{cores}{several}"
 
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:

@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         ("what=stp", "bench.what='stp'", "sample, input, attention", "did you mean step?"),
         ("repeats=-1", "bench.repeats=-1", "at least 0"),
         ("repeats=0 bench.what=input", "bench.repeats=0", "at least 1"),
-        ("num_classes=-1 bench.shape=(8,8,1)", "num_classes=-1", "at least 0"),
+        ("num_classes=-1 bench.shape=(8,8,1)", "num_classes=-1", "[0, inf)"),
         ("shape=(8,8,1.5)", "bench.shape: 1.5 is not a whole number"),
         ("shape=(8,)", "model.name='dit'", "of shape (8,)"),
         ("tokens=(0,)", "bench.tokens=(0,)", "at least 1"),

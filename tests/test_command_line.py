@@ -167,7 +167,7 @@ ROUNDS = (
     },
     {
         "objective.name=shortcut": "",
-        "times.name=grid": "times.name='grid': guided, shortcut guides the halves",
+        "times.name=grid": "times.name='grid': shortcut is guided in its shortest steps",
         "guidance.omega=2.0": "",
     },
     {

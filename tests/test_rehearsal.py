@@ -45,12 +45,12 @@ sys.exit(main())
 
 def shrink_inception(patch):
     """Give Inception fewer channels, and pictures of the smallest side that passes its pools."""
-    conv, resized = inception._conv, inception._resized.__wrapped__
+    branch, resized = inception._branch, inception._resized.__wrapped__
 
-    def narrow(x, name, features, *more, **options):
-        return conv(x, name, features // NARROWER, *more, **options)
+    def narrow(x, name, layers, **options):
+        return branch(x, name, [(num // NARROWER, size) for num, size in layers], **options)
 
-    patch.setattr(inception, "_conv", narrow)
+    patch.setattr(inception, "_branch", narrow)
     patch.setattr(inception, "_SIDE", 75)
     patch.setattr(inception, "_resized", jax.jit(lambda images: resized(images)))
     for name, width in FEATURES.items():

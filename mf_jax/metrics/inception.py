@@ -55,7 +55,8 @@ def load_inception(path: epath.PathLike) -> Inception:
     arrays = {k: v for k, v in state.arrays.items() if not k.endswith(".num_batches_tracked")}
     image = jnp.zeros((1, _SIDE, _SIDE, 3))
     layers = jax.eval_shape(_Network().init, jax.random.key(0), image)["params"]
-    wanted = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    last, last_bias = layers["fc"]["kernel"], layers["fc_bias"]
+    wanted = {"fc.weight": last.shape[::-1], "fc.bias": last_bias.shape}
     convolutions = [name for name in layers if not name.startswith("fc")]
     for name in convolutions:
         *sides, inputs, outputs = layers[name]["kernel"].shape
@@ -120,13 +121,16 @@ _averaged = functools.partial(
 )
 
 
-def _branch(x: _Maps, name: str, layers: _Layers, *, halve: bool = False) -> _Maps:
+def _branch(
+    x: _Maps, name: str, layers: _Layers, *, halve: bool = False, padding: str = "SAME"
+) -> _Maps:
     """Apply convolutions, numbered from 1 if there are several, the last perhaps with stride 2."""
     for i, (features, size) in enumerate(layers, 1):
         size = (size, size) if isinstance(size, int) else size
         name_i = f"{name}_{i}" if len(layers) > 1 else name
         last = {"strides": 2, "padding": "VALID"} if halve and i == len(layers) else {}
-        x = nn.relu(nn.Conv(features, size, name=name_i, **last)(x))
+        fields = {"padding": padding, "name": name_i} | last
+        x = nn.relu(nn.Conv(features, size, **fields)(x))
     return x
 
 
@@ -173,11 +177,11 @@ class _Network(nn.Module):
         """Return the features of images of side 299, scaled to [-1, 1]."""
         features = {}
         x = _branch(x, "Conv2d_1a_3x3", ((32, 3),), halve=True)
-        x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x))
+        x = _branch(x, "Conv2d_2a_3x3", ((32, 3),), padding="VALID")
         x = _halved(_branch(x, "Conv2d_2b_3x3", ((64, 3),)))
         features["64"] = jnp.mean(x, (1, 2))
         x = _branch(x, "Conv2d_3b_1x1", ((80, 1),))
-        x = _halved(nn.relu(nn.Conv(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x)))
+        x = _halved(_branch(x, "Conv2d_4a_3x3", ((192, 3),), padding="VALID"))
         features["192"] = jnp.mean(x, (1, 2))
         for name, pooled in {"Mixed_5b": 32, "Mixed_5c": 64, "Mixed_5d": 64}.items():
             x = _mixed_35(x, name, pooled)
