@@ -48,7 +48,8 @@ def shrink_inception(patch):
     branch, resized = inception._branch, inception._resized.__wrapped__
 
     def narrow(x, name, layers, **options):
-        return branch(x, name, [(num // NARROWER, size) for num, size in layers], **options)
+        layers = tuple((num // NARROWER, size) for num, size in layers)
+        return branch(x, name, layers, **options)
 
     patch.setattr(inception, "_branch", narrow)
     patch.setattr(inception, "_SIDE", 75)
