@@ -4,7 +4,6 @@ A study, see runner.py. Each run trains some seeds, with the FLOPs of its group'
 """
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -140,13 +139,6 @@ REAL |= dict.fromkeys(("derivative", "hybrid", "coupling"), "eight_gaussians")
 ROWS = tuple(_rows())
 
 
-@functools.cache
-def budget(group: str) -> float:
-    """Return the FLOPs of each run of a group: those of its first setting."""
-    how = next(row.how for row in ROWS if row.group == group and row.how)
-    return how.steps * training.step_flops(how)
-
-
 def make_config(row: Row, _num_steps: int) -> dict[str, str]:
     """Return what decides a run's numbers, beside its steps."""
     return {"training": repr(row.how), "seeds": str(training.SEEDS)}
@@ -159,8 +151,9 @@ def execute(row: Row) -> Result:
         apart = measures.sample_scores(data.held_out, data)["nearest"]
         scores = measures.sample_scores(data.other, data) | {"nearest": apart}
         return {"num_steps": 1, "rows": [scores]}
+    first = next(each.how for each in ROWS if each.group == row.group and each.how)
     flops, rows = training.step_flops(row.how), []
-    num_steps = max(1, round(budget(row.group) / flops))
+    num_steps = max(1, round(first.steps * training.step_flops(first) / flops))
     for seed in range(training.SEEDS):
         run = training.run_of(row.how, num_steps, seed)
         scores = measures.scores_of(run) | GROUPS[row.group].measure(run)

@@ -49,9 +49,8 @@ QUIET |= {"checkpoint.every_steps": 250, "checkpoint.keep": 1}
 
 
 def runs_of(rows: Sequence[Any], only: str = "") -> list[Any]:
-    """Return the first row of each run, of all groups or of one."""
-    rows = [row for row in rows if only in ("", row.group)]
-    return [row for i, row in enumerate(rows) if row.run not in {r.run for r in rows[:i]}]
+    """Return a row of each run, of all groups or of one."""
+    return list({row.run: row for row in rows if only in ("", row.group)}.values())
 
 
 def decisive(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
@@ -109,9 +108,9 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
     runs = [] if arguments.document else runs_of(study.ROWS, arguments.only)
     keep_programs()  # most of which the runs share
     try:
-        for i, row in enumerate(runs):
+        for i, row in enumerate(runs, start=1):
             if kept(study, row) is None:
-                print(f"[{i + 1}/{len(runs)}] {row.run}", flush=True)
+                print(f"[{i}/{len(runs)}] {row.run}", flush=True)
                 start = time.monotonic()
                 if (result := study.execute(row)) is None:
                     print("told to stop; the same command continues")
@@ -129,8 +128,9 @@ def main(study: ModuleType, argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     print(f"wrote {document} and {document.with_suffix('')}/*.png")
-    wrong = study.unexpected(results) if hasattr(study, "unexpected") else []
-    print(*(f"{name}: {line}\n" for line in wrong), sep="", end="", file=sys.stderr)
+    wrong = getattr(study, "unexpected", lambda _: [])(results)
+    for line in wrong:
+        print(f"{name}: {line}", file=sys.stderr)
     return int(bool(wrong))
 
 

@@ -52,7 +52,6 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     small, fresh = (dataclasses.replace(row.how, **tiny) for row in (reflow, renoised))
     rows = real, reflow._replace(how=small), renoised._replace(how=fresh)
     monkeypatch.setattr(open_problems, "ROWS", rows)
-    monkeypatch.setattr(open_problems, "budget", open_problems.budget.__wrapped__)
     first = ["[1/3] real eight_gaussians", "[2/3] coupling tilted reflow 0.1", "[3/3] hybrid 0"]
     for starts in (first, []):
         assert runner.main(open_problems, []) == 0

@@ -150,6 +150,7 @@ def gradient_of(how: Training, key: Array, numbers: Any, params: PyTree, average
     return gradient, metrics["u_error"].compute()
 
 
+@functools.cache
 def step_flops(how: Training) -> float:
     """Return the FLOPs of a gradient, as XLA counts them before it compiles."""
     x = jnp.asarray(data_of(how.data).x)
