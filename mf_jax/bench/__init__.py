@@ -25,7 +25,6 @@ from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file, to_json
 from mf_jax.validation import validate
-from mf_jax.validation.ranges import check_values
 
 BENCHMARKS = ("step", "sample", "input", "attention", "scores", "fits")
 """Modules, whose `run` returns `batch_size`, `notes` and `rows`; the table has the keys `SHOWN`."""
@@ -38,7 +37,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Write `bench_WHAT.json` and print it as a table; nothing is written after bad input."""
     what = config.bench.what
     check_known("bench.what", what, BENCHMARKS)
-    check_values(config)  # the shape of the data is read before the rest is checked
     if what == "fits":
         virtual_devices(config.bench.devices)  # before anything else starts JAX
     benchmark = importlib.import_module(f"mf_jax.bench.{what}")

@@ -30,7 +30,6 @@ from mf_jax.prepare.statistics import ReferenceStatistics, parts_folder
 from mf_jax.prepare.stream import PictureStream, Pixels
 from mf_jax.published.fetch import find_weights, verify
 from mf_jax.runtime import processes
-from mf_jax.validation.ranges import check_values
 
 _OF_AUTOENCODER = ("sha256", "scaling_factor")
 Output = LatentShards | ReferenceStatistics  # what is made of the pictures, by shards
@@ -71,7 +70,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 def check_prepare(config: ConfigDict) -> tuple[int, int]:
     """Check the config; return the number of this process and the count of all."""
-    check_values(config)
     prepare, data = config.prepare, config.data
     index, count = prepare.process_index, prepare.process_count
     if not (prepare.latents or prepare.reference):

@@ -27,7 +27,6 @@ from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.files import replace_file
 from mf_jax.sampling.web_page import write_page
-from mf_jax.validation.ranges import check_values
 
 _PROGRAM, _PAGE = "generator.stablehlo", "generator.html"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -36,7 +35,6 @@ _MOST_BYTES = 2**31 - 2**24  # of the format, less what is no weight
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the generator as a program, and as a page if a page can run it."""
-    check_values(config)
     plan = sample_plan(config)
     if plan.renoise:
         raise BadInput("sample.renoise=True: a program is given its noise once; use False")

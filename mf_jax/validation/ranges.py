@@ -110,10 +110,10 @@ def wrong_values(config: ConfigDict) -> Iterator[str]:
 
 
 def check_sizes(config: ConfigDict, mode: str) -> None:
-    """Raise BadInput, before anything is allocated, for sizes that the machines cannot hold."""
+    """Raise BadInput, before anything is allocated, for values that a mode cannot work with."""
     if mode == "weights":
         return
-    check_tuples(config)
+    (check_tuples if mode == "train" else check_values)(config)  # training tells all at once
     is_of_others = mode == "bench" and config.bench.what == "fits"  # which starts JAX itself
     memory = math.inf if is_of_others else _memory()
     problems = [
