@@ -12,7 +12,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -34,7 +33,7 @@ from mf_jax.loading import load_frozen, load_weights, weights_sha256
 from mf_jax.models import parameter_shapes
 from mf_jax.optim import average_name, choose_ema, forgetful, make_optimizer
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.run_log import RunLog
+from mf_jax.reporting.run_log import RunLog, hardware
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import FOLDER, Checkpoints, saved_steps
@@ -103,7 +102,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
             this = _Run(config, workdir, source, parts, mesh, checkpoints, draws)
             done = _loop(this, state, stop)
             checkpoints.verify()
-        _write_report(workdir)
+        if processes.is_first():
+            write_report(workdir)
     is_complete = done == config.train.num_steps
     stopped = f"stopped at step {done}; the same command continues"
     print(f"trained {done} steps" if is_complete else stopped)
@@ -158,12 +158,6 @@ def first_state(
     return state.replace(frozen=jax.device_put(frozen, shardings.frozen))
 
 
-def _write_report(workdir: Path) -> None:
-    if processes.is_first():
-        with left_out("report.html"):
-            write_report(workdir)
-
-
 def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     if processes.is_first():
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -172,15 +166,7 @@ def _describe(workdir: Path, source: Source, state: TrainState) -> None:
     data = f"{len(source):,} training examples of shape {source.spec.shape}"
     step = int(state.step)
     done = f"; continuing at step {step}" if step else ""
-    print(f"{count:,} parameters, {data}, {_hardware()}{done}")
-
-
-def _hardware() -> str:
-    device, count = jax.devices()[0], jax.device_count()
-    kind = device.platform if device.platform == "cpu" else device.device_kind
-    cores = f" of {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    several = f" in {jax.process_count()} processes" if processes.are_several() else ""
-    return f"{count} {kind} device{'s' * (count > 1)}{cores}{several}"
+    print(f"{count:,} parameters, {data}, {hardware()}{done}")
 
 
 def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
@@ -202,7 +188,7 @@ def _loop(run: _Run, state: TrainState, stop: Callable[[int], bool]) -> int:
 
     batches, schedule = batches_of(config, run.source, start), build.make_schedule(config)
     sizes = {"num_steps": config.train.num_steps, "batch_size": config.train.batch_size}
-    sizes |= {"start_step": start, "show_progress": config.log.progress, "hardware": _hardware()}
+    sizes |= {"start_step": start, "is_shown": config.log.progress}
     log = RunLog(run.workdir, **sizes) if processes.is_first() else contextlib.nullcontext()
     with log as log, ThreadPoolExecutor(1) as pool:
         done, mark = start, None
@@ -240,8 +226,8 @@ def _draw(run: _Run, state: TrainState, log: RunLog | None) -> None:
             picture = draw_progress(run.workdir, generator, run.source)
             if log:
                 log.picture("samples", done, picture)
-    if done < run.config.train.num_steps:
-        _write_report(run.workdir)
+    if log and done < run.config.train.num_steps:
+        write_report(run.workdir)
 
 
 def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:

@@ -82,7 +82,7 @@ def test_a_bucket_takes_a_run_and_knows_no_locks(bucket, tmp_path, monkeypatch):
     events = []  # their writer has its own way into buckets
     opened = lambda where, _: events.append(str(where)) or mock.MagicMock()  # noqa: E731
     monkeypatch.setattr(report, "_Events", opened)
-    settings = {"num_steps": 4, "batch_size": 2, "show_progress": False}
+    settings = {"num_steps": 4, "batch_size": 2, "is_shown": False}
     with RunLog(path, start_step=0, **settings) as log:
         log.write(1, {"loss": 3.0})
         assert read_metrics(path) == [{"step": 1, "loss": 3.0}]

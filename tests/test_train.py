@@ -141,8 +141,8 @@ def test_a_run_without_moving_averages_whose_pictures_cannot_be_drawn(tmp_path):
     broken = mock.Mock(side_effect=OSError("no font"))
     with (
         mock.patch.object(train, "draw_progress", broken),
-        mock.patch.object(train, "write_report", broken),
-        mock.patch("mf_jax.reporting.run_log._Events", broken),
+        mock.patch("mf_jax.reporting.page.draw_curves", broken),
+        mock.patch("mf_jax.reporting.run_log.EventsWriter", broken),
     ):
         output = works(*arguments)
     for what in ("TensorBoard", "the picture of step 2", "report.html"):

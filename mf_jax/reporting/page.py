@@ -17,7 +17,7 @@ import numpy as np
 from etils.epath import Path, PathLike
 from PIL import Image
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.plots import draw_curves
 from mf_jax.reporting.run_log import TIMING, TIMING_FILE, read_metrics
 from mf_jax.reporting.sample_grid import CAPTION, REAL_FILE
@@ -30,17 +30,17 @@ _CONFIG = {"weight?": {}, "train?": {}}
 _TABLE = {"protocol?": "", "rows?": [{"name?": ""}], "columns?": [""], "diagnostics?": {}}
 _LARGE_BYTES, _LARGE_PIXELS = 400_000, 1400
 # A dark page inverts the colours of a plot and keeps those of a grid, which mean something.
-_PICTURES = {
-    "samples.png": ("Samples", "grid"),
-    "steps.png": ("The same noise in more steps", "grid"),
-    "walk.png": ("From noise to noise", "grid"),
-    "nearest.png": ("Samples and the training pictures nearest to them", "grid"),
-    "training.webp": ("Samples while training", "grid"),
-    "scatter.png": ("Data and samples", "plot"),
-    "signals.png": ("Data and samples", "plot"),
-    "transport.png": ("One-step transport of the noise", "grid"),
-    "field.png": ("Learned average velocity", "plot"),
-}
+_PICTURES = (
+    ("samples.png", "Samples", "grid"),
+    ("steps.png", "The same noise in more steps", "grid"),
+    ("walk.png", "From noise to noise", "grid"),
+    ("nearest.png", "Samples and the training pictures nearest to them", "grid"),
+    ("training.webp", "Samples while training", "grid"),
+    ("scatter.png", "Data and samples", "plot"),
+    ("signals.png", "Data and samples", "plot"),
+    ("transport.png", "One-step transport of the noise", "grid"),
+    ("field.png", "Learned average velocity", "plot"),
+)
 _CURVES = {
     "loss": "The objective, each row weighted by its own error; no unit.",
     "u_error": "Squared error of the average velocity u where r < t, per number of a sample, in "
@@ -57,26 +57,29 @@ _CURVES = {
 }
 
 
+@left_out("report.html")
 def write_report(workdir: PathLike) -> Path:
-    """Write `report.html` from what the folder of a run holds so far."""
+    """Write `report.html` from what the folder of a run holds so far; an error ends no run."""
     folder = Path(workdir)
-    grids = [path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal()]
-    grids.sort(key=_step_of)
+    grids = sorted(folder.glob(f"samples/step_{8 * '[0-9]'}.png"))
     config, rows = _read_json(folder / "config.json", _CONFIG), read_metrics(folder)
     if config.get("weight", {}).get("p") == 1:  # then it says nothing: (error + c)^-p error is 1
         rows = [{name: x for name, x in row.items() if name != "loss"} for row in rows]
     sections = [
-        _training_samples(grids, folder / REAL_FILE, config),
-        *(_picture(folder / name, *about) for name, about in _PICTURES.items()),
-        _evaluation(_read_json(folder / "eval.json", _TABLE)),
-        _section("Training curves, by step", _curves(rows)),
-        _config(config),
+        ("Samples during training", _training_samples(grids, folder / REAL_FILE, config)),
+        *((title, _picture(folder / name, title, kind)) for name, title, kind in _PICTURES),
+        ("Evaluation", _evaluation(_read_json(folder / "eval.json", _TABLE))),
+        ("Training curves, by step", _curves(rows)),
     ]
+    parts = [f"<h2>{escape(title)}</h2>\n{body}" for title, body in sections if body]
+    if config:
+        text = escape(json.dumps(config, indent=2, ensure_ascii=False))
+        parts.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
     frame = Template(LocalPath(__file__).with_name("page.html").read_text("utf-8"))
     page = frame.substitute(
         title=escape(folder.resolve().name),
         state=escape(_state(rows, grids, _read_json(folder / TIMING_FILE, TIMING))),
-        sections="".join(sections),
+        sections="".join(f"<section>{part}</section>\n" for part in parts),
     )
     path = folder / "report.html"
     replace_file(path, page.encode(errors="backslashreplace"))  # names of files may be any bytes
@@ -126,7 +129,7 @@ def _training_samples(grids: Sequence[Path], real: Path, config: Row) -> str:
     if real.exists():
         image = _image("grid", "real pictures", _read_picture(real)[1])
         body = f'<div class="pair"><div>{body}</div><div><h3>Real pictures</h3>{image}</div></div>'
-    return _section("Samples during training", _note(caption) + body)
+    return _note(caption) + body
 
 
 def _picture(path: Path, title: str, kind: str) -> str:
@@ -134,7 +137,7 @@ def _picture(path: Path, title: str, kind: str) -> str:
         return ""
     caption, content = _read_picture(path)
     note = caption * (" · " in caption)  # plots bear their titles
-    return _section(title, _note(note) + _image(kind, title, content))
+    return _note(note) + _image(kind, title, content)
 
 
 def _curves(rows: Sequence[Row]) -> str:
@@ -154,17 +157,7 @@ def _evaluation(evaluation: Row) -> str:
     if diagnostics:
         rows = [[name.replace("_", " "), value] for name, value in diagnostics.items()]
         body += f"<h3>Diagnostics</h3>\n{_table([], rows)}"
-    return _section("Evaluation", body)
-
-
-def _config(config: Row) -> str:
-    text = f"<pre>{escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"
-    body = f"<details><summary>Configuration</summary>{text}</details>"
-    return f"<section>{body}</section>\n" if config else ""
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>\n" if body else ""
+    return body
 
 
 def _note(text: str) -> str:

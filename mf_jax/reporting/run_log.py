@@ -19,12 +19,12 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.reporting.progress import ProgressBar
-from mf_jax.runtime.files import in_bucket, replace_file, to_json
-from mf_jax.runtime.json_files import lines_of, parse_json, read_json, sealed, tell_once, write_json
+from mf_jax.runtime import processes
+from mf_jax.runtime.files import in_bucket, replace_file
+from mf_jax.runtime.json_files import read_json, read_lines, sealed, tell_once, write_json
 
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.json"
 TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "last_row?": 0}
@@ -32,6 +32,15 @@ TIMING = {"wall_seconds?": 0.0, "images_per_second?": 0.0, "hardware?": "", "las
 _FLUSH_SECONDS = 30
 _PLANNED_FROM = 10  # steps after the first
 _SHOWN = ("loss", "u_error", "v_error")
+
+
+def hardware() -> str:
+    """Return what this job runs on."""
+    device, count = jax.devices()[0], jax.device_count()
+    is_cpu, several = device.platform == "cpu", f" in {jax.process_count()} processes"
+    kind = "cpu" if is_cpu else device.device_kind
+    cores = f" of {processes.cpu_count()} cores" * is_cpu
+    return f"{count} {kind} device{'s' * (count > 1)}{cores}{several * processes.are_several()}"
 
 
 class RunLog(contextlib.ExitStack):
@@ -42,39 +51,25 @@ class RunLog(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        workdir: PathLike,
-        *,
-        num_steps: int,
-        start_step: int,
-        batch_size: int,
-        show_progress: bool = True,
-        hardware: str = "",
+        self, workdir: PathLike, *, num_steps: int, start_step: int, batch_size: int, is_shown: bool
     ):
         super().__init__()
         self._path, self._batch_size = Path(workdir) / METRICS_FILE, batch_size
-        self._num_steps, self._shows_plan = num_steps, show_progress
+        self._num_steps, self._shows_plan = num_steps, is_shown
         timing = _timing_of(self._path.parent) if start_step else {}
         self._started = time.monotonic() - timing.get("wall_seconds", 0.0)
-        self._timing = {"hardware": hardware}
+        self._timing = {"hardware": hardware()}
         self._mark: tuple[int, float] | None = None  # a step, and when it ended
         self._first = self._mark
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        replace_file(self._path, "".join(map(_line, kept)).encode())
+        replace_file(self._path, "".join(sealed(row) + "\n" for row in kept).encode())
         self._save_timing(kept[-1]["step"] if kept else 0)
-        self._events = None
-        with left_out("TensorBoard"):
-            self._events = _Events(self._path.parent / "tensorboard", start_step)
-        self.callback(self._close_events)
-        sizes = {"done": start_step, "per_step": batch_size, "is_wanted": show_progress}
+        self._events = _Events(self._path.parent / "tensorboard", start_step)
+        self.callback(self._events.close)
+        sizes = {"done": start_step, "per_step": batch_size, "is_wanted": is_shown}
         self._bar = self.enter_context(ProgressBar("step", num_steps, **sizes))
         self.remind = self._bar.remind  # that the run goes on, where no step ends for long
-
-    def _close_events(self) -> None:
-        with left_out("TensorBoard"):
-            if self._events:
-                self._events.close()
 
     def advance(self, step: int) -> None:
         """Count a step as done; cheap enough for every step."""
@@ -103,7 +98,7 @@ class RunLog(contextlib.ExitStack):
         """Append a row to metrics.jsonl, where a number that is not finite becomes null."""
         values = {name: float(metrics[name]) for name in sorted(metrics)}
         finite = {name: x for name, x in values.items() if math.isfinite(x)}
-        line = _line({"step": step} | values)
+        line = sealed({"step": step} | values) + "\n"
         if in_bucket(self._path):  # an object of a bucket cannot be added to
             self._path.write_text(self._path.read_text() + line)
         else:
@@ -113,12 +108,11 @@ class RunLog(contextlib.ExitStack):
         now = time.perf_counter()
         if self._mark and step > self._mark[0] and now > self._mark[1]:
             speed = (step - self._mark[0]) / (now - self._mark[1])
-            curves |= {"throughput/steps_per_second": speed}
-            curves |= {"throughput/images_per_second": speed * self._batch_size}
-            self._timing["images_per_second"] = speed * self._batch_size
+            images = self._timing["images_per_second"] = speed * self._batch_size
+            curves |= {"throughput/steps_per_second": speed, "throughput/images_per_second": images}
         self._mark = (step, now)
         for name, x in curves.items():
-            self._show(step, summary.scalar(name, x))
+            self._events.add(step, summary=summary.scalar(name, x))
         self._save_timing(step)
         self._bar.move(step, "  ".join(f"{k} {finite[k]:.4g}" for k in _SHOWN if k in finite))
 
@@ -126,7 +120,7 @@ class RunLog(contextlib.ExitStack):
         """Add a picture file to TensorBoard."""
         with Path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        self._show(step, summary.image(name, pixels, dataformats="HWC"))
+        self._events.add(step, summary=summary.image(name, pixels, dataformats="HWC"))
 
     def _save_timing(self, last_row: int) -> None:
         """Write the hardware, wall seconds over all starts, the latest speed and row."""
@@ -135,20 +129,11 @@ class RunLog(contextlib.ExitStack):
             timing = self._timing | {"wall_seconds": seconds, "last_row": last_row}
             write_json(self._path.parent / TIMING_FILE, timing)
 
-    def _show(self, step: int, content: Summary) -> None:
-        """Add to TensorBoard; an error ends it, not the run."""
-        events, self._events = self._events, None
-        if events:
-            with left_out("TensorBoard"):
-                events.add(step, summary=content)
-                self._events = events
-
 
 def _timing_of(folder: Path) -> dict[str, Any]:
+    path = folder / TIMING_FILE
     try:
-        return read_json(folder / TIMING_FILE, TIMING)
-    except FileNotFoundError:
-        return {}
+        return read_json(path, TIMING) if path.exists() else {}
     except BadInput as problem:
         tell_once(f"{problem}; it is left out")
         return {}
@@ -159,48 +144,49 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
 
     A last line torn by a killed process is left out.
     """
+
+    def check(row: dict[str, Any]) -> str:
+        wrong = [name for name, x in row.items() if isinstance(x, bool | str | list | dict)]
+        return f"{', '.join(wrong)} must be a number or null" if wrong else ""
+
     path = Path(workdir) / METRICS_FILE
-    lines, rows = lines_of(path), []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_json(line, {"step": 0}, path.parent)
-            if wrong := [k for k, x in row.items() if isinstance(x, bool | str | list | dict)]:
-                raise ValueError(f"{', '.join(wrong)} must be a number or null")
-        except ValueError as error:
-            problem = f"{path} line {number} is {line[:80]!r}: {error}"
-            if number < len(lines):  # no kill has torn it
-                raise BadInput(f"{problem}; delete that line") from None
-            tell_once(f"{problem}; it is left out, as torn by a kill")
-        else:
-            rows.append(row)
+    note = {"note": "as torn by a kill", "only_last": True}
+    rows = read_lines(path, {"step": 0}, check, **note)
     last, written = rows[-1]["step"] if rows else 0, _timing_of(path.parent).get("last_row", 0)
     if last < written:
         tell_once(f"{path}: ends at step {last}, though rows were written up to step {written}")
     return rows
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return to_json(sealed(row)) + "\n"
-
-
 class _Events:
-    """Write events for TensorBoard, which then drops earlier events of steps after `start_step`.
+    """Write events for TensorBoard, which then drops earlier ones of steps after `start_step`.
 
-    The thread of `SummaryWriter` ends on a full disk: the run would wait forever.
+    An error ends it, not the run. The thread of `SummaryWriter` ends on a full disk: the run would
+    wait forever.
     """
 
     def __init__(self, folder: Path, start_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        # names count whole seconds: the suffix keeps a quick restart from overwriting a file
-        self._writer = EventsWriter(f"{folder}/events", f".from_{start_step}")
-        self.close = self._writer.close  # it writes the rest
-        self._flushed = -math.inf
+        self._writer, self._flushed = None, -math.inf
+        with left_out("TensorBoard"):
+            folder.mkdir(parents=True, exist_ok=True)
+            # names count whole seconds: the suffix keeps a quick restart from overwriting a file
+            self._writer = EventsWriter(f"{folder}/events", f".from_{start_step}")
         if start_step:
             self.add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, **content: Any) -> None:
         """Add an event of a step; it reaches the file half a minute later, or with the next."""
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+        writer, self._writer = self._writer, None
+        with left_out("TensorBoard"):
+            if writer:
+                writer.write_event(Event(wall_time=time.time(), step=step, **content))
+                if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                    writer.flush()
+                    self._flushed = time.monotonic()
+                self._writer = writer
+
+    def close(self) -> None:
+        """Write the rest."""
+        with left_out("TensorBoard"):
+            if self._writer:
+                self._writer.close()

@@ -71,21 +71,21 @@ def index_of(tree: PyTree) -> dict[str, list]:
     A fingerprint is a sum of the array's bits modulo 2^32, weighted by position. It does not depend
     on how devices share the array.
     """
-    prints = jax.device_get(_fingerprints(tree))
+    prints = _named(jax.device_get(_fingerprints(tree)))
     return {
-        name: [list(leaf.shape), str(leaf.dtype), int(value)]
-        for (name, leaf), value in zip(_named(tree).items(), prints, strict=True)
+        name: [list(leaf.shape), str(leaf.dtype), int(prints[name])]
+        for name, leaf in _named(tree).items()
     }
 
 
 @jax.jit
-def _fingerprints(tree: PyTree) -> list[jax.Array]:
+def _fingerprints(tree: PyTree) -> PyTree:
     @jax.jit  # traced once for all arrays of a shape
     def fingerprint(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
-    return [fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
+    return jax.tree.map(fingerprint, tree)
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
@@ -160,7 +160,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written."""
-        self._manager.wait_until_finished()
         self._manager.close()
         self._reader.close()
 
@@ -216,7 +215,16 @@ class Checkpoints:
             if missing := set(like) - set(index):
                 raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
             for name, item in like.items():
-                _check_same_model(self._folder / str(step), index[name], item)
+                ours = {key: list(leaf.shape) for key, leaf in _named(item).items()}
+                theirs = {key: entry[0] for key, entry in index[name].items()}
+                wrong = [
+                    f"{key} is {theirs.get(key, 'missing')}, not {ours.get(key, 'expected')}"
+                    for key in ours | theirs
+                    if ours.get(key) != theirs.get(key)
+                ]
+                if wrong:
+                    problem = f"{self._folder / str(step)} is of another model: {listed(wrong, 4)}"
+                    raise BadInput(f"checkpoint {problem}; use its own config or another --workdir")
             arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
             items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
         for name in like:  # fingerprints take every process
@@ -243,20 +251,6 @@ class Checkpoints:
                 print(f"moved damaged checkpoint {step} to {target}")
         processes.from_first(None)  # the others look when it is done
         self._manager.reload()
-
-
-def _check_same_model(path: epath.Path, index: dict[str, list], like: PyTree) -> None:
-    """Raise BadInput unless the index of the checkpoint at a path fits a tree by name and shape."""
-    ours = {name: list(leaf.shape) for name, leaf in _named(like).items()}
-    theirs = {name: entry[0] for name, entry in index.items()}
-    wrong = [
-        f"{name} is {theirs.get(name, 'missing')}, not {ours.get(name, 'expected')}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        problem = f"checkpoint {path} is of another model: {listed(wrong, most=4)}"
-        raise BadInput(f"{problem}; use its own config, or another --workdir")
 
 
 @functools.lru_cache

@@ -5,21 +5,21 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
-from mf_jax.flow.errors import BadInput, reason_of
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.runtime.files import opened, replace_file, to_json
 
 CHECKSUM = "checksum"
 _LARGEST_JSON, _LONGEST_INTEGER = 2**28, 19
 
 
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with a checksum of all that it says, which `parse_json` checks."""
-    return {CHECKSUM: _checksum(value), **value}
+def sealed(value: Mapping[str, Any], **options: Any) -> str:
+    """Return an object as JSON, with a checksum of all that it says, which `parse_json` checks."""
+    return to_json({CHECKSUM: _checksum(value), **value}, **options)
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
@@ -28,7 +28,7 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any], **options: Any) -> None:
     """Write an object with its checksum as a whole JSON file."""
-    replace_file(path, to_json(sealed(value), **options).encode())
+    replace_file(path, sealed(value, **options).encode())
 
 
 def parse_json(content: bytes, like: Any, folder: epath.Path | None = None) -> dict[str, Any]:
@@ -93,21 +93,35 @@ def misfit(value: Any, like: Any, name: str) -> str:
 def read_json(path: epath.PathLike, like: Any, fix: str = "restore it") -> dict[str, Any]:
     """Return the object of one of our JSON files; BadInput unless `parse_json` takes it."""
     path = epath.Path(path)
-    try:
-        with opened(path) as file:
-            return parse_json(file.read(_LARGEST_JSON), like, path.parent)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be used ({reason_of(error)}); {fix}") from error
+    with refused((OSError, ValueError), f"{path}: cannot be used", fix), opened(path) as file:
+        return parse_json(file.read(_LARGEST_JSON), like, path.parent)
 
 
-def lines_of(path: epath.Path) -> list[bytes]:
-    """Return the lines of a file, none where it is missing."""
-    try:
-        return path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); move it away") from error
+def read_lines(
+    path: epath.Path, like: Any, check: Callable[[dict], str], *, note: str, only_last: bool = False
+) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line; bad ones are left out, with a note.
+
+    Args:
+      like: see `parse_json`.
+      check: returns what else is wrong with an object, or nothing.
+      only_last: whether no line before the last may be bad.
+    """
+    rows = []
+    with refused(OSError, f"{path}: cannot be read", "move it away"):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line, like, path.parent)
+            if wrong := check(row):
+                raise ValueError(wrong)
+            rows.append(row)
+        except ValueError as error:
+            problem = f"{path} line {number} is {line[:80]!r}: {error}"
+            if only_last and number < len(lines):
+                raise BadInput(f"{problem}; delete that line") from None
+            tell_once(f"{problem}; it is left out, {note}")
+    return rows
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import uuid
@@ -13,7 +12,7 @@ from etils.epath import Path
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.flow.records import DataSpec
 from mf_jax.runtime import processes
 from mf_jax.runtime.checkpoint import saved_steps
@@ -86,11 +85,10 @@ def keep_habits(workdir: Path, config: ConfigDict) -> None:
         return
     known = flatten_dict(_read(workdir, _CONFIG), sep=".")
     for key in BEFORE.keys() - known.keys() - {*_FREE}:
-        if flat(config)[key] != BEFORE[key]:
-            print(
-                f"{key}={BEFORE[key]!r}: what this run has done since an earlier version began it"
-            )
-        config.update_from_flattened_dict({key: BEFORE[key]})
+        old = BEFORE[key]
+        if flat(config)[key] != old:
+            print(f"{key}={old!r}: what this run has done since an earlier version began it")
+        config.update_from_flattened_dict({key: old})
 
 
 @contextlib.contextmanager
@@ -99,20 +97,15 @@ def own(
 ) -> Iterator[None]:
     """Hold a workdir for a run: make it, keep others out, and store the same config and data.
 
-    Args:
-      data: its `mf_jax.data.Source`.
-      parts: see `own_parts`.
-      weights: see `check_data`.
+    See `own_parts` for the parts, `check_data` for its `mf_jax.data.Source` and the weights.
     """
     with contextlib.ExitStack() as held:
         with processes.together():
             if processes.is_first():
                 make(workdir)
-                try:
+                taken = f"--workdir={workdir}: another process is training in it"
+                with refused(BlockingIOError, taken, "choose another"):
                     held.enter_context(locked(workdir / _LOCK, wait=False))
-                except BlockingIOError as error:
-                    problem = "another process is training in it; choose another"
-                    raise BadInput(f"--workdir={workdir}: {problem}") from error
                 about = _about(data) | weights
                 if exists(workdir):
                     check(workdir, config)
@@ -125,13 +118,10 @@ def own(
 
 def make(workdir: Path) -> None:
     """Make a workdir, if it is missing, that results can be written to."""
-    try:
+    with refused(OSError, f"--workdir={workdir}: cannot be written", "choose another"):
         workdir.mkdir(parents=True, exist_ok=True)
         if not in_bucket(workdir) and not os.access(workdir, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror}); choose another"
-        raise BadInput(f"--workdir={workdir}: {problem}") from error
+            raise PermissionError("Permission denied")
 
 
 def _check_shared(workdir: Path) -> None:
@@ -157,8 +147,7 @@ def _about(data: Any) -> dict[str, Any]:
 def check_data(workdir: Path, data: Any, **weights: str) -> dict[str, Any]:
     """Return what is stored about a run's data; BadInput unless these, and its weights, are it.
 
-    Args:
-      weights: SHA-256 of files, `init_sha256` where the run starts, others by their keys.
+    Weights are SHA-256 of files: `init_sha256` where the run starts, others by their keys.
     """
     stored, about = _read(workdir, _DATA), _about(data)
     if about["digest"] and not stored.get("digest"):
@@ -237,14 +226,13 @@ def own_parts(workdir: Path) -> dict[str, str]:
 
 
 def _read(workdir: Path, name: str, key: str = "--workdir") -> dict[str, Any]:
-    workdir = place(workdir, key)
-    try:
-        return read_json(workdir / name, _LIKE[name], "restore it or train anew")
-    except FileNotFoundError as error:
-        fix = "train first: --mode=train with this --workdir"
-        if key != "--workdir":
-            fix = f"name the workdir of a run, or set init.kind to what {key} holds"
-        raise BadInput(f"{key}={workdir}: holds no run ({name} is missing); {fix}") from error
+    path = place(workdir, key) / name
+    if path.exists():
+        return read_json(path, _LIKE[name], "restore it or train anew")
+    fix = "train first: --mode=train with this --workdir"
+    if key != "--workdir":
+        fix = f"name the workdir of a run, or set init.kind to what {key} holds"
+    raise BadInput(f"{key}={workdir}: holds no run ({name} is missing); {fix}")
 
 
 def tell(workdir: Path, **places: str) -> None:

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from mf_jax.flow.sampler import SamplePlan
 from mf_jax.metrics.frechet import noise_line
-from mf_jax.runtime.files import locked, replace_file, to_json
-from mf_jax.runtime.json_files import lines_of, parse_json, sealed, tell_once
+from mf_jax.runtime.files import locked, replace_file
+from mf_jax.runtime.json_files import misfit, read_lines, sealed
 from mf_jax.validation import eval_plans
 
 NEWEST = -1
@@ -170,20 +170,15 @@ def append(workdir: Path, new: Sequence[Row]) -> None:
         rows = read_rows(workdir)
         there = {key_of(row["protocol"]) for row in rows}
         rows += [row for row in new if key_of(row["protocol"]) not in there]
-        lines = [to_json(sealed(row)) + "\n" for row in rows]
-        replace_file(workdir / ROWS_FILE, "".join(lines).encode())
+        replace_file(workdir / ROWS_FILE, "".join(sealed(row) + "\n" for row in rows).encode())
 
 
 def read_rows(workdir: Path) -> list[Row]:
     """Return the rows of eval.jsonl, oldest first; damaged ones are left out, in a line each."""
-    path, rows = workdir / ROWS_FILE, []
-    for number, line in enumerate(lines_of(path), start=1):
-        try:
-            row = parse_json(line, _ROW, workdir)
-            if "ema" in row.get("protocol", {}):
-                parse_json(to_json(row["protocol"]).encode(), _OF_A_MODEL)
-        except ValueError as error:
-            tell_once(f"{path} line {number}: {error}; it is left out, and computed again if asked")
-            continue
-        rows.append({"name": "", "protocol": {}} | row)
-    return rows
+
+    def check(row: Row) -> str:
+        protocol = row.get("protocol", {})
+        return misfit(protocol, _OF_A_MODEL, "protocol") if "ema" in protocol else ""
+
+    rows = read_lines(workdir / ROWS_FILE, _ROW, check, note="and computed again if asked")
+    return [{"name": "", "protocol": {}} | row for row in rows]
