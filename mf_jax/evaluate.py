@@ -21,9 +21,9 @@ from mf_jax.data import Source, in_turn, make_source, read
 from mf_jax.data.pixels import QUANTISATION
 from mf_jax.flow.errors import BadInput, left_out
 from mf_jax.generator import Generator, load_decoder
-from mf_jax.loading import load_initial, load_run, weights_sha256
+from mf_jax.loading import holds_run, load_initial, load_run, weights_sha256
 from mf_jax.reporting.page import write_report
-from mf_jax.reporting.sample_grid import describe, save_sample_grid
+from mf_jax.reporting.sample_grid import save_sample_grid
 from mf_jax.runtime import processes
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint, saved_steps
@@ -35,7 +35,6 @@ from mf_jax.scoring.diagnose import diagnose
 from mf_jax.scoring.rows import NEWEST, Cell, Row, cells, in_shares
 from mf_jax.scoring.scorers import Samples, Scorer
 from mf_jax.validation import own_parts, validate
-from mf_jax.validation.ranges import check_values
 
 PICTURES = "eval_samples"
 _NUM_SHOWN = 64
@@ -72,15 +71,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     table = score_rows.as_table(rows)
     write_json(workdir / "eval.json", table, indent=1)
-    with left_out("report.html"):
-        write_report(workdir)
+    write_report(workdir)
     score_rows.show(table)
     places = {"table": "eval.json", "rows": score_rows.ROWS_FILE, "pictures": PICTURES}
     run_folder.tell(workdir, **places, report="report.html")
 
 
 def _check(config: ConfigDict) -> None:
-    check_values(config)
     cells(config)
     section = config.eval
     if section.watch and (section.samples or section.checkpoints):
@@ -95,16 +92,13 @@ def _check(config: ConfigDict) -> None:
 
 def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
-    if config.init.path and not run_folder.exists(workdir):
+    if not holds_run(workdir, config):
         if config.eval.checkpoints:
             fix = "leave it out, or name another with --config.init.which"
             raise BadInput(f"eval.checkpoints: init.path names one model; {fix}")
         if tuple(config.eval.emas) != ("",):  # as a row has them for its own runs
             print(f"eval.emas={config.eval.emas}: of a run; init.path names one model")
             config.eval.emas = ("",)
-        run_folder.make(workdir)
-        return
-    run_folder.check(workdir, config)
     run_folder.make(workdir)
 
 
@@ -248,40 +242,24 @@ class Evaluation:
 
     def _draw(self, cell: Cell, model: Callable[[], Generator]) -> Samples:
         section, generator, name = self.config.eval, model(), score_rows.name_of(cell.protocol)
-        num, given, targets = section.num_samples, {}, None
+        spec, num, given, targets = generator.spec, section.num_samples, {}, None
         labels = generator.labels_for(None, num)  # exactly balanced
-        if generator.spec.more:
+        if spec.more:
             rows = in_turn(make_source(self.config.data, split="held_out"), num)
             labels, given = rows.labels, generator.given_for(rows.more)
-            targets = rows.x if generator.spec.has_pairs else None
-        elif generator.spec.num_classes and section.labels == "random":
+            targets = rows.x if spec.has_pairs else None
+        elif spec.num_classes and section.labels == "random":
             draws = np.random.default_rng(section.seed)
-            labels = draws.integers(generator.spec.num_classes, size=num, dtype=np.int32)
-        elif generator.spec.num_classes and section.labels == "data":
+            labels = draws.integers(spec.num_classes, size=num, dtype=np.int32)
+        elif spec.num_classes and section.labels == "data":
             held_out = read(make_source(self.config.data, split="held_out"))
             labels = in_shares(held_out.labels, num, section.seed)
         batches = generator.batches(labels, cell.plan, given)
-        if generator.spec.is_picture:
+        if spec.is_picture:
             file = re.sub("[^a-zA-Z0-9.]+", "_", name).strip("_")
-            evaluations = len(cell.plan.grid) - 1
-            caption = describe(step=generator.step, evaluations=evaluations, ema=generator.ema)
-            batches = self._pictures(batches, labels, generator, f"{PICTURES}/{file}.png", caption)
+            path = self.workdir / PICTURES / f"{file}.png"
+            batches = _pictures(batches, labels, generator, path, generator.caption(cell.plan))
         return Samples(name, batches, labels, cell.plan.batch_size, targets)
-
-    def _pictures(
-        self, batches: Iterator, labels: np.ndarray, generator: Generator, file: str, caption: str
-    ) -> Iterator:
-        """Yield samples as bytes, and draw the first ones."""
-        for x, index in batches:
-            pixels = generator.pixels(x)
-            if index[0] == 0:
-                shown = processes.on_host(pixels)[: min(_NUM_SHOWN, len(labels))]
-                if processes.is_first():
-                    first, names = labels[: len(shown)], generator.spec.class_names
-                    with left_out(file):
-                        (self.workdir / PICTURES).mkdir(exist_ok=True)
-                        save_sample_grid(self.workdir / file, shown, first, names, caption=caption)
-            yield pixels, index
 
     def _diagnose(self, generator: Generator) -> Row:
         row = {} if self.is_run else {"init_sha256": weights_sha256(self.config)}
@@ -289,3 +267,19 @@ class Evaluation:
             return row
         model = generator.network, generator.params
         return row | {"diagnostics": diagnose(self.config, *model, self.data)}
+
+
+def _pictures(
+    batches: Iterator, labels: np.ndarray, generator: Generator, path: epath.Path, caption: str
+) -> Iterator:
+    """Yield samples as bytes, and draw the first ones."""
+    for x, index in batches:
+        pixels = generator.pixels(x)
+        if index[0] == 0:
+            shown = processes.on_host(pixels)[: min(_NUM_SHOWN, len(labels))]
+            with left_out(f"{PICTURES}/{path.name}"):
+                if processes.is_first():
+                    path.parent.mkdir(exist_ok=True)
+                    names = generator.spec.class_names
+                    save_sample_grid(path, shown, labels[: len(shown)], names, caption=caption)
+        yield pixels, index

@@ -77,6 +77,13 @@ class Generator:
         made = f"{self.config.model.name} of {count:,} parameters, step {self.step}, ema {self.ema}"
         return f"Generator({made}, samples of shape {self.spec.shape})"
 
+    def caption(self, plan: SamplePlan) -> str:
+        """Return whose samples of a plan are, and how they are made."""
+        of = "average" if self.step else "weights"
+        whose = {"none": "raw parameters"}.get(self.ema, f"{of} {self.ema}")
+        num = len(plan.grid) - 1
+        return f"step {self.step:,} · {num} evaluation{'s' * (num > 1)} a sample · {whose}"
+
     def sample(
         self,
         labels: Labels = None,
@@ -106,21 +113,16 @@ class Generator:
         return self._collect(on_host, labels, **request)
 
     def _collect(
-        self,
-        convert: Callable[[Array], Array],
-        labels: Labels,
-        num: int | None = None,
-        plan: SamplePlan = ONE_STEP,
-        **changes: Any,
+        self, convert: Callable, labels: Labels, num: int | None = None, plan=ONE_STEP, **more: Any
     ) -> Shaped[np.ndarray, "n ..."]:
-        given = self.given_for({key: changes.pop(key, None) for key in MORE})
+        given = self.given_for({key: more.pop(key, None) for key in MORE})
         if num is None and given:
             labels = labels if labels is None else np.ravel(np.asarray(labels, object)).tolist()
             num = max(len(each) for each in (*given.values(), labels) if each is not None)
         labels = self.labels_for(labels, num)
         least = max(len(labels), _LEAST_NUMBERS // math.prod(self.spec.shape))
         least = 1 << (least - 1).bit_length()
-        batches = self.batches(labels, plan.replace(**changes), given, least)
+        batches = self.batches(labels, plan.replace(**more), given, least)
         return np.concatenate([on_host(convert(x)) for x, _ in batches])[: len(labels)]
 
     def batches(

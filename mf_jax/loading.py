@@ -5,6 +5,7 @@ What lies at `init.path`, a run or a kind of published checkpoint, is found by i
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,38 +52,46 @@ def load(workdir: PathLike, *, ema: str = "") -> Generator:
     return load_run(folder, run_folder.stored_config(folder), ema)
 
 
-def load_for(workdir: Path, config: ConfigDict) -> Generator:
-    """Load the run of a workdir, which a config must describe, or `init` where it holds none."""
-    ema = choose_ema("sample.ema", config.sample.ema, averages(config))
+def holds_run(workdir: Path, config: ConfigDict) -> bool:
+    """Return whether the model is a workdir's run, which a config must describe, or else `init`."""
     if config.init.path and not run_folder.exists(workdir):
-        generator = load_initial(config)
-        workdir.mkdir(parents=True, exist_ok=True)
-        return generator
+        return False
+    run_folder.check(workdir, config)
+    return True
+
+
+def load_for(workdir: Path, config: ConfigDict) -> Generator:
+    """Load the run of a workdir, or `init` where it holds none; make a missing workdir."""
+    ema = choose_ema("sample.ema", config.sample.ema, averages(config))
     with processes.together():
-        run_folder.check(workdir, config)
+        is_run = holds_run(workdir, config)
+    generator = load_run(workdir, config, ema) if is_run else load_initial(config)
+    with processes.together():
         run_folder.make(workdir)
-    return load_run(workdir, config, ema)
+    return generator
 
 
 def load_initial(config: ConfigDict) -> Generator:
     """Return the weights of `init` as a model at step 0; their data need not be there."""
-    path = config.init.path
+    init = config.init
     with processes.together():
         if (kind := _kind(config)) == "run":
-            folder = place(path, "init.path")
+            folder = place(init.path, "init.path")
             spec = run_folder.stored_data(folder, "init.path")
             theirs = run_folder.stored_config(folder, "init.path")
-            scales = ({"draws.noise_scale": each.draws.noise_scale} for each in (config, theirs))
-            _check_meaning(*scales, path)
+            _check_meaning(config, theirs, lambda of: {"draws.noise_scale": of.draws.noise_scale})
             if learns_average(config) and not learns_average(theirs):
                 fix = "its run has learnt no average velocity; use objective.name=flow_matching"
-                raise BadInput(f"init.path={path}: {fix}")
-        else:
-            spec = _published_spec(config, kind)
+                raise BadInput(f"init.path={init.path}: {fix}")
+        else:  # whose classes are called by their numbers
+            channels, classes = describe_published(init.path, kind, section=init.which)
+            decoder = load_decoder(config, origin="")
+            side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
+            spec = DataSpec((side, side, channels), classes, tuple(map(str, range(classes))))
     network = make_network(config, spec, for_sampling=True)
     params = load_weights(config, parameter_shapes(network, spec.shape))
     weights_sha256(config)
-    return Generator(config, network, jax.device_put(params, everywhere()), spec, 0, path)
+    return Generator(config, network, jax.device_put(params, everywhere()), spec, 0, init.path)
 
 
 def weights_sha256(config: ConfigDict) -> str:
@@ -110,18 +119,20 @@ def load_weights(config: ConfigDict, like: PyTree) -> PyTree:
     with processes.together():
         folder = place(path, "init.path")
         theirs = run_folder.stored_config(folder, "init.path")
-        _check_meaning(_latents(config), _latents(theirs), path)
+        _check_meaning(config, theirs, _latents)
     ema = choose_ema("init.which", which, averages(theirs))
     params = _fit(_restore(folder, theirs, ema)[1], like, path)
-    _check_meaning(_meaning(config), _meaning(theirs), path)
+    _check_meaning(config, theirs, _meaning)
     return params
 
 
-def _check_meaning(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> None:
+def _check_meaning(ours: ConfigDict, theirs: ConfigDict, meaning: Callable) -> None:
     """Raise BadInput where another run's parameters have another meaning, whatever their shapes."""
-    for key, own in ours.items():
-        if (other := theirs.get(key, own)) != own:
-            raise BadInput(f"init.path={path}: {key}={own!r}: its run has {other!r}; use that")
+    known = meaning(theirs)
+    for key, own in meaning(ours).items():
+        if (other := known.get(key, own)) != own:
+            fix = f"its run has {other!r}; use that"
+            raise BadInput(f"init.path={ours.init.path}: {key}={own!r}: {fix}")
 
 
 def _meaning(config: ConfigDict) -> dict[str, Any]:
@@ -176,15 +187,6 @@ def _kind(config: ConfigDict) -> str:
         fix = "name the workdir of a run, or a published checkpoint"
         raise BadInput(f"init.path={path}: no such file or folder; {fix}")
     return "run" if run_folder.exists(there) else find_kind(there, section=config.init.which)
-
-
-def _published_spec(config: ConfigDict, kind: str) -> DataSpec:
-    """Return what a published network generates; its classes are called by their numbers."""
-    init = config.init
-    channels, num_classes = describe_published(init.path, kind, section=init.which)
-    decoder = load_decoder(config, origin="")
-    side = config.data.image_size // (decoder.autoencoder.network.factor if decoder else 1)
-    return DataSpec((side, side, channels), num_classes, tuple(map(str, range(num_classes))))
 
 
 def _latents(config: ConfigDict) -> dict[str, Any]:

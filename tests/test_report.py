@@ -24,7 +24,7 @@ from mf_jax.reporting.sample_grid import few_classes, save_sample_grid
 
 def _log(workdir, start_step=0, show_progress=False):
     numbers = {"num_steps": 10, "start_step": start_step, "batch_size": 4}
-    return RunLog(workdir, **numbers, show_progress=show_progress)
+    return RunLog(workdir, **numbers, is_shown=show_progress)
 
 
 def _write(log, steps):
@@ -204,7 +204,7 @@ def test_transport_moves_the_noise_by_the_whole_interval(drawn):
         return z - np.float32([1.0, 0.5])  # everything goes to one point
 
     data = np.random.default_rng(0).normal(size=(50, 2))
-    plots.save_transport("transport.png", evaluate_u, data, limits=(-2.0, 2.0))
+    plots.save_transport("transport.png", evaluate_u, data, reach=2.0)
     assert asked == [(0.0, 1.0, np.float32)]
     (before, after) = drawn[0].axes
     wires, dots = before.collections
@@ -230,7 +230,7 @@ def test_field_draws_each_interval_and_u_not_its_transpose(drawn, monkeypatch):
 
     monkeypatch.setattr("matplotlib.axes.Axes.streamplot", streamplot)
     times = ((0.0, 1.0), (0.5, 0.5))
-    plots.save_field("field.png", evaluate_u, limits=(-1.0, 1.0), times=times)
+    plots.save_field("field.png", evaluate_u, reach=1.0, times=times)
     for (x, _, across, up), (r, t) in zip(streams, times, strict=True):
         np.testing.assert_allclose(across, np.broadcast_to(x, across.shape), atol=1e-6)
         assert np.all(up == r + 2 * t)

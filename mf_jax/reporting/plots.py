@@ -26,7 +26,6 @@ with epy.lazy_imports():
 Rows: TypeAlias = Float[np.ndarray, "_ ..."]
 EvaluateU = Callable[..., Float[np.ndarray, "n 2"]]
 """The average velocity `evaluate_u(z, r=r, t=t)` of 2-D points z at two numbers r and t."""
-Limits = tuple[float | int, float | int]
 
 _INK, _MUTED, _FAINT, _BLUE = "#1f2933", "#66727f", "#d9dee4", "#2563eb"
 _BINS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")
@@ -83,14 +82,8 @@ def save_scatter(path: epath.PathLike, samples: Rows, data: Rows, *, title: str)
             ax.scatter(*points.T, s=5, c=color, alpha=alpha, linewidths=0)
 
 
-def save_signals(
-    path: epath.PathLike,
-    samples: Float[np.ndarray, "n l c"],
-    data: Float[np.ndarray, "m l c"],
-    *,
-    title: str,
-) -> None:
-    """Save signals of the data, whose range sets the axes, beside samples, of 4 channels each."""
+def save_signals(path: epath.PathLike, samples: Rows, data: Rows, *, title: str) -> None:
+    """Save signals `[N, L, C]`, 4 channels of each; the range of the data sets the axes."""
     middle, reach = (data.min() + data.max()) / 2, 0.6 * np.ptp(data) or 1.0
     panels = [(f"data ({len(data):,})", data), (f"samples ({len(samples):,})", samples)]
     rows = min(_SIGNAL_ROWS, -(-max(len(data), len(samples)) // 2))
@@ -106,17 +99,10 @@ def save_signals(
 
 
 def save_field(
-    path: epath.PathLike,
-    evaluate_u: EvaluateU,
-    *,
-    limits: Limits,
-    times: Sequence[tuple[float, float]],
+    path: epath.PathLike, evaluate_u: EvaluateU, *, reach: float, times: Sequence[tuple]
 ) -> None:
-    """Save stream plots of the learned average velocity u(z, r, t) on 2-D data.
-
-    Limits are (low, high) of both axes; times are pairs (r, t), a panel each.
-    """
-    line = np.linspace(*limits, 41)
+    """Save stream plots of u(z, r, t) up to a reach from 0, a panel for each pair (r, t)."""
+    line, limits = np.linspace(-reach, reach, 41), (-reach, reach)
     points = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2).astype(np.float32)
     fields = [np.asarray(evaluate_u(points, r=r, t=t)).reshape(41, 41, 2) for r, t in times]
     speeds = np.linalg.norm(fields, axis=-1)
@@ -138,7 +124,7 @@ def save_field(
 
 
 def save_transport(
-    path: epath.PathLike, evaluate_u: EvaluateU, data: Rows, *, limits: Limits
+    path: epath.PathLike, evaluate_u: EvaluateU, data: Rows, *, reach: float
 ) -> None:
     """Save where one step x = e - u(e, 0, 1) carries a regular grid of noise, over the data.
 
@@ -153,9 +139,8 @@ def save_transport(
     wire_colors = _colors_of_noise(wires[:, :-1].reshape(-1, 2))
     title = "One-step transport of a regular grid of noise"
     with _figure(path, 1, 2, width=4.6, height=4.6, title=title) as (_, axes):
-        noise = (-2.6, 2.6)
-        _square(axes[0], noise, noise, "noise e  (equal probability around each dot)")
-        _square(axes[1], limits, limits, "x = e − u(e, 0, 1), over the data")
+        _square(axes[0], (-2.6, 2.6), (-2.6, 2.6), "noise e  (equal probability around each dot)")
+        _square(axes[1], (-reach, reach), (-reach, reach), "x = e − u(e, 0, 1), over the data")
         alpha = min(0.6, 900 / max(len(data), 1))
         axes[1].scatter(*data.T, s=14, c="#c3cad2", alpha=alpha, linewidths=0)
         for ax, points in zip(axes, (e, x), strict=True):

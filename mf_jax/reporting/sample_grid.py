@@ -19,6 +19,8 @@ with epy.lazy_imports():  # brings the font, whose letters are many
     from matplotlib import ft2font
 
 Images: TypeAlias = UInt8[np.ndarray, "_ h w c"]
+Labels: TypeAlias = Int[np.ndarray, "n"]
+Groups = Sequence[tuple[str, Images]]
 CAPTION = "Description"  # key of the caption among the texts of a PNG file
 REAL_FILE = "real.png"  # real pictures of a run, as its samples are shown
 _INK, _MUTED = "#1f2933", "#66727f"
@@ -28,13 +30,7 @@ _WIDEST, _WIDEST_NAME, _MOST_OBLONG = 1600, 240, 1.6
 _MOST_FRAMES, _WIDEST_FRAME, _WAIT = 60, 640, 200  # pixels, milliseconds
 
 
-def describe(*, step: int, evaluations: int, ema: str) -> str:
-    """Return the caption of samples: whose they are, and how they were made."""
-    shown = "raw parameters" if ema == "none" else f"average {ema}" if step else f"weights {ema}"
-    return f"step {step:,} · {evaluations} evaluation{'s' * (evaluations > 1)} a sample · {shown}"
-
-
-def few_classes(num: int, num_classes: int) -> Int[np.ndarray, "n"]:
+def few_classes(num: int, num_classes: int) -> Labels:
     """Return labels for a picture: at most ten classes, evenly spaced and equally often."""
     if not num_classes:
         return np.full(num, NO_LABEL, np.int32)
@@ -50,35 +46,30 @@ def class_name(label: int, class_names: Sequence[str]) -> str:
 
 
 def save_sample_grid(
-    path: epath.PathLike,
-    images: Images,
-    labels: Int[np.ndarray, "n"],
-    class_names: Sequence[str],
-    *,
-    caption: str = "",
+    path: epath.PathLike, images: Images, labels: Labels, known: Sequence[str], *, caption: str = ""
 ) -> None:
     """Save at most 100 samples near a square: rows of each class, or names below if they are many.
 
     Args:
       images: at least one; 3 channels are RGB, of any other number the first is shown in grey.
-      class_names: empty for an unconditional model, whose samples bear no names.
+      known: names of classes; none for an unconditional model, whose samples bear no names.
       caption: of the whole, above it and in the file.
     """
     classes, counts = np.unique(labels, return_counts=True)
     each = min(_MOST_TILES // len(classes), int(counts.min()))
     shape = images.shape[1:3]
-    columns, oblong = _columns(len(classes), each, shape) if class_names and each else (0, math.inf)
+    columns, oblong = _columns(len(classes), each, shape) if known and each else (0, math.inf)
     if oblong <= _MOST_OBLONG:
         each -= each % columns * (len(classes) > 1)  # whole rows
-        rows = [(class_name(k, class_names), images[labels == k][:each]) for k in classes.tolist()]
+        rows = [(class_name(k, known), images[labels == k][:each]) for k in classes.tolist()]
         _draw(path, rows, columns, caption)
     else:
         images, labels = images[:_MOST_TILES], labels[:_MOST_TILES]
-        names = [class_name(k, class_names) for k in labels.tolist()] if class_names else ()
+        names = [class_name(k, known) for k in labels.tolist()] if known else ()
         _draw(path, [("", images)], _columns(1, len(images), shape)[0], caption, names)
 
 
-def save_rows(path: epath.PathLike, rows: Sequence[tuple[str, Images]], *, caption: str) -> None:
+def save_rows(path: epath.PathLike, rows: Groups, caption: str) -> None:
     """Save named rows of equally many images, one below the other."""
     _draw(path, rows, len(rows[0][1]), caption)
 
@@ -109,11 +100,7 @@ def _columns(groups: int, each: int, shape: Sequence[int]) -> tuple[int, float]:
 
 
 def _draw(
-    path: epath.PathLike,
-    groups: Sequence[tuple[str, Images]],
-    columns: int,
-    caption: str,
-    names: Sequence[str] = (),
+    path: epath.PathLike, groups: Groups, columns: int, caption: str, names: Sequence[str] = ()
 ) -> None:
     """Save images row by row, tiny ones as large pixels, with names of groups beside them.
 
