@@ -63,8 +63,9 @@ def test_a_resumed_run_writes_the_same_bytes_as_one_never_stopped(tmp_path):
     assert not list(tmp_path.glob("*/.*"))
     with _log(tmp_path / "resumed"):
         assert read_metrics(tmp_path / "resumed") == []
-    path.write_text('{"step": 1, "lo\n{"step": 2}\n')
-    refuses(r"metrics.jsonl line 1 .* delete that line", read_metrics, tmp_path / "resumed")
+    for bad in ('{"step": 1, "lo', '{"step": 1, "loss": "low"}'):
+        path.write_text(f'{bad}\n{{"step": 2}}\n')
+        refuses(r"metrics.jsonl line 1 .* delete that line", read_metrics, tmp_path / "resumed")
     path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for its newline
     with _log(tmp_path / "resumed", start_step=2):
         assert [json.loads(line)["step"] for line in path.open()] == [1, 2]
@@ -207,6 +208,7 @@ def test_transport_moves_the_noise_by_the_whole_interval(drawn):
     plots.save_transport("transport.png", evaluate_u, data, reach=2.0)
     assert asked == [(0.0, 1.0, np.float32)]
     (before, after) = drawn[0].axes
+    assert after.get_xlim() == (-2.0, 2.0)
     wires, dots = before.collections
     places = dots.get_offsets()
     assert np.std(places) == pytest.approx(1, abs=0.05)  # equal probability under N(0, I)
@@ -234,6 +236,7 @@ def test_field_draws_each_interval_and_u_not_its_transpose(drawn, monkeypatch):
     for (x, _, across, up), (r, t) in zip(streams, times, strict=True):
         np.testing.assert_allclose(across, np.broadcast_to(x, across.shape), atol=1e-6)
         assert np.all(up == r + 2 * t)
+        assert (x[0], x[-1]) == (-1.0, 1.0)
     titles = [ax.get_title() for ax in drawn[0].axes[:2]]
     assert titles == ["r = 0,  t = 1", "r = t = 0.5  (velocity v)"]
 

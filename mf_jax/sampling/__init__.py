@@ -40,8 +40,8 @@ _INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))
 _INSTANTS = ((1.0, 1.0), (0.5, 0.5), (0.1, 0.1))
 """Where (r, t) a velocity is plotted; of a network that never saw r < t at instants alone."""
 _PLACES = {"samples": "samples.npz", "picture": "samples.png"}
-_PLACES |= {name: f"{name}.png" for name in ("scatter", "signals", "field", "transport")}
-_PLACES |= {name: f"{name}.png" for name in ("steps", "walk", "nearest")}
+_OTHERS = "scatter signals field transport steps walk nearest"
+_PLACES |= {name: f"{name}.png" for name in _OTHERS.split()}
 _PLACES |= {"training": "training.webp", "report": "report.html"}
 _SHOWN, _MOST_NUMBERS = 10, 2**28
 _Named = list[tuple[str, UInt8[np.ndarray, "n h w c"]]]
@@ -57,9 +57,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     section = config.sample
     generator = load_for(workdir, config)
     spec = generator.spec
+    for name in section.views:
+        check_known("sample.views", name, _VIEWS)
     with in_section("sample"):
-        for name in section.views:
-            check_known("views", name, _VIEWS)
         if section.views and (not spec.is_picture or spec.more):
             raise BadInput("views: are of pictures that bring nothing but a class; use ()")
         spec.check_asked(section.labels)
