@@ -45,8 +45,11 @@ def _embedded(t):
 
 def _block(x, c):
     shift, scale, gate, *mlp = jnp.split(nn.Dense(6 * WIDTH)(nn.silu(c)), 6, axis=1)
-    seen = nn.MultiHeadDotProductAttention(HEADS)(_modulated(x, shift, scale))
-    x = x + gate[:, None] * seen
+    qkv = nn.Dense(3 * WIDTH)(_modulated(x, shift, scale))
+    q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, HEADS, -1), 2, 0)
+    weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / (WIDTH // HEADS) ** 0.5)
+    seen = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+    x = x + gate[:, None] * nn.Dense(WIDTH)(seen)
     shift, scale, gate = mlp
     hidden = nn.gelu(nn.Dense(4 * WIDTH)(_modulated(x, shift, scale)))
     return x + gate[:, None] * nn.Dense(WIDTH)(hidden)
