@@ -55,29 +55,38 @@ def assert_gradients(ours, theirs, tolerance=1e-5):
         assert_close(ours[name], theirs[name], f"gradient of {name}", tolerance)
 
 
+def below(arrays, prefix):
+    """Return the arrays whose names start with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def trees_of(kind, case):
+    """Return a case's parameters and gradients under our names."""
+    return [from_published(kind, below(case, f"{name}/net/")) for name in ("params", "grads")]
+
+
 def load_case(path):
     """Return a case's meta, its arrays, and its parameters and gradients under our names."""
     case = dict(np.load(path))
     meta = json.loads(str(case.pop("meta")))
-
-    def tree(prefix):
-        flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
-        return from_published(meta["kind"].removesuffix("_unet"), flat)
-
-    return meta, case, tree("params/net/"), tree("grads/net/")
+    return meta, case, *trees_of(meta["kind"].removesuffix("_unet"), case)
 
 
-def config_of(row, sizes, **more):
+def config_of(row, sizes, params=(), **more):
     """Return the config of a row of ImageNet with the sizes of a recorded network, in float32."""
     config = imagenet.get_config(row)
     config.model.update({name: sizes[name] for name in ("patch_size", "depth", "num_heads")})
     config.model.update({"width": sizes["hidden_size"], "dtype": "float32", "scan": False} | more)
+    if "aux_head_depth" in sizes:
+        config.model.head_depth = sizes["aux_head_depth"]
+    if "bottleneck" in params:  # its width is that of its weights
+        config.model.bottleneck = params["bottleneck"]["kernel"].shape[-1]
     return config
 
 
 def draws_of(meta, case):
     """Return the draws of a case, whose first rows have r = t."""
-    given = {k.removeprefix("in/"): jnp.asarray(v) for k, v in case.items() if k.startswith("in/")}
+    given = jax.tree.map(jnp.asarray, below(case, "in/"))
     told, n = None, meta["batch"]["num_instant"]
     if "omega" in given:
         told = GuidanceScale(*(given[name] for name in ("omega", "t_min", "t_max")))

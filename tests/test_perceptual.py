@@ -11,18 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded
 import scipy.special
 import scipy.stats
 from conftest import refuses
-from flax.traverse_util import flatten_dict
-from recorded import (
-    FOLDER,
-    config_of,
-    draws_of,
-    from_published,
-    note_difference,
-    perceptual_weights,
-)
+from recorded import FOLDER, assert_close, assert_gradients, below, config_of, draws_of
 from safetensors.numpy import save_file
 
 from configs import imagenet
@@ -39,17 +32,11 @@ from mf_jax.runtime.files import sha256_of
 CASE = dict(np.load(FOLDER / "perceptual.npz"))
 META = json.loads(str(CASE["meta"]))
 SHAPES = json.loads((FOLDER / "perceptual_state_dict.json").read_text())
-VALUES, GRADIENTS = 3e-5, 1e-4  # relative to the largest entry
+GRADIENTS = 1e-4  # relative to the largest entry
 TOLERANCES = {"loss_full": 1e-2, "loss_small": 1e-3}
 SHIFTS = 0, 3e-6, -3e-6
 """A ReLU may lie so near its kink that rounding picks the side: one shift of a picks theirs."""
 PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
-
-
-def assert_close(ours, theirs, tolerance, name):
-    error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
-    note_difference(name, error)
-    assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
 @functools.cache
@@ -61,7 +48,7 @@ def distance(name):
         sizes = META["convnext"][name]
         network = ConvNeXtDistance(ConvNeXtV2(tuple(sizes["depths"]), tuple(sizes["dims"])))
         shapes = sizes["parameters"] if name == "small" else SHAPES["convnextv2"]
-    state = StateDict(name, "", perceptual_weights(shapes, META["seed"]))
+    state = StateDict(name, "", recorded.perceptual_weights(shapes, META["seed"]))
     return network, network_params(distance_shapes(network), state)
 
 
@@ -80,7 +67,7 @@ def check_distance(prefix, network, params, shifts=(0,)):
 
     (a, b), theirs = PAIR, CASE[f"{prefix}/gradient/a"]
     found = [gradient(a + s, b, params) for s in shifts]
-    assert_close(found[0][1], CASE[f"{prefix}/out/distance"], VALUES, prefix)
+    assert_close(found[0][1], CASE[f"{prefix}/out/distance"], prefix)
     errors = [np.abs(ours - theirs).max((1, 2, 3)) for ours, _ in found]
     assert np.min(errors, axis=0).max() < GRADIENTS * np.abs(theirs).max(), errors
 
@@ -89,7 +76,7 @@ def test_reference_crops():
     image, box = (jnp.asarray(CASE[f"crop/in/{name}"]) for name in ("image", "box"))
     for side in META["crop_sizes"]:
         ours = crop(image, box, side)
-        assert_close(ours, CASE[f"crop/out/{side}"], VALUES, f"crop to {side}")
+        assert_close(ours, CASE[f"crop/out/{side}"], f"crop to {side}")
 
 
 def test_reference_lpips():
@@ -98,15 +85,15 @@ def test_reference_lpips():
     layers = jax.jit(functools.partial(network.apply, method="layers"))({"params": params}, *PAIR)
     recorded = [name for name in CASE if name.startswith("lpips/out/layer/")]
     for name, ours in zip(recorded, layers, strict=True):
-        assert_close(ours, CASE[name], VALUES, name)
+        assert_close(ours, CASE[name], name)
     vgg = jax.jit(VGG16().apply)
     for picture, image in zip("ab", PAIR, strict=True):
         maps = vgg({"params": params["features"]}, image)
         for name, ours in zip(recorded, maps, strict=True):
             at, layer = f"lpips/out/{picture}", name.split("/")[-1]
-            assert_close(ours.mean((1, 2)), CASE[f"{at}/mean/{layer}"], VALUES, "mean")
+            assert_close(ours.mean((1, 2)), CASE[f"{at}/mean/{layer}"], "mean")
             if (whole := f"{at}/map/{layer}") in CASE:
-                assert_close(ours, CASE[whole], VALUES, whole)
+                assert_close(ours, CASE[whole], whole)
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("base", marks=pytest.mark.slow)])
@@ -119,18 +106,16 @@ def test_reference_convnext(size):
     out = backbone({"params": params["convnextv2"]}, jnp.concatenate(PAIR))
     for k, picture in enumerate("ab"):
         features, maps = jax.tree.map(lambda x, k=k: jnp.split(x, 2)[k], out)
-        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], VALUES, prefix)
+        assert_close(features, CASE[f"{prefix}/out/{picture}/features"], prefix)
         for i, x in enumerate(maps):
             if (name := f"{prefix}/out/{picture}/mean/stage{i}") in CASE:
-                assert_close(x.mean((1, 2)), CASE[name], VALUES, name)
+                assert_close(x.mean((1, 2)), CASE[name], name)
 
 
 def _row(settings, case, params):
     """Return the field and the objective of the shipped row, with the sizes of a recorded loss."""
     sizes, said = META["model"], settings["objective"]
-    bottleneck, head_depth = params["bottleneck"]["kernel"].shape[-1], sizes["aux_head_depth"]
-    more = {"head_depth": head_depth, "bottleneck": bottleneck, "remat": "none"}
-    config = config_of("pmf_b16", sizes, **more)
+    config = config_of("pmf_b16", sizes, params, remat="none")
     config.perceptual.update(max_t=said["perceptual_max_t"], crop_size=settings["crop_size"])
     objective = make_objective(config)
     ours = {distance.name: distance.factor for distance in objective.perceptual.distances}
@@ -149,38 +134,28 @@ def _row(settings, case, params):
 
 @pytest.mark.parametrize("name", [name for name in TOLERANCES if f"{name}/out/loss" in CASE])
 def test_reference_loss_through_the_row(name):
-    case = {key.removeprefix(f"{name}/"): value for key, value in CASE.items()}
-    settings = META["losses"][name]
-    params, theirs = (
-        from_published("pmf", {k[len(kind) :]: v for k, v in case.items() if k.startswith(kind)})
-        for kind in ("params/net/", "grads/net/")
-    )
+    case, settings = CASE | below(CASE, f"{name}/"), META["losses"][name]
+    params, theirs = recorded.trees_of("pmf", case)
     field, shaped, frozen = _row(settings, case, params)
     draws = draws_of(META | settings, case)
 
     @jax.jit
     def evaluate(params, frozen):
-        objective = shaped.with_frozen(frozen)
-        loss, gradient = jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
-            field, params, draws
-        )
-        return loss, gradient
+        loss = shaped.with_frozen(frozen).loss
+        return jax.value_and_grad(loss, argnums=1, has_aux=True)(field, params, draws)
 
     (loss, metrics), ours = evaluate(params, frozen)
-    assert_close(loss, case["out/loss"], VALUES, "loss")
+    assert_close(loss, case["out/loss"], "loss")
     for key in ("lpips", "convnext"):
-        recorded = case[f"out/metric/aux_loss_{key}"]
-        assert_close(metrics[key].compute(), recorded, VALUES, key)
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys() == flatten_dict(params, sep="/").keys()
-    for key in theirs:
-        assert_close(ours[key], theirs[key], TOLERANCES[name], f"gradient of {key}")
+        assert_close(metrics[key].compute(), case[f"out/metric/aux_loss_{key}"], key)
+    assert_gradients(ours, theirs, TOLERANCES[name])
 
 
 def test_published_files_become_what_the_loss_reads(tmp_path):
     """VGG16's file has a classifier beside, which is left out; the checksum of a path is free."""
     shapes = META["lpips"]["parameters"]
-    drawn = perceptual_weights(shapes, META["seed"]) | {"classifier.0.bias": np.zeros(3, "f4")}
+    drawn = recorded.perceptual_weights(shapes, META["seed"])
+    drawn["classifier.0.bias"] = np.zeros(3, np.float32)
     linear = {name: drawn.pop(name) for name in list(drawn) if name.startswith("lin")}
     config = imagenet.get_config("pmf_b16")
     config.perceptual.convnext, config.perceptual.lpips_weights = 0.0, str(tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from oracle import joined
-from recorded import FOLDER, assert_close, assert_gradients, config_of, draws_of, load_case
+from recorded import FOLDER, assert_close, assert_gradients, below, config_of, draws_of, load_case
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
@@ -25,13 +25,8 @@ from mf_jax.flow.rows import at_instant
 from mf_jax.flow.sampler import sample
 from mf_jax.models import SIZES, DiT, as_field, parameter_shapes
 
-ROWS = {
-    "meanflow": "b4",
-    "imf": "imf_b2",
-    "pmf": "pmf_b16",
-    "alphaflow": "alphaflow_xl2",
-    "soflow": "soflow_xl2",
-}
+ROWS = {"meanflow": "b4", "imf": "imf_b2", "pmf": "pmf_b16"}
+ROWS |= {"alphaflow": "alphaflow_xl2", "soflow": "soflow_xl2"}
 SCHEDULE = (
     "objective.anneal_from=change_init_steps objective.anneal_to=change_end_steps "
     "objective.sharpness=gamma objective.derivative_below=clamp_value "
@@ -57,15 +52,11 @@ CASES = [
 ]
 
 
-def _said(objective, names):
-    pairs = (pair.split("=") for pair in names.split())
-    return {key: objective[name] for key, name in pairs}
-
-
 def _settings(meta):
     """Return what a case says of its objective, by key of the config."""
-    said, kind = meta["objective"], meta["kind"]
-    settings = _said(said, NAMES[kind])
+    said, kind = meta["objective"], meta.get("kind", "")
+    names = (pair.split("=") for pair in NAMES.get(kind, SCHEDULE).split())
+    settings = {key: said[name] for key, name in names}
     if said.get("guidance") == "none":
         settings |= {"guidance.omega": 1.0, "guidance.kappa": 0.0}
     if kind == "soflow":
@@ -78,12 +69,8 @@ def _settings(meta):
 def _parts(path):
     """Return a case, its parameters and gradients, and the field and objective of its row."""
     meta, case, params, grads = load_case(path)
-    said, model, more = meta["objective"], meta["model"], {}
-    if meta["kind"] in ("imf", "pmf"):
-        more["head_depth"] = model["aux_head_depth"]
-    if meta["kind"] == "pmf":  # the bottleneck's width is that of its weights
-        more["bottleneck"] = params["bottleneck"]["kernel"].shape[-1]
-    config = config_of(ROWS[meta["kind"]], model, **more)
+    said, model = meta["objective"], meta["model"]
+    config = config_of(ROWS[meta["kind"]], model, params)
     config.perceptual.lpips = config.perceptual.convnext = 0.0
     config.update_from_flattened_dict(_settings(meta))
     config.objective.anneal_to = said.get("total_steps", config.objective.anneal_to)
@@ -152,8 +139,7 @@ def test_reference_samples_of_soflow():
 
 def test_reference_schedule_of_alpha():
     case = dict(np.load(FOLDER / "alphaflow_schedule.npz"))
-    said = _said(json.loads(str(case["meta"])), SCHEDULE)
-    settings = {key.removeprefix("objective."): value for key, value in said.items()}
+    settings = below(_settings({"objective": json.loads(str(case["meta"]))}), "objective.")
     row = make_objective(imagenet.get_config(ROWS["alphaflow"]))
     alpha = jax.vmap(dataclasses.replace(row, **settings).alpha)
     ours = alpha(jnp.asarray(case["in/step"], jnp.int32))
@@ -163,7 +149,7 @@ def test_reference_schedule_of_alpha():
 @pytest.mark.skipif("MF_REFERENCE_DIR" in os.environ, reason="other cases have other settings")
 def test_rows_have_the_settings_of_the_reference_cases():
     for kind in ("alphaflow", "soflow"):
-        meta = load_case(FOLDER / f"{kind}.npz")[0]
+        meta = _parts(FOLDER / f"{kind}.npz")[0]
         shipped = flatten_dict(imagenet.get_config(ROWS[kind]).to_dict(), sep=".")
         for key, value in _settings(meta).items():
             assert shipped[key] == pytest.approx(value), f"{kind}: {key}"

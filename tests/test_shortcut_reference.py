@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
-from recorded import FOLDER, assert_close, config_of, from_published, note_difference
+from flax.traverse_util import unflatten_dict
+from recorded import FOLDER, assert_close, assert_gradients, below, config_of, from_published
 
 from configs import imagenet
 from mf_jax.config import make_network, make_objective, make_scheme
@@ -75,10 +75,10 @@ def _load(path):
         config.guidance.omega = said["cfg_scale"] if meta["batch"]["num_guided"] else 1.0
 
     def tree(prefix):
-        flat = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+        flat = below(case, prefix)
         if meta["kind"] == "shortcut":
             return _from_shortcut(flat)
-        return from_published("tvm", {k.removeprefix("model."): v for k, v in flat.items()})
+        return from_published("tvm", below(flat, "model."))
 
     trees = (tree(f"{name}/net/") for name in ("params", "ema_params", "grads"))
     network = make_network(config, DataSpec(case["in/x"].shape[1:], sizes["num_classes"]))
@@ -87,7 +87,7 @@ def _load(path):
 
 def _draws(meta, case):
     """Return the draws of a case in our convention."""
-    given = {k.removeprefix("in/"): jnp.asarray(v) for k, v in case.items() if k.startswith("in/")}
+    given = jax.tree.map(jnp.asarray, below(case, "in/"))
     x, e, t, labels = (given[name] for name in "xety")
     told = {"condition": labels, "null": jnp.full_like(labels, NO_LABEL), "for_networks": True}
     told["dropped"] = given["dropped"]
@@ -131,12 +131,7 @@ def test_reference_case_through_the_row(path):
         assert_close(-u, case["out/u"], "u")
         assert_close(-target, case["out/target"][: len(target)], "target")
     assert_close(loss, case["out/loss"], "loss")
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        error = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
-        note_difference("gradients", error)
-        assert error < 1e-4, f"gradient of {name}: {error:.1e}"
+    assert_gradients(ours, theirs, 1e-4)
 
 
 def test_reference_samples_of_shortcut():
