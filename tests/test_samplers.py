@@ -40,7 +40,7 @@ def test_as_many_evaluations_as_steps_each_over_its_own_interval():
     np.testing.assert_allclose(x, -1.0, rtol=1e-6)
 
 
-def test_small_steps_do_not_vanish_in_half_precision():
+def test_small_steps_do_not_vanish_in_half_precision_and_bad_grids_are_refused():
     def field(params, z, *, r, t, condition):
         return 0.9 * jnp.ones_like(z)
 
@@ -54,8 +54,6 @@ def test_small_steps_do_not_vanish_in_half_precision():
     of_rows = jnp.array([True, True, False, False])
     refuses("mask: is bool.*all axes", sample, field, None, jnp.ones((4, 4)), mask=of_rows)
 
-
-def test_bad_grids_are_refused():
     grids = (1.0,), (0.9, 0.0), (1.0, 0.1), (1.0, 0.2, 0.5, 0.0), (1.0, 1.0, 0.0)
     for steps, times in ((0, ()), (-2, ()), *((1, grid) for grid in grids)):
         refuses(r"(steps|times)=", SamplePlan, steps, times)
@@ -63,24 +61,19 @@ def test_bad_grids_are_refused():
 
 def test_what_a_network_has_not_learnt_is_refused():
     every = {"has_window": True, "only_to_data": False}
-    cases = (
+    windowless, to_data = {"has_window": False}, {"only_to_data": True}
+    for plan, scales, learnt, problem in (
         ({}, (1.0, 1.0), {}, ""),
         ({"guidance": (2.0, 0.0, 1.0)}, (1.0, 1.0), {}, r"no guidance.*use \(1.0, 0.0, 1.0\)"),
         ({}, (1.75, 1.75), {}, r"scales from 1.75 to 1.75; use \(1.75, 0.0, 1.0\)"),
         ({"guidance": (2.0, 0.0, 1.0)}, (1.75, 1.75), {}, "scales from 1.75"),
         ({"guidance": (9.0, 0.0, 0.5)}, (1.0, 8.0), {}, ""),  # as is published
-        (
-            {"guidance": (2.0, 0.0, 0.5)},
-            (1.0, 8.0),
-            {"has_window": False},
-            r"no window.*\(2.0, 0.0",
-        ),
-        ({"guidance": (1.0, 0.0, 0.5)}, (1.0, 8.0), {"has_window": False}, ""),
-        ({"steps": 2}, (1.0, 1.0), {"only_to_data": True}, "end at the data"),
-        ({"steps": 2, "renoise": True}, (1.0, 1.0), {"only_to_data": True}, ""),
-        ({}, (1.0, 1.0), {"only_to_data": True}, ""),
-    )
-    for plan, scales, learnt, problem in cases:
+        ({"guidance": (2.0, 0.0, 0.5)}, (1.0, 8.0), windowless, r"no window.*\(2.0, 0.0"),
+        ({"guidance": (1.0, 0.0, 0.5)}, (1.0, 8.0), windowless, ""),
+        ({"steps": 2}, (1.0, 1.0), to_data, "end at the data"),
+        ({"steps": 2, "renoise": True}, (1.0, 1.0), to_data, ""),
+        ({}, (1.0, 1.0), to_data, ""),
+    ):
         check = functools.partial(SamplePlan(**plan).check_learnt, *scales, **every | learnt)
         refuses(problem, check) if problem else check()
 
