@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import refuses
-from recorded import FOLDER, from_published, note_difference
+from recorded import FOLDER, below, from_published, note_difference
 from safetensors.numpy import save_file
 
 from configs.default import get_config
@@ -18,19 +18,11 @@ from mf_jax.flow.records import Condition
 from mf_jax.loading import load_initial
 from mf_jax.models import as_field
 from mf_jax.published import checkpoint_files, checkpoints
-from mf_jax.published.checkpoints import (
-    describe_published,
-    find_kind,
-    fit_published,
-    load_published,
-    read_published,
-    write_published,
-)
+from mf_jax.published.checkpoints import load_published, read_published, write_published
 from mf_jax.published.names import our_name, published_name, to_published
 
 OF_CHECKPOINT = {"meanflow": "meanflow_cfg_kappa", "imf": "imf_default", "pmf": "pmf_no_perceptual"}
 CHECKPOINTS = {kind: FOLDER / f"official_checkpoint_{kind}" for kind in OF_CHECKPOINT}
-NETWORK = "params/net/"
 SUFFIXES = (".npz", ".safetensors")
 FILES = FOLDER / "torch_checkpoints"
 SECTIONS = {
@@ -45,9 +37,8 @@ each_kind = pytest.mark.parametrize("kind", OF_CHECKPOINT)
 def _case(path):
     """Return the kind, the patch size and the flat published parameters of a recorded case."""
     case = dict(np.load(path))
-    flat = {k.removeprefix(NETWORK): v for k, v in case.items() if k.startswith(NETWORK)}
     meta = json.loads(str(case["meta"]))
-    return meta["kind"], meta["model"]["patch_size"], flat
+    return meta["kind"], meta["model"]["patch_size"], below(case, "params/net/")
 
 
 def _published(kind):
@@ -79,7 +70,7 @@ def _small_tree(value):
     return {"net": {"class_tokens": np.full((8, 4), value, np.float32)}}
 
 
-def test_names_and_layouts_of_the_reference_there_and_back():
+def test_names_and_layouts_of_the_reference_there_and_back_and_those_that_are_refused():
     kinds = set()
     for path in (path for kind in OF_CHECKPOINT for path in FOLDER.glob(f"{kind}_*.npz")):
         kind, patch_size, flat = _case(path)
@@ -97,15 +88,13 @@ def test_names_and_layouts_of_the_reference_there_and_back():
     assert our_name("imf", "u_heads_107/attn/q_norm/kernel") == (ours, "same")
     assert published_name("imf", ours)[0] == "u_heads_107/attn/q_norm/kernel"
 
-
-def test_names_and_layouts_that_are_refused():
     for kind, name in (
         ("imf", "x_embedder/proj1/bias"),
         ("pmf", "x_embedder/proj/bias"),
         ("imf", "time_tokenses"),
         ("meanflow", "blocks/layers_x/attn/qkv/_flax_linear/bias"),
     ):
-        assert our_name(kind, name) is None
+        assert our_name(kind, name) is None, name
     refuses(r"kind='imff'.*did you mean imf", our_name, "imff", "class_tokens")
     patches = {"patch_embedding": {"kernel": np.ones((12, 8))}}
     for kind, tree, size, message in (
@@ -130,28 +119,27 @@ def test_reference_checkpoint_holds_the_averages_of_its_case(kind, tmp_path, mon
     one_head = _like(kind, second_head=False)
     _assert_equal(load_published(path, kind, one_head), one_head)
     wanted = (3 if kind == "pmf" else 4, 10)
-    assert describe_published(path, kind) == wanted
+    assert checkpoints.describe_published(path, kind) == wanted
     rest = {name: array for name, array in theirs.items() if not name.startswith("y_embedder")}
     path = _save_file(tmp_path / "rest.npz", rest)
-    assert describe_published(path, kind) == (wanted[0], 0)
+    assert checkpoints.describe_published(path, kind) == (wanted[0], 0)
     first = "bottleneck" if kind == "pmf" else "patch_embedding"
     del rest[published_name(kind, f"{first}/kernel")[0]]
     _save_file(path, rest)
-    refuses("rest.npz: holds no first layer of a published", describe_published, path, kind)
+    message = "rest.npz: holds no first layer of a published"
+    refuses(message, checkpoints.describe_published, path, kind)
 
 
-def test_the_newest_checkpoint_is_the_largest_number(tmp_path):
+def test_the_newest_checkpoint_is_the_largest_number_of_which_no_other_array_is_read(tmp_path):
     source = next(CHECKPOINTS["meanflow"].glob("checkpoint_*"))
     shutil.copytree(source, tmp_path / "checkpoint_10")
     (tmp_path / "checkpoint_9").mkdir()
     (tmp_path / "checkpoint_11.orbax-checkpoint-tmp-1").mkdir()
     _assert_equal(read_published(tmp_path, "meanflow"), _published("meanflow"))
 
-
-def test_other_arrays_of_a_checkpoint_are_not_read(tmp_path):
     tree = {"params": _small_tree(1), "ema_params": _small_tree(2)}
     tree |= {"opt_state": {"mu": np.ones(3)}, "step": 5}
-    path = _save_orbax(tmp_path / "checkpoint_5", tree, one_database=False)
+    path = _save_orbax(tmp_path / "other" / "checkpoint_5", tree, one_database=False)
     for array in path.iterdir():
         if array.name.startswith(("params.", "opt_state.", "step")):
             shutil.rmtree(array)
@@ -209,7 +197,7 @@ def test_all_that_does_not_fit_is_named_in_one_error():
     """A second head may be absent where none is wanted."""
     flat, like = _published("imf"), _like("imf", second_head=False)
     sampling = {name: array for name, array in flat.items() if not name.startswith("v_")}
-    _assert_equal(fit_published("imf", sampling, like), like)
+    _assert_equal(checkpoints.fit_published("imf", sampling, like), like)
     del flat["u_final_layer/linear/_flax_linear/bias"]
     flat["mystery"] = np.ones(3, np.float32)
     flat["shared_blocks_7/norm1/kernel"] = np.ones(32, np.float32)
@@ -222,17 +210,16 @@ def test_all_that_does_not_fit_is_named_in_one_error():
         r"proj/bias \(patch_embedding/bias\) is \[1, 32\], must become \[32\].*"
         r"proj/kernel \(patch_embedding/kernel\) is \[2, 2, 3, 32\], must become \[16, 32\]"
     )
-    refuses(message, fit_published, "imf", flat, _like("imf"))
+    refuses(message, checkpoints.fit_published, "imf", flat, _like("imf"))
     another = r"nothing published \(block_0/attention/key/kernel\).* and .* more"
-    refuses(another, fit_published, "meanflow", _published("meanflow"), _like("imf"))
+    refuses(another, checkpoints.fit_published, "meanflow", _published("meanflow"), _like("imf"))
     path = CHECKPOINTS["imf"]
     message = f"{path}: published imf parameters do not fit"
     refuses(message, load_published, path, "imf", {"mystery": jnp.ones(3)})
 
 
-def test_bad_paths_are_one_clear_line(tmp_path, capfd):
-    damaged = "cannot be read as a published checkpoint"
-    numbers = iter(range(99))
+def test_what_cannot_be_read_or_written_is_one_clear_line(tmp_path, capfd):
+    damaged, numbers = "cannot be read as a published checkpoint", iter(range(99))
     folder = next(CHECKPOINTS["imf"].glob("checkpoint_*"))
     folder = shutil.copytree(folder, tmp_path / "damaged" / "checkpoint_3")
     for file in (folder / "d").iterdir():
@@ -262,30 +249,21 @@ def test_bad_paths_are_one_clear_line(tmp_path, capfd):
     ):
         refuses(f"{path}.*{message}", read_published, path, "imf")
         assert capfd.readouterr() == ("", "")
-
-
-def test_weights_that_cannot_be_written(tmp_path):
-    params = {"u_head": {"final": {"bias": np.ones(16, np.float32)}}}
-    cases = [
+    params, place = {"u_head": {"final": {"bias": np.ones(16, np.float32)}}}, tmp_path / "written"
+    names = [f"{name}{suffix}" for name in ("nothing/weights", "folder") for suffix in SUFFIXES]
+    for name in names[2:]:
+        (place / name).mkdir(parents=True)
+    for name, kind, message in (
         ("weights.pt", "imf", r"weights.pt: must end in .npz or .safetensors"),
         ("weights.npz", "meanflow", "'u_head/final/bias'"),
-    ]
-    for suffix in SUFFIXES:
-        (tmp_path / f"folder{suffix}").mkdir()
-        for name in ("nothing/weights", "folder"):
-            cases.append((f"{name}{suffix}", "imf", "cannot be written"))
-    for name, kind, message in cases:
-        refuses(message, write_published, tmp_path / name, kind, params, patch_size=2)
-    assert {path.stem for path in tmp_path.iterdir()} == {"folder"}
-
-
-def _torch_case(kind):
-    case = np.load(FILES / f"{kind}.npz")
-    return case, json.loads(str(case["meta"]))["sizes"]
+        *((name, "imf", "cannot be written") for name in names),
+    ):
+        refuses(message, write_published, place / name, kind, params, patch_size=2)
+    assert {path.name for path in place.iterdir()} == set(names[2:])
 
 
 def _config(kind, path, which="", **more):
-    sizes = _torch_case(kind)[1]
+    sizes = json.loads(str(np.load(FILES / f"{kind}.npz")["meta"]))["sizes"]
     config = get_config()
     config.data.image_size = sizes["side"]
     keys = {"width": sizes["width"], "depth": sizes["depth"], "num_heads": sizes["heads"]}
@@ -306,8 +284,8 @@ def _output(generator, z, r, t, labels):
 def test_reference_torch_checkpoints_give_the_recorded_outputs(file, capsys):
     """A SiT does so for every r: it starts as the flow map u(z, r, t) = v(z, t)."""
     kind, *sections = SECTIONS[file]
-    case, _ = _torch_case(kind)
-    assert find_kind(FILES / file) == kind
+    case = np.load(FILES / f"{kind}.npz")
+    assert checkpoints.find_kind(FILES / file) == kind
     for which in sections:
         generator = load_initial(_config(kind, FILES / file, which))
         assert f"of {kind}" in capsys.readouterr().out
@@ -345,20 +323,15 @@ def test_an_interval_that_has_been_learned_is_kept_at_r_equal_t(tmp_path):
     out["kernel"], out["bias"] = out["kernel"] + 0.1, out["bias"] - 0.2
     generator.export(tmp_path / "sit.npz", kind="sit")
     flow = load_initial(_config("sit", tmp_path / "sit.npz"))
-    case, _ = _torch_case("sit")
-    z, t, labels = case["in/z"], case["in/t"], case["in/y"]
-    np.testing.assert_allclose(
-        _output(flow, z, t, t, labels), _output(generator, z, t, t, labels), atol=1e-5
-    )
+    case = np.load(FILES / "sit.npz")
+    at = case["in/z"], case["in/t"], case["in/t"], case["in/y"]
+    np.testing.assert_allclose(_output(flow, *at), _output(generator, *at), atol=1e-5)
 
 
-def test_a_dit_is_a_start_and_says_so(capsys):
+def test_a_dit_is_a_start_and_torch_checkpoints_of_no_kind_are_refused(tmp_path, capsys):
     generator = load_initial(_config("dit", FILES / "dit_release.pt"))
     assert "of dit, which predicts noise" in capsys.readouterr().out
     assert generator.spec.shape == (8, 8, 4)
-
-
-def test_torch_checkpoints_that_are_refused(tmp_path):
     content = (FILES / "sit_release.pt").read_bytes()
     unclear = tmp_path / "0050000.pt"
     unclear.write_bytes(content)
