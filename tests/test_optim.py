@@ -10,24 +10,17 @@ from flax.traverse_util import flatten_dict
 from recorded import FOLDER
 
 from configs.default import get_config
+from mf_jax import optim
 from mf_jax.config import averages
 from mf_jax.models import DiT, InContextDiT, UNet, parameter_shapes
 from mf_jax.models.blocks import stack_blocks
-from mf_jax.optim import (
-    choose_ema,
-    decay_of,
-    forgetful,
-    learning_rate,
-    make_optimizer,
-    muon_dimensions,
-    update_averages,
-)
+from mf_jax.optim import choose_ema, forgetful, make_optimizer, muon_dimensions
 from mf_jax.published.names import our_name
 
 
 def test_schedules():
     def rates(steps, **more):
-        rate = learning_rate(lr=2.0, num_steps=10, **more)
+        rate = optim.learning_rate(lr=2.0, num_steps=10, **more)
         return np.array([rate(step) for step in steps])
 
     warm = rates(range(7), warmup_steps=4, schedule="constant")
@@ -68,7 +61,7 @@ def _left(names, steps, **settings):
     """Return what is left of the start, 1, after steps towards 0, by the name of an average."""
     averages = {name: {"w": jnp.array(1.0)} for name in names}
     for step in steps:
-        averages = update_averages(averages, {"w": jnp.array(0.0)}, step=step, **settings)
+        averages = optim.update_averages(averages, {"w": jnp.array(0.0)}, step=step, **settings)
     return [average["w"] for average in averages.values()]
 
 
@@ -76,9 +69,9 @@ def test_averages_move_as_their_names_say():
     """A half-life halves the distance in that many thousand images, here five steps of 100."""
     left = _left(("0.9", "0.5kimg"), range(5), batch_size=100)
     np.testing.assert_allclose(left, [0.9**5, 0.5], rtol=1e-6)
-    decay = decay_of("2000kimg", batch_size=1024)
+    decay = optim.decay_of("2000kimg", batch_size=1024)
     np.testing.assert_allclose(decay ** (2e6 / 1024), 0.5, rtol=1e-9)
-    assert decay_of("0.9999", batch_size=1024) == 0.9999
+    assert optim.decay_of("0.9999", batch_size=1024) == 0.9999
 
 
 def test_averages_forget_their_start_by_a_ramp():
@@ -87,19 +80,17 @@ def test_averages_forget_their_start_by_a_ramp():
     for step, slow in ((0, 0), (200, 0.5**0.1), (10**6, 0.9999)):
         left = _left(("0.9999", "0.5", "0.99"), [step], **ramp)
         np.testing.assert_allclose(left, [slow, min(slow, 0.5), 0.99], rtol=1e-6)
-    assert forgetful(("0.995", "0.9999"), num_steps=4000, batch_size=1).startswith(
-        "after 4,000 steps 67% of 0.9999 will still be the initial parameters"
-    )
+    told = forgetful(("0.995", "0.9999"), num_steps=4000, batch_size=1)
+    assert told.startswith("after 4,000 steps 67% of 0.9999 will still be the initial parameters")
     assert forgetful(("0.995",), num_steps=4000, batch_size=1) == ""
     assert forgetful(("1.0",), num_steps=4000, batch_size=1, fixed="1.0") == ""
 
 
 def test_averages_that_move_every_few_steps_move_as_far():
     """By decay^4 after the 4th step and the 8th; the average of targets moves at each step."""
+    more = {"batch_size": 100, "every_steps": 4, "fixed": "0.99"}
     for steps in range(10):
-        left = _left(
-            ("0.9", "0.5kimg", "0.99"), range(steps), batch_size=100, every_steps=4, fixed="0.99"
-        )
+        left = _left(("0.9", "0.5kimg", "0.99"), range(steps), **more)
         moves = steps // 4 * 4
         np.testing.assert_allclose(left, [0.9**moves, 0.5 ** (moves / 5), 0.99**steps], rtol=1e-5)
     left = _left(("0.9999",), [199], batch_size=1, rampup=0.05, every_steps=4)
@@ -130,7 +121,10 @@ NETWORKS = {
 
 
 def test_muon_moves_what_is_a_matrix_in_the_published_code():
-    """The published optimiser takes what has two axes; ours have other shapes, so names decide."""
+    """The published optimiser takes what has two axes; ours have other shapes, so names decide.
+
+    Tables, norms, biases and convolutions are left to Adam.
+    """
     case = np.load(FOLDER / "pmf_no_perceptual.npz")
     published = [name for name in case if name.startswith("params/net/") and case[name].ndim == 2]
     matrices = {our_name("pmf", name.removeprefix("params/net/"))[0] for name in published}
@@ -139,10 +133,6 @@ def test_muon_moves_what_is_a_matrix_in_the_published_code():
     assert moved == {name for name in matrices if name in ours}
     assert len(moved) > 20
     assert {"u_head/final/kernel", "h_tokens/embedding/out/kernel"} <= moved
-    assert not {"bottleneck/kernel", "positions", "class_tokens/embedding/embedding"} & moved
-
-
-def test_muon_leaves_tables_norms_biases_and_convolutions_to_adam():
     for network in NETWORKS.values():
         shapes = flatten_dict(parameter_shapes(network, SHAPE), sep="/")
         dimensions = flatten_dict(muon_dimensions(parameter_shapes(network, SHAPE)), sep="/")
@@ -198,11 +188,9 @@ def test_what_muon_leaves_moves_as_under_adam_with_nesterov_momentum():
     params = {"norm": {"scale": jnp.array([1.0, 2.0, 3.0])}, "layer": {"kernel": jnp.eye(3)}}
     gradient = {"norm": {"scale": jnp.array([0.1, -2.0, 0.0])}, "layer": {"kernel": jnp.eye(3)}}
     adam = optax.nadam(1.0, b1=0.9, b2=0.95)
-    expected, _ = adam.update(gradient["norm"], adam.init(params["norm"]), params["norm"])
+    expected, _ = adam.update(gradient, adam.init(params), params)
     moved = _step(params, gradient)["norm"]["scale"]
-    np.testing.assert_allclose(moved, expected["scale"], rtol=1e-6)
+    np.testing.assert_allclose(moved, expected["norm"]["scale"], rtol=1e-6)
 
-
-def test_an_optimiser_that_is_not_known():
     known = r"optim.name='moun': must be one of adamw, muon.*mean muon"
     refuses(known, _optimizer, name="moun")
