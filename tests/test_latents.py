@@ -1,11 +1,11 @@
 """Stored latents: what a batch of them holds, how they are drawn, and what is refused."""
 
-import contextlib
 import errno
 import functools
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ from mf_jax.data.latent_records import MANIFEST, WRITER_OPTIONS, shard_name, to_
 from mf_jax.data.pipeline import stream_flips, stream_indices
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.published.fetch import PUBLISHED
-from mf_jax.runtime.files import written_aside
 from mf_jax.runtime.workdir import as_json, check
 
 SHAPE = (3, 5, 2)
@@ -30,14 +29,8 @@ LENGTH = sum(COUNTS)
 ROWS = np.random.default_rng(0).standard_normal((LENGTH, 2, 2, *SHAPE)).astype(np.float16)
 """By picture, mirror, and mean or standard deviation."""
 LABELS = np.arange(LENGTH) % 3
-SECTION = {
-    "name": "latents",
-    "image_size": 16,
-    "autoencoder": "sd-vae-ft-mse",
-    "latent_mean": (0.0,),
-    "latent_std": (1.0,),
-    "copy_to": "",
-}
+SECTION = get_config().data.to_dict()
+SECTION |= {"name": "latents", "image_size": 16, "autoencoder": "sd-vae-ft-mse"}
 SHARD = shard_name(3, len(COUNTS))
 
 
@@ -82,12 +75,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def source(folder):
-    """Return a function that opens the folder."""
     return functools.partial(opened, folder)
 
 
-def test_every_picture_and_its_mirror_image_is_found_in_any_order(source, tmp_path):
-    """Also by several threads."""
+def test_several_threads_find_pictures_and_mirror_images_in_any_order(source, tmp_path):
     latents = source()
     assert len(latents) == LENGTH
     sha256 = PUBLISHED["sd-vae-ft-mse"][0].sha256
@@ -180,13 +171,9 @@ def test_damage_is_named(folder, source):
         batches = data.make_batches(source(), batch_size=4 * LENGTH, seed=0, flip=True)
         refuses(rf"{name} is damaged .*again", next, batches)
     path.write_bytes(content[:-1])
-    lengths = f"has {len(content) - 1} bytes and must have {len(content)}"
-    refuses(f"{SHARD} {lengths}", source)
+    refuses(f"{SHARD} has {len(content) - 1} bytes and must have {len(content)}", source)
     path.unlink()
     refuses(rf"{SHARD} is missing", source)
-
-
-# Copies on a disk of this host
 
 
 @pytest.fixture
@@ -224,17 +211,10 @@ def test_latents_in_a_bucket_are_copied_once_and_a_stopped_copy_is_finished(copi
     assert (copy / MANIFEST).read_bytes() == before
 
 
-def test_a_place_that_cannot_hold_the_copy_is_named(copied, monkeypatch):
+def test_a_place_that_cannot_hold_the_copy_is_named(copied):
     make, inside, copy = copied
-
-    @contextlib.contextmanager
-    def full(path):
-        with written_aside(path) as aside:
-            yield aside
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(latents, "written_aside", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(latents, "written_aside", side_effect=full):
         refuses(r"a copy of gs://.* GB .*No space left", make)
     assert {path.name for path in copy.iterdir()} == {".lock", MANIFEST}
     assert_all_there(make(path=str(inside)))  # from a file system too

@@ -26,7 +26,6 @@ DIGITS = ("--config=configs/digits.py", *TINY)
 
 
 def _from(place, kind="run", **more):
-    """Return a config that starts from a place."""
     return tiny_config(**{"init.path": str(place), "init.kind": kind}, **more)
 
 
@@ -43,7 +42,7 @@ def exported(trained, tmp_path_factory):
     return generator, path
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(trained, exported, tmp_path):
+def test_weights_that_are_not_finite_are_refused_by_name(exported, tmp_path):
     arrays = dict(np.load(exported[1]))
     name = sorted(arrays)[0]
     arrays[name] = arrays[name] * np.nan
@@ -107,17 +106,17 @@ def test_a_loop_over_blocks_takes_and_gives_the_same_weights(trained, exported, 
 def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
     """Latents whose data are not there, decoded."""
     keys = f"init.path={FOLDER / 'official_checkpoint_meanflow'} init.kind=meanflow sample.num=13"
-    keys += f" data.name=latents data.autoencoder={FOLDER / 'vae'} data.image_size=32"
-    keys += " model.prediction=velocity model.depth=2 model.width=32 model.num_heads=4"
-    flags = (f"--config.{key}" for key in [*keys.split(), "model.patch_size=2"])
+    keys += f" data.name=latents data.autoencoder={FOLDER / 'vae'} data.image_size=32 model.depth=2"
+    keys += " model.prediction=velocity model.width=32 model.num_heads=4 model.patch_size=2"
+    flags = (f"--config.{key}" for key in keys.split())
     works("--config=configs/digits.py", "--mode=sample", f"--workdir={tmp_path}", *flags)
     samples = np.load(tmp_path / "samples.npz")
     assert samples["arr_0"].shape == (13, 32, 32, 3)
     np.testing.assert_array_equal(samples["arr_1"], [*range(10), 0, 1, 2])
 
 
-def test_a_run_of_flow_matching_is_no_flow_map(copy_of_trained):
-    """Nor is a clip of times, or a shortest step, another."""
+def test_runs_of_other_settings_are_refused(trained, copy_of_trained):
+    """Flow matching is no flow map, a clip of times or a shortest step another, as are data."""
     edit(copy_of_trained / "config.json", objective={"name": "flow_matching"})
     refuses("no average velocity", load_initial, _from(copy_of_trained))
     load_initial(_from(copy_of_trained, **{"objective.name": "flow_matching"}))
@@ -126,12 +125,8 @@ def test_a_run_of_flow_matching_is_no_flow_map(copy_of_trained):
     for key, value in {"model.t_clip": 0.1, "times.levels": 3}.items():
         config = _from(copy_of_trained, **told | {key: value})
         refuses(f"{key}={value}: its run has", load_weights, config, _like(config))
-
-
-def test_a_run_on_other_latents_is_refused(trained, copy_of_trained):
-    """Or on pictures."""
     edit(copy_of_trained / "config.json", data={"name": "latents"})
-    for theirs, more in (trained, {}), (copy_of_trained, {"data.latent_std": (2.0,)}):
+    for theirs, more in (trained, {}), (copy_of_trained, told | {"data.latent_std": (2.0,)}):
         config = _from(theirs, **{"data.name": "latents"}, **more)
         message = r"data\.(name|latent_std)=.*: its run has"
         refuses(message, load_weights, config, _like(config))
