@@ -63,14 +63,6 @@ def finish(start):
     return run
 
 
-def _until(condition):
-    limit = time.monotonic() + 30
-    while not (found := condition()):
-        assert time.monotonic() < limit, "nothing happened for 30 s"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture
 def dry(finish):
     """Return a function that returns the commands, as words, that a script would run."""
@@ -81,6 +73,26 @@ def dry(finish):
         return [shlex.split(line) for line in out.splitlines()]
 
     return run
+
+
+@pytest.fixture
+def echo(tmp_path, finish):
+    """Return a function that runs a script to its end with an interpreter that echoes."""
+    _program(tmp_path / "venv" / "bin" / "python", ECHO)
+
+    def run(*arguments):
+        code, out, errors = finish(*arguments)
+        return code, out.splitlines(), errors
+
+    return run
+
+
+def _until(condition):
+    limit = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < limit, "nothing happened for 30 s"
+        time.sleep(0.02)
+    return found
 
 
 def test_scripts_have_no_findings_of_shellcheck():
@@ -132,30 +144,14 @@ def test_bad_arguments_are_refused_in_one_line_and_start_nothing(finish, tmp_pat
     assert not [*tmp_path.glob("started"), *tmp_path.glob("pids*")]
 
 
-def test_studies_pass_arguments_on(finish, tmp_path):
-    _program(tmp_path / "venv" / "bin" / "python", '#!/bin/sh\necho "python $*"\n')
-    for name in ("ablations", "open_problems", "results"):
-        out = f"python -m launch.{name} --document\n"
-        assert finish(f"{name}.sh", "--document") == (0, out, "")
-
-
 MODES = ("train", "eval", "sample")
 
 
-@pytest.fixture
-def echo(tmp_path, finish):
-    """Return a function that runs a script to its end with an interpreter that echoes."""
-    _program(tmp_path / "venv" / "bin" / "python", ECHO)
-
-    def run(*arguments):
-        code, out, errors = finish(*arguments)
-        return code, out.splitlines(), errors
-
-    return run
-
-
 def test_local_passes_arguments_to_the_modes_and_stops_where_one_fails(echo):
-    """A config replaces the default; a mode that is given runs alone."""
+    """A config replaces the default; a mode that is given runs alone. Studies pass theirs on."""
+    for name in ("ablations", "open_problems", "results"):
+        line = f"python -m launch.{name} --document"
+        assert echo(f"{name}.sh", "--document") == (0, [line], "")
     main = "python -m mf_jax.main --config=configs/"
     toy = ("--config=configs/toy2d.py", "--config.data.toy=two_moons")
     for arguments, code, lines in (
@@ -181,8 +177,7 @@ def test_local_dry_run_prints_what_can_be_pasted_and_installs_nothing(echo, tmp_
 def test_sigterm_reaches_the_run_and_ends_the_script(echo, start):
     for name, *ended in (("wait", 0, "saved\n", ""), ("wait_full_disk", 1, "", "")):
         process = start("local.sh", f"--workdir={name}")
-        assert process.stdout.readline().startswith("python")
-        assert process.stdout.readline() == "waiting\n"
+        assert [process.stdout.readline()[:6], process.stdout.readline()] == ["python", "waiting\n"]
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=30)
         assert [process.returncode, out, errors] == ended
@@ -292,7 +287,7 @@ def job(tmp_path, finish):
     return run
 
 
-def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(job, tmp_path):
+def test_slurm_requeues_a_run_that_was_stopped_and_needs_its_checkout(job, tmp_path):
     srun = (
         f"srun --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 {tmp_path}/venv/bin/python -m "
         "mf_jax.main --config=configs/digits.py --config.job.stopped_exit_code=75"
@@ -303,8 +298,6 @@ def test_slurm_requeues_a_run_that_was_stopped_and_nothing_else(job, tmp_path):
         assert out.splitlines() == [srun] + ["scontrol requeue 12"] * (code == 75)
         assert (code, errors) == (expected, "")
 
-
-def test_slurm_needs_its_checkout_and_knows_gpus(job, tmp_path):
     text = (LAUNCH / "slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
     assert options["gpus-per-node"] == options["ntasks-per-node"]
@@ -320,10 +313,9 @@ def test_dry_runs_print_commands_for_a_shell(dry, tmp_path):
     run = [f"{tmp_path}/venv/bin/python", "-m", "mf_jax.main", *MAIN]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", *run, "--config.job.stopped_exit_code=75"]
     assert dry("slurm.sh", *MAIN) == [srun, ["scontrol", "requeue", "JOB_ID"]]
-    env = ["env", "JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT"]
-    common = ["JAX_NUM_PROCESSES=2", *run]  # JAX is left to choose the devices
-    processes = dry("local_processes.sh", 2, *MAIN)
-    assert processes == [[*env, f"JAX_PROCESS_ID={i}", *common] for i in (0, 1)]
+    env = "env JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT JAX_PROCESS_ID={} JAX_NUM_PROCESSES=2"
+    processes = dry("local_processes.sh", 2, *MAIN)  # JAX is left to choose the devices
+    assert processes == [env.format(i).split() + run for i in (0, 1)]
     assert not list(tmp_path.glob("pids*"))
 
 
@@ -356,7 +348,8 @@ def test_a_detached_command_tells_how_it_went(finish, tmp_path):
 WHERE = ["--project=p", "--zone=z", "--quiet"]
 
 
-def test_tpu_create_asks_for_the_slice(dry):
+def test_tpu_actions_print_their_commands(dry):
+    pod = lambda action, *more: dry("tpu_pod.sh", action, "--name=n", *more)  # noqa: E731
     tpus, state = ["gcloud", "compute", "tpus"], "--format=value(state.state)"
     look = [*tpus, "queued-resources", "list", *WHERE, "--filter=name~/n$", state]
     for kind, flags, runtime, spot in (
@@ -366,15 +359,9 @@ def test_tpu_create_asks_for_the_slice(dry):
     ):
         more = ["--node-id=n", f"--accelerator-type={kind}", f"--runtime-version={runtime}", *spot]
         create = [*tpus, "queued-resources", "create", "n", *WHERE, *more]
-        found = dry("tpu_pod.sh", "create", "--name=n", f"--type={kind}", *flags)
-        assert found == [create, look]
+        assert pod("create", f"--type={kind}", *flags) == [create, look]
 
-
-def test_tpu_other_actions_print_their_commands(dry):
-    def pod(action, *arguments):
-        return dry("tpu_pod.sh", action, "--name=n", *arguments)
-
-    log = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", *WHERE, "--worker=0"]
+    log = [*tpus, "tpu-vm", "ssh", "n", *WHERE, "--worker=0"]
     assert pod("log") == [[*log, "--command=tail -n 50 -F mf_jax/runs/latest/log"]]
     (clone,) = pod("setup", "--repo=https://example.org/mf jax.git", "--commit=abc")
     repo = "git clone --quiet -- 'https://example.org/mf jax.git' mf_jax/checkout && git -C "
