@@ -21,13 +21,6 @@ from recorded import DIFFERENCES, FOLDER
 
 from mf_jax.flow.errors import BadInput
 
-_QUICK_TO_COMPILE = (
-    ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-    if jax.__version_info__ < (0, 11)
-    else ()
-)
-"""Options that later versions may lack: XLA ends the process at one that it does not know."""
-
 
 def pytest_configure(config):
     """Let this process and its children share what they compile and read."""
@@ -45,11 +38,9 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)  # which this process has read already
     # compiling takes most of the time of the tests, running what was compiled very little
-    flags = (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        *_QUICK_TO_COMPILE,
-    )
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):  # XLA ends the process at an option that it does not know
+        flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
@@ -98,7 +89,6 @@ def rng():
 
 @pytest.fixture(scope="session")
 def recorded_scores():
-    """Return recorded inputs and scores of published metrics."""
     return dict(np.load(FOLDER / "metrics.npz"))
 
 

@@ -61,7 +61,6 @@ def below(arrays, prefix):
 
 
 def trees_of(kind, case):
-    """Return a case's parameters and gradients under our names."""
     return [from_published(kind, below(case, f"{name}/net/")) for name in ("params", "grads")]
 
 

@@ -370,7 +370,6 @@ FIELD = gaussian_field(_guided_mean(PLAIN))
 
 
 def _off_draws(*sizes):
-    """Return draws away from the truth."""
     instant, interval = (draws := exact_draws(1, *sizes)).instant, draws.interval
     return Draws(instant.replace(x=instant.x + 0.3), interval.replace(x=interval.x - 0.2))
 

@@ -41,7 +41,6 @@ PAIR = jnp.asarray(CASE["in/a"]), jnp.asarray(CASE["in/b"])
 
 @functools.cache
 def distance(name):
-    """Return a network of pairs of pictures, and its weights drawn by the rule."""
     if name == "lpips":
         network, shapes = DISTANCES["lpips"], META["lpips"]["parameters"]
     else:

@@ -4,7 +4,6 @@ import io
 import tarfile
 from pathlib import Path
 
-import pytest
 from absl import logging
 from conftest import refuses
 from test_data import write_tfds
@@ -12,7 +11,6 @@ from test_prepare import CLASSES, CONTENTS, NAMES, write_tree
 
 from mf_jax.data import picture_list
 from mf_jax.data.picture_list import digest, list_files, list_pictures
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL
 
 FOLDER = (tarfile.DIRTYPE, "")
@@ -59,9 +57,7 @@ INPUTS = (
     class_tars,
     tar_of_tars,
     tar_of_here,
-    lambda folder: write_tar(
-        folder / "some.tar", {f"train/{name}": CONTENTS[name] for name in reversed(NAMES)}
-    ),
+    lambda folder: write_tar(folder / "a.tar", {f"train/{n}": CONTENTS[n] for n in NAMES[::-1]}),
 )
 
 
@@ -98,9 +94,8 @@ def test_the_order_is_that_of_names_and_the_digest_tells_lists_apart(tmp_path, m
     (tree / ".cache").mkdir()
     digests = [digest(listed(tree).lines())]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            picture_list, "_names", lambda *a, f=picture_list._names: sorted(f(*a), reverse=True)
-        )
+        names = picture_list._names
+        patch.setattr(picture_list, "_names", lambda *a: sorted(names(*a), reverse=True))
         found = listed(tree)
     assert names_of(found) == NAMES
     assert digest(found.lines()) == digests[0] == DIGEST
@@ -117,8 +112,8 @@ def test_a_tfds_set_is_read_as_it_is_stored(tmp_path, monkeypatch):
     pictures = listed("tfds:tiny")
     assert (pictures.class_names, pictures.name(1)) == (("cat", "dog"), "train[1]")
     assert [pictures.read(i) for i in range(len(pictures))] == examples
-    with pytest.raises(BadInput, match="dataset='tiny' split 'test'"):
-        list_pictures("tfds:tiny", key="input", tfds_split="test", class_order="number")
+    more = {"key": "input", "tfds_split": "test", "class_order": "number"}
+    refuses("dataset='tiny' split 'test'", list_pictures, "tfds:tiny", **more)
 
 
 def test_inputs_that_are_none_are_refused(tmp_path):

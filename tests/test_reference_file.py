@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from conftest import refuses
 
+from mf_jax.metrics import reference_file
 from mf_jax.metrics.frechet import Gaussian, Moments
-from mf_jax.metrics.reference_file import (
-    Statistics,
-    count_pictures,
-    read_pictures,
-    read_reference,
-    write_reference,
-)
+from mf_jax.metrics.reference_file import Statistics, read_pictures, read_reference, write_reference
 
 
 @pytest.fixture
@@ -36,7 +31,6 @@ def path(tmp_path):
 
 
 def same(reference, statistics):
-    """Assert that a reference has these statistics."""
     for part in ("num_images", "pooled", "spatial", "features"):
         np.testing.assert_equal(getattr(reference, part), getattr(statistics, part))
 
@@ -58,9 +52,8 @@ def test_our_files_are_read_by_us_and_by_others(path, statistics, pictures):
         getattr(statistics, part) for part in ("pooled", "spatial", "features")
     )
     moments = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "num_images": 40}
-    np.testing.assert_equal(
-        dict(np.load(path)), moments | {"features": features, "arr_0": pictures}
-    )
+    moments |= {"features": features, "arr_0": pictures}
+    np.testing.assert_equal(dict(np.load(path)), moments)
 
 
 def test_files_of_other_tools_are_read(path, statistics, pictures):
@@ -80,7 +73,7 @@ def test_files_of_other_tools_are_read(path, statistics, pictures):
 
 def test_no_more_than_a_block_is_held(path, statistics, pictures):
     np.savez(path, pictures)
-    assert count_pictures(path) == 23
+    assert reference_file.count_pictures(path) == 23
     for size, lengths in ((10, [10, 10, 3]), (23, [23]), (100, [23])):
         blocks = list(read_pictures(path, size))
         assert [len(block) for block in blocks] == lengths
@@ -156,7 +149,7 @@ def test_other_arrays_are_no_pictures(path, pictures):
         np.savez(path, array)
         refused(path, message, first)
     np.savez(path, mu=np.zeros(2))
-    refused(path, "has no pictures", count_pictures)
+    refused(path, "has no pictures", reference_file.count_pictures)
     content = io.BytesIO()
     np.save(content, pictures)
     with zipfile.ZipFile(path, "w") as archive:
