@@ -4,6 +4,7 @@ The rows of the batch differ from its first row in one thing each.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ from mf_jax.models import as_field, initial_params, parameter_shapes
 
 IMAGE, CLASSES = (4, 8, 3), {"num_classes": 3}
 _SIZES = CLASSES | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 2}
+_PIXEL = {"head_depth": 1, "bottleneck": 5, "positions": "grid"}
 _UNET = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "dropout": 0.3}
 CASES = {
     "dit": (models.DiT(**_SIZES | {"depth": 1, "width": 16}), IMAGE),
     "in_context_dit": (models.InContextDiT(**_SIZES, head_depth=1), IMAGE),
-    "pixel": (models.InContextDiT(**_SIZES, head_depth=1, bottleneck=5, positions="grid"), IMAGE),
+    "pixel": (models.InContextDiT(**_SIZES | {"depth": 1}, **_PIXEL), IMAGE),
     "unet": (models.UNet(**CLASSES, **_UNET, attention_resolutions=(2,)), IMAGE),
     "mlp": (models.MLP(**CLASSES, depth=2, width=16), (2,)),
     "affine": (models.Affine(**CLASSES, width=16), (2, 3, 1)),
@@ -123,7 +125,6 @@ def answers(name):
 
 def assert_apart(prediction, names, head="u"):
     """Assert that a prediction differs between any two of these rows."""
-    rows = [getattr(prediction, head)[ORDER[name]] for name in names]
-    for i, a in enumerate(rows):
-        for name, b in zip(names, rows[:i], strict=False):
-            assert np.abs(a - b).max() > 1e-4, (names[i], name)
+    for pair in itertools.combinations(names, 2):
+        a, b = (getattr(prediction, head)[ORDER[name]] for name in pair)
+        assert np.abs(a - b).max() > 1e-4, pair

@@ -12,15 +12,8 @@ from oracle import gaussian_average
 
 from mf_jax import models
 from mf_jax.flow.records import NO_LABEL, Condition
-from mf_jax.models import as_field, parameter_shapes, unet
+from mf_jax.models import as_field, layers, parameter_shapes, unet
 from mf_jax.models.dit import DECOUPLED, num_r_blocks
-from mf_jax.models.layers import (
-    TIME_CONDITIONINGS,
-    ConditionEmbedding,
-    image_of,
-    patches_of,
-    sinusoidal_features,
-)
 from mf_jax.models.unet import drop_out
 
 
@@ -59,15 +52,13 @@ def test_a_network_is_told_everything_and_wastes_nothing(name):
         assert not np.allclose(exact.u[0, :2, :2], exact.u[ORDER["swapped"], :2, 2:4], atol=1e-3)
 
 
-def test_networks_without_classes_have_no_parameters_for_them():
+def test_classes_of_networks_say_what_they_can():
+    """Without classes they have no parameters for these."""
     for network, shape in CASES.values():
         names = set(flatten_dict(parameter_shapes(network, shape), sep="/"))
         less = set(flatten_dict(parameter_shapes(network.clone(num_classes=0), shape), sep="/"))
         assert names - less
         assert all("label_embedding" in name or "class_tokens" in name for name in names - less)
-
-
-def test_classes_of_networks_say_what_they_can():
     for kind, names in {
         "images": ["dit", "in_context_dit", "unet", "affine", "low_rank"],
         "vectors": ["mlp", "affine", "low_rank"],
@@ -82,15 +73,12 @@ def test_classes_of_networks_say_what_they_can():
             models.NETWORKS[name](patch_size=2, num_classes=0, **row)
 
 
-# ---- times and patches
-
-
 def test_time_conditioning_tells_what_its_name_says():
     letters = {"t": "t_embedding", "r": "r_embedding", "t-r": "h_embedding"}
     r, t = jnp.array([0.2, 0.3, 0.3, 0.2]), jnp.array([0.7, 0.8, 0.7, 0.8])
-    for conditioning in TIME_CONDITIONINGS:
+    for conditioning in layers.TIME_CONDITIONINGS:
         names = {letters[name] for name in conditioning.split(",")}
-        embed = ConditionEmbedding(8, conditioning, 0)
+        embed = layers.ConditionEmbedding(8, conditioning, 0)
         inputs = {"r": r, "t": t, "labels": jnp.zeros(4, int)}
         out, variables = embed.init_with_output(jax.random.key(0), **inputs)
         assert set(variables["params"]) == names
@@ -112,21 +100,15 @@ def test_time_conditioning_tells_what_its_name_says():
     refuses(r"time_conditioning='t\|r': must be one of t,r", parameter_shapes, decoupled, (2,))
 
 
-def test_time_features_are_not_scaled_by_1000():
-    slope = jax.jacobian(lambda t: sinusoidal_features(t))(jnp.array([0.3]))
+def test_times_are_not_scaled_by_1000_and_patches_are_cut_row_by_row_and_put_back():
+    slope = jax.jacobian(lambda t: layers.sinusoidal_features(t))(jnp.array([0.3]))
     assert float(jnp.abs(slope).max()) <= 1.0
-
-
-def test_patches_are_cut_row_by_row_and_put_back():
     z = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
-    patches = patches_of(jnp.asarray(z), 2)
+    patches = layers.patches_of(jnp.asarray(z), 2)
     assert patches.shape == (2, 6, 12)
     np.testing.assert_array_equal(patches[1, 2], z[1, :2, 4:].ravel())
     np.testing.assert_array_equal(patches[1, 3], z[1, 2:, :2].ravel())
-    np.testing.assert_array_equal(image_of(patches, z.shape, 2), z)
-
-
-# ---- DiT
+    np.testing.assert_array_equal(layers.image_of(patches, z.shape, 2), z)
 
 
 def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
@@ -140,32 +122,21 @@ def test_first_blocks_of_a_decoupled_dit_see_t_and_last_ones_r():
         times = {"r": jnp.full(1, r), "t": jnp.full(1, t)}
         return run(params, z, **times, condition=Condition(jnp.ones(1, int))).u
 
-    def heard(names):
-        """Return whether u depends on t, and on r, where only these modulations hear anything."""
+    for heard in modulations:  # alone
         params = flatten_dict(drawn)
-        for name in set(modulations) - set(names):
+        for name in set(modulations) - {heard}:
             params[*name, "kernel"] = np.zeros_like(params[*name, "kernel"])
-        params = unflatten_dict(params)
-        first = u(run, params, 0.2, 0.7)
-        changed = (u(run, params, 0.2, 0.8), u(run, params, 0.1, 0.7))
-        return tuple(not np.array_equal(first, other) for other in changed)
-
-    t, r = (True, False), (False, True)
-    assert [heard([name]) for name in modulations] == [t, r, r, r]
+        us = [u(run, unflatten_dict(params), *at) for at in ((0.2, 0.7), (0.2, 0.8), (0.1, 0.7))]
+        changed = [not np.array_equal(us[0], other) for other in us[1:]]
+        assert changed == [heard == modulations[0], heard != modulations[0]]
     flow = jax.jit(as_field(network.clone(time_conditioning="t")))
     np.testing.assert_array_equal(u(run, drawn, 0.7, 0.7), u(flow, drawn, 0.7, 0.7))
     assert not np.allclose(u(run, drawn, 0.2, 0.7), u(flow, drawn, 0.2, 0.7), atol=1e-3)
 
-
-def test_decoupled_dit_leaves_a_block_for_each_time():
     assert [num_r_blocks(depth, 0) for depth in (2, 4, 5, 12, 28)] == [1, 1, 2, 3, 7]
     for depth, r_blocks in [(1, 0), (4, 4), (4, 5), (4, -1)]:
-        refuses(
-            f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use", num_r_blocks, depth, r_blocks
-        )
-
-
-# ---- InContextDiT
+        message = f"model.r_blocks={r_blocks}: .* of {depth} blocks.*use"
+        refuses(message, num_r_blocks, depth, r_blocks)
 
 
 def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance():
@@ -175,9 +146,8 @@ def test_sampling_builds_no_second_head_and_predicts_the_same_u_without_guidance
     assert parameter_shapes(sampling, shape).keys() == params.keys() - {"v_head"}
     (r, t, condition), i = networks.inputs(), ORDER["no guidance"]
     condition = Condition(condition.labels)
-    alone = jax.jit(as_field(sampling))(
-        params, networks.make_z(shape), r=r, t=t, condition=condition
-    )
+    field, z = jax.jit(as_field(sampling)), networks.make_z(shape)
+    alone = field(params, z, r=r, t=t, condition=condition)
     assert alone.v is None
     np.testing.assert_allclose(alone.u[i], exact.u[i], rtol=1e-4, atol=1e-5)
 
@@ -194,9 +164,6 @@ def test_fresh_gates_close_the_blocks_and_weights_have_the_published_scale():
         ("class_tokens/embedding/embedding", width**-0.5),
     ):
         assert abs(params[name].std() / std - 1) < 4 / params[name].size ** 0.5, name
-
-
-# ---- affine baselines
 
 
 @pytest.mark.parametrize(("name", "rank"), [("affine", 6), ("low_rank", 2)])
@@ -241,27 +208,17 @@ def test_baselines_are_exact_on_gaussian_data():
         np.testing.assert_allclose(u, gaussian_average(z, r, t, mean), rtol=1e-4, atol=1e-5)
 
 
-# ---- U-Net
-
-
-def test_a_fresh_block_adds_nothing():
+def test_a_fresh_block_adds_nothing_and_every_block_has_its_own_dropout(monkeypatch):
     blocks = [block for block in answers("unet").fresh_params.values() if "conv_2" in block]
     outs = [block["attention"]["out"]["kernel"] for block in blocks if "attention" in block]
     assert (len(blocks), len(outs)) == (10, 3), "attention on the way down, in the middle, and up"
     assert not any(np.any(out) for out in [*outs, *(block["conv_2"]["kernel"] for block in blocks)])
-
-
-def test_dropout_is_a_function_of_the_seed_and_every_block_has_its_own_mask(monkeypatch):
-    networks.assert_apart(
-        answers("unet").exact, ["base", "seed"]
-    )  # rows that share a seed share its masks
-    layers = []
-    monkeypatch.setattr(
-        unet, "drop_out", lambda x, seeds, *, layer, rate: layers.append((layer, rate)) or x
-    )
-    network, shape = CASES["unet"]
+    networks.assert_apart(answers("unet").exact, ["base", "seed"])
+    seen, (network, shape) = [], CASES["unet"]
+    note = lambda x, seeds, *, layer, rate: seen.append((layer, rate)) or x  # noqa: E731
+    monkeypatch.setattr(unet, "drop_out", note)
     parameter_shapes(network.clone(num_classes=4), shape)  # which nobody has traced
-    assert layers == [(layer, 0.3) for layer in range(10)]
+    assert seen == [(layer, 0.3) for layer in range(10)]
 
 
 def test_masks_drop_the_share_keep_the_mean_and_differ():
@@ -280,12 +237,8 @@ def test_sizes_that_do_not_fit_are_refused():
     for name, sizes, message in (
         ("pixel", {"positions": "gird"}, "positions='gird'.*sequence, grid.*did you mean grid"),
         ("pixel", {"patch_size": 0}, "patch_size=0: must divide the size 4x6"),
-        ("pixel", {"head_depth": 3}, "head_depth=3: must be from 0 to model.depth=2"),
-        (
-            "in_context_dit",
-            {"width": 18},
-            "width=18: must be a multiple of 4 for model",
-        ),
+        ("in_context_dit", {"head_depth": 3}, "head_depth=3: must be from 0 to model.depth=2"),
+        ("in_context_dit", {"width": 18}, "width=18: must be a multiple of 4 for model"),
         ("pixel", {"width": 12}, "width=12: must be a multiple of 8"),
         ("pixel", {"num_heads": 0}, "num_heads=0"),
         ("dit", {"width": 18}, "model.width=18: must be a multiple of 4"),
