@@ -102,49 +102,31 @@ def draws_of(meta, case):
 
 
 def inception_weights(seed=0, divisor=1):
-    """Return weights of Inception-v3 under published names, drawn as the folder's README says.
+    """Return weights of Inception-v3 under published names, with `divisor` times fewer channels."""
+    shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
+    narrow = lambda shape: [n // divisor if n > 7 else n for n in shape]  # noqa: E731
+    return drawn_weights({name: narrow(shape) for name, shape in shapes.items()}, seed)
 
-    Its layers have `divisor` times fewer channels.
-    """
+
+def drawn_weights(shapes, seed):
+    """Return weights of published networks, drawn as the folder's README says."""
 
     def draw(name, shape):
-        a = _normal(name, shape, seed)
+        key = (zlib.crc32(name.encode()) + seed) % 2**32
+        a = np.random.RandomState(key).standard_normal(shape)
         if name.endswith("num_batches_tracked"):
             return np.array(0)
-        if name.endswith("conv.weight"):
-            a *= np.sqrt(2 / np.prod(shape[1:]))
-        elif name.endswith("bn.weight"):
+        if name.startswith("lin"):
+            a = np.abs(a)
+        elif name.endswith(("bn.weight", "layernorm.weight", "downsampling_layer.0.weight")):
             a = 1 + 0.1 * a
         elif name.endswith("running_var"):
             a = np.exp(0.1 * a)
-        else:
-            a *= shape[1] ** -0.5 if name == "fc.weight" else 0.1
-        return a.astype(np.float32)
-
-    shapes = json.loads((FOLDER / "inception_state_dict.json").read_text())
-    return {
-        name: draw(name, [n // divisor if n > 7 else n for n in shape])
-        for name, shape in shapes.items()
-    }
-
-
-def perceptual_weights(shapes, seed):
-    """Return weights of LPIPS and of ConvNeXt V2, drawn as the folder's README says."""
-
-    def draw(name, shape):
-        a = _normal(name, shape, seed)
-        if name.startswith("lin"):
-            a = np.abs(a)
-        elif name.endswith(("layernorm.weight", "downsampling_layer.0.weight")):
-            a = 1 + 0.1 * a
         elif name.endswith(".weight") and not name.endswith("grn.weight"):
-            a *= np.sqrt((2 if name.startswith("features.") else 1) / np.prod(shape[1:]))
+            before_relu = name.startswith("features.") or name.endswith(".conv.weight")
+            a *= np.sqrt((1 + before_relu) / np.prod(shape[1:]))
         else:
             a *= 0.1
         return a.astype(np.float32)
 
     return {name: draw(name, shape) for name, shape in shapes.items()}
-
-
-def _normal(name, shape, seed):
-    return np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)

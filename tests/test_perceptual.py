@@ -47,7 +47,7 @@ def distance(name):
         sizes = META["convnext"][name]
         network = ConvNeXtDistance(ConvNeXtV2(tuple(sizes["depths"]), tuple(sizes["dims"])))
         shapes = sizes["parameters"] if name == "small" else SHAPES["convnextv2"]
-    state = StateDict(name, "", recorded.perceptual_weights(shapes, META["seed"]))
+    state = StateDict(name, "", recorded.drawn_weights(shapes, META["seed"]))
     return network, network_params(distance_shapes(network), state)
 
 
@@ -153,7 +153,7 @@ def test_reference_loss_through_the_row(name):
 def test_published_files_become_what_the_loss_reads(tmp_path):
     """VGG16's file has a classifier beside, which is left out; the checksum of a path is free."""
     shapes = META["lpips"]["parameters"]
-    drawn = recorded.perceptual_weights(shapes, META["seed"])
+    drawn = recorded.drawn_weights(shapes, META["seed"])
     drawn["classifier.0.bias"] = np.zeros(3, np.float32)
     linear = {name: drawn.pop(name) for name in list(drawn) if name.startswith("lin")}
     config = imagenet.get_config("pmf_b16")
