@@ -29,8 +29,10 @@ def _from(place, kind="run", **more):
     return tiny_config(**{"init.path": str(place), "init.kind": kind}, **more)
 
 
-def _like(config):
-    return parameter_shapes(make_network(config, DataSpec((8, 8, 1), 10)), (8, 8, 1))
+def _weights(place, kind="run", **more):
+    config = _from(place, kind, **more)
+    network = make_network(config, DataSpec((8, 8, 1), 10))
+    return load_weights(config, parameter_shapes(network, (8, 8, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(exported, tmp_path):
     name = sorted(arrays)[0]
     arrays[name] = arrays[name] * np.nan
     np.savez(tmp_path / "nan.npz", **arrays)
-    config = _from(tmp_path / "nan.npz", "meanflow")
-    refuses(f"{name} has numbers that are not finite", load_weights, config, _like(config))
+    told = f"{name} has numbers that are not finite"
+    refuses(told, _weights, tmp_path / "nan.npz", "meanflow")
     params = jax.tree.map(lambda x: x * np.inf, exported[0].params)
     refuses("RUN: its parameters are not finite", loading._fit, params, params, "RUN")
 
@@ -58,23 +60,14 @@ def test_training_starts_from_another_run(trained, tmp_path):
     config = _from(trained)
     parts, mesh = step_parts(config, validate(config, num_devices=1)), make_mesh(data=0, fsdp=1)
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
-        state = first_state(parts, mesh, checkpoints, load_weights(config, _like(config)))
+        state = first_state(parts, mesh, checkpoints, _weights(trained))
     theirs = mf_jax.load(trained).params
     assert int(state.step) == 0
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, theirs)
-    for key, value in (  # that no name and no shape of a parameter shows
-        ("model.prediction", "data"),
-        ("model.num_heads", 8),
-        ("model.logit_power", -1.0),
-        ("model.time_conditioning", "t,log2"),
-    ):
-        other = _from(trained, **{key: value})
-        refuses(f"{key}={value!r}: its run has", load_weights, other, _like(other))
-    refuses("draws.noise_scale=2.0", load_initial, _from(trained, **{"draws.noise_scale": 2.0}))
-    config.init.which = "none"
     raw = mf_jax.load(trained, ema="none").params
-    jax.tree.map(np.testing.assert_array_equal, load_weights(config, _like(config)), raw)
+    started = _weights(trained, **{"init.which": "none"})
+    jax.tree.map(np.testing.assert_array_equal, started, raw)
 
 
 def test_weights_sample_the_same_though_their_data_are_not_there(trained, exported, tmp_path):
@@ -116,20 +109,21 @@ def test_a_published_checkpoint_is_sampled_where_nothing_else_is(tmp_path):
 
 
 def test_runs_of_other_settings_are_refused(trained, copy_of_trained):
-    """Flow matching is no flow map, a clip of times or a shortest step another, as are data."""
+    """Flow matching is no flow map; the rest no name and no shape of a parameter shows."""
+    told = {"model.prediction": "data", "model.time_conditioning": "t,log2"}
+    for key, value in (told | {"model.num_heads": 8, "model.logit_power": -1.0}).items():
+        refuses(f"{key}={value!r}: its run has", _weights, trained, **{key: value})
+    refuses("draws.noise_scale=2.0", load_initial, _from(trained, **{"draws.noise_scale": 2.0}))
     edit(copy_of_trained / "config.json", objective={"name": "flow_matching"})
     refuses("no average velocity", load_initial, _from(copy_of_trained))
     load_initial(_from(copy_of_trained, **{"objective.name": "flow_matching"}))
-    told = {"model.prediction": "data", "model.time_conditioning": "t,log2"}
     edit(copy_of_trained / "config.json", model={k.split(".")[1]: v for k, v in told.items()})
     for key, value in {"model.t_clip": 0.1, "times.levels": 3}.items():
-        config = _from(copy_of_trained, **told | {key: value})
-        refuses(f"{key}={value}: its run has", load_weights, config, _like(config))
+        refuses(f"{key}={value}: its run has", _weights, copy_of_trained, **told | {key: value})
     edit(copy_of_trained / "config.json", data={"name": "latents"})
     for theirs, more in (trained, {}), (copy_of_trained, told | {"data.latent_std": (2.0,)}):
-        config = _from(theirs, **{"data.name": "latents"}, **more)
         message = r"data\.(name|latent_std)=.*: its run has"
-        refuses(message, load_weights, config, _like(config))
+        refuses(message, _weights, theirs, **{"data.name": "latents"}, **more)
 
 
 def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path):
@@ -142,13 +136,11 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
 
 def test_parameters_that_do_not_fit_are_listed(trained):
     sizes = {"model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
-    config = _from(trained, **sizes, **{"model.time_conditioning": "t"})
     message = r"missing: block_1/.*; extra: condition/h_embedding/.*; misshapen: .*"
     message += r"patch_embedding/kernel \(16, 16\), not \(4, 16\)"
-    refuses(message, load_weights, config, _like(config))
+    refuses(message, _weights, trained, **sizes, **{"model.time_conditioning": "t"})
     for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
-        config = _from("nowhere", kind)
-        refuses(named, load_weights, config, _like(config))
+        refuses(named, _weights, "nowhere", kind)
 
 
 def test_every_network_has_a_step():
