@@ -385,7 +385,7 @@ def test_intervals_too_short_for_floats_and_parts_without_rows_are_no_divergence
         return FIELD(params, z, **told)
 
     assert {name for name, *_ in CASES} == set(OBJECTIVES)
-    for name, setting in (*(case[:2] for case in CASES), ("alpha_flow", "step")):
+    for name, setting in dict.fromkeys([*(case[:2] for case in CASES), ("alpha_flow", "step")]):
         objective = _make(_module(name), name, PLAIN, setting)
         loss = jax.value_and_grad(functools.partial(objective.loss, field), has_aux=True)
         for each in (*short, _off_draws(2, 0), _off_draws(0, 3)):

@@ -44,10 +44,9 @@ def test_a_small_run_is_kept_and_written_into_the_page(tmp_path, monkeypatch, ca
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "open_problems.md", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
-    real, reflow, renoised = (
-        next(r for r in open_problems.ROWS if f"{r.group} {r.label}".endswith(end))
-        for end in ("coupling eight_gaussians, held-out", "tilted, reflow 0.1", "0, renoised, 8")
-    )
+    ends = "coupling eight_gaussians, held-out", "tilted, reflow 0.1", "0, renoised, 8"
+    named = {f"{row.group} {row.label}": row for row in open_problems.ROWS}
+    real, reflow, renoised = (next(named[n] for n in named if n.endswith(end)) for end in ends)
     tiny = {"steps": 20, "width": 8, "batch_size": 16}
     small, fresh = (dataclasses.replace(row.how, **tiny) for row in (reflow, renoised))
     rows = real, reflow._replace(how=small), renoised._replace(how=fresh)
