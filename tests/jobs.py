@@ -38,7 +38,6 @@ class Ended(NamedTuple):
 
 
 def here(*arguments):
-    """Run a command line in this process."""
     from mf_jax.main import main
 
     output, errors = io.StringIO(), io.StringIO()
@@ -115,16 +114,11 @@ class Job:
     def wait_for(self, is_there, timeout=240):
         """Wait until something is there; return whether it comes before a process ends, in time."""
         end = time.monotonic() + timeout
-        while not is_there():
-            ended = any(process.poll() is not None for process in self.processes)
-            if ended or time.monotonic() > end:
-                return False
+        while not (found := is_there()) and time.monotonic() < end:
+            if any(process.poll() is not None for process in self.processes):
+                break
             time.sleep(0.002)
-        return True
-
-    def send(self, number, index=0):
-        """Send a signal to a process."""
-        self.processes[index].send_signal(number)
+        return found
 
     def finish(self, timeout=240):
         """Wait for the processes; none survives, whatever happens."""

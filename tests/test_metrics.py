@@ -82,7 +82,6 @@ def test_standard_error_is_the_spread_over_draws_and_that_of_a_known_functional(
             found.append(frechet_with_error(gaussian(rows), Gaussian(mean, cov), rows))
         values, errors = zip(*found, strict=True)
         assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
-
     monkeypatch.setattr(frechet, "_BLOCK", 64)
     rows = rng.gamma(2.0, size=(500, 1)).astype(np.float32)
     mean, cov = gaussian(rows)

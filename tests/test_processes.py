@@ -42,7 +42,7 @@ def test_a_run_killed_while_it_writes_checkpoints_ends_bit_identical(folder, tmp
     arguments = (*POINTS, "--config.checkpoint.every_steps=1", f"--workdir={tmp_path}")
     job = Job(1, *arguments)
     assert job.wait_for((tmp_path / "checkpoints" / "5").exists), job.finish()
-    job.send(signal.SIGKILL)
+    job.processes[0].send_signal(signal.SIGKILL)
     assert job.finish()[0].code == -signal.SIGKILL
     works(*arguments)
     assert results(tmp_path) == results(folder / "run")
@@ -53,7 +53,7 @@ def lived(folder):
     """Return what two processes of two devices live through, and how a full disk ends both."""
     job = Job(2, folder, program=("tests/scenarios.py",), devices=2)
     assert job.wait_for(lambda: "parameters, " in job.output()), job.finish()
-    job.send(signal.SIGTERM, 1)
+    job.processes[1].send_signal(signal.SIGTERM)
     ended = job.finish()
     assert 0 not in [process.code for process in ended], ended
     both = [json.loads((folder / f"lived_{index}.json").read_text()) for index in range(2)]
@@ -78,12 +78,6 @@ def test_every_process_tells_bad_input_in_one_line(lived, folder):
     assert not (folder / "none").exists()
 
 
-def test_preparing_on_two_processes_ends_when_all_shards_are_there(lived):
-    first, second = (scenarios["prepare"] for scenarios in lived[0])
-    assert (first[0], second[0]) == (0, 0), (first, second)
-    assert "12 pictures in 3 shards, 0 skipped" in first[1]  # it has waited for the other
-
-
 def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
     assert [scenarios["eval"][0] for scenarios in lived[0]] == [0, 0], lived[0]
     run = folder / "run"
@@ -100,14 +94,13 @@ def test_an_evaluation_on_two_processes_has_the_scores_of_one(lived, folder):
     assert row["sliced_wasserstein"] > floor["sliced_wasserstein"]
 
 
-def test_checkpoints_move_between_devices_and_processes(lived, folder):
-    """From one device to two processes that split over four and over two, and back to one."""
+def test_checkpoints_move_and_damage_that_one_process_reads_is_damage_for_all(lived, folder):
+    """From one device to two processes that split over four and over two, and back to one.
+
+    The job uses the checkpoint before; a step that one process cannot have, none has.
+    """
     assert restore(folder / "moved", make_mesh(data=0, fsdp=1)) == 2
     assert Checkpoints(folder / "moved", read_only=True).steps == [1, 2]
-
-
-def test_damage_that_one_process_reads_is_damage_for_all(lived, folder):
-    """The job uses the checkpoint before; a step that one process cannot have, none has."""
     for scenarios in lived[0]:
         (damaged, missing), step = scenarios["damage"]
         assert "is damaged" in damaged
@@ -117,18 +110,17 @@ def test_damage_that_one_process_reads_is_damage_for_all(lived, folder):
 
 
 def stopped_at(output):
-    """Return the step that a stopped job names."""
     return int(re.search(r"stopped at step (\d+); the same command continues", output)[1])
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(lived):
-    assert [scenarios["stopped"] for scenarios in lived[0]] == [9, 9], lived
-    assert 0 < stopped_at(lived[1][0].output) < 12
-
-
-def test_the_first_process_alone_talks(lived):
+def test_two_processes_prepare_and_stop_as_one_and_the_first_alone_talks(lived):
     (first, second), ended = lived
-    assert re.search("4 cpu devices.* in 2 processes", ended[0].output)
+    assert (first["prepare"][0], second["prepare"][0]) == (0, 0), (first, second)
+    # it has waited for the other
+    assert "12 pictures in 3 shards, 0 skipped" in first["prepare"][1]
+    assert (first["stopped"], second["stopped"]) == (9, 9), lived
+    assert 0 < stopped_at(ended[0].output) < 12
+    assert "4 x cpu" in ended[0].output
     assert "parameters, " not in ended[1].output
     assert "eval.json" in first["eval"][1]
     assert second["eval"][1] == ""
@@ -146,14 +138,14 @@ def test_a_full_disk_and_a_kill_lose_no_checkpoint_and_the_run_goes_on(lived, fo
     arguments = (*POINTS, "--config.job.heartbeat_timeout_seconds=10", f"--workdir={workdir}")
     job = Job(2, *arguments)
     assert job.wait_for(lambda: "continuing at step" in job.output()), job.finish()
-    job.send(signal.SIGKILL, 1)
+    job.processes[1].send_signal(signal.SIGKILL)
     (code, _, errors), _ = job.finish(timeout=120)
     assert code not in (0, 2)
     # ours, or JAX's as it aborts
     assert "another process" in errors or "another task died" in errors
     job = Job(2, *arguments)
     assert job.wait_for((workdir / "checkpoints" / "12").exists), job.finish()
-    job.send(signal.SIGTERM, 0)
+    job.processes[0].send_signal(signal.SIGTERM)
     ended = job.finish()
     assert [process.code for process in ended] == [0, 0], ended
     assert f"continuing at step {before}" in ended[0].output
@@ -161,25 +153,15 @@ def test_a_full_disk_and_a_kill_lose_no_checkpoint_and_the_run_goes_on(lived, fo
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
-def _describe_job(monkeypatch, *values):
-    for name, value in zip(processes._VARIABLES, values, strict=True):
-        monkeypatch.setenv(name, value)
-
-
-def test_a_coordinator_that_does_not_answer(monkeypatch):
-    address = f"127.0.0.1:{free_port()}"
-    _describe_job(monkeypatch, address, "2", "1")
-    arguments = ("--config=configs/digits.py", "--config.job.start_timeout_seconds=0.5")
-    (ended,) = Job(1, *arguments).finish()
+def test_a_job_described_wrongly_and_a_coordinator_that_does_not_answer(monkeypatch):
+    config, address = "--config=configs/digits.py", f"127.0.0.1:{free_port()}"
+    words = "must be host:port", "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES; set all three or none"
+    for values in "//0", "host/2/0", "host:1/2/2", "host:1/two/0", f"{address}/2/1":
+        described = dict(zip(processes._VARIABLES, values.split("/"), strict=True))
+        for name, value in described.items():
+            monkeypatch.setenv(name, value)
+        if address not in values:
+            told = ", ".join(map("=".join, described.items()))
+            assert_refused(here(config), told, *words)
+    (ended,) = Job(1, config, "--config.job.start_timeout_seconds=0.5").finish()
     assert_refused(ended, f"mf_jax: {address}: 2 processes have not met there within 0.5 s; ")
-
-
-def test_a_job_described_wrongly(monkeypatch):
-    for values in (("", "", "0"), ("host", "2", "0"), ("host:1", "2", "2"), ("host:1", "two", "0")):
-        _describe_job(monkeypatch, *values)
-        words = (
-            "must be host:port",
-            "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES; set all three or none",
-        )
-        told = ", ".join(map("{}={}".format, processes._VARIABLES, values))
-        assert_refused(here("--config=configs/digits.py"), told, *words)

@@ -31,19 +31,15 @@ from mf_jax.published.flow_matching import reversed_time
 
 ROWS = {"meanflow": "b4", "imf": "imf_b2", "pmf": "pmf_b16"}
 ROWS |= {kind: f"{kind}_xl2" for kind in ("alphaflow", "soflow", "shortcut", "tvm")}
-SCHEDULE = (
-    "objective.anneal_from=change_init_steps objective.anneal_to=change_end_steps "
-    "objective.sharpness=gamma objective.derivative_below=clamp_value "
-)
-WEIGHT = "weight.p=norm_p weight.c=norm_eps"
+SCHEDULE = "objective.anneal_from=change_init_steps objective.anneal_to=change_end_steps "
+SCHEDULE += "objective.sharpness=gamma objective.derivative_below=clamp_value "
+SCALES, WEIGHT = "guidance.omega=omega guidance.kappa=kappa ", "weight.p=norm_p weight.c=norm_eps"
 NAMES = {
-    "meanflow": "guidance.omega=omega guidance.kappa=kappa guidance.t_min=guidance_t_start "
-    f"guidance.t_max=guidance_t_end {WEIGHT}",
-    "imf": WEIGHT,
-    "pmf": WEIGHT,
+    "meanflow": f"{SCALES} guidance.t_min=guidance_t_start guidance.t_max=guidance_t_end {WEIGHT}",
+    **dict.fromkeys(("imf", "pmf"), WEIGHT),
     "alphaflow": f"{SCHEDULE} objective.alpha_start=alpha_start objective.alpha_end=alpha_end "
-    "objective.target_clip=clamp_utgt guidance.omega=omega guidance.kappa=kappa "
-    "guidance.t_min=t_min guidance.t_max=t_max weight.c=eps",
+    f"objective.target_clip=clamp_utgt {SCALES} guidance.t_min=t_min guidance.t_max=t_max "
+    "weight.c=eps",
     "soflow": "objective.alpha_start=r_init objective.alpha_end=r_end objective.min_gap=min_gap "
     "guidance.t_max=cfg_decay_time draws.label_drop_share=cfg_drop_rate weight.p=p weight.c=eps",
     "shortcut": "objective.target_clip=clip guidance.omega=cfg_scale",

@@ -1,5 +1,6 @@
 """Training: results, exact resume, stopping, damage, divergence, runs of earlier versions."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,7 +34,6 @@ from mf_jax.runtime import earlier
 from mf_jax.runtime import workdir as run_folder
 from mf_jax.runtime.checkpoint import Checkpoints, index_of
 from mf_jax.scoring.rows import read_rows
-from mf_jax.step import initial_state, make_train_step
 from mf_jax.validation import validate
 
 
@@ -43,7 +43,6 @@ def _args(workdir, *more):
 
 @pytest.fixture(scope="module")
 def parts():
-    """Return the parts of the step of a tiny run."""
     config = tiny_config()
     return train.step_parts(config, validate(config, num_devices=1))
 
@@ -160,11 +159,9 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
     file = tmp_path / "clouds.py"
     file.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
     config = (f"--config={file}", f"--workdir={workdir}", *TINY)
-    with (
-        mock.patch.dict("mf_jax.data.SOURCES"),
-        mock.patch.dict("mf_jax.models.NETWORKS"),
-        mock.patch.dict("mf_jax.objectives.OBJECTIVES"),
-    ):
+    with contextlib.ExitStack() as stack:
+        for table in ("data.SOURCES", "models.NETWORKS", "objectives.OBJECTIVES"):
+            stack.enter_context(mock.patch.dict(f"mf_jax.{table}"))
         works(*config)
         works(*config, "--mode=sample", "--config.sample.num=6")
         works(*config, "--mode=eval")
@@ -182,19 +179,9 @@ def test_vectors_of_any_length_and_parts_of_ones_own(tmp_path):
     assert [*arrays["ema"].values()] != [*arrays["params"].values()], "the ramp counts steps"
     assert "sliced_wasserstein" in json.loads((workdir / "eval.json").read_text())["rows"][0]
     page = (workdir / "report.html").read_text()
-    for text in (
-        "step 12 of 12",
-        "average 0.9999",
-        "examples/s",
-        "Squared error of the velocity v",
-    ):
-        assert text in page
+    shown = "step 12 of 12", "average 0.9999", "examples/s", "Squared error of the velocity v"
+    assert all(text in page for text in shown)
     assert "<h3>loss</h3>" not in page
-
-
-def test_a_finished_run_is_left_as_it_is(trained, copy_of_trained):
-    assert "12 steps" in works(*_args(copy_of_trained))
-    assert results(copy_of_trained) == results(trained)
 
 
 def _damage(checkpoint, how):
@@ -203,11 +190,9 @@ def _damage(checkpoint, how):
     largest = max(files, key=lambda path: (path.stat().st_size, path))
     index = checkpoint / "index" / "metadata"
     content, entries = bytearray(largest.read_bytes()), json.loads(index.read_text())
-    if how == "cut short":
-        largest.write_bytes(content[: len(content) // 2])
-    elif how == "a bit flipped":
-        content[len(content) // 2] ^= 4
-        largest.write_bytes(content)
+    content[(half := len(content) // 2)] ^= 4
+    if how in ("cut short", "a bit flipped"):
+        largest.write_bytes(content[:half] if how == "cut short" else content)
     elif how == "an item lost":
         shutil.rmtree(checkpoint / "ema")
     elif how == "no index":
@@ -217,10 +202,12 @@ def _damage(checkpoint, how):
         index.write_text(json.dumps(entries))
 
 
-def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
-    copy_of_trained, shapes, capsys
-):
+def test_damaged_checkpoints_are_told_and_passed_over(trained, copy_of_trained, shapes, capsys):
     """Each kind is found by what reads the state; then the run goes on from step 8 to its end."""
+    assert "12 steps" in works(*_args(copy_of_trained))
+    assert results(copy_of_trained) == results(trained), "a finished run is left as it is"
+    first, second = (index_of({"a": np.float32(a)}) for a in ([1, 2], [2, 1]))
+    assert first != second, "fingerprints depend on the order of numbers"
     whole, newest = _arrays(copy_of_trained, 12), copy_of_trained / "checkpoints" / "12"
     shutil.copytree(newest, copy_of_trained / "kept")
     for how in ("cut short", "a bit flipped", "no index", "an item lost", "other numbers"):
@@ -241,11 +228,6 @@ def test_damaged_newest_checkpoints_are_reported_and_the_one_before_used(
     code, _, errors = here(*_args(copy_of_trained))
     assert (code, "every checkpoint is damaged" in errors) == (2, True), "no fresh start"
     assert (copy_of_trained / "metrics.jsonl").read_bytes() == metrics
-
-
-def test_fingerprints_depend_on_the_order_of_numbers():
-    first, second = (index_of({"a": np.float32(a)}) for a in ([1, 2], [2, 1]))
-    assert first != second
 
 
 def test_one_compilation_and_divergence_that_names_step_and_metric(tmp_path, monkeypatch):
@@ -286,39 +268,29 @@ def test_metrics_that_stand_still_name_the_first_bad_metric_only(parts, shapes):
     assert wrong == ["grad_norm"]
 
 
-SHAPE = (4, 4, 1)
-
-
-def _noisy(key, rows):
-    """Two channels, a mean and a deviation, become one."""
-    mean, deviation = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
-    return mean + deviation * jax.random.normal(key, mean.shape)
-
-
-STORED = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), _noisy)
-
-
-def _error(state):
-    return float(state.metrics["u_error"].compute())
-
-
 def test_every_visit_draws_anew_and_the_step_sees_what_was_drawn():
     """A far mean gives a large error; the deviation counts too."""
-    network = MLP(depth=1, width=16, num_classes=0)
-    parts = parts_of(network, MeanFlow(), shape=SHAPE, batch=8)
-    parts = dataclasses.replace(parts, stored=STORED)
-    state, train_step = jax.jit(lambda: initial_state(parts))(), jax.jit(make_train_step(parts))
-    assert parts.batch[0].shape == (8, 4, 4, 2)
+
+    def noisy(key, rows):
+        mean, deviation = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
+        return mean + deviation * jax.random.normal(key, mean.shape)
+
+    parts = parts_of(MLP(depth=1, width=16, num_classes=0), MeanFlow(), shape=(4, 4, 1), batch=8)
+    stored = Stored(jax.ShapeDtypeStruct((4, 4, 2), jnp.float16), noisy)
+    parts = dataclasses.replace(parts, stored=stored)
+    state = jax.jit(lambda: state_module.initial_state(parts))()
+    train_step = jax.jit(state_module.make_train_step(parts))
+
+    def error(rows, step=0):
+        after = train_step(state.replace(step=state.step + step), rows, np.zeros(8, np.int32))
+        return float(after.metrics["u_error"].compute())
+
     rows = np.ones((8, 4, 4, 2), np.float16)
-    labels = np.zeros(8, np.int32)
-    first = _error(train_step(state, rows, labels))
-    assert first == _error(train_step(state, rows, labels))
-    assert first != _error(train_step(state.replace(step=state.step + 1), rows, labels))
-    mean, deviation = np.zeros((2, 8, 4, 4, 2), np.float16)
+    assert parts.batch[0].shape == rows.shape
+    assert error(rows) == error(rows) != error(rows, step=1)
+    mean, deviation = np.zeros((2, *rows.shape), np.float16)
     mean[..., 0], deviation[..., 1] = 100, 100
-    base = _error(train_step(state, 0 * rows, labels))
-    assert _error(train_step(state, mean, labels)) > 100 * base
-    assert _error(train_step(state, deviation, labels)) > 100 * base
+    assert min(error(mean), error(deviation)) > 100 * error(0 * rows)
 
 
 def test_a_batch_in_parts_has_the_gradient_and_the_metrics_of_the_whole():
