@@ -120,7 +120,7 @@ def test_two_processes_prepare_and_stop_as_one_and_the_first_alone_talks(lived):
     assert "12 pictures in 3 shards, 0 skipped" in first["prepare"][1]
     assert (first["stopped"], second["stopped"]) == (9, 9), lived
     assert 0 < stopped_at(ended[0].output) < 12
-    assert "4 x cpu" in ended[0].output
+    assert re.search("4 cpu devices.* in 2 processes", ended[0].output)
     assert "parameters, " not in ended[1].output
     assert "eval.json" in first["eval"][1]
     assert second["eval"][1] == ""

@@ -85,12 +85,8 @@ def test_from_pictures_to_fid(tmp_path, monkeypatch):
     latents, workdir, reference = tmp_path / "latents", tmp_path / "run", tmp_path / "reference.npz"
     _draw_pictures(tmp_path / "imagenet")
     save_file(inception_weights(divisor=NARROWER), tmp_path / "inception.safetensors")
-    common = (
-        *SMALL,
-        f"--config.data.path={latents}",
-        f"--config.eval.inception={tmp_path / 'inception.safetensors'}",
-        f"--config.eval.references=('{reference}',)",
-    )
+    common = *SMALL, f"--config.data.path={latents}", f"--config.eval.references=('{reference}',)"
+    common += (f"--config.eval.inception={tmp_path / 'inception.safetensors'}",)
 
     def start(*arguments):
         code, out, errors = here(*common, f"--workdir={workdir}", *arguments)
