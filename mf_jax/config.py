@@ -14,7 +14,7 @@ from mf_jax.data.augment import AUGMENTATIONS
 from mf_jax.flow.couplings import COUPLINGS
 from mf_jax.flow.derivative import Derivative
 from mf_jax.flow.draws import DrawScheme
-from mf_jax.flow.errors import BadInput, check_known, in_section
+from mf_jax.flow.errors import BadInput, check_known, check_within, in_section
 from mf_jax.flow.guidance import Guidance
 from mf_jax.flow.records import DataSpec, Told
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
@@ -51,20 +51,20 @@ def make_objective(config: ConfigDict, source: Source | None = None) -> Objectiv
         "levels": config.times.levels,
     }
     fields = fields_of(objective)
-    kind, delta = config.objective.derivative, config.objective.derivative_delta
+    name, kind, delta = (config.objective[k] for k in ("name", "derivative", "derivative_delta"))
     with in_section("objective"):
         parts["derivative"] = Derivative(kind, delta)
         if "derivative" not in fields and parts["derivative"] != Derivative():
-            problem = f"{config.objective.name} takes no derivative in t; use jvp and 0"
-            raise BadInput(f"derivative={kind!r}, derivative_delta={delta}: {problem}")
+            fix = f"{name} takes no derivative in t; use jvp and 0"
+            raise BadInput(f"derivative={kind!r}, derivative_delta={delta}: {fix}")
     own = {name: part for name, part in parts.items() if name in fields}
     made = from_section(objective, config.objective, **own)
     known = {"noise_scale": config.draws.noise_scale, **_known_data(config, source)}
     velocity = from_section(VelocityEstimate, config.velocity, **known)
     if not velocity.is_off:
         if velocity.source in PLUG_INS and config.coupling.name != "independent":
-            what = f"velocity.source={velocity.source!r} takes noise and data for independent"
-            raise BadInput(f"coupling.name={config.coupling.name!r}: {what}; use independent")
+            fix = f"velocity.source={velocity.source!r} needs noise of its own; use independent"
+            raise BadInput(f"coupling.name={config.coupling.name!r}: {fix}")
         made = Estimated(made, velocity, ema=config.velocity.ema)
     controls = from_section(Controls, config.controls)
     return Controlled(made, controls) if controls.is_on else made
@@ -77,8 +77,7 @@ def _known_data(config: ConfigDict, source: Source | None) -> dict[str, Any]:
     if source.stored or len(source) * math.prod(source.spec.shape) > 2**26:
         raise BadInput("velocity.source='data': takes data of 2^26 numbers at most; use batch")
     if config.data.flip or config.data.augment != "none":
-        fix = "use data.flip=False and data.augment=none"
-        raise BadInput(f"velocity.source='data': knows the data as they lie, not moved; {fix}")
+        raise BadInput("velocity.source='data': needs unmoved data; use flip=False, augment=none")
     whole = read(source)
     told = whole.labels if whole.condition is None else Told(whole.labels, whole.condition)
     return {"data": whole.x, "labels": told, "mask": whole.mask}
@@ -123,23 +122,18 @@ def make_network(config: ConfigDict, spec: DataSpec, *, for_sampling: bool = Fal
     kind = {1: "vectors", 2: "signals"}.get(len(spec.shape), "images")
     if kind not in getattr(network, "takes", (kind,)):
         fit = ", ".join(k for k, each in NETWORKS.items() if kind in getattr(each, "takes", ()))
-        data = f"the data are {kind} of shape {spec.shape}"
-        raise BadInput(f"model.name={model.name!r}: {data}; use one of {fit}")
+        raise BadInput(f"model.name={model.name!r}: data are {kind} {spec.shape}; use one of {fit}")
     fields = {**model, **sizes_of(model)} | ({"second_head": False} if for_sampling else {})
-    for key in _AT_LEAST_ONE & fields_of(network):
-        if fields[key] < 1:
-            raise BadInput(f"model.{key}={model[key]}: {model.name} needs it above 0")
-    for key in ("depth", "num_blocks", "head_depth", "r_blocks"):
-        if fields.get(key, 0) > _MOST_LAYERS:  # also of a stored config, which another may write
-            raise BadInput(f"model.{key}={fields[key]}: must be at most {_MOST_LAYERS}")
+    for key, interval in _SIZES.items():  # also of a stored config, which another may write
+        if key in fields_of(network):
+            check_within(f"model.{key}", fields[key], interval)
     augment = look_up("data.augment", config.data.augment, AUGMENTATIONS)
     told = {"num_classes": spec.num_classes, "levels": config.times.levels}
     told |= {"condition_size": spec.condition_size, "augment_labels": augment.num_labels}
     for key in ("condition_size", "augment_labels"):
         if told[key] and key not in fields_of(network):
             able = ", ".join(k for k, each in NETWORKS.items() if key in fields_of(each))
-            problem = f"takes no {key}, which the data or data.augment bring; use one of {able}"
-            raise BadInput(f"model.name={model.name!r}: {problem}")
+            raise BadInput(f"model.name={model.name!r}: takes no {key} of data; use one of {able}")
     made = from_section(network, {**fields, **told})
     return DataPrediction(made, t_clip=model.t_clip) if model.prediction == "data" else made
 
@@ -149,8 +143,9 @@ def fields_of(part: Callable) -> set[str]:
     return set(inspect.signature(part).parameters)
 
 
-_MOST_LAYERS = 500  # tracing more takes minutes
-_AT_LEAST_ONE = {"depth", "width", "num_heads", "patch_size", "channels", "num_blocks", "rank"}
+_SIZES = dict.fromkeys(("width", "num_heads", "patch_size", "channels", "rank"), "[1, inf)")
+_SIZES |= dict.fromkeys(("depth", "num_blocks"), "[1, 500]")  # tracing more takes minutes
+_SIZES |= dict.fromkeys(("head_depth", "r_blocks"), "[0, 500]")
 
 
 def sizes_of(model: ConfigDict) -> dict[str, Any]:

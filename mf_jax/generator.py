@@ -22,7 +22,7 @@ from mf_jax.data.pipeline import MORE
 from mf_jax.data.pixels import to_pixels
 from mf_jax.flow import sampler
 from mf_jax.flow.draws import key_of
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import BadInput, check_known, check_within
 from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, GuidanceScale, Told
 from mf_jax.flow.sampler import ONE_STEP, SamplePlan
 from mf_jax.models import as_field
@@ -51,8 +51,8 @@ def load_decoder(config: ConfigDict, *, origin: str) -> Decoder | None:
     autoencoder = _load_autoencoder(path)
     verify(config.data.autoencoder, autoencoder.sha256)
     if origin not in ("", autoencoder.sha256):
-        problem = f"has the SHA-256 {autoencoder.sha256}, but the run's latents come from {origin}"
-        raise BadInput(f"data.autoencoder={path}: {problem}; use the one that made them")
+        told = f"has SHA-256 {autoencoder.sha256}; use the one that made the latents, {origin}"
+        raise BadInput(f"data.autoencoder={path}: {told}")
     scale = (config.data.latent_mean, config.data.latent_std)
     return Decoder(autoencoder, *(jnp.asarray(values, jnp.float32) for values in scale))
 
@@ -185,8 +185,7 @@ class Generator:
         given = np.asarray([] if labels is None else labels, object).ravel()
         given = np.array([self.spec.label_of(label) for label in given], np.int32)
         num = len(given) or max(self.spec.num_classes, 1) if num is None else num
-        if num < 1:
-            raise BadInput(f"num={num}: must be at least 1")
+        check_within("num", num, "[1, inf)")
         self.spec.check_labels(given.tolist(), has_null=has_null(self.config))
         if not len(given):
             given = np.arange(self.spec.num_classes) if self.spec.num_classes else [NO_LABEL]

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mf_jax.config import averages, learns_average, make_network, sizes_of
-from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
+from mf_jax.flow.errors import BadInput, check_fit, check_known, in_section, listed
 from mf_jax.flow.records import DataSpec
 from mf_jax.generator import Generator, load_decoder
 from mf_jax.models import parameter_shapes
@@ -183,10 +183,10 @@ def _kind(config: ConfigDict) -> str:
     check_known("init.kind", kind, ("auto", "run", *KINDS))
     if kind != "auto":
         return kind
-    if not (there := place(path, "init.path")).exists():
-        fix = "name the workdir of a run, or a published checkpoint"
-        raise BadInput(f"init.path={path}: no such file or folder; {fix}")
-    return "run" if run_folder.exists(there) else find_kind(there, section=config.init.which)
+    if run_folder.exists(there := place(path, "init.path")):
+        return "run"
+    with in_section("init.path", "="):
+        return find_kind(there, section=config.init.which)
 
 
 def _latents(config: ConfigDict) -> dict[str, Any]:
@@ -217,20 +217,11 @@ def _fit(params: PyTree, like: PyTree, where: str) -> PyTree:
 
     A second head may be left over. Where the checkpoint lies is for the error.
     """
-    params = laid_out_like(params, like)
-    stored, wanted = flatten_dict(params, sep="/"), flatten_dict(like, sep="/")
-    problems = {
-        "missing": [name for name in wanted if name not in stored],
-        "extra": [name for name in stored if name not in wanted and not name.startswith("v_head/")],
-        "misshapen": [
-            f"{name} {tuple(stored[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in stored and np.shape(stored[name]) != wanted[name].shape
-        ],
-    }
-    if wrong := list_problems(problems):
-        raise BadInput(f"init.path={where}: its parameters do not fit the network; {wrong}")
+    stored, wanted = (flatten_dict(each, sep="/") for each in (laid_out_like(params, like), like))
+    stored = {k: v for k, v in stored.items() if k in wanted or not k.startswith("v_head/")}
+    problem = f"init.path={where}: its parameters do not fit the network"
+    check_fit(problem, stored, wanted, "use its own config")
     if bad := [name for name in wanted if not np.isfinite(np.asarray(stored[name])).all()]:
         problem = f"{where}: its parameters are not finite ({listed(bad, 3)})"
         raise UnreadableCheckpoint(f"{problem}: the run has diverged; take an earlier checkpoint")
-    return unflatten_dict({name: stored[name] for name in wanted}, sep="/")
+    return unflatten_dict(stored, sep="/")

@@ -186,7 +186,7 @@ def test_a_file_is_known_by_its_hash_and_may_lack_counters_of_batches(drawn, inc
     _save_safetensors(path, without)
     message = (
         "inception.safetensors: .*missing: Mixed_7c.branch_pool.bn.running_var; "
-        r"left over: AuxLogits.fc.bias; of another shape: fc.bias is \[1000\], must be \[1008\];"
+        r"left over: AuxLogits.fc.bias; misshapen: fc.bias is \[1000\], must be \[1008\];"
     )
     refuses(message, load_inception, path)
 

@@ -292,7 +292,7 @@ def test_what_cannot_be_is_named():
     bare = draws.replace(interval=draws.interval.replace(null=None))
     whole = mf_jax.DrawScheme(mf_jax.UniformTimes(), 1.0, 0.0).draw(KEY, x)
     for build, named in [
-        (lambda: draw(x[:7]), "7 rows.*6 or 8"),
+        (lambda: draw(x[:7]), "7 rows.*multiple of 2"),
         (lambda: draw(x, jnp.zeros(3)), "condition.*first axis must be 8"),
         (lambda: draw(x, {"a": vector}, null=(0.0, 1.0)), "null"),
         (lambda: draw(x, vector, null=jnp.zeros(5)), "null"),

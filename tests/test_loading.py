@@ -136,8 +136,8 @@ def test_training_from_published_names_and_from_a_wrong_place(exported, tmp_path
 
 def test_parameters_that_do_not_fit_are_listed(trained):
     sizes = {"model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
-    message = r"missing: block_1/.*; extra: condition/h_embedding/.*; misshapen: .*"
-    message += r"patch_embedding/kernel \(16, 16\), not \(4, 16\)"
+    message = r"missing: block_1/.*; left over: condition/h_embedding/.*; misshapen: .*"
+    message += r"patch_embedding/kernel is \[16, 16\], must be \[4, 16\]"
     refuses(message, _weights, trained, **sizes, **{"model.time_conditioning": "t"})
     for kind, named in {"run": "nowhere", "imf": "nowhere", "ditt": "did you mean dit"}.items():
         refuses(named, _weights, "nowhere", kind)

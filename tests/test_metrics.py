@@ -294,7 +294,7 @@ def test_missing_and_too_few_samples_are_refused_and_references_scored_by_what_t
     scores.add({name: rows[:50] for name, rows in features.items()}, np.arange(50))
     refuses(r"153 of 203 samples are missing .*, the first is 50", scores.against, reference)
     few = {name: rows[:8] for name, rows in features.items()}
-    refuses(r"eval\.num_samples=8: must be at least 9", SampleScores(8).add, few, np.arange(8))
+    refuses(r"num_samples=8: must be within \[9, inf\)", SampleScores(8).add, few, np.arange(8))
     SampleScores(8, least=8).add(few, np.arange(8))
     scores = add_all(SampleScores(NUM, least=10), features, NUM)
     plain = Statistics(0, reference.pooled)

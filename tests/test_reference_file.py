@@ -114,14 +114,14 @@ def test_bad_statistics_are_named_in_one_line(path, statistics):
         ({"mu": np.zeros(5)}, r"mu is \[5\] and sigma \[6, 6\]"),
         ({"sigma": np.zeros((6, 5))}, r"sigma \[6, 5\]; must be \[d\] and \[d, d\]"),
         ({"mu": np.array([0, np.nan, 0, 0, 0, 0])}, "mu has 1 values that are NaN"),
-        ({"sigma": np.diag([1.0, 1, 1, 1, 1, -1e-3])}, "sigma must be a covariance: symmetric"),
-        ({"sigma_s": np.diag(np.ones(4), 1)}, "sigma_s must be a covariance: symmetric"),
+        ({"sigma": np.diag([1.0, 1, 1, 1, 1, -1e-3])}, "sigma must be a covariance, symmetric"),
+        ({"sigma_s": np.diag(np.ones(4), 1)}, "sigma_s must be a covariance, symmetric"),
         ({"features": np.zeros((4, 5))}, r"features is \[4, 5\]; must be \[rows, 6\]"),
         ({"features": np.zeros((3, 6))}, "at least 4 rows"),
         ({"features": np.full((4, 6), np.nan)}, "features has 24 values"),
         ({"mu": np.array([{}], object)}, "cannot be read as statistics"),
-        ({"mu": np.zeros(6) * 1j}, "ValueError: mu is complex128"),
-        ({"num_images": np.int64(-5)}, "ValueError: num_images is int64 or below 0"),
+        ({"mu": np.zeros(6) * 1j}, "mu is complex128"),
+        ({"num_images": np.int64(-5)}, "num_images is int64 or below 0"),
     ):
         np.savez(path, **{k: array for k, array in (good | change).items() if array is not None})
         refused(path, message)
@@ -132,7 +132,7 @@ def test_bad_statistics_are_named_in_one_line(path, statistics):
     np.save(as_npy, np.eye(3))
     for content in (b"", path.read_bytes()[:-9], as_npy.getvalue()):
         path.write_bytes(content)
-        refused(path, "check the file, or fetch it")
+        refused(path, "fetch it again")
     path.unlink()
     refused(path, "no such file")
     refused(path, "no such file", lambda path: next(read_pictures(path)))

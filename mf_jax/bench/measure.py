@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import refused
 
 PEAK_SIZES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 """Sides of the square matrices whose products are timed for the peak."""
@@ -78,10 +78,8 @@ def compile_program(
 
 def lowered_flops(function: Callable[..., PyTree], *shapes: PyTree) -> float:
     """Return XLA's count for a function of some shapes, over all devices, without compiling it."""
-    try:
+    with refused(RuntimeError, "JAX_PLATFORMS: has no cpu, which counts FLOPs", "add cpu"):
         device = jax.devices("cpu")[0]
-    except RuntimeError as error:
-        raise BadInput(f"JAX_PLATFORMS: must have cpu too, to count FLOPs ({error})") from error
     with jax.default_device(device):
         return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
 from mf_jax.data.latent_records import MANIFEST, read_manifest, record_type
 from mf_jax.data.pipeline import Batch, Stored
-from mf_jax.flow.errors import BadInput, refused
+from mf_jax.flow.errors import BadInput, check_within, refused
 from mf_jax.flow.records import DataSpec
 from mf_jax.published.fetch import PUBLISHED
 from mf_jax.reporting.progress import track
@@ -68,8 +68,7 @@ class Latents:
         shape = tuple(manifest["latent_shape"])
         self._mean = _per_channel("latent_mean", latent_mean, shape[-1])
         self._std = _per_channel("latent_std", latent_std, shape[-1])
-        if not (self._std > 0).all():
-            raise BadInput(f"latent_std={tuple(latent_std)}: must be above 0")
+        check_within("latent_std", tuple(latent_std), "(0, inf)")
         names = tuple(entry["name"] for entry in manifest["classes"])
         self.spec = DataSpec(shape, len(names), names, manifest["autoencoder"]["sha256"])
         self._record = record_type(shape)
@@ -81,8 +80,7 @@ class Latents:
         for path, shard in zip(self._paths, manifest["shards"], strict=True):
             length = path.stat().length if path.is_file() else 0
             if length != shard["bytes"]:
-                problem = f"has {length} bytes and must have {shard['bytes']}"
-                raise BadInput(f"{path} {problem if length else 'is missing'}: {self._fix}")
+                raise BadInput(f"{path} has {length} of {shard['bytes']} bytes: {self._fix}")
         self._reader = functools.cache(self._opened)  # which threads share
 
     def __len__(self) -> int:
@@ -122,8 +120,7 @@ class Latents:
 
 def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -> None:
     if (size := manifest["image_size"]) != image_size:
-        problem = f"image_size={image_size}: these latents are of pictures of {size} pixels"
-        raise BadInput(f"{problem}: set image_size={size}, or path to others")
+        raise BadInput(f"image_size={image_size}: these have {size} pixels: set image_size={size}")
     made_by, file = manifest["autoencoder"], epath.Path(autoencoder).expanduser()
     if autoencoder and not in_bucket(file) and file.exists():
         file = file / "diffusion_pytorch_model.safetensors" if file.is_dir() else file
@@ -133,10 +130,8 @@ def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -
     else:
         is_same = autoencoder == made_by["name"]
     if not is_same:
-        raise BadInput(
-            f"autoencoder={autoencoder!r}: these latents are of {made_by['name']!r} (SHA-256 "
-            f"{made_by['sha256']}): set autoencoder={made_by['name']!r}, or path to others"
-        )
+        told = f"{made_by['name']!r} (SHA-256 {made_by['sha256']}): set that, or path to others"
+        raise BadInput(f"autoencoder={autoencoder!r}: these latents are of {told}")
 
 
 def _per_channel(key: str, values: Sequence[float], channels: int) -> Float32[np.ndarray, "_"]:
@@ -175,7 +170,6 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             if not (target / MANIFEST).exists():
                 write_json(target / MANIFEST, manifest)
             elif read_manifest(target) != manifest:
-                problem = f"holds other latents than {source}; choose another folder"
-                raise BadInput(f"copy_to={str(target)!r}: {problem}")
+                raise BadInput(f"copy_to={str(target)!r}: holds other latents: choose another")
             shown = {"unit": "shards", "is_wanted": processes.is_first()}
             list(track(pool.map(copy, shards), "copy of latents", len(shards), **shown))

@@ -30,7 +30,7 @@ from mf_jax.runtime.json_files import tell_once
 CACHE_BYTES = 2**30  # pictures that take no more together are decoded once and kept
 THREADS = max(16, processes.cpu_count())  # also where there are fewer cores: reading waits
 _SHOWN_FROM = 10_000  # pictures; fewer are read in seconds
-_LOOKED_AT, _COLOUR = 256, "colour"
+_LOOKED_AT, _COLOUR = 256, "has colour"
 _UNREADABLE = (crop.Broken, OSError, BadInput)
 _DECODERS = (PIL.__version__, sha256_of(epath.Path(crop.__file__)))
 Decode = Callable[[int], tuple[UInt8[np.ndarray, "h w c"], int]]
@@ -168,9 +168,8 @@ def _tell_broken(
         raise BadInput(f"{where}: none of {total} pictures is readable: replace {named}")
     of_bad, of_good = ({found.labels[index] for index in each} for each in (bad, good))
     if (lost := sorted(of_bad - of_good)) and split == "train":
-        names = listed([found.class_names[label] for label in lost])
-        problem = f"{where}: all {split} pictures of class {names} are broken"
-        raise BadInput(f"{problem}: replace {named}, or remove the class")
+        told = f"class {listed([found.class_names[label] for label in lost])} are broken"
+        raise BadInput(f"{where}: all pictures of {told}: replace {named}, or remove the class")
     logging.warning("%s: skipped %d broken of %d pictures: %s", where, len(bad), total, named)
 
 

@@ -77,7 +77,7 @@ class Source(Protocol):
 
 def count_held_out(held_out_share: float, num: int) -> int:
     """Return how many of `num` elements are held out: of two or more neither none nor all."""
-    check_within("held_out_share", held_out_share, 0, 1, "()", "try 0.1")
+    check_within("held_out_share", held_out_share, "(0, 1)", "try 0.1")
     return min(max(round(held_out_share * num), 1), num - 1)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.paths import Points, Scalars, per_row, quotient
 from mf_jax.flow.records import Field, Prediction, Rows
 from mf_jax.flow.rows import point_of, predict
@@ -38,10 +38,8 @@ class Derivative:
 
     def __post_init__(self) -> None:
         check_known("derivative", self.kind, _DELTAS)
-        if not 0 <= self.delta < 1 or (self.delta and self.kind == "jvp"):
-            raise BadInput(
-                f"derivative_delta={self.delta}: must be within [0, 1), 0 for jvp; use 0"
-            )
+        allowed = "[0, 0]" if self.kind == "jvp" else "[0, 1)"
+        check_within("derivative_delta", self.delta, allowed, f"with derivative={self.kind}")
 
     def along(self, u: Callable, params: PyTree, point: Point, direction: Point) -> tuple:
         """Return what u returns beside its value at a point, and its derivative in a direction.

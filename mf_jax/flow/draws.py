@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 from mf_jax.flow.couplings import Coupling
-from mf_jax.flow.errors import BadInput, check_fields, check_within, reason_of
+from mf_jax.flow.errors import BadInput, check_fields, check_within, refused
 from mf_jax.flow.records import NO_LABEL, Draws, GuidanceScale, Rows
 from mf_jax.flow.rows import at_time, mask_of, split_rows
 from mf_jax.flow.times import Times
@@ -37,13 +37,11 @@ def key_of(seed: Shaped[Array, ""] | int) -> PRNGKeyArray:
 
 def group_sizes(instant_share: float) -> tuple[int, int]:
     """Return the rows of a group with r = t, and with r < t, without a common factor."""
-    check_within("draws.instant_share", instant_share, 0, 1, fix="MeanFlow uses 0.75")
+    check_within("draws.instant_share", instant_share, "[0, 1]", "MeanFlow uses 0.75")
     share = Fraction(instant_share).limit_denominator(_LARGEST_GROUP)
     if abs(share - Fraction(instant_share)) > _SHARE_TOLERANCE:
-        raise BadInput(
-            f"draws.instant_share={instant_share}: rows are split in groups of at most "
-            f"{_LARGEST_GROUP}; use {share} = {float(share):.6g} or another such fraction"
-        )
+        fix = f"must be a fraction of {_LARGEST_GROUP} or less; use {share} = {float(share):.6g}"
+        raise BadInput(f"draws.instant_share={instant_share}: {fix}")
     return share.numerator, share.denominator - share.numerator
 
 
@@ -98,14 +96,12 @@ class DrawScheme:
         check_fields("draws", self, omega_max="[1, inf)", omega_min=f"[1, {self.omega_max}]")
         check_fields("draws", self, omega_power="[0, inf)", noise_scale="(0, inf)")
         most = 0.0 if self.instant_of_every_row else self.instant_share
-        if self.label_drop != "any_row" and self.label_drop_share > most:
-            raise BadInput(
-                f"draws.label_drop_share={self.label_drop_share}: only the {most:g} of rows that "
-                "have r = t alone may lose their label; lower it or set draws.label_drop=any_row"
-            )
+        if self.label_drop != "any_row":  # only the rows with r = t alone lose it
+            fix = "or use draws.label_drop=any_row"
+            check_within("draws.label_drop_share", self.label_drop_share, f"[0, {most}]", fix)
         if self.omega_max > 1 and not self.for_networks:
-            problem = "only a field for_networks=True is told a drawn scale; set it, or omega_max=1"
-            raise BadInput(f"draws.omega_max={self.omega_max}: {problem}")
+            fix = "1 unless for_networks=True, whose field is told the scale"
+            raise BadInput(f"draws.omega_max={self.omega_max}: must be {fix}")
 
     @property
     def group(self) -> int:
@@ -140,11 +136,8 @@ class DrawScheme:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # as precise as times are
         num_rows = len(x)
         if num_rows == 0 or num_rows % self.group:
-            below = num_rows - num_rows % self.group
-            fit = " or ".join(str(size) for size in (below, below + self.group) if size)
-            why = f"since instant_share={self.instant_share} of each group have r = t"
-            problem = f"must be a multiple of {self.group}, {why}; use {fit} rows"
-            raise BadInput(f"a batch of {num_rows} rows: {problem}")
+            needed = f"must be a multiple of {self.group} for instant_share={self.instant_share}"
+            raise BadInput(f"a batch of {num_rows} rows: {needed}")
         null = _null_of(condition, null, num_rows, is_needed=self.label_drop_share > 0)
         noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
 
@@ -230,8 +223,7 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
     fit = "give a tree like condition, without its first axis"
     if null is None:
         if leaves and is_needed:
-            told = "a row that trains without its condition is told null"
-            raise BadInput(f"null=None: {told}; {fit}, or use label_drop_share=0")
+            raise BadInput(f"null=None: tells rows without condition; {fit}, or label_drop_share=0")
         return None
 
     def spread(own: Array, to: Any) -> Array:
@@ -243,7 +235,5 @@ def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool)
                 raise ValueError(f"{to} is no {own.dtype}, as its condition is")
         return jnp.broadcast_to(cast, own.shape)
 
-    try:
+    with refused(ValueError, "null: is not like condition", fit):
         return jax.tree.map(spread, condition, jax.tree.broadcast(null, condition))
-    except ValueError as problem:
-        raise BadInput(f"null: {fit} ({reason_of(problem)})") from problem

@@ -2,11 +2,8 @@
 
 import contextlib
 import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-
-Number = int | float
 
 
 class BadInput(ValueError):
@@ -30,19 +27,22 @@ def left_out(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refused(kinds: type | tuple[type, ...], problem: str, fix: str) -> Iterator[None]:
-    """Turn errors of these kinds into BadInput that tells a problem, their reason and a fix."""
+def refused(
+    kinds: type | tuple[type, ...], problem: str, fix: str, told: type[Exception] = BadInput
+) -> Iterator[None]:
+    """Turn errors of these kinds into one that tells a problem, their reason and a fix."""
     try:
         yield
     except BadInput:
         raise
     except kinds as error:
-        raise BadInput(f"{problem} ({reason_of(error)}): {fix}") from error
+        raise told(f"{problem} ({reason_of(error)}): {fix}") from error
 
 
 def reason_of(error: Exception) -> str:
-    """Return the text of an error in one line, or its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Return the text of an error in one line, with its type where the text is a word or none."""
+    text = " ".join(str(error).split())[:200]
+    return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -52,12 +52,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def in_section(name: str) -> Iterator[None]:
-    """Put the config section in front of the argument that a BadInput of the body names."""
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add what a BadInput of the body says to a list: one error will tell all of them."""
     try:
         yield
     except BadInput as problem:
-        raise BadInput(f"{name}.{problem}") from problem
+        problems.append(str(problem))
+
+
+@contextlib.contextmanager
+def in_section(name: object, then: str = ".") -> Iterator[None]:
+    """Put the config section, or a path, in front of what a BadInput of the body says."""
+    try:
+        yield
+    except BadInput as problem:
+        raise BadInput(f"{name}{then}{problem}") from problem
 
 
 def check_known(key: str, name: str, known: Iterable[str]) -> None:
@@ -66,40 +75,44 @@ def check_known(key: str, name: str, known: Iterable[str]) -> None:
         raise BadInput(f"{key}={name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
 
 
-def is_within(value: Number, low: Number, high: Number, ends: str) -> bool:
-    """Return whether a number lies between two others; [ or ] says that this end belongs to it."""
-    above = value >= low if ends[0] == "[" else value > low
-    return above and (value <= high if ends[1] == "]" else value < high)
+def check_within(key: str, value: Any, interval: str, fix: str = "") -> None:
+    """Raise BadInput unless a value, or each of a tuple, is in an interval "[0, 1)"; nan is not."""
+    low, high = map(float, interval[1:-1].split(","))
+    for each in value if isinstance(value, tuple) else (value,):
+        is_above = each >= low if interval[0] == "[" else each > low
+        if not (is_above and (each <= high if interval[-1] == "]" else each < high)):
+            raise BadInput(f"{key}={value}: must be within {interval}" + f"; {fix}" * bool(fix))
 
 
-def limits(low: Number, high: Number, ends: str) -> str:
-    """Return what `is_within` allows, e.g. "at least 1"."""
-    if high == math.inf:
-        return f"{'at least' if ends[0] == '[' else 'above'} {low}"
-    return f"within {ends[0]}{low}, {high}{ends[1]}"
-
-
-def check_within(
-    key: str, value: Number, low: Number, high: Number, ends: str = "[]", fix: str = ""
-) -> None:
-    """Raise BadInput unless a key's value `is_within`; nan never is."""
-    if not is_within(value, low, high, ends):
-        raise BadInput(f"{key}={value}: must be {limits(low, high, ends)}" + f"; {fix}" * bool(fix))
+def check_allowed(key: str, value: Any, allowed: str | Iterable[str]) -> None:
+    """Raise BadInput unless a value is in an interval (`check_within`), or one of some names."""
+    (check_within if isinstance(allowed, str) else check_known)(key, value, allowed)
 
 
 def check_fields(section: str, record: Any, **allowed: str | Iterable[str]) -> None:
-    """Raise BadInput unless fields of a record are allowed: in an interval "[0, 1)", or known."""
+    """Raise BadInput unless fields of a record are `check_allowed`."""
     for name, which in allowed.items():
-        key, value = f"{section}.{name}".lstrip("."), getattr(record, name)
-        if not isinstance(which, str):
-            check_known(key, value, which)
-        elif not is_within(value, *map(float, which[1:-1].split(",")), which[0] + which[-1]):
-            raise BadInput(f"{key}={value}: must be within {which}")
+        check_allowed(f"{section}.{name}".lstrip("."), getattr(record, name), which)
 
 
-def list_problems(names_of: Mapping[str, list[str]]) -> str:
-    """Return "missing: a, b; left over: c" of names by problem, of many names only the first."""
-    return "; ".join(f"{problem}: {listed(names)}" for problem, names in names_of.items() if names)
+def check_fit(
+    problem: str, there: Mapping[str, Any], wanted: Mapping[str, Any], fix: str, **more: list[str]
+) -> None:
+    """Raise BadInput that lists all misfits unless arrays, or shapes, are the wanted ones by name.
+
+    Args:
+      more: names that are wrong in another way, by what is wrong.
+    """
+    sides = there.items(), wanted.items()
+    own, ours = ({name: list(getattr(x, "shape", x)) for name, x in side} for side in sides)
+    both = [name for name in own if name in ours]
+    found = {
+        "missing": [name for name in ours if name not in own],
+        "left over": [name for name in own if name not in ours],
+        "misshapen": [f"{k} is {own[k]}, must be {ours[k]}" for k in both if own[k] != ours[k]],
+    }
+    if wrong := [f"{what}: {listed(names)}" for what, names in (found | more).items() if names]:
+        raise BadInput(f"{problem}; {'; '.join(wrong)}; {fix}")
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,9 @@ def call(
     heads = answer if isinstance(answer, Prediction) else Prediction(answer)
     for name, head in heads._asdict().items():
         if getattr(head, "shape", None) != z.shape and (name == "u" or head is not None):
-            raise BadInput(
-                f"field: {name} is {getattr(head, 'shape', type(head).__name__)} where z is "
-                f"{z.shape}; return u like z, or mf_jax.Prediction(u, v)"
-            )
+            found = getattr(head, "shape", type(head).__name__)
+            fix = "return u like z, or mf_jax.Prediction(u, v)"
+            raise BadInput(f"field: {name} is {found} where z is {z.shape}; {fix}")
     wide = jnp.promote_types(heads.u.dtype, z.dtype)
     heads = jax.tree.map(lambda head: head.astype(wide), heads)
     return heads if mask is None else jax.tree.map(lambda head: jnp.where(mask, head, 0), heads)
@@ -71,19 +71,22 @@ def at_instant(field: Field, params: PyTree, rows: Rows, z: Points | None = None
     return predict(field, params, rows, z, r=rows.t, t=rows.t)
 
 
-def mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
-    """Return a mask of x's own shape; BadInput unless it is bool and broadcasts to x by axes."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
+def is_mask(mask: Any, x: Any) -> bool:
+    """Return whether an array is bool, and broadcasts to x by axes."""
     pairs = zip(mask.shape[::-1], x.shape[::-1], strict=False)
     fits = mask.ndim <= x.ndim and all(m in (1, n) for m, n in pairs)
     of_rows = mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]  # or of columns, who knows
-    if mask.dtype != bool or not fits or of_rows:
-        raise BadInput(
-            f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; give bool that "
-            "broadcasts to x, a mask of rows with all axes of x, e.g. (mask > 0)[..., None]"
-        )
+    return mask.dtype == bool and fits and not of_rows
+
+
+def mask_of(mask: Array | None, x: Points) -> Bool[Array, "b ..."] | None:
+    """Return a mask of x's own shape; BadInput unless it `is_mask`."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if not is_mask(mask, x):
+        fix = "give bool that broadcasts to x, of rows with all axes: (mask > 0)[..., None]"
+        raise BadInput(f"mask: is {mask.dtype}{list(mask.shape)} where x is {list(x.shape)}; {fix}")
     return jnp.broadcast_to(mask, x.shape)
 
 

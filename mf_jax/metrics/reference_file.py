@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from numpy.lib import format as npy
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, refused
 from mf_jax.metrics.frechet import Gaussian
 from mf_jax.metrics.row_pairs import LEAST_ROWS
 from mf_jax.published import reading
@@ -60,27 +60,23 @@ class Statistics:
 
 def _check_finite(values: np.ndarray, name: str) -> None:
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
-        fix = "look for a diverged network or a damaged file"
-        raise BadInput(f"{name} has {bad} values that are NaN or infinite: {fix}")
+        raise BadInput(f"{name} has {bad} values that are NaN or infinite: compute it again")
 
 
 def _check_gaussian(gaussian: Gaussian, first: str, second: str) -> None:
     """Raise BadInput unless the arrays are a finite mean `[d]` and a covariance `[d, d]`."""
     mean, covariance = gaussian
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
-        problem = f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}"
-        raise BadInput(f"{problem}; must be [d] and [d, d]: take both from one set of features")
+        shapes = f"{first} is {list(mean.shape)} and {second} {list(covariance.shape)}"
+        raise BadInput(f"{shapes}; must be [d] and [d, d]: take both from one set of features")
     _check_finite(mean, first)
     _check_finite(covariance, second)
-    is_covariance = np.abs(covariance - covariance.T).max() <= _ROUNDING * np.abs(covariance).max()
     shifted = covariance + _ROUNDING * (np.trace(covariance) or 1) * np.eye(len(covariance))
-    try:
+    problem = f"{second} must be a covariance, symmetric and without eigenvalues below 0"
+    with refused(np.linalg.LinAlgError, problem, "compute it again"):
         np.linalg.cholesky(shifted)  # a tenth of the time of eigenvalues
-    except np.linalg.LinAlgError:
-        is_covariance = False
-    if not is_covariance:
-        what = "must be a covariance: symmetric, and without eigenvalues below 0"
-        raise BadInput(f"{second} {what}; compute it again")
+        if np.abs(covariance - covariance.T).max() > _ROUNDING * np.abs(covariance).max():
+            raise np.linalg.LinAlgError("it is not symmetric")
 
 
 Compute = Callable[[Iterator[UInt8[np.ndarray, "n h w c"]]], Statistics]
@@ -191,7 +187,6 @@ def _picture_shape(archive: zipfile.ZipFile) -> tuple[int, ...]:
         raise BadInput("has no pictures; must have arr_0, uint8 [N, H, W, C]")
     shape, fortran, dtype = archives.array_header(archive, _PICTURES)
     if dtype != np.uint8 or len(shape) != 4 or fortran or 0 in shape:
-        order = " in Fortran order" * fortran
-        wanted = "uint8 [N, H, W, C] in C order, none of them 0: write it with np.savez"
-        raise BadInput(f"arr_0 is {dtype} {list(shape)}{order}; must be {wanted}")
+        found = f"{dtype} {list(shape)}{' in Fortran order' * fortran}"
+        raise BadInput(f"arr_0 is {found}; must be uint8 [N, H, W, C] in C order, none of them 0")
     return shape

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 from scipy.special import softmax, xlogy
 
-from mf_jax.flow.errors import BadInput
+from mf_jax.flow.errors import BadInput, check_within
 from mf_jax.metrics.frechet import Moments, frechet_distance, frechet_with_error
 from mf_jax.metrics.reference_file import Statistics
 from mf_jax.metrics.row_pairs import LEAST_ROWS, own_pairs, pair_scores
@@ -41,10 +41,8 @@ class SampleScores:
         rows = {name: on_host(features[name])[keep] for name in (POOLED, SPATIAL, LOGITS)}
         widths = {name: array.shape[1] for name, array in rows.items()}
         least = self._least or 1 + max(widths[POOLED], widths[SPATIAL])
-        if num < least:
-            why = f"as covariances of {widths[POOLED]} features are singular below"
-            fix = "use 50000, as published"
-            raise BadInput(f"eval.num_samples={num}: must be at least {least}, {why}; {fix}")
+        fix = f"covariances of {widths[POOLED]} features are singular below; published is 50000"
+        check_within("eval.num_samples", num, f"[{least}, inf)", fix)
         if not is_first():
             return
         for name in (POOLED, LOGITS):
@@ -64,10 +62,8 @@ class SampleScores:
         """Return all scores that the reference has statistics for."""
         rows = self._rows[POOLED]
         if missing := np.flatnonzero(np.isnan(rows).any(axis=1)).tolist():
-            raise BadInput(
-                f"{len(missing)} of {self._num_samples} samples are missing or hold NaN, the "
-                f"first is {missing[0]}: look for a diverged network"
-            )
+            lost = f"{len(missing)} of {self._num_samples} samples are missing or hold NaN"
+            raise BadInput(f"{lost}, the first is {missing[0]}: look for a diverged network")
         fid, error = frechet_with_error(self._moments[POOLED].gaussian, reference.pooled, rows)
         scores = {"fid": fid, "fid_standard_error": error}
         if reference.spatial is not None:
@@ -90,11 +86,8 @@ def check_widths(reference: Statistics, pooled: int, spatial: int) -> None:
     kinds = ("mu", reference.pooled, pooled), ("mu_s", reference.spatial, spatial)
     for key, gaussian, wanted in kinds:
         if gaussian is not None and gaussian.mean.size != wanted:
-            problem = (
-                f"{key} has {gaussian.mean.size} features; must have {wanted} like the samples"
-            )
-            fix = "use statistics of the same network and layer"
-            raise BadInput(f"eval.references: {reference.path}: {problem}: {fix}")
+            problem = f"{key} has {gaussian.mean.size} features; must have {wanted}, as samples do"
+            raise BadInput(f"eval.references: {reference.path}: {problem}")
 
 
 def inception_score(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from mf_jax.flow.errors import BadInput, check_known
+from mf_jax.flow.errors import check_known, check_within
 from mf_jax.flow.records import Condition, GuidanceScale, Prediction
 from mf_jax.models import layers
 from mf_jax.models.blocks import Transformer, run_blocks
@@ -150,9 +150,7 @@ class InContextDiT(Transformer, kw_only=True):
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
         check_known("model.positions", self.positions, POSITIONS)
         self.check_width(self.num_heads * (4 if self.positions == "grid" else 2))
-        if not 0 <= self.head_depth <= self.depth:
-            allowed = f"must be from 0 to model.depth={self.depth}"
-            raise BadInput(f"model.head_depth={self.head_depth}: {allowed}")
+        check_within("model.head_depth", self.head_depth, f"[0, {self.depth}]", "or add depth")
         p, dense = self.patch_size, functools.partial(layers.xavier_dense, dtype=self.dtype)
         patches = x = layers.patches_of(z, p)
         prefix = self._prefix(t - r, condition)

@@ -14,7 +14,6 @@ Source: pixel MeanFlow, arXiv 2601.22158.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -41,7 +40,7 @@ class Distance:
     between: Callable[..., Scalars] = flax.struct.field(pytree_node=False)
 
     def __post_init__(self) -> None:
-        check_within(f"perceptual.{self.name}", self.factor, 0, math.inf, "()", "0 = off")
+        check_within(f"perceptual.{self.name}", self.factor, "(0, inf)", "0 = off")
 
 
 @flax.struct.dataclass

@@ -41,9 +41,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     prepare, data = config.prepare, config.data
     taken = {"tfds_split": data.split_train, "class_order": data.class_order}
     pictures = list_pictures(prepare.input, key="prepare.input", **taken)
-    if (num_pictures := len(pictures)) < prepare.shards:
-        problem = f"prepare.shards={prepare.shards}: the input has {num_pictures} pictures"
-        raise BadInput(f"{problem}: set prepare.shards={max(1, num_pictures // 1000)}")
+    fix = f"the input has {(num_pictures := len(pictures))} pictures"
+    check_within("prepare.shards", prepare.shards, f"[1, {num_pictures}]", fix)
     common = {
         "format_version": FORMAT_VERSION,
         "image_size": data.image_size,
@@ -76,7 +75,7 @@ def check_prepare(config: ConfigDict) -> tuple[int, int]:
         raise BadInput("prepare.latents=False, prepare.reference='': nothing to make; set one")
     if prepare.latents and not data.path:
         raise BadInput("data.path='' is not set: name a folder for the latents")
-    check_within("prepare.process_index", index, 0, max(count, 1), "[)", "set process_count too")
+    check_within("prepare.process_index", index, f"[0, {max(count, 1)})", "set process_count too")
     return (index, count) if count else (jax.process_index(), jax.process_count())
 
 
@@ -86,9 +85,8 @@ def _latents(config: ConfigDict, common: dict[str, Any], pictures: PicturesIn) -
     verify(name, autoencoder.sha256)
     factor = autoencoder.network.factor
     if size % factor:
-        near = max(1, round(size / factor)) * factor
-        problem = f"must be divisible by {factor}, by which autoencoder {name!r} narrows pictures"
-        raise BadInput(f"data.image_size={size}: {problem}: try {near}")
+        fix = f"must be divisible by {factor}: try {max(1, round(size / factor)) * factor}"
+        raise BadInput(f"data.image_size={size}: for autoencoder {name!r} {fix}")
     settings = common | {
         "mirrors": True,
         "latent_shape": [size // factor, size // factor, autoencoder.network.latent_channels],

@@ -7,7 +7,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from mf_jax.flow.errors import BadInput, reason_of
+from mf_jax.flow.errors import BadInput, in_section, refused
+from mf_jax.runtime.files import absolute
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -15,13 +16,9 @@ Arrays = dict[str, Shaped[np.ndarray, "..."]]
 @contextlib.contextmanager
 def reading(path: epath.PathLike, what: str) -> Iterator[None]:
     """Turn all that the body raises into a BadInput: the file is none of what it should be."""
-    try:
+    # the type of an error depends on where a reader stumbles over the damage
+    damaged = refused(Exception, f"cannot be read as {what}", "fetch it again")
+    with in_section(path, ": "), damaged:
+        if not absolute(path).exists():
+            raise BadInput(f"no such file or folder; must be {what}")
         yield
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from problem
-    except Exception as error:  # its type depends on where a reader stumbles over the damage
-        if not epath.Path(path).exists():
-            raise BadInput(f"{path}: no such file or folder; must be {what}") from error
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        fix = "check the file, or fetch it again"
-        raise BadInput(f"{path}: cannot be read as {what} ({reason}); {fix}") from error

@@ -46,10 +46,8 @@ def opened_checkpoint(path: epath.PathLike) -> Iterator[Stored]:
             place = stack.enter_context(on_disk(path))
             file = stack.enter_context(safe_open(place, framework="np"))
             yield _stored(file.keys(), file.get_tensor)
-        elif path.exists():
-            raise BadInput(f"must be {_FORMS}")
         else:
-            raise FileNotFoundError
+            raise BadInput(f"must be {_FORMS}")
 
 
 def _stored(names: Collection[str], read: Callable[[str], Any]) -> Stored:

@@ -23,7 +23,7 @@ from jaxtyping import Float, PyTree, Shaped
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from mf_jax.flow.errors import BadInput, check_known, list_problems, listed
+from mf_jax.flow.errors import BadInput, check_fit, listed, refused
 from mf_jax.published import Arrays, flow_matching, reading
 from mf_jax.published.checkpoint_files import Stored, opened_checkpoint
 from mf_jax.published.names import (
@@ -57,7 +57,6 @@ def load_published(path: epath.PathLike, kind: str, like: PyTree, *, section: st
 
 def describe_published(path: epath.PathLike, kind: str, *, section: str = "") -> tuple[int, int]:
     """Return channels and classes of a published network (`read_published`), 0 without labels."""
-    check_known("kind", kind, KINDS)
     with opened_checkpoint(path) as stored:
         names = _choose(section, stored.names)
         ours = {renamed[0]: name for name in names if (renamed := our_name(kind, name))}
@@ -81,7 +80,6 @@ def read_published(path: epath.PathLike, kind: str, *, section: str = "") -> Arr
       section: one of `_SECTIONS`, or one of several averages, e.g. `ema_params/1000`, `net_ema1`;
         "" for the first that is there. A file without sections is taken as it is.
     """
-    check_known("kind", kind, KINDS)
     with opened_checkpoint(path) as stored:
         names = _choose(section, stored.names)
         if (fitting := _kinds_of(names)) and kind not in fitting:
@@ -96,8 +94,7 @@ def find_kind(path: epath.PathLike, *, section: str = "") -> str:
     with opened_checkpoint(path) as stored:
         names = _choose(section, stored.names)
         if not (fitting := _kinds_of(names)):
-            unknown = listed(list(names), 3)
-            raise BadInput(f"its parameters ({unknown}) have names of no published kind")
+            raise BadInput(f"its parameters ({listed([*names], 3)}) have names of no kind")
         if "sit" not in fitting:
             return fitting[0]
         return _sit_or_dit(stored.settings, epath.Path(path).name)
@@ -124,34 +121,22 @@ def fit_published(kind: str, flat: Arrays, like: PyTree) -> PyTree:
     """
     wanted = flatten_dict(like, sep="/")
     one_head = not any(name.startswith(_SECOND_HEAD) for name in wanted)
-    fitting, unknown = {}, []
+    fitting = {}
     for published, stored in flat.items():
-        name, how = our_name(kind, published) or ("", "")
-        if how == "computed" or (one_head and name.startswith(_SECOND_HEAD)):
-            continue
-        if name in wanted:
+        name, how = our_name(kind, published) or (published, "")
+        if how != "computed" and not (one_head and name.startswith(_SECOND_HEAD)):
             fitting[name] = as_ours(stored, how)
-        else:
-            unknown.append(f"{published} ({name})" if name else published)
     if kind in flow_matching.KINDS:
         channels = flat[published_name(kind, "patch_embedding/kernel")[0]].shape[1]
         fitting = flow_matching.as_flow_map(kind, fitting, wanted, channels=channels)
-    theirs = {name: (published_name(kind, name) or ("nothing published",))[0] for name in wanted}
-    problems = {
-        "missing": [f"{theirs[name]} ({name})" for name in wanted if name not in fitting],
-        "unknown to the network": unknown,
-        "of another shape": [
-            f"{theirs[name]} ({name}) is {list(flat[theirs[name]].shape)}, "
-            f"must become {list(wanted[name].shape)}"
-            for name, array in fitting.items()
-            if array.shape != wanted[name].shape and theirs[name] in flat
-        ],
-    }
-    if misfits := list_problems(problems):
-        raise BadInput(
-            f"published {kind} parameters do not fit the network; {misfits}; "
-            "build the network with the checkpoint's sizes"
-        )
+
+    def told(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        theirs = {name: published_name(kind, name) for name in arrays}
+        return {f"{theirs[k][0]} ({k})" if theirs[k] else k: each for k, each in arrays.items()}
+
+    problem = f"published {kind} parameters do not fit the network"
+    fix = "build the network with the checkpoint's sizes"
+    check_fit(problem, told(fitting), told(wanted), fix)
     return unflatten_dict(fitting, sep="/")
 
 
@@ -172,11 +157,9 @@ def write_published(
     flat = to_published(kind, params, patch_size=patch_size)
     if len(positions):
         flat["pos_embed"] = np.ascontiguousarray(positions)[None]
-    try:
-        with written_aside(path) as aside:
-            np.savez(aside, **flat) if path.suffix == ".npz" else save_file(flat, aside)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be written ({error}); choose another path") from error
+    problem, fix = f"{path}: cannot be written", "choose another path"
+    with refused((OSError, SafetensorError), problem, fix), written_aside(path) as aside:
+        np.savez(aside, **flat) if path.suffix == ".npz" else save_file(flat, aside)
 
 
 def _choose(section: str, names: Collection[str]) -> dict[str, str]:
@@ -187,20 +170,18 @@ def _choose(section: str, names: Collection[str]) -> dict[str, str]:
         stored = {short: name for short, name in stored.items() if short != name}
     known = list(dict.fromkeys((*_SECTIONS, *named)))
     if section and section.split("/")[0] not in known:
-        allowed = ", ".join(known)
-        raise BadInput(f"section={section!r}: must be one of {allowed}, or below one of them")
+        raise BadInput(f"section={section!r}: must be, or lie below, one of {', '.join(known)}")
     roots = {name.split("/")[0] for name in stored if "/" in name}
     there = [each for each in known if each in roots]
     section = section or next(iter(there), "")
     start = f"{section}/" if there else ""
     chosen = {k.removeprefix(start): name for k, name in stored.items() if k.startswith(start)}
     if not chosen:
-        held = ", ".join(there) or "nothing"
-        raise BadInput(f"holds no {section or 'parameters'}, but {held}")
+        raise BadInput(f"holds no {section or 'parameters'}, but {', '.join(there) or 'nothing'}")
     averages = sorted({short.split("/net/")[0] for short in chosen if "/net/" in short})
     if len(averages) > 1:
-        choices = ", ".join(f"{section}/{average}" for average in averages)
-        raise BadInput(f"section={section!r}: must be one of its averages: {choices}")
+        choices = [f"{section}/{average}" for average in averages]
+        raise BadInput(f"section={section!r}: must be one of its averages: {', '.join(choices)}")
     prefix = f"{averages[0]}/" if averages else ""
     return {_WRAPPERS.sub("", k.removeprefix(prefix), count=1): v for k, v in chosen.items()}
 

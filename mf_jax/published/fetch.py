@@ -12,7 +12,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput, nearest
+from mf_jax.flow.errors import BadInput, collected, nearest, refused
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime.files import in_bucket, sha256_of, written_aside
 
@@ -107,10 +107,9 @@ def find_weights(name_or_path: str, weights_dir: str, *, key: str = "weights") -
             told.append(f"{folder / file.path} {problem}; {_advice(file, folder)}")
     if told:
         of_latents = " --config.data.name=latents" * (key == "data.autoencoder")
-        raise BadInput(
-            f"{key}={name_or_path!r}: {'; '.join(told)}; or run python -m mf_jax.main"
-            f" --config=CONFIG --mode=weights --config.weights_dir={folder}{of_latents}"
-        )
+        fix = f"--config=CONFIG --mode=weights --config.weights_dir={folder}{of_latents}"
+        fix = f"{'; '.join(told)}; or run python -m mf_jax.main {fix}"
+        raise BadInput(f"{key}={name_or_path!r}: {fix}")
     place = folder / files[0].path
     return place if len(files) == 1 else place.parent
 
@@ -119,9 +118,8 @@ def verify(name_or_path: str, sha256: str) -> None:
     """Check the SHA-256 of a file read under a published name; a path may hold anything."""
     for file in PUBLISHED.get(name_or_path, ())[:1]:
         if file.sha256 not in ("", sha256):
-            fix = "delete it and fetch it again with --mode=weights, or name your own by its path"
-            problem = f"{file.path} has SHA-256 {sha256}; must be {file.sha256}"
-            raise BadInput(f"weights {name_or_path!r}: {problem}: {fix}")
+            fix = f"must be {file.sha256}: delete and fetch it again, or name your own by its path"
+            raise BadInput(f"weights {name_or_path!r}: {file.path} has SHA-256 {sha256}; {fix}")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -138,20 +136,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     folder, problems = _folder(config.weights_dir, ", ".join(wanted.values())), []
     for file in files:
-        try:
+        with collected(problems):
             print(f"{folder / file.path}: {_obtain(file, folder, progress=config.log.progress)}")
-        except BadInput as problem:
-            problems.append(str(problem))
     if problems:
         raise BadInput("\n".join(problems))
 
 
 def _files(name: str, key: str) -> tuple[PublishedFile, ...]:
     if name not in PUBLISHED:
-        raise BadInput(
-            f"{key}={name!r}: there is no such file, nor such a published name; must be a path, or"
-            f" one of {', '.join(PUBLISHED)}{nearest(name, PUBLISHED)}"
-        )
+        known = f"{', '.join(PUBLISHED)}{nearest(name, PUBLISHED)}"
+        raise BadInput(f"{key}={name!r}: is no file; must be one, or published: one of {known}")
     return PUBLISHED[name]
 
 
@@ -191,18 +185,16 @@ def _obtain(file: PublishedFile, folder: epath.Path, *, progress: bool) -> str:
         return "already there"
     pooch.get_logger().setLevel("WARNING")
     shown = {"unit": "bytes", "is_wanted": progress}
-    try:
+    lost = requests.RequestException, ValueError  # a ValueError is about the checksum
+    with (
+        refused(OSError, f"weights_dir={folder}: cannot be written", f"choose another, or {fix}"),
+        refused(lost, f"{file.path}: cannot be fetched", f"run the same command again, or {fix}"),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside, ProgressBar(file.path, file.num_bytes, **shown) as bar:
             get = pooch.HTTPDownloader(progressbar=_Received(bar), chunk_size=1 << 20)
             to, digest = Path(aside), file.sha256 or None
             pooch.retrieve(file.address, digest, to.name, to.parent, downloader=get)
-    except (requests.RequestException, ValueError) as error:  # a ValueError is about the checksum
-        again = f"({error}); run the same command again, or {fix}"
-        raise BadInput(f"{file.path}: cannot be fetched {again}") from error
-    except OSError as error:
-        other = f"({error.strerror or error}); choose another, or {fix}"
-        raise BadInput(f"weights_dir={folder}: cannot be written {other}") from error
     if not file.sha256:
         return f"fetched, {path.stat().length:,} bytes, SHA-256 {sha256_of(path)}, none is known"
     return f"fetched, {file.num_bytes:,} bytes, checksum right"

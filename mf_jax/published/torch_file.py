@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float32, PyTree
 from safetensors import safe_open
 
-from mf_jax.flow.errors import BadInput, list_problems
+from mf_jax.flow.errors import BadInput, check_fit
 from mf_jax.published import Arrays, reading
 from mf_jax.published.names import as_ours
 from mf_jax.published.pickles import Row, unpickle
@@ -76,28 +76,16 @@ def read_torch(content: bytes) -> tuple[Arrays, dict[str, Any]]:
 
 def fit_state_dict(state: StateDict, wanted: Mapping[str, tuple[int, ...]]) -> Arrays:
     """Return the parameters of the wanted shapes in float32; the file must have just these."""
-    there = {name: state.arrays[name] for name in wanted if name in state.arrays}
-    problems = {
-        "missing": [name for name in wanted if name not in there],
-        "left over": [name for name in state.arrays if name not in there],
-        "of another shape": [
-            f"{name} is {list(array.shape)}, must be {list(wanted[name])}"
-            for name, array in there.items()
-            if array.shape != tuple(wanted[name])
-        ],
-        "of another type": [
-            f"{name} is {array.dtype}, must be floating point"
-            for name, array in there.items()
-            if not jnp.issubdtype(array.dtype, jnp.floating)
-        ],
+    there = {name: array for name, array in state.arrays.items() if name in wanted}
+    types = {k: x.dtype for k, x in there.items() if not jnp.issubdtype(x.dtype, jnp.floating)}
+    wrong = {
+        "no floats": [f"{name} is {dtype}" for name, dtype in types.items()],
         "not finite": [name for name, array in there.items() if not np.isfinite(array).all()],
     }
-    if misfits := list_problems(problems):
-        raise BadInput(
-            f"{state.path}: its parameters do not fit the network; {misfits}; use the published "
-            "file, with the config.json beside it where it has one"
-        )
-    return {name: array.astype(np.float32) for name, array in there.items()}
+    problem = f"{state.path}: its parameters do not fit the network"
+    fix = "use the published file, with the config.json beside it where it has one"
+    check_fit(problem, state.arrays, wanted, fix, **wrong)
+    return {name: there[name].astype(np.float32) for name in wanted}
 
 
 def network_params(shapes: PyTree, state: StateDict) -> PyTree[Float32[Array, "..."]]:

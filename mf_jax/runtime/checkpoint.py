@@ -23,7 +23,7 @@ from etils import epath, epy
 from jax.errors import JaxRuntimeError
 from jaxtyping import PyTree
 
-from mf_jax.flow.errors import BadInput, Failure, listed, reason_of
+from mf_jax.flow.errors import BadInput, Failure, check_fit, reason_of, refused
 from mf_jax.runtime import processes
 from mf_jax.runtime.files import absolute
 
@@ -148,15 +148,11 @@ class Checkpoints:
         self._reader.reload()
         for step in processes.from_first(self.steps[-1:]):
             folder = self._folder / str(step)
-            try:
-                with _damage():
-                    for name in self._index(step):
-                        ocp.StandardCheckpointHandler().metadata(folder / name)
-            except DamagedCheckpoint as problem:
-                fix = "see to its file system, or choose another --workdir"
-                raise Failure(
-                    f"{folder} was saved and cannot be read ({problem}); {fix}"
-                ) from problem
+            problem = f"{folder} was saved and cannot be read"
+            fix = "see to its file system, or choose another --workdir"
+            with refused(DamagedCheckpoint, problem, fix, Failure), _damage():
+                for name in self._index(step):
+                    ocp.StandardCheckpointHandler().metadata(folder / name)
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -189,10 +185,8 @@ class Checkpoints:
             else:
                 self._set_aside(damaged)
                 return step, items
-        problem = "holds no checkpoint; train first: --mode=train with the same --workdir"
-        if damaged:
-            problem = "every checkpoint is damaged; move it away to start again"
-        raise BadInput(f"{self._folder}: {problem}")
+        why = "every checkpoint is damaged: move it" if damaged else "no checkpoint: train first"
+        raise BadInput(f"{self._folder}: {why}")
 
     @contextlib.contextmanager
     def _asked_for(self, step: int) -> Iterator[None]:
@@ -202,11 +196,9 @@ class Checkpoints:
                 kept = ", ".join(map(str, self.steps)) or "none"
                 problem = f"has no checkpoint of step {step}; it has {kept}"
                 raise UnreadableCheckpoint(f"{self._folder} {problem}")
-        try:
+        problem = f"{self._folder / str(step)} is damaged"
+        with refused(DamagedCheckpoint, problem, "choose another step", UnreadableCheckpoint):
             yield
-        except DamagedCheckpoint as problem:
-            told = f"{self._folder / str(step)} is damaged ({problem}); choose another step"
-            raise UnreadableCheckpoint(told) from problem
 
     def _restore(self, step: int, like: _Items) -> _Items:
         """Return the items of a checkpoint; all processes of a job find it damaged, or none."""
@@ -215,16 +207,10 @@ class Checkpoints:
             if missing := set(like) - set(index):
                 raise DamagedCheckpoint(f"its index lacks {', '.join(sorted(missing))}")
             for name, item in like.items():
-                ours = {key: list(leaf.shape) for key, leaf in _named(item).items()}
                 theirs = {key: entry[0] for key, entry in index[name].items()}
-                wrong = [
-                    f"{key} is {theirs.get(key, 'missing')}, not {ours.get(key, 'expected')}"
-                    for key in ours | theirs
-                    if ours.get(key) != theirs.get(key)
-                ]
-                if wrong:
-                    problem = f"{self._folder / str(step)} is of another model: {listed(wrong, 4)}"
-                    raise BadInput(f"checkpoint {problem}; use its own config or another --workdir")
+                problem = f"checkpoint {self._folder / str(step)} is of another model"
+                fix = "use its own config, or another --workdir"
+                check_fit(problem, theirs, _named(item), fix)
             arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
             items = self._reader.restore(step, args=ocp.args.Composite(**arguments))
         for name in like:  # fingerprints take every process

@@ -63,10 +63,7 @@ def parse_json(content: bytes, like: Any, folder: epath.Path | None = None) -> d
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if stored is None and folder is not None:
-        tell_once(
-            f"{folder}: has files without a checksum, of an earlier version or edited by hand: "
-            "damage in them cannot be noticed"
-        )
+        tell_once(f"{folder}: has files without a checksum: damage in them cannot be noticed")
     return value
 
 

@@ -25,7 +25,7 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Shaped
 
-from mf_jax.flow.errors import BadInput, reason_of
+from mf_jax.flow.errors import BadInput, reason_of, refused
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALONE = ("coordinator_address should be defined", "must be called before")
@@ -52,12 +52,10 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
     # process 0 goes last: the others lose their connection with it
     patience = start_timeout + _LAST_TO_LEAVE_SECONDS * (job.get("process_id") == 0)
     where = job.get("coordinator_address", "the coordinator of the job")
-    lost = (
-        f"mf_jax: {where}: {job.get('num_processes', 'all')} processes have not met there within "
-        f"{start_timeout:g} s; check that each was started, that the address is process 0's, and "
-        "that its port is open (in a SLURM script: srun)"
-    )
-    watch = _end_later(patience, _BAD_INPUT, lost)
+    fix = "start each (in SLURM: srun), at the address of process 0, whose port must be open"
+    lost = f"{job.get('num_processes', 'all')} processes have not met there within"
+    told = f"mf_jax: {where}: {lost} {start_timeout:g} s; {fix}"
+    watch = _end_later(patience, _BAD_INPUT, told)
     try:
         jax.distributed.initialize(
             **job,
@@ -72,14 +70,10 @@ def start(*, start_timeout: float, heartbeat_timeout: int, stops_together: bool)
         watch.cancel()
     if (platforms := jax.config.jax_platforms) in (None, "", "cpu"):
         return  # and a benchmark may still choose how many devices there are
-    try:
+    fix = 'unset it, or install its build of JAX: pip install -U "jax[cuda13]" or "jax[tpu]"'
+    # of any type: a missing build fails an assertion
+    with refused(Exception, f"JAX_PLATFORMS={platforms}: JAX finds no such device here", fix):
         jax.devices()
-    except Exception as error:  # of any type: a missing build fails an assertion
-        raise BadInput(
-            f"JAX_PLATFORMS={platforms}: JAX finds no such device here ({reason_of(error)}); unset "
-            'it, or install the build of JAX for the device: pip install -U "jax[cuda13]" or '
-            '"jax[tpu]"'
-        ) from error
 
 
 def _described() -> dict[str, Any]:
@@ -90,10 +84,8 @@ def _described() -> dict[str, Any]:
     are_counts = num.isdecimal() and index.isdecimal() and int(index) < int(num)
     if not are_counts or not re.fullmatch(r".+:[0-9]+", address):
         settings = ", ".join(map("{}={}".format, _VARIABLES, given))
-        raise BadInput(
-            f"{settings}: must be host:port, as 10.0.0.1:1234, and whole numbers with "
-            "0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES; set all three or none"
-        )
+        needed = "must be host:port, and whole numbers, 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES"
+        raise BadInput(f"{settings}: {needed}; set all three or none")
     return {"coordinator_address": address, "num_processes": int(num), "process_id": int(index)}
 
 
@@ -186,10 +178,8 @@ def explain(error: Exception) -> str:
     """Return one line for an error where another process has gone, else the traceback."""
     if not re.search(_LOST, str(error), re.IGNORECASE):
         return "".join(traceback.format_exception(error))
-    return (
-        "another process of the job has ended, and its output says why; the same command "
-        f"continues from the newest checkpoint ({reason_of(error)})"
-    )
+    told = "another process of the job has ended, and its output says why; the same command"
+    return f"{told} continues from the newest checkpoint ({reason_of(error)})"
 
 
 def leave(code: int) -> int:

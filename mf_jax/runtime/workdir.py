@@ -71,12 +71,10 @@ def check(workdir: Path, config: ConfigDict) -> None:
     }
     if changes:
         reason = f"; {done} steps are done" if is_constant else f"; its rates fall to 0 at {steps}"
-        raise BadInput(
-            f"--workdir={workdir}: holds a run of another config ({', '.join(changes.values())})"
-            f"{reason * (steps in changes)}; set these back (without --config, its own config is "
-            "taken), or choose another --workdir, where "
-            f"--config.init.path={workdir} starts from its weights"
-        )
+        told = f"({', '.join(changes.values())}){reason * (steps in changes)}"
+        fix = "set these back (its own config is taken without --config), or choose another, where"
+        told += f"; {fix} --config.init.path={workdir} starts from its weights"
+        raise BadInput(f"--workdir={workdir}: holds a run of another config {told}")
 
 
 def keep_habits(workdir: Path, config: ConfigDict) -> None:
@@ -132,8 +130,8 @@ def _check_shared(workdir: Path) -> None:
     processes.from_first(None)
     with processes.together():
         if not mark.exists():
-            fix = "must be one folder for all hosts: a shared file system or a bucket"
-            raise BadInput(f"--workdir={workdir}: does not show what process 0 writes there; {fix}")
+            fix = "process 0 writes; must be one folder for all hosts, shared or in a bucket"
+            raise BadInput(f"--workdir={workdir}: does not show what {fix}")
     if processes.is_first():
         mark.unlink()
 
@@ -152,23 +150,16 @@ def check_data(workdir: Path, data: Any, **weights: str) -> dict[str, Any]:
     stored, about = _read(workdir, _DATA), _about(data)
     if about["digest"] and not stored.get("digest"):
         stored.pop("digest", "")
-        tell_once(
-            f"--workdir={workdir}: its version kept no digest of the data, so that they cannot be "
-            "compared; training keeps one from now on"
-        )
+        tell_once(f"--workdir={workdir}: keeps no digest of its data yet, to compare them by")
     for name, value in (about | weights).items():
         if (known := stored.get(name, value)) == value:
             continue
+        change = "files" if name == "digest" else f"{name} {known} -> {value}"
+        told = f"was trained on other data ({change}); restore them, or set --config.data.path"
         if name in weights:
             key = name.replace("init_sha256", "init.path")
-            problem, fix = f"began with {key} of SHA-256 {known}, not {value}", "restore that file"
-        else:
-            change = "files" if name == "digest" else f"{name} {known} -> {value}"
-            problem = f"was trained on other data ({change})"
-            fix = "restore them, name their folder with --config.data.path"
-        raise BadInput(
-            f"--workdir={workdir}: its run {problem}; {fix}, or choose another --workdir"
-        )
+            told = f"began with {key} of SHA-256 {known}, not {value}; restore that file"
+        raise BadInput(f"--workdir={workdir}: its run {told}, or choose another --workdir")
     return stored
 
 

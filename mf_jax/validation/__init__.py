@@ -1,6 +1,6 @@
 """What is wrong with a config: `validate` tells every problem in one error."""
 
-import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from mf_jax.config import (
     sees_pictures,
 )
 from mf_jax.data import SOURCES, Source, make_source
-from mf_jax.flow.errors import BadInput, in_section
+from mf_jax.flow.errors import BadInput, collected, in_section
 from mf_jax.flow.sampler import NO_GUIDANCE, SamplePlan
 from mf_jax.flow.velocities import PLUG_INS
 from mf_jax.models import NETWORKS, parameter_shapes
@@ -45,10 +45,8 @@ def check_registered(config: ConfigDict, files: Mapping[str, str]) -> None:
     for section, file in files.items():
         name = config[section].name
         if name not in PARTS[section]:
-            raise BadInput(
-                f"{section}.name={name!r}: is registered by {file}; import this file first "
-                f"(runpy.run_path({file!r})), at the command line add --config={file}"
-            )
+            fix = f"runpy.run_path({file!r}) first, at the command line --config={file}"
+            raise BadInput(f"{section}.name={name!r}: is registered by {file}; {fix}")
 
 
 def validate(config: ConfigDict, *, num_devices: int, source: Source | None = None) -> Source:
@@ -59,16 +57,8 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
       source: takes the place of the data that the config names, which are not opened then.
     """
     check_tuples(config)  # nothing below could read them
-    wrong = list(wrong_values(config))
-    problems = list(wrong)
-
-    @contextlib.contextmanager
-    def collect() -> Iterator[None]:
-        try:
-            yield
-        except BadInput as problem:
-            problems.append(str(problem))
-
+    problems = [*(wrong := wrong_values(config))]
+    collect = functools.partial(collected, problems)
     with collect(), in_section("data"):
         source = make_source(config.data, split="train") if source is None else source
     with collect():
@@ -98,20 +88,14 @@ def validate(config: ConfigDict, *, num_devices: int, source: Source | None = No
 
 
 def _check_batch(config: ConfigDict, num_devices: int) -> None:
-    size, group = config.train.batch_size, make_scheme(config).group
-    if size <= 0 or size % (group * num_devices):
-        share = f"draws.instant_share={config.draws.instant_share}"
-        raise BadInput(
-            f"train.batch_size={size}: must be a multiple of {group * num_devices}, since rows "
-            f"with r = t and r < t are dealt in groups of {group} ({share}) on each of "
-            f"{num_devices} device{'s' * (num_devices > 1)}"
-        )
-    part, least = config.train.microbatch, group * num_devices
+    size, part = config.train.batch_size, config.train.microbatch
+    least = num_devices * (group := make_scheme(config).group)
+    needed = f"must be a multiple of {least}"
+    if size <= 0 or size % least:
+        why = f"groups of {group} by draws.instant_share={config.draws.instant_share}"
+        raise BadInput(f"train.batch_size={size}: {needed}, for {why} on {num_devices} devices")
     if part and (part < 0 or part % least or size % part):
-        raise BadInput(
-            f"train.microbatch={part}: must be a multiple of {least}, and divide "
-            f"train.batch_size={size}; use {least}, or 0 for the whole batch"
-        )
+        raise BadInput(f"train.microbatch={part}: {needed} that divides {size}, or 0 for all rows")
 
 
 def _misfits(config: ConfigDict, objective: Objective, source: Source) -> Iterator[str]:
@@ -135,25 +119,23 @@ def _misfits(config: ConfigDict, objective: Objective, source: Source) -> Iterat
         able = [k for k, each in NETWORKS.items() if getattr(each, "guidance_inputs", ())]
         is_told = model.told_guidance or "told_guidance" not in inputs
         if is_drawn and not (model.name in able and is_told):
-            fix = f"use {', '.join(able)}, a dit with model.told_guidance=True"
-            yield f"{setting}: model.name={model.name} cannot be told guidance; {fix}"
+            fix = f"cannot be told guidance; use {', '.join(able)}, a dit with told_guidance=True"
+            yield f"{setting}: model.name={model.name} {fix}"
         if is_drawn and draws.omega_min > 1 and estimate in ("network", "average"):
             yield f"velocity.source={estimate!r}: needs the scale 1; use draws.omega_min=1.0"
         if is_fixed and name == "shortcut" and times != "dyadic":
             yield f"times.name={times!r}: shortcut is guided in its shortest steps; use dyadic"
         if config.weight.of_interval == 1 and draws.label_drop != "any_row":
-            fix = "use draws.label_drop=any_row"
-            yield f"weight.of_interval=1.0: leaves rows without label no weight; {fix}"
+            yield "weight.of_interval=1.0: rows without label weigh 0; use draws.label_drop=any_row"
         if draws.label_drop_share == 0:
             yield f"{setting}: guidance needs rows without label; use draws.label_drop_share=0.1"
     if objective.second_order and model.attention == "fused":
         yield f"model.attention='fused': {name} takes the gradient of a derivative; use xla"
     if (kind := config.objective.derivative) != "jvp" and model.dtype == "bfloat16":
-        problem = "differences of bfloat16 numbers are rounding errors"
-        yield f"objective.derivative={kind!r}: {problem}; use jvp, or float32"
+        yield f"objective.derivative={kind!r}: bfloat16 rounds differences away; use jvp or float32"
     has_second_head = getattr(network, "second_head", False) and model.second_head
     if objective.needs_second_head and not has_second_head:
-        fix = "model.name=in_context_dit with second_head=True, or objective.velocity=boundary"
+        fix = "boundary, or model.name=in_context_dit with second_head=True"
         yield f"objective.velocity='head': the network has no second head; use {fix}"
     if objective.predicts == "data" and model.prediction != "data":
         yield f"model.prediction={model.prediction!r}: {name} needs a network that predicts data"
@@ -166,8 +148,7 @@ def _misfits(config: ConfigDict, objective: Objective, source: Source) -> Iterat
     if not (objective.interval_data or has_instants):
         yield f"draws.instant_share=0.0: {name} learns the data from rows with r = t; use 0.75"
     if not objective.interval_data and times == "consistency":
-        problem = f"ends all intervals at the data, and {name} learns from others"
-        yield f"times.name='consistency': {problem}; use uniform"
+        yield f"times.name='consistency': {name} learns from intervals within the path; use uniform"
     asks_own = "velocity" in choices and config.objective.velocity == "boundary"
     asks_own |= estimate == "network" or is_fixed or is_drawn
     if ends_at_data(config) and asks_own and not has_instants:
@@ -178,14 +159,14 @@ def _misfits(config: ConfigDict, objective: Objective, source: Source) -> Iterat
         yield f"perceptual: {problem}; use perceptual.lpips=0.0 and convnext=0.0"
     is_untold = model.time_conditioning == "t" and "time_conditioning" in inputs
     if objective.learns_average and is_untold:
-        problem = f"a network that is not told r can only learn flow_matching, not {name}"
-        yield f"model.time_conditioning='t': {problem}; use t,t-r, or t|r with model.name=dit"
+        fix = "use t,t-r, or t|r with model.name=dit"
+        yield f"model.time_conditioning='t': {name} needs a network that is told r; {fix}"
     if config.data.flip and not spec.is_picture:
         yield "data.flip=True: only images can be mirrored; use data.flip=False"
     if config.data.augment != "none" and (not spec.is_picture or spec.more or source.stored):
         yield "data.augment: only pictures that bring nothing are moved; use none"
     if config.data.augment != "none" and (is_dealt or is_plug_in):
-        fix = "use coupling.name=independent and velocity.source=sample, or data.augment=none"
+        fix = "use none, or coupling.name=independent and velocity.source=sample"
         yield f"data.augment: noise must not tell how a picture was moved; {fix}"
 
 
@@ -202,9 +183,8 @@ def eval_plans(config: ConfigDict) -> list[tuple[str, SamplePlan]]:
         for steps, omega, interval in cells:
             plan = base.replace(steps=steps, guidance=(omega, *interval))
             check_plan(config, plan)
-            if omega == 1:  # no guidance has no interval
-                plan = plan.replace(guidance=NO_GUIDANCE)
-            plans.append(plan)
+            # no guidance has no interval
+            plans.append(plan.replace(guidance=NO_GUIDANCE) if omega == 1 else plan)
     except BadInput as problem:
         keys = f"eval.{problem}".replace("eval.guidance=", "eval.omegas, eval.intervals: ")
         raise BadInput(keys) from problem

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -10,73 +9,59 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mf_jax.flow.errors import BadInput, check_known, is_within, limits
+from mf_jax.flow.errors import BadInput, check_allowed, collected
 from mf_jax.models import SIZES
 from mf_jax.optim import OPTIMIZERS, SCHEDULES
 from mf_jax.runtime.sharding import GATHERS
 
 _LARGEST = 2**31 - 1
-_AT_LEAST_0 = (
-    "prepare.max_bad model.depth model.head_depth model.r_blocks model.width model.num_heads "
-    "model.bottleneck optim.weight_decay optim.clip_norm ema.rampup "
-    "log.sample_every_steps eval.checkpoints eval.least_samples bench.repeats bench.dropped"
-)
-_AT_LEAST_1 = (
-    "prepare.shards prepare.batch_size data.image_size model.patch_size model.channels model.rank "
-    "model.num_blocks model.channel_multipliers model.attention_resolutions times.levels "
-    "train.num_steps train.log_every_steps ema.every_steps checkpoint.every_steps checkpoint.keep "
-    "job.heartbeat_timeout_seconds sample.num eval.num_samples bench.tokens"
-)
-RANGES = (
-    # keys, low, high (or the key that holds it), which ends belong to it; of a tuple for each
-    ("optim.lr ema.halflives_kimg job.start_timeout_seconds bench.memory_gb", 0, math.inf, "()"),
-    (_AT_LEAST_0, 0, math.inf, "[)"),
-    (_AT_LEAST_1, 1, math.inf, "[)"),
-    ("model.dropout optim.b1 optim.b2 optim.momentum ema.decays", 0, 1, "[)"),
-    ("seed", 0, 2**31, "[)"),
-    ("model.t_clip", 0, 1, "()"),
-    ("prepare.process_count", 0, "prepare.shards", "[]"),
-    ("optim.warmup_steps", 0, "train.num_steps", "[]"),
-    ("job.stopped_exit_code", 0, 256, "[)"),
-    ("bench.devices", 1, 2**14, "[]"),
-)
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "model.prediction": ("velocity", "data"),
-    "data.class_order": ("number", "name"),
-    "optim.name": OPTIMIZERS,
-    "optim.schedule": SCHEDULES,
-    "mesh.gather": GATHERS,
-    "eval.labels": ("data", "balanced", "random"),
+ALLOWED = {
+    # an interval, where {KEY} is that key's value, or names: keys; of a tuple for each
+    "(0, inf)": "optim.lr ema.halflives_kimg job.start_timeout_seconds bench.memory_gb",
+    "[0, inf)": "prepare.max_bad model.depth model.head_depth model.r_blocks model.width "
+    "model.num_heads model.bottleneck optim.weight_decay optim.clip_norm ema.rampup bench.repeats "
+    "log.sample_every_steps eval.checkpoints eval.least_samples bench.dropped",
+    "[1, inf)": "prepare.shards prepare.batch_size data.image_size model.patch_size model.channels "
+    "model.rank model.num_blocks model.channel_multipliers model.attention_resolutions "
+    "train.num_steps train.log_every_steps ema.every_steps checkpoint.every_steps times.levels "
+    "checkpoint.keep job.heartbeat_timeout_seconds sample.num eval.num_samples bench.tokens",
+    "[0, 1)": "model.dropout optim.b1 optim.b2 optim.momentum ema.decays",
+    f"[0, {2**31})": "seed",
+    "(0, 1)": "model.t_clip",
+    "[0, {prepare.shards}]": "prepare.process_count",
+    "[0, {train.num_steps}]": "optim.warmup_steps",
+    "[0, 256)": "job.stopped_exit_code",
+    f"[1, {2**14}]": "bench.devices",
+    ("float32", "bfloat16"): "model.dtype",
+    ("velocity", "data"): "model.prediction",
+    ("number", "name"): "data.class_order",
+    OPTIMIZERS: "optim.name",
+    SCHEDULES: "optim.schedule",
+    GATHERS: "mesh.gather",
+    ("data", "balanced", "random"): "eval.labels",
 }
-_WHOLE = (
+_TUPLES = {
+    # keys: of what, how this is called, an example; the command line checks only for a tuple
     "model.channel_multipliers model.attention_resolutions eval.steps eval.checkpoints bench.shape "
-    "bench.tokens"
-)
-_NUMBERS = (
+    "bench.tokens": (int, "a whole number", "(1,)"),
     "data.latent_mean data.latent_std ema.decays ema.halflives_kimg draws.label_drop_window "
-    "sample.times sample.condition sample.guidance eval.omegas"
-)
-_TUPLES = (
-    # keys, of what, how this is called, an example; the command line checks only for a tuple
-    (_WHOLE, int, "a whole number", "(1,)"),
-    (_NUMBERS, float, "a number", "(1.0,)"),
-    ("sample.labels", int | str, "a class", "\"(1,'cat')\""),
-    ("sample.views eval.emas eval.references", str, "a text", "\"('a','b')\""),
-    ("eval.intervals", tuple, "(t_min, t_max)", "'((0.4, 0.6),)'"),
-)
+    "sample.times sample.condition sample.guidance eval.omegas": (float, "a number", "(1.0,)"),
+    "sample.labels": (int | str, "a class", "\"(1,'cat')\""),
+    "sample.views eval.emas eval.references": (str, "a text", "\"('a','b')\""),
+    "eval.intervals": (tuple, "(t_min, t_max)", "'((0.4, 0.6),)'"),
+}
 
 
 def check_values(config: ConfigDict) -> None:
     """Raise BadInput, naming all of them, if keys have values that nothing could work with."""
     check_tuples(config)
-    if problems := list(wrong_values(config)):
+    if problems := wrong_values(config):
         raise BadInput("; ".join(problems))
 
 
 def check_tuples(config: ConfigDict) -> None:
     """Raise BadInput unless tuples hold what they must."""
-    for keys, kind, wanted, example in _TUPLES:
+    for keys, (kind, wanted, example) in _TUPLES.items():
         for key in keys.split():
             if wrong := [each for each in attrgetter(key)(config) if not _fits(each, kind)]:
                 raise BadInput(f"{key}: {wrong[0]!r} is not {wanted}; for example {key}={example}")
@@ -89,24 +74,19 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def wrong_values(config: ConfigDict) -> Iterator[str]:
-    """Yield what is wrong by `RANGES` and `CHOICES`."""
-    for keys, low, high, ends in RANGES:
-        end = attrgetter(high)(config) if isinstance(high, str) else high
+def wrong_values(config: ConfigDict) -> list[str]:
+    """Return what is wrong by `ALLOWED`."""
+    problems = []
+    for allowed, keys in ALLOWED.items():
+        allowed = allowed.format(**config) if isinstance(allowed, str) else allowed
         for key in keys.split():
-            value = attrgetter(key)(config)
-            values = value if isinstance(value, tuple) else (value,)
-            if not all(is_within(each, low, end, ends) for each in values):
-                yield f"{key}={value}: must be {limits(low, end, ends)}"
+            with collected(problems):
+                check_allowed(key, attrgetter(key)(config), allowed)
     for key in ("ema.decays", "ema.halflives_kimg"):
         values = attrgetter(key)(config)
         if len(set(values)) < len(values):
-            yield f"{key}={values}: must be different numbers"
-    for key, known in CHOICES.items():
-        try:
-            check_known(key, attrgetter(key)(config), known)
-        except BadInput as problem:
-            yield str(problem)
+            problems.append(f"{key}={values}: must be different numbers")
+    return problems
 
 
 def check_sizes(config: ConfigDict, mode: str) -> None:
