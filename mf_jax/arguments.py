@@ -44,20 +44,17 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
         workdir, source = place(folder, "--workdir"), f"--workdir={folder}"
         config = _of_run(workdir)
     else:
-        fix = "for example --config=digits, or --workdir=RUN of a run"
-        raise BadInput(f"--config is missing; {fix}")
+        raise BadInput("--config is missing; use --config=digits, or --workdir=RUN of a run")
     known = dict(flat_items(config))
     if missing := [key for key, _ in flat_items(defaults()) if key not in known]:
-        fix = "start from configs.default.get_config(), and set single keys"
-        raise BadInput(f"{source}: lacks {listed(missing, 4)}; {fix}")
+        raise BadInput(f"{source}: lacks {listed(missing, 4)}; start from configs/default.py")
     for flag, text in given.items():
         key = flag.removeprefix("config.")
         if key == flag:
             fix = nearest(flag, ("config", "workdir", "mode")) or "; see --help"
             raise BadInput(f"--{flag}: no such option{fix}")
         if key not in known:
-            fix = nearest(key, known) or "; --mode=config prints all"
-            raise BadInput(f"--config has no key {key!r}{fix}")
+            raise BadInput(f"--config has no key {key!r}{nearest(key, known)}; see --mode=config")
         config.update_from_flattened_dict({key: _value(key, text, known[key])})
     change_paths(config, lambda path, key: str(place(path, key)))
     return config, mode, workdir
@@ -70,8 +67,7 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
         argument = left.pop(0)
         flag = re.fullmatch(r"--?(no(?=config\.))?([A-Za-z][\w.]*)(?:=(.*))?", argument, re.DOTALL)
         if not flag:
-            fix = "options look like --mode=train or --config.seed=1"
-            raise BadInput(f"{argument!r}: not an option; {fix}")
+            raise BadInput(f"{argument!r}: no option; they look like --mode=train, --config.seed=1")
         negated, name, text = flag.groups()
         if negated or text is None:
             has_value = left and not negated and not re.match("--?[A-Za-z]", left[0])
@@ -110,8 +106,7 @@ def _file_of(name: str) -> tuple[Path, str]:
     if not file.is_file():
         known = [path.stem for path in configs().glob("*.py")]
         similar = nearest(name, [*known, *map(str, file.parent.glob("*.py"))])
-        fix = similar or f"; there are {listed(known, 12)}, or name a FILE.py"
-        raise BadInput(f"--config={name}: no such config{fix}")
+        raise BadInput(f"--config={name}: no such config{similar}; use {listed(known, 12)}")
     return file, row
 
 
@@ -129,8 +124,7 @@ def _of_file(file: Path, row: str) -> ConfigDict:
     except (Exception, SystemExit) as error:  # it is a program: it may raise anything
         raise BadInput(_explain(error)) from error
     if not isinstance(config, ConfigDict):
-        fix = "end it with: return config"
-        raise BadInput(f"--config={file}: get_config returns {type(config).__name__}; {fix}")
+        raise BadInput(f"--config={file}: gives {type(config).__name__}; end it by: return config")
     return config.lock()
 
 

@@ -79,8 +79,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         if sha256 := weights_sha256(config):
             digests["init_sha256"] = sha256
     if parts.objective.target_ema == 1 and not config.init.path:
-        fix = "name a run with init.path, or use velocity.ema=0.99"
-        raise BadInput(f"velocity.ema=1.0: a frozen teacher that has learnt nothing; {fix}")
+        raise BadInput("velocity.ema=1.0: a frozen teacher that has learnt nothing; use init.path")
     with processes.together():
         if run_folder.exists(workdir):  # a later command may leave the override out
             kept, asked = run_folder.stored_config(workdir).checkpoint.keep, config.checkpoint.keep
@@ -238,7 +237,5 @@ def _read_metrics(state: TrainState, checkpoints: Checkpoints) -> dict[str, floa
     names = ", ".join(name for name, metric in metrics.items() if not np.isfinite(metric.total))
     saved = checkpoints.steps
     intact = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
-    raise FloatingPointError(
-        f"step {step}: {names} not finite; {intact}; try a lower optim.lr, a longer "
-        "optim.warmup_steps or optim.clip_norm=1 in another workdir"
-    )
+    fix = "in another workdir try a lower optim.lr, longer optim.warmup_steps or optim.clip_norm=1"
+    raise FloatingPointError(f"step {step}: {names} not finite; {intact}; {fix}")

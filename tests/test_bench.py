@@ -255,12 +255,12 @@ def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
     for flags, *words in (
         ("what=stp", "bench.what='stp'", "sample, input, attention", "did you mean step?"),
-        ("repeats=-1", "bench.repeats=-1", "at least 0"),
+        ("repeats=-1", "bench.repeats=-1", "[0, inf)"),
         ("repeats=0 bench.what=input", "bench.repeats=0", "at least 1"),
         ("num_classes=-1 bench.shape=(8,8,1)", "num_classes=-1", "[0, inf)"),
         ("shape=(8,8,1.5)", "bench.shape: 1.5 is not a whole number"),
-        ("shape=(8,)", "model.name='dit'", "of shape (8,)"),
-        ("tokens=(0,)", "bench.tokens=(0,)", "at least 1"),
+        ("shape=(8,)", "model.name='dit'", "vectors (8,)"),
+        ("tokens=(0,)", "bench.tokens=(0,)", "[1, inf)"),
         ("shape=(8,8,1) train.batch_size=6", "train.batch_size=6", "multiple of 4"),
         ("what=input bench.shape=(4,4,1) data.name=image_folder data.path=/no", "/no"),
         ("what=attention model.name=affine", "bench.what='attention'", "use bench.what=step"),

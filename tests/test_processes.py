@@ -66,7 +66,7 @@ def test_every_process_tells_bad_input_in_one_line(lived, folder):
         "seeds": "process 1 has seed=1, process 0 0: start all processes of a job with the same",
         "batch": "train.batch_size=10: must be a multiple of 8",
         "mesh": "mesh.data=0, mesh.fsdp=3: must multiply to the 4 devices here",
-        "apart": "--workdir=apart: does not show what process 0 writes there",
+        "apart": "--workdir=apart: does not show what process 0 writes",
         "weights": "weights.npz: no such file or folder",
     }.items():
         for index, scenarios in enumerate(lived[0]):

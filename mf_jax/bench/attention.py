@@ -27,8 +27,7 @@ def heads(network: nn.Module) -> tuple[int, int]:
     """Return how many heads the attention of a network has, and their width."""
     network = getattr(network, "network", network)  # of a DataPrediction
     if not hasattr(network, "num_heads"):
-        allowed = "only model.name=dit and in_context_dit have it; use bench.what=step"
-        raise BadInput(f"bench.what='attention': {allowed}")
+        raise BadInput("bench.what='attention': dit, in_context_dit have it; use bench.what=step")
     return network.num_heads, network.width // network.num_heads
 
 

@@ -62,8 +62,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         "latent_shape, or the bytes of a shard,": len(shape) == 3 and fits,
     }
     if wrong := ", ".join(key for key, right in is_right.items() if not right):
-        needed = f"as in format {FORMAT_VERSION} with crop {CROP!r}"
-        raise BadInput(f"{path}: {wrong} must be {needed}: {AGAIN}")
+        raise BadInput(f"{path}: {wrong} must be as in format {FORMAT_VERSION}, {CROP!r}: {AGAIN}")
     return manifest
 
 
@@ -72,7 +71,5 @@ def _refuse_unfinished(folder: epath.Path) -> None:
         raise BadInput(f"path={str(folder)!r} holds no latents: run --mode=prepare first")
     shards = read_json(folder / SETTINGS, {"num_shards": 0}, AGAIN)["num_shards"]
     present = sum(path.name.endswith(".array_record") for path in folder.iterdir())
-    raise BadInput(
-        f"path={str(folder)!r} is not finished: {present} of {shards} shards are there, and no "
-        f"{MANIFEST}: run the same --mode=prepare again, which continues"
-    )
+    told = f"{present} of {shards} shards are there: run the same --mode=prepare again"
+    raise BadInput(f"path={str(folder)!r} is not finished: {told}, which continues")

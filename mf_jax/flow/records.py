@@ -54,28 +54,24 @@ class DataSpec:
             return int(label)
         if label in self.class_names:
             return self.class_names.index(label)
-        if not isinstance(label, str):
-            raise BadInput(f"{label!r} is not a class: must be a whole number")
-        known = f"{listed(list(self.class_names)) or 'none'}{nearest(label, self.class_names)}"
-        raise BadInput(f"labels: {label!r} is no name of a class; the names are {known}")
+        known = f"{listed([*self.class_names]) or 'none'}{nearest(str(label), self.class_names)}"
+        raise BadInput(f"labels: {label!r} is no number or name of a class; the names are {known}")
 
     def check_asked(self, labels: Iterable[int | str]) -> None:
         """Raise BadInput at a number that looks like the name of another class."""
         by_name = {name: i for i, name in enumerate(self.class_names[: self.num_classes])}
         for label in labels:
             if not isinstance(label, str) and by_name.get(str(label), label) != label:
-                fix = f"write ('{label}',) for that class, and others by their names"
-                raise BadInput(f"labels: {label} is a class by its name, not by its number; {fix}")
+                raise BadInput(f"labels: {label} is a name, not that class's number; use '{label}'")
 
     def check_labels(self, labels: Iterable[int | str], *, has_null: bool) -> None:
         """Raise BadInput unless all labels are classes, or `NO_LABEL` if the network has it."""
-        null, lowest = "-1 for none", NO_LABEL
-        if self.num_classes and not has_null:
-            null, lowest = "and -1, none, of runs with draws.label_drop=any_row", 0
+        null = "and -1, none, of runs with draws.label_drop=any_row"
+        known = f"use 0 to {self.num_classes - 1}, {null}"
+        known = known if self.num_classes else "this model has no classes; leave labels out"
         for label in map(self.label_of, labels):
-            if not lowest <= label < max(self.num_classes, lowest + 1):
-                known = f"use 0 to {self.num_classes - 1}, {null}"
-                known = known if self.num_classes else "this model has no classes; leave labels out"
+            is_null = label == NO_LABEL and (has_null or not self.num_classes)
+            if not (is_null or 0 <= label < self.num_classes):
                 raise BadInput(f"labels: {label} is not a class; {known}")
 
 

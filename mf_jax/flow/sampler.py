@@ -46,10 +46,8 @@ class SamplePlan:
         check_fields("", self, batch_size="[1, inf)", seed=f"[0, {2**31})")
         omega, *window = self.guidance
         if not (len(window) == 2 and 1 <= omega < math.inf and 0 <= window[0] <= window[1] <= 1):
-            raise BadInput(
-                f"guidance={self.guidance}: must be (omega, t_min, t_max) with omega at least 1, "
-                "0 <= t_min <= t_max <= 1"
-            )
+            needed = "(omega, t_min, t_max), 1 <= omega < inf, 0 <= t_min <= t_max <= 1"
+            raise BadInput(f"guidance={self.guidance}: must be {needed}")
 
     @property
     def grid(self) -> tuple[float, ...]:

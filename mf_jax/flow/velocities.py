@@ -107,8 +107,8 @@ class VelocityEstimate:
         both = (rows.x, rows.condition, rows.mask), known
         theirs, ours = (jax.tree.map(lambda a: jnp.shape(a)[1:], each) for each in both)
         if ours != theirs:
-            problem = f"data, labels and mask of shapes {ours} for x, condition and mask of"
-            raise BadInput(f"velocity.source='data': {problem} {theirs}; give one for each row")
+            shapes = f"{ours} for x, condition and mask of {theirs}; give one for each row"
+            raise BadInput(f"velocity.source='data': data, labels and mask are of {shapes}")
         return known if self.mask is None else (jnp.where(self.mask, x, 0), *known[1:])
 
 

@@ -38,11 +38,8 @@ def num_r_blocks(depth: int, r_blocks: int) -> int:
     """Return how many blocks, the last ones, are told r; 0 asks for a quarter, rounded up."""
     last = r_blocks or -(-depth // 4)
     if not 0 < last < depth:
-        told = (
-            f"with model.time_conditioning={DECOUPLED} the last {last} of {depth} blocks are told r"
-        )
-        fix = f"use 1 to {depth - 1}, or 0 for a quarter, and a model.depth of 2 or more"
-        raise BadInput(f"model.r_blocks={r_blocks}: {told}, none t; {fix}")
+        allowed = f"must be within [1, {depth - 1}], or 0 for a quarter of 2 blocks or more"
+        raise BadInput(f"model.r_blocks={r_blocks}: {allowed}; model.depth={depth}")
     return last
 
 

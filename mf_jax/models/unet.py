@@ -157,9 +157,9 @@ class UNet(Network, kw_only=True):
     def __call__(self, z: Image, *, r: Time, t: Time, condition: Condition) -> Prediction:
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if not self.channel_multipliers or any(side % factor for side in z.shape[1:3]):
-            why = f"need 1 level or more, and an image size divisible by {factor}"
             told = f"model.channel_multipliers={tuple(self.channel_multipliers)}"
-            raise BadInput(f"{told}: {why}, not {z.shape[1]}x{z.shape[2]}; use fewer")
+            needed = f"need 1 level or more, and a size divisible by {factor}"
+            raise BadInput(f"{told}: {needed}, not {z.shape[1]}x{z.shape[2]}; use fewer")
         sizes = self.channels, self.time_conditioning, self.num_classes, self.augment_labels
         c = _Embedding(*sizes, name="condition")(r=r, t=t, condition=condition)
         numbers = itertools.count()

@@ -36,8 +36,7 @@ from mf_jax.objectives import terms
 
 def _head_velocity(prediction: Prediction) -> Points:
     if prediction.v is None:
-        fix = "return Prediction(u, v), or use objective.velocity=boundary"
-        raise BadInput(f"objective.velocity='head': the network has no second head; {fix}")
+        raise BadInput("objective.velocity='head': no second head; use boundary, Prediction(u, v)")
     return prediction.v
 
 

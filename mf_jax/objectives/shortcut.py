@@ -47,8 +47,7 @@ class Shortcut(terms.Objective):
     def __post_init__(self) -> None:
         check_fields("objective", self, target_clip="(0, inf]", target_ema="[0, 1)")
         if self.guidance != Guidance(self.guidance.omega, self.guidance.kappa):
-            fix = "use t_min=0.0, t_max=1.0, of_dropped=False, fade=False"
-            raise BadInput(f"guidance: shortcut models are guided at every t; {fix}")
+            raise BadInput("guidance: shortcuts are guided at every t; use omega and kappa alone")
 
     def loss(self, field, params, draws, step=0, target_params=None) -> terms.Loss:
         """See `Objective.loss`; the metric du_dt is the difference quotient of u."""

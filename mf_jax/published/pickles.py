@@ -94,9 +94,8 @@ def _global(name: str) -> Any:
     if re.match("(argparse|omegaconf)[. ]", name):
         return _Inert
     if name not in _GLOBALS:
-        fix = "save a state_dict(), or convert the file to .safetensors"
-        asked = name.replace(" ", ".", 1)
-        raise BadInput(f"asks for {asked}, which is refused; may only hold tensors: {fix}")
+        fix = "may only hold tensors: save a state_dict(), or .safetensors"
+        raise BadInput(f"asks for {name.replace(' ', '.', 1)}, which is refused; {fix}")
     return _GLOBALS[name]
 
 

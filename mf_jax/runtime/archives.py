@@ -23,8 +23,7 @@ UNREADABLE += (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error)
 def check_claim(claimed: int, num_bytes: int) -> None:
     """Raise BadInput if a file of so many bytes claims far more bytes of numbers."""
     if claimed > max(_MOST_TIMES * num_bytes, _ALWAYS_BYTES):
-        sizes = f"{claimed:,} bytes of numbers in a file of {num_bytes:,}"
-        raise BadInput(f"claims {sizes}, which is refused: fetch it again")
+        raise BadInput(f"claims {claimed:,} bytes in a file of {num_bytes:,}: fetch it again")
 
 
 def check_members(archive: zipfile.ZipFile, num_bytes: int, *, stored: bool = False) -> None:

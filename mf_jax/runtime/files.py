@@ -54,8 +54,7 @@ def place(path: epath.PathLike, key: str) -> epath.Path:
     text = os.path.expanduser(os.fspath(path))
     scheme = re.match(r"([A-Za-z][\w+.-]+):/", text)
     if scheme and scheme[1] not in STORES:
-        stores = " or ".join(f"{name}://" for name in STORES)
-        raise BadInput(f"{key}={text}: cannot be reached; use a path of this machine, or {stores}")
+        raise BadInput(f"{key}={text}: cannot be reached; use a path here, or gs://, s3://")
     if scheme and re.search(r"[*?\[\]]", text):
         raise BadInput(f"{key}={text}: a name in a store must be without * ? [ ]; choose another")
     return epath.Path(text)

@@ -50,8 +50,8 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if data < 0 or fsdp < 1 or count % fsdp or (data and data * fsdp != count):
-        needed = f"must multiply to the {count} devices here; use 0 and 1"
-        raise BadInput(f"mesh.data={data}, mesh.fsdp={fsdp}: {needed}")
+        told = f"mesh.data={data}, mesh.fsdp={fsdp}"
+        raise BadInput(f"{told}: must multiply to the {count} devices here; use 0 and 1")
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(in_order).reshape(count // fsdp, fsdp)
     return Mesh(grid, ROWS, axis_types=(AxisType.Auto, AxisType.Auto))

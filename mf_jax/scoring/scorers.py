@@ -126,9 +126,8 @@ def scorer_of_data(
         whole, real = (read(each, config.eval.num_samples) for each in (train, held_out))
         protocol, compare = _of_vectors(whole.x)
     if len(whole.x) < 2:
-        problem = "leaves one element to compare with, and no score can be computed"
-        fix = "add data, or train a run with another share"
-        raise BadInput(f"data.held_out_share={config.data.held_out_share}: {problem}: {fix}")
+        fix = "leaves one element to compare with: add data, or train with another share"
+        raise BadInput(f"data.held_out_share={config.data.held_out_share}: {fix}")
     name, num = "real data (held-out)", len(real.x)
     samples = Samples(name, [(real.x, np.arange(num))], real.labels, num)
     sha256 = digest(real.x, real.labels, *real.more.values())
