@@ -201,17 +201,17 @@ def test_bad_files_are_one_line(tmp_path, monkeypatch):
         ({"x": np.zeros(N)}, "must be.*N, D"),
         *(({"x": np.zeros((n, 4))}, "2 rows or more") for n in (0, 1)),
         ({"x": np.array([[None, 1]] * N)}, "no objects"),
-        ({"x": nan}, "not finite in row 7"),
-        ({"x": np.full((N, 4), 1e39)}, "not finite in row 0"),
+        ({"x": nan}, "not finite, as float32, in row 7"),
+        ({"x": np.full((N, 4), 1e39)}, "not finite, as float32, in row 0"),
         ({"x": x.astype(np.int32)}, "int32.*must be float, or uint8"),
-        ({"x": np.zeros((N, 8, 8), np.uint8)}, r"grey pictures save x\[..., None\]"),
+        ({"x": np.zeros((N, 8, 8), np.uint8)}, r"of grey save x\[..., None\]"),
         ({"x": np.full((N, 4, 4, 1), 3.0)}, r"in \[-1, 1\] or uint8"),
         ({"x": x, "label": np.full(N, 0.5)}, "whole numbers"),
         ({"x": x, "label": np.full(N, -1)}, "classes from 0"),
         ({"x": x, "label": np.arange(N) % 3 * 2}, "no training row is of class 1, 3;"),
         ({"x": x, "label": np.zeros(N - 1, int)}, "a row for each of x"),
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
-        ({"x": x, "condition": nan}, "condition is not finite in row 7"),
+        ({"x": x, "condition": nan}, "condition is not finite, as float32, in row 7"),
         ({"x": x, "pair": np.zeros((N, 5))}, "a pair x's shape"),
         (good | {"mask": np.ones((N, 7, 1), bool)}, "broadcasts to x"),
         ({"x": np.zeros((N, N)), "mask": np.ones(N, bool)}, "broadcasts to x"),
@@ -223,7 +223,7 @@ def test_bad_files_are_one_line(tmp_path, monkeypatch):
     for content in (b"", b"PK\x03\x04 cut", b"text"):
         (tmp_path / "x.npz").write_bytes(content)
         refuses("cannot be read", _open, tmp_path / "x.npz")
-    refuses("does not exist", _open, tmp_path / "none.npz")
+    refuses("no .npz or .npy file that exists", _open, tmp_path / "none.npz")
 
 
 def test_rows_are_split_once_and_bytes_are_scaled(tmp_path):

@@ -17,6 +17,7 @@ from mf_jax.data.pipeline import SPLITS, Batch, count_held_out
 from mf_jax.data.pixels import from_pixels
 from mf_jax.flow.errors import BadInput, listed, nearest, refused
 from mf_jax.flow.records import NO_LABEL, DataSpec
+from mf_jax.flow.rows import is_mask
 from mf_jax.runtime.archives import UNREADABLE, read_npz
 from mf_jax.runtime.files import in_bucket, sha256_of
 from mf_jax.runtime.json_files import tell_once
@@ -71,8 +72,7 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
     if in_bucket(file):
         raise BadInput(f"{where} is in a bucket: copy the file to each host, and set path to that")
     if file.suffix not in (".npz", ".npy") or not file.is_file():
-        what = "is no .npz or .npy file" if file.exists() else "does not exist"
-        raise BadInput(f"{where} {what}; name a file of numpy.savez(file, x=x) or numpy.save")
+        raise BadInput(f"{where} is no .npz or .npy file that exists; use numpy.savez(file, x=x)")
     status = os.stat(file)
     arrays, digest = _checked(str(file), where, (status.st_mtime_ns, status.st_size))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["x"]))
@@ -82,8 +82,8 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
     classes = [str(label) for label in range(labels.max() + 1)]
     trained = {str(label) for label in labels[order[held_out:]]}
     if lost := [name for name in classes if name not in trained]:
-        problem = f"{where}: label: no training row is of class {listed(lost)}"
-        raise BadInput(f"{problem}; number the classes anew from 0, or lower held_out_share")
+        fix = "number the classes anew from 0, or lower held_out_share"
+        raise BadInput(f"{where}: label: no training row is of class {listed(lost)}; {fix}")
     return Rows(arrays, rows, tuple(classes), digest)
 
 
@@ -118,8 +118,7 @@ def _misfits(arrays: Arrays) -> Iterator[str]:
     if x.ndim not in _RANKS or min(x.shape) < 1 or len(x) < 2:
         yield f"{kinds['x']}; must be {' or '.join(_RANKS.values())}, 2 rows or more, none empty"
     if x.dtype == np.uint8 and x.ndim == 3:
-        fix = "of grey pictures save x[..., None], of signals floats"
-        yield f"{kinds['x']}; pictures are {_RANKS[4]}: {fix}"
+        yield f"{kinds['x']}; pictures are {_RANKS[4]}: of grey save x[..., None], else floats"
     for key in ("x", "pair"):
         if key in arrays and not (arrays[key].dtype.kind == "f" or arrays[key].dtype == np.uint8):
             yield f"{kinds[key]}; must be float, or uint8 for [-1, 1]: x.astype(numpy.float32)"
@@ -131,19 +130,12 @@ def _misfits(arrays: Arrays) -> Iterator[str]:
         if label.ndim != 1 or label.dtype.kind not in "uif" or (label != np.floor(label)).any():
             yield f"{kinds['label']}; must be whole numbers [N], classes from 0"
         if label.min() < 0 or label.max() >= _MOST_CLASSES:
-            ends = f"{label.min():g} to {label.max():g}"
-            yield f"label is {ends}; must be classes from 0 on: number them anew"
+            yield f"label is {label.min():g} to {label.max():g}; must be classes from 0: renumber"
     if condition is not None and not (condition.ndim == 2 and condition.dtype.kind in "uifb"):
         yield f"{kinds['condition']}; must be numbers [N, K]: reshape it"
-    if mask is not None:
-        is_of_rows = (
-            mask.ndim < x.ndim and mask.shape[:1] == x.shape[:1]
-        )  # or of columns, who knows
-        sizes = zip(mask.shape[::-1], x.shape[::-1], strict=False)
-        fits = mask.ndim <= x.ndim and all(ours in (1, size) for ours, size in sizes)
-        if mask.dtype != bool or is_of_rows or not fits:
-            fix = "a mask of rows with all axes of x: e.g. mask[..., None]"
-            yield f"{kinds['mask']}, {kinds['x']}; must be bool that broadcasts to x, {fix}"
+    if mask is not None and not is_mask(mask, x):
+        fix = "a mask of rows with all axes of x: e.g. mask[..., None]"
+        yield f"{kinds['mask']}, {kinds['x']}; must be bool that broadcasts to x, {fix}"
 
 
 def _wrong_numbers(arrays: Arrays) -> Iterator[str]:
@@ -157,10 +149,9 @@ def _wrong_numbers(arrays: Arrays) -> Iterator[str]:
         seen = _as_floats({k: array[first : first + size] for k, array in arrays.items()}, key)
         if not (is_finite := np.isfinite(seen).reshape(len(seen), -1).all(axis=1)).all():
             row = first + int(np.argmin(is_finite))
-            fix = "must be finite, as float32 too, but where mask is False: leave such rows out"
-            yield f"{key} is not finite in row {row}; {fix}"
+            yield f"{key} is not finite, as float32, in row {row}: mask it, or leave the row out"
         if key == "x" and x.ndim == 4 and np.abs(seen).max() > 1:
-            ends = f"[{seen.min():g}, {seen.max():g}]"
+            ends = f"{seen.min():g} to {seen.max():g}"
             yield f"x: pictures lie in {ends}; must be in [-1, 1] or uint8: scale x"
 
 
