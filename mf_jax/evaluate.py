@@ -81,12 +81,10 @@ def _check(config: ConfigDict) -> None:
     cells(config)
     section = config.eval
     if section.watch and (section.samples or section.checkpoints):
-        others = "leave eval.samples and eval.checkpoints out"
-        raise BadInput(f"eval.watch=True: scores every new checkpoint of a run; {others}")
-    if not section.references and (
-        section.samples or section.watch or config.data.name == "latents"
-    ):
-        what = "eval.samples, eval.watch and latents are compared with reference statistics"
+        raise BadInput("eval.watch=True: is of a run; leave eval.samples and eval.checkpoints out")
+    needs_references = section.samples or section.watch or config.data.name == "latents"
+    if needs_references and not section.references:
+        what = "eval.samples, eval.watch and latents are compared with statistics"
         raise BadInput(f"eval.references=(): {what}; name at least one .npz")
 
 
@@ -94,8 +92,7 @@ def _check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     """Raise BadInput unless a workdir holds the run of a config, or `init` names weights."""
     if not holds_run(workdir, config):
         if config.eval.checkpoints:
-            fix = "leave it out, or name another with --config.init.which"
-            raise BadInput(f"eval.checkpoints: init.path names one model; {fix}")
+            raise BadInput("eval.checkpoints: init.path names one model; use (), or init.which")
         if tuple(config.eval.emas) != ("",):  # as a row has them for its own runs
             print(f"eval.emas={config.eval.emas}: of a run; init.path names one model")
             config.eval.emas = ("",)
@@ -151,8 +148,7 @@ class Evaluation:
     def score_grid(self, steps: list[int]) -> list[Row]:
         """Return the rows of all cells, the newest of these checkpoints by its step."""
         if self.is_run and not steps:
-            fix = "train first: --mode=train with this --workdir"
-            raise BadInput(f"--workdir={self.workdir}: holds no checkpoint; {fix}")
+            raise BadInput(f"--workdir={self.workdir}: holds no checkpoint; train first")
         newest = {"checkpoint": steps[-1]} if self.is_run else {"checkpoint": 0, "ema": "init"}
         # cells of one model are neighbours
         load = functools.lru_cache(1)(self._load)
@@ -206,11 +202,11 @@ class Evaluation:
             generator = load_initial(self.config)
         else:
             generator = load_run(self.workdir, self.config, ema, checkpoint)
-        ours, data = generator.spec, self.data and self.data.spec
-        if data and (ours.shape, ours.num_classes) != (data.shape, data.num_classes):
-            problem = f"its samples are of {ours.shape}, {ours.num_classes} classes"
-            fix = f"the data of {data.shape}, {data.num_classes}: use their own config"
-            raise BadInput(f"init.path={generator.ema}: {problem}, {fix}")
+        spec, data = generator.spec, self.data and self.data.spec
+        ours = spec.shape, spec.num_classes
+        if data and ours != (data.shape, data.num_classes):
+            problem = f"its shape and classes are {ours}, not {data.shape, data.num_classes}"
+            raise BadInput(f"init.path={generator.ema}: {problem}: use its own config")
         return generator
 
     def _protocol(self, cell: Cell, model: Callable[[], Generator]) -> Row:

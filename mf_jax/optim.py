@@ -143,10 +143,8 @@ def forgetful(names: Sequence[str], *, num_steps: int, batch_size: int, fixed: s
     """
     left = {name: decay_of(name, batch_size=batch_size) ** num_steps for name in names}
     late = [f"{n:.0%} of {name}" for name, n in left.items() if n > 0.01 and name != fixed]
-    return (
-        f"after {num_steps:,} steps {', '.join(late)} will still be the initial parameters, which "
-        "pictures and scores show; set ema.rampup=0.05, or a smaller ema.decays"
-    ) * bool(late)
+    told = f"after {num_steps:,} steps {', '.join(late)} will still be the initial parameters"
+    return f"{told}; set ema.rampup=0.05, or a smaller ema.decays" * bool(late)
 
 
 def choose_ema(key: str, name: str, names: Sequence[str]) -> str:

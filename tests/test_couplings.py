@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from conftest import refuses
 from scipy.optimize import linear_sum_assignment
 
 from mf_jax.flow.couplings import OptimalTransport
 from mf_jax.flow.draws import DrawScheme
-from mf_jax.flow.errors import BadInput
 from mf_jax.flow.times import UniformTimes
 
 X = jax.random.normal(jax.random.key(0), (12, 3, 2))
@@ -44,8 +43,7 @@ def test_rows_change_places_within_their_mask_and_block_and_what_is_hidden_costs
     for place in (slice(i, i + 6, 2) for i in (0, 1, 6, 7)):
         x, ours, own = (each[place] for each in shown)
         np.testing.assert_allclose(np.trace(_cost(x, ours)), _least(x, own), rtol=1e-5)
-    with pytest.raises(BadInput, match="must divide the 12 rows"):
-        OptimalTransport(rows=5).pair(X, E, None, None)
+    refuses("must divide the 12 rows", OptimalTransport(rows=5).pair, X, E, None, None)
 
 
 def test_batches_near_the_transport_map_of_gaussians_as_they_grow():

@@ -188,7 +188,11 @@ def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(prepared,
     full = RuntimeError("write() failed:\nNo space left on device")
     told = "a shard cannot be written (write() failed: No space left on device)"
     for target, error, message in (
-        ("data.picture_list.Listed.read", OSError("lost"), "_0.JPEG cannot be opened (lost)"),
+        (
+            "data.picture_list.Listed.read",
+            OSError("lost"),
+            "_0.JPEG cannot be opened (OSError: lost)",
+        ),
         ("data.crop.adm_crop", MemoryError(), "n01/n01_0.JPEG cannot be opened (MemoryError)"),
         ("prepare.latent_shards.ArrayRecordWriter.close", full, told),
     ):
@@ -201,14 +205,14 @@ def test_a_fault_of_the_machine_is_one_line_and_the_next_run_continues(prepared,
 def test_bad_settings_are_refused_in_one_line_before_anything_is_written(prepared, tmp_path):
     for changes, message in (
         ({"prepare.input": "/nowhere"}, "prepare.input='/nowhere' is neither"),
-        ({"prepare.shards": 13}, "prepare.shards=13: the input has 12 pictures"),
+        ({"prepare.shards": 13}, "prepare.shards=13: must be within [1, 12]"),
         ({"prepare.batch_size": 0}, "prepare.batch_size=0"),
         ({"prepare.latents": False}, "nothing to make"),
         ({"prepare.process_index": 2, "prepare.process_count": 2}, "prepare.process_index=2"),
         ({"prepare.process_index": 1}, "prepare.process_index=1"),
         ({"prepare.process_count": 4}, "prepare.process_count=4: must be within [0, 3]"),
-        ({"data.image_size": 18}, "data.image_size=18: must be divisible by 4, by"),
-        ({"data.image_size": 18}, "narrows pictures: try 16"),
+        ({"data.image_size": 18}, "data.image_size=18: for autoencoder"),
+        ({"data.image_size": 18}, "must be divisible by 4: try 16"),
         ({"data.path": ""}, "data.path='' is not set"),
         ({"data.path": "/proc/nowhere"}, "data.path='/proc/nowhere' cannot be written"),
         ({"data.autoencoder": "sd-vae"}, "data.autoencoder='sd-vae'"),

@@ -170,16 +170,15 @@ def _classes(files: list[File], root: epath.Path, key: str) -> list[tuple[str, F
     }
     present = [f"{kind} ({listed(names, 3)})" for kind, names in kinds.items() if names]
     if len(present) != 1:
-        problem = f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}"
-        needed = "class folders, or tar files of classes, or pictures as Pillow reads them"
-        raise BadInput(f"{problem}; must hold either {needed}: move the others away, or set {key}")
+        told = f"{key}={str(root)!r} holds {' and '.join(present) or 'no pictures'}"
+        needed = "class folders, or tar files of classes, or pictures for Pillow"
+        raise BadInput(f"{told}; must hold either {needed}: move the others away, or set {key}")
     for name, tar in tars.items():
         inside = (file for file in _in_tar(tar, key) if _is_picture(file))
         classes[name] = [f._replace(name=f"{name}/{posixpath.basename(f.name)}") for f in inside]
     if empty := sorted(name for name, found in classes.items() if not (found or flat)):
         fix = f"remove it, or set {key} to the folder whose sub-folders hold pictures"
-        problem = f"{key}: {root}: {listed(empty)} holds no pictures that Pillow reads"
-        raise BadInput(f"{problem}; a class must have one: {fix}")
+        raise BadInput(f"{key}: {root}: {listed(empty)} holds no pictures that Pillow reads: {fix}")
     of_classes = [(name, file) for name, found in classes.items() for file in found]
     taken = {file.name for file in [*flat, *tars.values(), *(file for _, file in of_classes)]}
     if out := sorted(file.name for file in files if file.parts[-1] and file.name not in taken):

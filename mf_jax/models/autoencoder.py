@@ -200,10 +200,8 @@ def _attention(x: Image, groups: int, name: str) -> Image:
 def _check_batch(name: str, x: Array, *, channels: int, factor: int) -> None:
     fits = x.ndim == 4 and x.shape[-1] == channels and not any(n % factor for n in x.shape[1:3])
     if not fits or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise BadInput(
-            f"{name} is {x.dtype} {list(x.shape)}; must be floating point [B, H, W, {channels}],"
-            f" H and W divisible by {factor}: scale and crop it first"
-        )
+        needed = f"floating point [B, H, W, {channels}], H and W divisible by {factor}"
+        raise BadInput(f"{name} is {x.dtype} {list(x.shape)}; must be {needed}")
 
 
 def _with_new_names(state: StateDict) -> StateDict:
@@ -225,10 +223,8 @@ def _network(path: epath.Path, state: StateDict) -> tuple[AutoencoderKL, float]:
     scaling_factor, groups = sizes.pop("scaling_factor"), sizes["norm_num_groups"]
     channels = tuple(told["block_out_channels"])
     if not channels or any(n % groups for n in channels):
-        raise BadInput(
-            f"{path}: block_out_channels={channels}; must be divisible by norm_num_groups={groups}:"
-            " put the config.json that belongs to the weights beside them"
-        )
+        needed = f"must be divisible by norm_num_groups={groups}: put the config.json beside them"
+        raise BadInput(f"{path}: block_out_channels={channels}; {needed}")
     return AutoencoderKL(channels, **sizes), scaling_factor
 
 
@@ -241,8 +237,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
             if meant := difflib.get_close_matches(key, known, cutoff=0.9):
                 raise BadInput(f"sets {key}, which is damaged or misspelt; must be {meant[0]}")
         if others := [f"{k}={config[k]}" for k in _UNKNOWN if config.get(k) is not None]:
-            fix = "use an autoencoder of Stable Diffusion 1 or 2"
-            raise BadInput(f"sets {', '.join(others)}; must not: {fix}")
+            raise BadInput(f"sets {', '.join(others)}; must not: use one of Stable Diffusion 1, 2")
     return config
 
 

@@ -39,8 +39,8 @@ def claim(folder: epath.Path, settings: dict[str, Any], *, key: str) -> None:
     stored = read_json(path, {}, records.AGAIN)
     both = ((name, stored.get(name), settings.get(name)) for name in sorted(stored | settings))
     if changes := [f"{name} {old!r} -> {new!r}" for name, old, new in both if old != new]:
-        problem = f"holds files of other settings ({', '.join(changes)})"
-        raise BadInput(f"{where} {problem}: choose another folder, or set these back")
+        told = f"other settings ({', '.join(changes)})"
+        raise BadInput(f"{where} holds files of {told}: choose another folder, or set these back")
 
 
 class LatentShards:
@@ -89,9 +89,8 @@ class LatentShards:
             def add(pixels: Pixels, latents: tuple[Array, Array]) -> None:
                 rows = np.stack(jax.device_get(latents), axis=1)
                 if not np.isfinite(rows).all():
-                    name = self._settings["autoencoder"]["name"]
-                    problem = "gives latents that are not finite: use trained weights"
-                    raise BadInput(f"data.autoencoder={name!r}: {problem}")
+                    key = f"data.autoencoder={self._settings['autoencoder']['name']!r}"
+                    raise BadInput(f"{key}: latents are not finite: use trained weights")
                 with self._room():
                     for label, both in zip(pixels.labels.tolist(), rows, strict=False):
                         counts[label] += 1

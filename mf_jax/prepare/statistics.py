@@ -97,9 +97,8 @@ class ReferenceStatistics:
         """Write the file of statistics if all shards are in sums; see `LatentShards.finish`."""
         shards = self._shards()
         if twice := sorted({shard for shard in shards if shards.count(shard) > 1}):
-            cause = "from runs with different prepare.process_count at once"
-            problem = f"{self._parts} holds shards {twice[:5]} twice, {cause}"
-            raise BadInput(f"{problem}: delete the folder and run again")
+            cause = "by runs of different prepare.process_count: delete the folder and run again"
+            raise BadInput(f"{self._parts} holds shards {twice[:5]} twice, {cause}")
         if len(shards) < self._num_shards:
             share = f"{len(shards)} of {self._num_shards} shards are in the sums"
             return f"{self._path}: {share}; the process that finishes the last one writes the file"

@@ -17,10 +17,7 @@ from mf_jax.flow.errors import BadInput, listed, refused
 from mf_jax.reporting.progress import ProgressBar
 from mf_jax.runtime import processes
 
-_FIX = (
-    "see to its permissions, the connection, or memory (prepare.batch_size), and run the same "
-    "command again, which continues"
-)
+_FIX = "see to its permissions, the connection, or prepare.batch_size, and run this again"
 
 
 class Pixels(NamedTuple):
@@ -89,6 +86,5 @@ class PictureStream:
         self.bar.advance()
         if len(self._bad) > self._max_bad:
             named = f"{len(self._bad)} pictures are broken ({listed(self._bad)})"
-            fix = "replace them, or raise prepare.max_bad; finished shards are kept"
-            raise BadInput(f"prepare.max_bad={self._max_bad}: {named}: {fix}")
+            raise BadInput(f"prepare.max_bad={self._max_bad}: {named}: replace them, or raise it")
         return True

@@ -65,8 +65,8 @@ def write_program(path: Path, generator: Generator, plan: SamplePlan) -> None:
     params, guidance = jax.device_get(generator.params), np.float32(plan.guidance)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, decoder)))
     if size > _MOST_BYTES:
-        problem = f"{size / 1e9:.3g} GB of parameters do not fit a program, which holds 2"
-        raise BadInput(f"--mode=export: {problem}; use mf_jax.load and Generator.export")
+        fix = "a program holds 2; use mf_jax.load and Generator.export"
+        raise BadInput(f"--mode=export: there are {size / 1e9:.3g} GB of parameters, {fix}")
 
     def sample(
         *, e: Float[Array, "b ..."], steps: Int[Array, ""], **given: Array
