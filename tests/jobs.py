@@ -17,13 +17,20 @@ from unittest import mock
 from configs.digits import get_config
 
 ROOT = Path(__file__).parent.parent
+
+
+def keys(text):
+    """Return the flags of overrides of a config."""
+    return [f"--config.{key}" for key in text.split()]
+
+
 _KEYS = (
     "model.depth=1 model.width=16 train.num_steps=12 train.batch_size=16 train.log_every_steps=3 "
     "optim.warmup_steps=0 log.sample_every_steps=0 checkpoint.every_steps=4 eval.num_samples=80 "
     "eval.steps=1,2 model.prediction=velocity coupling.name=independent ema.every_steps=5"
 )
 """No checkpoint falls on an average; the usual coupling compiles for long."""
-TINY = tuple(f"--config.{key}" for key in _KEYS.split())
+TINY = tuple(keys(_KEYS))
 """Makes any config of digits or toy2d a matter of seconds."""
 PICTURES = "--config.log.sample_every_steps=5"
 """Pictures before the last step too, each with a report: they take as long as the rest."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, refuses
 from jax.sharding import AbstractMesh
-from jobs import assert_refused, here
+from jobs import assert_refused, here, keys
 
 from configs.digits import get_config as digits
 from configs.toy2d import get_config as toy2d
@@ -37,19 +37,13 @@ from mf_jax.validation import validate
 
 DIGITS, POINTS = DataSpec((8, 8, 1), 10), DataSpec((2,), 0)
 SMALL = {"depth": 1, "width": 64}
-FLAGS = (
-    *TINY,
-    "--config.model.width=64",
-    "--config.draws.instant_share=0.75",
-    "--config.bench.dropped=1",
-    "--config.bench.repeats=2",
-)
+FLAGS = *TINY, *keys("model.width=64 draws.instant_share=0.75 bench.dropped=1 bench.repeats=2")
 RUNS = {
-    "step": ("toy2d",),
-    "sample": ("digits", "--config.sample.batch_size=24", "--config.sample.steps=2"),
-    "input": ("digits",),
-    "attention": ("digits", "--config.bench.tokens=(8,)"),
-    "scores": ("digits", "--config.eval.num_samples=90", "--config.eval.batch_size=40"),
+    "step": "toy2d",
+    "sample": "digits sample.batch_size=24 sample.steps=2",
+    "input": "digits",
+    "attention": "digits bench.tokens=(8,)",
+    "scores": "digits eval.num_samples=90 eval.batch_size=40",
 }
 SCALES = {"_bytes": 1e-6, "_seconds_median": 1e3, "": 1.0}
 OF_A_RESULT = "platform num_devices num_parameters dtype shape num_classes batch_size notes config"
@@ -61,18 +55,17 @@ def _two_passes(kind, all_of=attention.passes):
     return {name: passes[name] for name in ("forward", "forward, tangent, gradient")}
 
 
-def _run(what, config, workdir, *flags):
-    """Return (exit code, stdout, stderr) of a quick benchmark in this process."""
+def _run(what, config, workdir, overrides=""):
+    """Run a quick benchmark in this process."""
     where = [f"--config=configs/{config}.py", "--mode=bench", f"--workdir={workdir}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(measure, "PEAK_SIZES", {"cpu": (64, 128)})
         patch.setattr(input_pipeline, "LEAST_SECONDS", 0.01)
-        widths = {"2048": 5, "spatial": 4, "logits_unbiased": 3}
-        patch.setattr(scores_benchmark, "WIDTHS", widths)
+        patch.setattr(scores_benchmark, "WIDTHS", {"2048": 5, "spatial": 4, "logits_unbiased": 3})
         patch.setattr(attention, "passes", _two_passes)
         patch.setattr(compile_cache, "keep_programs", None)  # it must not be called
-        return here(*where, *FLAGS, f"--config.bench.what={what}", *flags)
+        return here(*where, *FLAGS, *keys(f"bench.what={what} {overrides}"))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +76,9 @@ def outcomes(tmp_path_factory):
         (workdir / name).parent.mkdir(parents=True, exist_ok=True)
         (workdir / name).write_text(f"of the run: {name}")
     found = {}
-    for what, (config, *flags) in RUNS.items():
-        code, out, errors = _run(what, config, workdir, *flags)
+    for what, run in RUNS.items():
+        config, _, overrides = run.partition(" ")
+        code, out, errors = _run(what, config, workdir, overrides)
         assert code == 0, errors
         text = (workdir / f"bench_{what}.json").read_text()
         assert not re.search("NaN|Infinity", text)
@@ -107,7 +101,7 @@ def _config(defaults=digits):
 def test_they_print_what_they_write(outcomes):
     for what, (out, errors, result) in outcomes.items():
         assert set(OF_A_RESULT.split()) <= result.keys()
-        spec, config = (POINTS, toy2d()) if RUNS[what][0] == "toy2d" else (DIGITS, digits())
+        spec, config = (POINTS, toy2d()) if what == "step" else (DIGITS, digits())
         config.model.update(SMALL)
         shapes = parameter_shapes(make_network(config, spec), spec.shape)
         num = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -115,11 +109,9 @@ def test_they_print_what_they_write(outcomes):
         assert (result["num_parameters"], result["batch_size"]) == (num, batch)
         assert result["config"]["model"]["width"] == 64
         lines = out.splitlines()
-        assert lines[:2] == [
-            f"{what}: {config.model.name}, {num:,} parameters, float32, batch {batch}, "
-            f"data {list(spec.shape)}, {spec.num_classes} classes",
-            f"on 1 x cpu (cpu), JAX {jax.__version__}, 2 repeats after 1 dropped",
-        ]
+        head = f"{what}: {config.model.name}, {num:,} parameters, float32, batch {batch}, data "
+        assert lines[0] == f"{head}{list(spec.shape)}, {spec.num_classes} classes"
+        assert lines[1].endswith("2 repeats after 1 dropped")
         assert set(result["notes"]) <= set(lines)
         assert f"bench_{what}.json" in lines[-1]
         cells = [[c.strip() for c in re.split("[│┃]", x)[1:-1]] for x in lines if x[0] in "│┃"]
@@ -136,7 +128,7 @@ def test_they_print_what_they_write(outcomes):
             seconds = result["rows"][0]["step_seconds_median"]
             assert re.match(rf"{1e3 * seconds:.4g} \(\S+ to \S+\)$", first["step_seconds_median"])
             assert ratio["gflop"] == f"{result['ratio']['gflop']:.4g}"
-        assert errors.count("\n") >= 1
+        assert errors
 
 
 def _lower_step(config, spec, mesh=None):
@@ -147,7 +139,7 @@ def _lower_step(config, spec, mesh=None):
 
 def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
     """Of flow matching too, whose config is made here by its name alone."""
-    *_, result = outcomes["step"]
+    result = outcomes["step"][2]
     first, second = result["rows"]
     flow = changed(_config(toy2d), {"objective": {"name": "flow_matching"}})
     assert [row["objective"] for row in (first, second)] == ["meanflow", "flow_matching"]
@@ -160,15 +152,13 @@ def test_flops_and_memory_of_a_step_are_xla_s(outcomes):
         share = gflop / seconds / result["matmul_peak_gflops"]
         assert row["peak_share"] == pytest.approx(share)
     compiled = _lower_step(flow, POINTS, make_mesh(data=0, fsdp=1)).compile()
-    memory = compiled.memory_analysis()
     assert second["gflop_compiled"] == compiled.cost_analysis()["flops"] / 1e9
-    assert second["temp_bytes"] == memory.temp_size_in_bytes
-    assert second["argument_bytes"] == memory.argument_size_in_bytes
+    for part in ("temp", "argument"):
+        held = getattr(compiled.memory_analysis(), f"{part}_size_in_bytes")
+        assert second[f"{part}_bytes"] == held
     ratio = result["ratio"]
-    keys = {"gflop", "temp_bytes", "step_seconds_median"}
-    assert all(
-        ratio[key] == first[key] / second[key] for key in keys | ratio.keys() - {"objective"}
-    )
+    assert {"gflop", "temp_bytes", "step_seconds_median"} < ratio.keys()
+    assert all(ratio[key] == first[key] / second[key] for key in ratio.keys() - {"objective"})
     assert 1.0 < ratio["gflop"] < 1.3
     assert "GFLOP of the published code's meanflow: 2.00" in result["notes"][1]
 
@@ -243,17 +233,16 @@ def test_each_batch_is_sampled_from_other_noise_without_the_second_head(tmp_path
     monkeypatch.setattr(measure, "lowered_flops", lambda *arguments: 1.0)
     field = lambda params, z, **row: Prediction(z)  # noqa: E731
     monkeypatch.setattr("mf_jax.bench.sample.as_field", lambda network: field)
-    flags = ("--config.model.name=in_context_dit", "--config.sample.batch_size=24")
-    flags += ("--config.model.prediction=velocity",)
-    shape = ("--config.bench.shape=(8,8,3)", "--config.bench.num_classes=7")
-    code, out, errors = _run("sample", "digits", tmp_path, *flags, *shape)
+    network = "model.name=in_context_dit model.prediction=velocity sample.batch_size=24"
+    shape = "bench.shape=(8,8,3) bench.num_classes=7"
+    code, out, errors = _run("sample", "digits", tmp_path, f"{network} {shape}")
     assert code == 0, errors
     assert "data [8, 8, 3], 7 classes" in out
     assert seen == [(24, 0, 1, False), *((24, seed, 1, False) for seed in range(3))]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
-    for flags, *words in (
+    for overrides, *words in (
         ("what=stp", "bench.what='stp'", "sample, input, attention", "did you mean step?"),
         ("repeats=-1", "bench.repeats=-1", "[0, inf)"),
         ("repeats=0 bench.what=input", "bench.repeats=0", "at least 1"),
@@ -267,12 +256,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
         ("what=fits bench.devices=0", "bench.devices=0", "within [1, 16384]"),
         ("what=fits bench.devices=64", "bench.devices=64", "started with 1", "new process"),
     ):
-        first, *more = flags.split(" ")
-        flags = [f"--config.bench.{first}", *(f"--config.{flag}" for flag in more)]
-        ended = _run("step", "digits", tmp_path / "run", *flags)
+        ended = _run("step", "digits", tmp_path / "run", f"bench.{overrides}")
         assert_refused(ended, *words)
         assert (ended.output, (tmp_path / "run").exists()) == ("", False)
-    ended = _run("input", "digits", "/dev/null/run", "--config.log.progress=False")
+    ended = _run("input", "digits", "/dev/null/run", "log.progress=False")
     assert_refused(ended, "/dev/null/run: cannot be written")
 
 
@@ -289,19 +276,15 @@ def test_pictures_and_latents_need_not_be_here():
 def test_a_step_fits_where_xla_says_so(tmp_path):
     """On 4 virtual devices of a process of their own, with parameters split or whole."""
     width, averages = 128, 3
-    keys = f"bench.what=fits bench.devices=4 model.depth=1 model.width={width} train.batch_size=64"
-    keys = f"{keys} objective.name=flow_matching ema.decays=(0.5,0.9,0.99)".split()
-    common = ["--config=configs/toy2d.py", "--mode=bench", *(f"--config.{key}" for key in keys)]
+    common = f"bench.what=fits bench.devices=4 model.depth=1 model.width={width}"
+    common += " train.batch_size=64 objective.name=flow_matching ema.decays=(0.5,0.9,0.99)"
+    asked = {"whole": "bench.memory_gb=1e-3", "split": "mesh.fsdp=4", "bad": "mesh.fsdp=3"}
     code = "import sys; from mf_jax.main import main\n"
-    for name, key in (
-        ("whole", "bench.memory_gb=1e-3"),
-        ("split", "mesh.fsdp=4"),
-        ("bad", "mesh.fsdp=3"),
-    ):
-        argv = ["mf_jax", *common, f"--workdir={tmp_path}/{name}", f"--config.{key}"]
+    for name, key in asked.items():
+        argv = f"mf_jax --config=configs/toy2d.py --mode=bench --workdir={tmp_path}/{name}".split()
+        argv += keys(f"{common} {key}")
         code += f"sys.argv[:] = {argv}; print(f'exit code {{main()}}', flush=True)\n"
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert re.findall("exit code (.)", done.stdout) == ["0", "0", "2"], done.stderr
     assert done.stdout.count("temp: of XLA for CPUs") == done.stdout.count("bench_fits.json") == 2
     assert "mesh.fsdp=3: must multiply to the 4 devices" in done.stderr
@@ -347,8 +330,8 @@ def test_contenders_take_turns_long_enough_and_preparing_is_not_timed(monkeypatc
         (seconds,) = measure.take_turns(contender("c", itertools.repeat(0.5)), **turns)
         assert (seconds, order.count("c")) == ([0.5] * counted, counted + 2)
         order.clear()
-    median, quartiles, times = measure.spread("nap", [5.0, 1.0, 2.0, 4.0, 3.0]).values()
-    assert (median, quartiles, times) == (3, [2, 4], [5.0, 1.0, 2.0, 4.0, 3.0])
+    times = [5.0, 1.0, 2.0, 4.0, 3.0]
+    assert [*measure.spread("nap", times).values()] == [3, [2, 4], times]
 
 
 def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
@@ -365,12 +348,6 @@ def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
     rate, *what = measure.matmul_peak("bfloat16").values()
     assert (rate, what) == (pytest.approx(2 * 128**3 / 2e-3 / 1e9), [128, "float32"])
     assert calls == [((n, n), (n, n), "float32") for n in (64, 128)]
-
-
-def test_compiling_is_timed():
-    program, costs = measure.compile_program(jax.jit(lambda x: x + 2.25), np.ones(3))
-    np.testing.assert_array_equal(program(jnp.ones(3)), np.full(3, 3.25))
-    assert 0 < costs["trace_seconds"] < costs["compile_seconds"] + 1
 
 
 def test_counting_needs_the_cpu_backend(monkeypatch):
