@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mf_jax import models
+from mf_jax.config import make_network
 from mf_jax.flow.records import NO_LABEL, Condition, GuidanceScale, Prediction
+from mf_jax.generator import Generator
 from mf_jax.models import as_field, initial_params, parameter_shapes
+from mf_jax.runtime.sharding import make_mesh
 
 IMAGE, CLASSES = (4, 8, 3), {"num_classes": 3}
 _SIZES = CLASSES | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 2}
@@ -69,6 +73,14 @@ def draw(network, shape):
         for name, leaf in shapes.items()
     }
     return unflatten_dict(drawn, sep="/")
+
+
+def untrained(spec, config):
+    """Return a generator with random parameters."""
+    network = make_network(config, spec, for_sampling=True)
+    replicated = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
+    params = jax.device_put(draw(network, spec.shape), replicated)
+    return Generator(config, network, params, spec, step=0, ema="none")
 
 
 def make_z(shape):

@@ -6,24 +6,19 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, refuses
 from etils.epath import Path
 from jax import export
-from jax.sharding import NamedSharding, PartitionSpec
-from jobs import assert_refused, here, tiny_config, works
-from networks import draw
+from jobs import assert_refused, here, keys, tiny_config, works
+from networks import untrained
 from recorded import FOLDER
 
 import mf_jax
-from mf_jax.config import make_network
 from mf_jax.flow.records import DataSpec
 from mf_jax.flow.sampler import SamplePlan
-from mf_jax.generator import Generator
-from mf_jax.runtime.sharding import make_mesh
 from mf_jax.sampling import web_page
 from mf_jax.sampling.export import write_program
 
@@ -38,12 +33,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def _untrained(spec=COLOUR, **settings):
-    """Return a generator with random parameters."""
-    config = tiny_config(**SMALL | settings)
-    network = make_network(config, spec, for_sampling=True)
-    replicated = NamedSharding(make_mesh(data=0, fsdp=1), PartitionSpec())
-    params = jax.device_put(draw(network, spec.shape), replicated)
-    return Generator(config, network, params, spec, step=0, ema="none")
+    return untrained(spec, tiny_config(**SMALL | settings))
 
 
 def _noise(generator, num):
@@ -107,16 +97,14 @@ def _drawn_by_page(path, asked):
         "const run = drawing(...each); do part = run.next(); while (!part.done);"
         "return [...part.value]; }));"
     )
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser:
+    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
         probe = f"<script>{answer}document.body.textContent = answer</script></body>"
         page = path.with_name("probe.html")
         page.write_text(path.read_text().replace("</body>", probe))
         flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path.parent}/c")
         command, given = (browser, *flags, "--dump-dom", f"file://{page}"), ""
     elif node := shutil.which("node"):
-        pattern = r'<script id="(?:model|network)">(.*?)</script>'
-        scripts = re.findall(pattern, path.read_text(), re.DOTALL)
+        scripts = re.findall(r'<script id="[mn]\w+">(.*?)</script>', path.read_text(), re.DOTALL)
         command, given = (node, "-"), "".join((*scripts, answer, "console.log(answer)"))
     else:
         pytest.skip("neither Chromium nor node is here")
@@ -139,9 +127,7 @@ def test_a_page_draws_what_jax_draws(trained, tmp_path):
         np.testing.assert_allclose(_drawn_by_page(path, asked), ours, atol=1e-4, rtol=0)
 
 
-def test_what_a_page_or_a_program_cannot_follow_is_told_and_nothing_is_written(
-    trained, tmp_path, monkeypatch
-):
+def test_what_page_and_program_cannot_follow_is_told(trained, tmp_path, monkeypatch):
     plan, path = SamplePlan(steps=65), Path(tmp_path / "page.html")
     monkeypatch.setattr(web_page, "_MOST_BYTES", 10**6)
     for generator, *told in (
@@ -157,7 +143,7 @@ def test_what_a_page_or_a_program_cannot_follow_is_told_and_nothing_is_written(
     refuses("unknown to published sit", no_dit.export, tmp_path / "x.npz", kind="sit")
     assert not path.exists()
     before = set(trained.iterdir())
-    for key, value in {"renoise": True, "times": (1.0, 0.3, 0.0)}.items():
-        ended = here("--mode=export", f"--workdir={trained}", f"--config.sample.{key}={value}")
-        assert_refused(ended, f"sample.{key}=")
+    for key in ("sample.renoise=True", "sample.times=(1.0,0.3,0.0)"):
+        ended = here("--mode=export", f"--workdir={trained}", *keys(key))
+        assert_refused(ended, key.partition("=")[0])
     assert set(trained.iterdir()) == before
