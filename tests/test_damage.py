@@ -22,7 +22,7 @@ from conftest import ROOT, refuses
 from etils import epath
 from PIL import Image
 from recorded import FOLDER
-from test_data import write_tfds
+from test_data import make, write_tfds
 from test_inception import _save_zip, _small, _write_zip
 from test_latents import LENGTH, SECTION, write_folder
 from test_picture_list import write_tar
@@ -110,21 +110,14 @@ def _count(read, path, capsys):
     assert (good is not None, said) == (True, "")
     damaged = [whole[:cut] for cut in rng.integers(len(whole), size=20)]
     for place, bit in rng.integers((len(whole), 8), size=(40, 2)):
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << int(bit)
-        damaged.append(bytes(flipped))
+        flipped = whole[place] ^ 1 << int(bit)
+        damaged.append(whole[:place] + bytes([flipped]) + whole[place + 1 :])
     for each in damaged:
         path.write_bytes(each)
         value, said = _noticed(read, capsys)
         counts["noticed" if said else "harmless" if value == good else "silent"] += 1
     path.write_bytes(whole)
     return counts
-
-
-def _npz(path, *, save=np.savez, **arrays):
-    with path.open("wb") as file:
-        save(file, **arrays)
-    return path
 
 
 def _torch(path):
@@ -231,8 +224,9 @@ def _of_strangers(tmp_path, rng):
     zipped, tensors = _save_zip(tmp_path / "a.pth", _small()), tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"w": np.ones((3, 5), np.float32)}, tensors)
     moments = {"mu": np.zeros(5), "sigma": np.eye(5)}
-    npz = _npz(tmp_path / "a.npz", **moments)
-    packed = _npz(tmp_path / "b.npz", save=np.savez_compressed, **moments)
+    npz, packed = tmp_path / "a.npz", tmp_path / "b.npz"
+    np.savez(npz, **moments)
+    np.savez_compressed(packed, **moments)
     tar = write_tar(tmp_path / "a.tar", pictures)
     yield "torch", _torch(zipped), zipped
     yield "safetensors", _torch(tensors), tensors
@@ -251,10 +245,8 @@ WITHOUT_CHECKSUM = ("safetensors", "tar", "picture", "orbax")
 
 def test_no_flip_and_no_cut_is_silent(copy_of_trained, tmp_path, capsys, monkeypatch, rng):
     monkeypatch.setattr(classifier, "_train", lambda *_: {"a": np.zeros(1)})
-    for kinds, least in (
-        (_of_runs(copy_of_trained, tmp_path), 20),
-        (_of_strangers(tmp_path, rng), 5),
-    ):
+    of_runs, of_strangers = _of_runs(copy_of_trained, tmp_path), _of_strangers(tmp_path, rng)
+    for kinds, least in ((of_runs, 20), (of_strangers, 5)):
         for kind, read, path in kinds:
             counts = _count(read, path, capsys)
             assert counts.total() == 60, kind
@@ -284,10 +276,6 @@ def test_an_old_run_is_read_with_one_line(capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def _pickled(path, opcodes, members=None):
-    return _write_zip(path, b"\x80\x02" + opcodes, members or {"0": bytes(16)})
-
-
 def test_hostile_files_are_refused_at_once(tmp_path, capsys):
     """Each of these once ran for ever, took gigabytes, ended the process or left its folder."""
     row = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuJ%btQ"
@@ -303,26 +291,23 @@ def test_hostile_files_are_refused_at_once(tmp_path, capsys):
         "build": b"ctorch._utils\n_rebuild_tensor_v2\n}X\1\0\0\0aK\1sb.",
         "claims": tensor % (many[1:], many + b"\x85", b"K\1\x85"),
     }
-    reads = {}
-    for name, opcodes in hostile.items():
-        reads[name] = _torch(_pickled(tmp_path / f"{name}.pth", opcodes))
+    reads = {
+        name: _torch(_write_zip(tmp_path / f"{name}.pth", b"\x80\x02" + opcodes, {"0": bytes(16)}))
+        for name, opcodes in hostile.items()
+    }
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"}.")
         archive.writestr("a/data/0", bytes(10**7))
     reads["bomb"] = _torch(tmp_path / "bomb.pth")
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
-    )
+    header, huge = io.BytesIO(), {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
+    np.lib.format.write_array_header_1_0(header, huge)
     with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
-        archive.writestr("mu.npy", header.getvalue())
-        archive.writestr("sigma.npy", header.getvalue())
+        for name in ("mu.npy", "sigma.npy"):
+            archive.writestr(name, header.getvalue())
     reads["npz"] = _statistics(tmp_path / "huge.npz")
-    for size in (-512, -1024, 2**62):
-        for kind in (b"0", b"x", b"L"):
-            name = f"{size} {kind}.tar"
-            tar = write_tar(tmp_path / name, {"a.png": b""})
-            reads[name] = _arrays_of(_claiming(tar, size, kind))
+    for size, kind in itertools.product((-512, -1024, 2**62), (b"0", b"x", b"L")):
+        tar = write_tar(tmp_path / f"{size} {kind}.tar", {"a.png": b""})
+        reads[tar.name] = _arrays_of(_claiming(tar, size, kind))
     os.mkfifo(tmp_path / "pipe")
     for place in ("/dev/zero", str(tmp_path / "pipe"), "gs://bucket/vae"):
         reads[place] = lambda place=place: fetch.find_weights(place, "", key="data.autoencoder")
@@ -341,19 +326,18 @@ def test_hostile_files_are_refused_at_once(tmp_path, capsys):
 
 
 def test_no_manifest_chooses_a_place_and_no_set_a_class(tmp_path, monkeypatch, rng):
-    (tmp_path / "latents").mkdir()
-    write_folder(tmp_path / "latents")
-    good = json.loads((tmp_path / "latents" / "manifest.json").read_text())
-    kept = tmp_path / "kept"
+    manifest, kept = tmp_path / "latents" / "manifest.json", tmp_path / "kept"
+    for folder in (manifest.parent, tmp_path / "home"):
+        folder.mkdir()
+    write_folder(manifest.parent)
+    good = json.loads(manifest.read_text())
     kept.write_text("kept")
-    (tmp_path / "home").mkdir()
     changes = {"name": ("../kept", str(kept), "../latents/manifest.json"), "bytes": (0.5, "1")}
     changes |= {"count": (-1, True, 10**9)}
+    section = {"path": str(manifest.parent), "copy_to": str(tmp_path / "home" / "copy")}
     for change in ({key: value} for key, values in changes.items() for value in values):
         shards = [good["shards"][0] | change, *good["shards"][1:]]
-        manifest = tmp_path / "latents" / "manifest.json"
         manifest.write_text(json.dumps(good | {"shards": shards}))
-        section = {"path": str(tmp_path / "latents"), "copy_to": str(tmp_path / "home" / "copy")}
         refuses(r"manifest.json: ", data.make_source, SECTION | section, split="train")
         assert kept.read_text() == "kept"
     write_tfds(tmp_path / "sets", [(_png(rng), 0)], 3)
@@ -361,13 +345,9 @@ def test_no_manifest_chooses_a_place_and_no_set_a_class(tmp_path, monkeypatch, r
     marker = tmp_path / "marker"
     (tmp_path / "hook.py").write_text(f"open({str(marker)!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
-    text = features.read_text().replace(
-        "tensorflow_datasets.core.features.image_feature.Image", "hook.Thing"
-    )
-    assert "hook" in text
-    features.write_text(text)
-    keys = {"path": str(tmp_path / "sets"), "dataset": "tiny", "image_size": 8}
-    keys |= {"split_train": "train", "split_held_out": "train"}
+    text, kind = features.read_text(), "tensorflow_datasets.core.features.image_feature.Image"
+    assert kind in text
+    features.write_text(text.replace(kind, "hook.Thing"))
     with pytest.raises(BadInput, match=r"asks for hook.Thing, which is no feature of TFDS"):
-        data.make_source({"name": "tfds", **keys}, split="train")
+        make("tfds", path=str(tmp_path / "sets"), dataset="tiny")
     assert not marker.exists()

@@ -24,16 +24,9 @@ from mf_jax.data.pixels import from_pixels, to_pixels
 from mf_jax.flow.errors import BadInput
 from mf_jax.flow.records import NO_LABEL, DataSpec
 
-SECTION = {
-    "name": "digits",
-    "path": "",
-    "image_size": 8,
-    "toy": "checkerboard",
-    "dataset": "cifar10",
-    "split_train": "train",
-    "split_held_out": "test",
-    "held_out_share": 0.25,
-}
+SECTION = {"name": "digits", "path": "", "image_size": 8, "toy": "checkerboard"}
+SECTION |= {"dataset": "cifar10", "split_train": "train", "split_held_out": "test"}
+SECTION |= {"held_out_share": 0.25}
 
 
 class Numbered:
@@ -49,9 +42,8 @@ class Numbered:
         return self.length
 
     def gather(self, indices):
-        row = np.array([0.0, 0.25, 0.5], np.float32)[:, None]
-        x = indices[:, None, None, None].astype(np.float32) + np.broadcast_to(row, (2, 3, 1))
-        return data.Batch(x, indices.astype(np.int32))
+        row = np.float32([[[0.0], [0.25], [0.5]]] * 2)
+        return data.Batch(indices[:, None, None, None] + row, indices.astype(np.int32))
 
 
 def take(source, count, **options):
@@ -139,16 +131,16 @@ def test_toys_have_the_documented_moments_and_shapes():
     """They are the same every time, and differ between the splits."""
     for toy in toy2d.TOYS:
         train, again, held_out = (
-            data.read(make("toy2d", split, toy=toy)) for split in ("train", *data.SPLITS)
+            data.read(make("toy2d", split, toy=toy)).x for split in ("train", *data.SPLITS)
         )
-        np.testing.assert_array_equal(train.x, again.x)
-        assert not np.isin(train.x.view(np.int64), held_out.x.view(np.int64)).any()
+        np.testing.assert_array_equal(train, again)
+        assert not np.isin(train.view(np.int64), held_out.view(np.int64)).any()
         mean, std = (toy2d.GAUSSIAN_MEAN, toy2d.GAUSSIAN_STD) if toy == "gaussian" else (0, 1)
-        for batch in (train, held_out):
-            assert batch.x.shape == (2**16, 2)
-            np.testing.assert_allclose(batch.x.mean(0), np.broadcast_to(mean, 2), atol=0.02)
-            np.testing.assert_allclose(batch.x.std(0), std, atol=0.01)
-            assert (batch.labels == NO_LABEL).all()
+        for x in (train, held_out):
+            assert x.shape == (2**16, 2)
+            np.testing.assert_allclose(x.mean(0), np.broadcast_to(mean, 2), atol=0.02)
+            np.testing.assert_allclose(x.std(0), std, atol=0.01)
+    assert set(data.read(make("toy2d")).labels.tolist()) == {NO_LABEL}
     squares = np.floor(toy2d.checkerboard(4000, 0) * np.sqrt(16 / 12) + 2).astype(int)
     assert (squares.sum(1) % 2 == 0).all()
     assert len(np.unique(squares, axis=0)) == 8
@@ -167,8 +159,7 @@ def test_toys_have_the_documented_moments_and_shapes():
 def test_bytes_become_floats_in_minus_one_to_one_and_come_back():
     pixels = np.arange(256, dtype=np.uint8)
     x = from_pixels(pixels)
-    assert (x.dtype, x[0], x[-1]) == (np.float32, -1, 1)
-    np.testing.assert_array_equal(to_pixels(x), pixels)
+    assert (x.dtype, x[0], x[-1], (to_pixels(x) == pixels).all()) == (np.float32, -1, 1, True)
     assert to_pixels(np.float32([-1.5, -1, 0, 1, 2])).tolist() == [0, 0, 128, 255, 255]
 
 
@@ -207,8 +198,7 @@ def test_every_mode_becomes_upright_rgb():
     picture.paste("white", (0, 0, 16, 8))
     picture.getexif()[0x0112] = 6  # upright after a quarter turn clockwise: the top becomes right
     upright = np.asarray(as_rgb(picture))
-    assert upright[:, :8].max() == 0
-    assert upright[:, 8:].min() == 255
+    assert (upright[:, :8].max(), upright[:, 8:].min()) == (0, 255)
 
 
 def test_the_crop_is_that_of_adm(rng):
@@ -229,9 +219,6 @@ def test_the_crop_is_that_of_adm(rng):
     np.testing.assert_array_equal(crop(small, 50), np.full((50, 50, 1), 9))
 
 
-# a folder of pictures
-
-
 def save(path, colour, size=(12, 12), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
@@ -250,28 +237,27 @@ def classes(tmp_path):
     return tmp_path
 
 
-def identities(source):
-    return [tuple(row) for row in to_pixels(data.read(source).x[:, 0, 0]).tolist()]
+def identities(*sources):
+    read = [to_pixels(data.read(source).x[:, 0, 0]).tolist() for source in sources]
+    return [tuple(row) for rows in read for row in rows]
 
 
 def both(path, **changes):
     return [folder(path, split, **changes) for split in data.SPLITS]
 
 
-HELD_OUT = [(3, 100), (5, 100), (2, 200), (4, 200), (5, 200)]
-"""Number and green of the pictures that an earlier version held out."""
-
-
 def test_sub_folders_are_classes_split_by_a_hash_of_names(classes):
     train, held_out = both(classes)
     assert (train.spec.class_names, train.spec.num_classes) == (("Ape", "zebra"), 2)
     assert isinstance(train, data.Source)
-    assert [(red // 10, green) for red, green, _ in identities(held_out)] == HELD_OUT
+    # those that an earlier version held out
+    numbers = [(red // 10, green) for red, green, _ in identities(held_out)]
+    assert numbers == [(3, 100), (5, 100), (2, 200), (4, 200), (5, 200)]
     labels = data.read(train).labels
     assert np.bincount(labels).tolist() == [6, 9]
     assert [green for _, green, _ in identities(train)] == [(100, 200)[k] for k in labels]
     assert identities(train) == sorted(identities(train), key=lambda pixel: (pixel[1], pixel[0]))
-    assert len({*identities(train), *identities(held_out)}) == 20
+    assert len(set(identities(train, held_out))) == 20
 
 
 def test_two_pictures_without_a_class_go_to_both_splits(tmp_path):
@@ -286,7 +272,7 @@ def test_two_pictures_without_a_class_go_to_both_splits(tmp_path):
 def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
-    before = {name for source in both(classes) for name in identities(source)}
+    before = set(identities(*both(classes)))
     assert not warnings
     Image.effect_noise((64, 64), 90).save(classes / "zebra" / "cut.jpg")
     (classes / "Ape" / "noise.jpg").write_bytes(b"no picture at all")
@@ -294,12 +280,9 @@ def test_broken_pictures_are_counted_named_and_skipped(classes, monkeypatch):
     for name in cut:
         whole = (classes / name).read_bytes()
         (classes / name).write_bytes(whole[: len(whole) // 2])
-    after = {name for source in both(classes) for name in identities(source)}
-    assert after == before - {(30, 100, 0), (50, 200, 0)}
-    assert [line.split(": ")[1] for line in warnings] == [
-        "skipped 2 broken of 17 pictures",
-        "skipped 2 broken of 5 pictures",
-    ]
+    assert set(identities(*both(classes))) == before - {(30, 100, 0), (50, 200, 0)}
+    counts = [line.split(": ")[1] for line in warnings]
+    assert counts == [f"skipped 2 broken of {number} pictures" for number in (17, 5)]
     assert all(name in " ".join(warnings) for name in (*cut, "Ape/noise.jpg"))
 
 
@@ -318,9 +301,7 @@ def test_pictures_too_many_to_keep_are_decoded_on_demand(classes, monkeypatch):
     np.testing.assert_equal(take(on_demand, 5), stream)
 
 
-def test_grey_pictures_stay_grey_and_transparent_ones_show_the_background(
-    tmp_path, capsys, monkeypatch
-):
+def test_grey_stays_grey_and_transparent_shows_the_background(tmp_path, capsys, monkeypatch):
     for number in range(3):
         save(tmp_path / f"{number}.png", (9 * number, 0), mode="LA")
     deep = Image.fromarray(np.full((8, 8), 257, np.uint16))
@@ -357,7 +338,7 @@ def test_decoded_pictures_are_kept_until_a_file_changes(classes, tmp_path_factor
     os.utime(classes / "zebra" / "05.png", ns=(status.st_atime_ns, status.st_mtime_ns))
     (classes / "zebra" / "06.png").unlink()
     (classes / "zebra" / "06.png").symlink_to("nowhere.png")
-    assert (1, 2, 3) in identities(folder(classes)) + identities(folder(classes, split="held_out"))
+    assert (1, 2, 3) in identities(*both(classes))
     assert len(list((cache / "data").iterdir())) == 3
     assert PIL.__version__ in pictures._DECODERS
     monkeypatch.setattr(pictures, "_DECODERS", ("0",))
@@ -396,9 +377,6 @@ def test_bad_folders_are_refused(classes, tmp_path, monkeypatch):
     refuses(r"none of 1 pictures is readable.*a\.png", folder, flat)
     monkeypatch.chdir(classes)
     refuses(r"pictures of class flat are broken.*flat/a\.png", folder, ".")
-
-
-# TensorFlow Datasets
 
 
 def write_tfds(root, examples, channels):
