@@ -31,9 +31,9 @@ _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 SHAPE, BATCH = (8, 8, 4), 256
 DIT = DiT(patch_size=4, depth=1, width=128, num_heads=2, num_classes=10)
 CASES = {
-    "flow": (DIT, FlowMatching(), {}),
-    "loop": (DIT.clone(depth=2, scan=True, remat="block"), MeanFlow(), {}),
-    "terminal": (DIT, TerminalVelocity(target_ema=0.9), {}),
+    "flow": (DIT, FlowMatching()),
+    "loop": (DIT.clone(depth=2, scan=True, remat="block"), MeanFlow()),
+    "terminal": (DIT, TerminalVelocity(target_ema=0.9)),
 }
 MESHES = {"data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
 CHOSEN = ["data/flow/step", "both/loop/step", "both/loop/block", "fsdp/terminal/step"]
@@ -67,10 +67,9 @@ def exchanged(text):
 
 def first_moments(parts, mesh, compiled):
     """Return Adam's first moment, a multiple of the gradient, after a step without zeros."""
-    state = initial_state(parts)
+    state, x = initial_state(parts), jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
     wave = lambda a: a + 0.02 * jnp.cos(jnp.arange(a.size)).reshape(a.shape)  # noqa: E731
     state = state.replace(params=jax.tree.map(wave, state.params))
-    x = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
     places = jax.tree.map(lambda leaf: leaf.sharding, placed_step(parts, mesh)[1:])
     given = jax.device_put((state, x, jnp.arange(BATCH) % 10, None, None, None), places)
     return jax.tree.leaves(jax.device_get(compiled(*given).opt_state[0].mu))
@@ -89,11 +88,9 @@ def attention_on_four():
     """
 
     def run(kind, inputs):
-        def both(*inputs):
-            fused = functools.partial(attend, kind=kind, forward_mode=True)
-            return jax.jvp(fused, inputs[:3], inputs[3:])
-
-        compiled = jax.jit(both).lower(*inputs).compile()
+        fused = functools.partial(attend, kind=kind, forward_mode=True)
+        both = jax.jit(lambda *inputs: jax.jvp(fused, inputs[:3], inputs[3:]))
+        compiled = both.lower(*inputs).compile()
         return compiled(*inputs), exchanged(compiled.as_text())
 
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
@@ -118,13 +115,12 @@ def main():
     for chosen in CHOSEN:
         mesh_name, name, gather = chosen.split("/")
         data, fsdp = MESHES[mesh_name]
-        mesh, (network, objective, more) = make_mesh(data=data, fsdp=fsdp), CASES[name]
-        parts = parts_of(network, objective, shape=SHAPE, batch=BATCH, **more)
+        mesh, (network, objective) = make_mesh(data=data, fsdp=fsdp), CASES[name]
+        parts = parts_of(network, objective, shape=SHAPE, batch=BATCH)
         parts = dataclasses.replace(parts, gather=gather)
         shapes = parameter_shapes(network, SHAPE)
-        shardings = state_sharding(mesh, shapes)
         compiled = lowered_step(parts, mesh).compile()
-        named, places = flatten_dict(shapes), flatten_dict(shardings)
+        named, places = flatten_dict(shapes), flatten_dict(state_sharding(mesh, shapes))
         split = {path: len(place.spec) - 1 for path, place in places.items() if place.spec}
         in_blocks = [path for path, axis in split.items() if is_axis_of_block(path, axis)]
         out[chosen] = {

@@ -4,6 +4,7 @@ The argument is a folder, in which `run` is a finished run of one process. Each 
 {scenario: [exit code, output, errors]} to lived_INDEX.json there.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -15,7 +16,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jobs import ROOT, TINY, here
+from jobs import ROOT, TINY, here, keys
 from test_prepare import TOGETHER
 
 from mf_jax.main import main as command_line
@@ -24,21 +25,15 @@ from mf_jax.runtime.checkpoint import Checkpoints, UnreadableCheckpoint
 from mf_jax.runtime.sharding import batch_sharding, make_mesh, per_device, placed, state_sharding
 from mf_jax.step import TrainState
 
-POINTS = (
-    f"--config={ROOT}/configs/toy2d.py",
-    *TINY,
-    "--config.data.toy=checkerboard",  # needs no scikit-learn: imported sooner
-    "--config.model.width=128",
-    "--config.eval.steps=(1,)",
-)
-"""A run of points, compiled soon; it is wide enough for parameters that are worth splitting."""
+POINTS = f"--config={ROOT}/configs/toy2d.py", *TINY
+POINTS += (*keys("data.toy=checkerboard model.width=128 eval.steps=(1,)"),)
+"""A run of points, compiled soon, without scikit-learn, wide enough for parameters to be split."""
 
 
 def put(tree, places):
     """Return arrays that all processes hold, on the devices."""
-    return jax.tree.map(
-        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda i: x[i]), tree, places
-    )
+    one = lambda x, place: jax.make_array_from_callback(x.shape, place, lambda i: x[i])  # noqa: E731
+    return jax.tree.map(one, tree, places)
 
 
 def state(mesh, step):
@@ -51,9 +46,8 @@ def state(mesh, step):
 
 def save(folder, mesh, step):
     """Save the state of a step."""
-    checkpoints = Checkpoints(folder, keep=9)
-    checkpoints.save(state(mesh, step))
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(folder, keep=9)) as checkpoints:
+        checkpoints.save(state(mesh, step))
 
 
 def restore(folder, mesh):
@@ -137,19 +131,19 @@ def main():
     command("batch", "--config.train.batch_size=10")
     command("mesh", "--config.mesh.fsdp=3")
     command("eval", "--mode=eval", workdir=folder / "run")
-    places = f"--config.prepare.input={folder}/pictures", f"--config.data.path={folder}/latents"
-    command("prepare", *places, config=TOGETHER)
+    places = f"prepare.input={folder}/pictures data.path={folder}/latents"
+    command("prepare", *keys(places), config=TOGETHER)
     host = folder / f"host{index}"
     host.mkdir()
     if index == 0:
         os.rename(folder / "weights.npz", host / "weights.npz")
     os.chdir(host)
     command("apart", workdir="apart")
-    weights = ("--config.init.path=weights.npz", "--config.init.kind=meanflow")
+    weights = keys("init.path=weights.npz init.kind=meanflow")
     digits = (f"--config={ROOT}/configs/digits.py", *TINY)
     command("weights", "--mode=sample", *weights, config=digits)
     # a signal of the parent stops this one
-    split = ("--config.mesh.fsdp=2", "--config.job.stopped_exit_code=9")
+    split = keys("mesh.fsdp=2 job.stopped_exit_code=9")
     sys.argv[1:] = [*POINTS, *split, f"--workdir={folder / 'split'}"]
     with mock.patch.object(processes, "leave", lambda code: code):
         lived["stopped"] = command_line()
