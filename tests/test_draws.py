@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import refuses
 from jobs import tiny_config
+from oracle import assert_same
 
 from mf_jax.config import make_scheme
 from mf_jax.flow.draws import DrawScheme, group_sizes
@@ -29,8 +30,9 @@ def test_share_of_rows_is_exact_and_never_rounded_to_zero():
         draws = _draw(scheme, rows=2 * sum(group))
         assert (len(draws.instant.t), len(draws.interval.t)) == (2 * group[0], 2 * group[1])
     draws = _draw(DrawScheme(UniformTimes()), rows=16)
-    np.testing.assert_array_equal(draws.interval.x[:, 0], [3, 7, 11, 15])
-    np.testing.assert_array_equal(draws.instant.x[:, 0], [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14])
+    for rows, is_instant in ((draws.instant, True), (draws.interval, False)):
+        expected = [i for i in range(16) if (i % 4 < 3) == is_instant]
+        np.testing.assert_array_equal(rows.x[:, 0], expected)
 
 
 def test_times_are_ordered_and_inside():
@@ -113,8 +115,7 @@ def test_drawn_guidance_has_the_density_it_names():
     for power in (0.0, 1.0, 2.5):
         told = {"omega_max": 8.0, "omega_power": power, "for_networks": True}
         scheme = DrawScheme(UniformTimes(), 0.0, 0.0, **told)
-        scale = _draw(scheme).interval.guidance
-        edges = np.linspace(1, 8, 2001)
+        scale, edges = _draw(scheme).interval.guidance, np.linspace(1, 8, 2001)
         density = edges**-power
         mean = np.trapezoid(edges * density, edges) / np.trapezoid(density, edges)
         assert abs(scale.omega.mean() - mean) < 0.1
@@ -128,34 +129,25 @@ def test_more_draws_do_not_change_those_before_them():
         _draw(DrawScheme(UniformTimes(), omega_max=w, for_networks=True), 8) for w in (1.0, 4.0)
     )
     assert plain.interval.guidance is None
-    pairs = map(jax.tree.leaves, (plain.interval, guided.interval.replace(guidance=None)))
-    for ours, theirs in zip(*pairs, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert (guided.instant.guidance.t_min == 0).all()
-    assert (guided.instant.guidance.t_max == 1).all()
+    assert_same(guided.interval.replace(guidance=None), plain.interval, rtol=0, atol=0)
     assert (guided.interval.guidance.t_min > 0).all()
     told = {"omega_max": 4.0, "for_networks": True, "omega_window": False}
     whole = _draw(DrawScheme(UniformTimes(), **told), 8).interval.guidance
     np.testing.assert_array_equal(whole.omega, guided.interval.guidance.omega)
-    assert set(whole.t_min.tolist()) == {0}
-    assert set(whole.t_max.tolist()) == {1}
+    for scale in (whole, guided.instant.guidance):
+        assert {*zip(scale.t_min.tolist(), scale.t_max.tolist(), strict=True)} == {(0, 1)}
 
 
 def test_bad_arguments_are_named():
-    for build, named in [
-        (lambda: LogitNormalTimes(t_std=0.0), "t_std"),
-        (lambda: DrawScheme(UniformTimes(), instant_share=1.5), "instant_share"),
-        (lambda: DrawScheme(UniformTimes(), instant_share=0.007), "instant_share.*fraction"),
-        (lambda: DrawScheme(UniformTimes(), label_drop_share=1.0), "label_drop_share"),
-        (lambda: DrawScheme(UniformTimes(), label_drop="some"), "label_drop"),
-        (lambda: _draw(DrawScheme(UniformTimes()), rows=6), "6 rows.*multiple of 4"),
-        (lambda: DrawScheme(UniformTimes(), instant_share=0.0, label_drop_share=0.1), "any_row"),
-        (lambda: DrawScheme(UniformTimes()).draw(KEY, jnp.ones((4, 2), jnp.uint8)), "x: is uint8"),
-        (lambda: DyadicTimes(levels=0), "levels"),
-        (lambda: TIMES["grid"](levels=21), "levels"),
-        (lambda: DrawScheme(UniformTimes(), omega_min=2.0), "omega_min"),
-        (lambda: DrawScheme(UniformTimes(), instant_of_every_row=True), "label_drop"),
-        (lambda: DrawScheme(UniformTimes(), omega_max=0.5), "omega_max"),
-        (lambda: DrawScheme(UniformTimes(), omega_power=-1.0), "omega_power"),
-    ]:
-        refuses(named, build)
+    times = UniformTimes()
+    bad = {"instant_share": 1.5, "label_drop_share": 1.0, "label_drop": "some", "omega_min": 2.0}
+    for key, value in (bad | {"omega_max": 0.5, "omega_power": -1.0}).items():
+        refuses(key, DrawScheme, times, **{key: value})
+    refuses("instant_share.*fraction", DrawScheme, times, instant_share=0.007)
+    refuses("any_row", DrawScheme, times, instant_share=0.0, label_drop_share=0.1)
+    refuses("label_drop", DrawScheme, times, instant_of_every_row=True)
+    refuses("6 rows.*multiple of 4", _draw, DrawScheme(times), rows=6)
+    refuses("x: is uint8", DrawScheme(times).draw, KEY, jnp.ones((4, 2), jnp.uint8))
+    refuses("t_std", LogitNormalTimes, t_std=0.0)
+    refuses("levels", DyadicTimes, levels=0)
+    refuses("levels", TIMES["grid"], levels=21)
