@@ -147,23 +147,21 @@ def test_large_scores_and_large_slopes():
         allowed = 2 * _error(plain(*inputs)[1], exact)
         for backend in ("gpu", "tpu"):
             assert _error(tangent_of(*inputs, backend=backend), exact) < allowed
-            for sign in (-1, 1):
-                huge = tangent_of(sign * 1e4 * inputs[0], *inputs[1:], backend=backend)
-                assert np.all(np.isfinite(np.asarray(huge, np.float32)))
+            for scale in (-1e4, 1e4):
+                huge = tangent_of(scale * inputs[0], *inputs[1:], backend=backend)
+                assert jnp.isfinite(huge).all()
 
 
 def test_gradient_without_a_tangent_and_none_through_one():
     q, k, v, weights, *_ = _inputs(84, 72)
 
-    def gradient(kind, forward_mode):
-        def value(*inputs):
-            return jnp.sum(weights * attend(*inputs, kind=kind, forward_mode=forward_mode))
+    def gradient(**how):
+        of_value = jax.grad(lambda *inputs: jnp.sum(weights * attend(*inputs, **how)), (0, 1, 2))
+        return jax.jit(of_value)(q, k, v)
 
-        return jax.jit(jax.grad(value, (0, 1, 2)))(q, k, v)
-
-    plain = gradient("xla", False)
+    plain = gradient(kind="xla")
     for forward_mode in (False, True):
-        for a, b in zip(gradient("fused", forward_mode), plain, strict=True):
+        for a, b in zip(gradient(kind="fused", forward_mode=forward_mode), plain, strict=True):
             assert _error(a, b) < TOLERANCE
     inputs = _inputs(4, 16)
     of_tangent = jax.grad(lambda *x: jnp.sum(_jvp(*x, kind="fused")[1]), range(6))
@@ -193,15 +191,13 @@ def _lowered(function, platform, *, length=84, head_size=72, dtype=jnp.float32):
         pytest.skip("this JAX lowers to Triton only where there is a GPU")
 
 
-@pytest.mark.parametrize(
-    ("backend", "platform", "call"), [("gpu", "cuda", "triton"), ("tpu", "tpu", "tpu_custom")]
-)
-def test_kernel_lowers(backend, platform, call):
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_kernel_lowers(backend):
+    platform, call = {"gpu": ("cuda", "triton"), "tpu": ("tpu", "tpu_custom")}[backend]
     tangent = functools.partial(attention_tangent, backend=backend, interpret=False)
-    dtypes = jnp.float32, jnp.bfloat16, jnp.float32
-    for dtype, (length, head_size) in zip(dtypes, SHAPES, strict=True):
-        program = _lowered(tangent, platform, length=length, head_size=head_size, dtype=dtype)
-        assert call in program
+    for i, (length, size) in enumerate(SHAPES):
+        more = {"head_size": size, "dtype": ("float32", "bfloat16")[i % 2]}
+        assert call in _lowered(tangent, platform, length=length, **more)
 
 
 def test_cudnn_serves_half_precision_on_gpus(monkeypatch):
@@ -214,8 +210,7 @@ def test_cudnn_serves_half_precision_on_gpus(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    half, narrow = jnp.float16, jnp.bfloat16
-    for dtype, head_size in ((narrow, 20), (half, 72), (jnp.float32, 20), (narrow, 136)):
+    for dtype, head_size in (("bfloat16", 20), ("float16", 72), ("float32", 20), ("bfloat16", 136)):
         inputs = _inputs(4, head_size, dtype=dtype)
         assert _error(attend(*inputs[:3], kind="fused"), _plain(*inputs)[0]) < 5e-3
     assert asked == [("cudnn", 24), ("cudnn", 72), ("xla", 20), ("xla", 136)]

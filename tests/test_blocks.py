@@ -1,7 +1,5 @@
 """How blocks are run, and what InContextDiT has beside them."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,8 @@ from mf_jax.models.blocks import laid_out_like, stack_blocks, unstack_blocks
 from mf_jax.models.in_context_dit import rotary_angles
 
 SHAPE = (4, 4, 2)
-SMALL = CASES["dit"][0].clone(depth=2)
-NETWORKS = {
-    "dit": SMALL.clone(time_conditioning="t|r"),
-    "in_context_dit": CASES["in_context_dit"][0].clone(width=16),
-}
+SMALL, IN_CONTEXT = CASES["dit"][0].clone(depth=2), CASES["in_context_dit"][0].clone(width=16)
+NETWORKS = {"dit": SMALL.clone(time_conditioning="t|r"), "in_context_dit": IN_CONTEXT}
 
 
 def _loss(network, params):
@@ -107,8 +102,7 @@ def test_each_block_gathers_its_own_parameters_whatever_network_it_is_wrapped_in
             paths.add("/".join(path))
             return jax.tree.map(lambda a: 2 * a, part)
 
-        gathering = with_gather(network, gather)
-        jax.eval_shape(jax.grad(lambda p: _loss(gathering, p)), shapes)
+        jax.eval_shape(jax.grad(lambda p: _loss(with_gather(network, gather), p)), shapes)
         return paths
 
     for scan, name in ((False, "block_0"), (True, "blocks")):
@@ -118,15 +112,6 @@ def test_each_block_gathers_its_own_parameters_whatever_network_it_is_wrapped_in
         assert gathered(wrapped, shapes) == {name, f"u_head/{name}", f"v_head/{name}"}
     network = CASES["mlp"][0]
     assert with_gather(network, lambda path, part: part) is network
-
-
-def test_gathered_parameters_are_those_that_blocks_compute_with():
-    double = functools.partial(jax.tree.map, lambda a: 2 * a)
-    params = draw(NETWORKS["dit"], SHAPE)
-    doubled = {k: double(v) if "block" in k else v for k, v in params.items()}
-    gathering = with_gather(NETWORKS["dit"], lambda path, part: double(part))
-    loss = jax.jit(lambda p, q: (_loss(gathering, p), _loss(NETWORKS["dit"], q)))
-    np.testing.assert_allclose(*loss(params, doubled), rtol=1e-5)
 
 
 def _saved(network):
@@ -154,9 +139,8 @@ def test_computing_again_keeps_less_and_costs_what_it_should():
 
 
 def test_the_program_of_a_loop_does_not_grow_with_depth():
-    short, long = (
-        len(_lowered(SMALL.clone(depth=depth, scan=True)).as_text()) for depth in (2, 12)
-    )
+    networks = (SMALL.clone(depth=depth, scan=True) for depth in (2, 12))
+    short, long = (len(_lowered(network).as_text()) for network in networks)
     assert long < 1.05 * short
 
 
@@ -167,8 +151,7 @@ def test_only_the_embeddings_multiply_matrices_in_float32():
     trace = jax.make_jaxpr(lambda params: field(params, jnp.zeros((1, *shape)), **inputs))
     program = str(trace(parameter_shapes(network, shape)))
     assert "bf16[1,28,32] = dot_general" in program, "20 tokens before 8 patches"
-    two_layers_of_4_numbers = program.count("f32[1,32] = dot_general")
-    assert two_layers_of_4_numbers == 2 * 4
+    assert program.count("f32[1,32] = dot_general") == 2 * 4, "two layers of 4 numbers"
 
 
 def test_rotary_angles_tell_the_difference_of_positions():
@@ -195,6 +178,5 @@ def test_data_prediction_is_the_network_read_as_velocity():
     row = {"r": 0 * t, "t": t, "condition": Condition(jnp.zeros(2, int))}
     params = models.initial_params(wrapped, (3,), jax.random.key(0))
     assert params == {"factor": 2.0}, "the names are the network's own"
-    prediction = as_field(wrapped)(params, z, **row)
-    np.testing.assert_allclose(prediction.u[:, 0], [-1 / 0.5, -1 / 0.25])
-    np.testing.assert_allclose(prediction.v[:, 0], [-2 / 0.5, -2 / 0.25])
+    for size, head in enumerate(jax.tree.leaves(as_field(wrapped)(params, z, **row)), 1):
+        np.testing.assert_allclose(head[:, 0], [-size / 0.5, -size / 0.25])
