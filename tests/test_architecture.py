@@ -48,15 +48,14 @@ def test_imports_go_down_and_no_work_is_unfinished():
         if part == "__init__":
             continue
         modules = _imports(tree)
-        for other in {name.split(".")[1] for name in modules if name.startswith("mf_jax.")}:
-            if other == part:
-                continue
+        for other in {name.split(".")[1] for name in modules if name.startswith("mf_jax.")} - {
+            part
+        }:
             assert PLACES[other] > PLACES[part], f"{path} imports {other}, which is not below it"
             assert not {part, other} <= APART, f"{path} imports {other}"
         if part in ("flow", "objectives"):
-            assert {name.split(".")[0] for name in modules} <= CORE | LAZY.get(path.name, set()), (
-                path
-            )
+            parts = {name.split(".")[0] for name in modules}
+            assert parts <= CORE | LAZY.get(path.name, set()), path
 
 
 def _prints(code):

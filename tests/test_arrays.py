@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refuses
-from jobs import assert_refused, here, tiny_config, works
+from jobs import assert_refused, here, keys, tiny_config, works
 from steps import parts_of
 
 import mf_jax
@@ -23,17 +23,9 @@ from mf_jax.validation import validate
 N = 40
 TINY = (
     "--config=configs/digits.py",
-    "--config.data.name=arrays",
-    "--config.data.held_out_share=0.3",
-    "--config.model.depth=1",
-    "--config.model.width=16",
-    "--config.train.num_steps=2",
-    "--config.train.batch_size=8",
-    "--config.optim.warmup_steps=0",
-    "--config.log.progress=False",
-    "--config.log.sample_every_steps=0",
-    "--config.eval.steps=1,",
-    "--config.sample.num=15",
+    *keys("data.name=arrays data.held_out_share=0.3 model.depth=1 model.width=16 eval.steps=1,"),
+    *keys("train.num_steps=2 train.batch_size=8 optim.warmup_steps=0 log.progress=False"),
+    *keys("log.sample_every_steps=0 sample.num=15"),
 )
 
 
@@ -64,31 +56,32 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
     for name, arrays in FILES.items():
         file, run = tmp_path / f"{name}.npz", tmp_path / name
         np.savez(file, **arrays)
-        guided = ["--config.guidance.omega=2.0", "--config.draws.label_drop_share=0.1"]
-        more = ["--config.model.name=mlp"] if name == "vectors" else guided
-        more += [f"--config.data.path={file}", f"--workdir={run}"]
+        guided = "guidance.omega=2.0 draws.label_drop_share=0.1"
+        more = keys(f"data.path={file} {'model.name=mlp' if name == 'vectors' else guided}")
+        more.append(f"--workdir={run}")
         if name == "signals":
-            assert_refused(
-                here(*TINY, *more), "coupling.name='optimal_transport': the data are pairs"
-            )
-            more += ["--config.coupling.name=independent"]
-        works(*TINY, *more)
+            assert_refused(here(*TINY, *more), "'optimal_transport': the data are pairs")
+            more += keys("coupling.name=independent")
+        output = works(*TINY, *more)
+        for made in ("metrics.jsonl", "checkpoints", "samples", "report.html"):
+            assert f"{name}/{made}" in output
         works("--mode=eval", f"--workdir={run}")
-        table = json.loads((run / "eval.json").read_text())
-        assert [row.get("samples") for row in table["rows"]] == [12, 12]
-        assert all(np.isfinite(row["frechet_distance"]) for row in table["rows"])
-        assert all(row["sliced_wasserstein"] > 0 for row in table["rows"])
-        assert [row.get("pair_rmse", 0) > 0.1 for row in table["rows"]] == [False, "pair" in arrays]
+        rows = json.loads((run / "eval.json").read_text())["rows"]
+        assert [row["samples"] for row in rows] == [12, 12]
+        assert all(row["frechet_distance"] < np.inf > row["sliced_wasserstein"] > 0 for row in rows)
+        assert [row.get("pair_rmse", 0) > 0.1 for row in rows] == [False, "pair" in arrays]
         works("--mode=sample", f"--workdir={run}")
         samples = dict(np.load(run / "samples.npz"))
         held_out = read(_open(file, "held_out", held_out_share=0.3))
         assert samples["arr_0"].shape == (15, *arrays["x"].shape[1:])
+        assert samples["arr_0"].dtype == np.float32
         turn = np.arange(15) % 12
         np.testing.assert_array_equal(samples["condition"], held_out.condition[turn])
         assert (run / {"vectors": "scatter.png", "signals": "signals.png"}[name]).exists()
         if name == "vectors":
             np.testing.assert_array_equal(samples["arr_1"], held_out.labels[turn])
         if name == "signals":
+            assert set(samples) == {"arr_0", "condition", "e", "mask"}
             np.testing.assert_array_equal(samples["e"], held_out.e[turn])
             assert not samples["arr_0"][~samples["mask"]].any()
             assert samples["arr_0"][samples["mask"]].all()
@@ -97,8 +90,8 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
     twice = generator.sample(labels=[1], condition=np.ones((2, 3)), seed=4)
     assert twice.shape == (2, 5)
     told = {"labels": [1], "condition": np.ones((2, 3)), "e": np.ones((2, 5))}
-    of_e = generator.sample(seed=1, **told)
-    np.testing.assert_array_equal(of_e, generator.sample(seed=2, **told))
+    of_e, other = (generator.sample(seed=seed, **told) for seed in (1, 2))
+    np.testing.assert_array_equal(of_e, other)
     np.testing.assert_allclose(of_e[0], of_e[1], atol=1e-6)
     for wrong, words in (
         ({}, "never trained without"),
@@ -107,11 +100,10 @@ def test_vectors_and_signals_train_are_scored_and_sampled(tmp_path):
         ({"condition": np.ones(3), "mask": np.ones((1, 5), bool)}, "leave mask out"),
     ):
         refuses(words, generator.sample, labels=[1], **wrong)
+    run = ("--mode=sample", f"--workdir={tmp_path / 'vectors'}")
+    assert_refused(here(*run, *keys("sample.condition=1.0,")), "sample.condition")
     np.savez(tmp_path / "vectors.npz", **FILES["vectors"] | {"condition": np.ones((N, 3))})
-    assert_refused(here("--mode=sample", f"--workdir={tmp_path / 'vectors'}"), "on other data")
-    np.savez(tmp_path / "vectors.npz", **FILES["vectors"])
-    narrow = (f"--workdir={tmp_path / 'vectors'}", "--config.sample.condition=1.0,")
-    assert_refused(here("--mode=sample", *narrow), "sample.condition")
+    assert_refused(here(*run), "on other data")
 
 
 def test_numbers_unlike_the_noise_are_told(tmp_path, capsys):
@@ -126,10 +118,9 @@ def test_numbers_unlike_the_noise_are_told(tmp_path, capsys):
         np.savez(file, x=x)
         _open(file)
         printed = capsys.readouterr().out
-        assert told in printed
-        assert bool(told) == bool(printed)
+        assert (told in printed, bool(told)) == (True, bool(printed))
     np.savez(file, x=x, mask=np.zeros((N, 3), bool))
-    _open(file)
+    _open(file)  # of which nothing can be told
 
 
 def test_a_dropped_condition_is_the_learned_null_whatever_was_given():
@@ -182,10 +173,8 @@ def test_masks_pairs_and_conditions_reach_the_draws(tmp_path):
 
 
 def test_positions_of_a_signal_differ_and_those_of_a_picture_are_as_published():
-    line = sine_cosine_positions(6, num_features=8)
-    assert line.shape == (6, 8)
+    line, grid = (sine_cosine_positions(*sides, num_features=8) for sides in ((6,), (2, 3)))
     np.testing.assert_allclose(line[:, 0], np.sin(np.arange(6)), atol=1e-6)
-    grid = sine_cosine_positions(2, 3, num_features=8)
     np.testing.assert_allclose(grid[:, 0], np.sin([0, 1, 2, 0, 1, 2]), atol=1e-6)
     np.testing.assert_allclose(grid[:, 4], np.sin([0, 0, 0, 1, 1, 1]), atol=1e-6)
 

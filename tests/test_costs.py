@@ -73,11 +73,7 @@ CASES = [
     ("meanflow", mf_jax.MeanFlow(GUIDED), 1.0),
     ("meanflow", mf_jax.MeanFlow(mf_jax.Guidance(omega=1.0, kappa=0.5)), 1.25),
     ("improved_meanflow", mf_jax.ImprovedMeanFlow(velocity="boundary"), 0.0),
-    (
-        "improved_meanflow",
-        mf_jax.ImprovedMeanFlow(GUIDED, velocity="boundary"),
-        1.0,
-    ),
+    ("improved_meanflow", mf_jax.ImprovedMeanFlow(GUIDED, velocity="boundary"), 1.0),
     ("alpha_flow", mf_jax.AlphaFlow(alpha_start=0.1, alpha_end=0.1, derivative_below=0.0), 0.0),
     ("split_meanflow", mf_jax.SplitMeanFlow(), 0.0),
     ("split_meanflow", mf_jax.SplitMeanFlow(GUIDED), 0.75),
@@ -101,20 +97,24 @@ def test_every_objective_costs_what_it_states():
 
 def test_seams_add_the_forwards_that_they_state():
     """Of the whole batch, with a quarter of the rows r < t; a plug-in and a coupling add none."""
-    plain, average = mf_jax.MeanFlow(), mf_jax.VelocityEstimate("average", tangent=1.0)
-    for objective, draws, more in (
-        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("batch", target=0.2, tangent=0.2)), {}, 0),
-        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("network", tangent=1.0)), {}, 0.25),
-        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("network", target=0.5)), {}, 0.25),
-        (mf_jax.Estimated(plain, average, ema=0.9), {}, 0.25),
-        (mf_jax.Estimated(plain, mf_jax.VelocityEstimate("average", target=0.5), ema=1.0), {}, 1),
-        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("backward")), {}, 0),
-        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("central")), {}, 0.25),
-        (plain, {"coupling": mf_jax.OptimalTransport()}, 0),
-        (plain, {"coupling": mf_jax.OptimalTransport(4)}, 0),
+    plain = mf_jax.MeanFlow()
+
+    def estimated(source, ema=0.0, **shares):
+        return mf_jax.Estimated(plain, mf_jax.VelocityEstimate(source, **shares), ema=ema)
+
+    for objective, coupling, more in (
+        (estimated("batch", target=0.2, tangent=0.2), None, 0),
+        (estimated("network", tangent=1.0), None, 0.25),
+        (estimated("network", target=0.5), None, 0.25),
+        (estimated("average", tangent=1.0, ema=0.9), None, 0.25),
+        (estimated("average", target=0.5, ema=1.0), None, 1),
+        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("backward")), None, 0),
+        (mf_jax.MeanFlow(derivative=mf_jax.Derivative("central")), None, 0.25),
+        (plain, mf_jax.OptimalTransport(), 0),
+        (plain, mf_jax.OptimalTransport(4), 0),
     ):
-        measured = _step(objective, _params(), **draws) / _forward(_params())
-        assert abs(measured / (3.25 + more) - 1) < 0.02, (objective, draws, measured)
+        measured = _step(objective, _params(), coupling=coupling) / _forward(_params())
+        assert abs(measured / (3.25 + more) - 1) < 0.02, (objective, coupling, measured)
 
 
 def _program(size, batch, **sizes):
