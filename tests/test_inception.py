@@ -28,9 +28,6 @@ BAD_SHAPES = (2, 8, 8, 2), (8, 8, 3), (0, 8, 8, 3)
 KINDS = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long"}
 
 
-# ---- files as torch.save writes them, put together by hand
-
-
 def _opcodes(value):
     """Return the opcodes that push a value; a dict becomes ordered, bytes are opcodes already."""
     match value:
@@ -98,11 +95,6 @@ def _save_zip(path, arrays):
     return _write_zip(path, *_state_dict(arrays), byteorder=b"little")
 
 
-def _save_safetensors(path, arrays):
-    save_file(arrays, path)
-    return path
-
-
 def _small():
     rng = np.random.default_rng(0)
     return {
@@ -112,9 +104,6 @@ def _small():
         "a.num_batches_tracked": np.array(7),
         "none": np.zeros((0, 3), np.float32),
     }
-
-
-# ---- features
 
 
 @pytest.fixture(scope="module")
@@ -170,20 +159,18 @@ def test_other_images_are_refused():
         refuses(r"images are .*; must be uint8", inception_features, {}, image)
 
 
-# ---- weight files
-
-
 def test_a_file_is_known_by_its_hash_and_may_lack_counters_of_batches(drawn, inception, tmp_path):
     without = {name: array for name, array in drawn.items() if "num_batches" not in name}
     assert len(without) < len(drawn)
-    path = _save_safetensors(tmp_path / "inception.safetensors", without)
+    path = tmp_path / "inception.safetensors"
+    save_file(without, path)
     other = load_inception(path)
     assert other.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != inception.sha256
     jax.tree.map(np.testing.assert_array_equal, other.params, inception.params)
     bias = without["fc.bias"]
     without |= {"fc.bias": bias[:1000], "AuxLogits.fc.bias": bias}
     del without["Mixed_7c.branch_pool.bn.running_var"]
-    _save_safetensors(path, without)
+    save_file(without, path)
     message = (
         "inception.safetensors: .*missing: Mixed_7c.branch_pool.bn.running_var; "
         r"left over: AuxLogits.fc.bias; misshapen: fc.bias is \[1000\], must be \[1008\];"
@@ -193,14 +180,13 @@ def test_a_file_is_known_by_its_hash_and_may_lack_counters_of_batches(drawn, inc
 
 def test_files_are_read_whatever_their_name_and_fitted_as_float32(tmp_path):
     small = _small()
-    for write in (_save_zip, _save_old, _save_safetensors):
-        path = write(tmp_path / "weights", small)
+    path, dtypes = tmp_path / "weights", {name: array.dtype for name, array in small.items()}
+    for write in (_save_zip, _save_old, lambda path, arrays: save_file(arrays, path)):
+        write(path, small)
         state, digest = read_state_dict(path), hashlib.sha256(path.read_bytes()).hexdigest()
         assert (state.path, state.sha256) == (str(path), digest)
         np.testing.assert_equal(state.arrays, small)
-        assert {k: x.dtype for k, x in state.arrays.items()} == {
-            k: x.dtype for k, x in small.items()
-        }
+        assert {name: array.dtype for name, array in state.arrays.items()} == dtypes
     state.arrays.pop("a.num_batches_tracked")
     shapes = {name: array.shape for name, array in state.arrays.items()}
     fitted = fit_state_dict(state, shapes)
@@ -212,18 +198,15 @@ def test_tensors_may_share_a_storage_and_be_turned(tmp_path):
     """And dictionaries of Python 2 are lists of pairs."""
     numbers = np.arange(12, dtype=np.float32)
     storage, data = _storage("0", "<f4", 12), {"0": numbers.tobytes()}
+    turned, end = numbers.reshape(4, 3).T, numbers[8:].reshape(2, 2)
+    wanted = {"turned": turned, "end": end, "repeated": np.stack([numbers[:3]] * 2)}
+    views = ((3, 4), (1, 3), 0), ((2, 2), (2, 1), 8), ((2, 3), (0, 1), 0)
     tensors = {
-        "turned": _tensor(storage, (3, 4), (1, 3)),
-        "end": _tensor(storage, (2, 2), (2, 1), offset=8),
-        "repeated": _tensor(storage, (2, 3), (0, 1)),
+        name: _tensor(storage, shape, strides, offset=offset)
+        for name, (shape, strides, offset) in zip(wanted, views, strict=True)
     }
     pair = b"](" + _opcodes("w") + _tensor(storage, (12,), (1,)) + b"e"
     pairs = b"ccollections\nOrderedDict\n](" + pair + b"e\x85R"
-    wanted = {
-        "turned": numbers.reshape(4, 3).T,
-        "end": numbers[8:].reshape(2, 2),
-        "repeated": np.stack([numbers[:3]] * 2),
-    }
     for path, expected in (
         (_write_zip(tmp_path / "a.pth", _pickle(tensors), data), wanted),
         (_write_old(tmp_path / "b.pth", _pickle(tensors), data, [12]), wanted),
@@ -243,8 +226,7 @@ def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
     evil = pickle.dumps(Evil(), 2)
     pickle.loads(evil)
     marker.rmdir()  # it would do so
-    head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}))
-    old.write_bytes(head + evil)
+    _write_old(old, evil, {}, [])
     first.write_bytes(evil + MAGIC.to_bytes(10, "little"))
     cases = [
         (old, "posix.mkdir"),
@@ -252,26 +234,17 @@ def test_what_a_pickle_asks_to_run_is_refused_and_not_run(tmp_path):
         (_write_zip(tmp_path / "new", evil, {}), "posix.mkdir"),
     ]
     state = b"(N" + _opcodes({"__defaults__": 1}) + b"tb"
-    for i, (asked, more, refused) in enumerate(
-        (
-            ("torch\nload", b"", "torch.load"),
-            ("torch._utils\n_rebuild_sparse_tensor", b"", "torch._utils._rebuild_sparse_tensor"),
-            ("numpy\nFloatStorage", b"", "numpy.FloatStorage"),
-            ("collections\nabc", b"", "collections.abc"),
-            ("collections\nOrderedDict", state, "BUILD"),
-            ("torch._utils\n_rebuild_tensor_v2", state, "BUILD"),
-        )
-    ):
-        pickled = _pickle(b"c" + asked.encode() + b"\n" + more)
-        cases.append((_write_zip(tmp_path / f"{i}.pth", pickled, {}), refused))
+    asked = "torch load,torch._utils _rebuild_sparse_tensor,numpy FloatStorage,collections abc"
+    altered = "collections OrderedDict,torch._utils _rebuild_tensor_v2"
+    for names, more in ((asked, b""), (altered, state)):
+        for name in names.split(","):
+            pickled = _pickle(b"c" + name.replace(" ", "\n").encode() + b"\n" + more)
+            refused = "BUILD" if more else name.replace(" ", ".")
+            cases.append((_write_zip(tmp_path / name, pickled, {}), refused))
     for path, refused in cases:
         message = f"asks for {refused}, which is refused" if refused else "cannot be read"
         refuses(f"{path}: .*{message}", read_state_dict, path)
         assert not marker.exists()
-
-
-def _cut(path, end):
-    path.write_bytes(path.read_bytes()[:end])
 
 
 def test_damaged_and_other_files_are_refused(tmp_path):
@@ -280,6 +253,7 @@ def test_damaged_and_other_files_are_refused(tmp_path):
     foreign, _ = _state_dict({"w": np.zeros(4, "f4")}, ("0", 1, 2))
     zipped, old = functools.partial(_write_zip, path), functools.partial(_write_old, path)
     whole = lambda value: zipped(pickle.dumps(value, 2), data)  # noqa: E731
+    cut = lambda path, end: path.write_bytes(path.read_bytes()[:end])  # noqa: E731
     cases = [
         ("no such file", lambda: None),
         ("cannot be read", lambda: path.write_bytes(pickle.dumps({}, 2))),
@@ -288,9 +262,9 @@ def test_damaged_and_other_files_are_refused(tmp_path):
         ("must be little-endian", lambda: zipped(pickled, data, byteorder=b"big")),
         ("must be little-endian", lambda: old(pickled, data, [4], little=False)),
         ("does not have the 4 numbers of storage 0", lambda: old(pickled, data, [3])),
-        ("cannot be read", lambda: _cut(old(pickled, data, [4]), 120)),
-        ("not have the 4", lambda: _cut(old(pickled, data, [4]), -4)),
-        ("cannot be read", lambda: _cut(zipped(pickled, data), 120)),
+        ("cannot be read", lambda: cut(old(pickled, data, [4]), 120)),
+        ("not have the 4", lambda: cut(old(pickled, data, [4]), -4)),
+        ("cannot be read", lambda: cut(zipped(pickled, data), 120)),
         ("cannot be read", lambda: old(pickled, {"1": data["0"]}, [4])),
         ("holds a list", lambda: whole([1])),
         ("holds a dict without tensors", lambda: whole({"epoch": 3})),
