@@ -19,7 +19,6 @@ from mf_jax.loading import load_initial
 from mf_jax.models import as_field
 from mf_jax.published.checkpoints import load_published, read_published
 from mf_jax.train import step_parts
-from mf_jax.validation import validate
 
 FILE = FOLDER / "torch_checkpoints" / "py_meanflow_checkpoint-last.pth"
 SIDE = 16
@@ -137,12 +136,3 @@ def test_each_row_is_told_its_own_labels_and_a_step_repeats_them():
         mirrored = jnp.diff(rows.x[:, SIDE // 2, SIDE // 2 :, 0])[:, 0] < 0
         assert rows.augment.shape == (size, 6)
         np.testing.assert_array_equal(mirrored, rows.augment[:, 0] == 1)
-
-
-def test_what_cannot_be_moved_or_told_is_refused():
-    config = cifar10.get_config()
-    for config.model.name, shape, message in (
-        ("dit", (32, 32, 3), "model.name='dit': takes no augment_labels.*one of unet"),
-        ("mlp", (2,), "data.augment: only pictures that bring nothing"),
-    ):
-        refuses(message, validate, config, num_devices=1, source=Noise(DataSpec(shape)))

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib
 import inspect
 import json
 import re
@@ -12,11 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, refuses
 from flax.traverse_util import flatten_dict
-from jobs import assert_refused, here
 from PIL import Image
 from recorded import FOLDER
 
-from configs import cifar10, digits, imagenet, mnist, pictures
+from configs import cifar10, digits, imagenet, imagenet_b2, mnist, pictures, toy2d
 from configs.default import get_config as defaults
 from mf_jax.bench.step import Noise
 from mf_jax.config import averages, make_network, make_objective
@@ -25,22 +23,15 @@ from mf_jax.flow.records import DataSpec
 from mf_jax.models import SIZES, parameter_shapes
 from mf_jax.objectives import OBJECTIVES
 from mf_jax.scoring.rows import cells
-from mf_jax.step import initial_state, make_train_step
-from mf_jax.train import step_parts
 from mf_jax.validation import validate
 
-ALONE = ("imagenet_b2", "toy2d")
-PUBLISHED = {
-    **{f"imagenet:{row}": functools.partial(imagenet.get_config, row) for row in imagenet.ROWS},
-    **{f"cifar10:{row}": functools.partial(cifar10.get_config, row) for row in cifar10.ROWS},
-}
 CONFIGS = {
-    **PUBLISHED,
-    **{f"digits:{row}": functools.partial(digits.get_config, row) for row in digits.ROWS},
-    **{name: importlib.import_module(f"configs.{name}").get_config for name in ALONE},
-    **{f"mnist:{row}": functools.partial(mnist.get_config, row) for row in mnist.ROWS},
-    **{f"pictures:{row}": functools.partial(pictures.get_config, row) for row in pictures.ROWS},
+    f"{module.__name__.partition('.')[2]}:{row}": functools.partial(module.get_config, row)
+    for module in (imagenet, cifar10, digits, mnist, pictures)
+    for row in module.ROWS
 }
+PUBLISHED = {name: make for name, make in CONFIGS.items() if name[:5] in ("image", "cifar")}
+CONFIGS |= {"imagenet_b2": imagenet_b2.get_config, "toy2d": toy2d.get_config}
 COUNTS = json.loads((FOLDER / "parameter_counts.json").read_text())
 UNET = 55_929_347, 55_932_419
 """Parameters of the published U-Net without and with the embedding of augmentation labels."""
@@ -146,37 +137,6 @@ def test_rows_say_what_their_config_does_and_the_docs_print_them():
             assert row.guidance == (), name
         assert row.one or f"- `{name}`: No figure is published." in docs, name
     assert CONFIGS["imagenet_b2"]().to_dict() == imagenet.get_config("b2").to_dict()
-
-
-def test_a_misspelt_row_lists_the_nearest_and_all():
-    for row, words in ((":imf_xl", "did you mean imf_xl2?"), ("", "")):
-        asked = here(f"--config=configs/imagenet.py{row}")
-        assert_refused(asked, words, ", ".join(imagenet.ROWS))
-    assert "one of flow_matching, " in here("--config=digits:imf")[2]
-
-
-def _reduced(config):
-    """Return a config whose network is tiny, and data to fit."""
-    full = stand_in(config)
-    config.model.update(
-        depth=1, width=16, num_heads=2, channels=8, channel_multipliers=(1,), num_blocks=1
-    )
-    config.model.update(dtype="float32", patch_size=2, scan=False, remat="none")
-    if config.model.name == "in_context_dit":
-        config.model.head_depth = 1
-        config.model.bottleneck = 5 if config.model.size.startswith("pixel") else 0
-    config.perceptual.update(lpips=0.0, convnext=0.0)
-    config.train.batch_size = 4
-    return config, Noise(DataSpec((4, 4, full.spec.shape[-1]), full.spec.num_classes and 3))
-
-
-def test_a_step_of_a_tiny_copy_has_the_shapes_of_its_state():
-    for name in ("imagenet:alphaflow_xl2", "imagenet:pmf_b16", "cifar10:"):
-        parts = step_parts(*_reduced(PUBLISHED[name]()))
-        state = jax.eval_shape(lambda parts=parts: initial_state(parts))
-        after = jax.eval_shape(make_train_step(parts), state, *parts.batch)
-        for part in ("params", "ema", "opt_state"):
-            assert getattr(after, part) == getattr(state, part), (name, part)
 
 
 def test_every_key_has_a_comment_and_a_default_that_the_command_line_can_override():
