@@ -25,7 +25,7 @@ _NAMES = {
     "mf_jax.generator": "Generator",
     "mf_jax.loading": "load",
     "mf_jax.objectives.alpha_flow": "AlphaFlow",
-    "mf_jax.objectives.around": "Controlled Controls Estimated",
+    "mf_jax.objectives.wrappers": "Controlled Controls Estimated",
     "mf_jax.objectives.average_divergence": "AverageDivergence",
     "mf_jax.objectives.flow_matching": "FlowMatching",
     "mf_jax.objectives.improved_meanflow": "ImprovedMeanFlow",

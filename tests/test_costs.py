@@ -81,7 +81,7 @@ CASES = [
     ("shortcut", mf_jax.Shortcut(GUIDED), 0.5),
     ("terminal_velocity", mf_jax.TerminalVelocity(), 0.0),
     ("terminal_velocity", mf_jax.TerminalVelocity(GUIDED), 0.75),
-    ("around", mf_jax.Controlled(mf_jax.FlowMatching(), mf_jax.Controls(monotone=1.0)), 3.0),
+    ("wrappers", mf_jax.Controlled(mf_jax.FlowMatching(), mf_jax.Controls(monotone=1.0)), 3.0),
 ]
 
 
