@@ -1,5 +1,7 @@
 """How blocks are run, and what InContextDiT has beside them."""
 
+from unittest import mock
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,15 @@ from networks import CASES, draw
 
 from mf_jax import models
 from mf_jax.flow.records import Condition, Prediction
-from mf_jax.models import DataPrediction, as_field, dit, layers, parameter_shapes, with_gather
+from mf_jax.models import (
+    DataPrediction,
+    as_field,
+    dit,
+    in_context_dit,
+    layers,
+    parameter_shapes,
+    with_gather,
+)
 from mf_jax.models.blocks import laid_out_like, stack_blocks, unstack_blocks
 from mf_jax.models.in_context_dit import rotary_angles
 
@@ -162,6 +172,16 @@ def test_rotary_angles_tell_the_difference_of_positions():
     assert np.all(grid[:3] == 0), "what is told has no place on the grid"
     np.testing.assert_allclose(grid[3:].reshape(2, 5, 4)[1, 4], [1, 1e-2, 4, 4e-2])
     np.testing.assert_allclose(line[4], [4, 4e-1, 4e-2, 4e-3])
+
+
+def test_patches_turn_by_their_own_row_and_column():
+    network, shape = CASES["pixel"]
+    rows, columns = (side // network.patch_size for side in shape[:2])
+    with mock.patch.object(in_context_dit, "rotary_angles", wraps=rotary_angles) as turned:
+        parameter_shapes(network, shape)
+    (_, told), sizes = turned.call_args, {"rows": rows, "columns": columns}
+    assert rows != columns
+    assert told.items() >= sizes.items()
 
 
 class _Both(nn.Module):

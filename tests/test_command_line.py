@@ -123,7 +123,7 @@ eval.steps=()  ()
 
 data.name=image_folder data.path=picturs  data.path='picturs'
 
-objective.name=split_meanflow times.name=consistency  times.name='consistency': split_meanflow learns from
+objective.name=split_meanflow times.name=consistency  'consistency': split_meanflow learns from
 sample.steps=2  sample.renoise=False: this run's intervals
 eval.steps=(2,)  eval.renoise=False: this run's intervals
 weight.of_interval=1.0  weight.of_interval: split_meanflow learns
