@@ -205,9 +205,10 @@ def test_pictures_are_the_decoded_latents_at_any_batch_size(of_latents):
     decoded = load_autoencoder(VAE).decode(jnp.asarray(unscaled, jnp.float32))
     pictures = of_latents.sample(labels, batch_size=6)
     assert pictures.dtype == np.uint8
-    off = np.abs(pictures.astype(int) - np.asarray(to_pixels(decoded)))
-    assert off.max() <= 1, "rounded the other way at a half"
-    np.testing.assert_array_equal(of_latents.sample(labels), pictures)
+    for others in (np.asarray(to_pixels(decoded)), of_latents.sample(labels)):
+        off = np.abs(pictures.astype(int) - others)
+        assert off.max() <= 1, "rounded the other way at a half"
+        assert off.mean() < 0.01
 
 
 def test_an_autoencoder_that_is_missing_or_another_or_bad_scales_are_refused(of_latents):

@@ -41,7 +41,8 @@ def test_large_arrays_are_split_along_their_largest_axis_small_ones_are_not():
     mesh = AbstractMesh((2, 4), ("data", "fsdp"))
     shapes = {"kernel": (256, 1024), "odd": (1001, 400), "bias": (1024,), "prime": (211, 113)}
     state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    specs = [where.spec for where in state_sharding(mesh, state).values()]
+    found = state_sharding(mesh, state)
+    specs = [found[name].spec for name in shapes]
     assert specs == [PartitionSpec(None, "fsdp")] * 2 + [PartitionSpec()] * 2
 
 
