@@ -26,6 +26,7 @@ MODES = {
     "prepare": "mf_jax.prepare",
     "config": "",
 }
+_SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _KINDS = {"int": "a whole number", "float": "a number", "tuple": "a tuple", "str": "a text"}
 _KINDS["bool"] = "True or False"
 
@@ -60,8 +61,8 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, Path]:
     return config, mode, workdir
 
 
-def _given(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the text of each flag, the last where it is set again; it may follow after a space."""
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the text of each flag, where it is set last, or whether it stands alone or negated."""
     given, left = {}, list(arguments)
     while left:
         argument = left.pop(0)
@@ -71,17 +72,21 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
         negated, name, text = flag.groups()
         if negated or text is None:
             has_value = left and not negated and not re.match("--?[A-Za-z]", left[0])
-            text = left.pop(0) if has_value else str(not negated)
+            text = left.pop(0) if has_value else not negated
+            if text is True and not name.startswith("config."):
+                raise BadInput(f"--{name}: needs a value")
         given[name] = text
     return given
 
 
-def _value(key: str, text: str, default: Any) -> Any:
+def _value(key: str, text: str | bool, default: Any) -> Any:
     """Return what a text says, a value of a default's type."""
     kind = type(default).__name__
     try:
         if kind == "bool":
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return _SWITCHES[str(text).lower()]
+        if isinstance(text, bool):
+            raise ValueError("no value follows")
         if kind in ("int", "float", "str"):
             return type(default)(text)
         try:
@@ -92,7 +97,7 @@ def _value(key: str, text: str, default: Any) -> Any:
             value = text  # a single word
         if kind != "tuple" or isinstance(value, tuple):
             return value
-        return tuple(value) if isinstance(value, list) else (value,)
+        return tuple(value) if isinstance(value, list | set) else (value,)
     except (KeyError, ValueError, SyntaxError) as error:
         raise BadInput(f"{key}={text}: must be {_KINDS.get(kind, f'a {kind}')}") from error
 

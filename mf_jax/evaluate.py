@@ -177,7 +177,7 @@ class Evaluation:
             steps = self.steps()
             for step in sorted(step for step in set(tries) - set(steps) if tries[step] < 2):
                 print(f"checkpoint {step} is left out: the run has dropped it", flush=True)
-                tries[step] = 2
+            tries = {step: num for step, num in tries.items() if step in steps}  # it may come back
             left = [step for step in steps if tries.setdefault(step, 0) < 2]
             last = run_folder.stored_config(self.workdir).train.num_steps  # which may be raised
             last = processes.from_first(last)

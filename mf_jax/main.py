@@ -65,7 +65,7 @@ def main() -> int:
             return _OK
         from mf_jax.runtime import processes  # brings JAX, for which a typing error need not wait
 
-        code = _one_process(mode, config, workdir)
+        return processes.leave(_one_process(mode, config, workdir))
     except Exception as error:
         text, code = _told(error, workdir)
         who = processes.name() if processes else ""
@@ -74,7 +74,7 @@ def main() -> int:
         with contextlib.suppress(OSError):  # standard error may lie on the disk that is full
             text = text or processes.explain(error)
             print(f"mf_jax: {who}{text}", file=sys.stderr, flush=True)
-    return processes.leave(code) if processes else code
+        return processes.leave(code) if processes else code
 
 
 def _say_anything(stream: Any) -> None:
@@ -129,12 +129,16 @@ def _told(error: Exception, workdir: Path | None) -> tuple[str, int]:
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
+    import jax
+
     from mf_jax.runtime import processes
     from mf_jax.runtime.compile_cache import keep_programs
     from mf_jax.runtime.workdir import flat, keep_habits
     from mf_jax.validation.ranges import check_sizes
 
-    if mode != "bench":  # which times compiling
+    if mode == "bench":  # which times compiling
+        jax.config.update("jax_enable_compilation_cache", False)
+    else:
         keep_programs()
     processes.start(
         start_timeout=config.job.start_timeout_seconds,

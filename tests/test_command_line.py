@@ -26,6 +26,7 @@ REFUSED_BY_THE_PARSER = {
     "seed=1.5": ("seed=1.5: must be a whole number",),
     "data.flip=2": ("data.flip=2: must be True or False",),
     "eval.steps=1, a": ("eval.steps=1, a: must be a tuple",),
+    "data.path": ("data.path=True: must be a text",),
     "sample.labels=cat": ("sample.labels", "cat"),
     "ema.decays=": ("ema.decays",),
 }
@@ -299,6 +300,7 @@ def test_bad_arguments(tmp_path):
         ([f"--workdir={empty}"], str(empty), "holds no run", "--config"),
         ([DIGITS, "--wordir=x"], "wordir", "workdir"),
         ([DIGITS, "train"], "'train'", "--mode=train"),
+        ([DIGITS, "--workdir"], "--workdir: needs a value"),
         ([DIGITS, "--workdir=/dev/null/run"], "/dev/null/run", "cannot be written"),
         ([DIGITS, "--mode=sample", "--workdir=/nowhere/run"], "/nowhere/run", "train first"),
     ):
@@ -315,6 +317,10 @@ def test_workdir_of_another_run_is_refused_and_stays_as_it_is(copy_of_trained):
         assert_refused(here(*run, "--mode=sample", f"--config.sample.seed={seed}"), "seed")
     with locked(epath.Path(copy_of_trained) / ".lock", wait=False):
         assert_refused(here(*run), "another process is training")
+    (copy_of_trained / ".lock").unlink()
+    (copy_of_trained / ".lock").mkdir()
+    assert_refused(here(*run), "cannot be written", "choose another")
+    (copy_of_trained / ".lock").rmdir()
     data = copy_of_trained / "data.json"
     stored = data.read_text()
     data.write_text(json.dumps(json.loads(stored) | {"size": 1436, "checksum": None}))

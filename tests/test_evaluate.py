@@ -25,7 +25,7 @@ from mf_jax.metrics.frechet import Moments, frechet_distance
 from mf_jax.metrics.inception import FEATURES, Inception
 from mf_jax.metrics.reference_file import Statistics, read_reference, write_reference
 from mf_jax.published.fetch import find_weights
-from mf_jax.runtime.checkpoint import fingerprint
+from mf_jax.runtime.checkpoint import UnreadableCheckpoint, fingerprint
 from mf_jax.scoring import rows as score_rows
 from mf_jax.scoring import scorers
 from mf_jax.scoring.diagnose import diagnose
@@ -187,6 +187,22 @@ def test_watching_scores_the_newest_without_the_damaged_and_the_dropped(score, m
     assert len(waits) == 2, "for the run, and before the damaged one is tried again"
     said = "waiting for a run|2 is left out: the run has dropped it|4 is left out: |damaged"
     assert [text for text in said.split("|") if text not in score.out] == []
+
+
+def test_watching_scores_a_checkpoint_that_a_restarted_run_writes_again(score, monkeypatch):
+    seen = iter([[10], [10], [5], [5, 10], [5, 10, 12], [10, 12]])
+    broken, scored = [UnreadableCheckpoint("damaged")] * 2, []
+
+    def score_grid(_, steps):
+        if steps == [10] and broken:
+            raise broken.pop()
+        scored.extend(steps)
+
+    monkeypatch.setattr(evaluate.time, "sleep", lambda _: None)
+    monkeypatch.setattr(evaluate.Evaluation, "steps", lambda _: next(seen))
+    monkeypatch.setattr(evaluate.Evaluation, "score_grid", score_grid)
+    score("eval.watch=True")
+    assert scored == [5, 10, 12]
 
 
 def test_other_weights_are_another_row(score, looks, tmp_path):

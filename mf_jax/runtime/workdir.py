@@ -101,8 +101,11 @@ def own(
         with processes.together():
             if processes.is_first():
                 make(workdir)
-                taken = f"--workdir={workdir}: another process is training in it"
-                with refused(BlockingIOError, taken, "choose another"):
+                where, fix = f"--workdir={workdir}", "choose another"
+                with (
+                    refused(OSError, f"{where}: cannot be written", fix),
+                    refused(BlockingIOError, f"{where}: another process is training in it", fix),
+                ):
                     held.enter_context(locked(workdir / _LOCK, wait=False))
                 about = _about(data) | weights
                 if exists(workdir):

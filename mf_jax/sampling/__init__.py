@@ -141,6 +141,8 @@ def _of_nearest(workdir: Path, generator: Generator, plan: SamplePlan) -> tuple[
     source = _source(generator.config, workdir, "train")
     if source.stored:
         raise BadInput("views: nearest needs pictures, and the data are latents")
+    if not processes.is_first():
+        return [], ""
     num = min(len(source), _MOST_NUMBERS // math.prod(source.spec.shape))
     data = to_pixels(source.gather(np.linspace(0, len(source) - 1, num).astype(int)).x)
     flat, flat_data = (x.reshape(len(x), -1).astype(np.float32) for x in (samples, data))
