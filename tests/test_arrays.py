@@ -198,6 +198,7 @@ def test_bad_files_are_one_line(tmp_path, monkeypatch):
         ({"x": x, "label": np.full(N, 0.5)}, "whole numbers"),
         ({"x": x, "label": np.full(N, -1)}, "classes from 0"),
         ({"x": x, "label": np.arange(N) % 3 * 2}, "no training row is of class 1, 3;"),
+        ({"x": x, "condition": np.zeros((N, 0))}, r"numbers \[N, K\]"),
         ({"x": x, "label": np.zeros(N - 1, int)}, "a row for each of x"),
         ({"x": x, "condition": np.zeros(N)}, r"numbers \[N, K\]"),
         ({"x": x, "condition": nan}, "condition is not finite, as float32, in row 7"),
@@ -222,6 +223,14 @@ def test_rows_are_split_once_and_bytes_are_scaled(tmp_path):
     assert [len(part) for part in parts] == [30, 10]
     back = np.concatenate(parts)
     np.testing.assert_allclose(back[np.argsort(back[:, 0])], x / 127.5 - 1, atol=1e-6)
+
+
+def test_labels_of_any_type_are_classes(tmp_path):
+    for dtype, num in {"float32": 3, "int8": 128, "uint8": 256}.items():
+        label = (np.arange(2000) % num).astype(dtype)
+        np.savez(tmp_path / "a.npz", x=np.zeros((2000, 2), np.float32), label=label)
+        source = _open(tmp_path / "a.npz", "train")
+        assert source.spec.num_classes == num
 
 
 def test_openml_is_fetched_into_a_folder_and_a_missing_network_is_told(tmp_path, monkeypatch):

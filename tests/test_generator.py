@@ -133,6 +133,7 @@ def test_what_cannot_be_drawn_is_refused(generator):
         "1 <= omega": (0.5, 0.0, 1.0),
         "t_min <= t_max": (2.0, 0.6, 0.5),
         "guidance=": (2.0, 0.0),
+        r"guidance=\(\)": (),
         "told no guidance": (2.0, 0.0, 1.0),
     }.items():
         refuses(text, generator.sample, num=3, guidance=guidance)

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int, Shaped
 
 from mf_jax.data.pipeline import SPLITS, Batch, count_held_out
 from mf_jax.data.pixels import from_pixels
-from mf_jax.flow.errors import BadInput, listed, nearest, refused
+from mf_jax.flow.errors import BadInput, in_section, listed, nearest, refused
 from mf_jax.flow.records import NO_LABEL, DataSpec
 from mf_jax.flow.rows import is_mask
 from mf_jax.runtime.archives import UNREADABLE, read_npz
@@ -90,11 +90,14 @@ def of_file(*, path: str, held_out_share: float, split: str) -> Rows:
 @functools.lru_cache(1)  # for both splits
 def _checked(file: str, where: str, version: tuple[int, int]) -> tuple[Arrays, str]:
     """Return the arrays of a version of a file, which fit one another, and its SHA-256."""
-    with refused(UNREADABLE, f"{where} cannot be read", "save arrays of numbers, no objects"):
+    fix = "save arrays of numbers, no objects"
+    with in_section(where, " "), refused(UNREADABLE, "cannot be read", fix):
         is_npz = file.endswith(".npz")
         arrays = read_npz(file) if is_npz else {"x": np.load(file, "r", allow_pickle=False)}
     if problem := next(_misfits(arrays), ""):
         raise BadInput(f"{where}: {problem}")
+    if "label" in arrays:
+        arrays["label"] = arrays["label"].astype(np.int32)
     if "condition" in arrays:
         with np.errstate(over="ignore"):
             arrays["condition"] = arrays["condition"].astype(np.float32)
@@ -131,7 +134,10 @@ def _misfits(arrays: Arrays) -> Iterator[str]:
             yield f"{kinds['label']}; must be whole numbers [N], classes from 0"
         if label.min() < 0 or label.max() >= _MOST_CLASSES:
             yield f"label is {label.min():g} to {label.max():g}; must be classes from 0: renumber"
-    if condition is not None and not (condition.ndim == 2 and condition.dtype.kind in "uifb"):
+    is_told = condition is not None
+    if is_told and (
+        condition.ndim != 2 or not condition.size or condition.dtype.kind not in "uifb"
+    ):
         yield f"{kinds['condition']}; must be numbers [N, K]: reshape it"
     if mask is not None and not is_mask(mask, x):
         fix = "a mask of rows with all axes of x: e.g. mask[..., None]"

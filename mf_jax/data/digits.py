@@ -1,5 +1,6 @@
 """Grey pictures through scikit-learn: its own 1,797 digits, and MNIST's kin fetched from OpenML."""
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -59,6 +60,7 @@ def of_openml(*, dataset: str, path: str, split: str) -> Rows:
     return Rows(arrays, rows, DATASETS[dataset], digest)
 
 
+@functools.lru_cache(1)  # for both splits, also where nothing is kept: it takes a minute
 def _fetch(dataset: str, path: str) -> dict[str, np.ndarray]:
     options = {"version": 1, "as_frame": False, "return_X_y": True}
     options |= {"data_home": path or None, "parser": "liac-arff"}  # pandas is one package more

@@ -122,8 +122,9 @@ def _check_origin(manifest: dict[str, Any], image_size: int, autoencoder: str) -
     if (size := manifest["image_size"]) != image_size:
         raise BadInput(f"image_size={image_size}: these have {size} pixels: set image_size={size}")
     made_by, file = manifest["autoencoder"], epath.Path(autoencoder).expanduser()
+    if not in_bucket(file) and file.is_dir():
+        file = file / "diffusion_pytorch_model.safetensors"
     if autoencoder and not in_bucket(file) and file.exists():
-        file = file / "diffusion_pytorch_model.safetensors" if file.is_dir() else file
         is_same = sha256_of(file) == made_by["sha256"]
     elif autoencoder in PUBLISHED:
         is_same = PUBLISHED[autoencoder][0].sha256 == made_by["sha256"]

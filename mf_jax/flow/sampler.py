@@ -44,7 +44,7 @@ class SamplePlan:
             raise BadInput(f"steps={self.steps!r}: must be a whole number")
         check_fields("", self, steps=f"[{0 if grid else 1}, 1000000]")
         check_fields("", self, batch_size="[1, inf)", seed=f"[0, {2**31})")
-        omega, *window = self.guidance
+        omega, *window = self.guidance or (0.0,)
         if not (len(window) == 2 and 1 <= omega < math.inf and 0 <= window[0] <= window[1] <= 1):
             needed = "(omega, t_min, t_max), 1 <= omega < inf, 0 <= t_min <= t_max <= 1"
             raise BadInput(f"guidance={self.guidance}: must be {needed}")

@@ -83,7 +83,8 @@ class LatentShards:
         At the end the side file comes first; skipped: its broken pictures, known by then.
         """
         counts: Counter[int] = Counter()
-        with written_aside(self._path(shard)) as aside:
+        with contextlib.ExitStack() as held:
+            aside = held.enter_context(written_aside(self._path(shard)))
             writer = ArrayRecordWriter(aside, records.WRITER_OPTIONS)
 
             def add(pixels: Pixels, latents: tuple[Array, Array]) -> None:
@@ -108,6 +109,7 @@ class LatentShards:
                     "skipped": skipped,
                 }
                 write_json(self._side_path(shard), side)
+                held.close()  # puts the shard in its place
 
     def finish(self) -> str:
         """Write the manifest if all shards are there; return a line for the user."""

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, UInt8
 
-from mf_jax.flow.errors import BadInput, refused
+from mf_jax.flow.errors import BadInput, in_section, refused
 from mf_jax.metrics.frechet import Moments
 from mf_jax.metrics.inception import FEATURES, inception_features
 from mf_jax.metrics.reference_file import Statistics, write_reference
@@ -136,5 +136,6 @@ class ReferenceStatistics:
 
 def _read(path: epath.Path, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Return the arrays in a file of sums, all or `only` some."""
-    with refused(UNREADABLE, f"{path} is no file of sums", "delete it and run again"):
+    fix = "delete it and run again"
+    with in_section(path, " "), refused(UNREADABLE, "is no file of sums", fix):
         return read_npz(path, only)
