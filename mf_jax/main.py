@@ -129,17 +129,12 @@ def _told(error: Exception, workdir: Path | None) -> tuple[str, int]:
 
 
 def _one_process(mode: str, config: ConfigDict, workdir: Path) -> int:
-    import jax
-
     from mf_jax.runtime import processes
     from mf_jax.runtime.compile_cache import keep_programs
     from mf_jax.runtime.workdir import flat, keep_habits
     from mf_jax.validation.ranges import check_sizes
 
-    if mode == "bench":  # which times compiling
-        jax.config.update("jax_enable_compilation_cache", False)
-    else:
-        keep_programs()
+    keep_programs()
     processes.start(
         start_timeout=config.job.start_timeout_seconds,
         heartbeat_timeout=config.job.heartbeat_timeout_seconds,

@@ -29,7 +29,6 @@ from mf_jax.flow.records import NO_LABEL, Condition, DataSpec, Prediction
 from mf_jax.generator import Generator
 from mf_jax.models import as_field, parameter_shapes
 from mf_jax.objectives.flow_matching import FlowMatching
-from mf_jax.runtime import compile_cache
 from mf_jax.runtime.sharding import make_mesh, state_sharding
 from mf_jax.step import initial_state, make_train_step
 from mf_jax.train import step_parts
@@ -64,7 +63,6 @@ def _run(what, config, workdir, overrides=""):
         patch.setattr(input_pipeline, "LEAST_SECONDS", 0.01)
         patch.setattr(scores_benchmark, "WIDTHS", {"2048": 5, "spatial": 4, "logits_unbiased": 3})
         patch.setattr(attention, "passes", _two_passes)
-        patch.setattr(compile_cache, "keep_programs", None)  # it must not be called
         return here(*where, *FLAGS, *keys(f"bench.what={what} {overrides}"))
 
 
@@ -348,6 +346,26 @@ def test_the_peak_is_the_best_size_and_the_best_time(monkeypatch):
     rate, *what = measure.matmul_peak("bfloat16").values()
     assert (rate, what) == (pytest.approx(2 * 128**3 / 2e-3 / 1e9), [128, "float32"])
     assert calls == [((n, n), (n, n), "float32") for n in (64, 128)]
+
+
+def test_programs_are_compiled_without_the_persistent_cache(tmp_path):
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    is_on = jax.config.jax_enable_compilation_cache
+    try:
+        for name, value in zip(names, (str(tmp_path), 0), strict=True):
+            jax.config.update(name, value)
+        program, costs = measure.compile_program(jax.jit(lambda x: x + 2.25), np.ones(3))
+        assert list(tmp_path.iterdir()) == []
+        assert jax.config.jax_enable_compilation_cache == is_on
+        jax.jit(lambda x: x + 3.25)(np.ones(3))
+        assert list(tmp_path.iterdir()) != []
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        measure.reset_cache()
+    np.testing.assert_array_equal(program(jnp.ones(3)), np.full(3, 3.25))
+    assert 0 < costs["trace_seconds"] < costs["compile_seconds"] + 1
 
 
 def test_counting_needs_the_cpu_backend(monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -65,12 +66,18 @@ def throughput(seconds: float, *, images: int, gflop: float, peak: Result) -> Re
 def compile_program(
     function: jax.stages.Wrapped, *arguments: PyTree
 ) -> tuple[jax.stages.Compiled, Result]:
-    """Compile a jitted function; return its costs on a device too."""
-    times = [time.perf_counter()]
-    lowered = function.lower(*arguments)
-    times.append(time.perf_counter())
-    program = lowered.compile()
-    trace, compiling = np.diff([*times, time.perf_counter()]).tolist()
+    """Compile a jitted function without the persistent cache; return its costs on a device too."""
+    before, times = jax.config.jax_enable_compilation_cache, [time.perf_counter()]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # JAX asks once, at the first compilation, whether there is a cache
+        lowered = function.lower(*arguments)
+        times.append(time.perf_counter())
+        program = lowered.compile()
+        trace, compiling = np.diff([*times, time.perf_counter()]).tolist()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
     memory = program.memory_analysis()
     costs = {f"{k}_bytes": getattr(memory, f"{k}_size_in_bytes") for k in ("temp", "argument")}
     return program, costs | {"trace_seconds": trace, "compile_seconds": compiling}
