@@ -58,10 +58,15 @@ def _vectors(modulation: Float[Array, "b n"], num: int, norm: str) -> list[Vecto
     return vectors
 
 
-@functools.partial(jax.checkpoint, static_argnums=3)
 def _modulate(x: Tokens, shift: Vectors, scale: Vectors, norm: str) -> Tokens:
-    """Normalise and modulate; gradients do it again, which takes less time than to keep all."""
-    return _normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
+    """Normalise and modulate; on CPUs gradients do it again, which is faster than to keep all."""
+
+    def modulated(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
+        return _normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
+
+    if jax.default_backend() == "cpu":
+        modulated = jax.checkpoint(modulated)
+    return modulated(x, shift, scale)
 
 
 class Block(nn.Module):
