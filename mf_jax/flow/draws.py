@@ -140,11 +140,7 @@ class DrawScheme:
             raise BadInput(f"a batch of {num_rows} rows: {needed}")
         null = _null_of(condition, null, num_rows, is_needed=self.label_drop_share > 0)
         noise_key, times_key, drop_key, guidance_key, *more_keys = jax.random.split(key, 7)
-
-        def sample(of: Times, key: PRNGKeyArray, num: int) -> list[Array]:
-            return [each.astype(x.dtype) for each in of.sample(key, num)]
-
-        r, t = sample(self.times, times_key, num_rows)
+        r, t = _sample(self.times, times_key, x)
         direction = jax.random.normal(more_keys[2], x.shape, x.dtype)
         if e is None:
             e = self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
@@ -177,15 +173,20 @@ class DrawScheme:
             augment=augment,
             for_networks=self.for_networks,
         )
+        return self._in_two(rows, times_key)
+
+    def _in_two(self, rows: Rows, times_key: PRNGKeyArray) -> Draws:
+        """Split rows into those with r = t and those with r < t, each with times of its own."""
         instant = interval = rows
         if not self.instant_of_every_row:
-            sizes = group_sizes(self.instant_share)
-            instant, interval = split_rows(rows, [n * (num_rows // self.group) for n in sizes])
+            groups = len(rows.t) // self.group
+            sizes = [size * groups for size in group_sizes(self.instant_share)]
+            instant, interval = split_rows(rows, sizes)
         instant = at_time(instant, instant.t)
         if self.instant_times is not None:
             times_key, own_key = jax.random.split(times_key)
-            instant = at_time(instant, sample(self.instant_times, own_key, len(instant.t))[1])
-            r, t = sample(self.times, times_key, len(interval.t))
+            instant = at_time(instant, _sample(self.instant_times, own_key, instant.x)[1])
+            r, t = _sample(self.times, times_key, interval.x)
             interval = interval.replace(r=r, t=t)
         low, high = self.label_drop_window
 
@@ -208,6 +209,11 @@ class DrawScheme:
         if not self.omega_window:
             low, high = jnp.zeros_like(low), jnp.ones_like(high)
         return GuidanceScale(omega=omega, t_min=low / 2, t_max=(1 + high) / 2)
+
+
+def _sample(times: Times, key: PRNGKeyArray, x: Array) -> list[Array]:
+    """Draw r and t for each row of x, in its type."""
+    return [each.astype(x.dtype) for each in times.sample(key, len(x))]
 
 
 def _null_of(condition: PyTree, null: PyTree, num_rows: int, *, is_needed: bool) -> PyTree:
